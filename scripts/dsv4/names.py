@@ -1,0 +1,55 @@
+"""The names of DeepSeek-V4: what a tensor is, and what a runtime calls it.
+
+Storage names lie on disk, in the source and in the bundle: `layers.0.ffn.experts.7.w1`. Module
+paths are what a runtime's `sanitize` makes of them: `model.layers.0.mlp.switch_mlp.gate_proj`.
+Upstream's first bug is a confusion of the two, so no other module spells them out.
+"""
+
+from __future__ import annotations
+
+import re
+
+# FACTS: w1 = gate_proj, w3 = up_proj (width, hidden); w2 = down_proj (hidden, width).
+PROJECTION = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+
+_EXPERT = re.compile(r"(layers|mtp)\.(\d+)\.ffn\.experts\.(\d+)\.(w[123])\.(\w+)")
+_CONTROL = re.compile(
+    r"(?:(?:layers|mtp)\.\d+\.)?"
+    r"(?:hc_\w+|attn\.attn_sink|ffn\.gate\.bias)"
+)
+
+
+def parse_expert(name: str) -> tuple[str, int, int, str, str] | None:
+    """Split a routed expert's storage name into (block, layer, expert, matrix, part), else None.
+
+    >>> parse_expert("mtp.0.ffn.experts.7.w2.scale")
+    ('mtp', 0, 7, 'w2', 'scale')
+    """
+    match = _EXPERT.fullmatch(name)
+    if match is None:
+        return None
+    block, layer, expert, matrix, part = match.groups()
+    return block, int(layer), int(expert), matrix, part
+
+
+def expert_base(block: str, layer: int, expert: int, matrix: str) -> str:
+    """Storage name of a routed expert's matrix, without the part (`.weight`, `.scale`, …)."""
+    return f"{block}.{layer}.ffn.experts.{expert}.{matrix}"
+
+
+def is_control(name: str) -> bool:
+    """True for the F32 control tensors: `hc_*`, `attn_sink`, `ffn.gate.bias`, in every block.
+
+    They steer routing and residual mixing; upstream's converter rounds them to F16, and vMLX 1.6.81
+    refuses such a bundle.
+    """
+    return _CONTROL.fullmatch(name) is not None
+
+
+def switch_paths(layer: int, matrix: str) -> tuple[str, str]:
+    """Module paths of the stacked experts of one layer: (mlx_lm and vMLX, mlx-vlm)."""
+    projection = PROJECTION[matrix]
+    return (
+        f"model.layers.{layer}.mlp.switch_mlp.{projection}",
+        f"language_model.model.layers.{layer}.ffn.switch_mlp.{projection}",
+    )
