@@ -1,7 +1,7 @@
 """The `quantization` labels in config.json: which module is stored how, under every name in use.
 
-Each runtime looks a module's label up under names of its own and falls back to the top level when it
-finds none, without a word. So the experts' label stands under all of them (FACTS.md, section 6):
+Each runtime looks a module's label up under names of its own and, when it finds none, falls back to
+the top level without a word. So the experts' label stands under all of them:
 
 | who                     | name                                                        |
 |-------------------------|-------------------------------------------------------------|
@@ -14,10 +14,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from dsv4.checkpoint import Checkpoint, expert_bases
 from dsv4.names import PROJECTION, parse_expert, switch_paths
+from dsv4.shard import Tensor
+from dsv4.stop import Stop
 
-DEFAULT = {"group_size": 32, "bits": 8, "mode": "affine"}
-EXPERT = {"group_size": 32, "bits": 4, "mode": "affine"}
+GROUP_SIZE = 32
+DEFAULT = {"group_size": GROUP_SIZE, "bits": 8, "mode": "affine"}
+EXPERT = {"group_size": GROUP_SIZE, "bits": 4, "mode": "affine"}
 
 
 def quantization(bases: list[str], expert: dict[str, Any] = EXPERT) -> dict[str, Any]:
@@ -26,12 +30,54 @@ def quantization(bases: list[str], expert: dict[str, Any] = EXPERT) -> dict[str,
     `bases` are the storage names of all routed-expert matrices, as `expert_bases` gives them. MTP
     experts get their storage name only: no runtime builds modules for them.
     """
-    layers = {parsed[1] for base in bases if (parsed := parse_expert(f"{base}.weight")) and
-              parsed[0] == "layers"}  # fmt: skip
+    parsed = (parse_expert(f"{base}.weight") for base in bases)
+    layers = sorted({one[1] for one in parsed if one and one[0] == "layers"})
     labels: dict[str, Any] = dict(DEFAULT)
     for which in (0, 1):
-        for layer in sorted(layers):
+        for layer in layers:
             for matrix in PROJECTION:
                 labels[switch_paths(layer, matrix)[which]] = dict(expert)
     labels.update({base: dict(expert) for base in bases})
     return labels
+
+
+def stored_label(tensors: dict[str, Tensor], base: str) -> dict[str, Any] | None:
+    """The affine label that fits the triple `base`.{weight,scales,biases}, or None if none does.
+
+    Groups are 32 columns wide here, so the bits follow from the widths:
+    weight (out, in · bits / 32) U32, scales and biases (out, in / 32) of one float dtype.
+    """
+    parts = [tensors.get(f"{base}.{part}") for part in ("weight", "scales", "biases")]
+    weight, scales, biases = parts
+    if weight is None or scales is None or biases is None:
+        return None
+    fits = (
+        weight.dtype == "U32"
+        and scales.dtype in ("F16", "BF16", "F32")
+        and (biases.dtype, biases.shape) == (scales.dtype, scales.shape)
+        and len(weight.shape) == len(scales.shape) == 2
+        and weight.shape[0] == scales.shape[0]
+    )
+    if not fits or scales.shape[1] == 0 or weight.shape[1] % scales.shape[1]:
+        return None
+    bits = weight.shape[1] // scales.shape[1]
+    return {**DEFAULT, "bits": bits} if bits in (2, 3, 4, 5, 6, 8) else None
+
+
+def expert_label(bundle: Checkpoint) -> dict[str, Any]:
+    """The one label that all routed experts of the bundle are stored by.
+
+    Raises Stop when one of them fits no label (the FP4 bytes of a stock bundle) or another one.
+    """
+    bases = expert_bases(bundle)
+    found = {base: stored_label(bundle.tensors, base) for base in bases}
+    first = found[bases[0]] if bases else None
+    odd = next((base for base in bases if found[base] is None or found[base] != first), None)
+    if first is None or odd is not None:
+        raise Stop(
+            f"{bundle.folder}: {odd or 'routed experts'}",
+            "no affine triple" if odd is None or found[odd] is None else f"{found[odd]}",
+            f"{first or EXPERT} for every expert",
+            "run requantize",
+        )
+    return first

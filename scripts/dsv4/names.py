@@ -53,3 +53,40 @@ def switch_paths(layer: int, matrix: str) -> tuple[str, str]:
         f"model.layers.{layer}.mlp.switch_mlp.{projection}",
         f"language_model.model.layers.{layer}.ffn.switch_mlp.{projection}",
     )
+
+
+def kind(name: str) -> str:
+    """What a bundle makes of the source tensor `name`.
+
+    'scale'        belongs to the weight beside it, has no counterpart of its own
+    'expert'       routed expert: 4-bit affine, group 32
+    'control'      F32, as in the source
+    'passthrough'  norms, router weight, compressor positions: F16; the hash table: its integers
+    'affine8'      every other weight: 8-bit affine, group 32
+
+    The last two are upstream's choice (jang_tools.dsv4.convert_dsv4_jangtq, classify, 2.5.9).
+    """
+    if name.endswith(".scale"):
+        return "scale"
+    if parse_expert(name):
+        return "expert"
+    if is_control(name):
+        return "control"
+    if "norm" in name or name.endswith((".ape", ".tid2eid", ".gate.weight", ".bias")):
+        return "passthrough"
+    return "affine8" if name.endswith(".weight") else "passthrough"
+
+
+def bundle_keys(name: str) -> tuple[str, ...]:
+    """The tensors of a finished bundle that hold the source tensor `name`.
+
+    >>> bundle_keys("head.weight")
+    ('head.weight', 'head.scales', 'head.biases')
+    """
+    what = kind(name)
+    if what == "scale":
+        return ()
+    if what in ("expert", "affine8"):
+        base = name.removesuffix(".weight")
+        return (f"{base}.weight", f"{base}.scales", f"{base}.biases")
+    return (name,)

@@ -1,0 +1,99 @@
+"""The toolchain that converts and serves: a Python with jang_tools, mlx, mlx_lm and vmlx_engine.
+
+It may be this project's .venv or the Python inside a vMLX.app, so it is always asked from outside,
+in a process of its own, and never imported here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from dsv4.stop import Stop
+
+APP = Path("/Applications/vMLX.app")
+PACKAGES = ("jang", "vmlx", "mlx", "mlx-lm", "mlx-vlm", "transformers", "torch")
+
+_PROBE = """
+import importlib.metadata as m, importlib.util as u, json, platform, sys
+def version(name):
+    try: return m.version(name)
+    except m.PackageNotFoundError: return None
+def folder(name):
+    spec = u.find_spec(name)
+    return spec.submodule_search_locations[0] if spec else None
+metal = None
+try:
+    import mlx.core as mx
+    metal = bool(mx.metal.is_available())
+except Exception as error:
+    metal = f"{type(error).__name__}: {error}"
+print("\\n" + json.dumps({"python": platform.python_version(), "executable": sys.executable,
+    "packages": {n: version(n) for n in sys.argv[1:]}, "metal": metal,
+    "folders": {n: folder(n) for n in ("jang_tools", "mlx_lm", "vmlx_engine")}}))
+"""
+
+
+def probe(python: Path) -> dict[str, Any]:
+    """Ask `python` for its version, packages, whether MLX sees Metal, and where its modules lie.
+
+    Returns {"python", "executable", "packages": {name: version | None}, "metal": bool | str (why
+    mlx does not import), "folders": {module: path | None}}. Raises Stop when it cannot be run.
+    """
+    try:
+        result = subprocess.run(
+            [str(python), "-c", _PROBE, *PACKAGES],
+            capture_output=True,
+            text=True,
+            env=environment(),
+        )
+    except OSError as error:
+        raise Stop(
+            f"toolchain Python {python}",
+            error.strerror or str(error),
+            "a Python that runs",
+            "run `make .venv`, or set TOOLCHAIN_PYTHON",
+        ) from error
+    if result.returncode:
+        raise Stop(
+            f"toolchain Python {python}",
+            (result.stderr.strip().splitlines() or ["no answer"])[-1],
+            "a Python that runs",
+            "check TOOLCHAIN_PYTHON",
+        )
+    return json.loads(result.stdout.strip().splitlines()[-1])
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """The environment for a toolchain process: no user site, nothing fetched from the hub."""
+    return {**os.environ, "PYTHONNOUSERSITE": "1", "HF_HUB_OFFLINE": "1", **extra}
+
+
+def module_file(python: Path | None, name: str, app: Path = APP) -> Path:
+    """Find `name` (as `jang_tools/load_jangtq.py`): in the toolchain Python, else in the app.
+
+    Raises Stop when it is in neither place, or more than once in the app.
+    """
+    package, _, rest = name.partition("/")
+    if python is not None:
+        folder = probe(python)["folders"].get(package)
+        if folder is not None and (Path(folder) / rest).is_file():
+            return Path(folder) / rest
+    found = sorted(app.rglob(name)) if app.is_dir() else []
+    if len(found) != 1:
+        raise Stop(
+            name,
+            f"{len(found)} copies under {app} and none in {python}",
+            "one",
+            "name it with --file PATH, or set TOOLCHAIN_PYTHON",
+        )
+    return found[0]
+
+
+def has_metal() -> bool:
+    """True on the machines that MLX runs on with Metal: Macs with Apple silicon."""
+    return sys.platform == "darwin" and os.uname().machine == "arm64"

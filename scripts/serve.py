@@ -1,0 +1,67 @@
+"""Serve the bundle with vMLX's own server, on this machine only.
+
+Runs `vmlx_engine.cli serve` of the toolchain's Python under the name deepseek-v4-flash-mlx-q4q8.
+The name matters: vMLX 1.3.97 recognises the model family by it. Stays in the foreground; Ctrl-C
+stops it.
+
+    .venv/bin/python scripts/serve.py --bundle DIR [--port 8010] [--python PYTHON]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+from pathlib import Path
+
+from dsv4.checkpoint import read_config
+from dsv4.stop import Stop, run
+from dsv4.toolchain import environment
+
+NAME = "deepseek-v4-flash-mlx-q4q8"
+HOST = "127.0.0.1"
+
+
+def command(python: Path, bundle: Path, port: int) -> list[str]:
+    """The server's command line."""
+    return [
+        str(python), "-m", "vmlx_engine.cli", "serve", str(bundle.resolve()),
+        "--host", HOST,
+        "--port", str(port),
+        "--served-model-name", NAME,
+    ]  # fmt: skip
+
+
+def check_free(port: int) -> None:
+    """Raise Stop when something listens on the port already."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise Stop(
+                f"{HOST}:{port}", error.strerror or str(error), "a free port", "choose PORT=…"
+            ) from error
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--port", type=int, default=8010)
+    parser.add_argument("--python", type=Path, default=Path(sys.executable), help="toolchain")
+    args = parser.parse_args()
+    read_config(args.bundle)
+    check_free(args.port)
+    try:
+        os.execvpe(args.python, command(args.python, args.bundle, args.port), environment())
+    except OSError as error:
+        raise Stop(
+            f"{args.python}", error.strerror or str(error), "a Python", "set TOOLCHAIN_PYTHON"
+        ) from error
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))
