@@ -1,0 +1,186 @@
+"""Say whether the build can succeed, before anything is spent on it.
+
+One line for each check: what was found, what is needed, what to do. Looks at the toolchain Python
+and its packages, the loader patches, the volumes, and the free space against what is really needed:
+the hub's file sizes for the download, and for the bundle its exact size, computed from the source's
+safetensors headers (the hub's by ranged requests when the source is not there yet). Writes nothing.
+Exit 1 when the build could not succeed.
+
+    .venv/bin/python scripts/check.py --source DIR --bundle DIR [--python PYTHON] [--repo REPO]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import patch_loader
+from download import recorded, remaining
+from dsv4 import hub, space, toolchain
+from dsv4.checkpoint import INDEX, open_bundle, open_source
+from dsv4.durable import human
+from dsv4.stop import Stop, run
+
+NEEDED = {
+    "jang": "the converter and the model",
+    "mlx": "quantization and serving",
+    "mlx-lm": "the loader",
+    "vmlx": "the server",
+    "torch": "the converter (not to serve)",
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One check: does it hold, what was found, and what to do when it does not."""
+
+    holds: bool
+    what: str
+    found: str
+    todo: str = ""
+
+    def __str__(self) -> str:
+        mark = "ok " if self.holds else "NO "
+        todo = "" if self.holds or not self.todo else f"; {self.todo}"
+        return f"{mark} {self.what}: {self.found}{todo}"
+
+
+def check_toolchain(python: Path) -> list[Line]:
+    """The toolchain Python and its packages."""
+    try:
+        info = toolchain.probe(python)
+    except Stop as stop:
+        return [Line(False, "toolchain", str(stop))]
+    lines = [Line(True, "toolchain", f"Python {info['python']} at {info['executable']}")]
+    for name, role in NEEDED.items():
+        version = info["packages"][name]
+        lines.append(
+            Line(version is not None, name, f"{version or 'not installed'} ({role})",
+                 f"install it into {python}")
+        )  # fmt: skip
+    metal = info["metal"]
+    if isinstance(metal, str):
+        lines.append(Line(False, "mlx", f"does not import ({metal})", "reinstall mlx"))
+    else:
+        lines.append(Line(True, "Metal", "yes" if metal else "no: MLX runs on the CPU"))
+    return lines
+
+
+def check_patch(python: Path, app: Path, path: Path) -> Line:
+    """The state of one loader patch; pristine is fine, because patch_loader comes next."""
+    patch = patch_loader.read_patch(path)
+    what = f"patch {path.stem}"
+    if patch.header.get("Needed-Where") == "no Metal" and toolchain.has_metal():
+        return Line(True, what, "not needed where Metal is")
+    try:
+        file = toolchain.module_file(python, patch.target, app)
+        state = patch_loader.state(patch_loader.read_python(file), patch)
+    except Stop as stop:
+        return Line(False, what, str(stop))
+    found = {
+        "pristine": "not applied yet; patch_loader does it",
+        "patched": "applied",
+        "not needed": "not needed by this version",
+        "unknown": f"does not fit {file}",
+    }
+    return Line(state != "unknown", what, found[state], "reinstall jang, or adapt the patch")
+
+
+def check_volume(what: str, folder: Path) -> Line:
+    """Is the volume of `folder` mounted and writable? /Volumes/NAME must exist for a path on it."""
+    parts = folder.absolute().parts
+    mount = Path(*parts[:3]) if parts[:2] == ("/", "Volumes") else None
+    if mount is not None and not mount.is_dir():
+        return Line(False, what, f"{mount} is not mounted", "attach that disk, or set another path")
+    parent = space.existing_parent(folder)
+    writable = parent.is_dir() and os.access(parent, os.W_OK)
+    return Line(writable, what, f"{folder} on {parent}, {human(space.free(folder))} free",
+                f"{parent} is not writable: choose another path")  # fmt: skip
+
+
+def source_need(source: Path, repo: str, revision: str) -> tuple[Line, int]:
+    """Is the source there, or can it be fetched? And the bytes that are still to be fetched."""
+    if (source / INDEX).is_file():
+        try:
+            opened = open_source(source)
+            known = " as downloaded" if repo and recorded(source, repo, revision) else ""
+            return Line(True, "source", f"complete{known}, {human(opened.nbytes)}"), 0
+        except Stop as stop:
+            if not repo:
+                return Line(False, "source", str(stop)), 0
+    if not repo:
+        return Line(False, "source", f"no {source / INDEX}", "set SOURCE, or REPO to fetch it"), 0
+    try:
+        listing = hub.listing(repo, revision)
+    except Stop as stop:
+        return Line(False, "source", str(stop)), 0
+    needed = remaining(source, listing.files)
+    total = sum(file.size for file in listing.files)
+    found = f"{human(total)} on the hub at {listing.commit[:12]}, {human(needed)} still to fetch"
+    return Line(True, "source", found), needed
+
+
+def bundle_need(source: Path, bundle: Path, repo: str, revision: str) -> tuple[Line, int]:
+    """The bundle's final size, and the bytes that its volume must still take for it."""
+    try:
+        try:
+            shapes = [(t.name, t.dtype, t.shape) for t in open_source(source).tensors.values()]
+        except Stop:
+            if not repo:
+                raise
+            shapes = hub.tensor_shapes(repo, revision)
+    except Stop as stop:
+        return Line(False, "bundle size", f"unknown ({stop})"), 0
+    final = space.bundle_bytes(shapes)
+    try:
+        have = open_bundle(bundle).nbytes
+    except Stop:
+        have = 0
+    needed = max(0, final - have) + min(final, space.SHARD)
+    return Line(True, "bundle size", f"{human(final)} finished, {human(have)} there"), needed
+
+
+def check_space(source: Path, bundle: Path, fetch: int, build: int) -> list[Line]:
+    """Free space for each volume, or for both folders together when they share one."""
+    if space.same_volume(source, bundle):
+        needs = [("space", bundle, fetch + build)]
+    else:
+        needs = [("space for the source", source, fetch), ("space for the bundle", bundle, build)]
+    return [
+        Line(space.free(folder) >= need, what,
+             f"{human(space.free(folder))} free, {human(need)} needed",
+             "free some, or move SOURCE or BUNDLE to another volume")
+        for what, folder, need in needs
+    ]  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--source", type=Path, required=True)
+    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--python", type=Path, default=Path(sys.executable), help="toolchain")
+    parser.add_argument("--app", type=Path, default=toolchain.APP)
+    parser.add_argument("--repo", default="", help="where the source can be fetched from")
+    parser.add_argument("--revision", default="main")
+    args = parser.parse_args()
+    source, bundle = args.source, args.bundle
+    lines = check_toolchain(args.python)
+    lines += [check_patch(args.python, args.app, path) for path in patch_loader.DEFAULT]
+    lines += [check_volume("source volume", source), check_volume("bundle volume", bundle)]
+    source_line, fetch = source_need(source, args.repo, args.revision)
+    bundle_line, build = bundle_need(source, bundle, args.repo, args.revision)
+    lines += [source_line, bundle_line, *check_space(source, bundle, fetch, build)]
+    print(*lines, sep="\n")
+    failed = [line for line in lines if not line.holds]
+    if failed:
+        raise Stop("check", f"{len(failed)} of {len(lines)} lines NO", "none", "see above")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))
