@@ -11,38 +11,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import sys
 from pathlib import Path
 
 from dsv4.checkpoint import read_config
+from dsv4.server import check_free, command
 from dsv4.stop import Stop, run
 from dsv4.toolchain import environment
-
-NAME = "deepseek-v4-flash-mlx-q4q8"
-HOST = "127.0.0.1"
-
-
-def command(python: Path, bundle: Path, port: int) -> list[str]:
-    """The server's command line."""
-    return [
-        str(python), "-m", "vmlx_engine.cli", "serve", str(bundle.resolve()),
-        "--host", HOST,
-        "--port", str(port),
-        "--served-model-name", NAME,
-    ]  # fmt: skip
-
-
-def check_free(port: int) -> None:
-    """Raise Stop when something listens on the port already."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError as error:
-            raise Stop(
-                f"{HOST}:{port}", error.strerror or str(error), "a free port", "choose PORT=…"
-            ) from error
 
 
 def main() -> int:

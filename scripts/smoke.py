@@ -11,61 +11,15 @@ answers are right; 1: one is not, or no server answers.
 from __future__ import annotations
 
 import argparse
-import json
 import re
-import urllib.error
-import urllib.request
 from collections import Counter
-from dataclasses import dataclass
 
 from dsv4.chat import BOS
+from dsv4.server import HOST, Answer, ask
 from dsv4.stop import Stop, run
-from serve import HOST, NAME
 
 MOON = "Write one sentence about the moon."
 SUM = "What is 17+28?"
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the server said: visible text, reasoning, and why it stopped."""
-
-    content: str
-    reasoning: str
-    finish_reason: str
-
-    @property
-    def text(self) -> str:
-        return f"{self.reasoning} {self.content}".strip()
-
-
-def ask(url: str, question: str, max_tokens: int, timeout: float = 600) -> Answer:
-    """Ask one question at temperature 0. Raises Stop when the server gives no usable answer."""
-    body = {
-        "model": NAME,
-        "messages": [{"role": "user", "content": question}],
-        "max_tokens": max_tokens,
-        "temperature": 0,
-    }
-    request = urllib.request.Request(
-        f"{url}/v1/chat/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=timeout) as response:
-            choice = json.load(response)["choices"][0]
-            message = choice["message"]
-    except urllib.error.HTTPError as error:
-        detail = error.read(400).decode(errors="replace")
-        raise Stop(url, f"HTTP {error.code}: {detail}", "200", "read the server's log") from error
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise Stop(url, str(error), "an answer", "start the server with `make serve`") from error
-    return Answer(
-        message.get("content") or "",
-        message.get("reasoning_content") or message.get("reasoning") or "",
-        choice.get("finish_reason") or "",
-    )
 
 
 def common_fault(answer: Answer) -> str | None:

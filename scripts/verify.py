@@ -1,9 +1,9 @@
 """Check a bundle's files, index, tensors and labels by headers and JSON alone.
 
 Files and stop tokens; index and shards in both directions; every tensor of the source, when one is
-named, has its counterpart; every quantized module has its triple; control tensors are F32; the label
-in config.json that a loader will use for each module agrees with the tensors on disk. Seconds on a
-180 GB bundle, because no tensor is read.
+named, has its counterpart; every quantized module has its triple; control tensors are F32; the
+label in config.json that a loader will use for each module agrees with the tensors on disk. Seconds
+on a 180 GB bundle, because no tensor is read.
 
 Prints one line for each check. Exit 0: everything was checked and holds; 1: it does not.
 

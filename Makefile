@@ -1,0 +1,172 @@
+# DeepSeek-V4-Flash as an MLX bundle that speaks: routed experts 4-bit affine, the rest 8-bit.
+#
+# Read from top to bottom: the stages stand in the order in which they run. Each stage has a phony
+# name and a stamp in build/, one folder for each pair of SOURCE and BUNDLE. A stage is redone when
+# its script, a module that it uses, a setting, or a stage before it has changed.
+# `make help` lists the targets. GNU Make 3.81 (macOS) will do.
+
+MAKEFLAGS += --no-builtin-rules
+.SUFFIXES:
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+SHELL = /bin/sh
+
+# Your own settings, one `NAME = value` a line; never committed.
+-include config.mk
+
+# ------------------------------------------------------------------------------------ settings
+
+# nano: the small trained model that the repository ships, instead of the 160 GB.
+MODEL ?= flash
+ifeq ($(MODEL),nano)
+SOURCE = scripts/nano/checkpoint
+BUNDLE = build/nano/bundle
+REPO =
+endif
+
+# What is downloaded; the first download pins the commit that REVISION stands for then.
+REPO ?= deepseek-ai/DeepSeek-V4-Flash
+REVISION ?= main
+# Where the FP4/FP8 source lies or will lie: 160 GB (149 GiB).
+SOURCE ?= /Volumes/Backup/DeepSeek-V4/source
+# The bundle that is made: about 180 GB.
+BUNDLE ?= $(HOME)/.cache/huggingface/hub/Deviad/DeepSeek-V4-Flash-MLX-Q4Q8
+# A finished bundle to take tokenizer and encoding files from, instead of the source.
+REFERENCE ?=
+# The Python that converts and serves; set it to the one inside a vMLX.app to use that.
+TOOLCHAIN_PYTHON ?= .venv/bin/python
+# Where the server listens, on this machine only.
+PORT ?= 8010
+# Processors that requantize uses; empty for all.
+JOBS ?=
+# 1: download hashes every file again, also those that it knows.
+VERIFY_HASHES ?=
+# The Python that .venv is made with: 3.11 to 3.13.
+PYTHON3 ?= python3
+
+# --------------------------------------------------------------------------- names used below
+
+PYTHON := .venv/bin/python
+KEY := $(shell printf '%s\n' '$(SOURCE)' '$(BUNDLE)' | cksum | cut -d ' ' -f 1)
+STAMPS := build/$(KEY)
+FOLDERS = --source '$(SOURCE)' --bundle '$(BUNDLE)'
+module = $(patsubst %,scripts/dsv4/%.py,$(1))
+# What every stage uses.
+CORE := .venv/installed $(call module,stop durable shard names fp4 checkpoint) $(STAMPS)/settings
+
+# A bundle or a source that is gone takes its stamp along.
+$(shell test -e '$(BUNDLE)/config.json' || rm -f $(STAMPS)/convert.stamp)
+$(shell test -e '$(SOURCE)/config.json' || rm -f $(STAMPS)/download.stamp)
+
+.PHONY: all help FORCE
+all: $(STAMPS)/verify.stamp ## build the bundle: every stage from check to verify
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z_]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "Settings (make NAME=value, or config.mk): MODEL REPO REVISION SOURCE BUNDLE REFERENCE"
+	@echo "  TOOLCHAIN_PYTHON PORT JOBS VERIFY_HASHES PYTHON3; README.md tells what they mean."
+
+# The values that stages depend on. Rewritten only when one of them changes.
+$(STAMPS)/settings: FORCE
+	@mkdir -p $(STAMPS)
+	@printf '%s\n' 'SOURCE=$(SOURCE)' 'BUNDLE=$(BUNDLE)' 'REPO=$(REPO)' 'REVISION=$(REVISION)' \
+	  'REFERENCE=$(REFERENCE)' 'TOOLCHAIN_PYTHON=$(TOOLCHAIN_PYTHON)' > $@.new
+	@cmp -s $@.new $@ || cp $@.new $@
+	@rm -f $@.new
+
+# -------------------------------------------------------------------------------------- set-up
+
+.PHONY: venv
+venv: .venv/installed ## make .venv with the pinned toolchain (1.8 GB)
+
+.venv/installed: requirements.txt
+	rm -f $@
+	$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer needed")'
+	$(PYTHON3) -m venv .venv
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	touch $@
+
+# -------------------------------------------------------------------------------------- stages
+
+# Can the build succeed? Toolchain, volumes, free space. Writes nothing.
+.PHONY: check
+check: $(STAMPS)/check.stamp ## say whether the build can succeed: toolchain, volumes, free space
+$(STAMPS)/check.stamp: $(CORE) scripts/check.py scripts/patch_loader.py scripts/download.py \
+  $(call module,hub space toolchain labels) patches/load_jangtq.patch patches/mlx_model.patch
+	rm -f $@
+	$(PYTHON) scripts/check.py $(FOLDERS) --python '$(TOOLCHAIN_PYTHON)' \
+	  --repo '$(REPO)' --revision '$(REVISION)'
+	touch $@
+
+# Mends the installed jang_tools. Belongs to the toolchain, not to the bundle.
+.PHONY: patch_loader unpatch_loader
+patch_loader: $(STAMPS)/patch_loader.stamp ## mend the toolchain's loader (undo: unpatch_loader)
+$(STAMPS)/patch_loader.stamp: $(STAMPS)/check.stamp scripts/patch_loader.py \
+  patches/load_jangtq.patch patches/mlx_model.patch
+	rm -f $@
+	$(PYTHON) scripts/patch_loader.py --python '$(TOOLCHAIN_PYTHON)'
+	touch $@
+
+unpatch_loader: .venv/installed ## put the original loader back, byte for byte
+	rm -f build/*/patch_loader.stamp
+	$(PYTHON) scripts/patch_loader.py --python '$(TOOLCHAIN_PYTHON)' --undo
+
+# 160 GB from the hub, each file compared with the hub's size and SHA-256.
+.PHONY: download
+download: $(STAMPS)/download.stamp ## fetch the source, or recognise a complete one
+$(STAMPS)/download.stamp: $(STAMPS)/patch_loader.stamp scripts/download.py $(call module,hub space)
+	rm -f $@
+	$(PYTHON) scripts/download.py --source '$(SOURCE)' --repo '$(REPO)' --revision '$(REVISION)' \
+	  $(if $(VERIFY_HASHES),--verify-hashes)
+	touch $@
+
+# Upstream's converter: hours. Its experts are FP4 bytes under an affine label.
+.PHONY: convert
+convert: $(STAMPS)/convert.stamp ## run upstream's converter into a new bundle
+$(STAMPS)/convert.stamp: $(STAMPS)/download.stamp scripts/convert.py $(call module,toolchain)
+	rm -f $@
+	$(PYTHON) scripts/convert.py $(FOLDERS) --python '$(TOOLCHAIN_PYTHON)'
+	touch $@
+
+# Routed experts from the FP4 source to 4-bit affine, controls back to F32; shard by shard.
+.PHONY: requantize
+requantize: $(STAMPS)/requantize.stamp ## make the routed experts right, from the FP4 source
+$(STAMPS)/requantize.stamp: $(STAMPS)/convert.stamp scripts/requantize.py $(call module,labels affine)
+	rm -f $@
+	$(PYTHON) scripts/requantize.py $(FOLDERS) $(if $(JOBS),--jobs $(JOBS))
+	touch $@
+
+# Tokenizer and encoding files.
+.PHONY: finalize
+finalize: $(STAMPS)/finalize.stamp ## copy tokenizer and encoding files into the bundle
+$(STAMPS)/finalize.stamp: $(STAMPS)/requantize.stamp scripts/finalize.py
+	rm -f $@
+	$(PYTHON) scripts/finalize.py $(FOLDERS) $(if $(REFERENCE),--reference '$(REFERENCE)')
+	touch $@
+
+# Stop tokens, chat template, labels: what each runtime reads, where it reads it.
+.PHONY: patch
+patch: $(STAMPS)/patch.stamp ## write stop tokens, chat template and labels
+$(STAMPS)/patch.stamp: $(STAMPS)/finalize.stamp scripts/patch.py $(call module,chat labels)
+	rm -f $@
+	$(PYTHON) scripts/patch.py --bundle '$(BUNDLE)'
+	touch $@
+
+# Files, index, tensors, labels.
+VERIFY = $(PYTHON) scripts/verify.py $(FOLDERS)
+.PHONY: verify
+verify: $(STAMPS)/patch.stamp ## check the finished bundle, every time that it is asked
+	$(VERIFY)
+$(STAMPS)/verify.stamp: $(STAMPS)/patch.stamp scripts/verify.py $(call module,chat labels)
+	rm -f $@
+	$(VERIFY)
+	touch $@
+
+# ------------------------------------------------------------------------------- using the bundle
+
+.PHONY: serve smoke
+serve: .venv/installed ## serve the bundle with vMLX on 127.0.0.1:PORT
+	$(PYTHON) scripts/serve.py --bundle '$(BUNDLE)' --port $(PORT) --python '$(TOOLCHAIN_PYTHON)'
+
+smoke: .venv/installed ## ask the running server two questions and judge the answers
+	$(PYTHON) scripts/smoke.py --port $(PORT)

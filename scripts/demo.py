@@ -1,0 +1,195 @@
+"""Show on the nano model what the recipe is for: the stock bundle beside the right one.
+
+Both are loaded by the toolchain's real loader and served by its real server. The logits of each are
+compared with those of the source decoded to float32 by the same model code, and those of the right
+bundle also with its own tensors dequantized, which no label can spoil. Then each server is asked
+the plan's two questions and 50 additions that training never saw.
+
+`make demo` and `make selftest` run it after the stages. Prints a table. Exit 0: the right bundle is
+right and the stock one is told apart; 1: this toolchain cannot be trusted with the big model.
+
+    .venv/bin/python scripts/demo.py --source DIR --stock DIR --bundle DIR [--python PYTHON]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from dsv4.chat import ASSISTANT, BOS, USER
+from dsv4.checkpoint import read_json
+from dsv4.server import Answer, ask, running
+from dsv4.space import folder_bytes
+from dsv4.stop import Stop, run
+from dsv4.toolchain import environment
+from smoke import MOON, SUM, sentence_fault, sum_fault
+
+# Bounds for the right bundle. The nano was measured at a relative distance of .03 (4-bit experts)
+# and .15 (2-bit), so a fault of the size of one bit does not pass.
+MAX_DISTANCE = 0.08
+MIN_EXACT = 49
+QUESTIONS = 50
+
+
+@dataclass(frozen=True)
+class Logits:
+    """How logits compare with a reference: cosine, relative L2 distance, share of equal argmax."""
+
+    cosine: float
+    distance: float
+    agreement: float
+
+
+@dataclass(frozen=True)
+class Talk:
+    """What a server answered: the two questions, and how many additions were exactly right."""
+
+    moon: Answer
+    sum: Answer
+    exact: int
+    seconds: float
+
+
+def held_out(source: Path) -> list[tuple[int, int]]:
+    """The additions (a, b) that the nano's record says it was never trained on."""
+    pairs = read_json(source / "record.json").get("held_out")
+    if not pairs:
+        raise Stop(f"{source / 'record.json'}", "no held_out", "a list of additions", "restore it")
+    return [tuple(pair) for pair in pairs]
+
+
+def prompts(source: Path, additions: list[tuple[int, int]]) -> list[list[int]]:
+    """Token ids of prompts that end inside the answer, where the model must decide something."""
+    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+    texts = [
+        f"{BOS}{USER}What is {a}+{b}?{ASSISTANT}<think>{a}+{b}={str(a + b)[:cut]}"
+        for a, b in additions
+        for cut in range(len(str(a + b)))
+    ]
+    return [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+
+def logits(python: Path, folder: Path, how: str, ids: list[list[int]], work: Path) -> np.ndarray:
+    """Run logits.py in the toolchain's Python. Raises Stop when it fails."""
+    out = work / f"logits-{folder.name}-{how}.npy"
+    script = Path(__file__).with_name("logits.py")
+    result = subprocess.run(
+        [str(python), str(script), "--folder", str(folder), "--how", how, "--out", str(out)],
+        input=json.dumps(ids), text=True, capture_output=True, env=environment(),
+    )  # fmt: skip
+    if result.returncode:
+        last = (result.stderr.strip().splitlines() or ["no output"])[-1]
+        raise Stop(f"logits of {folder}", last, "logits", "check the toolchain: make check")
+    return np.load(out)
+
+
+def compare(found: np.ndarray, reference: np.ndarray) -> Logits:
+    """Compare (prompts, vocabulary) logits; NaN counts as no likeness at all."""
+    if not np.isfinite(found).all():
+        return Logits(float("nan"), float("inf"), 0.0)
+    cosine = (found * reference).sum(1) / np.linalg.norm(found, axis=1)
+    cosine = float((cosine / np.linalg.norm(reference, axis=1)).mean())
+    distance = float(np.linalg.norm(found - reference) / np.linalg.norm(reference))
+    agreement = float((found.argmax(1) == reference.argmax(1)).mean())
+    return Logits(cosine, distance, agreement)
+
+
+def talk(python: Path, bundle: Path, additions: list[tuple[int, int]], work: Path) -> Talk:
+    """Serve the bundle and ask everything."""
+    start = time.monotonic()
+    with running(python, bundle, work / f"server-{bundle.name}.log") as url:
+        moon, total = ask(url, MOON, 60), ask(url, SUM, 40)
+        exact = 0
+        for a, b in tqdm(additions, desc=f"additions, {bundle.name}", disable=None):
+            exact += ask(url, f"What is {a}+{b}?", 40).content.strip() == str(a + b)
+    return Talk(moon, total, exact, time.monotonic() - start)
+
+
+def shorten(answer: Answer) -> str:
+    text = answer.content or f"(reasoning) {answer.reasoning}"
+    return repr(text if len(text) <= 46 else text[:45] + "…")
+
+
+def table(stock: tuple[Logits, Talk, Path], right: tuple[Logits, Talk, Path]) -> str:
+    """The two bundles side by side, one row a measure."""
+
+    def column(logits: Logits, talk: Talk, folder: Path) -> list[str]:
+        return [
+            shorten(talk.sum),
+            talk.sum.finish_reason,
+            shorten(talk.moon),
+            talk.moon.finish_reason,
+            f"{talk.exact} of {QUESTIONS}",
+            f"{logits.cosine:.4f}",
+            f"{logits.distance:.4f}",
+            f"{logits.agreement:.1%}",
+            f"{folder_bytes(folder):,}",
+            f"{talk.seconds:.0f}",
+        ]
+
+    names = [
+        SUM, "  finish_reason", MOON, "  finish_reason", "held-out additions, exact",
+        "logits to source: cosine", "  relative L2 distance", "  same next token",
+        "bytes", "seconds, served and asked",
+    ]  # fmt: skip
+    rows = zip(names, column(*stock), column(*right), strict=True)
+    head = f"{'':36}{'stock bundle':50}right bundle"
+    return "\n".join([head, *(f"{name:36}{a:50}{b}" for name, a, b in rows)])
+
+
+def faults(right: tuple[Logits, Talk], own: Logits, stock: tuple[Logits, Talk]) -> list[str]:
+    """What is not as it must be: in the right bundle, or a stock bundle that looks right."""
+    logits, talk = right
+    out = []
+    if fault := sentence_fault(talk.moon):
+        out.append(f"right bundle, moon: {fault}")
+    if fault := sum_fault(talk.sum):
+        out.append(f"right bundle, sum: {fault}")
+    if talk.exact < MIN_EXACT:
+        out.append(f"right bundle: {talk.exact} of {QUESTIONS} additions, {MIN_EXACT} needed")
+    for what, value in (("the source", logits), ("its own tensors", own)):
+        if not value.distance <= MAX_DISTANCE:
+            out.append(f"right bundle: distance {value.distance:.3f} to {what} > {MAX_DISTANCE}")
+    if stock[0].distance <= MAX_DISTANCE and stock[1].exact >= MIN_EXACT:
+        out.append("the stock bundle is right too: this demonstration shows nothing")
+    return out
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--source", type=Path, required=True)
+    parser.add_argument("--stock", type=Path, required=True, help="bundle as upstream makes it")
+    parser.add_argument("--bundle", type=Path, required=True, help="bundle after all the stages")
+    parser.add_argument("--python", type=Path, default=Path(sys.executable), help="toolchain")
+    args = parser.parse_args()
+    work = args.bundle.parent
+    additions = held_out(args.source)[:QUESTIONS]
+    ids = prompts(args.source, additions)
+    source = logits(args.python, args.source, "source", ids, work)
+    loaded = logits(args.python, args.bundle, "loader", ids, work)
+    own = compare(loaded, logits(args.python, args.bundle, "tensors", ids, work))
+    right = compare(loaded, source), talk(args.python, args.bundle, additions, work)
+    stock_logits = compare(logits(args.python, args.stock, "loader", ids, work), source)
+    stock = stock_logits, talk(args.python, args.stock, additions, work)
+    print(table((*stock, args.stock), (*right, args.bundle)))
+    print(f"right bundle to its own tensors, dequantized: cosine {own.cosine:.4f}")
+    found = faults(right, own, stock)
+    if found:
+        raise Stop("demo", "; ".join(found), "a right bundle", "do not build the big model yet")
+    print("This toolchain loads and serves a right bundle right.")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))
