@@ -12,8 +12,7 @@ import numpy as np
 from dsv4.stop import Stop
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-UE8M0 = np.ldexp(np.float32(1), np.arange(256) - 127).astype(np.float32)
-UE8M0[255] = np.nan
+UE8M0 = np.append(np.ldexp(np.float32(1), np.arange(255) - 127), np.float32(np.nan))
 GROUP = 32
 
 

@@ -1,7 +1,7 @@
 """The `quantization` labels in config.json: which module is stored how, under every name in use.
 
-Each runtime looks a module's label up under names of its own and falls back to the top level when it
-finds none, without a word. So the experts' label stands under all of them (FACTS.md, section 6):
+Each runtime looks a module's label up under names of its own and falls back to the top level when
+it finds none, without a word. So the experts' label stands under all of them:
 
 | who                     | name                                                        |
 |-------------------------|-------------------------------------------------------------|
