@@ -43,20 +43,25 @@ def random_fp4(rng: np.random.Generator, out: int, columns: int) -> tuple[np.nda
     return packed.view(np.int8), rng.integers(100, 130, (out, columns // 32)).astype(np.uint8)
 
 
+def blocks_of(out: int, columns: int) -> np.ndarray:
+    """Scale bytes for FP8: one for each 128 × 128 block, begun or whole."""
+    return np.full((-(-out // 128), -(-columns // 128)), 120, np.uint8)
+
+
 def source_arrays(sizes: Sizes, rng: np.random.Generator) -> Arrays:
     """All tensors of a source, every kind that DeepSeek-V4 has, with few values each."""
     hidden, width = sizes.hidden, sizes.width
     blocks = [f"layers.{n}" for n in range(sizes.layers)] + [f"mtp.{n}" for n in range(sizes.mtp)]
     arrays: Arrays = {
-        "embed.weight": ("BF16", rng.integers(0, 1 << 15, (48, hidden)).astype(np.uint16)),
-        "norm.weight": ("BF16", rng.integers(0, 1 << 14, hidden).astype(np.uint16)),
+        "embed.weight": ("BF16", rng.integers(0x3C00, 0x3F80, (48, hidden)).astype(np.uint16)),
+        "norm.weight": ("BF16", rng.integers(0x3C00, 0x3F80, hidden).astype(np.uint16)),
         "hc_head_base": ("F32", rng.standard_normal(5).astype(np.float32)),
     }
     for block in blocks:
         arrays[f"{block}.attn.wq_a.weight"] = (
             "F8_E4M3", rng.integers(0, 120, (width, hidden)).astype(np.uint8),
         )  # fmt: skip
-        arrays[f"{block}.attn.wq_a.scale"] = ("F8_E8M0", np.full((1, 1), 120, np.uint8))
+        arrays[f"{block}.attn.wq_a.scale"] = ("F8_E8M0", blocks_of(width, hidden))
         arrays[f"{block}.attn.attn_sink"] = ("F32", rng.standard_normal(3).astype(np.float32))
         arrays[f"{block}.hc_attn_fn"] = ("F32", rng.standard_normal((3, 7)).astype(np.float32))
         arrays[f"{block}.ffn.gate.bias"] = (
