@@ -107,7 +107,7 @@ def open_source(folder: Path) -> Checkpoint:
     shards = _open_shards(folder, set(weight_map.values()))
     source = Checkpoint(folder, config, weight_map, shards)
     check_index(source, "download")
-    _check_strangers(source)
+    check_strangers(source, "move it away: the converter reads every shard that it finds")
     _check_scales(source)
     check_experts(source, ("weight", "scale"))
     return source
@@ -152,15 +152,16 @@ def check_index(checkpoint: Checkpoint, todo: str) -> None:
                 )
 
 
-def _check_strangers(source: Checkpoint) -> None:
-    on_disk = {path.name for path in source.folder.glob("*.safetensors")}
-    strangers = sorted(name for name in on_disk - set(source.shards) if not name.startswith("."))
+def check_strangers(checkpoint: Checkpoint, todo: str) -> None:
+    """Raise Stop when the folder holds a shard that the index does not name."""
+    on_disk = {path.name for path in checkpoint.folder.glob("*.safetensors")}
+    strangers = sorted(n for n in on_disk - set(checkpoint.shards) if not n.startswith("."))
     if strangers:
         raise Stop(
-            f"{source.folder / strangers[0]}",
+            f"{checkpoint.folder / strangers[0]}",
             "a shard that the index does not name",
             "only the index's shards",
-            "move it away: the converter reads every shard that it finds",
+            todo,
         )
 
 

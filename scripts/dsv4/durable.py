@@ -7,6 +7,7 @@ the folder is fsynced, so that after a crash the name holds either the old bytes
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -15,6 +16,15 @@ from pathlib import Path
 from typing import IO, Any
 
 TEMPORARY_SUFFIX = ".partial"
+
+
+def fsync(fd: int) -> None:
+    """Put a file's bytes on the disk; on macOS past the drive's own cache, where fsync stops."""
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        with contextlib.suppress(OSError):  # file systems without it still have fsync
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(fd)
 
 
 def fsync_folder(folder: Path) -> None:
@@ -31,26 +41,47 @@ def temporary_for(path: Path) -> Path:
     return path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
 
 
+class Replacement:
+    """A file being written under a temporary name; `commit` gives it its own, `discard` drops it.
+
+    A temporary that a killed run left behind is overwritten.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.temporary = temporary_for(path)
+        self.file = self.temporary.open("w+b")
+
+    def commit(self) -> None:
+        """Make the bytes durable, then the name; `path` never names anything but whole files."""
+        self.file.flush()
+        fsync(self.file.fileno())
+        if self.path.exists():
+            shutil.copymode(self.path, self.temporary)
+        self.temporary.replace(self.path)
+        fsync_folder(self.path.parent)
+        self.file.close()
+
+    def discard(self) -> None:
+        """Remove the temporary; `path` keeps its old bytes. Does nothing after `commit`."""
+        if not self.file.closed:
+            self.temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a full disk: what is lost was to be dropped
+                self.file.close()
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """Open a temporary sibling of `path` for writing; on success it takes `path`'s name.
 
-    When the body raises, the temporary is removed and `path` keeps its old bytes. A temporary that
-    a killed run left behind is overwritten.
+    When the body raises, the temporary is removed and `path` keeps its old bytes.
     """
-    temporary = temporary_for(path)
+    replacement = Replacement(path)
     try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists():
-            shutil.copymode(path, temporary)
-        temporary.replace(path)
-        fsync_folder(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        yield replacement.file
+        replacement.commit()
+    finally:
+        replacement.discard()
 
 
 def write_bytes(path: Path, data: bytes) -> bool:

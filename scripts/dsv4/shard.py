@@ -175,20 +175,27 @@ def read_array(tensor: Tensor) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A tensor that will be written: `produce()` gives its `nbytes` bytes when its turn comes."""
+class Slot:
+    """A tensor's place in a shard that will be written."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    produce: Callable[[], Iterable[bytes | memoryview | np.ndarray]]
 
     @property
     def nbytes(self) -> int:
+        """Its size in bytes."""
         return math.prod(self.shape) * ITEMSIZE[self.dtype]
 
 
-def header_bytes(planned: Iterable[Planned], metadata: Mapping[str, str]) -> bytes:
+@dataclass(frozen=True)
+class Planned(Slot):
+    """A tensor that will be written: `produce()` gives its `nbytes` bytes when its turn comes."""
+
+    produce: Callable[[], Iterable[bytes | memoryview | np.ndarray]]
+
+
+def header_bytes(planned: Iterable[Slot], metadata: Mapping[str, str]) -> bytes:
     """Length prefix and JSON header for these tensors in this order, padded to 8 bytes."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
