@@ -60,6 +60,7 @@ $(shell test -e '$(SOURCE)/config.json' || rm -f $(STAMPS)/download.stamp)
 
 .PHONY: all help FORCE
 all: $(STAMPS)/verify.stamp ## build the bundle: every stage from check to verify
+	@echo '$(BUNDLE): finished and verified'
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z_]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -131,7 +132,7 @@ $(STAMPS)/convert.stamp: $(STAMPS)/download.stamp scripts/convert.py $(call modu
 # Routed experts from the FP4 source to 4-bit affine, controls back to F32; shard by shard.
 .PHONY: requantize
 requantize: $(STAMPS)/requantize.stamp ## make the routed experts right, from the FP4 source
-$(STAMPS)/requantize.stamp: $(STAMPS)/convert.stamp scripts/requantize.py $(call module,labels affine)
+$(STAMPS)/requantize.stamp: $(STAMPS)/convert.stamp scripts/requantize.py $(call module,labels affine quantizer rewrite)
 	rm -f $@
 	$(PYTHON) scripts/requantize.py $(FOLDERS) $(if $(JOBS),--jobs $(JOBS))
 	touch $@

@@ -68,9 +68,14 @@ def probe(python: Path) -> dict[str, Any]:
     return json.loads(result.stdout.strip().splitlines()[-1])
 
 
-def environment(**extra: str) -> dict[str, str]:
-    """The environment for a toolchain process: no user site, nothing fetched from the hub."""
-    return {**os.environ, "PYTHONNOUSERSITE": "1", "HF_HUB_OFFLINE": "1", **extra}
+def environment() -> dict[str, str]:
+    """The environment for a toolchain process: no user site, nothing fetched from the hub.
+
+    Without Metal, MLX compiles fused kernels with the machine's C++ compiler, which may be missing
+    and takes over a minute for the first answer; there it interprets them instead.
+    """
+    interpret = {} if has_metal() else {"MLX_DISABLE_COMPILE": "1"}
+    return {**os.environ, "PYTHONNOUSERSITE": "1", "HF_HUB_OFFLINE": "1", **interpret}
 
 
 def module_file(python: Path | None, name: str, app: Path = APP) -> Path:
