@@ -93,7 +93,7 @@ venv: .venv/installed ## make .venv with the pinned toolchain (1.8 GB)
 .PHONY: check
 check: $(STAMPS)/check.stamp ## say whether the build can succeed: toolchain, volumes, free space
 $(STAMPS)/check.stamp: $(CORE) scripts/check.py scripts/patch_loader.py scripts/download.py \
-  $(call module,hub space toolchain labels) patches/load_jangtq.patch patches/mlx_model.patch
+  $(call module,hub origin transfer space toolchain labels) patches/load_jangtq.patch patches/mlx_model.patch
 	rm -f $@
 	$(PYTHON) scripts/check.py $(FOLDERS) --python '$(TOOLCHAIN_PYTHON)' \
 	  --repo '$(REPO)' --revision '$(REVISION)'
@@ -112,10 +112,11 @@ unpatch_loader: .venv/installed ## put the original loader back, byte for byte
 	rm -f build/*/patch_loader.stamp
 	$(PYTHON) scripts/patch_loader.py --python '$(TOOLCHAIN_PYTHON)' --undo
 
-# 160 GB from the hub, each file compared with the hub's size and SHA-256.
+# 160 GB from the hub, pinned to a commit, each file compared with the hub's size and hash.
 .PHONY: download
 download: $(STAMPS)/download.stamp ## fetch the source, or recognise a complete one
-$(STAMPS)/download.stamp: $(STAMPS)/patch_loader.stamp scripts/download.py $(call module,hub space)
+$(STAMPS)/download.stamp: $(STAMPS)/patch_loader.stamp scripts/download.py \
+  $(call module,hub origin transfer space)
 	rm -f $@
 	$(PYTHON) scripts/download.py --source '$(SOURCE)' --repo '$(REPO)' --revision '$(REVISION)' \
 	  $(if $(VERIFY_HASHES),--verify-hashes)
