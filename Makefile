@@ -172,3 +172,35 @@ serve: .venv/installed ## serve the bundle with vMLX on 127.0.0.1:PORT
 
 smoke: .venv/installed ## ask the running server two questions and judge the answers
 	$(PYTHON) scripts/smoke.py --port $(PORT)
+
+# ----------------------------------------------------------------------------------- the nano demo
+
+# The small trained model through every stage; the stock bundle beside it; both asked.
+.PHONY: demo
+demo: ## build, serve and ask the small model that the repository ships (no download)
+	$(MAKE) convert MODEL=nano BUNDLE=build/nano/stock
+	$(MAKE) all MODEL=nano
+	$(PYTHON) scripts/demo.py --source scripts/nano/checkpoint \
+	  --stock build/nano/stock --bundle build/nano/bundle --python '$(TOOLCHAIN_PYTHON)'
+
+# ------------------------------------------------------------------------------------- development
+
+# jang_tools as published, for the tests of the patches.
+build/wheels/jang-%-py3-none-any.whl: | .venv/installed
+	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps \
+	  --dest build/wheels jang==$*
+
+.PHONY: test lint format clean
+test: .venv/installed $(patsubst %,build/wheels/jang-%-py3-none-any.whl,2.5.8 2.5.9 2.5.50) ## run the tests
+	$(PYTHON) scripts/patch_loader.py --python $(PYTHON)
+	$(PYTHON) -m pytest -q tests
+
+lint: .venv/installed ## check style and format
+	$(PYTHON) -m ruff check scripts tests
+	$(PYTHON) -m ruff format --check scripts tests
+
+format: .venv/installed ## format the code
+	$(PYTHON) -m ruff format scripts tests
+
+clean: ## remove stamps and reports; never a bundle or a source
+	rm -f build/*/*.stamp build/*/settings build/*/*.json build/*/*.html

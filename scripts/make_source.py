@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from dsv4.checkpoint import INDEX
-from dsv4.durable import write_json
+from dsv4.durable import copy_file, write_json
 from dsv4.fp4 import GROUP
 from dsv4.fp8 import BLOCK, E4M3
 from dsv4.shard import Planned, write_shard
@@ -51,6 +51,14 @@ class Sizes:
     index_topk: int = 8
     compress_ratios: tuple[int, ...] = (0, 4, 128, 4, 0)
 
+
+NANO = Path(__file__).resolve().parent / "nano" / "checkpoint"
+WORDS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "encoding/encoding_dsv4.py",
+)
 
 Array = tuple[str, np.ndarray]  # a safetensors dtype and the array that holds its bytes
 
@@ -246,7 +254,15 @@ def write_source(folder: Path, sizes: Sizes, seed: int, shards: int) -> int:
     size = sum(array.nbytes for _, (_, array) in named)
     write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
     write_json(folder / "config.json", config_of(sizes))
+    copy_words(folder)
     return len(named)
+
+
+def copy_words(folder: Path) -> None:
+    """The nano checkpoint's tokenizer and encoding, whose vocabulary these sources share."""
+    (folder / "encoding").mkdir(exist_ok=True)
+    for name in WORDS:
+        copy_file(NANO / name, folder / name)
 
 
 def main() -> int:

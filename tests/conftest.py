@@ -1,6 +1,81 @@
-"""Let the tests import what the scripts share."""
+"""Sources and bundles that several tests share, made by the real scripts and the real converter.
 
+They are made once a session and never written to; a test that changes one takes a copy.
+"""
+
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ROOT / "scripts"
+NANO = SCRIPTS / "nano" / "checkpoint"
+sys.path.insert(0, str(SCRIPTS))
+
+
+def script(name: str, *arguments: object, **options: object) -> subprocess.CompletedProcess:
+    """Run scripts/NAME.py as a user does; stdout and stderr are captured."""
+    command = [sys.executable, str(SCRIPTS / f"{name}.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def must(name: str, *arguments: object) -> str:
+    """Run a script that has to succeed; return what it prints."""
+    result = script(name, *arguments)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def refusal(name: str, *arguments: object) -> str:
+    """Run a script that has to stop: exit 1 and one clear line, which is returned."""
+    result = script(name, *arguments)
+    assert result.returncode == 1, (result.returncode, result.stdout, result.stderr)
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: "), result.stderr
+    assert "Traceback" not in result.stderr
+    return last
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory) -> Path:
+    """A random source with every kind of tensor, in five shards that part weights from scales."""
+    folder = tmp_path_factory.mktemp("made") / "source"
+    must("make_source", "--source", folder, "--seed", 7)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stock(source, tmp_path_factory) -> Path:
+    """That source as upstream's converter leaves it."""
+    folder = tmp_path_factory.mktemp("made") / "stock"
+    must("convert", "--source", source, "--bundle", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def good(source, stock, tmp_path_factory) -> Path:
+    """The stock bundle after requantize, finalize and patch."""
+    folder = tmp_path_factory.mktemp("made") / "good"
+    shutil.copytree(stock, folder)
+    must("requantize", "--source", source, "--bundle", folder)
+    must("finalize", "--source", source, "--bundle", folder)
+    must("patch", "--bundle", folder)
+    return folder
+
+
+@pytest.fixture
+def source_copy(source, tmp_path) -> Path:
+    return shutil.copytree(source, tmp_path / "source")
+
+
+@pytest.fixture
+def stock_copy(stock, tmp_path) -> Path:
+    return shutil.copytree(stock, tmp_path / "stock")
+
+
+@pytest.fixture
+def good_copy(good, tmp_path) -> Path:
+    return shutil.copytree(good, tmp_path / "good")

@@ -1,0 +1,122 @@
+"""finalize and patch: files, stop tokens, template and labels, written once and kept.
+
+Catches: an EOS list that a runtime does not read, a template that renders another prompt than the
+encoding file, labels that disagree with the tensors, a second run that changes something.
+"""
+
+import importlib.util
+import json
+
+import pytest
+from conftest import must, refusal
+from jinja2 import Environment
+
+from dsv4.chat import TEMPLATE
+
+
+def read(folder, name):
+    return json.loads((folder / name).read_text())
+
+
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_the_stop_tokens_stand_where_each_runtime_reads_them(good):
+    tokens = {t["content"]: t["id"] for t in read(good, "tokenizer.json")["added_tokens"]}
+    eos = [tokens["<｜end▁of▁sentence｜>"], tokens["<｜User｜>"]]
+    assert read(good, "config.json")["eos_token_id"] == eos
+    assert read(good, "generation_config.json")["eos_token_id"] == eos
+    assert read(good, "tokenizer_config.json")["eos_token"] == "<｜end▁of▁sentence｜>"
+
+
+def test_the_labels_stand_under_every_name_in_use(good):
+    labels = read(good, "config.json")["quantization"]
+    assert (labels["bits"], labels["group_size"], labels["mode"]) == (8, 32, "affine")
+    expert = {"bits": 4, "group_size": 32, "mode": "affine"}
+    for name in (
+        "model.layers.3.mlp.switch_mlp.down_proj",
+        "language_model.model.layers.0.ffn.switch_mlp.up_proj",
+        "layers.2.ffn.experts.7.w1",
+        "mtp.0.ffn.experts.0.w3",
+    ):
+        assert labels[name] == expert
+    assert read(good, "jang_config.json")["quantization"]["group_size"] == 32
+    assert "quantization_config" not in read(good, "config.json")
+
+
+def test_a_second_run_changes_nothing(source, good_copy):
+    before = contents(good_copy)
+    must("requantize", "--source", source, "--bundle", good_copy)
+    must("finalize", "--source", source, "--bundle", good_copy)
+    must("patch", "--bundle", good_copy)
+    assert contents(good_copy) == before
+
+
+def test_a_dry_run_says_what_would_change_and_changes_nothing(source, stock_copy):
+    must("requantize", "--source", source, "--bundle", stock_copy)
+    before = contents(stock_copy)
+    assert "would set tokenizer_config.json: chat_template" in must(
+        "patch", "--bundle", stock_copy, "--dry-run"
+    )
+    assert contents(stock_copy) == before
+
+
+def test_a_template_that_is_there_is_kept(good_copy):
+    path = good_copy / "tokenizer_config.json"
+    path.write_text(json.dumps(read(good_copy, path.name) | {"chat_template": "{{ mine }}"}))
+    must("patch", "--bundle", good_copy)
+    assert read(good_copy, path.name)["chat_template"] == "{{ mine }}"
+
+
+def test_labels_are_refused_to_a_stock_bundle(stock_copy):
+    assert "run requantize" in refusal("patch", "--bundle", stock_copy)
+
+
+def test_a_tokenizer_without_the_special_tokens_is_refused(good_copy):
+    path = good_copy / "tokenizer.json"
+    path.write_text(json.dumps({"model": {"vocab": {"a": 0}}, "added_tokens": []}))
+    assert "<｜end▁of▁sentence｜>" in refusal("patch", "--bundle", good_copy)
+
+
+def test_finalize_brings_back_what_is_missing_and_keeps_what_patch_wrote(source, good_copy):
+    (good_copy / "encoding" / "encoding_dsv4.py").unlink()
+    (good_copy / "tokenizer.json").write_text("{}")
+    edited = (good_copy / "tokenizer_config.json").read_bytes()
+    must("finalize", "--source", source, "--bundle", good_copy)
+    for name in ("encoding/encoding_dsv4.py", "tokenizer.json"):
+        assert (good_copy / name).read_bytes() == (source / name).read_bytes()
+    assert (good_copy / "tokenizer_config.json").read_bytes() == edited
+
+
+def test_finalize_takes_everything_from_a_reference(source, good, stock_copy):
+    must("finalize", "--source", source, "--bundle", stock_copy, "--reference", good)
+    name = "tokenizer_config.json"
+    assert (stock_copy / name).read_bytes() == (good / name).read_bytes()
+
+
+def test_finalize_without_an_encoding_stops(source_copy, good_copy):
+    (source_copy / "encoding" / "encoding_dsv4.py").unlink()
+    line = refusal("finalize", "--source", source_copy, "--bundle", good_copy)
+    assert "encoding/encoding_dsv4.py" in line
+    assert "REFERENCE" in line
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+@pytest.mark.parametrize("system", ["", "You are a helpful AI assistant."])
+def test_the_template_renders_what_the_encoding_file_renders(source, system, thinking):
+    path = source / "encoding" / "encoding_dsv4.py"
+    spec = importlib.util.spec_from_file_location("encoding_of_the_source", path)
+    encoding = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(encoding)
+    messages = [{"role": "system", "content": system}] if system else []
+    messages += [
+        {"role": "user", "content": "What is 17+28?"},
+        {"role": "assistant", "content": "45"},
+        {"role": "user", "content": "And 1+1?"},
+    ]
+    rendered = Environment().from_string(TEMPLATE).render(
+        messages=messages, add_generation_prompt=True, enable_thinking=thinking
+    )  # fmt: skip
+    mode = "thinking" if thinking else "chat"
+    assert rendered == encoding.encode_messages(messages, thinking_mode=mode)

@@ -1,0 +1,139 @@
+"""The Makefile: order, stamps, and what makes a stage stale.
+
+Runs the real recipe on a small source, in a copy of the repository with the same .venv. Catches: a
+stage that is skipped or redone, a stamp that outlives its bundle, a failed stage that leaves one.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+STAGES = [
+    "check", "patch_loader", "download", "convert", "requantize", "finalize", "patch", "verify",
+]  # fmt: skip
+
+
+class Recipe:
+    """A copy of the recipe, with a source and a bundle of its own; `make` runs in it."""
+
+    def __init__(self, folder: Path, source: Path) -> None:
+        self.folder = folder / "repository with a space"
+        self.folder.mkdir()
+        for name in ("scripts", "patches"):
+            ignore = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / name, self.folder / name, ignore=ignore)
+        for name in ("Makefile", "requirements.txt"):
+            shutil.copy2(ROOT / name, self.folder / name)
+        (self.folder / ".venv").symlink_to(Path(sys.prefix))
+        self.source = shutil.copytree(source, folder / "the source")
+        self.bundle = folder / "the bundle"
+
+    def make(self, *arguments: str) -> subprocess.CompletedProcess:
+        settings = [f"SOURCE={self.source}", f"BUNDLE={self.bundle}", "REPO="]
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
+        return subprocess.run(
+            ["make", *arguments, *settings],
+            cwd=self.folder,
+            env=clean,
+            capture_output=True,
+            text=True,
+        )
+
+    def stages(self, *arguments: str) -> list[str]:
+        """Run make, which must succeed; the stages that it ran, in order."""
+        result = self.make(*arguments)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return re.findall(r"^\.venv/bin/python scripts/(\w+)\.py", result.stdout, re.MULTILINE)
+
+    def edit(self, name: str) -> None:
+        """Change a script, later than every stamp."""
+        path = self.folder / "scripts" / name
+        path.write_text(path.read_text() + "\n# edited\n")
+
+
+@pytest.fixture(scope="module")
+def recipe(source, tmp_path_factory) -> Recipe:
+    made = Recipe(tmp_path_factory.mktemp("recipe"), source)
+    assert made.stages("all") == STAGES
+    return made
+
+
+def test_a_second_run_redoes_no_stage(recipe):
+    assert recipe.stages("all") == []
+
+
+def test_an_edited_script_redoes_its_stage_and_those_after_it(recipe):
+    recipe.edit("finalize.py")
+    assert recipe.stages("all") == ["finalize", "patch", "verify"]
+
+
+def test_an_edited_module_redoes_the_first_stage_that_uses_it(recipe):
+    recipe.edit("dsv4/chat.py")
+    assert recipe.stages("all") == ["patch", "verify"]
+
+
+def test_a_changed_setting_redoes_the_stages_and_loses_nothing(recipe):
+    shards = {path: path.read_bytes() for path in recipe.bundle.glob("*.safetensors")}
+    assert recipe.stages("all", "REFERENCE=" + str(recipe.bundle)) == STAGES
+    assert shards == {path: path.read_bytes() for path in recipe.bundle.glob("*.safetensors")}
+    assert recipe.stages("all") == STAGES
+
+
+def test_a_deleted_shard_makes_verify_name_it(recipe):
+    shard = next(iter(recipe.bundle.glob("*.safetensors")))
+    kept = shard.rename(shard.with_name("kept"))
+    result = recipe.make("verify")
+    assert result.returncode != 0
+    assert shard.name in result.stderr
+    kept.rename(shard)
+    assert recipe.stages("verify") == ["verify"]
+
+
+def test_a_deleted_bundle_is_built_again(recipe):
+    shutil.rmtree(recipe.bundle)
+    assert recipe.stages("all") == STAGES[STAGES.index("convert") :]
+
+
+def test_a_failed_stage_leaves_no_stamp(recipe):
+    encoding = recipe.source / "encoding"
+    hidden = encoding.rename(recipe.source / "hidden")
+    shutil.rmtree(recipe.bundle)
+    assert recipe.make("all").returncode != 0
+    hidden.rename(encoding)
+    assert recipe.stages("all") == ["finalize", "patch", "verify"]
+
+
+def test_clean_touches_neither_bundle_nor_source(recipe):
+    def files(folder):
+        return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+    before = files(recipe.bundle), files(recipe.source)
+    recipe.stages("clean")
+    assert before == (files(recipe.bundle), files(recipe.source))
+    assert not list((recipe.folder / "build").rglob("*.stamp"))
+
+
+def test_requantize_mends_a_bundle_that_was_converted_elsewhere(recipe, stock, tmp_path):
+    recipe.bundle = shutil.copytree(stock, tmp_path / "from elsewhere")
+    assert recipe.stages("requantize") == STAGES[:5]
+    assert recipe.stages("all") == STAGES[5:]
+
+
+def test_help_lists_every_target(recipe):
+    shown = recipe.make("help").stdout
+    names = re.findall(r"^([a-z_]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for name in set(names):
+        assert f"make {name} " in shown, name
+
+
+def test_no_setting_asks_for_the_download_of_a_missing_source(recipe, tmp_path):
+    recipe.source = tmp_path / "nowhere"
+    result = recipe.make("check")
+    assert result.returncode != 0
+    assert "set SOURCE, or REPO to fetch it" in result.stdout
