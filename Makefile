@@ -149,9 +149,9 @@ $(STAMPS)/finalize.stamp: $(STAMPS)/requantize.stamp scripts/finalize.py
 # Stop tokens, chat template, labels: what each runtime reads, where it reads it.
 .PHONY: patch
 patch: $(STAMPS)/patch.stamp ## write stop tokens, chat template and labels
-$(STAMPS)/patch.stamp: $(STAMPS)/finalize.stamp scripts/patch.py $(call module,chat labels)
+$(STAMPS)/patch.stamp: $(STAMPS)/finalize.stamp scripts/patch.py $(call module,chat labels hub origin)
 	rm -f $@
-	$(PYTHON) scripts/patch.py --bundle '$(BUNDLE)'
+	$(PYTHON) scripts/patch.py $(FOLDERS)
 	touch $@
 
 # Files, index, tensors, labels.

@@ -379,3 +379,18 @@ def test_two_downloads_into_one_folder_do_not_meet(hub, tmp_path):
     assert "another download running" in download(hub, source).line
     hub.faults.clear()
     assert first.wait(60) == 0
+
+
+def test_the_bundle_names_the_commit_and_no_local_path(hub, tmp_path, good_copy):
+    from conftest import must
+
+    source = tmp_path / "s"
+    download(hub, source)
+    must("patch", "--bundle", good_copy, "--source", source)
+    text = (good_copy / "jang_config.json").read_text()
+    pinned = hub.repos[REPO].refs["main"]
+    assert json.loads(text)["source_model"] == f"{REPO}@{pinned}"
+    assert json.loads(text)["source"] == provenance(source)
+    must("patch", "--bundle", good_copy)
+    assert (good_copy / "jang_config.json").read_text() == text
+    assert str(tmp_path) not in text
