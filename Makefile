@@ -39,6 +39,8 @@ TOOLCHAIN_PYTHON ?= .venv/bin/python
 PORT ?= 8010
 # Processors that requantize uses; empty for all.
 JOBS ?=
+# What verify looks at: 1 for headers and JSON, 2 for every number too.
+LEVEL ?= 2
 # 1: download hashes every file again, also those that it knows.
 VERIFY_HASHES ?=
 # The Python that .venv is made with: 3.11 to 3.13.
@@ -51,6 +53,8 @@ KEY := $(shell printf '%s\n' '$(SOURCE)' '$(BUNDLE)' | cksum | cut -d ' ' -f 1)
 STAMPS := build/$(KEY)
 FOLDERS = --source '$(SOURCE)' --bundle '$(BUNDLE)'
 module = $(patsubst %,scripts/dsv4/%.py,$(1))
+space := $(subst ,, )
+escaped = $(subst $(space),\ ,$(1))
 # What every stage uses.
 CORE := .venv/installed $(call module,stop durable shard names fp4 checkpoint) $(STAMPS)/settings
 
@@ -65,7 +69,7 @@ all: $(STAMPS)/verify.stamp ## build the bundle: every stage from check to verif
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z_]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "Settings (make NAME=value, or config.mk): MODEL REPO REVISION SOURCE BUNDLE REFERENCE"
-	@echo "  TOOLCHAIN_PYTHON PORT JOBS VERIFY_HASHES PYTHON3; README.md tells what they mean."
+	@echo "  TOOLCHAIN_PYTHON PORT JOBS LEVEL VERIFY_HASHES PYTHON3; README.md tells what they mean."
 
 # The values that stages depend on. Rewritten only when one of them changes.
 $(STAMPS)/settings: FORCE
@@ -154,15 +158,23 @@ $(STAMPS)/patch.stamp: $(STAMPS)/finalize.stamp scripts/patch.py $(call module,c
 	$(PYTHON) scripts/patch.py $(FOLDERS)
 	touch $@
 
-# Files, index, tensors, labels.
-VERIFY = $(PYTHON) scripts/verify.py $(FOLDERS)
-.PHONY: verify
-verify: $(STAMPS)/patch.stamp ## check the finished bundle, every time that it is asked
+# LEVEL=1: headers and JSON, seconds. 2: every number against the source, at the disk's speed.
+PROOF = survey findings headers documents loading level1 judge compare promises numbers verdict
+VERIFY = $(PYTHON) scripts/verify.py --bundle '$(BUNDLE)' --level $(LEVEL) \
+  $(if $(wildcard $(call escaped,$(SOURCE))/config.json),--source '$(SOURCE)') \
+  --python '$(TOOLCHAIN_PYTHON)' --json $(STAMPS)/verify.json $(if $(JOBS),--jobs $(JOBS))
+.PHONY: verify report
+verify: $(STAMPS)/patch.stamp ## prove the finished bundle right, or name what is wrong (LEVEL=1: fast)
 	$(VERIFY)
-$(STAMPS)/verify.stamp: $(STAMPS)/patch.stamp scripts/verify.py $(call module,chat labels)
+$(STAMPS)/verify.stamp: $(STAMPS)/patch.stamp scripts/verify.py scripts/replay.py \
+  $(call module,chat labels quantizer affine fp8 $(PROOF))
 	rm -f $@
 	$(VERIFY)
 	touch $@
+
+# What the last verify found, as one page to put beside a published bundle.
+report: .venv/installed ## write the last verify's result as one HTML page, build/KEY/verify.html
+	$(PYTHON) scripts/report.py --json $(STAMPS)/verify.json --out $(STAMPS)/verify.html
 
 # ------------------------------------------------------------------------------- using the bundle
 
