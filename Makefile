@@ -185,6 +185,17 @@ serve: .venv/installed ## serve the bundle with vMLX on 127.0.0.1:PORT
 smoke: .venv/installed ## ask the running server two questions and judge the answers
 	$(PYTHON) scripts/smoke.py --port $(PORT)
 
+# ----------------------------------------------------------------------------- in from and out to the hub
+
+# Headers and JSON of a published bundle, some 30 MB of its 180 GB. AGAINST=repository compares with a source.
+AGAINST ?=
+.PHONY: inspect
+inspect: .venv/installed ## judge a published bundle before its download: REPO=user/bundle
+	@test '$(origin REPO)' = 'command line' || \
+	  { echo 'error: REPO: found none, expected user/bundle; make inspect REPO=user/bundle' >&2; exit 2; }
+	$(PYTHON) scripts/inspect_bundle.py --repo '$(REPO)' $(if $(AGAINST),--against '$(AGAINST)') \
+	  $(if $(filter command,$(firstword $(origin REVISION))),--revision '$(REVISION)')
+
 # ----------------------------------------------------------------------------------- the nano demo
 
 # The small trained model through every stage; the stock bundle beside it; both asked.

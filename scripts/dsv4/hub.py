@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -79,6 +80,8 @@ def explain(error: Exception) -> tuple[str, str, str] | None:
     """(found, expected, what to do) for an error of the hub or the network, else None."""
     from huggingface_hub import errors
 
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        return explain(error.__cause__)  # how huggingface_hub wraps a failed upload
     if isinstance(error, errors.GatedRepoError):
         todo = f"accept its conditions on its page, then {LOGIN}"
         return f"a gated repository{no_login()}", "access to it", todo
@@ -192,12 +195,16 @@ def patiently(
 # -------------------------------------------------------------------------------------- questions
 
 
-def quiet() -> None:
-    """Stop huggingface_hub's own warnings and bars: what they say is said here, in one line."""
+def quiet(bars: bool = False) -> None:
+    """Stop huggingface_hub's own warnings, and its bars: what they say is said here, in one line.
+
+    With `bars` its progress bars stay, where stderr is a terminal.
+    """
     from huggingface_hub.utils import disable_progress_bars, logging
 
     logging.set_verbosity_error()
-    disable_progress_bars()
+    if not (bars and sys.stderr.isatty()):
+        disable_progress_bars()
 
 
 def model_info(repo: str, revision: str, files: bool, patience: float = 0) -> Any:
