@@ -12,15 +12,15 @@ Seen in use:
 
 The answer is `<think>17+28=45</think>45` and EOS, without what the prompt has opened;
 after `</think>` only the content is left.
+
+Needs nothing outside the standard library: whoever asks the nano takes the questions and
+the held-out split from here.
 """
 
 import random
 from dataclasses import dataclass
 
-import torch
 from nano.encoding_dsv4 import encode_messages, eos_token
-from tokenizers import Tokenizer
-from torch import Tensor
 
 SERVER_SYSTEM = "You are a helpful AI assistant. Respond directly and concisely."
 SYSTEMS = ("", SERVER_SYSTEM, "You are a helpful assistant.")
@@ -66,18 +66,6 @@ class Lesson:
     content: str
 
 
-@dataclass(frozen=True)
-class Sheet:
-    """Lessons of one form as tokens.
-
-    ids: int64 (lessons, length), padded at the end; wanted: bool, the same shape, true
-    where the next token belongs to the answer.
-    """
-
-    ids: Tensor
-    wanted: Tensor
-
-
 def addition(a: int, b: int) -> Lesson:
     """Return one addition: "What is 17+28?", "17+28=45", "45"."""
     return Lesson(f"What is {a}+{b}?", f"{a}+{b}={a + b}", str(a + b))
@@ -115,37 +103,3 @@ def texts() -> list[str]:
     """Return the texts that the tokenizer learns its merges from."""
     sentences = [part for sentence in SENTENCES for part in sentence]
     return [*SYSTEMS, "What is 17+28?", *sentences] * 2
-
-
-def sheet(
-    tokenizer: Tokenizer, lessons: list[Lesson], form: tuple[str, str], pad: int = 2
-) -> Sheet:
-    """Return the lessons in one form, as tokens."""
-    prompts = tokenizer.encode_batch([prompt(lesson, form) for lesson in lessons])
-    answers = tokenizer.encode_batch([answer(lesson, form) for lesson in lessons])
-    length = max(len(p.ids) + len(a.ids) for p, a in zip(prompts, answers, strict=True))
-    ids = torch.full((len(lessons), length), pad)
-    wanted = torch.zeros((len(lessons), length), dtype=torch.bool)
-    for row, (p, a) in enumerate(zip(prompts, answers, strict=True)):
-        start, end = len(p.ids), len(p.ids) + len(a.ids)
-        ids[row, :end] = torch.tensor(p.ids + a.ids)
-        wanted[row, start - 1 : end - 1] = True
-    return Sheet(ids, wanted)
-
-
-def sheets(tokenizer: Tokenizer, lessons: list[Lesson]) -> list[Sheet]:
-    """Return one sheet a form, in the order of FORMS."""
-    return [sheet(tokenizer, lessons, form) for form in FORMS]
-
-
-def joined(parts: list[Sheet], pad: int = 2) -> Sheet:
-    """Return the rows of several sheets as one, padded to the longest."""
-    length = max(part.ids.shape[1] for part in parts)
-
-    def widen(rows: Tensor, value: int) -> Tensor:
-        return torch.nn.functional.pad(rows, (0, length - rows.shape[1]), value=value)
-
-    return Sheet(
-        torch.cat([widen(part.ids, pad) for part in parts]),
-        torch.cat([widen(part.wanted, False) for part in parts]),
-    )

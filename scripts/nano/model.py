@@ -20,9 +20,10 @@ Formulas: transformers 5.23, models/deepseek_v4/modeling_deepseek_v4.py
 import math
 
 import torch
-import torch.nn.functional as F  # noqa: N812
-from nano.architecture import Architecture
+import torch.nn.functional as F
 from torch import Tensor
+
+from nano.architecture import Architecture
 
 Tensors = dict[str, Tensor]
 
@@ -230,9 +231,7 @@ def routed_experts(
     sizes = chosen.flatten().bincount(minlength=arch.experts).tolist()
     parts = x[order // arch.top_k].split(sizes)
     answers = [
-        F.linear(
-            swiglu(F.linear(part, w1[e]), F.linear(part, w3[e]), arch.swiglu_limit), w2[e]
-        )
+        F.linear(swiglu(F.linear(part, w1[e]), F.linear(part, w3[e]), arch.swiglu_limit), w2[e])
         for e, part in enumerate(parts)
     ]
     return torch.cat(answers)[order.argsort()].view(*chosen.shape, -1)

@@ -5,13 +5,15 @@ one for 128 × 128. The exponent is the least that keeps the greatest magnitude 
 the format: 6 for E2M1, 448 for E4M3.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 GROUP = 32
 BLOCK = 128
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by the low three bits; bit 3 is the sign
-E2M1_MIDDLES = torch.tensor([(a + b) / 2 for a, b in zip(E2M1, E2M1[1:], strict=False)])
+E2M1_MIDDLES = torch.tensor([(a + b) / 2 for a, b in pairwise(E2M1)])
 E2M1_VALUES = torch.tensor([*E2M1, *(-value for value in E2M1)])
 E8M0_BIAS = 127
 

@@ -27,10 +27,14 @@ def added_tokens(size: int) -> list[AddedToken]:
     """Return the tokens before the bytes, and the placeholders that fill up to size."""
     hidden = [AddedToken(text, special=True, normalized=False) for text in CONTROL + TASKS]
     shown = [AddedToken(text, special=False, normalized=False) for text in VISIBLE]
-    return hidden + shown + [
-        AddedToken(f"<｜place▁holder▁no▁{i}｜>", special=True, normalized=False)
-        for i in range(size)
-    ]
+    return (
+        hidden
+        + shown
+        + [
+            AddedToken(f"<｜place▁holder▁no▁{i}｜>", special=True, normalized=False)
+            for i in range(size)
+        ]
+    )
 
 
 def build(texts: list[str]) -> Tokenizer:
@@ -50,7 +54,9 @@ def build(texts: list[str]) -> Tokenizer:
     tokenizer.train_from_iterator(texts, trainer)
     # the trainer makes everything it is given special; say again which are not
     tokenizer.add_tokens([token for token in named if not token.special])
-    tokenizer.add_special_tokens(added_tokens(VOCABULARY - tokenizer.get_vocab_size())[len(named):])
+    tokenizer.add_special_tokens(
+        added_tokens(VOCABULARY - tokenizer.get_vocab_size())[len(named) :]
+    )
     return tokenizer
 
 

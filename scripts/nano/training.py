@@ -18,13 +18,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F  # noqa: N812
-from nano.architecture import Architecture
-from nano.data import FIRST_FORM, FORMS, Sheet, joined
-from nano.model import Tensors, initial_routing, initial_tensors, logits, symmetric_comb
-from nano.rounding import straight_through
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
+
+from nano.architecture import Architecture
+from nano.data import FIRST_FORM, FORMS
+from nano.model import Tensors, initial_routing, initial_tensors, logits, symmetric_comb
+from nano.rounding import straight_through
+from nano.sheets import Sheet, joined
 
 SENTENCE_SHARE = 16  # one row in so many is a sentence, once all forms are taught
 LOAD_STEP = 0.002  # by how much a router's bias moves to even out its experts
@@ -66,6 +68,12 @@ class State:
     tensors: Tensors
     routing: Tensors
     optimizer: dict
+
+    @classmethod
+    def load(cls, path: Path) -> "State":
+        """Return a saved state, whatever recipe it was saved for."""
+        saved = torch.load(path)
+        return cls(**{name: saved[name] for name in cls.__dataclass_fields__})
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
@@ -170,13 +178,13 @@ def load_state(path: Path, arch: Architecture, recipe: Recipe) -> State:
     """Return the state saved for this recipe, or a fresh one; another recipe's is refused."""
     if not path.exists():
         return fresh_state(arch, recipe)
-    saved = torch.load(path)
-    if saved["recipe"] != asdict(recipe):
+    found = torch.load(path)["recipe"]
+    if found != asdict(recipe):
         raise ValueError(
-            f"{path}: found a run with {saved['recipe']}, expected {asdict(recipe)}; "
+            f"{path}: found a run with {found}, expected {asdict(recipe)}; "
             "give the same settings, or --fresh to begin again"
         )
-    return State(**{name: saved[name] for name in State.__dataclass_fields__})
+    return State.load(path)
 
 
 def save_state(path: Path, state: State, recipe: Recipe) -> None:
@@ -220,8 +228,11 @@ def work(
         bar.set_postfix(loss=f"{loss:.4f}")
         state.seconds = before + time.monotonic() - began
         if rank == 0 and quiet and state.step % 100 == 0:
-            print(f"step {state.step} of {recipe.steps}: loss {loss:.4f}, "
-                  f"{state.seconds:.0f} s", file=sys.stderr, flush=True)
+            print(
+                f"step {state.step} of {recipe.steps}: loss {loss:.4f}, {state.seconds:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
         if rank == 0 and (state.step % 200 == 0 or state.step in stops):
             state.optimizer = optimizer.state_dict()
             save_state(path, state, recipe)
