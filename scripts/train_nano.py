@@ -47,7 +47,7 @@ from nano.model import Tensors
 from nano.training import Lessons, Recipe, State, exact, train
 
 TOLERANCE = 1e-5
-STEPS = (600, 1400, 400)
+STEPS = (600, 700, 250)
 
 
 class TrainingError(Exception):
@@ -126,24 +126,42 @@ def check_model(seed: int) -> float:
     return difference
 
 
-def shares_right(weights: Tensors, state: State, pages: list[sheets.Sheet]) -> list[float]:
+def shares_right(weights: Tensors, state: State, asked: list[sheets.Sheet]) -> list[float]:
     """Return the share of right answers, one number a prompt form."""
-    return [exact(weights, state.routing, sheet, NANO).float().mean().item() for sheet in pages]
+    return [exact(weights, state.routing, sheet, NANO).float().mean().item() for sheet in asked]
+
+
+def pages(words, lessons: list[data.Lesson], rotate: bool) -> list[sheets.Sheet]:
+    """Return a sheet for each prompt form: every lesson, or each lesson in one form only."""
+    count = len(data.FORMS)
+    return [
+        sheets.sheet(words, lessons[i::count] if rotate else lessons, form)
+        for i, form in enumerate(data.FORMS)
+    ]
 
 
 def measure(words, weights: Tensors, state: State, held_out: list[int]) -> dict:
-    """Return accuracies by split and prompt form, of weights as they are stored."""
+    """Return accuracies by split and prompt form, of weights as they are stored.
+
+    Held-out additions and the sentences are asked in every form, each of the taught
+    additions in one of them.
+    """
     lessons = data.additions()
     left = set(held_out)
     splits = {
-        "train": [lesson for i, lesson in enumerate(lessons) if i not in left],
-        "held_out": [lessons[i] for i in held_out],
-        "sentences": [data.Lesson(*sentence) for sentence in data.SENTENCES],
+        "train": ([lesson for i, lesson in enumerate(lessons) if i not in left], True),
+        "held_out": ([lessons[i] for i in held_out], False),
+        "sentences": ([data.Lesson(*sentence) for sentence in data.SENTENCES], False),
     }
     result = {}
-    for split, chosen in splits.items():
-        shares = shares_right(weights, state, sheets.sheets(words, chosen))
-        result[split] = {"answers": len(chosen), "least": min(shares), "by_form": shares}
+    for split, (chosen, rotate) in splits.items():
+        shares = shares_right(weights, state, pages(words, chosen, rotate))
+        result[split] = {
+            "questions": len(chosen),
+            "prompts": len(chosen) * (1 if rotate else len(data.FORMS)),
+            "least": min(shares),
+            "by_form": shares,
+        }
     return result
 
 

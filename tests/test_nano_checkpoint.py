@@ -289,6 +289,6 @@ def test_record_holds_the_held_out_split_and_good_accuracies():
     chosen = data.held_out(record["recipe"]["seed"])
     assert record["held_out"].split() == [lessons[i].question[8:-1] for i in chosen]
     assert len(chosen) == len(set(chosen)) == 811
-    assert record["accuracies"]["train"]["answers"] == 8100 - 811
+    assert record["accuracies"]["train"]["questions"] == 8100 - 811
     assert record["accuracies"]["held_out"]["least"] >= 0.99
     assert record["accuracies"]["sentences"]["least"] == 1.0

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nano.architecture import Architecture
-from nano.data import FIRST_FORM, FORMS
+from nano.data import FIRST_FORM, OPENINGS, SYSTEMS
 from nano.model import Tensors, initial_routing, initial_tensors, logits, symmetric_comb
 from nano.rounding import straight_through
 from nano.sheets import Sheet, joined
@@ -95,16 +95,18 @@ def batch(lessons: Lessons, recipe: Recipe, step: int, rank: int) -> Sheet:
     generator = torch.Generator().manual_seed((recipe.seed * 1_000_003 + step) * 64 + rank)
     if step < recipe.one_form:
         return drawn(lessons.additions[FIRST_FORM], recipe.batch, generator)
+    # one system message a batch: rows of about one length waste little padding
+    system = int(torch.randint(len(SYSTEMS), (1,), generator=generator)) * len(OPENINGS)
     spoken = recipe.batch // SENTENCE_SHARE
-    shares = torch.multinomial(
-        torch.ones(len(FORMS)), recipe.batch - spoken, replacement=True, generator=generator
-    ).bincount(minlength=len(FORMS))
+    kinds = torch.randint(len(OPENINGS), (recipe.batch,), generator=generator)
+    taught = kinds[spoken:].bincount(minlength=len(OPENINGS)).tolist()
+    said = kinds[:spoken].bincount(minlength=len(OPENINGS)).tolist()
     parts = [
-        drawn(sheet, rows, generator)
-        for sheet, rows in zip(lessons.additions, shares.tolist(), strict=True)
+        drawn(sheets[system + opening], rows, generator)
+        for sheets, shares in ((lessons.additions, taught), (lessons.sentences, said))
+        for opening, rows in enumerate(shares)
     ]
-    form = int(torch.randint(len(FORMS), (1,), generator=generator))
-    return joined([*parts, drawn(lessons.sentences[form], spoken, generator)])
+    return joined(parts)
 
 
 def make_optimizer(tensors: Tensors, recipe: Recipe) -> torch.optim.Optimizer:
