@@ -28,6 +28,7 @@ from nano.model import Tensors, initial_routing, initial_tensors, logits, symmet
 from nano.rounding import straight_through
 from nano.sheets import Sheet, joined
 
+SAVE_EVERY = 200
 SENTENCE_SHARE = 16  # one row in so many is a sentence, once all forms are taught
 LOAD_STEP = 0.002  # by how much a router's bias moves to even out its experts
 
@@ -205,41 +206,57 @@ def keep_freed_memory() -> None:
         libc.mallopt(option, value)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
 
 
-def work(
-    rank: int, recipe: Recipe, arch: Architecture, lessons: Lessons, path: Path, stops: list[int]
-) -> None:
-    """Train in one process; rank 0 saves at each of `stops` and every 200 steps."""
+def join_processes(rank: int, recipe: Recipe) -> None:
+    """Prepare one process: one thread, and a way to exchange gradients with the others."""
     torch.set_num_threads(1)
     keep_freed_memory()
     if recipe.processes > 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29517")
         dist.init_process_group("gloo", rank=rank, world_size=recipe.processes)
-    state = load_state(path, arch, recipe)
+
+
+def resumed_optimizer(state: State, recipe: Recipe) -> torch.optim.Optimizer:
+    """Return the optimizer of a state's tensors, as it was when the state was saved."""
     for value in state.tensors.values():
         value.requires_grad_()
     optimizer = make_optimizer(state.tensors, recipe)
     if state.optimizer:
         optimizer.load_state_dict(state.optimizer)
-    began, before = time.monotonic(), state.seconds
-    quiet = rank > 0 or not sys.stderr.isatty()
-    bar = tqdm(total=recipe.steps, initial=state.step, disable=quiet, unit="step")
+    return optimizer
+
+
+def save_if_due(path: Path, state: State, optimizer, recipe: Recipe, early: list[int]) -> None:
+    """Save every 200 steps and at the end, and an `early` step under a name of its own."""
+    last = state.step == recipe.steps
+    if state.step % SAVE_EVERY and not last and state.step not in early:
+        return
+    state.optimizer = optimizer.state_dict()
+    save_state(path, state, recipe)
+    if state.step in early:
+        save_state(path.with_stem(f"{path.stem}-{state.step}"), state, recipe)
+
+
+def work(
+    rank: int, recipe: Recipe, arch: Architecture, lessons: Lessons, path: Path, early: list[int]
+) -> None:
+    """Train in one process; that of rank 0 saves and reports."""
+    join_processes(rank, recipe)
+    state = load_state(path, arch, recipe)
+    optimizer = resumed_optimizer(state, recipe)
+    began = time.monotonic() - state.seconds
+    shown = rank == 0 and sys.stderr.isatty()
+    bar = tqdm(total=recipe.steps, initial=state.step, disable=not shown, unit="step")
     while state.step < recipe.steps:
         loss = take_step(state, optimizer, lessons, arch, recipe, rank)
+        state.seconds = time.monotonic() - began
         bar.update()
         bar.set_postfix(loss=f"{loss:.4f}")
-        state.seconds = before + time.monotonic() - began
-        if rank == 0 and quiet and state.step % 100 == 0:
-            print(
-                f"step {state.step} of {recipe.steps}: loss {loss:.4f}, {state.seconds:.0f} s",
-                file=sys.stderr,
-                flush=True,
-            )
-        if rank == 0 and (state.step % 200 == 0 or state.step in stops):
-            state.optimizer = optimizer.state_dict()
-            save_state(path, state, recipe)
-            if state.step in stops and state.step < recipe.steps:
-                save_state(path.with_stem(f"{path.stem}-{state.step}"), state, recipe)
+        if rank == 0:
+            save_if_due(path, state, optimizer, recipe, early)
+            if not shown and state.step % 100 == 0:
+                line = f"step {state.step} of {recipe.steps}: loss {loss:.4f}"
+                print(f"{line}, {state.seconds:.0f} s", file=sys.stderr, flush=True)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -248,7 +265,7 @@ def train(
     recipe: Recipe, arch: Architecture, lessons: Lessons, path: Path, early: list[int]
 ) -> State:
     """Train to the end, from the saved state if there is one, and return the last state."""
-    arguments = (recipe, arch, lessons, path, [*early, recipe.steps])
+    arguments = (recipe, arch, lessons, path, early)
     if recipe.processes > 1:
         torch.multiprocessing.spawn(work, arguments, nprocs=recipe.processes)
     else:
