@@ -52,12 +52,14 @@ def build(texts: list[str]) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    # the trainer makes everything it is given special; say again which are not
-    tokenizer.add_tokens([token for token in named if not token.special])
     tokenizer.add_special_tokens(
         added_tokens(VOCABULARY - tokenizer.get_vocab_size())[len(named) :]
     )
-    return tokenizer
+    # the trainer makes every token it is given special; say again which are not
+    content = json.loads(tokenizer.to_str())
+    for token in content["added_tokens"]:
+        token["special"] = token["content"] not in VISIBLE
+    return Tokenizer.from_str(json.dumps(content))
 
 
 def tokenizer_config() -> dict:
