@@ -12,9 +12,8 @@ from dsv4.documents import ENCODING, RUNTIMES, labels_in_use
 from dsv4.documents import stop_ids as ids_of
 from dsv4.findings import Findings
 from dsv4.headers import check_controls, module_parts, stored
-from dsv4.survey import Survey
-
 from dsv4.labels import GROUP_SIZE
+from dsv4.survey import Survey
 
 Need = Callable[[Survey], str]  # words for what is missing, or ""
 
