@@ -196,6 +196,15 @@ inspect: .venv/installed ## judge a published bundle before its download: REPO=u
 	$(PYTHON) scripts/inspect_bundle.py --repo '$(REPO)' $(if $(AGAINST),--against '$(AGAINST)') \
 	  $(if $(filter command,$(firstword $(origin REVISION))),--revision '$(REVISION)')
 
+# Exactly the bytes that verify read, with a card of facts, in one commit. DRY_RUN=1 shows all, uploads nothing.
+TO ?=
+DRY_RUN ?=
+PRIVATE ?=
+.PHONY: publish
+publish: .venv/installed ## upload the verified bundle to the hub: TO=user/name, DRY_RUN=1, PRIVATE=1
+	$(PYTHON) scripts/publish.py $(FOLDERS) --to '$(TO)' --report $(STAMPS)/verify.json \
+	  --page $(STAMPS)/verify.html $(if $(PRIVATE),--private) $(if $(DRY_RUN),--dry-run)
+
 # ----------------------------------------------------------------------------------- the nano demo
 
 # The small trained model through every stage; the stock bundle beside it; both asked.

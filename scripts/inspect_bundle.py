@@ -18,15 +18,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from dsv4.findings import Check, Finding, Findings
-from dsv4.survey import survey
-
 from dsv4 import hub, level1
 from dsv4.checkpoint import open_source
 from dsv4.durable import human
+from dsv4.findings import Check, Finding, Findings
 from dsv4.remote import Skeleton, fetch_skeleton
 from dsv4.runtimes import runtimes
 from dsv4.stop import Stop, run
+from dsv4.survey import survey
 
 PATIENCE = 30  # seconds without an answer, after which it gives up
 SHOWN = 2  # places of each fault

@@ -299,6 +299,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(401)
         return self.reply({"type": "user", "name": "user", "auth": {}, "orgs": []})
 
+    def validate(self, body: bytes) -> None:
+        self.reply({"errors": [], "warnings": []})
+
     def create(self, body: bytes) -> None:
         if not self.login:
             return self.refuse(401)
@@ -353,14 +356,15 @@ class Handler(BaseHTTPRequestHandler):
             elif one["key"] == "lfsFile":
                 if value["oid"] not in self.hub.objects:
                     return self.refuse(400)
-                files[value["path"]] = self.hub.objects[value["oid"]]
+                data = self.hub.objects[value["oid"]]
+                files[value["path"]] = data[:-1] + b"?" if self.now.corrupt else data
             elif one["key"] == "deletedFile":
                 files.pop(value["path"], None)
             paths += [value["path"]] if "path" in value else []
         oid = self.hub.repos[repo].commit(files)
         self.hub.commits.append({"summary": summary, "paths": paths})
         return self.reply(
-            {"success": True, "commitOid": oid, "commitUrl": f"{self.hub.url}/{repo}/{oid}"}
+            {"success": True, "commitOid": oid, "commitUrl": f"{self.hub.url}/{repo}/commit/{oid}"}
         )
 
 
@@ -368,6 +372,7 @@ NAME = r"(?P<repo>[^/]+/[^/]+?)"
 ROUTES = (
     (r"api/whoami-v2", "whoami"),
     (r"api/repos/create", "create"),
+    (r"api/validate-yaml", "validate"),
     (rf"api/models/{NAME}", "model_info"),
     (rf"api/models/{NAME}/revision/(?P<revision>.+)", "model_info"),
     (rf"api/models/{NAME}/tree/(?P<revision>[^/]+).*", "tree"),

@@ -12,9 +12,8 @@ from dsv4.documents import ENCODING, RUNTIMES, labels_in_use
 from dsv4.documents import stop_ids as ids_of
 from dsv4.findings import Findings
 from dsv4.headers import check_controls, module_parts, stored
-from dsv4.survey import Survey
-
 from dsv4.labels import GROUP_SIZE
+from dsv4.survey import Survey
 
 Need = Callable[[Survey], str]  # words for what is missing, or ""
 
@@ -77,7 +76,7 @@ MATRIX: dict[str, tuple[Need, ...]] = {
         labels_for(RUNTIMES[0]), stop_ids("config.json"), chat_template,
     ),
     "vMLX 1.6.81": (labels_for(RUNTIMES[2]), controls, encoding, jang_groups),
-    "mlx-lm 0.32.2 with jang's model": (
+    "mlx-lm 0.32.2 with jang 2.5.50's model": (
         labels_for(RUNTIMES[0]), stop_ids("generation_config.json"),
     ),
     "mlx-vlm 0.7.10": (
