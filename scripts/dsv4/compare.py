@@ -431,7 +431,7 @@ def compare_plain(task: Task, reader: Reader, outcome: Outcome) -> None:
     if tensor.dtype in FLOATS:
         bad = np.flatnonzero(~np.isfinite(as_float32(found, tensor.dtype)))
         if len(bad):
-            outcome.fault("nan-or-inf", f"element {bad[0]}", f"{len(bad)} not finite", "numbers")
+            outcome.fault("nan-or-inf", element(tensor, int(bad[0])), "NaN or Inf", "numbers")
     expected = plain_source(task, reader)
     if origin.dtype != tensor.dtype or task.scale is not None:
         if tensor.dtype not in FLOATS or expected.dtype != np.float32:
