@@ -157,6 +157,13 @@ def test_bytes_that_changed_on_the_way_are_noticed(hub, place):
     assert "found other bytes (1 files so)" in publish(hub, place, code=1)
 
 
+def test_a_report_on_another_bundle_is_refused(hub, place):
+    report = json.loads((place / "verify.json").read_text())
+    report["hashes"] = dict.fromkeys(report["hashes"], "0" * 64)
+    (place / "verify.json").write_text(json.dumps(report))
+    assert "0000000000000000… as verified" in publish(hub, place, code=1)
+
+
 def test_a_bundle_that_changed_since_is_refused(hub, place):
     shard = next((place / "bundle").glob("*.safetensors"))
     data = bytearray(shard.read_bytes())
@@ -175,7 +182,6 @@ REFUSED = {
     "failed": ({"verdict": "failed", "findings": [{"name": "eos-wrong"}]}, "failed (eos-wrong)"),
     "headers only": ({"levels": [1]}, "found level 1 only"),
     "no source": ({"errors": {}}, "numbers that were compared with no source"),
-    "another bundle": ({"bundle": "/elsewhere"}, "a report on /elsewhere"),
     "another format": ({"format": 9}, "found format 9"),
 }
 

@@ -17,6 +17,8 @@ from fnmatch import fnmatch
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
+from tqdm import tqdm
+
 from dsv4.stop import Stop
 
 T = TypeVar("T")
@@ -27,6 +29,7 @@ WANTED = ("*.safetensors", "*.json", "encoding/*", "LICENSE*", "README.md", "*.j
 AGAIN = "run the same command again: it resumes"
 LOGIN = "`hf auth login`, with an account that has access"
 LONGEST_WAIT = 60  # seconds between two attempts
+WORTH_SAYING = 8  # a wait of so many seconds is told
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,12 @@ def retry_after(error: Exception) -> float:
     return float(value) if value.isdigit() else 0.0
 
 
+def say(error: Exception, seconds: float) -> None:
+    """Tell, without breaking a progress bar, what is waited for."""
+    found = (explain(error) or (type(error).__name__,))[0]
+    tqdm.write(f"note: {found}; trying again in {seconds:.0f} s")
+
+
 def patiently(
     attempt: Callable[[], T],
     patience: float,
@@ -188,6 +197,8 @@ def patiently(
             now = max(wait, retry_after(error))
             if not is_passing(error) or waited + now > patience:
                 raise
+            if now >= WORTH_SAYING:
+                say(error, now)
         pause(now)
         wait, waited = min(wait * 2, LONGEST_WAIT), waited + now
 
