@@ -200,7 +200,7 @@ def test_a_server_without_ranges_costs_time_but_no_bytes(hub, files, tmp_path):
 
 def test_a_download_stays_at_the_commit_where_it_began(hub, files, tmp_path):
     source = tmp_path / "s"
-    hub.faults.append(Fault(FIRST, break_after=100_000))
+    hub.faults.append(Fault("resolve", 503))  # not one file arrives
     download(hub, source)
     pinned = hub.repos[REPO].refs["main"]
     hub.faults.clear()
