@@ -178,7 +178,7 @@ def fetch(source: Path, record: Record, patience: float, workers: int) -> None:
     total = sum(file.size for file in missing)
     with tqdm(
         total=total, initial=total - needed, unit="B", unit_scale=True, desc="download",
-        disable=None,
+        disable=None if missing else True,
     ) as bar:  # fmt: skip
         lock = threading.Lock()
 

@@ -104,9 +104,12 @@ def explain(error: Exception) -> tuple[str, str, str] | None:
     if isinstance(error, json.JSONDecodeError):
         todo = "check HF_ENDPOINT, and whether a proxy answers instead"
         return "an answer that is no JSON", "the hub's API", todo
-    if is_transport(error):
-        words = scrubbed(" ".join(str(error).split())[:120]) or type(error).__name__
+    if is_transport(error) or isinstance(error, ConnectionError | TimeoutError):
+        words = scrubbed(" ".join(str(error).split())[:160]) or type(error).__name__
         return f"no connection ({words})", "the hub", f"check the network, then {AGAIN}"
+    if isinstance(error, RuntimeError):  # hf_xet's own words, or huggingface_hub's
+        words = scrubbed(" ".join(str(error).split())[:160])
+        return f"a failed transfer ({words})", "an answer", AGAIN
     return None
 
 
@@ -132,7 +135,10 @@ def status(error: Exception) -> int:
 
 
 def is_transport(error: Exception) -> bool:
-    """True for an error of the HTTP library itself: no connection, a timeout, a broken answer."""
+    """True for an error of the HTTP library itself: no connection, a timeout, a broken answer.
+
+    hf_xet raises Python's own ConnectionError and TimeoutError instead.
+    """
     return type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2")
 
 
@@ -159,6 +165,8 @@ def is_passing(error: Exception) -> bool:
     """True for what may be over in a minute: lost connections, timeouts, 408, 429, 5xx."""
     code = status(error)
     if isinstance(error, Short) or code in (408, 429) or code >= 500:
+        return True
+    if isinstance(error, ConnectionError | TimeoutError):
         return True
     lasting = ("LocalProtocolError", "UnsupportedProtocol", "ProxyError", "InvalidURL")
     return is_transport(error) and not code and type(error).__name__ not in lasting
