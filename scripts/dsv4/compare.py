@@ -218,9 +218,9 @@ class Comparer:
 
 
 def finish(outcome: Outcome, promise: Promise) -> None:
-    """Judge a whole tensor's error, where its bytes were not found right."""
-    sure = outcome.exact == outcome.groups
-    if not sure and outcome.relative > promise.rms and outcome.what == "expert":
+    """Judge a whole tensor's error, where its bytes were not found right or nothing may err."""
+    sure = outcome.exact == outcome.groups and promise.rms > 0
+    if outcome.what == "expert" and not sure and outcome.relative > promise.rms:
         outcome.fault(
             "expert-imprecise",
             "whole tensor",
