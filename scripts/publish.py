@@ -128,6 +128,8 @@ def attachments(args: argparse.Namespace, report: dict[str, Any], text: str) -> 
     """The card, the report and its page, and the source's licence."""
     items = [made("README.md", text), made("verify.json", public(report, args.to))]
     if args.page and args.page.is_file():
+        if args.page.stat().st_mtime < args.report.stat().st_mtime:
+            raise Stop(f"{args.page}", "a page older than the report", "one of it", "make report")
         page = args.page.read_text(encoding="utf-8").replace(report["bundle"], args.to)
         folder = (report.get("source") or {}).get("folder")
         items.append(made("verify.html", page.replace(folder, "the source") if folder else page))

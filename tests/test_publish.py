@@ -173,6 +173,12 @@ def test_bytes_that_changed_on_the_way_are_noticed(hub, place):
     assert "found other bytes (1 files so)" in publish(hub, place, code=1)
 
 
+def test_a_page_of_an_earlier_report_is_refused(hub, place):
+    (place / "verify.html").write_text("<p>earlier</p>")
+    os.utime(place / "verify.html", (0, 0))
+    assert "a page older than the report" in publish(hub, place, code=1)
+
+
 def test_a_report_on_another_bundle_is_refused(hub, place):
     report = json.loads((place / "verify.json").read_text())
     report["hashes"] = dict.fromkeys(report["hashes"], "0" * 64)
