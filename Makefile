@@ -185,9 +185,10 @@ serve: .venv/installed ## serve the bundle with vMLX on 127.0.0.1:PORT
 smoke: .venv/installed ## ask the running server two questions and judge the answers
 	$(PYTHON) scripts/smoke.py --port $(PORT)
 
-# ----------------------------------------------------------------------------- in from and out to the hub
+# -------------------------------------------------------------------- in from and out to the hub
 
-# Headers and JSON of a published bundle, some 30 MB of its 180 GB. AGAINST=repository compares with a source.
+# Headers and JSON of a published bundle, some 30 MB of its 180 GB.
+# AGAINST=repository compares it with a source, tensor by tensor, by name and shape.
 AGAINST ?=
 .PHONY: inspect
 inspect: .venv/installed ## judge a published bundle before its download: REPO=user/bundle
@@ -195,6 +196,16 @@ inspect: .venv/installed ## judge a published bundle before its download: REPO=u
 	  { echo 'error: REPO: found none, expected user/bundle; make inspect REPO=user/bundle' >&2; exit 2; }
 	$(PYTHON) scripts/inspect_bundle.py --repo '$(REPO)' $(if $(AGAINST),--against '$(AGAINST)') \
 	  $(if $(filter command,$(firstword $(origin REVISION))),--revision '$(REVISION)')
+
+# Exactly the bytes that verify read, with a card of facts, in one commit.
+# DRY_RUN=1 shows everything and uploads nothing; PRIVATE=1 makes a new repository private.
+TO ?=
+DRY_RUN ?=
+PRIVATE ?=
+.PHONY: publish
+publish: .venv/installed ## upload the verified bundle to the hub: TO=user/name (DRY_RUN=1 first)
+	$(PYTHON) scripts/publish.py $(FOLDERS) --to '$(TO)' --report $(STAMPS)/verify.json \
+	  --page $(STAMPS)/verify.html $(if $(PRIVATE),--private) $(if $(DRY_RUN),--dry-run)
 
 # ----------------------------------------------------------------------------------- the nano demo
 

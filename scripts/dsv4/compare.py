@@ -218,9 +218,9 @@ class Comparer:
 
 
 def finish(outcome: Outcome, promise: Promise) -> None:
-    """Judge a whole tensor's error, where its bytes were not found right."""
-    sure = outcome.exact == outcome.groups
-    if not sure and outcome.relative > promise.rms and outcome.what == "expert":
+    """Judge a whole tensor's error, where its bytes were not found right or nothing may err."""
+    sure = outcome.exact == outcome.groups and promise.rms > 0
+    if outcome.what == "expert" and not sure and outcome.relative > promise.rms:
         outcome.fault(
             "expert-imprecise",
             "whole tensor",
@@ -431,7 +431,7 @@ def compare_plain(task: Task, reader: Reader, outcome: Outcome) -> None:
     if tensor.dtype in FLOATS:
         bad = np.flatnonzero(~np.isfinite(as_float32(found, tensor.dtype)))
         if len(bad):
-            outcome.fault("nan-or-inf", f"element {bad[0]}", f"{len(bad)} not finite", "numbers")
+            outcome.fault("nan-or-inf", element(tensor, int(bad[0])), "NaN or Inf", "numbers")
     expected = plain_source(task, reader)
     if origin.dtype != tensor.dtype or task.scale is not None:
         if tensor.dtype not in FLOATS or expected.dtype != np.float32:
