@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import importlib.util
 import json
 import os
 import random
@@ -480,3 +481,26 @@ def test_other_keys_of_index_and_config_stay(tmp_path: Path) -> None:
     opened = open_bundle(bundle)
     total = sum(tensor.nbytes for tensor in opened.tensors.values())
     assert metadata == {"total_size": total, "format": "mlx"}
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("jang_tools") is None or importlib.util.find_spec("torch") is None,
+    reason="the upstream converter is not installed",
+)
+def test_a_bundle_of_the_real_converter_becomes_the_reference(tmp_path: Path) -> None:
+    """What upstream's own code writes, not our idea of it."""
+    sizes = small.Sizes(layers=3, experts=4, hidden=256, width=128)
+    source, _, _ = small.make(tmp_path, sizes, seed=19)
+    bundle = tmp_path / "converted"
+    subprocess.run(
+        [
+            sys.executable, "-m", "jang_tools.dsv4.convert_dsv4_jangtq", "--src", source,
+            "--dst", bundle, "--profile", "4", "--format", "jang",
+        ],
+        check=True, capture_output=True, timeout=120,
+    )  # fmt: skip
+    stock = {n: (t.dtype, read_array(t)) for n, t in open_bundle(bundle).tensors.items()}
+    expected = small.reference(small.source_arrays(sizes, np.random.default_rng(19)), stock)
+    done = requantize(source, bundle)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert_holds(bundle, expected)
