@@ -22,6 +22,8 @@ import numpy as np
 import pytest
 import small
 
+import requantize as script
+from dsv4 import stop
 from dsv4.checkpoint import check_index, open_bundle
 from dsv4.names import parse_expert
 from dsv4.shard import Planned, read_array, read_shard, write_shard
@@ -40,6 +42,15 @@ def requantize(
         command(source, bundle, *options),
         capture_output=True, text=True, timeout=120, check=False, preexec_fn=before,
     )  # fmt: skip
+
+
+def requantize_here(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, source: Path, bundle: Path
+) -> tuple[int, str]:
+    """Run it in this process, which saves its start-up: (exit status, what it said on stderr)."""
+    monkeypatch.setattr(sys, "argv", command(source, bundle)[1:])
+    status = stop.run(script.main)
+    return status, capsys.readouterr().err
 
 
 def start(source: Path, bundle: Path, *options: str) -> subprocess.Popen[str]:
@@ -409,16 +420,21 @@ BREAKAGES = {
 
 
 @pytest.mark.parametrize("breakage", BREAKAGES)
-def test_what_does_not_fit_stops_the_run_before_it_writes(tmp_path: Path, breakage: str) -> None:
+def test_what_does_not_fit_stops_the_run_before_it_writes(
+    tmp_path: Path,
+    breakage: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     source, bundle, _ = small.make(tmp_path, small.Sizes(bundle_shard=25), seed=13)
     apply, word = BREAKAGES[breakage]
     apply(source, bundle)
     before = digests(tmp_path)
-    stopped = requantize(source, bundle)
-    assert stopped.returncode == 1, stopped.stdout
-    assert stopped.stderr.count("\n") == 1, stopped.stderr
-    assert stopped.stderr.startswith("error: ")
-    assert word in stopped.stderr
+    status, errors = requantize_here(capsys, monkeypatch, source, bundle)
+    assert status == 1
+    assert errors.count("\n") == 1, errors
+    assert errors.startswith("error: ")
+    assert word in errors
     assert digests(tmp_path) == before
 
 

@@ -16,7 +16,8 @@ from dsv4.stop import Stop
 def copying(path: Path, origin: Path, nbytes: int) -> NewShard:
     """A shard with one tensor, copied from byte 3 of `origin`."""
     header = header_bytes([Slot("a", "U8", (nbytes,))], {})
-    return NewShard(path, header, len(header) + nbytes, copy_pieces(origin, 3, len(header), nbytes))
+    pieces = copy_pieces(origin, 3, len(header), nbytes)
+    return NewShard(path, header, len(header) + nbytes, lambda: pieces)
 
 
 @pytest.mark.parametrize("jobs", [1, 2, 5])
@@ -32,15 +33,13 @@ def test_a_copy_larger_than_a_buffer_arrives_whole(tmp_path: Path, jobs: int) ->
 
 
 def test_a_source_that_ends_early_keeps_the_old_shard(tmp_path: Path) -> None:
-    """Shards before it are new, it and those after it are as they were, and nothing else is left."""
+    """Shards before it are new, it and those after it as they were; nothing else is left."""
     (tmp_path / "origin").write_bytes(bytes(1000))
     (tmp_path / "cut").write_bytes(bytes(500))
     for name in "abc":
         (tmp_path / name).write_bytes(b"old")
-    shards = [
-        copying(tmp_path / n, tmp_path / o, 900)
-        for n, o in zip("abc", ("origin", "cut", "origin"), strict=True)
-    ]
+    origins = {"a": "origin", "b": "cut", "c": "origin"}
+    shards = [copying(tmp_path / name, tmp_path / of, 900) for name, of in origins.items()]
     with pytest.raises(Stop, match="cut: found its end at byte 500"):
         rewrite(shards, 1, lambda _: None)
     assert read_shard(tmp_path / "a").size > 900
@@ -72,7 +71,7 @@ def test_no_more_shards_are_open_than_workers(tmp_path: Path) -> None:
     shards = []
     for i in range(20):
         plain = copying(tmp_path / f"{i}", tmp_path / "origin", 1000)
-        pieces = [*plain.pieces, Watching(), Watching()]
-        shards.append(NewShard(plain.path, plain.header, plain.size, pieces))
+        pieces = [*plain.pieces(), Watching(), Watching()]
+        shards.append(NewShard(plain.path, plain.header, plain.size, lambda p=pieces: p))
     rewrite(shards, 3, lambda _: None)
     assert 1 <= most <= 3
