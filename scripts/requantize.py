@@ -220,10 +220,10 @@ def fate_of(
     slots.sort(key=lambda slot: -np.dtype(NUMPY_DTYPE[slot.dtype]).itemsize)
     metadata = shard.metadata | {"format": "mlx"} | mark
     layout = [(slot.name, slot.dtype, slot.shape) for slot in slots]
-    same = layout == [(t.name, t.dtype, t.shape) for t in shard.tensors.values()]
-    marked = was_made_by(shard, mark)
-    done = same and (marked or "expert" not in kinds.values())
-    return Fate(shard, slots, kinds, metadata, done)
+    found = [(t.name, t.dtype, t.shape) for t in shard.tensors.values()]
+    ours = was_made_by(shard, mark) and layout == found
+    untouched = "expert" not in kinds.values() and sorted(layout) == sorted(found)
+    return Fate(shard, slots, kinds, metadata, ours or untouched)
 
 
 def _slots_of(

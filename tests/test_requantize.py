@@ -326,6 +326,21 @@ def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
     assert digests(bundle) == expected
 
 
+def test_a_shard_without_experts_or_controls_is_left_alone(tmp_path: Path) -> None:
+    """No byte of the embedding is written again; not even its order is ours to change."""
+    source, bundle, _ = small.make(tmp_path, small.Sizes(bundle_shard=2), seed=26)
+    first = (
+        bundle
+        / json.loads((bundle / "model.safetensors.index.json").read_text())["weight_map"][
+            "embed.weight"
+        ]
+    )
+    assert set(read_shard(first).tensors) <= {"embed.weight", "embed.scales", "embed.biases"}
+    before = first.stat()
+    assert requantize(source, bundle).returncode == 0
+    assert (first.stat().st_ino, first.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
 # --- What must stop the run, before anything is written ---
 
 
