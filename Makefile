@@ -97,7 +97,7 @@ venv: .venv/installed ## make .venv with the pinned toolchain (1.8 GB)
 .PHONY: check
 check: $(STAMPS)/check.stamp ## say whether the build can succeed: toolchain, volumes, free space
 $(STAMPS)/check.stamp: $(CORE) scripts/check.py scripts/patch_loader.py scripts/download.py \
-  $(call module,hub space toolchain labels) patches/load_jangtq.patch patches/mlx_model.patch
+  $(call module,hub origin transfer space toolchain labels) patches/load_jangtq.patch patches/mlx_model.patch
 	rm -f $@
 	$(PYTHON) scripts/check.py $(FOLDERS) --python '$(TOOLCHAIN_PYTHON)' \
 	  --repo '$(REPO)' --revision '$(REVISION)'
@@ -116,10 +116,11 @@ unpatch_loader: .venv/installed ## put the original loader back, byte for byte
 	rm -f build/*/patch_loader.stamp
 	$(PYTHON) scripts/patch_loader.py --python '$(TOOLCHAIN_PYTHON)' --undo
 
-# 160 GB from the hub, each file compared with the hub's size and SHA-256.
+# 160 GB from the hub, pinned to a commit, each file compared with the hub's size and hash.
 .PHONY: download
 download: $(STAMPS)/download.stamp ## fetch the source, or recognise a complete one
-$(STAMPS)/download.stamp: $(STAMPS)/patch_loader.stamp scripts/download.py $(call module,hub space)
+$(STAMPS)/download.stamp: $(STAMPS)/patch_loader.stamp scripts/download.py \
+  $(call module,hub origin transfer space)
 	rm -f $@
 	$(PYTHON) scripts/download.py --source '$(SOURCE)' --repo '$(REPO)' --revision '$(REVISION)' \
 	  $(if $(VERIFY_HASHES),--verify-hashes)
@@ -152,9 +153,9 @@ $(STAMPS)/finalize.stamp: $(STAMPS)/requantize.stamp scripts/finalize.py
 # Stop tokens, chat template, labels: what each runtime reads, where it reads it.
 .PHONY: patch
 patch: $(STAMPS)/patch.stamp ## write stop tokens, chat template and labels
-$(STAMPS)/patch.stamp: $(STAMPS)/finalize.stamp scripts/patch.py $(call module,chat labels)
+$(STAMPS)/patch.stamp: $(STAMPS)/finalize.stamp scripts/patch.py $(call module,chat labels hub origin)
 	rm -f $@
-	$(PYTHON) scripts/patch.py --bundle '$(BUNDLE)'
+	$(PYTHON) scripts/patch.py $(FOLDERS)
 	touch $@
 
 # LEVEL=1: headers and JSON, seconds. 2: every number against the source, at the disk's speed.
@@ -183,6 +184,17 @@ serve: .venv/installed ## serve the bundle with vMLX on 127.0.0.1:PORT
 
 smoke: .venv/installed ## ask the running server two questions and judge the answers
 	$(PYTHON) scripts/smoke.py --port $(PORT)
+
+# ----------------------------------------------------------------------------- in from and out to the hub
+
+# Headers and JSON of a published bundle, some 30 MB of its 180 GB. AGAINST=repository compares with a source.
+AGAINST ?=
+.PHONY: inspect
+inspect: .venv/installed ## judge a published bundle before its download: REPO=user/bundle
+	@test '$(origin REPO)' = 'command line' || \
+	  { echo 'error: REPO: found none, expected user/bundle; make inspect REPO=user/bundle' >&2; exit 2; }
+	$(PYTHON) scripts/inspect_bundle.py --repo '$(REPO)' $(if $(AGAINST),--against '$(AGAINST)') \
+	  $(if $(filter command,$(firstword $(origin REVISION))),--revision '$(REVISION)')
 
 # ----------------------------------------------------------------------------------- the nano demo
 
