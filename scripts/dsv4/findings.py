@@ -28,6 +28,7 @@ _CONVERT = "delete the bundle, then make convert and the stages after it"
 _REQUANTIZE = "make requantize"
 _PATCH = "make patch"
 _FINALIZE = "make finalize, then make patch"
+_ABOVE = "repair what else is named here, then make verify again"
 _RESTORE = "fetch this file again, or make the bundle again"
 
 FAULTS = {
@@ -130,14 +131,14 @@ FAULTS = {
         "reinstall jang, then make patch_loader",
     ),
     "loader-parameter-unfed": Fault(
-        "After loading, a parameter still has its start value; strict=False hides it.", _REQUANTIZE
+        "After loading, a parameter still has its start value; strict=False hides it.", _ABOVE
     ),
     "loader-parameter-misfit": Fault(
         "A parameter receives a tensor of another shape or kind than its module computes with.",
-        _REQUANTIZE,
+        _ABOVE,
     ),
     "loader-tensor-unused": Fault("A tensor of the bundle reaches no parameter.", _CONVERT),
-    "loader-fails": Fault("The runtime's own loader stops on these headers.", _CONVERT),
+    "loader-fails": Fault("The runtime's own loader stops on these headers.", _ABOVE),
     "loader-not-checked": Fault(
         "What the runtime makes of the labels was not replayed.",
         "name a Python with jang_tools and mlx_lm: --python; or say --without-loader",
