@@ -172,6 +172,11 @@ $(STAMPS)/verify.stamp: $(STAMPS)/patch.stamp scripts/verify.py scripts/replay.p
 	$(VERIFY)
 	touch $@
 
+# Level 2 beside `cat` of the same files, on the bundle at hand.
+.PHONY: bench_verify
+bench_verify: .venv/installed ## measure verify's level 2 beside cat of bundle and source
+	$(PYTHON) scripts/bench_verify.py $(FOLDERS) $(if $(JOBS),--jobs $(JOBS))
+
 # What the last verify found, as one page to put beside a published bundle.
 report: .venv/installed ## write the last verify's result as one HTML page, build/KEY/verify.html
 	$(PYTHON) scripts/report.py --json $(STAMPS)/verify.json --out $(STAMPS)/verify.html

@@ -28,6 +28,7 @@ _CONVERT = "delete the bundle, then make convert and the stages after it"
 _REQUANTIZE = "make requantize"
 _PATCH = "make patch"
 _FINALIZE = "make finalize, then make patch"
+_ABOVE = "repair what else is named here, then make verify again"
 _RESTORE = "fetch this file again, or make the bundle again"
 
 FAULTS = {
@@ -95,7 +96,7 @@ FAULTS = {
     "stock-experts": Fault(
         "FP4 bytes with U8 scales and no biases under an affine label, as upstream's converter "
         "leaves them: decoded as affine they are noise, and the model says BOS forever.",
-        _REQUANTIZE,
+        "make requantize, make finalize, make patch",
     ),
     "u8-scales-beside-biases": Fault(
         "Old U8 exponents stand beside new biases: a requantization that stopped half-way.",
@@ -130,14 +131,14 @@ FAULTS = {
         "reinstall jang, then make patch_loader",
     ),
     "loader-parameter-unfed": Fault(
-        "After loading, a parameter still has its start value; strict=False hides it.", _REQUANTIZE
+        "After loading, a parameter still has its start value; strict=False hides it.", _ABOVE
     ),
     "loader-parameter-misfit": Fault(
         "A parameter receives a tensor of another shape or kind than its module computes with.",
-        _REQUANTIZE,
+        _ABOVE,
     ),
     "loader-tensor-unused": Fault("A tensor of the bundle reaches no parameter.", _CONVERT),
-    "loader-fails": Fault("The runtime's own loader stops on these headers.", _CONVERT),
+    "loader-fails": Fault("The runtime's own loader stops on these headers.", _ABOVE),
     "loader-not-checked": Fault(
         "What the runtime makes of the labels was not replayed.",
         "name a Python with jang_tools and mlx_lm: --python; or say --without-loader",
