@@ -215,12 +215,21 @@ publish: .venv/installed ## upload the verified bundle to the hub: TO=user/name 
 # ----------------------------------------------------------------------------------- the nano demo
 
 # The small trained model through every stage; the stock bundle beside it; both asked.
-.PHONY: demo
+NANO = scripts/nano/checkpoint
+.PHONY: demo selftest
 demo: ## build, serve and ask the small model that the repository ships (no download)
 	$(MAKE) convert MODEL=nano BUNDLE=build/nano/stock
 	$(MAKE) all MODEL=nano
-	$(PYTHON) scripts/demo.py --source scripts/nano/checkpoint \
-	  --stock build/nano/stock --bundle build/nano/bundle --python '$(TOOLCHAIN_PYTHON)'
+	$(PYTHON) scripts/demo.py --source $(NANO) --stock build/nano/stock --bundle build/nano/bundle \
+	  --python '$(TOOLCHAIN_PYTHON)'
+
+# The same from nothing each time, for a toolchain of your own: TOOLCHAIN_PYTHON=…
+selftest: ## can this toolchain be trusted with the big model? Convert, load and serve the small one
+	rm -rf build/selftest
+	$(MAKE) convert MODEL=nano BUNDLE=build/selftest/stock
+	$(MAKE) all MODEL=nano BUNDLE=build/selftest/bundle
+	$(PYTHON) scripts/demo.py --source $(NANO) --stock build/selftest/stock \
+	  --bundle build/selftest/bundle --python '$(TOOLCHAIN_PYTHON)'
 
 # ------------------------------------------------------------------------------------- development
 
@@ -228,6 +237,11 @@ demo: ## build, serve and ask the small model that the repository ships (no down
 build/wheels/jang-%-py3-none-any.whl: | .venv/installed
 	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps \
 	  --dest build/wheels jang==$*
+
+# Against copying the same shards, and against the plan's own method, side by side.
+.PHONY: bench
+bench: .venv/installed ## measure requantize beside copying and beside the plan's method (10 GB in build/)
+	$(PYTHON) scripts/bench.py
 
 .PHONY: test lint format clean
 test: .venv/installed $(patsubst %,build/wheels/jang-%-py3-none-any.whl,2.5.8 2.5.9 2.5.50) ## run the tests
