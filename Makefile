@@ -190,9 +190,10 @@ serve: .venv/installed ## serve the bundle with vMLX on 127.0.0.1:PORT
 smoke: .venv/installed ## ask the running server two questions and judge the answers
 	$(PYTHON) scripts/smoke.py --port $(PORT)
 
-# ----------------------------------------------------------------------------- in from and out to the hub
+# -------------------------------------------------------------------- in from and out to the hub
 
-# Headers and JSON of a published bundle, some 30 MB of its 180 GB. AGAINST=repository compares with a source.
+# Headers and JSON of a published bundle, some 30 MB of its 180 GB.
+# AGAINST=repository compares it with a source, tensor by tensor, by name and shape.
 AGAINST ?=
 .PHONY: inspect
 inspect: .venv/installed ## judge a published bundle before its download: REPO=user/bundle
@@ -201,15 +202,34 @@ inspect: .venv/installed ## judge a published bundle before its download: REPO=u
 	$(PYTHON) scripts/inspect_bundle.py --repo '$(REPO)' $(if $(AGAINST),--against '$(AGAINST)') \
 	  $(if $(filter command,$(firstword $(origin REVISION))),--revision '$(REVISION)')
 
+# Exactly the bytes that verify read, with a card of facts, in one commit.
+# DRY_RUN=1 shows everything and uploads nothing; PRIVATE=1 makes a new repository private.
+TO ?=
+DRY_RUN ?=
+PRIVATE ?=
+.PHONY: publish
+publish: .venv/installed ## upload the verified bundle to the hub: TO=user/name (DRY_RUN=1 first)
+	$(PYTHON) scripts/publish.py $(FOLDERS) --to '$(TO)' --report $(STAMPS)/verify.json \
+	  --page $(STAMPS)/verify.html $(if $(PRIVATE),--private) $(if $(DRY_RUN),--dry-run)
+
 # ----------------------------------------------------------------------------------- the nano demo
 
 # The small trained model through every stage; the stock bundle beside it; both asked.
-.PHONY: demo
+NANO = scripts/nano/checkpoint
+.PHONY: demo selftest
 demo: ## build, serve and ask the small model that the repository ships (no download)
 	$(MAKE) convert MODEL=nano BUNDLE=build/nano/stock
 	$(MAKE) all MODEL=nano
-	$(PYTHON) scripts/demo.py --source scripts/nano/checkpoint \
-	  --stock build/nano/stock --bundle build/nano/bundle --python '$(TOOLCHAIN_PYTHON)'
+	$(PYTHON) scripts/demo.py --source $(NANO) --stock build/nano/stock --bundle build/nano/bundle \
+	  --python '$(TOOLCHAIN_PYTHON)'
+
+# The same from nothing each time, for a toolchain of your own: TOOLCHAIN_PYTHON=…
+selftest: ## can this toolchain be trusted with the big model? Convert, load and serve the small one
+	rm -rf build/selftest
+	$(MAKE) convert MODEL=nano BUNDLE=build/selftest/stock
+	$(MAKE) all MODEL=nano BUNDLE=build/selftest/bundle
+	$(PYTHON) scripts/demo.py --source $(NANO) --stock build/selftest/stock \
+	  --bundle build/selftest/bundle --python '$(TOOLCHAIN_PYTHON)'
 
 # ------------------------------------------------------------------------------------- development
 
@@ -217,6 +237,11 @@ demo: ## build, serve and ask the small model that the repository ships (no down
 build/wheels/jang-%-py3-none-any.whl: | .venv/installed
 	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps \
 	  --dest build/wheels jang==$*
+
+# Against copying the same shards, and against the plan's own method, side by side.
+.PHONY: bench
+bench: .venv/installed ## measure requantize beside copying and beside the plan's method (10 GB in build/)
+	$(PYTHON) scripts/bench.py
 
 .PHONY: test lint format clean
 test: .venv/installed $(patsubst %,build/wheels/jang-%-py3-none-any.whl,2.5.8 2.5.9 2.5.50) ## run the tests

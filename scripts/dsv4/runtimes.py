@@ -76,7 +76,7 @@ MATRIX: dict[str, tuple[Need, ...]] = {
         labels_for(RUNTIMES[0]), stop_ids("config.json"), chat_template,
     ),
     "vMLX 1.6.81": (labels_for(RUNTIMES[2]), controls, encoding, jang_groups),
-    "mlx-lm 0.32.2 with jang's model": (
+    "mlx-lm 0.32.2 with jang 2.5.50's model": (
         labels_for(RUNTIMES[0]), stop_ids("generation_config.json"),
     ),
     "mlx-vlm 0.7.10": (

@@ -48,6 +48,14 @@ def file_hash(path: Path, file: HubFile, advance: Advance = lambda n: None) -> s
     return digest.hexdigest()
 
 
+def bytes_hash(data: bytes, git: bool = False) -> str:
+    """SHA-256 of `data`, or git's blob hash of it."""
+    if git:
+        blob = b"blob %d\0" % len(data) + data
+        return hashlib.sha1(blob, usedforsecurity=False).hexdigest()
+    return hashlib.sha256(data).hexdigest()
+
+
 class Transfer:
     """Fetches files of one repository at one commit into `folder`."""
 
