@@ -194,7 +194,7 @@ def as_json(args: argparse.Namespace, done: Examination) -> dict[str, Any]:
     bundle, read = done.bundle, done.read
     hashes = dict(read.hashes) if read else {}
     if args.hashes and bundle and not read:
-        hashes = {file: numbers.sha256(args.bundle / file) for file in sorted(bundle.files)}
+        hashes = {f: numbers.sha256(args.bundle / f) for f in numbers.visible(bundle.files)}
     errors = {}
     if read and read.compared:
         errors = {

@@ -6,10 +6,12 @@ tensor's comparison does not see, a report that does not say how to repair.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import bundles
 import mlx.core as mx
@@ -17,10 +19,13 @@ import numpy as np
 import pytest
 from conftest import SCRIPTS, must, refusal, script
 
+import patch_loader
 from dsv4 import compare, documents, judge, level1, numbers, verdict
 from dsv4.checkpoint import open_bundle, open_source
 from dsv4.findings import FAULTS, Findings
 from dsv4.fp4 import E2M1
+from dsv4.shard import read_array
+from dsv4.stop import Stop
 from dsv4.survey import survey
 
 
@@ -165,6 +170,29 @@ def test_a_missing_expert_makes_the_loader_fail(good_copy):
     assert "Expert stacking failed" in bundles.places(findings, "loader-fails")
 
 
+@pytest.mark.parametrize("which", ["good", "stock"])
+def test_what_an_unpatched_loader_drops_is_what_upstreams_function_drops(which, request):
+    folder = request.getfixturevalue(which)
+    opened = survey(folder, Findings())
+    config = json.loads(json.dumps(opened.config))
+    pristine_loader()["_patch_quant_config_inplace"](folder, config)
+    lost = opened.config["quantization"].keys() - config["quantization"].keys()
+    assert documents.dropped_by_unpatched_loader(opened) == len(lost)
+    assert lost
+
+
+def pristine_loader() -> dict:
+    """The names of the installed load_jangtq.py as it was published, whatever was patched since."""
+    patch = patch_loader.read_patch(patch_loader.PATCHES / "load_jangtq.patch")
+    installed = importlib.util.find_spec("jang_tools.load_jangtq")
+    text = Path(installed.origin).read_text()
+    if patch_loader.state(text, patch) == "patched":
+        text = patch_loader.apply(text, [hunk.reversed for hunk in patch.hunks])
+    names: dict = {"__name__": "pristine"}
+    exec(compile(text, "load_jangtq.py", "exec"), names)
+    return names
+
+
 # --- Level 2 sees every tensor ------------------------------------------------------------------
 
 
@@ -200,6 +228,48 @@ def test_a_bundle_from_elsewhere_is_held_to_mlx_formula(elsewhere, source):
     assert sum(o.fragile for o in experts) > 0
     verdict.judge(read, findings)
     assert not findings.names
+
+
+def test_an_unquantized_head_is_compared_as_what_it_is(good, source, tmp_path):
+    """mlx-vlm wants the head in BF16."""
+    folder = shutil.copytree(good, tmp_path / "bundle")
+    head = read_array(open_source(source).tensors["head.weight"])
+
+    def change(arrays):
+        for part in ("scales", "biases"):
+            del arrays[f"head.{part}"]
+        arrays["head.weight"] = "BF16", head
+
+    bundles.edit(folder, change)
+    assert bundles.judge(folder, source).names == set()
+    bundles.flip(folder, "head.weight", 5)
+    assert "element [0, 2]" in bundles.places(bundles.judge(folder, source), "module-differs")
+
+
+def test_a_source_tensor_that_was_not_compared_is_named(good, source, tmp_path):
+    folder = shutil.copytree(good, tmp_path / "bundle")
+    bundles.edit(folder, lambda arrays: arrays.pop("norm.weight"))
+    assert "norm.weight" in bundles.places(bundles.judge(folder, source), "not-compared")
+
+
+def test_a_stacked_bundle_is_named_as_one(good_copy):
+    def change(arrays):
+        arrays["model.layers.0.mlp.switch_mlp.gate_proj.weight"] = arrays.pop("norm.weight")
+
+    bundles.edit(good_copy, change)
+    assert "layout-unknown" in bundles.judge(good_copy, None, level=1).names
+
+
+def test_a_read_beyond_the_end_of_a_file_stops(good_copy):
+    tensor = open_bundle(good_copy).tensors["norm.weight"]
+    tensor.path.write_bytes(tensor.path.read_bytes()[: tensor.offset])
+    with pytest.raises(Stop, match="its end"):
+        compare.Reader().read(tensor)
+
+
+def test_hidden_files_are_no_part_of_a_bundle():
+    files = ["config.json", ".DS_Store", ".cache/x", "encoding/__pycache__/a.pyc", "encoding/a.py"]
+    assert numbers.visible(files) == ["config.json", "encoding/a.py"]
 
 
 # --- The kernels --------------------------------------------------------------------------------

@@ -183,7 +183,8 @@ class Comparer:
         self.quantizer: Quantizer | None = None
         if self.recorded in QUANTIZERS:
             quantizer = QUANTIZERS[self.recorded]()
-            if quantizer.digest == mark.get("requantize_table"):
+            weighs = getattr(quantizer, "weighs", False)  # by an importance that is not here
+            if quantizer.digest == mark.get("requantize_table") and not weighs:
                 self.quantizer = quantizer
 
     def compare(self, task: Task, reader: Reader) -> Outcome:

@@ -79,6 +79,11 @@ FAULTS = {
     ),
     # Tensors by their headers.
     "tensor-missing": Fault("A parameter keeps its random or zero start value.", _CONVERT),
+    "layout-unknown": Fault(
+        "Tensors lie under module paths, renamed and stacked already; this verify knows storage "
+        "names only.",
+        "none: make the bundle with these stages to have it verified",
+    ),
     "tensor-extra": Fault("No tensor of the source leads to it.", _CONVERT),
     "expert-missing": Fault("Experts are stacked: one that lacks stops the load.", _CONVERT),
     "expert-extra": Fault("More experts than config.json counts.", _CONVERT),
@@ -96,7 +101,7 @@ FAULTS = {
     "stock-experts": Fault(
         "FP4 bytes with U8 scales and no biases under an affine label, as upstream's converter "
         "leaves them: decoded as affine they are noise, and the model says BOS forever.",
-        "make requantize, make finalize, make patch",
+        "make requantize, then make patch",
     ),
     "u8-scales-beside-biases": Fault(
         "Old U8 exponents stand beside new biases: a requantization that stopped half-way.",
@@ -181,6 +186,9 @@ FAULTS = {
     "control-differs": Fault("A control tensor is not the source's, bit for bit.", _REQUANTIZE),
     "passthrough-differs": Fault(
         "A norm, router weight or table is not the source's in F16, or its integers.", _CONVERT
+    ),
+    "not-compared": Fault(
+        "A source tensor was not compared, because its counterpart is not whole.", _ABOVE
     ),
     "source-broken": Fault(
         "The source holds NaN or an exponent of 255.", "make download VERIFY_HASHES=1"

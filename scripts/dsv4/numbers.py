@@ -10,12 +10,13 @@ from __future__ import annotations
 import concurrent.futures
 import hashlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from dsv4.checkpoint import Checkpoint
 from dsv4.compare import Comparer, Outcome, Reader, Task, look_at, make_tasks
+from dsv4.names import kind
 from dsv4.shard import Tensor
 from dsv4.survey import Survey
 
@@ -28,7 +29,7 @@ class Numbers:
     """Level 2's result: an outcome for each tensor, and the SHA-256 of each file.
 
     compared: with a source; recorded: the quantizer that the shards name; recomputable: whether it
-    is one whose bytes can be made again here.
+    is one whose bytes can be made again here; left_out: source tensors that were not compared.
     """
 
     outcomes: list[Outcome]
@@ -36,6 +37,7 @@ class Numbers:
     compared: bool
     recorded: str | None = None
     recomputable: bool = False
+    left_out: tuple[str, ...] = ()
 
 
 def sha256(path: Path) -> str:
@@ -87,8 +89,25 @@ def read_numbers(
                 outcomes += answer
     for one in readers:
         one.close()
+    compared = {outcome.name for outcome in outcomes}
+    wanted = source.tensors if source else {}
+    left_out = (name for name in wanted if kind(name) != "scale" and name not in compared)
     return Numbers(
-        outcomes, hashes, source is not None, comparer.recorded, comparer.quantizer is not None
+        outcomes,
+        hashes,
+        source is not None,
+        comparer.recorded,
+        comparer.quantizer is not None,
+        tuple(left_out),
+    )
+
+
+def visible(files: Iterable[str]) -> list[str]:
+    """The files that a bundle consists of: nothing hidden, nothing that Python left."""
+    return sorted(
+        file
+        for file in files
+        if not any(part.startswith(".") or part == "__pycache__" for part in file.split("/"))
     )
 
 
@@ -108,7 +127,7 @@ def cut(bundle: Survey, source: Checkpoint | None) -> Iterator[Path | list[Task 
     for one in every:
         tensor = one.parts["weight"] if isinstance(one, Task) else one
         work.setdefault(tensor.path.name, []).append((tensor.offset, one))
-    for file in sorted(bundle.files):
+    for file in visible(bundle.files):
         yield bundle.checkpoint.folder / file
         some, size = [], 0
         for _, one in sorted(work.get(file, []), key=lambda item: item[0]):
