@@ -220,8 +220,9 @@ def fate_of(
     metadata = shard.metadata | {"format": "mlx"} | mark
     layout = [(slot.name, slot.dtype, slot.shape) for slot in slots]
     same = layout == [(t.name, t.dtype, t.shape) for t in shard.tensors.values()]
-    touched = "expert" in kinds.values()
-    done = same and (not touched or was_made_by(shard, mark))
+    held = "expert" in kinds.values()  # a shard without experts has only its layout to tell
+    made = held and was_made_by(shard, mark)
+    done = same and (not held or made or is_copy(shard, source, quantizer))
     return Fate(shard, slots, kinds, metadata, done)
 
 
@@ -307,18 +308,42 @@ def made_by(source: Checkpoint, quantizer: Quantizer) -> dict[str, str]:
 
 
 def was_made_by(shard: Shard, mark: dict[str, str]) -> bool:
-    """True when `mark` made the shard, False when no requantize did. Raises Stop for another's."""
+    """True when `mark` made the shard, False when no requantize did or one with other settings.
+
+    What another quantizer made is made again, from the source. Raises Stop for another source's.
+    """
     if not any(key in shard.metadata for key in mark):
         return False
-    for key, value in mark.items():
-        if shard.metadata.get(key) != value:
-            raise Stop(
-                f"{shard.path}",
-                f"a shard made with {key.removeprefix('requantize_')} {shard.metadata.get(key)}",
-                value,
-                f"go on with what it was made with, or {CONVERT}",
-            )
+    found, expected = (of.get("requantize_source") for of in (shard.metadata, mark))
+    if found != expected:
+        raise Stop(
+            f"{shard.path}",
+            f"a shard made from source {found}",
+            f"{expected}",
+            f"go on with the source that it was made from, or {CONVERT}",
+        )
+    return all(shard.metadata.get(key) == value for key, value in mark.items())
+
+
+def is_copy(shard: Shard, source: Checkpoint, quantizer: Quantizer) -> bool:
+    """True when the quantizer wants the source's bytes and a stock shard has them already.
+
+    Looks at the middle SAMPLE_BYTES of every expert's part. Raises Stop when they are not the
+    source's. A shard that requantize made says in its metadata what it holds.
+    """
+    if quantizer.name != "mxfp4" or any(key.startswith("requantize_") for key in shard.metadata):
+        return False
+    for name, tensor in shard.tensors.items():
+        if parse_expert(name):
+            _expect_same(tensor, _middle(tensor), _middle(source.tensors[name.removesuffix("s")]))
     return True
+
+
+def _middle(tensor: Tensor) -> np.ndarray:
+    """SAMPLE_BYTES bytes from the middle of a tensor, or all of it when it is smaller."""
+    with tensor.path.open("rb", buffering=0) as file:
+        file.seek(tensor.offset + max(0, tensor.nbytes - SAMPLE_BYTES) // 2)
+        return np.frombuffer(file.read(min(SAMPLE_BYTES, tensor.nbytes)), np.uint8)
 
 
 # --- Do source and bundle belong together? ------------------------------------------------------
@@ -347,10 +372,12 @@ def check_bundle(source: Checkpoint, bundle: Checkpoint) -> None:
 
 
 def _check_entries(bundle: Checkpoint) -> None:
-    """Index and shards must agree, but for the new `.biases` of a run that was killed."""
+    """Index and shards must agree, but for `.biases` that a killed run has added or dropped."""
     index = bundle.folder / INDEX
     for name, file in bundle.weight_map.items():
-        if name not in bundle.shards[file].tensors:
+        shard = bundle.shards[file]
+        dropped = name.endswith(".biases") and parse_expert(name) and _was_requantized(shard)
+        if name not in shard.tensors and not dropped:
             raise Stop(f"{index}: {name}", f"no such tensor in {file}", "it there", CONVERT)
     for file, shard in bundle.shards.items():
         for name, tensor in shard.tensors.items():
@@ -360,6 +387,10 @@ def _check_entries(bundle: Checkpoint) -> None:
                     f"{shard.path}: {name}", "no entry for it in the index", f"one in {INDEX}",
                     CONVERT,
                 )  # fmt: skip
+
+
+def _was_requantized(shard: Shard) -> bool:
+    return "requantize_quantizer" in shard.metadata
 
 
 def _check_complete(source: Checkpoint, bundle: Checkpoint) -> None:
@@ -396,7 +427,11 @@ def _check_part(source: Checkpoint, tensor: Tensor) -> None:
             CONVERT,
         )
     out, half = source.tensors[f"{base}.weight"].shape
-    _expect_shape(tensor, (out, half // 4 if part == "weight" else 2 * half // GROUP))
+    groups = 2 * half // GROUP
+    if part != "weight":
+        _expect_shape(tensor, (out, groups))
+    elif tensor.shape != (out, 5 * groups):  # 5 bits; else 4
+        _expect_shape(tensor, (out, 4 * groups))
 
 
 def _check_eight_bits(source: Checkpoint, bundle: Checkpoint, scales: Tensor) -> None:
@@ -559,6 +594,7 @@ def complete(plan: Plan) -> bool:
     config = dict(plan.bundle.config)
     config.pop("quantization_config", None)
     config["quantization"] = labels.quantization(expert_bases(plan.source), plan.quantizer.label)
+    config[labels.RECORD] = {"quantizer": plan.quantizer.name, "table": plan.quantizer.digest}
     if config != plan.bundle.config:
         changed |= write_json(folder / "config.json", config)
     return changed
