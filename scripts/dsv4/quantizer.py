@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dsv4 import affine, exact, labels
+from dsv4 import affine, exact, labels, optimal
 from dsv4.affine import Tally
 from dsv4.fp4 import GROUP
 
@@ -67,6 +67,38 @@ class MlxAffine:
             self._table,
             packed.view(np.int64),
             exponents,
+            parts["weight"].view(np.int64),
+            parts["scales"].view(np.uint16),
+            parts["biases"].view(np.uint16),
+        )
+
+
+class Optimal:
+    """4-bit affine with the least squared error; weighted by column where an imatrix says so."""
+
+    name = "optimal"
+    label = labels.EXPERT
+    weighs = True
+
+    def __init__(self) -> None:
+        self._table = optimal.build_table()
+        self.digest = self._table.digest
+
+    def parts(self, out: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        return affine_parts(out, columns, affine.BITS)
+
+    def encode(
+        self,
+        packed: np.ndarray,
+        exponents: np.ndarray,
+        parts: Mapping[str, np.ndarray],
+        importance: np.ndarray | None = None,
+    ) -> Tally:
+        return optimal.quantize(
+            self._table,
+            packed.view(np.int64),
+            exponents,
+            np.empty(0, np.float32) if importance is None else importance,
             parts["weight"].view(np.int64),
             parts["scales"].view(np.uint16),
             parts["biases"].view(np.uint16),
@@ -133,6 +165,7 @@ def affine_parts(out: int, columns: int, bits: int) -> dict[str, tuple[str, tupl
 
 QUANTIZERS: dict[str, Callable[[], Quantizer]] = {
     "mlx": MlxAffine,
+    "optimal": Optimal,
     "exact5": Exact5,
     "mxfp4": Mxfp4,
 }
