@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -56,8 +57,8 @@ def every_assignment(values: list[int]) -> np.ndarray:
     """All assignments of `values` to levels that some scale > 0 and bias make the nearest.
 
     Returns int64 (n, len(values)), sorted, the least level of each moved to 0: a shift changes
-    nothing but the bias. Exact: corners of cells have scale 2 · (difference of values) / (difference
-    of odd numbers), so between two neighbouring such scales the order of the lines is fixed.
+    nothing but the bias. Exact: corners of cells have scale 2 · (difference of two values) / (of
+    two odd numbers), and between two neighbouring such scales the order of the lines is fixed.
     """
     borders = np.arange(1, 2 * LEVELS - 1, 2)  # 2k + 1
     corners = {
@@ -67,7 +68,7 @@ def every_assignment(values: list[int]) -> np.ndarray:
     }
     ordered = sorted(corners, key=lambda corner: corner[0] / corner[1])
     between = [(1, 2 * LEVELS**2)]  # a scale before the first corner, one in each gap, one after
-    between += [(a + c, b + d) for (a, b), (c, d) in zip(ordered, ordered[1:], strict=False)]
+    between += [(a + c, b + d) for (a, b), (c, d) in pairwise(ordered)]
     between.append((ordered[-1][0] + 1, ordered[-1][1]))
     found = [_along(np.array(values), borders, up, across) for up, across in between]
     return np.unique(np.concatenate(found), axis=0)

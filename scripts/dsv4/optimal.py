@@ -7,9 +7,9 @@ with its least-squares scale and bias, and the winner is rounded to F16. Same fo
 same speed of inference as mx.quantize; but zeros are not promised to stay zeros.
 
 Rounding: the scale to both of its F16 neighbours, for each the bias that is then the best one, with
-the lattice held at its lower or at its upper end; of these four the best is taken. While scales are
-normal numbers of F16 (2^-14 and more) this costs less than 0.1% of the error. Below, F16 has fewer
-bits and the result is near the optimum only.
+the lattice held at its lower or at its upper end; of these four the best is taken, and twelve more
+steps to each side are tried where that costs more than 0.05% of the error. Below 2^-14 F16 has
+fewer bits, and the result is only near the optimum.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ def quantize(
 
     packed, weight: int64 (2n,), sixteen codes or levels each, the lowest nibble is the first
     column, little-endian; exponents: uint8 (n,); scales, biases: uint16 (n,), the bits of F16;
-    importance: float32, positive, one for each column of a row, or empty when all count the same.
+    importance: positive, one for each column of a row, float64; or, when all count the same, empty
+    and float32.
     Runs without the GIL. Raises BadGroup for an exponent of 255 and for values beyond F16.
     """
     bad, underflows, energy, error = _quantize(
@@ -110,10 +111,10 @@ _VALUES = np.array(VALUES, np.float64)
 
 
 @intrinsic
-def _ones(typing_context, word):  # noqa: ARG001
+def _ones(typing_context, word):
     """The number of bits that are set in an int64."""
 
-    def generate(context, builder, signature, arguments):  # noqa: ARG001
+    def generate(context, builder, signature, arguments):
         return builder.ctpop(arguments[0])
 
     return types.int64(types.int64), generate
@@ -164,12 +165,13 @@ _SINGLE = _VALUES.astype(np.float32)
 def _best(levels, which, lanes, weights, sums, errors, keys):
     """The lane whose assignment leaves the least squared error, among the first `lanes`.
 
-    levels: (ranges, 15, LANES); weights: float32 (15,). sums, float32 (3, LANES), takes each lane's
-    Σ weight · level, Σ weight · level² and Σ weight · value · level. errors and keys are one
-    buffer, as float32 and as int32: an error of 0 or more orders like the integer with its bits,
-    whose lowest eight give way to the lane.
+    levels: (ranges, 15, LANES); weights: (15,), float32 when they are whole numbers, so that all
+    sums are exact, else float64. sums, (3, LANES) of the same dtype, takes each lane's Σ weight ·
+    level, Σ weight · level² and Σ weight · value · level. errors and keys are one buffer, as
+    float32 and as int32: an error of 0 or more orders like the integer with its bits, whose lowest
+    eight give way to the lane.
     """
-    total, values, squares = np.float32(0), np.float32(0), np.float32(0)
+    total, values, squares = weights[0] * 0, weights[0] * 0, weights[0] * 0
     for value in range(N):
         moment = weights[value] * _SINGLE[value]
         total, values = total + weights[value], values + moment
@@ -178,11 +180,11 @@ def _best(levels, which, lanes, weights, sums, errors, keys):
     for value in range(0, N, 5):
         _add_five(levels, which, lanes, weights, value, sums)
     whole = total * squares - values * values
-    least = np.float32(1e-6) * total * total
+    least = 1e-6 * total * total
     for lane in range(lanes):
-        spread = total * sums[1, lane] - sums[0, lane] * sums[0, lane]
-        shared = total * sums[2, lane] - sums[0, lane] * values
-        errors[lane] = max(whole - shared * shared / max(spread, least), np.float32(0))
+        spread = np.float64(total * sums[1, lane] - sums[0, lane] * sums[0, lane])
+        shared = np.float64(total * sums[2, lane] - sums[0, lane] * values)
+        errors[lane] = max(whole - shared * shared / max(spread, least), 0)
     best = np.int32(0x7FFFFFFF)
     for lane in range(lanes):
         best = min(best, np.int32((keys[lane] & -256) | lane))
@@ -227,10 +229,27 @@ def _nearest(scale, bias, row):
         row[value] = min(max(level, 0.0), 15.0)
 
 
+@numba.njit(error_model="numpy")
+def _settle(weights, row):
+    """Levels and least squares by turns, until no level changes: row becomes a local optimum."""
+    before = np.empty(N)
+    for _ in range(20):
+        total, first, second, mixed, values, _ = _sums(weights, row)
+        spread = total * second - first * first
+        if spread <= 0:
+            return
+        slope = (total * mixed - first * values) / spread
+        before[:] = row
+        _nearest(slope, (values - slope * first) / total, row)
+        if (before == row).all():
+            return
+
+
 # --- One group: F16 -----------------------------------------------------------------------------
 
 _SPLIT = 2.0**42 + 1  # leaves the highest 11 of a double's 53 bits (Veltkamp's splitting)
 _NORMAL, _STEP, _LARGEST = 2.0**-14, 2.0**24, 65504.0
+_SLACK, _FAR = 1.0005, 12  # when rounding costs more than this, look so many steps further
 
 
 @numba.njit(error_model="numpy")
@@ -243,12 +262,29 @@ def _to_half(x):
 
 
 @numba.njit(error_model="numpy")
-def _half_beside(x, toward):
-    """The F16 number after x in the direction of `toward`."""
-    if toward == x:
-        return x
-    step = max(abs(x) * 1.5 * 2.0**-11, 1 / _STEP)
-    return _to_half(x + step if toward > x else x - step)
+def _steps_from(x, steps):
+    """The F16 number `steps` steps above x, which is one of them."""
+    size = 2.0 ** (np.floor(np.log2(max(abs(x), _NORMAL))) - 10)
+    return _to_half(x + steps * size)
+
+
+@numba.njit(error_model="numpy")
+def _try(sums, turned, slope, first_step, last_step, answer):
+    """Try the F16 scales some steps from `slope`, each with its best bias; returns the best yet.
+
+    sums: as _sums gives them, values in units of the source; answer: (error, scale, bias, turned).
+    """
+    total, first, second, mixed, values, squares = sums
+    nearest = _to_half(slope)
+    for steps in range(first_step, last_step + 1):
+        scale = _steps_from(nearest, steps) if steps else nearest
+        bias = _to_half((values - scale * first) / total)
+        if abs(scale) <= _LARGEST and abs(bias) <= _LARGEST:
+            error = squares - 2 * (scale * mixed + bias * values)
+            error += scale * scale * second + 2 * scale * bias * first + bias * bias * total
+            if error < answer[0]:
+                answer = (error, scale, bias, turned)
+    return answer
 
 
 @numba.njit(error_model="numpy")
@@ -259,26 +295,23 @@ def _fit(sums, top, unit):
     (scale, bias, 1 if levels must be turned to top - level else 0); scale NaN when F16 has none.
     """
     total, first, second, mixed, values, squares = sums
-    least, answer = np.inf, (np.nan, np.nan, 0)
-    values, squares = values * unit, squares * unit * unit
-    for turned in range(2):
-        if turned:
-            mixed, second = (
-                top * values / unit - mixed,
-                total * top * top - 2 * top * first + second,
-            )
-            first = total * top - first
-        spread = total * second - first * first
-        slope = (total * mixed * unit - first * values) / spread if spread > 0 else 0.0
-        one = _to_half(slope)
-        for scale in (one, _half_beside(one, slope)):
-            bias = _to_half((values - scale * first) / total)
-            if abs(scale) <= _LARGEST and abs(bias) <= _LARGEST:
-                error = squares - 2 * (scale * mixed * unit + bias * values)
-                error += scale * scale * second + 2 * scale * bias * first + bias * bias * total
-                if error < least:
-                    least, answer = error, (scale, bias, turned)
-    return answer
+    mixed, values, squares = mixed * unit, values * unit, squares * unit * unit
+    spread = total * second - first * first
+    slope = (total * mixed - first * values) / spread if spread > 0 else 0.0
+    least = squares - (values * values + slope * slope * spread) / total
+    upward = total, first, second, mixed, values, squares
+    downward = (
+        total, total * top - first, total * top * top - 2 * top * first + second,
+        top * values - mixed, values, squares,
+    )  # fmt: skip
+    beside = 1 if slope > _to_half(slope) else -1
+    answer = (np.inf, np.nan, np.nan, 0)
+    answer = _try(upward, 0, slope, min(beside, 0), max(beside, 0), answer)
+    answer = _try(downward, 1, -slope, min(-beside, 0), max(-beside, 0), answer)
+    if answer[0] > least * _SLACK:
+        answer = _try(upward, 0, slope, -_FAR, _FAR, answer)
+        answer = _try(downward, 1, -slope, -_FAR, _FAR, answer)
+    return answer[1], answer[2], answer[3]
 
 
 @numba.njit(inline="always")
@@ -309,8 +342,8 @@ def _quantize(
 ):
     """(first bad group or -1, underflows, sum of squares, sum of squared errors)."""
     underflows, energy, error = 0, 0.0, 0.0
-    counts, weights, row = np.empty(N, np.float32), np.empty(N, np.float32), np.empty(N)
-    sums, errors = np.empty((3, LANES), np.float32), np.empty(LANES, np.float32)
+    counts, row, errors = np.empty(N, np.float32), np.empty(N), np.empty(LANES, np.float32)
+    weights, sums = np.empty(N, importance.dtype), np.empty((3, LANES), importance.dtype)
     keys, single, by_code = errors.view(np.int32), np.empty(1, np.float32), np.empty(16, np.int64)
     bits = single.view(np.int32)
     for group in range(len(exponents)):
@@ -337,10 +370,15 @@ def _quantize(
                 lane = _best(levels, least, min(few, lanes[least]), weights, sums, errors, keys)
                 for value in range(N):
                     row[value] = levels[least, value, lane]
+                if len(importance):
+                    _settle(weights, row)
             top = 0.0
             for value in range(N):
                 if counts[value] != 0:
                     top = max(top, row[value])
+            if scale > _LARGEST:  # two levels so far apart: half the step
+                row *= 2
+                top *= 2
             scale, bias, turned = _fit(_sums(weights, row), top, unit)
             if exponents[group] == 255 or np.isnan(scale):
                 return group, underflows, energy, error

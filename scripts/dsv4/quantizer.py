@@ -98,7 +98,7 @@ class Optimal:
             self._table,
             packed.view(np.int64),
             exponents,
-            np.empty(0, np.float32) if importance is None else importance,
+            np.empty(0, np.float32) if importance is None else importance.astype(np.float64),
             parts["weight"].view(np.int64),
             parts["scales"].view(np.uint16),
             parts["biases"].view(np.uint16),
