@@ -2,8 +2,9 @@
 
 Goes through all assignments (dsv4/assignments.py), asks for many groups of 32 weights which one
 leaves the least squared error, and keeps those that win: groups of normal, Laplace, Student-t and
-uniform weights under both scale rules, which set the order, and groups with random sets of values
-in random, often very uneven, numbers. A maintainer's tool: no stage runs it. Takes minutes.
+uniform weights under both scale rules, which set the order; groups with random sets of values in
+random, often very uneven, numbers; and ordinary groups whose columns count unequally, as an imatrix
+has it. A maintainer's tool: no stage runs it. Takes minutes.
 
     .venv/bin/python scripts/derive_assignments.py [--rounds N] [--out FILE]
 """
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from dsv4.assignments import KEPT, VALUES, every_assignment, ranges, within
 from dsv4.synthetic import KINDS, RULES, random_groups
 
-MAX = 256
+MAX = 512
 HEAD = """\
 # Assignments of FP4 values to the levels 0-15 that leave the least squared error for some group of
 # 32 weights. After "range LEAST GREATEST" (in halves), one hexadecimal digit for each value between
@@ -76,6 +77,16 @@ def uneven(rng: np.random.Generator, low: int, high: int, n: int) -> np.ndarray:
     return counts
 
 
+def weighted(rng: np.random.Generator, low: int, high: int, n: int) -> np.ndarray:
+    """Shares of the values when weights count as much as random numbers say, in three ways."""
+    out = []
+    for sharpness in (0.3, 1, 3):
+        counts = natural(rng, low, high, n)
+        shares = rng.gamma(sharpness * np.maximum(counts, 1e-9)) + 1e-3 * counts
+        out.append(shares * (counts > 0))
+    return np.concatenate(out)
+
+
 def winners(counts: np.ndarray, low: int, high: int, levels: np.ndarray) -> Counter:
     """How often each assignment, by its index, is the best for these groups."""
     found: Counter = Counter()
@@ -88,15 +99,16 @@ def derive(low: int, high: int, rounds: int) -> np.ndarray:
     """The assignments worth keeping for one range, the most frequent first, at most MAX."""
     levels = every_assignment(within(low, high))
     rng = np.random.default_rng([-low, high])
-    often, ever = Counter(), Counter()
+    often, ever, unequal = Counter(), Counter(), Counter()
     for _ in tqdm(range(rounds), desc=f"{low} … {high}", disable=None):
         often += winners(natural(rng, low, high, 1000), low, high, levels)
         ever += winners(uneven(rng, low, high, 4000), low, high, levels)
-    order = [index for index, _ in (often + Counter()).most_common()]
+        unequal += winners(weighted(rng, low, high, 500), low, high, levels)
+    order = [index for index, _ in often.most_common()]
     order += [index for index, _ in ever.most_common() if index not in often]
-    print(
-        f"{low} … {high}: {len(levels)} assignments, {len(often)} + {len(order) - len(often)} won"
-    )
+    plain = len(order)
+    order += [index for index, _ in unequal.most_common() if index not in often | ever]
+    print(f"{low} … {high}: {len(levels)} assignments; {len(often)}, {plain}, {len(order)} won")
     return levels[order[:MAX]]
 
 

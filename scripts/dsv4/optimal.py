@@ -28,7 +28,8 @@ from dsv4.exact import bad_exponent
 from dsv4.fp4 import UE8M0
 
 N = len(VALUES)
-LANES = 256  # assignments of one range, at most
+LANES = 512  # assignments of one range, at most
+EQUAL = 256  # the later ones win only where columns count unequally
 COMMON = 112  # more than ever won among groups of ordinary weights: these come first
 UNEVEN = 10  # a value that often: try the rare assignments too
 NONE = -1
@@ -169,7 +170,7 @@ def _best(levels, which, lanes, weights, sums, errors, keys):
     sums are exact, else float64. sums, (3, LANES) of the same dtype, takes each lane's Σ weight ·
     level, Σ weight · level² and Σ weight · value · level. errors and keys are one buffer, as
     float32 and as int32: an error of 0 or more orders like the integer with its bits, whose lowest
-    eight give way to the lane.
+    nine give way to the lane.
     """
     total, values, squares = weights[0] * 0, weights[0] * 0, weights[0] * 0
     for value in range(N):
@@ -187,8 +188,8 @@ def _best(levels, which, lanes, weights, sums, errors, keys):
         errors[lane] = max(whole - shared * shared / max(spread, least), 0)
     best = np.int32(0x7FFFFFFF)
     for lane in range(lanes):
-        best = min(best, np.int32((keys[lane] & -256) | lane))
-    return best & 255
+        best = min(best, np.int32((keys[lane] & -LANES) | lane))
+    return best & (LANES - 1)
 
 
 @numba.njit(inline="always", **_FAST)
@@ -366,7 +367,8 @@ def _quantize(
                 for value in range(N):
                     row[value] = (_VALUES[value] - least) / step
             else:
-                few = COMMON if most < UNEVEN and not len(importance) else LANES
+                few = COMMON if most < UNEVEN else EQUAL
+                few = LANES if len(importance) else few
                 lane = _best(levels, least, min(few, lanes[least]), weights, sums, errors, keys)
                 for value in range(N):
                     row[value] = levels[least, value, lane]
