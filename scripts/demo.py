@@ -59,12 +59,13 @@ class Talk:
     seconds: float
 
 
-def held_out(source: Path) -> list[tuple[int, int]]:
-    """The additions (a, b) that the nano's record says it was never trained on."""
-    pairs = read_json(source / "record.json").get("held_out")
-    if not pairs:
-        raise Stop(f"{source / 'record.json'}", "no held_out", "a list of additions", "restore it")
-    return [tuple(pair) for pair in pairs]
+def held_out(source: Path, number: int) -> list[tuple[int, int]]:
+    """`number` additions (a, b), evenly spread, of those that the nano was never trained on."""
+    path = source.parent / "record.json"
+    pairs = [text.partition("+") for text in str(read_json(path).get("held_out", "")).split()]
+    if len(pairs) < number:
+        raise Stop(f"{path}", f"{len(pairs)} held-out additions", f"{number}", "restore it")
+    return [(int(a), int(b)) for a, _, b in pairs[:: len(pairs) // number][:number]]
 
 
 def prompts(source: Path, additions: list[tuple[int, int]]) -> list[list[int]]:
@@ -174,7 +175,7 @@ def main() -> int:
     parser.add_argument("--python", type=Path, default=Path(sys.executable), help="toolchain")
     args = parser.parse_args()
     work = args.bundle.parent
-    additions = held_out(args.source)[:QUESTIONS]
+    additions = held_out(args.source, QUESTIONS)
     ids = prompts(args.source, additions)
     source = logits(args.python, args.source, "source", ids, work)
     loaded = logits(args.python, args.bundle, "loader", ids, work)

@@ -43,7 +43,7 @@ MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
 REDO = "fetch or rebuild this file"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Tensor:
     """Where one tensor lies: `nbytes` bytes from `offset` (absolute, in bytes) of `path`."""
 
@@ -174,7 +174,7 @@ def read_array(tensor: Tensor) -> np.ndarray:
     return np.frombuffer(data, NUMPY_DTYPE[tensor.dtype]).reshape(tensor.shape)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Slot:
     """A tensor's place in a shard that will be written."""
 

@@ -1,0 +1,121 @@
+"""Level 2: every number of a bundle, and its files' SHA-256.
+
+The work goes shard by shard: each is hashed, and then the tensors whose weight lies in it are
+compared, so that most bytes come from the page cache the second time. Memory stays flat: tensors
+are read in blocks of rows.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsv4.checkpoint import Checkpoint
+from dsv4.compare import Comparer, Outcome, Reader, Task, look_at, make_tasks
+from dsv4.shard import Tensor
+from dsv4.survey import Survey
+
+HASH_BYTES = 4 << 20
+JOB_BYTES = 64 << 20  # of the bundle, compared by one thread before it takes the next job
+
+
+@dataclass
+class Numbers:
+    """Level 2's result: an outcome for each tensor, and the SHA-256 of each file.
+
+    compared: with a source; recorded: the quantizer that the shards name; recomputable: whether it
+    is one whose bytes can be made again here.
+    """
+
+    outcomes: list[Outcome]
+    hashes: dict[str, str]
+    compared: bool
+    recorded: str | None = None
+    recomputable: bool = False
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, 64 hex digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while data := file.read(HASH_BYTES):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def read_numbers(
+    bundle: Survey, source: Checkpoint | None, jobs: int, progress: Callable[[int], object]
+) -> Numbers:
+    """Compare or look at every tensor and hash every file, shard by shard, with `jobs` threads.
+
+    `progress` is told the bytes of the bundle that were done. Raises Stop for a read that fails.
+    """
+    comparer = Comparer(bundle)
+    local = threading.local()
+    readers: list[Reader] = []
+
+    def reader() -> Reader:
+        if not hasattr(local, "reader"):
+            local.reader = Reader()
+            readers.append(local.reader)
+        return local.reader
+
+    def do(job: Path | list[Task | Tensor]) -> str | list[Outcome]:
+        if isinstance(job, Path):
+            return sha256(job)
+        outcomes = []
+        for one in job:
+            if isinstance(one, Task):
+                outcomes.append(comparer.compare(one, reader()))
+            else:
+                outcomes.append(look_at(bundle, one, reader()))
+            progress(one.nbytes)
+        return outcomes
+
+    work = list(cut(bundle, source))
+    outcomes: list[Outcome] = []
+    hashes: dict[str, str] = {}
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        for job, answer in zip(work, pool.map(do, work), strict=True):
+            if isinstance(job, Path):
+                hashes[job.relative_to(bundle.checkpoint.folder).as_posix()] = answer
+            else:
+                outcomes += answer
+    for one in readers:
+        one.close()
+    return Numbers(
+        outcomes, hashes, source is not None, comparer.recorded, comparer.quantizer is not None
+    )
+
+
+def warm_up(bundle: Survey, source: Checkpoint) -> None:
+    """Compile the kernels (the first time on a machine) and load them: one tensor of each kind."""
+    comparer, reader = Comparer(bundle), Reader()
+    kinds = {(task.what, str(task.label)): task for task in make_tasks(bundle, source)}
+    for task in kinds.values():
+        comparer.compare(task, reader)
+    reader.close()
+
+
+def cut(bundle: Survey, source: Checkpoint | None) -> Iterator[Path | list[Task | Tensor]]:
+    """The work in order: a file to hash, then the tensors whose weight lies in it, and so on."""
+    work: dict[str, list[tuple[int, Task | Tensor]]] = {}
+    every = make_tasks(bundle, source) if source else bundle.checkpoint.tensors.values()
+    for one in every:
+        tensor = one.parts["weight"] if isinstance(one, Task) else one
+        work.setdefault(tensor.path.name, []).append((tensor.offset, one))
+    for file in sorted(bundle.files):
+        yield bundle.checkpoint.folder / file
+        some, size = [], 0
+        for _, one in sorted(work.get(file, []), key=lambda item: item[0]):
+            some.append(one)
+            size += one.nbytes
+            if size >= JOB_BYTES:
+                yield some
+                some, size = [], 0
+        if some:
+            yield some
