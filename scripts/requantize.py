@@ -52,8 +52,9 @@ from dsv4.checkpoint import (
 )
 from dsv4.durable import TEMPORARY_SUFFIX, human, temporary_for, write_json
 from dsv4.fp4 import GROUP
+from dsv4.imatrix import coverage, importances, open_imatrix, usable
 from dsv4.names import is_control, parse_expert
-from dsv4.quantizer import QUANTIZERS, Quantizer
+from dsv4.quantizer import QUANTIZERS, Optimal, Quantizer
 from dsv4.rewrite import Desk, NewShard, Piece, Target, copy_pieces, rewrite
 from dsv4.shard import NUMPY_DTYPE, Shard, Slot, Tensor, header_bytes
 from dsv4.stop import Stop, run
@@ -84,6 +85,7 @@ class QuantizePiece:
     places: dict[str, int]  # part → where its row 0 lies in the new shard
     quantizer: Quantizer
     ledger: Ledger
+    importance: np.ndarray | None = None  # of each column, as an imatrix has it
 
     def _row_bytes(self) -> dict[str, int]:
         out, half = self.weight.shape
@@ -105,8 +107,11 @@ class QuantizePiece:
         desk.read(self.weight.path, self.weight.offset + self.first * half, packed)
         desk.read(self.scale.path, self.scale.offset + self.first * groups, exponents)
         parts = {part: desk.buffer(part, rows * n) for part, n in self._row_bytes().items()}
+        weights = self.importance
+        if weights is not None:
+            weights = usable(weights, self.weight.name)
         try:
-            return parts, self.quantizer.encode(packed, exponents, parts)
+            return parts, self.quantizer.encode(packed, exponents, parts, weights)
         except BadGroup as bad:
             row, group = divmod(bad.group, groups)
             raise Stop(
@@ -277,9 +282,11 @@ def _expert_pieces(
     weight, scale = source.tensors[f"{base}.weight"], source.tensors[f"{base}.scale"]
     out, half = weight.shape
     rows = max(1, PIECE_BYTES // half)
+    cuts = [(row, min(row + rows, out)) for row in range(0, out, rows)]
+    importance = quantizer.importance.get(base)
     return [
-        QuantizePiece(weight, scale, row, min(row + rows, out), places, quantizer, ledger)
-        for row in range(0, out, rows)
+        QuantizePiece(weight, scale, first, last, places, quantizer, ledger, importance)
+        for first, last in cuts
     ]
 
 
@@ -710,7 +717,21 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--jobs", type=parse_jobs, default=cores(), help="threads (all cores)")
     parser.add_argument("--part", type=parse_part, default=Part(), help="K/N: a share of the work")
     parser.add_argument("--quantizer", choices=sorted(QUANTIZERS), default="mlx")
-    return parser.parse_args()
+    parser.add_argument("--imatrix", type=Path, help="importance of columns, for optimal (.dat)")
+    arguments = parser.parse_args()
+    if arguments.imatrix and arguments.quantizer != "optimal":
+        parser.error("--imatrix needs --quantizer optimal: no other quantizer weighs errors")
+    return arguments
+
+
+def make_quantizer(arguments: argparse.Namespace, source: Checkpoint) -> Quantizer:
+    """The quantizer that was asked for. Raises Stop for an imatrix that does not fit the source."""
+    if arguments.imatrix is None:
+        return QUANTIZERS[arguments.quantizer]()
+    imatrix = open_imatrix(arguments.imatrix)
+    found = importances(imatrix, source)
+    print(coverage(found, imatrix, source))
+    return Optimal(found, imatrix.digest)
 
 
 def main() -> int:
@@ -718,7 +739,7 @@ def main() -> int:
     arguments = parse_arguments()
     start = time.perf_counter()
     source = open_source(arguments.source)
-    quantizer = QUANTIZERS[arguments.quantizer]()
+    quantizer = make_quantizer(arguments, source)
     read_config(arguments.bundle)
     files = sorted(set(read_index(arguments.bundle).values()))
     lock = contextlib.nullcontext() if arguments.dry_run else locked(

@@ -21,8 +21,8 @@ class Quantizer(Protocol):
 
     name: str
     digest: str
-    weighs: bool
     label: dict[str, Any]
+    importance: Mapping[str, np.ndarray]  # by an expert's storage name, as in an imatrix
 
     def parts(self, out: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Part → (dtype, shape) of one matrix (out, columns); the first axis is `out` in all."""
@@ -36,8 +36,8 @@ class Quantizer(Protocol):
     ) -> Tally:
         """Quantize some rows into `parts`; every one of these arrays is uint8 and flat.
 
-        importance: float32 (columns,), how much an error in each input column counts; None when
-        all count the same. Only a quantizer that weighs errors (`weighs`) looks at it.
+        importance: float64 (columns,), positive: how much an error in each input column counts;
+        None when all count the same. Only `optimal` looks at it.
         Raises affine.BadGroup, with the group's index in these rows, when a group has no such form.
         """
 
@@ -47,7 +47,7 @@ class MlxAffine:
 
     name = "mlx"
     label = labels.EXPERT
-    weighs = False
+    importance: Mapping[str, np.ndarray] = {}
 
     def __init__(self) -> None:
         self._table = affine.build_table()
@@ -78,11 +78,14 @@ class Optimal:
 
     name = "optimal"
     label = labels.EXPERT
-    weighs = True
 
-    def __init__(self) -> None:
+    def __init__(
+        self, importance: Mapping[str, np.ndarray] | None = None, imatrix: str = ""
+    ) -> None:
+        """`imatrix` is the digest of the file that `importance` was read from."""
         self._table = optimal.build_table()
-        self.digest = self._table.digest
+        self.importance = importance or {}
+        self.digest = self._table.digest + (f"-imatrix-{imatrix[:16]}" if imatrix else "")
 
     def parts(self, out: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         return affine_parts(out, columns, affine.BITS)
@@ -98,7 +101,7 @@ class Optimal:
             self._table,
             packed.view(np.int64),
             exponents,
-            np.empty(0, np.float32) if importance is None else importance.astype(np.float64),
+            np.empty(0, np.float32) if importance is None else importance,
             parts["weight"].view(np.int64),
             parts["scales"].view(np.uint16),
             parts["biases"].view(np.uint16),
@@ -110,7 +113,7 @@ class Exact5:
 
     name = "exact5"
     label = labels.EXPERT | {"bits": exact.BITS}
-    weighs = False
+    importance: Mapping[str, np.ndarray] = {}
     digest = "1"
 
     def parts(self, out: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -137,7 +140,7 @@ class Mxfp4:
 
     name = "mxfp4"
     label = labels.MXFP4
-    weighs = False
+    importance: Mapping[str, np.ndarray] = {}
     digest = "1"
 
     def parts(self, out: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
