@@ -1,7 +1,8 @@
 """Compute a model's next-token logits with the toolchain's own model code.
 
 Reads token ids as JSON from stdin ([[...], ...]) and writes one float32 .npy of shape (prompts,
-vocabulary): the logits after the last token of each prompt. Runs in the toolchain's Python.
+vocabulary): the logits after the last token of each prompt; with --every, (tokens, vocabulary):
+those after every token of every prompt, one below the other. Runs in the toolchain's Python.
 
     --how loader      the bundle through jang_tools.load_jangtq, as vMLX loads it
     --how tensors     the bundle's tensors dequantized to float32, so without any label
@@ -22,7 +23,7 @@ import numpy as np
 
 from dsv4 import fp4, fp8
 from dsv4.checkpoint import Checkpoint, open_bundle, open_source
-from dsv4.labels import GROUP_SIZE, stored_label
+from dsv4.labels import stored_label
 from dsv4.shard import Tensor, read_array
 from dsv4.stop import Stop, run
 
@@ -53,7 +54,8 @@ def as_float(tensor: Tensor, array: np.ndarray) -> np.ndarray:
 def decode_bundle(bundle: Checkpoint) -> dict[str, np.ndarray]:
     """Every tensor of the bundle by storage name, dequantized by its shapes, not by its label.
 
-    Raises Stop when scales have no affine triple around them (the FP4 bytes of a stock bundle).
+    FP4 bytes are decoded as what they are, whatever their label. Raises Stop when scales belong to
+    nothing that MLX could dequantize.
     """
     import mlx.core as mx
 
@@ -62,19 +64,21 @@ def decode_bundle(bundle: Checkpoint) -> dict[str, np.ndarray]:
         base, _, part = name.rpartition(".")
         label = stored_label(tensors, base)
         if part in ("scales", "biases") and label is None:
-            raise Stop(f"{bundle.folder}: {name}", "no affine triple", "one", "run requantize")
+            raise Stop(f"{bundle.folder}: {name}", "no whole module", "one", "run requantize")
         if label is None:
             out[name] = as_float(tensor, read_array(tensor))
         elif part == "weight":
-            scales, biases = (
-                mx.array(read_array(tensors[f"{base}.{p}"]).astype(np.float32))
-                for p in ("scales", "biases")
-            )
+            parts = [read_array(tensors[f"{base}.{p}"]) for p in parts_of(label)]
+            floats = (p if p.dtype == np.uint8 else p.astype(np.float32) for p in parts)
             packed = mx.array(read_array(tensor))
-            out[name] = np.array(
-                mx.dequantize(packed, scales, biases, group_size=GROUP_SIZE, bits=label["bits"])
-            )
+            decoded = mx.dequantize(packed, *map(mx.array, floats), **label)
+            out[name] = np.array(decoded.astype(mx.float32))
     return out
+
+
+def parts_of(label: dict) -> tuple[str, ...]:
+    """What belongs to a module's weight: exponents alone for FP4, else scales and biases."""
+    return ("scales",) if label["mode"] == "mxfp4" else ("scales", "biases")
 
 
 def plain_model(config: dict, weights: dict[str, np.ndarray]):
@@ -112,13 +116,15 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, required=True, help="source or bundle")
     parser.add_argument("--how", choices=("loader", "tensors", "source"), required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--every", action="store_true", help="after every token, not the last only")
     args = parser.parse_args()
     import mlx.core as mx
 
     prompts = json.load(sys.stdin)
     model = load(args.folder, args.how)
-    rows = [model(mx.array([ids]))[0, -1].astype(mx.float32) for ids in prompts]
-    np.save(args.out, np.stack([np.array(row) for row in rows]))
+    first = None if args.every else -1
+    rows = (model(mx.array([ids]))[0, first:].astype(mx.float32) for ids in prompts)
+    np.save(args.out, np.concatenate([np.array(row) for row in rows]))
     return 0
 
 
