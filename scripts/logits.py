@@ -2,7 +2,9 @@
 
 Reads token ids as JSON from stdin ([[...], ...]) and writes one float32 .npy of shape
 (prompts, vocabulary): the logits after the last token of each prompt. With --decode N the last N
-tokens are fed one at a time through the cache, as in generation. Runs in the runtime's Python.
+tokens are fed one at a time through the cache, as in generation. With --every, (tokens,
+vocabulary): those after every token of every prompt, one below the other. Runs in the runtime's
+Python.
 
     --how loader      the bundle through vMLX's loader (jang_tools inside), as vMLX serves it
     --how mlx-lm      the bundle through mlx_lm with jang_tools' model
@@ -27,7 +29,7 @@ import numpy as np
 
 from dsv4 import fp4, fp8
 from dsv4.checkpoint import Checkpoint, open_bundle, open_source
-from dsv4.labels import GROUP_SIZE, stored_label
+from dsv4.labels import stored_label
 from dsv4.shard import Tensor, read_array
 from dsv4.stop import Stop, run
 
@@ -58,7 +60,8 @@ def as_float(tensor: Tensor, array: np.ndarray) -> np.ndarray:
 def decode_bundle(bundle: Checkpoint) -> dict[str, np.ndarray]:
     """Every tensor of the bundle by storage name, dequantized by its shapes, not by its label.
 
-    Raises Stop when scales have no affine triple around them (the FP4 bytes of a stock bundle).
+    FP4 bytes are decoded as what they are, whatever their label. Raises Stop when scales belong to
+    nothing that MLX could dequantize.
     """
     import mlx.core as mx
 
@@ -67,19 +70,21 @@ def decode_bundle(bundle: Checkpoint) -> dict[str, np.ndarray]:
         base, _, part = name.rpartition(".")
         label = stored_label(tensors, base)
         if part in ("scales", "biases") and label is None:
-            raise Stop(f"{bundle.folder}: {name}", "no affine triple", "one", "run requantize")
+            raise Stop(f"{bundle.folder}: {name}", "no whole module", "one", "run requantize")
         if label is None:
             out[name] = as_float(tensor, read_array(tensor))
         elif part == "weight":
-            scales, biases = (
-                mx.array(read_array(tensors[f"{base}.{p}"]).astype(np.float32))
-                for p in ("scales", "biases")
-            )
+            parts = [read_array(tensors[f"{base}.{p}"]) for p in parts_of(label)]
+            floats = (p if p.dtype == np.uint8 else p.astype(np.float32) for p in parts)
             packed = mx.array(read_array(tensor))
-            out[name] = np.array(
-                mx.dequantize(packed, scales, biases, group_size=GROUP_SIZE, bits=label["bits"])
-            )
+            decoded = mx.dequantize(packed, *map(mx.array, floats), **label)
+            out[name] = np.array(decoded.astype(mx.float32))
     return out
+
+
+def parts_of(label: dict) -> tuple[str, ...]:
+    """What belongs to a module's weight: exponents alone for FP4, else scales and biases."""
+    return ("scales",) if label["mode"] == "mxfp4" else ("scales", "biases")
 
 
 def plain_model(config: dict, weights: dict[str, np.ndarray]):
@@ -104,8 +109,12 @@ class MlxModel:
     def __init__(self, model, logits) -> None:
         self.model, self.logits = model, logits
 
-    def last(self, ids: list[int], decode: int) -> np.ndarray:
-        """Logits (vocabulary,) after `ids`, the last `decode` of them fed one at a time."""
+    def rows(self, ids: list[int], decode: int) -> np.ndarray:
+        """Logits (n, vocabulary); the last row is after all of `ids`.
+
+        The last `decode` tokens are fed one at a time. With none, n is the number of tokens (but
+        jang 2.5.50 gives the last row only); else it is 1.
+        """
         import mlx.core as mx
 
         # A cache also for plain prefill: without one mlx-vlm 0.7.10 lets every position see all
@@ -115,7 +124,7 @@ class MlxModel:
         found = self.logits(mx.array([ids[:first]]), cache)
         for token in ids[first:]:
             found = self.logits(mx.array([[token]]), cache)
-        return np.array(found[0, -1].astype(mx.float32))
+        return np.array(found[0].astype(mx.float32))
 
 
 def loader(folder: Path) -> MlxModel:
@@ -182,8 +191,8 @@ class Reference:
             raise Stop(f"{folder}", f"no match for {odd[0]} in transformers", "every key", "see it")
         self.model.eval()
 
-    def last(self, ids: list[int], decode: int) -> np.ndarray:
-        """Logits (vocabulary,) after `ids`, the last `decode` of them fed one at a time."""
+    def rows(self, ids: list[int], decode: int) -> np.ndarray:
+        """Logits (n, vocabulary) as MlxModel.rows gives them."""
         import torch
 
         first = len(ids) - decode
@@ -192,7 +201,7 @@ class Reference:
             for token in ids[first:]:
                 past = out.past_key_values
                 out = self.model(torch.tensor([[token]]), past_key_values=past, use_cache=True)
-        return out.logits[0, -1].numpy()
+        return out.logits[0].numpy()
 
 
 HOW = {
@@ -213,12 +222,13 @@ def main() -> int:
     parser.add_argument("--how", choices=HOW, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--decode", type=int, default=0, help="tokens fed one at a time")
+    parser.add_argument("--every", action="store_true", help="after every token, not the last only")
     args = parser.parse_args()
     prompts = json.load(sys.stdin)
     with contextlib.redirect_stdout(sys.stderr):
         model = HOW[args.how](args.folder)
-        rows = [model.last(ids, args.decode) for ids in prompts]
-    np.save(args.out, np.stack(rows))
+        rows = [model.rows(ids, args.decode) for ids in prompts]
+    np.save(args.out, np.concatenate(rows if args.every else [row[-1:] for row in rows]))
     return 0
 
 
