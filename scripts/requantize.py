@@ -41,6 +41,7 @@ from dsv4 import labels
 from dsv4.affine import BadGroup, Tally
 from dsv4.checkpoint import (
     INDEX,
+    SAMPLE_BYTES,
     Checkpoint,
     check_strangers,
     expert_bases,
@@ -60,7 +61,6 @@ from dsv4.stop import Stop, run
 
 LOCK = ".requantize.lock"
 PIECE_BYTES = 1 << 20  # of packed source codes: fits a core's own cache with what becomes of it
-SAMPLE_BYTES = 4096
 # Which parts of a routed expert a bundle may hold, and in which dtypes; each has shape (out, …).
 KNOWN_PARTS = {
     "weight": ("U32",),
@@ -259,13 +259,14 @@ def new_shard(fate: Fate, source: Checkpoint, quantizer: Quantizer, ledger: Ledg
             pieces += copy_pieces(tensor.path, tensor.offset, place, slot.nbytes)
         place += slot.nbytes
     for base, places in experts.items():
-        pieces += _expert_pieces(source, base, places, quantizer, ledger)
+        pieces += expert_pieces(source, base, places, quantizer, ledger)
     return NewShard(fate.shard.path, fate.header, place, pieces)
 
 
-def _expert_pieces(
+def expert_pieces(
     source: Checkpoint, base: str, places: dict[str, int], quantizer: Quantizer, ledger: Ledger
 ) -> list[Piece]:
+    """The pieces that fill the parts of one expert that a shard holds, each at its place."""
     weight, scale = source.tensors[f"{base}.weight"], source.tensors[f"{base}.scale"]
     out, half = weight.shape
     rows = max(1, PIECE_BYTES // half)
@@ -288,11 +289,7 @@ def fingerprint(source: Checkpoint) -> str:
         digest.update(f"{file} {shard.size}\n".encode())
         for name, tensor in sorted(shard.tensors.items()):
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        with shard.path.open("rb") as reader:
-            start = min((t.offset for t in shard.tensors.values()), default=shard.size)
-            for offset in (start, (start + shard.size) // 2, shard.size - SAMPLE_BYTES):
-                reader.seek(max(start, offset))
-                digest.update(reader.read(SAMPLE_BYTES))
+        digest.update(source.samples(file))
     return digest.hexdigest()
 
 
@@ -583,7 +580,7 @@ def describe(plan: Plan) -> str:
         f"{kinds['control']:,} controls to F32, {kinds['copy']:,} copied",
         f"read: {human(read)}; written: {human(written)}",
         f"extra disk: {human(growth)} for good, {human(at_once)} while it runs",
-        _estimate(shards, written, plan.jobs),
+        estimate(shards, written, plan.jobs),
     ]
     return "\n".join(lines)
 
@@ -594,7 +591,7 @@ def _bytes_read(piece: Piece) -> int:
     return piece.nbytes
 
 
-def _estimate(shards: list[NewShard], written: int, jobs: int) -> str:
+def estimate(shards: list[NewShard], written: int, jobs: int) -> str:
     """Time from a measurement: the first pieces are read and quantized, and nothing is written."""
     desk, seconds, done = Desk(), 0.0, 0
     pieces = [p for shard in shards for p in shard.pieces if isinstance(p, QuantizePiece)][:17]
@@ -621,6 +618,12 @@ def summarize(plan: Plan, ledger: Ledger, seconds: float) -> str:
         f"{len(ledger.tallies):,} tensors, {len(plan.todo):,} shards, {human(written)} in "
         f"{seconds:.1f} s ({written / seconds / 1e9:.2f} GB/s)"
     )
+    return line + errors_in_words(ledger)
+
+
+def errors_in_words(ledger: Ledger) -> str:
+    """What the quantizer's own tallies say of the error, to be appended to a line."""
+    line = ""
     if ledger.tallies:
         errors = {name: tally.relative for name, tally in ledger.tallies.items()}
         worst = max(errors, key=lambda name: errors[name])
