@@ -51,7 +51,7 @@ def source(tmp_path_factory) -> Path:
 def stock(source, tmp_path_factory) -> Path:
     """That source as upstream's converter leaves it."""
     folder = tmp_path_factory.mktemp("made") / "stock"
-    must("convert", "--source", source, "--bundle", folder)
+    must("convert", "--source", source, "--bundle", folder, "--converter", "jang")
     return folder
 
 
@@ -63,6 +63,14 @@ def good(source, stock, tmp_path_factory) -> Path:
     must("requantize", "--source", source, "--bundle", folder)
     must("finalize", "--source", source, "--bundle", folder)
     must("patch", "--bundle", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def native(source, tmp_path_factory) -> Path:
+    """That source converted natively."""
+    folder = tmp_path_factory.mktemp("made") / "native"
+    must("convert", "--source", source, "--bundle", folder)
     return folder
 
 
