@@ -26,7 +26,6 @@ import fcntl
 import hashlib
 import os
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -60,7 +59,7 @@ from dsv4.shard import NUMPY_DTYPE, Shard, Slot, Tensor, header_bytes
 from dsv4.stop import Stop, run
 
 LOCK = ".requantize.lock"
-PIECE_BYTES = 1 << 20  # of packed source codes: fits a core's own cache with what becomes of it
+PIECE_BYTES = 2 << 20  # of packed source codes: few system calls, still near a core's own cache
 # Which parts of a routed expert a bundle may hold, and in which dtypes; each has shape (out, …).
 KNOWN_PARTS = {
     "weight": ("U32",),
@@ -699,7 +698,9 @@ def main() -> int:
     elif changed:
         print("every shard was requantized already; index and config completed")
     else:
-        print(f"already requantized: {len(plan.fates):,} shards, nothing to do", file=sys.stdout)
+        print(f"already requantized: {len(plan.fates):,} shards, nothing to do")
+    if not arguments.part.whole:
+        print("when all parts are done, run once without --part: it completes index and config")
     return 0
 
 

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
+import os
+import random
+import resource
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +22,48 @@ import pytest
 import small
 
 from dsv4.checkpoint import check_index, open_bundle
-from dsv4.shard import read_array, read_shard
+from dsv4.names import parse_expert
+from dsv4.shard import Planned, read_array, read_shard, write_shard
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "requantize.py"
 
 
-def requantize(source: Path, bundle: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, SCRIPT, "--source", source, "--bundle", bundle, *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+def command(source: Path, bundle: Path, *options: str) -> list[str]:
+    return [sys.executable, str(SCRIPT), "--source", str(source), "--bundle", str(bundle), *options]
+
+
+def requantize(
+    source: Path, bundle: Path, *options: str, before: Callable[[], None] | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(source, bundle, *options),
+        capture_output=True, text=True, timeout=120, check=False, preexec_fn=before,
+    )  # fmt: skip
+
+
+def start(source: Path, bundle: Path, *options: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(source, bundle, *options),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def temporaries(bundle: Path) -> set[tuple[str, int]]:
+    """Names of unfinished files, with the moment of their last change."""
+    found = set()
+    for path in bundle.glob(".*.partial"):
+        with contextlib.suppress(FileNotFoundError):
+            found.add((path.name, path.stat().st_mtime_ns))
+    return found
+
+
+def wait_for_work(process: subprocess.Popen[str], bundle: Path, old: set[tuple[str, int]]) -> bool:
+    """Wait until a run writes a file that is not one of the `old` ones; False when it ended."""
+    while process.poll() is None:
+        if temporaries(bundle) - old:
+            return True
+        time.sleep(0.0005)
+    return False
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -86,3 +129,354 @@ def test_new_biases_follow_their_scales(tmp_path: Path) -> None:
         for i, name in enumerate(names):
             if name.endswith(".scales"):
                 assert names[i + 1] == name.replace(".scales", ".biases")
+
+
+MANY_SHARDS = small.Sizes(layers=3, experts=4, hidden=128, width=256, bundle_shard=5)
+
+
+def whole_run(tmp: Path, sizes: small.Sizes, seed: int) -> tuple[Path, Path, dict[str, str]]:
+    """(source, untouched stock bundle, digests of what an uninterrupted run makes of it)."""
+    source, bundle, _ = small.make(tmp, sizes, seed)
+    stock = tmp / "stock"
+    shutil.copytree(bundle, stock)
+    assert requantize(source, bundle).returncode == 0
+    return source, stock, digests(bundle)
+
+
+def time_of_work(source: Path, stock: Path, bundle: Path) -> float:
+    """Seconds from a run's first write to its end."""
+    shutil.copytree(stock, bundle)
+    process = start(source, bundle)
+    assert wait_for_work(process, bundle, set())
+    begin = time.perf_counter()
+    process.communicate(timeout=60)
+    return time.perf_counter() - begin
+
+
+def test_fifty_kills_lose_nothing(tmp_path: Path) -> None:
+    """kill -9 at random moments of real runs: shards stay whole, the end is byte for byte the same.
+
+    Catches a shard renamed before it is whole, a temporary that stays, a resumed run that differs.
+    """
+    seed = int(os.environ.get("KILL_SEED", time.time_ns() % 1_000_000))
+    print(f"KILL_SEED={seed}")
+    rng = random.Random(seed)
+    source, stock, expected = whole_run(tmp_path, MANY_SHARDS, seed=4)
+    kills, rounds = 0, 0
+    span = time_of_work(source, stock, tmp_path / "timed")
+    while kills < 50:
+        rounds += 1
+        bundle = tmp_path / f"round-{rounds}"
+        shutil.copytree(stock, bundle)
+        while True:
+            old = temporaries(bundle)
+            process = start(source, bundle)
+            if wait_for_work(process, bundle, old):
+                time.sleep(rng.random() * span)
+            process.kill()
+            _, errors = process.communicate(timeout=60)
+            open_bundle(bundle)  # every shard is whole, whatever happened
+            if process.returncode == 0:
+                break
+            assert process.returncode == -signal.SIGKILL, errors
+            kills += 1
+            if kills >= 50:
+                assert requantize(source, bundle).returncode == 0
+                break
+        assert digests(bundle) == expected, f"round {rounds}"
+    print(f"{kills} kills in {rounds} rounds, up to {span:.2f} s after the first write")
+
+
+def test_ctrl_c_leaves_no_temporary_and_the_next_run_goes_on(tmp_path: Path) -> None:
+    source, bundle, expected = whole_run(tmp_path, MANY_SHARDS, seed=5)
+    process = start(source, bundle)
+    assert wait_for_work(process, bundle, set())
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.count("\n") == 1
+    assert "interrupted" in errors
+    assert not list(bundle.glob(".*"))
+    assert requantize(source, bundle).returncode == 0
+    assert digests(bundle) == expected
+
+
+def test_a_full_disk_stops_the_run_and_the_next_one_finishes(tmp_path: Path) -> None:
+    """A file-size limit stands for the full disk: some shards fit, the largest does not."""
+    source, bundle, expected = whole_run(tmp_path, MANY_SHARDS, seed=6)
+    before = digests(bundle)
+    limit = max(path.stat().st_size for path in bundle.glob("*.safetensors")) - 8192
+
+    def lower() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    stopped = requantize(source, bundle, before=lower)
+    assert stopped.returncode == 1
+    assert stopped.stderr.count("\n") == 1
+    assert "file-size limit" in stopped.stderr
+    assert set(digests(bundle)) == set(before)
+    assert requantize(source, bundle).returncode == 0
+    assert digests(bundle) == expected
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a tmpfs takes root")
+def test_a_disk_without_room_is_noticed_before_anything_is_written(tmp_path: Path) -> None:
+    source, stock, expected = whole_run(tmp_path, MANY_SHARDS, seed=7)
+    need = sum(path.stat().st_size for path in stock.iterdir())
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={need + (128 << 10)}", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no mounting here")
+    try:
+        shutil.copytree(stock, disk / "bundle")
+        before = digests(disk / "bundle")
+        stopped = requantize(source, disk / "bundle")
+        assert stopped.returncode == 1
+        assert "free" in stopped.stderr
+        assert digests(disk / "bundle") == before
+        subprocess.run(["mount", "-o", "remount,size=1g", str(disk)], check=True)
+        assert requantize(source, disk / "bundle").returncode == 0
+        assert digests(disk / "bundle") == expected
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_two_runs_at_once_make_one_bundle(tmp_path: Path) -> None:
+    """The second says so and stops, unless the first was quicker than its start."""
+    source, bundle, expected = whole_run(tmp_path, MANY_SHARDS, seed=8)
+    runs = [start(source, bundle) for _ in range(3)]
+    outcomes = [(*run.communicate(timeout=60), run.returncode) for run in runs]
+    assert any(status == 0 for _, _, status in outcomes)
+    for output, errors, status in outcomes:
+        assert status == 0 or "another run" in errors, (output, errors)
+    assert digests(bundle) == expected
+
+
+@pytest.mark.parametrize(
+    ("held", "options", "stops"),
+    [
+        ((0, 0), [], True),
+        ((1, 3), [], True),
+        ((1, 3), ["--part", "2/3"], True),
+        ((1, 3), ["--part", "2/2"], True),
+        ((1, 3), ["--part", "1/3"], False),
+    ],
+    ids=["whole-whole", "part-whole", "same-part", "overlapping-parts", "disjoint-parts"],
+)
+def test_a_second_run_on_the_same_shards_stops(
+    tmp_path: Path, held: tuple[int, int], options: list[str], stops: bool
+) -> None:
+    source, bundle, _ = small.make(tmp_path, small.Sizes(bundle_shard=8), seed=9)
+    before = digests(bundle)
+    first, step = held
+    with (bundle / ".requantize.lock").open("w") as lock:
+        if step:
+            for i in range(first, len(list(bundle.glob("*.safetensors"))), step):
+                fcntl.lockf(lock, fcntl.LOCK_EX, 1, i)
+        else:
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+        second = requantize(source, bundle, *options)
+    assert second.returncode == (1 if stops else 0), second.stderr
+    assert ("another run" in second.stderr) == stops
+    (bundle / ".requantize.lock").unlink()
+    assert (digests(bundle) == before) == stops
+
+
+def test_parts_make_the_same_bytes_as_the_whole(tmp_path: Path) -> None:
+    source, bundle, expected = whole_run(tmp_path, MANY_SHARDS, seed=10)
+    parts = [start(source, bundle, "--part", f"{k}/4", "--jobs", "1") for k in (1, 2, 3, 4)]
+    for part in parts:
+        output, errors = part.communicate(timeout=120)
+        assert (part.returncode, errors) == (0, ""), errors
+        assert "without --part" in output
+    last = requantize(source, bundle)
+    assert "index and config completed" in last.stdout
+    assert digests(bundle) == expected
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
+    source, bundle, _ = small.make(tmp_path, small.Sizes(), seed=11)
+    before, times = digests(tmp_path), bundle.stat().st_mtime_ns
+    done = requantize(source, bundle, "--dry-run")
+    assert (done.returncode, done.stderr) == (0, "")
+    for word in ("shards: 4 to write", "routed experts", "controls", "extra disk", "time:"):
+        assert word in done.stdout
+    assert digests(tmp_path) == before
+    assert bundle.stat().st_mtime_ns == times
+
+
+def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
+    source, bundle, expected = whole_run(tmp_path, small.Sizes(), seed=12)
+    for name in (".gone.safetensors.partial", ".config.json.partial"):
+        (bundle / name).write_bytes(b"half")
+    assert requantize(source, bundle).returncode == 0
+    assert digests(bundle) == expected
+
+
+# --- What must stop the run, before anything is written ---
+
+
+def edit_json(path: Path, change: Callable[[dict], object]) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def drop_tensor(folder: Path, name: str) -> None:
+    """Rewrite the shard that holds `name` without it, and take it out of the index."""
+    index = folder / "model.safetensors.index.json"
+    file = json.loads(index.read_text())["weight_map"][name]
+    kept = {n: (t.dtype, read_array(t)) for n, t in read_shard(folder / file).tensors.items()}
+    del kept[name]
+    save_shard(folder / file, kept)
+    edit_json(index, lambda value: value["weight_map"].pop(name))
+
+
+def save_shard(path: Path, arrays: small.Arrays, metadata: dict[str, str] | None = None) -> None:
+    planned = [
+        Planned(name, dtype, array.shape, lambda a=array: [np.ascontiguousarray(a)])
+        for name, (dtype, array) in arrays.items()
+    ]
+    write_shard(path, planned, metadata or {})
+
+
+def set_bytes(folder: Path, name: str, index: int, data: bytes) -> None:
+    """Overwrite bytes of one tensor in place."""
+    file = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][name]
+    tensor = read_shard(folder / file).tensors[name]
+    with (folder / file).open("r+b") as shard:
+        shard.seek(tensor.offset + index)
+        shard.write(data)
+
+
+EXPERT = "layers.1.ffn.experts.2.w2"
+BREAKAGES = {
+    "missing-source-scale": (lambda s, b: drop_tensor(s, f"{EXPERT}.scale"), f"{EXPERT}.scale"),
+    "missing-source-shard": (
+        lambda s, b: next(iter(sorted(s.glob("*.safetensors")))).unlink(), "shards missing",
+    ),
+    "truncated-source-shard": (
+        lambda s, b: os.truncate(s / "model-00001-of-00005.safetensors", 3000), "3,000",
+    ),
+    "missing-bundle-scales": (lambda s, b: drop_tensor(b, f"{EXPERT}.scales"), f"{EXPERT}.scales"),
+    "missing-bundle-norm": (lambda s, b: drop_tensor(b, "norm.weight"), "norm.weight"),
+    "missing-bundle-shard": (
+        lambda s, b: (b / "model-00002-of-00004.safetensors").unlink(), "model-00002-of-00004",
+    ),
+    "stray-bundle-shard": (
+        lambda s, b: shutil.copy(
+            b / "model-00002-of-00004.safetensors", b / "model-00005.safetensors"
+        ), "model-00005",
+    ),
+    "index-without-a-key": (
+        lambda s, b: edit_json(
+            b / "model.safetensors.index.json", lambda v: v["weight_map"].pop(f"{EXPERT}.weight")
+        ), f"{EXPERT}.weight",
+    ),
+    "index-out-of-the-folder": (
+        lambda s, b: edit_json(
+            b / "model.safetensors.index.json",
+            lambda v: v["weight_map"].update({"norm.weight": "../../x.safetensors"}),
+        ), "../../x",
+    ),
+    "absolute-path-in-the-index": (
+        lambda s, b: edit_json(
+            b / "model.safetensors.index.json",
+            lambda v: v["weight_map"].update({"norm.weight": "/etc/passwd"}),
+        ), "/etc/passwd",
+    ),
+    "too-few-experts-in-config": (
+        lambda s, b: [
+            edit_json(f / "config.json", lambda v: v.update(n_routed_experts=2)) for f in (s, b)
+        ], "beyond config.json",
+    ),
+    "other-counts-in-the-bundle": (
+        lambda s, b: edit_json(b / "config.json", lambda v: v.update(num_hidden_layers=3)),
+        "num_hidden_layers",
+    ),
+    "wrong-model-type": (
+        lambda s, b: edit_json(b / "config.json", lambda v: v.update(model_type="llama")), "llama",
+    ),
+    "experts-of-another-source": (
+        lambda s, b: set_bytes(b, "layers.0.ffn.experts.0.w1.scales", 0, b"\x01"), "other values",
+    ),
+    "controls-of-another-source": (
+        lambda s, b: set_bytes(b, "layers.1.ffn.gate.bias", 0, b"\x01\x02"), "other values",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES)
+def test_what_does_not_fit_stops_the_run_before_it_writes(tmp_path: Path, breakage: str) -> None:
+    source, bundle, _ = small.make(tmp_path, small.Sizes(bundle_shard=25), seed=13)
+    apply, word = BREAKAGES[breakage]
+    apply(source, bundle)
+    before = digests(tmp_path)
+    stopped = requantize(source, bundle)
+    assert stopped.returncode == 1, stopped.stdout
+    assert stopped.stderr.count("\n") == 1, stopped.stderr
+    assert stopped.stderr.startswith("error: ")
+    assert word in stopped.stderr
+    assert digests(tmp_path) == before
+
+
+def test_another_source_of_the_same_shape_is_recognised(tmp_path: Path) -> None:
+    """A finished bundle says in its shards which source it is of; so does a half-finished one."""
+    source, bundle, _ = small.make(tmp_path / "one", small.Sizes(bundle_shard=8), seed=14)
+    other, _, _ = small.make(tmp_path / "two", small.Sizes(bundle_shard=8), seed=15)
+    assert requantize(source, bundle, "--part", "2/3").returncode == 0
+    before = digests(bundle)
+    stopped = requantize(other, bundle)
+    assert stopped.returncode == 1
+    assert "made with source" in stopped.stderr
+    before.pop(".requantize.lock")  # parts leave it to the whole run
+    assert digests(bundle) == before
+
+
+@pytest.mark.parametrize(
+    ("byte", "word"), [(255, "scale byte 255 (NaN)"), (200, "too large for an F16")]
+)
+def test_a_scale_that_cannot_be_stops_the_run_and_names_the_tensor(
+    tmp_path: Path, byte: int, word: str
+) -> None:
+    source, bundle, _ = small.make(tmp_path, small.Sizes(), seed=16)
+    for folder, part in ((source, "scale"), (bundle, "scales")):
+        set_bytes(folder, f"mtp.0.ffn.experts.1.w3.{part}", 5, bytes([byte]))
+        set_bytes(source, "mtp.0.ffn.experts.1.w3.weight", 5 * 16, b"\x77")
+        set_bytes(bundle, "mtp.0.ffn.experts.1.w3.weight", 5 * 16, b"\x77")
+    stopped = requantize(source, bundle)
+    assert stopped.returncode == 1
+    assert f"mtp.0.ffn.experts.1.w3.weight: found {word}" in stopped.stderr.replace(
+        f"scale byte {byte}: values ", ""
+    )
+    assert "row 2, group 1" in stopped.stderr
+    assert not list(bundle.glob(".*"))
+
+
+def test_a_somebody_elses_affine_bundle_is_redone_from_the_source(tmp_path: Path) -> None:
+    """Experts that are affine already (other bytes, no metadata) come out as the reference."""
+    source, bundle, expected = small.make(tmp_path, small.Sizes(), seed=17)
+    for path in sorted(bundle.glob("*.safetensors")):
+        arrays = {}
+        for name, tensor in read_shard(path).tensors.items():
+            array = read_array(tensor)
+            if parse_expert(name) and name.endswith(".scales"):
+                arrays[name] = ("F16", np.ones(array.shape, np.float16))
+            else:
+                arrays[name] = (tensor.dtype, array)
+        save_shard(path, arrays)
+    assert requantize(source, bundle).returncode == 0
+    assert_holds(bundle, expected)
+
+
+def test_other_keys_of_index_and_config_stay(tmp_path: Path) -> None:
+    source, bundle, _ = small.make(tmp_path, small.Sizes(), seed=18)
+    edit_json(bundle / "config.json", lambda v: v.update(mine=[1, "ü"]))
+    edit_json(bundle / "model.safetensors.index.json", lambda v: v["metadata"].update(format="mlx"))
+    assert requantize(source, bundle).returncode == 0
+    assert json.loads((bundle / "config.json").read_text())["mine"] == [1, "ü"]
+    metadata = json.loads((bundle / "model.safetensors.index.json").read_text())["metadata"]
+    opened = open_bundle(bundle)
+    total = sum(tensor.nbytes for tensor in opened.tensors.values())
+    assert metadata == {"total_size": total, "format": "mlx"}

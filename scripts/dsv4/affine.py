@@ -13,10 +13,15 @@ MLX's Metal and CUDA kernels differ from its CPU code for groups without a zero 
 from __future__ import annotations
 
 import hashlib
+import platform
 from dataclasses import dataclass
 
 import numba
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from dsv4.fp4 import E2M1, GROUP, UE8M0
 from dsv4.stop import Stop
@@ -26,7 +31,6 @@ BITS = 4
 RANK = np.array([7, 8, 9, 10, 11, 12, 13, 14, 7, 6, 5, 4, 3, 2, 1, 0])
 
 OK, UNDERFLOW, BAD = 0, 1, 2  # what an entry says of its case
-ERROR_ONE = 1 << 24  # the fixed-point unit of squared errors in a row
 
 
 @dataclass(frozen=True)
@@ -35,15 +39,16 @@ class Table:
 
     entries: int64 (65536,), index exponent << 8 | least rank << 4 | greatest rank; bits 0–15 the
       scale and 16–31 the bias (F16 bits), 32–47 the row, 48–49 OK, UNDERFLOW or BAD.
-    rows: int64 (n, 256), index a byte of two codes; bits 0–7 the byte of two levels, 8–23 the
-      squares of the two values × 4, from bit 24 the squared errors × ERROR_ONE; values and errors
-      are in units of 2^exponent.
+    rows: uint8 (n, 64), four lookups by code: the level; the value's square × 4; low and high byte
+      of the squared error in the row's unit. Values and errors are in units of 2^exponent.
+    units: float64 (n,), each row's unit of squared errors.
     powers: float64 (256,), 4^(e - 127): turns squares in those units into squares.
     digest: 16 hex digits that change when any answer does.
     """
 
     entries: np.ndarray
     rows: np.ndarray
+    units: np.ndarray
     powers: np.ndarray
     digest: str
 
@@ -84,7 +89,7 @@ def build_table() -> Table:
     """
     pairs, probes = _probes()
     scales, biases, levels = _ask_mlx(probes[0])
-    by_code = np.zeros((len(levels), 16), np.int64)
+    by_code = np.full((len(levels), 16), -1, np.int64)
     np.put_along_axis(by_code, _every_exponent(probes[0]), levels, axis=1)
     for other in probes[1:]:
         again = _ask_mlx(other)
@@ -159,9 +164,8 @@ def _assemble(
     unit = np.ldexp(1.0, 127 - exponents)
     steps = np.where(finite, half_scales, 0).astype(np.float64) * unit
     offsets = np.where(finite, half_biases, 0).astype(np.float64) * unit
-    kinds, which = np.unique(
-        np.column_stack([by_code, steps, offsets]), axis=0, return_inverse=True
-    )
+    levels = np.where(finite[:, None], by_code, -1)
+    kinds, which = np.unique(np.column_stack([levels, steps, offsets]), axis=0, return_inverse=True)
     entries = np.full(1 << 16, BAD << 48, np.int64)
     entries[exponents << 8 | np.tile(pairs, 255)] = (
         half_scales.view(np.uint16).astype(np.int64)
@@ -169,20 +173,27 @@ def _assemble(
         | which.reshape(-1) << 32
         | flags << 48
     )
-    rows = _rows(kinds[:, :16].astype(np.int64), kinds[:, 16], kinds[:, 17])
-    digest = hashlib.sha256(entries.astype("<i8").tobytes() + rows.astype("<i8").tobytes())
-    return Table(entries, rows, np.ldexp(1.0, 2 * (np.arange(256) - 127)), digest.hexdigest()[:16])
+    rows, units = _rows(kinds[:, :16], kinds[:, 16], kinds[:, 17])
+    digest = hashlib.sha256(entries.astype("<i8").tobytes() + rows.tobytes()).hexdigest()[:16]
+    return Table(entries, rows, units, np.ldexp(1.0, 2 * (np.arange(256) - 127)), digest)
 
 
-def _rows(levels: np.ndarray, steps: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Rows of a Table from levels (n, 16) and scale and bias in units of 2^exponent, (n,)."""
+def _rows(
+    levels: np.ndarray, steps: np.ndarray, offsets: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and units of a Table.
+
+    levels: (n, 16), -1 where a code lies outside a case's range and so never meets its row; scale
+    and bias in units of 2^exponent, (n,).
+    """
     values = E2M1.astype(np.float64)
     errors = levels * steps[:, None] + offsets[:, None] - values
-    # Codes outside a case's range never meet its row; the cap keeps their sum out of bit 63.
-    squared = np.rint(np.minimum(errors**2, 150) * ERROR_ONE).astype(np.int64)
-    one = levels | np.rint(values**2 * 4).astype(np.int64) << 8 | squared << 24
-    low, high = one[:, np.arange(256) & 15], one[:, np.arange(256) >> 4]
-    return (low & 255) | (high & 255) << 4 | ((low >> 8) + (high >> 8)) << 8
+    squares = np.where(levels < 0, 0, errors**2)
+    units = np.maximum(squares.max(axis=1), 1e-30) / 0xFFFF
+    fixed = np.rint(squares / units[:, None]).astype(np.int64)
+    energy = np.broadcast_to(values**2 * 4, levels.shape)
+    rows = np.hstack([np.maximum(levels, 0), energy, fixed & 0xFF, fixed >> 8])
+    return rows.astype(np.uint8), units
 
 
 def quantize(
@@ -196,12 +207,13 @@ def quantize(
     """Quantize n whole groups; the arrays are contiguous, the last three are written.
 
     packed, weight: int64 (2n,), sixteen codes or levels each, the lowest nibble is the first
-    column; exponents: uint8 (n,); scales, biases: uint16 (n,), the bits of F16. Runs without the
-    GIL. Raises BadGroup for an exponent of 255 and for a scale or bias beyond F16.
+    column, little-endian; exponents: uint8 (n,); scales, biases: uint16 (n,), the bits of F16.
+    Runs without the GIL. Raises BadGroup for an exponent of 255 and for a scale or bias beyond F16.
     """
     bad, underflows, energy, error = _quantize(
-        packed, exponents, table.entries, table.rows, table.powers, weight, scales, biases
-    )
+        packed, exponents, table.entries, table.rows, table.units, table.powers,
+        weight, scales, biases,
+    )  # fmt: skip
     if bad >= 0 and exponents[bad] == 255:
         raise BadGroup(bad, "scale byte 255 (NaN)", "bytes from 0 to 254")
     if bad >= 0:
@@ -218,6 +230,7 @@ def quantize(
 # signed and unsigned would make floats of them.
 _LOW_BITS = 0x1111111111111111
 _PLANE = 0x3333333333333333
+_BLOCK = 1024
 
 
 @numba.njit(inline="always")
@@ -250,39 +263,111 @@ def _pair(low: int, high: int) -> int:
     return least << 4 | greatest
 
 
+_BYTES = ir.VectorType(ir.IntType(8), 16)
+_LONG = ir.IntType(64)
+
+
+def _choose(builder: ir.IRBuilder, table: ir.Value, indices: ir.Value) -> ir.Value:
+    """LLVM code for `table[indices]`, all of sixteen bytes, the indices below 16.
+
+    One instruction on x86-64 (pshufb) and on arm64 (tbl); elsewhere what the compiler makes of
+    sixteen single choices.
+    """
+    tuned = numba.config.CPU_NAME or numba.config.CPU_FEATURES  # compile for the CPU at hand only
+    name = None if tuned else {
+        "x86_64": "llvm.x86.ssse3.pshuf.b.128",
+        "arm64": "llvm.aarch64.neon.tbl1.v16i8",
+        "aarch64": "llvm.aarch64.neon.tbl1.v16i8",
+    }.get(platform.machine())  # fmt: skip
+    if name is not None:
+        signature = ir.FunctionType(_BYTES, [_BYTES, _BYTES])
+        return builder.call(
+            cgutils.get_or_insert_function(builder.module, signature, name), [table, indices]
+        )
+    result = ir.Constant(_BYTES, ir.Undefined)
+    for lane in range(16):
+        place = ir.IntType(32)(lane)
+        index = builder.zext(builder.extract_element(indices, place), ir.IntType(32))
+        result = builder.insert_element(result, builder.extract_element(table, index), place)
+    return result
+
+
+def _sum(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:
+    """LLVM code for the sum of sixteen unsigned bytes, as int64."""
+    wide = ir.VectorType(ir.IntType(32), 16)
+    signature = ir.FunctionType(ir.IntType(32), [wide])
+    add = cgutils.get_or_insert_function(builder.module, signature, "llvm.vector.reduce.add.v16i32")
+    return builder.zext(builder.call(add, [builder.zext(vector, wide)]), _LONG)
+
+
+@intrinsic
+def _apply(context, packed, group, rows, row, weight):
+    """Look a group's 32 codes up in a row and write its levels.
+
+    Returns the sum of energies | the sum of errors' low bytes << 16 | of their high bytes << 32.
+    """
+
+    def generate(context, builder, signature, arguments):
+        def at(array: int, index: ir.Value, stride: int, part: int) -> ir.Value:
+            struct = context.make_array(signature.args[array])(context, builder, arguments[array])
+            data = builder.bitcast(struct.data, ir.IntType(8).as_pointer())
+            offset = builder.add(builder.mul(index, _LONG(stride)), _LONG(16 * part))
+            return builder.bitcast(builder.gep(data, [offset]), _BYTES.as_pointer())
+
+        def load(*place: int | ir.Value) -> ir.Value:
+            value = builder.load(at(*place))
+            value.align = 1
+            return value
+
+        codes = load(0, arguments[1], 16, 0)
+        low = builder.and_(codes, ir.Constant(_BYTES, [15] * 16))
+        high = builder.lshr(codes, ir.Constant(_BYTES, [4] * 16))
+        levels, *others = (load(2, arguments[3], 64, part) for part in range(4))
+        both = builder.or_(
+            _choose(builder, levels, low),
+            builder.shl(_choose(builder, levels, high), ir.Constant(_BYTES, [4] * 16)),
+        )
+        builder.store(both, at(4, arguments[1], 16, 0)).align = 1
+        result = _LONG(0)
+        for i, table in enumerate(others):
+            total = builder.add(
+                _sum(builder, _choose(builder, table, low)),
+                _sum(builder, _choose(builder, table, high)),
+            )
+            result = builder.or_(result, builder.shl(total, _LONG(16 * i)))
+        return result
+
+    return types.int64(packed, group, rows, row, weight), generate
+
+
 @numba.njit(nogil=True, cache=True)
-def _quantize(packed, exponents, entries, rows, powers, weight, scales, biases):
+def _quantize(packed, exponents, entries, rows, units, powers, weight, scales, biases):
     """(first bad group or -1, underflows, sum of squares, sum of squared errors).
 
-    In blocks of 1,024 groups: the compiler can vectorize the search for the pairs, and only it.
+    In blocks, and from slices, because then the compiler vectorizes the search for the pairs.
     """
     underflows, energy, error = 0, 0.0, 0.0
-    cases = np.empty(1024, np.int64)
-    for start in range(0, len(exponents), len(cases)):
-        block = min(len(cases), len(exponents) - start)
-        for i in range(block):
-            pair = _pair(packed[2 * (start + i)], packed[2 * (start + i) + 1])
-            cases[i] = np.int64(exponents[start + i]) << 8 | pair
-        for i in range(block):
-            group = start + i
-            entry = entries[cases[i]]
+    cases = np.empty(_BLOCK, np.int64)
+    for start in range(0, len(exponents), _BLOCK):
+        words = packed[2 * start : 2 * (start + _BLOCK)]
+        levels = weight[2 * start : 2 * (start + _BLOCK)]
+        bytes_ = exponents[start : start + _BLOCK]
+        steps, offsets = scales[start : start + _BLOCK], biases[start : start + _BLOCK]
+        for i in range(len(bytes_)):
+            cases[i] = _pair(words[2 * i], words[2 * i + 1])
+        for i in range(len(bytes_)):
+            entry = entries[np.int64(bytes_[i]) << 8 | cases[i]]
             flag = entry >> 48
-            if flag != 0:
+            if flag != OK:
                 if flag == BAD:
-                    return group, underflows, energy, error
+                    return start + i, underflows, energy, error
                 underflows += 1
-            scales[group] = entry
-            biases[group] = entry >> 16
-            row = rows[(entry >> 32) & 0xFFFF]
-            low, high = packed[2 * group], packed[2 * group + 1]
-            low_levels, high_levels, sums = 0, 0, 0
-            for byte in range(8):
-                one, other = row[(low >> 8 * byte) & 255], row[(high >> 8 * byte) & 255]
-                low_levels |= (one & 255) << 8 * byte
-                high_levels |= (other & 255) << 8 * byte
-                sums += (one >> 8) + (other >> 8)
-            weight[2 * group], weight[2 * group + 1] = low_levels, high_levels
-            power = powers[exponents[group]]
-            energy += (sums & 0xFFFF) * power
-            error += (sums >> 16) * power
-    return -1, underflows, energy / 4, error / ERROR_ONE
+            steps[i] = entry
+            offsets[i] = entry >> 16
+            row = (entry >> 32) & 0xFFFF
+            sums = _apply(words, i, rows, row, levels)
+            energy += (sums & 0xFFFF) * powers[bytes_[i]]
+            error += (((sums >> 16) & 0xFFFF) + (sums >> 32 << 8)) * (
+                units[row] * powers[bytes_[i]]
+            )
+    return -1, underflows, energy / 4, error

@@ -11,6 +11,7 @@ the disk, while the others work on the next.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import threading
@@ -80,7 +81,7 @@ class Target:
         self._replacement = Replacement(shard.path)
         self._fd = self._replacement.file.fileno()
         try:
-            os.ftruncate(self._fd, shard.size)
+            reserve(self._fd, shard.size)
             self.write(0, np.frombuffer(shard.header, np.uint8))
         except OSError as error:
             self.discard()
@@ -110,6 +111,18 @@ class Target:
     def discard(self) -> None:
         """Drop what was written."""
         self._replacement.discard()
+
+
+def reserve(fd: int, size: int) -> None:
+    """Give a new file its size, and its blocks where the system can: a full disk shows at once."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(fd, 0, size)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+    os.ftruncate(fd, size)
 
 
 def forget(fd: int, offset: int, nbytes: int) -> None:
