@@ -39,6 +39,8 @@ TOOLCHAIN_PYTHON ?= .venv/bin/python
 PORT ?= 8010
 # Processors that requantize uses; empty for all.
 JOBS ?=
+# What verify looks at: 1 for headers and JSON, 2 for every number too.
+LEVEL ?= 2
 # 1: download hashes every file again, also those that it knows.
 VERIFY_HASHES ?=
 # The Python that .venv is made with: 3.11 to 3.13.
@@ -51,6 +53,8 @@ KEY := $(shell printf '%s\n' '$(SOURCE)' '$(BUNDLE)' | cksum | cut -d ' ' -f 1)
 STAMPS := build/$(KEY)
 FOLDERS = --source '$(SOURCE)' --bundle '$(BUNDLE)'
 module = $(patsubst %,scripts/dsv4/%.py,$(1))
+space := $(subst ,, )
+escaped = $(subst $(space),\ ,$(1))
 # What every stage uses.
 CORE := .venv/installed $(call module,stop durable shard names fp4 checkpoint) $(STAMPS)/settings
 
@@ -65,7 +69,7 @@ all: $(STAMPS)/verify.stamp ## build the bundle: every stage from check to verif
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z_]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "Settings (make NAME=value, or config.mk): MODEL REPO REVISION SOURCE BUNDLE REFERENCE"
-	@echo "  TOOLCHAIN_PYTHON PORT JOBS VERIFY_HASHES PYTHON3; README.md tells what they mean."
+	@echo "  TOOLCHAIN_PYTHON PORT JOBS LEVEL VERIFY_HASHES PYTHON3; README.md tells what they mean."
 
 # The values that stages depend on. Rewritten only when one of them changes.
 $(STAMPS)/settings: FORCE
@@ -93,7 +97,7 @@ venv: .venv/installed ## make .venv with the pinned toolchain (1.8 GB)
 .PHONY: check
 check: $(STAMPS)/check.stamp ## say whether the build can succeed: toolchain, volumes, free space
 $(STAMPS)/check.stamp: $(CORE) scripts/check.py scripts/patch_loader.py scripts/download.py \
-  $(call module,hub space toolchain labels) patches/load_jangtq.patch patches/mlx_model.patch
+  $(call module,hub origin transfer space toolchain labels) patches/load_jangtq.patch patches/mlx_model.patch
 	rm -f $@
 	$(PYTHON) scripts/check.py $(FOLDERS) --python '$(TOOLCHAIN_PYTHON)' \
 	  --repo '$(REPO)' --revision '$(REVISION)'
@@ -112,10 +116,11 @@ unpatch_loader: .venv/installed ## put the original loader back, byte for byte
 	rm -f build/*/patch_loader.stamp
 	$(PYTHON) scripts/patch_loader.py --python '$(TOOLCHAIN_PYTHON)' --undo
 
-# 160 GB from the hub, each file compared with the hub's size and SHA-256.
+# 160 GB from the hub, pinned to a commit, each file compared with the hub's size and hash.
 .PHONY: download
 download: $(STAMPS)/download.stamp ## fetch the source, or recognise a complete one
-$(STAMPS)/download.stamp: $(STAMPS)/patch_loader.stamp scripts/download.py $(call module,hub space)
+$(STAMPS)/download.stamp: $(STAMPS)/patch_loader.stamp scripts/download.py \
+  $(call module,hub origin transfer space)
 	rm -f $@
 	$(PYTHON) scripts/download.py --source '$(SOURCE)' --repo '$(REPO)' --revision '$(REVISION)' \
 	  $(if $(VERIFY_HASHES),--verify-hashes)
@@ -148,20 +153,28 @@ $(STAMPS)/finalize.stamp: $(STAMPS)/requantize.stamp scripts/finalize.py
 # Stop tokens, chat template, labels: what each runtime reads, where it reads it.
 .PHONY: patch
 patch: $(STAMPS)/patch.stamp ## write stop tokens, chat template and labels
-$(STAMPS)/patch.stamp: $(STAMPS)/finalize.stamp scripts/patch.py $(call module,chat labels)
+$(STAMPS)/patch.stamp: $(STAMPS)/finalize.stamp scripts/patch.py $(call module,chat labels hub origin)
 	rm -f $@
-	$(PYTHON) scripts/patch.py --bundle '$(BUNDLE)'
+	$(PYTHON) scripts/patch.py $(FOLDERS)
 	touch $@
 
-# Files, index, tensors, labels.
-VERIFY = $(PYTHON) scripts/verify.py $(FOLDERS)
-.PHONY: verify
-verify: $(STAMPS)/patch.stamp ## check the finished bundle, every time that it is asked
+# LEVEL=1: headers and JSON, seconds. 2: every number against the source, at the disk's speed.
+PROOF = survey findings headers documents loading level1 judge compare promises numbers verdict
+VERIFY = $(PYTHON) scripts/verify.py --bundle '$(BUNDLE)' --level $(LEVEL) \
+  $(if $(wildcard $(call escaped,$(SOURCE))/config.json),--source '$(SOURCE)') \
+  --python '$(TOOLCHAIN_PYTHON)' --json $(STAMPS)/verify.json $(if $(JOBS),--jobs $(JOBS))
+.PHONY: verify report
+verify: $(STAMPS)/patch.stamp ## prove the finished bundle right, or name what is wrong (LEVEL=1: fast)
 	$(VERIFY)
-$(STAMPS)/verify.stamp: $(STAMPS)/patch.stamp scripts/verify.py $(call module,chat labels)
+$(STAMPS)/verify.stamp: $(STAMPS)/patch.stamp scripts/verify.py scripts/replay.py \
+  $(call module,chat labels quantizer affine fp8 $(PROOF))
 	rm -f $@
 	$(VERIFY)
 	touch $@
+
+# What the last verify found, as one page to put beside a published bundle.
+report: .venv/installed ## write the last verify's result as one HTML page, build/KEY/verify.html
+	$(PYTHON) scripts/report.py --json $(STAMPS)/verify.json --out $(STAMPS)/verify.html
 
 # ------------------------------------------------------------------------------- using the bundle
 
@@ -171,6 +184,26 @@ serve: .venv/installed ## serve the bundle with vMLX on 127.0.0.1:PORT
 
 smoke: .venv/installed ## ask the running server two questions and judge the answers
 	$(PYTHON) scripts/smoke.py --port $(PORT)
+
+# ----------------------------------------------------------------------------- in from and out to the hub
+
+# Headers and JSON of a published bundle, some 30 MB of its 180 GB. AGAINST=repository compares with a source.
+AGAINST ?=
+.PHONY: inspect
+inspect: .venv/installed ## judge a published bundle before its download: REPO=user/bundle
+	@test '$(origin REPO)' = 'command line' || \
+	  { echo 'error: REPO: found none, expected user/bundle; make inspect REPO=user/bundle' >&2; exit 2; }
+	$(PYTHON) scripts/inspect_bundle.py --repo '$(REPO)' $(if $(AGAINST),--against '$(AGAINST)') \
+	  $(if $(filter command,$(firstword $(origin REVISION))),--revision '$(REVISION)')
+
+# Exactly the bytes that verify read, with a card of facts, in one commit. DRY_RUN=1 shows all, uploads nothing.
+TO ?=
+DRY_RUN ?=
+PRIVATE ?=
+.PHONY: publish
+publish: .venv/installed ## upload the verified bundle to the hub: TO=user/name, DRY_RUN=1, PRIVATE=1
+	$(PYTHON) scripts/publish.py $(FOLDERS) --to '$(TO)' --report $(STAMPS)/verify.json \
+	  --page $(STAMPS)/verify.html $(if $(PRIVATE),--private) $(if $(DRY_RUN),--dry-run)
 
 # ----------------------------------------------------------------------------------- the nano demo
 

@@ -9,11 +9,14 @@ Each runtime reads other files (FACTS.md, section 6, was found by experiment), s
 | generation_config.json | the same list                                       | mlx_lm, mlx-vlm  |
 | tokenizer_config.json  | bos_token, eos_token; a chat_template if none is    | vMLX 1.3.97      |
 | jang_config.json       | quantization.group_size 32 (else 64 is assumed)     | vMLX 1.6.81      |
+| jang_config.json       | source_model, source: repo, commit, files' hashes   | readers          |
 
+The converter writes the source's local path into source_model; a bundle that may be published names
+the repository and commit instead, as download recorded them, or says that they were not recorded.
 Ids come from the bundle's tokenizer, labels from the tensors as they lie on disk. Idempotent; each
 file is replaced whole. Takes seconds. --dry-run says what would change.
 
-    .venv/bin/python scripts/patch.py --bundle DIR [--dry-run]
+    .venv/bin/python scripts/patch.py --bundle DIR [--source DIR] [--dry-run]
 """
 
 from __future__ import annotations
@@ -28,10 +31,13 @@ from dsv4.chat import BOS, EOS, TEMPLATE, token_ids
 from dsv4.checkpoint import Checkpoint, expert_bases, open_bundle, read_json
 from dsv4.durable import write_json
 from dsv4.labels import GROUP_SIZE, expert_label, quantization
+from dsv4.origin import provenance
 from dsv4.stop import Stop, run
 
+UNRECORDED = "not recorded"
 
-def patched(bundle: Checkpoint) -> dict[str, dict[str, Any]]:
+
+def patched(bundle: Checkpoint, source: Path | None = None) -> dict[str, dict[str, Any]]:
     """File name → content that it should have, for the four JSON files."""
     folder = bundle.folder
     eos = token_ids(folder)
@@ -43,7 +49,7 @@ def patched(bundle: Checkpoint) -> dict[str, dict[str, Any]]:
         "config.json": config,
         "generation_config.json": generation_config(folder, eos),
         "tokenizer_config.json": tokenizer_config(folder),
-        "jang_config.json": jang_config(folder),
+        "jang_config.json": jang_config(folder, source),
     }
 
 
@@ -63,12 +69,23 @@ def tokenizer_config(folder: Path) -> dict[str, Any]:
     return content
 
 
-def jang_config(folder: Path) -> dict[str, Any]:
+def jang_config(folder: Path, source: Path | None) -> dict[str, Any]:
+    """With groups of 32, and the source's origin in place of a local path.
+
+    Without a source that is there, an origin that was recorded earlier stays.
+    """
     path = folder / "jang_config.json"
     content = read_json(path) if path.is_file() else {"weight_format": "affine"}
     quantized = content.get("quantization")
     quantized = quantized if isinstance(quantized, dict) else {}
-    return {**content, "quantization": {**quantized, "group_size": GROUP_SIZE}}
+    content = {**content, "quantization": {**quantized, "group_size": GROUP_SIZE}}
+    origin = content.pop("source", None)
+    if source is not None and source.is_dir():
+        origin = provenance(source)
+    if not isinstance(origin, dict):
+        return {**content, "source_model": UNRECORDED}
+    named = f"{origin.get('repo')}@{origin.get('commit')}"
+    return {**content, "source_model": named, "source": origin}
 
 
 def differences(folder: Path, wanted: dict[str, dict[str, Any]]) -> list[str]:
@@ -87,10 +104,11 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--source", type=Path, help="record where it was downloaded from")
     parser.add_argument("--dry-run", action="store_true", help="say what would change")
     args = parser.parse_args()
     bundle = open_bundle(args.bundle)
-    wanted = patched(bundle)
+    wanted = patched(bundle, args.source)
     for line in differences(args.bundle, wanted):
         print(f"{'would set' if args.dry_run else 'set'} {line}")
     if not args.dry_run:

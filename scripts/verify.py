@@ -1,159 +1,229 @@
-"""Check a bundle's files, index, tensors and labels by headers and JSON alone.
+"""Prove a bundle right, or name what is wrong with it: any DeepSeek-V4 MLX bundle.
 
-Files and stop tokens; index and shards in both directions; every tensor of the source, when one is
-named, has its counterpart; every quantized module has its triple; control tensors are F32; the
-label in config.json that a loader will use for each module agrees with the tensors on disk. Seconds
-on a 180 GB bundle, because no tensor is read.
+Level 1, headers and JSON, seconds: index and shards, every tensor's counterpart, every module's
+triple, the labels of all runtimes, stop tokens, chat template, encoding; and the toolchain's own
+loaders are run on the headers to see that every parameter would get a tensor that fits.
+Level 2, every number, as fast as the disk: each weight is decoded and compared with the FP4/FP8
+source; without a source, NaN, Inf and zero-filled experts are looked for. SHA-256 of every file.
 
-Prints one line for each check. Exit 0: everything was checked and holds; 1: it does not.
+Each fault has a name, the reason why it matters, and the command that repairs it; all are reported,
+not only the first. --json keeps the whole result for report.py and for other programs.
+Exit 0: everything that was asked for was checked and holds; 1: it does not, or could not be.
 
-    .venv/bin/python scripts/verify.py --bundle DIR [--source DIR]
+    .venv/bin/python scripts/verify.py --bundle DIR [--source DIR] [--level 1] [--json FILE]
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+import datetime
+import os
+import platform
+import sys
+import time
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from dsv4.chat import token_ids
-from dsv4.checkpoint import (
-    Checkpoint,
-    check_experts,
-    check_index,
-    count,
-    expert_bases,
-    open_bundle,
-    open_source,
-    read_json,
-)
-from dsv4.labels import stored_label
-from dsv4.names import PROJECTION, bundle_keys, expert_base, is_control, switch_paths
+from tqdm import tqdm
+
+from dsv4 import level1, numbers, verdict
+from dsv4.checkpoint import Checkpoint, open_source, read_json
+from dsv4.durable import human, write_json
+from dsv4.findings import Check, Findings
+from dsv4.headers import quantizer_of
+from dsv4.names import is_control, parse_expert
+from dsv4.space import folder_bytes
 from dsv4.stop import Stop, run
+from dsv4.survey import Survey, survey
+from dsv4.toolchain import probe
 
-FILES = (
-    "config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "generation_config.json",
-    "encoding/encoding_dsv4.py",
-)
-TRIPLE = ("weight", "scales", "biases")
+FORMAT = 1  # of verify.json
+RECORD = ".download.json"
 
 
-def fail(bundle: Checkpoint, what: str, found: str, expected: str, todo: str) -> Stop:
-    return Stop(f"{bundle.folder}: {what}", found, expected, todo)
+def level_one(
+    args: argparse.Namespace, source: Checkpoint | None, findings: Findings
+) -> tuple[Survey | None, list[Check]]:
+    """Survey the bundle and run level 1."""
+    bundle = survey(args.bundle, findings)
+    if bundle is None:
+        return None, []
+    checks = level1.check_headers(bundle, source, findings)
+    if not args.without_loader:
+        checks += level1.check_toolchain(bundle, args.python, findings)
+    return bundle, checks
 
 
-def check_files(bundle: Checkpoint) -> str:
-    missing = [name for name in FILES if not (bundle.folder / name).is_file()]
-    if missing:
-        raise fail(bundle, missing[0], "no such file", "it", "run finalize, then patch")
-    return f"{len(FILES)} files"
+def level_two(
+    bundle: Survey, source: Checkpoint | None, jobs: int, findings: Findings
+) -> tuple[numbers.Numbers, list[Check], float]:
+    """Read every number; returns the outcomes, the checks and the seconds that it took."""
+    start = time.perf_counter()
+    with tqdm(
+        total=bundle.checkpoint.nbytes, unit="B", unit_scale=True, desc="level 2", disable=None
+    ) as bar:
+        result = numbers.read_numbers(bundle, source, jobs, bar.update)
+    return result, verdict.judge(result, findings), time.perf_counter() - start
 
 
-def check_stop_tokens(bundle: Checkpoint) -> str:
-    eos = token_ids(bundle.folder)
-    for name in ("config.json", "generation_config.json"):
-        found = read_json(bundle.folder / name).get("eos_token_id")
-        if found != eos:
-            raise fail(bundle, f"{name}: eos_token_id", f"{found}", f"{eos}", "run patch")
-    if not read_json(bundle.folder / "tokenizer_config.json").get("chat_template"):
-        raise fail(bundle, "tokenizer_config.json", "no chat_template", "one", "run patch")
-    return f"stop tokens {eos}, chat template"
+def print_findings(findings: Findings) -> None:
+    """Every finding, on stderr: its name, why it matters, where, and what repairs it."""
+    lines = []
+    for finding in findings:
+        fault = finding.fault
+        lines.append(f"\n{fault.severity}: {finding.name} ({finding.count:,}×): {fault.why}")
+        for place in finding.places:
+            said = f"found {place['found']}, expected {place['expected']}"
+            lines.append(f"    {place['where']}: {said}")
+        if finding.count > len(finding.places):
+            lines.append(f"    … and {finding.count - len(finding.places):,} more")
+        lines.append(f"  repair: {fault.repair}")
+    sys.stdout.flush()
+    print("\n".join(lines), file=sys.stderr, flush=True)
 
 
-def check_shards(bundle: Checkpoint) -> str:
-    check_index(bundle, "requantize")
-    on_disk = {path.name for path in bundle.folder.glob("*.safetensors")}
-    strangers = sorted(on_disk - set(bundle.shards))
-    if strangers:
-        raise fail(bundle, strangers[0], "a shard outside the index", "none", "move it away")
-    return f"{len(bundle.shards)} shards, {len(bundle.tensors):,} tensors, as the index says"
+def versions(python: Path | None) -> dict[str, Any]:
+    """This Python and, where there is one, the toolchain's packages."""
+    found: dict[str, Any] = {
+        "verify_python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+    if python is not None:
+        try:
+            toolchain = probe(python)
+        except Stop as stop:
+            return {**found, "toolchain": str(stop)}
+        found |= {"python": toolchain["python"], "metal": toolchain["metal"]}
+        found |= {name: version for name, version in toolchain["packages"].items() if version}
+    return found
 
 
-def check_triples(bundle: Checkpoint) -> str:
-    """Every quantized module has weight, scales and biases that fit each other, and no orphan."""
-    check_experts(bundle, TRIPLE)
-    bases = {name.rpartition(".")[0] for name in bundle.tensors if name.endswith(TRIPLE[1:])}
-    for base in sorted(bases):
-        missing = [part for part in TRIPLE if f"{base}.{part}" not in bundle.tensors]
-        if missing:
-            raise fail(bundle, f"{base}.{missing[0]}", "not there", "the triple", "run requantize")
-        if stored_label(bundle.tensors, base) is None:
-            shapes = [(t.dtype, t.shape) for t in (bundle.tensors[f"{base}.{p}"] for p in TRIPLE)]
-            raise fail(bundle, base, f"{shapes}", "an affine triple, group 32", "run requantize")
-    if not bases:
-        raise fail(bundle, "tensors", "no quantized module", "some", "convert again")
-    return f"{len(bases):,} triples"
+def origin(folder: Path | None) -> dict[str, Any] | None:
+    """Where the source came from, as download recorded it: repository, revision, commit."""
+    if folder is None:
+        return None
+    record = read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
+    known = {key: record.get(key) for key in ("repo", "revision", "commit")}
+    return {"folder": str(folder), **known}
 
 
-def check_controls(bundle: Checkpoint) -> str:
-    controls = [tensor for name, tensor in bundle.tensors.items() if is_control(name)]
-    for tensor in controls:
-        if tensor.dtype != "F32":
-            raise fail(bundle, tensor.name, tensor.dtype, "F32", "run requantize")
-    if not controls:
-        raise fail(bundle, "tensors", "no control tensor", "some", "convert again")
-    return f"{len(controls)} control tensors, F32"
+def sizes(bundle: Survey, source: Checkpoint | None) -> dict[str, Any]:
+    """Bytes: the bundle by what its tensors are, and the source."""
+    kinds = {"routed experts": 0, "control tensors": 0, "8-bit modules and the rest": 0}
+    for name, tensor in bundle.checkpoint.tensors.items():
+        what = "routed experts" if parse_expert(name) else "8-bit modules and the rest"
+        kinds["control tensors" if is_control(name) else what] += tensor.nbytes
+    return {
+        "shards": len(bundle.checkpoint.shards),
+        "tensors": len(bundle.checkpoint.tensors),
+        "bundle_bytes": folder_bytes(bundle.checkpoint.folder),
+        "shard_bytes": bundle.checkpoint.nbytes,
+        "by_kind": kinds,
+        "source_shard_bytes": source.nbytes if source else None,
+    }
 
 
-def labels_in_use(bundle: Checkpoint) -> Iterator[tuple[str, str]]:
-    """(key in config.json, storage name of a module that a loader looks up under it)."""
-    experts = count(bundle.config, "n_routed_experts", bundle.folder)
-    for layer in range(count(bundle.config, "num_hidden_layers", bundle.folder)):
-        for matrix in PROJECTION:
-            for expert in range(experts):
-                base = expert_base("layers", layer, expert, matrix)
-                for path in switch_paths(layer, matrix):
-                    yield path, base
-    for base in expert_bases(bundle):
-        yield base, base
-
-
-def check_labels(bundle: Checkpoint) -> str:
-    """The label that a loader finds for each module equals what lies on disk."""
-    labels = bundle.config.get("quantization")
-    if not isinstance(labels, dict) or "quantization_config" in bundle.config:
-        raise fail(bundle, "config.json", "no quantization, or a quantization_config beside it",
-                   "quantization alone", "run patch")  # fmt: skip
-    top = {key: labels.get(key) for key in ("group_size", "bits", "mode")}
-    named = list(labels_in_use(bundle))
-    experts = {base for _, base in named}
-    bases = {name.rpartition(".")[0] for name in bundle.tensors if name.endswith(".scales")}
-    for key, base in [*named, *((b, b) for b in sorted(bases - experts))]:
-        stored = stored_label(bundle.tensors, base)
-        if labels.get(key, top) != stored:
-            raise fail(bundle, f"config.json: {key}", f"{labels.get(key, top)}",
-                       f"{stored} as the tensors", "run patch")  # fmt: skip
-    return f"{len(named):,} expert labels, {len(bases - experts):,} modules at the top level's"
-
-
-def check_counterparts(bundle: Checkpoint, source: Checkpoint) -> str:
-    wanted = {key for name in source.tensors for key in bundle_keys(name)}
-    missing, extra = sorted(wanted - set(bundle.tensors)), sorted(set(bundle.tensors) - wanted)
-    if missing or extra:
-        found = f"no {missing[0]}" if missing else f"{extra[0]}, which the source does not have"
-        raise fail(bundle, "tensors", found, "the source's counterparts", "convert again")
-    return f"{len(wanted):,} counterparts of {len(source.tensors):,} source tensors"
-
-
-def main() -> int:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--bundle", type=Path, required=True)
-    parser.add_argument("--source", type=Path, help="compare with this source too")
-    args = parser.parse_args()
-    bundle = open_bundle(args.bundle)
-    checks: list[Callable[[Checkpoint], str]] = [
-        check_files, check_stop_tokens, check_shards, check_triples, check_controls, check_labels,
-    ]  # fmt: skip
+    parser.add_argument("--source", type=Path, help="the FP4/FP8 source to compare with")
+    parser.add_argument("--level", type=int, choices=(1, 2), default=2)
+    parser.add_argument("--python", type=Path, default=Path(sys.executable), help="toolchain")
+    parser.add_argument(
+        "--without-loader",
+        action="store_true",
+        help="do not ask the toolchain's loaders (level 1 is then not whole)",
+    )
+    parser.add_argument("--hashes", action="store_true", help="SHA-256 of all files at level 1 too")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="threads of level 2")
+    parser.add_argument("--json", type=Path, help="write the whole result to this file")
+    return parser.parse_args()
+
+
+def verify(args: argparse.Namespace) -> dict[str, Any]:
+    """Run what was asked for, print it, and return the whole result."""
+    findings = Findings()
+    source = open_source(args.source) if args.source else None
+    start = time.perf_counter()
+    bundle, checks = level_one(args, source, findings)
+    seconds = {"level 1": time.perf_counter() - start}
+    print(f"{args.bundle}\nlevel 1, headers and JSON ({seconds['level 1']:.1f} s)")
+    show(checks)
+    result: dict[str, Any] = {"errors": {}, "hashes": {}, "speed": None}
+    if bundle is None:
+        print("  nothing more can be checked without config.json and index")
+    elif args.level == 2:
+        checks += second(args, bundle, source, findings, seconds, result)
+    elif args.hashes:
+        result["hashes"] = {f: numbers.sha256(args.bundle / f) for f in sorted(bundle.files)}
+    level1.demand_something(checks, findings)
+    print_findings(findings)
+    return {
+        "format": FORMAT,
+        "verdict": "failed" if findings.errors or not checks else "passed",
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "bundle": str(args.bundle.resolve()),
+        "source": origin(args.source),
+        "levels": [1, 2] if args.level == 2 else [1],
+        "loader_asked": not args.without_loader,
+        "quantizer": quantizer_of(bundle) if bundle else {},
+        "checks": [asdict(check) for check in checks],
+        "findings": [finding.as_json() for finding in findings],
+        "sizes": sizes(bundle, source) if bundle else {},
+        "versions": versions(None if args.without_loader else args.python),
+        "seconds": seconds,
+        **result,
+    }
+
+
+def second(
+    args: argparse.Namespace,
+    bundle: Survey,
+    source: Checkpoint | None,
+    findings: Findings,
+    seconds: dict[str, float],
+    result: dict[str, Any],
+) -> list[Check]:
+    """Level 2: fill `result` and `seconds`, print and return its checks."""
+    read, checks, seconds["level 2"] = level_two(bundle, source, args.jobs, findings)
+    rate = bundle.checkpoint.nbytes / seconds["level 2"] / 1e9
+    print(
+        f"level 2, every number of {human(bundle.checkpoint.nbytes)} "
+        f"({seconds['level 2']:.1f} s, {rate:.2f} GB/s of the bundle)"
+    )
+    show(checks)
+    result["hashes"] = read.hashes
+    result["speed"] = {"gigabytes_per_second": rate, "jobs": args.jobs}
+    if read.compared:
+        result["errors"] = {
+            "experts": verdict.by_layer(read.outcomes),
+            "others": verdict.others(read.outcomes),
+        }
+    return checks
+
+
+def show(checks: list[Check]) -> None:
+    """One line for each check."""
     for check in checks:
-        print(f"ok  {check(bundle)}")
-    if args.source:
-        print(f"ok  {check_counterparts(bundle, open_source(args.source))}")
-    return 0
+        print(check.text())
+
+
+def main() -> int:
+    args = parse_arguments()
+    result = verify(args)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.json, result)
+    names = [f["name"] for f in result["findings"] if f["severity"] == "error"]
+    if result["verdict"] == "passed":
+        not_asked = ", but the loaders were not asked" if args.without_loader else ""
+        print(f"\npassed: everything that was asked for was checked and holds{not_asked}")
+        return 0
+    print(f"\nFAILED: {', '.join(names) or 'nothing could be checked'}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

@@ -1,0 +1,500 @@
+"""Level 2: one tensor of the bundle against the source.
+
+What a tensor is compared with depends on what it is:
+
+| tensor             | compared with                                                           |
+|--------------------|-------------------------------------------------------------------------|
+| routed expert      | FP4 source: bounds of its quantizer, and its quantizer's own bytes      |
+| 8-bit module       | FP8 or BF16 source: bounds, and MLX's formula                           |
+| control, integers  | the source's bytes                                                      |
+| norms, router, ape | the source rounded to the dtype that the bundle has them in (F16)       |
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsv4 import judge
+from dsv4.affine import BadGroup
+from dsv4.checkpoint import Checkpoint
+from dsv4.fp4 import GROUP, UE8M0
+from dsv4.fp8 import E4M3
+from dsv4.headers import FLOATS, module_parts, quantizer_of, stored
+from dsv4.names import kind, parse_expert
+from dsv4.promises import Promise, promise_of
+from dsv4.quantizer import QUANTIZERS, Quantizer
+from dsv4.shard import ITEMSIZE, NUMPY_DTYPE, REDO, Tensor
+from dsv4.stop import Stop
+from dsv4.survey import Survey
+
+BLOCK_WEIGHTS = 1 << 18  # weights in a block of rows: 1 MB decoded, which a core's cache holds
+PIECE_BYTES = 4 << 20
+
+
+@dataclass
+class Outcome:
+    """What level 2 found of one tensor.
+
+    what: expert, module, control or passthrough; how: what its values are stored as. energy and
+    error are sums of squares. exact, explained and wrong count groups against the bytes that its
+    quantizer gives; fragile ones could be rounded otherwise by another device. faults are (name,
+    where, found, expected); device ones count only if `judge_device` says so.
+    """
+
+    name: str
+    what: str
+    how: str
+    numbers: int = 0
+    groups: int = 0
+    exact: int = 0
+    fragile: int = 0
+    explained: int = 0
+    wrong: int = 0
+    energy: float = 0.0
+    error: float = 0.0
+    worst: float = 0.0
+    worst_at: str = ""
+    zeros: int = 0
+    zeros_lost: int = 0
+    recomputed: bool = False
+    faults: list[tuple[str, str, str, str]] = field(default_factory=list)
+    wrong_places: list[tuple[str, str, str]] = field(default_factory=list)
+    explained_places: list[tuple[str, str, str]] = field(default_factory=list)
+
+    @property
+    def relative(self) -> float:
+        """RMS of the error relative to the RMS of the weights."""
+        return float(np.sqrt(self.error / self.energy)) if self.energy else 0.0
+
+    def fault(self, name: str, where: str, found: str, expected: str) -> None:
+        """Note one fault of this tensor."""
+        self.faults.append((name, f"{self.name}: {where}", found, expected))
+
+
+class Reader:
+    """Positioned reads from shards that stay open; one for each worker."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, int] = {}
+
+    def read(self, tensor: Tensor, first: int = 0, nbytes: int | None = None) -> np.ndarray:
+        """`nbytes` bytes of a tensor's data from byte `first`, uint8. Raises Stop at the end."""
+        if tensor.path not in self._open:
+            self._open[tensor.path] = os.open(tensor.path, os.O_RDONLY)
+        wanted = tensor.nbytes - first if nbytes is None else nbytes
+        data = os.pread(self._open[tensor.path], wanted, tensor.offset + first)
+        while len(data) < wanted:
+            more = os.pread(
+                self._open[tensor.path], wanted - len(data), tensor.offset + first + len(data)
+            )
+            if not more:
+                raise Stop(f"{tensor.path}", "its end", f"{tensor.name} there", REDO)
+            data += more
+        return np.frombuffer(data, np.uint8)
+
+    def rows(self, tensor: Tensor, first: int, last: int) -> np.ndarray:
+        """Rows `first` to `last` - 1 as bytes."""
+        row = tensor.nbytes // tensor.shape[0]
+        return self.read(tensor, first * row, (last - first) * row)
+
+    def close(self) -> None:
+        """Close all files."""
+        for fd in self._open.values():
+            os.close(fd)
+        self._open.clear()
+
+
+def as_float32(data: np.ndarray, dtype: str) -> np.ndarray:
+    """Bytes of F16, BF16 or F32 → float32."""
+    array = data.view(NUMPY_DTYPE[dtype])
+    if dtype == "BF16":
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float32)
+
+
+def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
+    """float32 → the nearest numbers of F16, BF16 or F32, as bytes; ties to even."""
+    if dtype == "BF16":
+        bits = values.view(np.uint32)
+        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16).view(np.uint8)
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(values.astype(NUMPY_DTYPE[dtype])).view(np.uint8)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One source tensor and what the bundle made of it."""
+
+    origin: Tensor
+    scale: Tensor | None
+    parts: dict[str, Tensor]
+    what: str
+    label: dict[str, Any] | None
+
+    @property
+    def base(self) -> str:
+        """Its storage name without the part."""
+        return self.origin.name.removesuffix(".weight")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the bundle that it covers."""
+        return sum(part.nbytes for part in self.parts.values())
+
+
+def make_tasks(bundle: Survey, source: Checkpoint) -> list[Task]:
+    """All source tensors whose counterparts are whole; level 1 has reported the others."""
+    tasks = []
+    for name, origin in source.tensors.items():
+        what = kind(name)
+        if what == "scale" or name not in bundle.checkpoint.tensors:
+            continue
+        base = name.removesuffix(".weight")
+        scale = source.tensors.get(f"{base}.scale")
+        parts = module_parts(bundle, base) if what in ("expert", "affine8") else {}
+        label = stored(parts)
+        if label is None and len(parts) > 1:
+            continue
+        if label is None:
+            tensor = bundle.checkpoint.tensors[name]
+            if what == "expert" or (what == "affine8" and tensor.dtype not in FLOATS):
+                continue
+            task = Task(origin, scale, {"weight": tensor}, what.replace("affine8", "module"), None)
+            if tensor.shape == origin.shape:
+                tasks.append(task)
+            continue
+        columns = origin.shape[1] * (2 if what == "expert" else 1)
+        if parts["weight"].shape == (origin.shape[0], columns * label["bits"] // 32):
+            tasks.append(Task(origin, scale, parts, what.replace("affine8", "module"), label))
+    return tasks
+
+
+class Comparer:
+    """Compares tasks, in any thread; the quantizer's table is made once."""
+
+    def __init__(self, bundle: Survey) -> None:
+        mark = quantizer_of(bundle)
+        self.recorded = mark.get("requantize_quantizer")
+        self.quantizer: Quantizer | None = None
+        if self.recorded in QUANTIZERS:
+            quantizer = QUANTIZERS[self.recorded]()
+            if quantizer.digest == mark.get("requantize_table"):
+                self.quantizer = quantizer
+
+    def compare(self, task: Task, reader: Reader) -> Outcome:
+        """Compare one tensor with its source."""
+        how = f"{task.label['mode']} {task.label['bits']}-bit" if task.label else ""
+        outcome = Outcome(task.origin.name, task.what, how or task.parts["weight"].dtype)
+        if task.label is None:
+            compare_plain(task, reader, outcome)
+        elif task.label["mode"] == "mxfp4":
+            compare_mxfp4(task, reader, outcome)
+        else:
+            self._compare_affine(task, reader, outcome)
+        return outcome
+
+    def _compare_affine(self, task: Task, reader: Reader, outcome: Outcome) -> None:
+        expert = task.what == "expert"
+        bits = task.label["bits"]
+        promise = promise_of(self.recorded if expert else None, bits)
+        out, columns = task.origin.shape[0], task.parts["scales"].shape[1] * GROUP
+        rows = max(1, BLOCK_WEIGHTS // columns)
+        for first in range(0, out, rows):
+            last = min(out, first + rows)
+            block = Block(task, reader, first, last, columns, bits)
+            if not block.source_is_whole(outcome):
+                return
+            block.bounds(outcome, promise)
+            if expert and self.quantizer and self.quantizer.label == task.label:
+                block.recompute(outcome, self.quantizer)
+            else:
+                block.formula(outcome)
+        finish(outcome, promise)
+
+
+def finish(outcome: Outcome, promise: Promise) -> None:
+    """Judge a whole tensor's error, where its bytes were not found right."""
+    sure = outcome.exact == outcome.groups
+    if not sure and outcome.relative > promise.rms and outcome.what == "expert":
+        outcome.fault(
+            "expert-imprecise",
+            "whole tensor",
+            f"relative RMS {outcome.relative:.3%}",
+            f"at most {promise.rms:.0%}",
+        )
+
+
+class Block:
+    """Some rows of an affine module, decoded: source values, levels, scales and biases."""
+
+    def __init__(
+        self, task: Task, reader: Reader, first: int, last: int, columns: int, bits: int
+    ) -> None:
+        self.task, self.first, self.columns, self.bits = task, first, columns, bits
+        number = (last - first) * columns
+        self.codes = reader.rows(task.origin, first, last)
+        self.values = np.empty(number, np.float32)
+        self.stored = {part: reader.rows(t, first, last) for part, t in task.parts.items()}
+        dtype = task.parts["scales"].dtype
+        self.levels = np.empty(number, np.uint8)
+        self.scales = as_float32(self.stored["scales"], dtype)
+        self.biases = as_float32(self.stored["biases"], dtype)
+        self.rounding = judge.ROUNDING[dtype]
+        self.exponents = np.empty(0, np.uint8)
+        self._decode(reader, last)
+
+    def _decode(self, reader: Reader, last: int) -> None:
+        task = self.task
+        judge.unpack(self.stored["weight"], self.bits, self.levels)
+        if task.what == "expert":
+            self.exponents = reader.rows(task.scale, self.first, last)
+            judge.decode_fp4(self.codes, self.exponents, self.values)
+        elif task.origin.dtype == "F8_E4M3":
+            self.exponents = reader.read(task.scale)
+            powers = UE8M0[self.exponents].reshape(task.scale.shape)
+            judge.decode_fp8(self.codes, E4M3, powers, self.columns, self.first, self.values)
+        else:
+            self.values = as_float32(self.codes, task.origin.dtype)
+
+    def source_is_whole(self, outcome: Outcome) -> bool:
+        """False, with a fault, when the source itself holds NaN."""
+        if (self.exponents == 255).any() or not np.isfinite(self.values).all():
+            outcome.fault("source-broken", f"rows from {self.first}", "NaN", "numbers")
+            return False
+        return True
+
+    def place(self, weight: int) -> str:
+        """Where in the tensor the weight with this index in the block lies."""
+        row, column = divmod(weight, self.columns)
+        return f"row {self.first + row}, group {column // GROUP}"
+
+    def bounds(self, outcome: Outcome, promise: Promise) -> None:
+        """Hold every weight to the promise."""
+        counts, energy, error, worst = judge.bounds(
+            self.values, self.levels, self.scales, self.biases, self.bits, *self.rounding
+        )
+        outcome.numbers += len(self.values)
+        outcome.energy += energy
+        outcome.error += error
+        outcome.zeros += int(counts[judge.ZEROS])
+        outcome.zeros_lost += int(counts[judge.LOST_ZEROS])
+        if worst > outcome.worst:
+            outcome.worst, outcome.worst_at = worst, self.place(counts[judge.WORST_AT])
+        self._blame(outcome, promise, counts, worst)
+
+    def _blame(self, outcome: Outcome, promise: Promise, counts: np.ndarray, worst: float) -> None:
+        prefix = "expert" if outcome.what == "expert" else "module"
+        if counts[judge.BAD_NUMBER]:
+            group = int(counts[judge.FIRST_BAD_NUMBER]) // GROUP
+            outcome.fault(
+                "nan-or-inf",
+                self.place(group * GROUP),
+                f"scale {self.scales[group]}, bias {self.biases[group]}",
+                "numbers",
+            )
+        if promise.zeros and counts[judge.LOST_ZEROS] and prefix == "expert":
+            start = int(counts[judge.FIRST_LOST])
+            at = start + int(np.argmax((self.values == 0)[start : start + GROUP]))
+            outcome.fault("zeros-lost", self.place(at), f"{self._decoded(at):.4g}", "0")
+        if promise.nearest and counts[judge.NOT_NEAREST]:
+            at = self._farthest(int(counts[judge.FIRST_NOT_NEAREST]))
+            name = "expert-level-wrong" if prefix == "expert" else "module-differs"
+            outcome.fault(
+                name,
+                self.place(at),
+                f"level {self.levels[at]} = {self._decoded(at):.4g}",
+                f"the level nearest {self.values[at]:.4g}",
+            )
+        if worst > promise.steps * 1.001:
+            at = self._farthest(int(counts[judge.WORST_AT]))
+            name = "expert-beyond-bound" if prefix == "expert" else "module-differs"
+            outcome.fault(
+                name,
+                self.place(at),
+                f"{self._decoded(at):.4g}, off by {worst:.2f} steps",
+                f"{self.values[at]:.4g} within {promise.steps:g}",
+            )
+
+    def _decoded(self, at: int) -> float:
+        group = at // GROUP
+        return float(self.levels[at] * self.scales[group] + self.biases[group])
+
+    def _farthest(self, start: int) -> int:
+        """The weight of a group that is farthest from the source."""
+        group = slice(start, start + GROUP)
+        at = start // GROUP
+        decoded = self.levels[group] * self.scales[at] + self.biases[at]
+        return start + int(np.argmax(np.abs(decoded - self.values[group])))
+
+    def formula(self, outcome: Outcome) -> None:
+        """Compare with MLX's formula; what differs is judged over the whole bundle, later."""
+        counts = judge.formula(
+            self.values, self.levels, self.scales, self.biases, self.bits, *self.rounding
+        )
+        outcome.groups += len(self.scales)
+        outcome.exact += int(counts[judge.EXACT])
+        outcome.fragile += int(counts[judge.FRAGILE])
+        outcome.explained += int(counts[judge.EXPLAINED])
+        outcome.wrong += int(counts[judge.WRONG])
+        for places, first in (
+            (outcome.wrong_places, judge.FIRST_WRONG),
+            (outcome.explained_places, judge.FIRST_EXPLAINED),
+        ):
+            if counts[first] != judge.NONE and not places:
+                places.append(self._difference(int(counts[first])))
+
+    def _difference(self, group: int) -> tuple[str, str, str]:
+        """(where, found, expected) of a group that is not what the formula gives."""
+        span = slice(GROUP * group, GROUP * (group + 1))
+        scale, bias, levels = judge.expected_group(self.values[span], self.bits)
+        where = self.place(GROUP * group)
+        dtype = self.task.parts["scales"].dtype
+        for part, given, value in (
+            ("scale", self.scales[group], scale),
+            ("bias", self.biases[group], bias),
+        ):
+            wanted = as_float32(rounded(np.array([value], np.float32), dtype), dtype)[0]
+            if given != wanted:
+                return where, f"{part} {given:.6g}", f"{part} {wanted:.6g}"
+        column = int(np.argmax(levels != self.levels[span]))
+        found = f"level {self.levels[span][column]} in its column {column}"
+        return where, found, f"level {levels[column]}"
+
+    def recompute(self, outcome: Outcome, quantizer: Quantizer) -> None:
+        """Quantize the source rows again and compare bytes."""
+        parts = {part: np.empty(len(data), np.uint8) for part, data in self.stored.items()}
+        outcome.recomputed = True
+        outcome.groups += len(self.scales)
+        try:
+            quantizer.encode(self.codes, self.exponents, parts)
+        except BadGroup as bad:
+            outcome.fault("source-broken", self.place(bad.group * GROUP), bad.found, bad.expected)
+            return
+        wrong = np.zeros(len(self.scales), bool)
+        for part, data in self.stored.items():
+            if not np.array_equal(parts[part], data):
+                odd = (parts[part] != data).reshape(len(self.scales), -1).any(axis=1)
+                if not wrong.any():
+                    outcome.wrong_places.append(self._odd(part, int(np.argmax(odd)), parts[part]))
+                wrong |= odd
+        outcome.wrong += int(wrong.sum())
+        outcome.exact += int((~wrong).sum())
+
+    def _odd(self, part: str, group: int, right: np.ndarray) -> tuple[str, str, str]:
+        """(where, found, expected) of a group whose `part` differs from the recomputed one."""
+        where = self.place(group * GROUP)
+        if part != "weight":
+            dtype = self.task.parts[part].dtype
+            values = [as_float32(data, dtype)[group] for data in (self.stored[part], right)]
+            return where, f"{part} {values[0]:.6g}", f"{part} {values[1]:.6g}"
+        levels = np.empty_like(self.levels)
+        judge.unpack(right, self.bits, levels)
+        span = slice(group * GROUP, (group + 1) * GROUP)
+        column = int(np.argmax(levels[span] != self.levels[span]))
+        found = f"level {self.levels[span][column]} in its column {column}"
+        return where, found, f"level {levels[span][column]}"
+
+
+def compare_mxfp4(task: Task, reader: Reader, outcome: Outcome) -> None:
+    """FP4 codes and exponents kept as they are: every byte is the source's."""
+    outcome.numbers = task.origin.nbytes * 2
+    outcome.groups = task.scale.nbytes
+    outcome.recomputed = True
+    wrong = 0
+    for part, origin in (("weight", task.origin), ("scales", task.scale)):
+        found, expected = reader.read(task.parts[part]), reader.read(origin)
+        odd = np.flatnonzero(found != expected)
+        if len(odd):
+            row, byte = divmod(int(odd[0]), origin.nbytes // origin.shape[0])
+            group = byte // 16 if part == "weight" else byte
+            where = f"row {row}, group {group}"
+            outcome.wrong_places.append(
+                (where, f"{part} byte {found[odd[0]]:#04x}", f"{expected[odd[0]]:#04x}")
+            )
+            wrong += len(odd)
+        if part == "scales" and (found == 255).any():
+            outcome.fault("nan-or-inf", "scales", "exponent 255", "0 to 254")
+    outcome.wrong = min(wrong, outcome.groups)
+    outcome.exact = outcome.groups - outcome.wrong
+
+
+def compare_plain(task: Task, reader: Reader, outcome: Outcome) -> None:
+    """Controls, integers and passthrough: the source in the bundle's dtype, byte for byte."""
+    tensor, origin = task.parts["weight"], task.origin
+    found = reader.read(tensor)
+    outcome.numbers = tensor.nbytes // ITEMSIZE[tensor.dtype]
+    if tensor.dtype in FLOATS:
+        bad = np.flatnonzero(~np.isfinite(as_float32(found, tensor.dtype)))
+        if len(bad):
+            outcome.fault("nan-or-inf", f"element {bad[0]}", f"{len(bad)} not finite", "numbers")
+    expected = plain_source(task, reader)
+    if origin.dtype != tensor.dtype or task.scale is not None:
+        if tensor.dtype not in FLOATS or expected.dtype != np.float32:
+            return  # reported by its dtype
+        expected = rounded(expected, tensor.dtype)
+    else:
+        expected = expected.view(np.uint8)
+    odd = np.flatnonzero(found != expected)
+    if len(odd):
+        at = int(odd[0]) // ITEMSIZE[tensor.dtype]
+        shown = [shown_element(data, tensor.dtype, at) for data in (found, expected)]
+        name = {"control": "control-differs", "module": "module-differs"}
+        outcome.fault(name.get(task.what, "passthrough-differs"), element(tensor, at), *shown)
+
+
+def plain_source(task: Task, reader: Reader) -> np.ndarray:
+    """The source tensor: float32 when it must be decoded or rounded, else its bytes."""
+    origin, dtype = task.origin, task.parts["weight"].dtype
+    data = reader.read(origin)
+    if task.scale is not None:
+        values = np.empty(origin.nbytes, np.float32)
+        powers = UE8M0[reader.read(task.scale)].reshape(task.scale.shape)
+        judge.decode_fp8(data, E4M3, powers, origin.shape[1], 0, values)
+        return values
+    if origin.dtype == dtype or origin.dtype not in FLOATS:
+        return data
+    return as_float32(data, origin.dtype)
+
+
+def element(tensor: Tensor, at: int) -> str:
+    """Where element `at` lies, as its indices."""
+    index = np.unravel_index(at, tensor.shape) if tensor.shape else ()
+    return f"element {[int(i) for i in index]}"
+
+
+def shown_element(data: np.ndarray, dtype: str, at: int) -> str:
+    """One element, for a reader."""
+    one = data[at * ITEMSIZE[dtype] : (at + 1) * ITEMSIZE[dtype]]
+    value = as_float32(one, dtype)[0] if dtype in FLOATS else one.view(NUMPY_DTYPE[dtype])[0]
+    return f"{value:.8g}" if dtype in FLOATS else f"{value}"
+
+
+# --- Without a source ---------------------------------------------------------------------------
+
+
+def look_at(bundle: Survey, tensor: Tensor, reader: Reader) -> Outcome:
+    """Without a source: NaN and Inf, and experts that are nothing but zeros."""
+    expert = parse_expert(tensor.name)
+    what = "expert" if expert else "tensor"
+    outcome = Outcome(tensor.name, what, tensor.dtype)
+    outcome.numbers = tensor.nbytes // ITEMSIZE[tensor.dtype]
+    zero, step = True, PIECE_BYTES
+    for first in range(0, tensor.nbytes, step):
+        data = reader.read(tensor, first, min(step, tensor.nbytes - first))
+        zero = zero and not data.any()
+        if tensor.dtype in FLOATS:
+            bad = np.flatnonzero(~np.isfinite(as_float32(data, tensor.dtype)))
+            if len(bad):
+                at = first // ITEMSIZE[tensor.dtype] + int(bad[0])
+                outcome.fault("nan-or-inf", element(tensor, at), "NaN or Inf", "numbers")
+                break
+        if expert and expert[4] == "scales" and tensor.dtype == "U8" and (data == 255).any():
+            outcome.fault("nan-or-inf", "scales", "exponent 255", "0 to 254")
+    if zero and expert:
+        outcome.fault("experts-zero", "whole tensor", "nothing but zero bytes", "weights")
+    return outcome

@@ -1,0 +1,268 @@
+"""What verify can find in a bundle, each fault under a name that does not change.
+
+`FAULTS` is the whole catalogue: why a fault matters, in one line, and the command that repairs it.
+Checks report into a `Findings`, which keeps the count and the first places of each fault, so that
+33,024 wrong tensors are one finding and not 33,024 lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+PLACES = 5  # the places that a finding keeps of its kind; the others are counted
+ERROR, WARNING = "error", "warning"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why it matters, what repairs it, and whether verify fails because of it."""
+
+    why: str
+    repair: str
+    severity: str = ERROR
+
+
+_CONVERT = "delete the bundle, then make convert and the stages after it"
+_REQUANTIZE = "make requantize"
+_PATCH = "make patch"
+_FINALIZE = "make finalize, then make patch"
+_RESTORE = "fetch this file again, or make the bundle again"
+
+FAULTS = {
+    # Files and what they say.
+    "config-broken": Fault("Nothing can load a bundle without a readable config.json.", _RESTORE),
+    "config-differs": Fault("The model is built by config.json; another model is built.", _CONVERT),
+    "index-broken": Fault("Runtimes find tensors by the index.", _REQUANTIZE),
+    "tokenizer-missing": Fault("Text cannot become tokens.", _FINALIZE),
+    "tokenizer-config-broken": Fault("Runtimes read the chat template from it.", _FINALIZE),
+    "encoding-missing": Fault(
+        "vMLX 1.6.81 builds prompts with encoding/encoding_dsv4.py.", _FINALIZE
+    ),
+    "generation-config-broken": Fault("mlx_lm and mlx-vlm read the stop tokens there.", _PATCH),
+    "eos-wrong": Fault(
+        "A runtime that does not know the stop tokens answers until max_tokens.", _PATCH
+    ),
+    "chat-template-missing": Fault(
+        "vMLX 1.3.97 falls back to a template that never opens <think>.", _PATCH
+    ),
+    "chat-template-wrong": Fault(
+        "The model was trained on another layout of turns; answers go astray.",
+        "remove chat_template from tokenizer_config.json, then make patch",
+    ),
+    "jang-config-group-size": Fault(
+        "vMLX 1.6.81 assumes groups of 64 unless jang_config.json says 32.", _PATCH
+    ),
+    "leftover-files": Fault(
+        "A run was killed here; its half-written files take space.",
+        "make requantize (it removes them)",
+        WARNING,
+    ),
+    # Index and shards.
+    "shard-missing": Fault("Loaders take the shards that are there, without a word.", _RESTORE),
+    "shard-broken": Fault("The file is cut, or its header is not safetensors'.", _RESTORE),
+    "shard-stranger": Fault(
+        "MLX loads every model*.safetensors that it finds, over the right tensors.",
+        "move that file out of the bundle",
+    ),
+    "index-unsafe-path": Fault("An entry leads out of the folder.", "do not use this bundle"),
+    "index-entry-dangling": Fault("The index names a tensor that is not there.", _REQUANTIZE),
+    "index-entry-missing": Fault("The index does not name a tensor that is there.", _REQUANTIZE),
+    "index-entry-wrong": Fault("The index leads to another shard than the tensor's.", _REQUANTIZE),
+    "tensor-twice": Fault(
+        "Which of two tensors of one name is loaded depends on the order of files.", _CONVERT
+    ),
+    "marks-mixed": Fault(
+        "Shards were made of different sources or by different quantizers.", _CONVERT
+    ),
+    # Tensors by their headers.
+    "tensor-missing": Fault("A parameter keeps its random or zero start value.", _CONVERT),
+    "tensor-extra": Fault("No tensor of the source leads to it.", _CONVERT),
+    "expert-missing": Fault("Experts are stacked: one that lacks stops the load.", _CONVERT),
+    "expert-extra": Fault("More experts than config.json counts.", _CONVERT),
+    "triple-incomplete": Fault("A quantized module needs weight, scales and biases.", _REQUANTIZE),
+    "triple-misfit": Fault(
+        "Dtypes or shapes of weight, scales and biases fit no bits × group.", _REQUANTIZE
+    ),
+    "shape-wrong": Fault("The tensor has not the shape of its source.", _CONVERT),
+    "dtype-wrong": Fault("The tensor has not the dtype that runtimes expect.", _CONVERT),
+    "controls-rounded": Fault(
+        "Routing and residual mixing need F32 controls; vMLX 1.6.81 refuses the bundle.",
+        _REQUANTIZE,
+    ),
+    # Known failures of whole bundles.
+    "stock-experts": Fault(
+        "FP4 bytes with U8 scales and no biases under an affine label, as upstream's converter "
+        "leaves them: decoded as affine they are noise, and the model says BOS forever.",
+        _REQUANTIZE,
+    ),
+    "u8-scales-beside-biases": Fault(
+        "Old U8 exponents stand beside new biases: a requantization that stopped half-way.",
+        _REQUANTIZE,
+    ),
+    "experts-zero": Fault(
+        "Experts full of zeros give no output; the answer is garbage without an error.",
+        _REQUANTIZE,
+    ),
+    "nan-or-inf": Fault("One NaN reaches every logit.", _REQUANTIZE),
+    # Labels.
+    "label-absent": Fault("Without `quantization` 2 bits × 64 are assumed.", _PATCH),
+    "label-two-dicts": Fault(
+        "quantization_config beside quantization: runtimes differ in which they read.", _PATCH
+    ),
+    "label-bits-wrong": Fault(
+        "The label's bits are not the tensors': 4-bit codes read as 8-bit are noise.", _PATCH
+    ),
+    "label-mode-wrong": Fault("The label's mode is not the tensors'.", _PATCH),
+    "label-group-wrong": Fault("The label's group size is not the tensors'.", _PATCH),
+    "label-missing": Fault(
+        "A runtime that finds no label for a module falls back to the top level.", _PATCH
+    ),
+    "label-stray": Fault("A label for a module that no tensor belongs to.", _PATCH, WARNING),
+    # The real loader on this bundle's headers.
+    "loader-unpatched": Fault(
+        "jang_tools 2.5.8 and 2.5.9 overwrite the module-path labels at load time.",
+        "make patch_loader",
+    ),
+    "loader-unknown": Fault(
+        "The installed loader is neither the known one nor the patched one.",
+        "reinstall jang, then make patch_loader",
+    ),
+    "loader-parameter-unfed": Fault(
+        "After loading, a parameter still has its start value; strict=False hides it.", _REQUANTIZE
+    ),
+    "loader-parameter-misfit": Fault(
+        "A parameter receives a tensor of another shape or kind than its module computes with.",
+        _REQUANTIZE,
+    ),
+    "loader-tensor-unused": Fault("A tensor of the bundle reaches no parameter.", _CONVERT),
+    "loader-fails": Fault("The runtime's own loader stops on these headers.", _CONVERT),
+    "loader-not-checked": Fault(
+        "What the runtime makes of the labels was not replayed.",
+        "name a Python with jang_tools and mlx_lm: --python; or say --without-loader",
+    ),
+    # Numbers, against the source.
+    "expert-differs": Fault(
+        "A routed expert does not hold what its quantizer makes of the source.", _REQUANTIZE
+    ),
+    "expert-beyond-bound": Fault(
+        "A weight lies farther from the source than its quantizer ever puts it.", _REQUANTIZE
+    ),
+    "expert-level-wrong": Fault(
+        "A weight's level is not the one that comes nearest to the source.", _REQUANTIZE
+    ),
+    "expert-imprecise": Fault(
+        "The error of a whole tensor is larger than its quantizer gives.", _REQUANTIZE
+    ),
+    "zeros-lost": Fault(
+        "Zeros of the source are not zero any more (scale = (max - min)/15, as in "
+        "mxfp4_to_affine.py).",
+        _REQUANTIZE,
+    ),
+    "module-differs": Fault("An 8-bit module does not hold the source's weights.", _CONVERT),
+    "module-other-device": Fault(
+        "8-bit modules were quantized on another device than a CPU: right, but not byte for byte.",
+        "none needed",
+        WARNING,
+    ),
+    "expert-other-device": Fault(
+        "Experts were quantized on another device than a CPU: right, but not byte for byte.",
+        "none needed",
+        WARNING,
+    ),
+    "quantizer-unknown": Fault(
+        "The shards name a quantizer, or a table of it, that this verify cannot recompute; bounds "
+        "hold.",
+        "make requantize",
+        WARNING,
+    ),
+    "control-differs": Fault("A control tensor is not the source's, bit for bit.", _REQUANTIZE),
+    "passthrough-differs": Fault(
+        "A norm, router weight or table is not the source's in F16, or its integers.", _CONVERT
+    ),
+    "source-broken": Fault(
+        "The source holds NaN or an exponent of 255.", "make download VERIFY_HASHES=1"
+    ),
+    "nothing-checked": Fault("A check that looked at nothing proves nothing.", _CONVERT),
+}
+
+
+@dataclass
+class Finding:
+    """One fault: how often, and what was found where, for the first places."""
+
+    name: str
+    count: int = 0
+    places: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def fault(self) -> Fault:
+        """Its entry in the catalogue."""
+        return FAULTS[self.name]
+
+    def as_json(self) -> dict[str, Any]:
+        """The finding as verify.json holds it."""
+        fault = self.fault
+        return {
+            "name": self.name,
+            "severity": fault.severity,
+            "count": self.count,
+            "why": fault.why,
+            "repair": fault.repair,
+            "places": self.places,
+        }
+
+
+class Findings:
+    """Findings by name, in the order in which the first of each was met."""
+
+    def __init__(self) -> None:
+        self._by_name: dict[str, Finding] = {}
+
+    def add(self, name: str, where: str, found: str, expected: str, times: int = 1) -> None:
+        """Report one fault. Raises KeyError for a name that the catalogue lacks: a bug."""
+        if name not in FAULTS:
+            raise KeyError(name)
+        finding = self._by_name.setdefault(name, Finding(name))
+        finding.count += times
+        if len(finding.places) < PLACES:
+            finding.places.append({"where": where, "found": found, "expected": expected})
+
+    def __iter__(self) -> Iterator[Finding]:
+        return iter(self._by_name.values())
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._by_name
+
+    @property
+    def names(self) -> set[str]:
+        """The names of all faults found."""
+        return set(self._by_name)
+
+    @property
+    def errors(self) -> list[Finding]:
+        """The findings that make verify fail."""
+        return [finding for finding in self if finding.fault.severity == ERROR]
+
+
+@dataclass
+class Check:
+    """One thing that was looked at: how many of it, and what to say about it.
+
+    An optional one may be 0: MTP layers, which not every model has.
+    """
+
+    what: str
+    number: int
+    note: str = ""
+    worst: str = ""
+    optional: bool = False
+
+    def text(self) -> str:
+        """As the terminal shows it: one line, and one for each part of the note."""
+        notes = [part for part in (*self.note.split("; "), self.worst) if part]
+        first = f"{self.number:>15,} {self.what}"
+        if len(notes) == 1 and len(first) + len(notes[0]) < 98:
+            return f"{first}; {notes[0]}"
+        return "\n".join([first, *(f"{'':16}  {note}" for note in notes)])

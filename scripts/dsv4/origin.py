@@ -1,0 +1,107 @@
+"""Where a source came from, and what is proven of it: the record in SOURCE/.download.json.
+
+The record is written before the first byte is fetched, so that a download goes on at the commit
+at which it began, and again after each file that was verified, so that a reboot costs nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dsv4.checkpoint import read_json
+from dsv4.durable import write_json
+from dsv4.hub import HubFile, Listing
+from dsv4.stop import Stop
+
+RECORD = ".download.json"
+
+
+@dataclass
+class Record:
+    """One pinned download: what the hub listed at `commit`, and which files were verified.
+
+    `revision` is what was asked for when it was pinned. `verified` maps a name to the modification
+    time (ns) that its file had when its hash was right.
+    """
+
+    repo: str
+    revision: str
+    commit: str
+    files: dict[str, HubFile]
+    verified: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def pinned(cls, repo: str, revision: str, listing: Listing) -> Record:
+        """A new record: nothing verified yet."""
+        return cls(repo, revision, listing.commit, {file.name: file for file in listing.files})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files.values())
+
+    def is_verified(self, source: Path, name: str) -> bool:
+        """True when the file was verified and has not been touched since."""
+        path = source / name
+        if name not in self.verified or not path.is_file():
+            return False
+        stat = path.stat()
+        return (stat.st_size, stat.st_mtime_ns) == (self.files[name].size, self.verified[name])
+
+    def is_complete(self, source: Path) -> bool:
+        """True when every file was verified and none has been touched since."""
+        return all(self.is_verified(source, name) for name in self.files)
+
+    def set_verified(self, source: Path, name: str) -> None:
+        self.verified[name] = (source / name).stat().st_mtime_ns
+
+    def write(self, source: Path) -> None:
+        write_json(source / RECORD, self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        files = {}
+        for name, file in sorted(self.files.items()):
+            kind = "sha256" if file.sha256 else "git_sha1"
+            files[name] = {"size": file.size, kind: file.digest}
+            if name in self.verified:
+                files[name]["verified_mtime_ns"] = self.verified[name]
+        head = {"repo": self.repo, "revision": self.revision, "commit": self.commit}
+        return head | {"files": files}
+
+
+def read_record(source: Path) -> Record | None:
+    """The record of `source`, None when it has none. Raises Stop when it cannot be read."""
+    path = source / RECORD
+    if not path.is_file():
+        return None
+    value = read_json(path)
+    try:
+        files = {
+            name: HubFile(name, int(f["size"]), f.get("sha256"), f.get("git_sha1"))
+            for name, f in value["files"].items()
+        }
+        verified = {n: f["verified_mtime_ns"] for n, f in value["files"].items()
+                    if "verified_mtime_ns" in f}  # fmt: skip
+        return Record(value["repo"], value["revision"], value["commit"], files, verified)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise Stop(
+            f"{path}", "no record of a download", "one",
+            "delete it; download then hashes what is there",
+        ) from error  # fmt: skip
+
+
+def provenance(source: Path) -> dict[str, Any] | None:
+    """What may be said in public of where `source` came from: repo, commit, files' hashes.
+
+    None when it did not come through download, or not wholly.
+    """
+    record = read_record(source)
+    if record is None or not record.is_complete(source):
+        return None
+    hashes = {
+        name: {"sha256": file.sha256} if file.sha256 else {"git_sha1": file.git_sha1}
+        for name, file in sorted(record.files.items())
+    }
+    return {"repo": record.repo, "commit": record.commit, "files": hashes}

@@ -1,0 +1,42 @@
+"""What each quantizer promises about a tensor, for verify to hold it to.
+
+The names are those that requantize writes into a shard's metadata (`requantize_quantizer`). A
+bundle that another tool made has none; its promise follows from the bits that its labels give.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Promise:
+    """Bounds on one tensor; all but `rms` hold for every single weight.
+
+    steps: the worst error in steps (|scale|), after the rounding of scale and bias to F16.
+    zeros: a zero of the source decodes to zero, within the same rounding.
+    nearest: a weight's level is the one that comes nearest to it.
+    rms: a ceiling for the relative RMS error of a tensor, well above what real tensors give; asked
+      only where the bytes cannot be recomputed.
+    """
+
+    steps: float = 1.0
+    zeros: bool = True
+    nearest: bool = True
+    rms: float = 0.12
+
+
+# FACTS, section 3: mx.quantize errs by at most one step (the far end is clipped) and by 8.6% RMS on
+# Gaussian FP4 weights; MXFP4 keeps the source's own bytes.
+PROMISES = {
+    "mlx": Promise(),
+    "mxfp4": Promise(steps=0.0, rms=0.0),
+}
+
+# By bits, for bundles without a recorded quantizer: mx.quantize's own error, doubled at 2 and 3.
+OTHERS = {2: 1.2, 3: 0.5, 4: 0.12, 5: 0.06, 6: 0.03, 8: 0.01}
+
+
+def promise_of(quantizer: str | None, bits: int) -> Promise:
+    """The promise of a recorded quantizer, else of any affine tensor with these bits."""
+    return PROMISES.get(quantizer or "", Promise(rms=OTHERS[bits]))

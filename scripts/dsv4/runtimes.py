@@ -1,0 +1,101 @@
+"""Which runtime needs what of a bundle, judged by its headers and JSON.
+
+Found by experiment on small bundles (FACTS, section 6), each runtime compared with the bundle's own
+tensors dequantized and run in transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from dsv4.documents import ENCODING, RUNTIMES, labels_in_use
+from dsv4.documents import stop_ids as ids_of
+from dsv4.findings import Findings
+from dsv4.headers import check_controls, module_parts, stored
+from dsv4.labels import GROUP_SIZE
+from dsv4.survey import Survey
+
+Need = Callable[[Survey], str]  # words for what is missing, or ""
+
+
+def labels_for(runtime: str) -> Need:
+    """Every expert's label, under the names that `runtime` looks up."""
+
+    def need(bundle: Survey) -> str:
+        labels = bundle.config.get("quantization")
+        if not isinstance(labels, dict):
+            return "no labels"
+        top = {key: labels.get(key) for key in ("group_size", "bits", "mode")}
+        for key, base, who in labels_in_use(bundle):
+            if who == runtime and labels.get(key, top) != stored(module_parts(bundle, base)):
+                return f"no right label at {key}"
+        return ""
+
+    return need
+
+
+def stop_ids(name: str) -> Need:
+    """The stop tokens in the file where a runtime reads them."""
+
+    def need(bundle: Survey) -> str:
+        eos = ids_of(bundle.documents.get("tokenizer.json", {}))
+        found = bundle.documents.get(name, {}).get("eos_token_id")
+        return "" if eos and found == eos else f"stop tokens in {name} {found}"
+
+    return need
+
+
+def chat_template(bundle: Survey) -> str:
+    found = bundle.documents.get("tokenizer_config.json", {}).get("chat_template")
+    return "" if found else "no chat template"
+
+
+def encoding(bundle: Survey) -> str:
+    return "" if bundle.files.get(ENCODING) else f"no {ENCODING}"
+
+
+def controls(bundle: Survey) -> str:
+    findings = Findings()
+    check_controls(bundle, findings)
+    return "control tensors not in F32" if findings.names else ""
+
+
+def jang_groups(bundle: Survey) -> str:
+    found = bundle.documents.get("jang_config.json", {}).get("quantization")
+    found = found.get("group_size") if isinstance(found, dict) else None
+    return "" if found == GROUP_SIZE else f"jang_config.json: group_size {found}"
+
+
+def plain_head(bundle: Survey) -> str:
+    head = bundle.checkpoint.tensors.get("head.weight")
+    return "" if head and head.dtype == "BF16" else "head.weight is quantized"
+
+
+MATRIX: dict[str, tuple[Need, ...]] = {
+    "vMLX 1.3.97, loader patched": (
+        labels_for(RUNTIMES[0]), stop_ids("config.json"), chat_template,
+    ),
+    "vMLX 1.6.81": (labels_for(RUNTIMES[2]), controls, encoding, jang_groups),
+    "mlx-lm 0.32.2 with jang 2.5.50's model": (
+        labels_for(RUNTIMES[0]), stop_ids("generation_config.json"),
+    ),
+    "mlx-vlm 0.7.10": (
+        labels_for(RUNTIMES[1]), stop_ids("generation_config.json"), plain_head,
+    ),
+}  # fmt: skip
+
+# Faults that MATRIX judges for each runtime; any other error stops them all.
+BY_RUNTIME = (
+    "label-", "eos-", "chat-template-", "encoding-", "controls-", "jang-config-", "generation-",
+)  # fmt: skip
+
+
+def runtimes(bundle: Survey | None, findings: Findings) -> dict[str, str]:
+    """Runtime → "" when it will load the bundle, else why not."""
+    fatal = [f.name for f in findings.errors if not f.name.startswith(BY_RUNTIME)]
+    if bundle is None or fatal:
+        return dict.fromkeys(MATRIX, ", ".join(fatal) or "no bundle")
+    return {
+        name: "; ".join(filter(None, (need(bundle) for need in needs)))
+        for name, needs in MATRIX.items()
+    }

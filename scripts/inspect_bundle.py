@@ -1,0 +1,117 @@
+"""Judge a published bundle before its 180 GB are downloaded.
+
+config.json, the index and every shard's header are read by ranged requests (some 30 MB in all), and
+verify's level 1 runs on them: files, index, tensors, labels, stop tokens, and the signatures of the
+known faults. Says what is wrong, which runtimes will load it, and whether the stages of this
+repository could mend it. No number is read: that is what verify does after the download. With
+--against, the bundle is also compared with the source's tensors, name by name (another 20 MB).
+
+Gated and private repositories are read with the user's own login. Exit 0: nothing wrong; 1: faults.
+
+    .venv/bin/python scripts/inspect_bundle.py --repo user/bundle [--revision main] [--against REPO]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from dsv4 import hub, level1
+from dsv4.checkpoint import open_source
+from dsv4.durable import human
+from dsv4.findings import Check, Finding, Findings
+from dsv4.remote import Skeleton, fetch_skeleton
+from dsv4.runtimes import runtimes
+from dsv4.stop import Stop, run
+from dsv4.survey import survey
+
+PATIENCE = 30  # seconds without an answer, after which it gives up
+SHOWN = 2  # places of each fault
+
+# ------------------------------------------------------------------------------- judgement
+
+
+def mending(findings: Findings) -> str:
+    """Which stages could mend what was found, in words."""
+    repairs = {f.fault.repair for f in findings.errors}
+    beyond = [f for f in findings.errors if not is_mended_by_stages(f)]
+    if beyond:
+        by_hand = "; ".join(f"{f.name} ({f.fault.repair})" for f in beyond)
+        return f"not mendable by the stages: {by_hand}"
+    stages = [s for s in ("requantize", "finalize", "patch")
+              if any(f"make {s}" in repair for repair in repairs)]  # fmt: skip
+    needs = " (requantize needs the FP4 source)" if "requantize" in stages else ""
+    return f"once downloaded, mended by: make {' '.join(stages)}{needs}"
+
+
+def is_mended_by_stages(finding: Finding) -> bool:
+    """True when a stage of this repository rewrites what is wrong; moving files is by hand."""
+    return finding.fault.repair.startswith(("make requantize", "make finalize", "make patch"))
+
+
+# ---------------------------------------------------------------------------------- output
+
+
+def show(skeleton: Skeleton, checks: list[Check], findings: Findings) -> None:
+    """What was looked at, and what was found."""
+    print(
+        f"{skeleton.repo} at {skeleton.commit[:12]}: {len(skeleton.files)} files, "
+        f"{human(skeleton.nbytes)}; {human(skeleton.read)} of it read"
+    )
+    for check in checks:
+        print(f"{check.number:>9,} {check.what}{'; ' + check.note if check.note else ''}")
+    for finding in findings:
+        print(f"{finding.fault.severity}: {finding.name}, {finding.count:,}×: {finding.fault.why}")
+        for place in finding.places[:SHOWN]:
+            print(f"    {place['where']}: found {place['found']}, expected {place['expected']}")
+        print(f"    repair: {finding.fault.repair}")
+
+
+def show_runtimes(loads: dict[str, str]) -> None:
+    print("will it load, by what is known of each runtime:")
+    for name, fault in loads.items():
+        print(f"  {'no ' if fault else 'yes'} {name}{': ' + fault if fault else ''}")
+
+
+def inspect(args: argparse.Namespace, work: Path) -> int:
+    """Read, judge, print. Raises Stop when something is wrong with the bundle."""
+    findings = Findings()
+    skeleton = fetch_skeleton(args.repo, args.revision, work / "bundle", args.patience)
+    bundle = survey(work / "bundle", findings)
+    source = None
+    if bundle and args.against:
+        fetch_skeleton(args.against, "main", work / "source", args.patience)
+        source = open_source(work / "source")
+    checks = level1.check_headers(bundle, source, findings) if bundle else []
+    level1.demand_something(checks, findings)
+    show(skeleton, checks, findings)
+    show_runtimes(runtimes(bundle, findings))
+    if findings.errors:
+        names = ", ".join(finding.name for finding in findings.errors)
+        raise Stop(args.repo, names, "a bundle without faults", mending(findings))
+    print("no fault in headers and JSON; the numbers: download it, then make verify")
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repo", required=True, help="user/bundle on the hub")
+    parser.add_argument("--revision", default="main", help="commit hash, tag or branch")
+    parser.add_argument("--against", default="", metavar="REPO", help="its FP4/FP8 source")
+    parser.add_argument(
+        "--patience", type=float, default=PATIENCE, metavar="SECONDS",
+        help="how long to try again while nothing comes (default %(default)s)",
+    )  # fmt: skip
+    args = parser.parse_args()
+    sys.stdout.reconfigure(line_buffering=True)
+    hub.quiet()
+    with tempfile.TemporaryDirectory(prefix="inspect-") as work:
+        return inspect(args, Path(work))
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

@@ -1,0 +1,305 @@
+"""Publish a verified bundle: exactly the bytes that verify read, and a model card of facts.
+
+Refuses unless verify.json says that every number of exactly these files passed; each file is hashed
+again here. Goes up: the files that runtimes read, the model card, verify.json and its page, the
+source's licence; nothing else that lies in the folder. Nothing is published that holds a local path
+or a token. All files arrive in one commit, so that nobody ever downloads half a bundle; shards of
+an earlier one, which loaders would read too, go in the same commit. An interrupted upload goes on
+where it stopped. At the end the hub's own hashes are compared with verify's.
+
+The login is `hf auth login` or HF_TOKEN. --dry-run does everything but the upload and shows the
+card. Costs one reading of the bundle (180 GB), and the upload.
+
+    .venv/bin/python scripts/publish.py --bundle DIR --source DIR --to user/name
+        --report build/KEY/verify.json [--page build/KEY/verify.html] [--private] [--dry-run]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from dsv4 import hub
+from dsv4.card import Facts, card, licence_of
+from dsv4.checkpoint import INDEX, read_json
+from dsv4.durable import human
+from dsv4.findings import Findings
+from dsv4.hub import AGAIN, LOGIN, HubFile, clear_words, patiently
+from dsv4.origin import provenance
+from dsv4.stop import Stop, run
+from dsv4.survey import Survey, survey
+from dsv4.transfer import bytes_hash, file_hash
+
+FILES = (
+    "config.json", "generation_config.json", "jang_config.json", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", INDEX,
+)  # fmt: skip
+PATIENCE = 300  # seconds without progress, after which it gives up
+BATCH = 4  # shards handed over at once
+SECRET = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
+LOCAL = re.compile(r"(?<![\w.:/])(?:/Users|/home|/root|/Volumes|/private|/tmp|/var)/[\w.\-]+")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One file that goes up: its name there, where it lies or what it holds, and its hash."""
+
+    file: HubFile
+    path: Path | None = None
+    data: bytes = b""
+
+    @property
+    def name(self) -> str:
+        return self.file.name
+
+
+# ------------------------------------------------------------------------- what verify said
+
+
+def read_report(path: Path, bundle: Path) -> dict[str, Any]:
+    """verify.json. Raises Stop unless every number of this bundle was compared and passed."""
+    todo = "make verify, then make publish"
+    if not path.is_file():
+        raise Stop(f"{path}", "no report", "verify's, on this bundle", todo)
+    report = read_json(path)
+    expected = "a bundle whose every number passed"
+    if report.get("format") != 1:
+        raise Stop(f"{path}", f"format {report.get('format')!r}", "format 1", todo)
+    if report.get("verdict") != "passed":
+        names = ", ".join(f.get("name", "?") for f in report.get("findings") or [])
+        raise Stop(f"{path}", f"verdict {report.get('verdict')} ({names})", expected, todo)
+    if 2 not in (report.get("levels") or []):
+        raise Stop(f"{path}", "level 1 only", expected, f"{todo} (LEVEL=2)")
+    if not (report.get("errors") or {}).get("experts"):
+        raise Stop(f"{path}", "numbers that were compared with no source", expected, todo)
+    if report.get("bundle") != str(bundle.resolve()):
+        raise Stop(f"{path}", f"a report on {report.get('bundle')}", f"one on {bundle}", todo)
+    return report
+
+
+# ------------------------------------------------------------------------------ what goes up
+
+
+def wanted(bundle: Survey) -> list[str]:
+    """The files of the bundle that runtimes read."""
+    shards = set(bundle.checkpoint.weight_map.values())
+    return [
+        name
+        for name in bundle.files
+        if name in shards or name in FILES or re.fullmatch(r"encoding/[\w./-]+\.(py|json|md)", name)
+    ]
+
+
+def hashed(folder: Path, names: list[str], sizes: dict[str, int], known: dict[str, str]) -> list:
+    """Items for these files. Raises Stop when one does not hold the bytes that verify read."""
+    total, items = sum(sizes[name] for name in names), []
+    with tqdm(total=total, unit="B", unit_scale=True, desc="hashing", disable=None) as bar:
+        for name in names:
+            if name not in known:
+                raise Stop(f"{folder / name}", "a file that verify has not seen", "only files that "
+                           "it has", "make verify, then make publish")  # fmt: skip
+            file = HubFile(name, sizes[name], known[name])
+            found = file_hash(folder / name, file, bar.update)
+            if found != known[name]:
+                raise Stop(f"{folder / name}", f"SHA-256 {found[:16]}…", f"{known[name][:16]}… as "
+                           "verified", "make verify, then make publish")  # fmt: skip
+            items.append(Item(file, folder / name))
+    return items
+
+
+def made(name: str, text: str) -> Item:
+    """An item that is written here."""
+    data = text.encode()
+    return Item(HubFile(name, len(data), bytes_hash(data)), data=data)
+
+
+def public(report: dict[str, Any], to: str) -> str:
+    """verify.json without this machine's paths."""
+    source = {k: v for k, v in (report.get("source") or {}).items() if k != "folder"}
+    return json.dumps({**report, "bundle": to, "source": source}, indent=2) + "\n"
+
+
+def attachments(args: argparse.Namespace, report: dict[str, Any], text: str) -> list[Item]:
+    """The card, the report and its page, and the source's licence."""
+    items = [made("README.md", text), made("verify.json", public(report, args.to))]
+    if args.page and args.page.is_file():
+        page = args.page.read_text(encoding="utf-8").replace(report["bundle"], args.to)
+        folder = (report.get("source") or {}).get("folder")
+        items.append(made("verify.html", page.replace(folder, "the source") if folder else page))
+    for path in sorted(args.source.glob("LICENSE*")) if args.source else []:
+        items.append(made(path.name, path.read_text(encoding="utf-8")))
+    return items
+
+
+def check_secrets(items: list[Item], bundle: Survey, places: list[str]) -> None:
+    """Raise Stop when something that goes up holds a token or a path of this machine."""
+    texts = {
+        item.name: item.data.decode("utf-8") if item.path is None else item.path.read_text("utf-8")
+        for item in items
+        if not item.name.endswith(".safetensors")
+    }
+    for name, shard in bundle.checkpoint.shards.items():
+        texts[name] = "\n".join(shard.metadata.values())
+    for name, text in texts.items():
+        local = next((place for place in places if place in text), None)
+        ours = name != "tokenizer.json" and not name.startswith(("encoding/", "LICENSE"))
+        if ours and local is None and (match := LOCAL.search(text)):
+            local = match[0]
+        if local or SECRET.search(text):
+            raise Stop(
+                name, f"the local path {local}" if local else "a token", "nothing of this machine",
+                "remove it (make patch does, in jang_config.json), make verify, then make publish",
+            )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------- upload
+
+
+def check_login(repo: str) -> None:
+    """Raise Stop when there is no login that the hub knows, before hours are spent."""
+    from huggingface_hub import HfApi, get_token
+
+    if not get_token():
+        raise Stop(f"hub: {repo}", "no login", "one that may write there", LOGIN)
+    with clear_words(repo):
+        patiently(lambda: HfApi().whoami(), 30)
+
+
+def missing(items: list[Item], remote: hub.Listing) -> list[Item]:
+    """The items whose bytes the repository does not have under their name."""
+    have = {file.name: file for file in remote.files}
+    return [item for item in items if not is_there(item, have.get(item.name))]
+
+
+def is_there(item: Item, remote: HubFile | None) -> bool:
+    """True when the hub's file has the item's bytes; a small one is known by git's hash."""
+    if remote is None or remote.size != item.file.size:
+        return False
+    if remote.sha256:
+        return remote.sha256 == item.file.sha256
+    data = item.path.read_bytes() if item.path else item.data
+    return bytes_hash(data, git=True) == remote.git_sha1
+
+
+def upload(to: str, items: list[Item], private: bool, patience: float) -> str:
+    """Bring the repository to these items in one commit; returns the commit's hash.
+
+    Raises Stop for the hub's and the network's refusals, and when the hub's hashes differ after.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    api = HfApi()
+    with clear_words(to):
+        patiently(lambda: api.create_repo(to, private=private, exist_ok=True), patience)
+    remote = hub.listing(to, "main", patience, wanted=("*",))
+    todo = missing(items, remote)
+    names = {item.name for item in items}
+    stale = [f.name for f in remote.files if f.name.endswith(".safetensors")
+             and f.name not in names]  # fmt: skip
+    if not todo and not stale:
+        return remote.commit
+    adds = [CommitOperationAdd(item.name, str(item.path) if item.path else item.data)
+            for item in todo]  # fmt: skip
+    shards = [add for add in adds if add.path_in_repo.endswith(".safetensors")]
+    with clear_words(to):
+        for start in range(0, len(shards), BATCH):
+            batch = shards[start : start + BATCH]
+            patiently(lambda some=batch: api.preupload_lfs_files(to, some), patience)
+            print(f"{min(start + BATCH, len(shards))} of {len(shards)} shards are up")
+        operations = [*adds, *(CommitOperationDelete(name) for name in stale)]
+        api.create_commit(
+            to, operations, commit_message=f"Publish {len(items)} verified files",
+            parent_commit=remote.commit,
+        )  # fmt: skip
+    return check_published(to, items, patience)
+
+
+def check_published(to: str, items: list[Item], patience: float) -> str:
+    """Compare the hub's hashes with the items'; returns the commit's hash."""
+    remote = hub.listing(to, "main", patience, wanted=("*",))
+    wrong = missing(items, remote)
+    if wrong:
+        raise Stop(
+            f"hub: {to}: {wrong[0].name}", f"other bytes ({len(wrong)} files so)",
+            "the bytes that verify read", AGAIN,
+        )  # fmt: skip
+    return remote.commit
+
+
+# ----------------------------------------------------------------------------------- in all
+
+
+def prepare(args: argparse.Namespace) -> tuple[list[Item], str, list[str]]:
+    """Everything that goes up, the card, and what stays here."""
+    report = read_report(args.report, args.bundle)
+    findings = Findings()
+    bundle = survey(args.bundle, findings)
+    if bundle is None or findings.errors:
+        raise Stop(f"{args.bundle}", ", ".join(findings.names), "no fault", "make verify")
+    origin = provenance(args.source) if args.source else None
+    origin = origin or bundle.documents.get("jang_config.json", {}).get("source")
+    text = card(Facts(args.to, bundle, report, origin, licence_of(args.source)))
+    names = wanted(bundle)
+    extra = attachments(args, report, text)
+    small = [Item(HubFile(name, 0, ""), args.bundle / name) for name in names]
+    places = [str(p.resolve()) for p in (args.bundle, args.source, Path.cwd()) if p]
+    check_secrets([*small, *extra], bundle, [p for p in places if len(p) > 4])
+    items = hashed(args.bundle, names, bundle.files, report["hashes"]) + extra
+    return items, text, sorted(set(bundle.files) - {item.name for item in items})
+
+
+def publish(args: argparse.Namespace) -> int:
+    """Prepare, show or upload."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", args.to):
+        raise Stop("TO", repr(args.to), "user/name", "make publish TO=user/name")
+    if not args.dry_run:
+        check_login(args.to)
+    items, text, left = prepare(args)
+    total = human(sum(item.file.size for item in items))
+    if args.dry_run:
+        print(text)
+        for item in items:
+            print(f"would go up: {item.name}  {item.file.size:,} bytes  {item.file.sha256}")
+    for name in left:
+        print(f"stays here: {name}")
+    if args.dry_run:
+        print(f"{len(items)} files, {total}; nothing was uploaded")
+        return 0
+    print(f"{args.to}: {len(items)} files, {total}")
+    commit = upload(args.to, items, args.private, args.patience)
+    print(f"{args.to}: published at {commit}, every hash as verified")
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--source", type=Path, help="for its origin and licence")
+    parser.add_argument("--to", required=True, help="user/name on the hub")
+    parser.add_argument("--report", type=Path, required=True, help="verify's --json")
+    parser.add_argument("--page", type=Path, help="the report as a page, if there is one")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show card and files, upload nothing"
+    )
+    parser.add_argument(
+        "--patience", type=float, default=PATIENCE, metavar="SECONDS",
+        help="how long to try again while nothing moves (default %(default)s)",
+    )  # fmt: skip
+    args = parser.parse_args()
+    sys.stdout.reconfigure(line_buffering=True)
+    hub.quiet(bars=True)
+    return publish(args)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

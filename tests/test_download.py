@@ -1,0 +1,396 @@
+"""The download stage against a hub on this machine: what arrives, what is said, what is kept.
+
+Each test runs scripts/download.py as a user does. Catches: a resume that starts over, a wrong or
+short file under its final name, a branch that moves under a running download, a complete source
+that still needs the network, unclear words, and a token in any output.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hub_server import TOKEN, Fault, Hub
+from small import Sizes, save, source_arrays
+
+from dsv4.origin import provenance
+
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "download.py"
+REPO = "deepseek-ai/DeepSeek-V4-Flash"
+FIRST = "model-00001-of-00005.safetensors"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, bytes]:
+    """A source checkpoint, file name → bytes: 5 shards of about 400 kB, JSON, encoding."""
+    folder = tmp_path_factory.mktemp("origin")
+    config = {"model_type": "deepseek_v4", "num_hidden_layers": 2, "n_routed_experts": 3,
+              "num_nextn_predict_layers": 1}  # fmt: skip
+    arrays = source_arrays(Sizes(hidden=512, width=256), np.random.default_rng(5))
+    save(folder, arrays, 17, config)
+    (folder / "encoding").mkdir()
+    (folder / "encoding" / "encoding_dsv4.py").write_text("# an encoding\n")
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "picture.png").write_bytes(b"not wanted")
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def hub(files):
+    with Hub() as hub:
+        hub.add(REPO, files)
+        yield hub
+
+
+class Run:
+    """One finished run: exit status and output, checked for the token in passing."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+        assert TOKEN not in out + err
+        assert "Traceback" not in err
+
+    @property
+    def line(self) -> str:
+        """The one line on stderr."""
+        lines = [line for line in self.err.splitlines() if line]
+        assert len(lines) == 1, self.err
+        return lines[0]
+
+
+def command(hub, source: Path, *options: str, repo: str = REPO) -> list[str]:
+    options = ("--patience", "0", *options)
+    return [sys.executable, str(SCRIPT), "--source", str(source), "--repo", repo, *options]
+
+
+def environment(hub, source: Path, token: str = "", **more: str) -> dict[str, str]:
+    known = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    known |= {"HF_ENDPOINT": hub if isinstance(hub, str) else hub.url}
+    known |= {"HF_HOME": str(source.parent / "hf-home"), "NO_PROXY": "127.0.0.1"}
+    return known | ({"HF_TOKEN": token} if token else {}) | more
+
+
+def download(hub, source: Path, *options: str, repo: str = REPO, token: str = "", **env) -> Run:
+    done = subprocess.run(
+        command(hub, source, *options, repo=repo), env=environment(hub, source, token, **env),
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    return Run(done.returncode, done.stdout, done.stderr)
+
+
+def assert_whole(source: Path, files: dict[str, bytes]) -> None:
+    for name, data in files.items():
+        if name != "picture.png":
+            assert (source / name).read_bytes() == data, name
+    assert not list(source.rglob("*.partial"))
+
+
+def sent_of_shards(hub) -> int:
+    return sum(request.sent for request in hub.requests if request.store)
+
+
+def test_a_download_brings_every_wanted_file_and_no_other(hub, files, tmp_path):
+    run = download(hub, tmp_path / "s")
+    assert (run.code, run.err) == (0, "")
+    assert_whole(tmp_path / "s", files)
+    assert not (tmp_path / "s" / "picture.png").exists()
+    total = sum(len(d) for n, d in files.items() if n != "picture.png")
+    assert f"{total / 1e6:.1f} MB" in run.out.splitlines()[1]
+
+
+def test_a_complete_source_needs_no_network(hub, files, tmp_path):
+    download(hub, tmp_path / "s")
+    hub.requests.clear()
+    run = download(hub, tmp_path / "s", HF_HUB_OFFLINE="1")
+    assert run.code == 0
+    assert "complete already" in run.out
+    assert hub.requests == []
+
+
+def test_the_login_does_not_reach_the_store(hub, tmp_path):
+    hub.repos[REPO].gated = True
+    assert download(hub, tmp_path / "s", token=TOKEN).code == 0
+    asked = hub.asked("resolve|api/models") + [r for r in hub.requests if r.store]
+    wrong = [r for r in asked if r.authorized is r.store]
+    assert wrong == []
+
+
+def test_a_broken_transfer_goes_on_where_it_stopped(hub, files, tmp_path):
+    hub.faults.append(Fault(FIRST, break_after=100_000))
+    first = download(hub, tmp_path / "s", "--workers", "1")
+    assert first.code == 1
+    assert "no connection" in first.line
+    assert not (tmp_path / "s" / FIRST).exists()
+    hub.faults.clear()
+    hub.requests.clear()
+    assert download(hub, tmp_path / "s").code == 0
+    assert_whole(tmp_path / "s", files)
+    (request,) = [r for r in hub.asked(FIRST) if r.store]
+    assert request.range == "bytes=100000-"
+    assert request.sent == len(files[FIRST]) - 100_000
+
+
+def test_within_one_run_a_lost_connection_is_taken_up_again(hub, files, tmp_path):
+    hub.faults += [Fault(FIRST, break_after=100_000, times=1), Fault("00002-of", 503, times=1)]
+    run = download(hub, tmp_path / "s", "--patience", "30")
+    assert (run.code, run.err) == (0, "")
+    assert_whole(tmp_path / "s", files)
+    assert sent_of_shards(hub) == sum(len(d) for n, d in files.items() if "model-" in n)
+
+
+@pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_download_fetches_only_the_rest(hub, files, tmp_path, sig):
+    hub.faults.append(Fault("^[0-9a-f]{64}/", delay=0.02))
+    process = subprocess.Popen(
+        command(hub, tmp_path / "s", "--workers", "2"), env=environment(hub, tmp_path / "s"),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 30
+    while sent_of_shards(hub) < 700_000 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(sig)
+    err = process.communicate(timeout=30)[1]
+    assert process.returncode == (-9 if sig == signal.SIGKILL else 130)
+    assert "Traceback" not in err
+    hub.faults.clear()
+    hub.requests.clear()
+    assert download(hub, tmp_path / "s").code == 0
+    assert_whole(tmp_path / "s", files)
+    total = sum(len(d) for n, d in files.items() if "model-" in n)
+    # Only what the kernel had not yet been given is fetched twice: a buffer for each file.
+    assert sent_of_shards(hub) < total - 300_000
+
+
+def test_wrong_bytes_never_get_the_final_name(hub, files, tmp_path):
+    hub.faults.append(Fault(FIRST, corrupt=True))
+    run = download(hub, tmp_path / "s")
+    assert run.code == 1
+    assert f"{FIRST}: found bytes with the hash" in run.line
+    assert not (tmp_path / "s" / FIRST).exists()
+    hub.faults.clear()
+    assert download(hub, tmp_path / "s").code == 0
+    assert_whole(tmp_path / "s", files)
+
+
+def test_a_damaged_partial_file_is_fetched_anew(hub, files, tmp_path):
+    """A machine that lost power: the partial file has its length, but not its bytes."""
+    hub.faults.append(Fault(FIRST, break_after=100_000))
+    download(hub, tmp_path / "s")
+    hub.faults.clear()
+    (partial,) = (tmp_path / "s").glob(f".{FIRST}.*.partial")
+    partial.write_bytes(bytes(100_000))
+    assert download(hub, tmp_path / "s").code == 0
+    assert_whole(tmp_path / "s", files)
+
+
+def test_a_server_without_ranges_costs_time_but_no_bytes(hub, files, tmp_path):
+    hub.faults.append(Fault(FIRST, break_after=100_000, times=2))
+    download(hub, tmp_path / "s")
+    hub.faults[:] = [Fault(".", no_range=True)]
+    assert download(hub, tmp_path / "s").code == 0
+    assert_whole(tmp_path / "s", files)
+
+
+def test_a_download_stays_at_the_commit_where_it_began(hub, files, tmp_path):
+    source = tmp_path / "s"
+    hub.faults.append(Fault(FIRST, break_after=100_000))
+    download(hub, source)
+    pinned = hub.repos[REPO].refs["main"]
+    hub.faults.clear()
+    newer = hub.repos[REPO].commit(files | {"README.md": b"newer"})
+    run = download(hub, source)
+    assert run.code == 0
+    assert f"is at {newer[:12]} by now; this folder stays at {pinned[:12]}" in run.out
+    assert not (source / "README.md").exists()
+    assert provenance(source)["commit"] == pinned
+
+
+def test_another_revision_needs_another_folder(hub, files, tmp_path):
+    download(hub, tmp_path / "s")
+    first = hub.repos[REPO].refs["main"]
+    newer = hub.repos[REPO].commit(files | {"README.md": b"newer"}, "next")
+    for revision in ("next", newer):
+        run = download(hub, tmp_path / "s", "--revision", revision)
+        assert run.code == 1
+        assert f"found the commit {first[:12]} pinned" in run.line
+    assert download(hub, tmp_path / "s", "--revision", first).code == 0
+    run = download(hub, tmp_path / "s", repo="somebody/else")
+    assert f"found a download of {REPO}" in run.line
+
+
+def test_rehashing_finds_a_flipped_bit_and_the_next_run_mends_it(hub, files, tmp_path):
+    source = tmp_path / "s"
+    download(hub, source)
+    stat = (source / FIRST).stat()
+    data = bytearray(files[FIRST])
+    data[-1] ^= 1
+    (source / FIRST).write_bytes(data)
+    os.utime(source / FIRST, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert download(hub, source).code == 0  # size and time are as they were
+    run = download(hub, source, "--verify-hashes")
+    assert run.code == 1
+    assert f"{FIRST}: found another size or hash" in run.line
+    hub.requests.clear()
+    assert download(hub, source).code == 0
+    assert_whole(source, files)
+    assert sent_of_shards(hub) == len(files[FIRST])
+
+
+def test_a_touched_file_is_hashed_but_not_fetched(hub, files, tmp_path):
+    download(hub, tmp_path / "s")
+    os.utime(tmp_path / "s" / FIRST)
+    hub.requests.clear()
+    assert download(hub, tmp_path / "s").code == 0
+    assert sent_of_shards(hub) == 0
+
+
+def test_files_from_elsewhere_are_hashed_not_fetched(hub, files, tmp_path):
+    source = tmp_path / "s"
+    source.mkdir()
+    for name, data in files.items():
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_bytes(data)
+    assert download(hub, source).code == 0
+    assert sent_of_shards(hub) == 0
+    assert provenance(source)["repo"] == REPO
+
+
+def test_a_source_that_came_another_way_is_checked_by_its_headers(files, tmp_path):
+    source = tmp_path / "s"
+    for name, data in files.items():
+        (source / name).parent.mkdir(exist_ok=True, parents=True)
+        (source / name).write_bytes(data)
+    assert download("http://127.0.0.1:9", source, repo="").code == 0
+    assert provenance(source) is None
+    (source / FIRST).write_bytes(files[FIRST][:-1])
+    assert FIRST in download("http://127.0.0.1:9", source, repo="").line
+
+
+def test_a_shard_that_the_hub_lacks_stops_before_any_shard_is_fetched(hub, files, tmp_path):
+    hub.repos[REPO].commit({n: d for n, d in files.items() if n != FIRST})
+    run = download(hub, tmp_path / "s")
+    assert run.code == 1
+    assert f"found {FIRST}" in run.line
+    assert sent_of_shards(hub) == 0
+
+
+def test_the_provenance_has_hashes_and_no_local_path(hub, tmp_path):
+    download(hub, tmp_path / "s")
+    origin = provenance(tmp_path / "s")
+    assert origin["commit"] == hub.repos[REPO].refs["main"]
+    assert set(origin["files"][FIRST]) == {"sha256"}
+    assert set(origin["files"]["config.json"]) == {"git_sha1"}
+    assert str(tmp_path) not in json.dumps(origin)
+
+
+FAULTS = {
+    "gated": ({"gated": True}, None, "", "a gated repository, and no login"),
+    "private": ({"private": True}, None, "", "a private one, and no login"),
+    "absent": ({}, None, TOKEN, "no such repository"),
+    "bad login": ({}, None, "hf_SomeOldTokenThatWasRevoked", "HTTP 401: the login is rejected"),
+    "401": ({}, Fault("resolve", 401), "", "hub: "),
+    "403": ({}, Fault("resolve", 403), TOKEN, "HTTP 403: this login may not"),
+    "404": ({}, Fault("resolve", 404), "", "HTTP 404"),
+    "429": ({}, Fault("api/models", 429), "", "HTTP 429: too many requests"),
+    "500": ({}, Fault("resolve", 500), "", "HTTP 500: the hub has a fault"),
+    "503": ({}, Fault("api/models", 503), "", "HTTP 503: the hub has a fault"),
+    "proxy": ({}, Fault("api/models", text="<html>Pay here"), "", "an answer that is no JSON"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_each_refusal_has_one_clear_line(hub, tmp_path, name):
+    kind, fault, token, words = FAULTS[name]
+    for key, value in kind.items():
+        setattr(hub.repos[REPO], key, value)
+    hub.faults += [fault] if fault else []
+    repo = "nobody/nothing" if name == "absent" else REPO
+    run = download(hub, tmp_path / "s", repo=repo, token=token)
+    assert run.code == 1
+    assert run.line.startswith("error: hub: ")
+    assert words in run.line
+    assert token not in run.line or not token
+
+
+def test_a_token_that_is_no_header_is_not_shown(hub, tmp_path):
+    run = download(hub, tmp_path / "s", token="hf_secret\x07secret")
+    assert run.code == 1
+    assert "secret" not in run.line
+
+
+def test_no_network_has_one_clear_line(tmp_path):
+    assert "no connection" in download("http://127.0.0.1:9", tmp_path / "s").line
+    assert "HF_HUB_OFFLINE" in download("http://127.0.0.1:9", tmp_path / "s",
+                                        HF_HUB_OFFLINE="1").line  # fmt: skip
+
+
+def test_an_unknown_revision_has_one_clear_line(hub, tmp_path):
+    assert "no such revision" in download(hub, tmp_path / "s", "--revision", "gone").line
+
+
+def test_a_file_name_that_leads_out_is_refused(hub, files, tmp_path):
+    hub.repos[REPO].commit(files | {"../evil.json": b"{}"})
+    assert "'../evil.json'" in download(hub, tmp_path / "s").line
+    assert not (tmp_path / "evil.json").exists()
+
+
+def test_a_disk_too_small_is_said_before_anything_is_fetched(hub, tmp_path, monkeypatch):
+    import download as stage
+
+    record = stage.Record("r", "main", "c", {"big": stage.HubFile("big", 1 << 60, "0" * 64)})
+    needed = stage.remaining(tmp_path, tuple(record.files.values()))
+    with pytest.raises(stage.Stop, match="for what is still to fetch; free space"):
+        stage.check_room(tmp_path, needed)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full: Linux")
+def test_a_full_disk_has_one_clear_line_and_loses_nothing(hub, files, tmp_path):
+    source = tmp_path / "s"
+    hub.faults.append(Fault(FIRST, break_after=0))
+    download(hub, source)
+    hub.faults.clear()
+    (partial,) = source.glob(f".{FIRST}.*.partial")
+    partial.unlink()
+    partial.symlink_to("/dev/full")
+    run = download(hub, source, "--workers", "1")
+    assert run.code == 1
+    assert "found a full volume (No space left on device)" in run.line
+    partial.unlink()
+    assert download(hub, source).code == 0
+    assert_whole(source, files)
+
+
+def test_two_downloads_into_one_folder_do_not_meet(hub, tmp_path):
+    source = tmp_path / "s"
+    hub.faults.append(Fault("^[0-9a-f]{64}/", delay=0.05))
+    first = subprocess.Popen(
+        command(hub, source), env=environment(hub, source), stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 30
+    while not sent_of_shards(hub) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert "another download running" in download(hub, source).line
+    hub.faults.clear()
+    assert first.wait(60) == 0
+
+
+def test_the_bundle_names_the_commit_and_no_local_path(hub, tmp_path, good_copy):
+    from conftest import must
+
+    source = tmp_path / "s"
+    download(hub, source)
+    must("patch", "--bundle", good_copy, "--source", source)
+    text = (good_copy / "jang_config.json").read_text()
+    pinned = hub.repos[REPO].refs["main"]
+    assert json.loads(text)["source_model"] == f"{REPO}@{pinned}"
+    assert json.loads(text)["source"] == provenance(source)
+    must("patch", "--bundle", good_copy)
+    assert (good_copy / "jang_config.json").read_text() == text
+    assert str(tmp_path) not in text
