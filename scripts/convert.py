@@ -40,14 +40,18 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+import download
 import requantize
-from dsv4 import configs, matrices, upstream
+from dsv4 import configs, hub, low_disk, matrices, upstream
 from dsv4.checkpoint import INDEX, Checkpoint, check_index, open_bundle, open_source
 from dsv4.durable import fsync_folder, human, write_json
+from dsv4.low_disk import Supply
 from dsv4.names import kind, treatment
+from dsv4.origin import read_record
 from dsv4.quantizer import QUANTIZERS, Quantizer
 from dsv4.rewrite import NewShard, Piece, copy_pieces, rewrite
 from dsv4.shard import NUMPY_DTYPE, Slot, Tensor, header_bytes
+from dsv4.space import workplace_of
 from dsv4.stop import Stop, run
 from requantize import Ledger
 
@@ -117,9 +121,13 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """All shards of the bundle in order, and what makes them."""
+    """All shards of the bundle in order, and what makes them.
+
+    `headers` is the source as far as headers tell: with --low-disk a skeleton of it.
+    """
 
     source: Checkpoint
+    headers: Checkpoint
     quantizer: Quantizer
     shards: list[ShardPlan]
 
@@ -128,7 +136,9 @@ class Plan:
         return sum(shard.size for shard in self.shards)
 
 
-def make_plan(source: Checkpoint, quantizer: Quantizer, shard_bytes: int) -> Plan:
+def make_plan(
+    source: Checkpoint, headers: Checkpoint, quantizer: Quantizer, shard_bytes: int
+) -> Plan:
     """Units in the order in which the source has them, cut into shards of at most `shard_bytes`.
 
     Raises Stop for a tensor whose name, dtype or shape is not one that we know.
@@ -137,7 +147,7 @@ def make_plan(source: Checkpoint, quantizer: Quantizer, shard_bytes: int) -> Pla
     units = [unit_of(tensor, source, quantizer) for tensor in names if not is_scale(tensor, source)]
     groups: list[list[Unit]] = []
     room = 0
-    metadata = mark_of(source, quantizer)
+    metadata = mark_of(headers, quantizer)
     for unit in units:
         if not groups or room + unit.room > shard_bytes:
             groups.append([])
@@ -148,7 +158,7 @@ def make_plan(source: Checkpoint, quantizer: Quantizer, shard_bytes: int) -> Pla
         ShardPlan(f"model-{i:05d}-of-{len(groups):05d}.safetensors", group, metadata)
         for i, group in enumerate(groups, 1)
     ]
-    return Plan(source, quantizer, shards)
+    return Plan(source, headers, quantizer, shards)
 
 
 def mark_of(source: Checkpoint, quantizer: Quantizer) -> dict[str, str]:
@@ -260,11 +270,6 @@ def check_complete(bundle: Checkpoint, source: Checkpoint) -> None:
         )
 
 
-def workplace_of(bundle: Path) -> Path:
-    """The hidden sibling in which a bundle is made."""
-    return bundle.with_name(f".{bundle.name}.converting")
-
-
 @contextlib.contextmanager
 def workplace(bundle: Path) -> Iterator[Path]:
     """The bundle's workplace, made and locked. Raises Stop when another run has it."""
@@ -317,13 +322,17 @@ def clear_strangers(folder: Path, plan: Plan) -> list[ShardPlan]:
 # --- Carrying it out ----------------------------------------------------------------------------
 
 
-def convert(plan: Plan, bundle: Path, jobs: int) -> str:
+def convert(plan: Plan, bundle: Path, jobs: int, supply: Supply | None) -> str:
     """Make the bundle, which appears whole or not at all; return what to say."""
     start = time.perf_counter()
     with workplace(bundle) as folder:
         todo = clear_strangers(folder, plan)
         check_space(folder, sum(shard.size for shard in todo))
-        ledger = write_shards(plan, todo, folder, jobs)
+        if supply:
+            check_space(supply.folder, most_at_once(plan, todo, supply))
+            ledger = write_in_turn(plan, todo, folder, jobs, supply)
+        else:
+            ledger = write_shards(plan, todo, folder, jobs)
         complete(plan, folder, jobs)
         publish(folder, bundle)
     return summarize(plan, todo, ledger, time.perf_counter() - start)
@@ -339,6 +348,50 @@ def write_shards(plan: Plan, todo: list[ShardPlan], folder: Path, jobs: int) -> 
     return ledger
 
 
+def write_in_turn(
+    plan: Plan, todo: list[ShardPlan], folder: Path, jobs: int, supply: Supply
+) -> Ledger:
+    """Write shard after shard, each from source shards that have just come; free what is used.
+
+    A source shard goes when every shard that needs it is durable and was compared with the source.
+    """
+    ledger = Ledger()
+    free_used(plan, todo, folder, jobs, supply)
+    total = sum(slot.nbytes for shard in todo for slot in shard.slots)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="convert", disable=None) as bar:
+        with supply.coming(sources_of(todo[:1])):
+            pass
+        for i, shard in enumerate(todo, 1):
+            with supply.coming(sources_of(todo[i : i + 1])):
+                rewrite([new_shard(shard, folder, plan, ledger)], jobs, bar.update)
+                low_disk.compare(new_shard(shard, folder, plan, Ledger()), jobs)
+            supply.keep_only(sources_of(todo[i:]))
+    return ledger
+
+
+def free_used(plan: Plan, todo: list[ShardPlan], folder: Path, jobs: int, supply: Supply) -> None:
+    """Free what a killed run had used; what it may not have compared any more is compared."""
+    for shard in plan.shards:
+        if shard not in todo and all(supply.has(name) for name in shard.sources):
+            low_disk.compare(new_shard(shard, folder, plan, Ledger()), jobs)
+    supply.keep_only(sources_of(todo))
+
+
+def sources_of(shards: list[ShardPlan]) -> set[str]:
+    """The source's shards that some of the bundle's need."""
+    return {name for shard in shards for name in shard.sources}
+
+
+def most_at_once(plan: Plan, todo: list[ShardPlan], supply: Supply) -> int:
+    """The most bytes of the source that --low-disk will add to the disk at one time."""
+    came, most = set(), 0
+    for i in range(len(todo)):
+        came |= {name for name in sources_of(todo[i : i + 2]) if not supply.has(name)}
+        most = max(most, supply.size(came))
+        came &= sources_of(todo[i + 1 :])
+    return most
+
+
 def complete(plan: Plan, folder: Path, jobs: int) -> None:
     """Write index and configs; requantize adds the labels, and must find nothing to do.
 
@@ -351,7 +404,7 @@ def complete(plan: Plan, folder: Path, jobs: int) -> None:
     write_json(folder / "jang_config.json", configs.jang_config(plan.source, label))
     made = open_bundle(folder)
     check_complete(made, plan.source)
-    after = requantize.make_plan(plan.source, made, plan.quantizer, requantize.Part(), jobs)
+    after = requantize.make_plan(plan.headers, made, plan.quantizer, requantize.Part(), jobs)
     if after.todo:
         raise Stop(f"{folder / after.todo[0]}", "a shard that requantize would change",
                    "none", "report this as a bug")  # fmt: skip
@@ -369,7 +422,7 @@ def check_space(folder: Path, need: int) -> None:
 # --- Saying what will be done and what was ------------------------------------------------------
 
 
-def describe(plan: Plan, bundle: Path, jobs: int) -> str:
+def describe(plan: Plan, bundle: Path, jobs: int, supply: Supply | None) -> str:
     """The plan for a reader: tensors by treatment, shards, bytes, an estimate of the time."""
     folder = workplace_of(bundle)
     todo = [shard for shard in plan.shards if not shard.is_whole(folder)]
@@ -385,9 +438,11 @@ def describe(plan: Plan, bundle: Path, jobs: int) -> str:
         f"integers, {counts['control']:,} controls in F32",
         f"shards: {len(todo):,} to write, {len(plan.shards):,} in the bundle",
         f"read: {human(read)}; written: {human(written)}",
-        f"disk: {human(plan.nbytes)} for the bundle, nothing beside it",
-        requantize.estimate(first, written, jobs),
-    ]
+        f"disk: {human(plan.nbytes)} for the bundle, "
+        + (f"{human(most_at_once(plan, todo, supply))} for shards of the source at one time"
+           if supply else "nothing beside it"),
+        requantize.estimate(first, written, jobs) if not supply else "time: as the network has it",
+    ]  # fmt: skip
     return "\n".join(lines)
 
 
@@ -426,30 +481,64 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shard-bytes", type=parse_bytes, default=SHARD_BYTES,
                         help="the largest shard (5e9)")  # fmt: skip
     parser.add_argument("--quantizer", choices=sorted(QUANTIZERS), default="mlx")
+    parser.add_argument("--low-disk", action="store_true",
+                        help="fetch and free the source's shards as it goes")  # fmt: skip
+    parser.add_argument("--repo", default="", help="--low-disk: where they come from")
+    parser.add_argument("--patience", type=float, default=download.PATIENCE, metavar="SECONDS",
+                        help="--low-disk: how long to try again while nothing comes")  # fmt: skip
+    parser.add_argument("--workers", type=int, default=download.WORKERS,
+                        help="--low-disk: files fetched at once")  # fmt: skip
     return parser.parse_args()
+
+
+@contextlib.contextmanager
+def opened(args: argparse.Namespace) -> Iterator[tuple[Checkpoint, Checkpoint, Supply | None]]:
+    """The source, the source as far as headers tell, and with --low-disk what supplies shards."""
+    if not args.low_disk:
+        source = open_source(args.source)
+        yield source, source, None
+        return
+    record = read_record(args.source)
+    if not args.repo or record is None or record.repo != args.repo:
+        found = f"{record.repo}" if record else "no download prepared"
+        raise Stop(f"{args.source}", found, f"{args.repo or 'a repository'}", low_disk.AGAIN)
+    hub.quiet()
+    supply = Supply(args.source, record, args.patience, args.workers, download.fetch_all)
+    with download.locked(args.source), low_disk.skeleton(args.source, record) as headers:
+        yield low_disk.at_home(headers, args.source), headers, supply
+
+
+def run_upstream(args: argparse.Namespace, source: Checkpoint) -> str:
+    """Upstream's converter; return what to say."""
+    if args.dry_run or args.low_disk:
+        raise Stop("--converter jang", "--dry-run or --low-disk", "neither", "use native for them")
+    with workplace(args.bundle) as folder:
+        check_complete(upstream.fill(folder, source, args.python), source)
+        publish(folder, args.bundle)
+    return f"converted, {len(source.tensors):,} source tensors"
+
+
+def run_native(args: argparse.Namespace, source: Checkpoint, headers: Checkpoint,
+               supply: Supply | None) -> str:  # fmt: skip
+    """The native converter, or its plan; return what to say."""
+    plan = make_plan(source, headers, QUANTIZERS[args.quantizer](), args.shard_bytes)
+    if args.dry_run:
+        return "would be made\n" + describe(plan, args.bundle, args.jobs, supply)
+    return convert(plan, args.bundle, args.jobs, supply)
 
 
 def main() -> int:
     """Convert, or say what would be done. Returns 0."""
     args = parse_arguments()
-    source = open_source(args.source)
-    if is_done(args.bundle, source):
-        print(f"{args.bundle}: holds every tensor of {args.source} already; delete it to convert "
-              "afresh")  # fmt: skip
-        return 0
-    if args.converter == "native":
-        plan = make_plan(source, QUANTIZERS[args.quantizer](), args.shard_bytes)
-        if args.dry_run:
-            print(describe(plan, args.bundle, args.jobs))
-            return 0
-        said = convert(plan, args.bundle, args.jobs)
-    elif args.dry_run:
-        raise Stop("--dry-run", "CONVERTER=jang", "native", "upstream's converter has no dry run")
-    else:
-        with workplace(args.bundle) as folder:
-            check_complete(upstream.fill(folder, source, args.python), source)
-            publish(folder, args.bundle)
-        said = f"converted, {len(source.tensors):,} source tensors"
+    with opened(args) as (source, headers, supply):
+        if is_done(args.bundle, source):
+            said = f"holds every tensor of {args.source} already; delete it to convert afresh"
+            if supply and not args.dry_run:
+                supply.keep_only(set())
+        elif args.converter == "jang":
+            said = run_upstream(args, source)
+        else:
+            said = run_native(args, source, headers, supply)
     print(f"{args.bundle}: {said}")
     return 0
 

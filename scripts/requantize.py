@@ -40,7 +40,6 @@ from dsv4 import labels
 from dsv4.affine import BadGroup, Tally
 from dsv4.checkpoint import (
     INDEX,
-    SAMPLE_BYTES,
     Checkpoint,
     check_strangers,
     expert_bases,
@@ -55,7 +54,15 @@ from dsv4.fp4 import GROUP
 from dsv4.names import is_control, parse_expert
 from dsv4.quantizer import QUANTIZERS, Quantizer
 from dsv4.rewrite import Desk, NewShard, Piece, Target, copy_pieces, rewrite
-from dsv4.shard import NUMPY_DTYPE, Shard, Slot, Tensor, header_bytes
+from dsv4.shard import (
+    NUMPY_DTYPE,
+    SAMPLE_BYTES,
+    Shard,
+    Slot,
+    Tensor,
+    header_bytes,
+    sample_places,
+)
 from dsv4.stop import Stop, run
 
 LOCK = ".requantize.lock"
@@ -288,7 +295,10 @@ def fingerprint(source: Checkpoint) -> str:
         digest.update(f"{file} {shard.size}\n".encode())
         for name, tensor in sorted(shard.tensors.items()):
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(source.samples(file))
+        with shard.path.open("rb") as reader:
+            for offset, nbytes in sample_places(shard):
+                reader.seek(offset)
+                digest.update(reader.read(nbytes))
     return digest.hexdigest()
 
 

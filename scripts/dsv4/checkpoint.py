@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from dsv4.fp4 import GROUP
 from dsv4.names import expert_base, parse_expert
@@ -19,7 +19,6 @@ from dsv4.stop import Stop
 
 INDEX = "model.safetensors.index.json"
 MODEL_TYPE = "deepseek_v4"
-SAMPLE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -36,29 +35,10 @@ class Checkpoint:
         """Every tensor by name, over all shards."""
         return {n: t for shard in self.shards.values() for n, t in shard.tensors.items()}
 
-    def samples(self, file: str) -> bytes:
-        """SAMPLE_BYTES from the beginning, the middle and the end of a shard's data."""
-        shard = self.shards[file]
-        with shard.path.open("rb") as reader:
-            return b"".join(read_at(reader, *place) for place in sample_places(shard))
-
     @property
     def nbytes(self) -> int:
         """The size of all shards on disk, in bytes."""
         return sum(shard.size for shard in self.shards.values())
-
-
-def sample_places(shard: Shard) -> list[tuple[int, int]]:
-    """(offset, bytes) of the three samples that tell two checkpoints of one shape apart."""
-    start = min((t.offset for t in shard.tensors.values()), default=shard.size)
-    offsets = (start, (start + shard.size) // 2, shard.size - SAMPLE_BYTES)
-    places = [max(start, offset) for offset in offsets]
-    return [(place, min(SAMPLE_BYTES, shard.size - place)) for place in places]
-
-
-def read_at(file: IO[bytes], offset: int, nbytes: int) -> bytes:
-    file.seek(offset)
-    return file.read(nbytes)
 
 
 def read_json(path: Path) -> dict[str, Any]:
