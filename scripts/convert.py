@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import functools
 import math
 import os
 import shutil
@@ -207,15 +208,18 @@ def plain_dtype(tensor: Tensor, what: str) -> str:
 
 
 def new_shard(shard: ShardPlan, folder: Path, plan: Plan, ledger: Ledger) -> NewShard:
+    """How a shard will be written."""
+    pieces = functools.partial(shard_pieces, shard, plan, ledger)
+    return NewShard(folder / shard.file, shard.header, shard.size, pieces)
+
+
+def shard_pieces(shard: ShardPlan, plan: Plan, ledger: Ledger) -> list[Piece]:
     """Where every byte of a shard comes from, in the order of the source."""
     places, place = {}, len(shard.header)
     for slot in shard.slots:
         places[slot.name] = place
         place += slot.nbytes
-    pieces: list[Piece] = []
-    for unit in shard.units:
-        pieces += pieces_of(unit, places, plan, ledger)
-    return NewShard(folder / shard.file, shard.header, shard.size, pieces)
+    return [piece for unit in shard.units for piece in pieces_of(unit, places, plan, ledger)]
 
 
 def pieces_of(unit: Unit, places: dict[str, int], plan: Plan, ledger: Ledger) -> list[Piece]:
@@ -342,7 +346,7 @@ def write_shards(plan: Plan, todo: list[ShardPlan], folder: Path, jobs: int) -> 
     """Write the shards; those that a killed run left whole are not touched."""
     ledger = Ledger()
     shards = [new_shard(shard, folder, plan, ledger) for shard in todo]
-    total = sum(piece.nbytes for shard in shards for piece in shard.pieces)
+    total = sum(shard.size - len(shard.header) for shard in shards)
     with tqdm(total=total, unit="B", unit_scale=True, desc="convert", disable=None) as bar:
         rewrite(shards, jobs, bar.update)
     return ledger
@@ -357,7 +361,7 @@ def write_in_turn(
     """
     ledger = Ledger()
     free_used(plan, todo, folder, jobs, supply)
-    total = sum(slot.nbytes for shard in todo for slot in shard.slots)
+    total = sum(shard.size - len(shard.header) for shard in todo)
     with tqdm(total=total, unit="B", unit_scale=True, desc="convert", disable=None) as bar:
         with supply.coming(sources_of(todo[:1])):
             pass

@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import functools
 import hashlib
 import os
 import shutil
@@ -91,7 +92,6 @@ class QuantizePiece:
     quantizer: Quantizer
     ledger: Ledger
 
-    @cached_property
     def _row_bytes(self) -> dict[str, int]:
         out, half = self.weight.shape
         parts = self.quantizer.parts(out, 2 * half)
@@ -100,7 +100,8 @@ class QuantizePiece:
     @property
     def nbytes(self) -> int:
         """The bytes that it writes."""
-        return (self.last - self.first) * sum(self._row_bytes[part] for part in self.places)
+        row_bytes = self._row_bytes()
+        return (self.last - self.first) * sum(row_bytes[part] for part in self.places)
 
     def encode(self, desk: Desk) -> tuple[dict[str, np.ndarray], Tally]:
         """Read and quantize the rows. Raises Stop for a group without such a form."""
@@ -110,7 +111,7 @@ class QuantizePiece:
         exponents = desk.buffer("exponents", rows * groups)
         desk.read(self.weight.path, self.weight.offset + self.first * half, packed)
         desk.read(self.scale.path, self.scale.offset + self.first * groups, exponents)
-        parts = {part: desk.buffer(part, rows * n) for part, n in self._row_bytes.items()}
+        parts = {part: desk.buffer(part, rows * n) for part, n in self._row_bytes().items()}
         try:
             return parts, self.quantizer.encode(packed, exponents, parts)
         except BadGroup as bad:
@@ -125,8 +126,9 @@ class QuantizePiece:
     def write(self, target: Target, desk: Desk) -> None:
         """Quantize the rows and write each part that this shard holds."""
         parts, tally = self.encode(desk)
+        rows = self.last - self.first
         for part, place in self.places.items():
-            target.write(place + self.first * self._row_bytes[part], parts[part])
+            target.write(place + self.first * (len(parts[part]) // rows), parts[part])
         if "weight" in self.places:
             self.ledger.add(self.weight.name, tally)
 
@@ -225,10 +227,10 @@ def fate_of(
     slots.sort(key=lambda slot: -np.dtype(NUMPY_DTYPE[slot.dtype]).itemsize)
     metadata = shard.metadata | {"format": "mlx"} | mark
     layout = [(slot.name, slot.dtype, slot.shape) for slot in slots]
-    same = layout == [(t.name, t.dtype, t.shape) for t in shard.tensors.values()]
-    touched = "expert" in kinds.values()
-    done = same and (not touched or was_made_by(shard, mark))
-    return Fate(shard, slots, kinds, metadata, done)
+    found = [(t.name, t.dtype, t.shape) for t in shard.tensors.values()]
+    ours = was_made_by(shard, mark) and layout == found
+    untouched = "expert" not in kinds.values() and sorted(layout) == sorted(found)
+    return Fate(shard, slots, kinds, metadata, ours or untouched)
 
 
 def _slots_of(
@@ -250,7 +252,13 @@ def _slots_of(
 
 
 def new_shard(fate: Fate, source: Checkpoint, quantizer: Quantizer, ledger: Ledger) -> NewShard:
-    """Where every byte of a new shard comes from, in the order of the file."""
+    """How a shard will be written."""
+    pieces = functools.partial(pieces_of, fate, source, quantizer, ledger)
+    return NewShard(fate.shard.path, fate.header, fate.size, pieces)
+
+
+def pieces_of(fate: Fate, source: Checkpoint, quantizer: Quantizer, ledger: Ledger) -> list[Piece]:
+    """Where every byte of a new shard comes from: copies in file order, then the experts."""
     place = len(fate.header)
     pieces: list[Piece] = []
     experts: dict[str, dict[str, int]] = {}
@@ -260,13 +268,12 @@ def new_shard(fate: Fate, source: Checkpoint, quantizer: Quantizer, ledger: Ledg
             base, _, part = slot.name.rpartition(".")
             experts.setdefault(base, {})[part] = place
         else:
-            holder = source if kind == "control" else None
-            tensor = (holder.tensors if holder else fate.shard.tensors)[slot.name]
+            tensor = (source if kind == "control" else fate.shard).tensors[slot.name]
             pieces += copy_pieces(tensor.path, tensor.offset, place, slot.nbytes)
         place += slot.nbytes
     for base, places in experts.items():
         pieces += expert_pieces(source, base, places, quantizer, ledger)
-    return NewShard(fate.shard.path, fate.header, place, pieces)
+    return pieces
 
 
 def expert_pieces(
@@ -532,7 +539,7 @@ def carry_out(plan: Plan) -> Ledger:
     check_space(plan)
     ledger = Ledger()
     shards = [new_shard(fate, plan.source, plan.quantizer, ledger) for fate in plan.work]
-    total = sum(piece.nbytes for shard in shards for piece in shard.pieces)
+    total = sum(shard.size - len(shard.header) for shard in shards)
     with tqdm(total=total, unit="B", unit_scale=True, desc="requantize", disable=None) as bar:
         rewrite(shards, plan.jobs, bar.update)
     return ledger
@@ -582,7 +589,7 @@ def describe(plan: Plan) -> str:
     growth, at_once = plan.extra_disk
     shards = [new_shard(fate, plan.source, plan.quantizer, Ledger()) for fate in plan.work]
     written = sum(shard.size for shard in shards)
-    read = sum(_bytes_read(piece) for shard in shards for piece in shard.pieces)
+    read = sum(_bytes_read(piece) for shard in shards for piece in shard.pieces())
     lines = [
         f"shards: {len(plan.todo):,} to write, {len(plan.fates):,} in the bundle",
         f"tensors: {kinds['expert']:,} parts of routed experts from FP4, "
@@ -603,9 +610,9 @@ def _bytes_read(piece: Piece) -> int:
 def estimate(shards: list[NewShard], written: int, jobs: int) -> str:
     """Time from a measurement: the first pieces are read and quantized, and nothing is written."""
     desk, seconds, done = Desk(), 0.0, 0
-    pieces = [p for shard in shards for p in shard.pieces if isinstance(p, QuantizePiece)][:17]
+    pieces = [p for shard in shards[:4] for p in shard.pieces() if isinstance(p, QuantizePiece)]
     with contextlib.closing(desk):
-        for i, piece in enumerate(pieces):
+        for i, piece in enumerate(pieces[:17]):
             start = time.perf_counter()
             piece.encode(desk)
             if i:  # the first one loads the kernel

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import importlib.util
 import json
 import os
 import random
@@ -21,6 +22,8 @@ import numpy as np
 import pytest
 import small
 
+import requantize as script
+from dsv4 import stop
 from dsv4.checkpoint import check_index, open_bundle
 from dsv4.names import parse_expert
 from dsv4.shard import Planned, read_array, read_shard, write_shard
@@ -39,6 +42,15 @@ def requantize(
         command(source, bundle, *options),
         capture_output=True, text=True, timeout=120, check=False, preexec_fn=before,
     )  # fmt: skip
+
+
+def requantize_here(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, source: Path, bundle: Path
+) -> tuple[int, str]:
+    """Run it in this process, which saves its start-up: (exit status, what it said on stderr)."""
+    monkeypatch.setattr(sys, "argv", command(source, bundle)[1:])
+    status = stop.run(script.main)
+    return status, capsys.readouterr().err
 
 
 def start(source: Path, bundle: Path, *options: str) -> subprocess.Popen[str]:
@@ -314,6 +326,21 @@ def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
     assert digests(bundle) == expected
 
 
+def test_a_shard_without_experts_or_controls_is_left_alone(tmp_path: Path) -> None:
+    """No byte of the embedding is written again; not even its order is ours to change."""
+    source, bundle, _ = small.make(tmp_path, small.Sizes(bundle_shard=2), seed=26)
+    first = (
+        bundle
+        / json.loads((bundle / "model.safetensors.index.json").read_text())["weight_map"][
+            "embed.weight"
+        ]
+    )
+    assert set(read_shard(first).tensors) <= {"embed.weight", "embed.scales", "embed.biases"}
+    before = first.stat()
+    assert requantize(source, bundle).returncode == 0
+    assert (first.stat().st_ino, first.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
 # --- What must stop the run, before anything is written ---
 
 
@@ -408,16 +435,21 @@ BREAKAGES = {
 
 
 @pytest.mark.parametrize("breakage", BREAKAGES)
-def test_what_does_not_fit_stops_the_run_before_it_writes(tmp_path: Path, breakage: str) -> None:
+def test_what_does_not_fit_stops_the_run_before_it_writes(
+    tmp_path: Path,
+    breakage: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     source, bundle, _ = small.make(tmp_path, small.Sizes(bundle_shard=25), seed=13)
     apply, word = BREAKAGES[breakage]
     apply(source, bundle)
     before = digests(tmp_path)
-    stopped = requantize(source, bundle)
-    assert stopped.returncode == 1, stopped.stdout
-    assert stopped.stderr.count("\n") == 1, stopped.stderr
-    assert stopped.stderr.startswith("error: ")
-    assert word in stopped.stderr
+    status, errors = requantize_here(capsys, monkeypatch, source, bundle)
+    assert status == 1
+    assert errors.count("\n") == 1, errors
+    assert errors.startswith("error: ")
+    assert word in errors
     assert digests(tmp_path) == before
 
 
@@ -480,3 +512,26 @@ def test_other_keys_of_index_and_config_stay(tmp_path: Path) -> None:
     opened = open_bundle(bundle)
     total = sum(tensor.nbytes for tensor in opened.tensors.values())
     assert metadata == {"total_size": total, "format": "mlx"}
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("jang_tools") is None or importlib.util.find_spec("torch") is None,
+    reason="the upstream converter is not installed",
+)
+def test_a_bundle_of_the_real_converter_becomes_the_reference(tmp_path: Path) -> None:
+    """What upstream's own code writes, not our idea of it."""
+    sizes = small.Sizes(layers=3, experts=4, hidden=256, width=128)
+    source, _, _ = small.make(tmp_path, sizes, seed=19)
+    bundle = tmp_path / "converted"
+    subprocess.run(
+        [
+            sys.executable, "-m", "jang_tools.dsv4.convert_dsv4_jangtq", "--src", source,
+            "--dst", bundle, "--profile", "4", "--format", "jang",
+        ],
+        check=True, capture_output=True, timeout=120,
+    )  # fmt: skip
+    stock = {n: (t.dtype, read_array(t)) for n, t in open_bundle(bundle).tensors.items()}
+    expected = small.reference(small.source_arrays(sizes, np.random.default_rng(19)), stock)
+    done = requantize(source, bundle)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert_holds(bundle, expected)

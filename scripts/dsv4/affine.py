@@ -31,6 +31,8 @@ BITS = 4
 RANK = np.array([7, 8, 9, 10, 11, 12, 13, 14, 7, 6, 5, 4, 3, 2, 1, 0])
 
 OK, UNDERFLOW, BAD = 0, 1, 2  # what an entry says of its case
+ERROR_MAX = (1 << 14) - 1  # of a squared error in its row's unit: 32 of them take 19 bits
+ENERGY_BITS = 13  # 32 squares of values × 4, at most 32 × 144
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,7 @@ def _rows(
     values = E2M1.astype(np.float64)
     errors = levels * steps[:, None] + offsets[:, None] - values
     squares = np.where(levels < 0, 0, errors**2)
-    units = np.maximum(squares.max(axis=1), 1e-30) / 0xFFFF
+    units = np.maximum(squares.max(axis=1), 1e-30) / ERROR_MAX
     fixed = np.rint(squares / units[:, None]).astype(np.int64)
     energy = np.broadcast_to(values**2 * 4, levels.shape)
     rows = np.hstack([np.maximum(levels, 0), energy, fixed & 0xFF, fixed >> 8])
@@ -264,6 +266,8 @@ def _pair(low: int, high: int) -> int:
 
 
 _BYTES = ir.VectorType(ir.IntType(8), 16)
+_SHORTS = ir.VectorType(ir.IntType(16), 16)
+_INTS = ir.VectorType(ir.IntType(32), 16)
 _LONG = ir.IntType(64)
 
 
@@ -292,19 +296,11 @@ def _choose(builder: ir.IRBuilder, table: ir.Value, indices: ir.Value) -> ir.Val
     return result
 
 
-def _sum(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:
-    """LLVM code for the sum of sixteen unsigned bytes, as int64."""
-    wide = ir.VectorType(ir.IntType(32), 16)
-    signature = ir.FunctionType(ir.IntType(32), [wide])
-    add = cgutils.get_or_insert_function(builder.module, signature, "llvm.vector.reduce.add.v16i32")
-    return builder.zext(builder.call(add, [builder.zext(vector, wide)]), _LONG)
-
-
 @intrinsic
 def _apply(context, packed, group, rows, row, weight):
     """Look a group's 32 codes up in a row and write its levels.
 
-    Returns the sum of energies | the sum of errors' low bytes << 16 | of their high bytes << 32.
+    Returns the sum of energies | the sum of errors << ENERGY_BITS, 32 bits in all.
     """
 
     def generate(context, builder, signature, arguments):
@@ -328,14 +324,23 @@ def _apply(context, packed, group, rows, row, weight):
             builder.shl(_choose(builder, levels, high), ir.Constant(_BYTES, [4] * 16)),
         )
         builder.store(both, at(4, arguments[1], 16, 0)).align = 1
-        result = _LONG(0)
-        for i, table in enumerate(others):
-            total = builder.add(
-                _sum(builder, _choose(builder, table, low)),
-                _sum(builder, _choose(builder, table, high)),
+        energies, low_bytes, high_bytes = (
+            builder.add(
+                builder.zext(_choose(builder, table, low), _SHORTS),
+                builder.zext(_choose(builder, table, high), _SHORTS),
             )
-            result = builder.or_(result, builder.shl(total, _LONG(16 * i)))
-        return result
+            for table in others
+        )
+        errors = builder.add(low_bytes, builder.shl(high_bytes, ir.Constant(_SHORTS, [8] * 16)))
+        both = builder.or_(
+            builder.zext(energies, _INTS),
+            builder.shl(builder.zext(errors, _INTS), ir.Constant(_INTS, [ENERGY_BITS] * 16)),
+        )
+        # As energies of two codes fit below ENERGY_BITS, and those of 32 as well, one sum does.
+        signature = ir.FunctionType(ir.IntType(32), [_INTS])
+        name = "llvm.vector.reduce.add.v16i32"
+        add = cgutils.get_or_insert_function(builder.module, signature, name)
+        return builder.zext(builder.call(add, [both]), _LONG)
 
     return types.int64(packed, group, rows, row, weight), generate
 
@@ -366,8 +371,7 @@ def _quantize(packed, exponents, entries, rows, units, powers, weight, scales, b
             offsets[i] = entry >> 16
             row = (entry >> 32) & 0xFFFF
             sums = _apply(words, i, rows, row, levels)
-            energy += (sums & 0xFFFF) * powers[bytes_[i]]
-            error += (((sums >> 16) & 0xFFFF) + (sums >> 32 << 8)) * (
-                units[row] * powers[bytes_[i]]
-            )
+            power = powers[bytes_[i]]
+            energy += (sums & ((1 << ENERGY_BITS) - 1)) * power
+            error += (sums >> ENERGY_BITS) * (units[row] * power)
     return -1, underflows, energy / 4, error

@@ -261,5 +261,6 @@ def compare(shard: NewShard, jobs: int) -> None:
         ThreadPoolExecutor(jobs) as pool,
     ):
         target.write(0, np.frombuffer(shard.header, np.uint8))
-        for _ in pool.map(some, [shard.pieces[i::jobs] for i in range(jobs)]):
+        pieces = shard.pieces()
+        for _ in pool.map(some, [pieces[i::jobs] for i in range(jobs)]):
             pass

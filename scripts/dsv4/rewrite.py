@@ -63,8 +63,7 @@ class Desk:
             self.close()
             self._fd = os.open(path, os.O_RDONLY)
             self._path = path
-            if hasattr(fcntl, "F_NOCACHE"):  # macOS: what posix_fadvise does elsewhere
-                fcntl.fcntl(self._fd, fcntl.F_NOCACHE, 1)
+            bypass_cache(self._fd)
 
     def close(self) -> None:
         """Close the source file."""
@@ -77,9 +76,11 @@ class Target:
     """A shard being written: `write` puts bytes to their place, from any thread."""
 
     def __init__(self, shard: NewShard) -> None:
-        self.left = len(shard.pieces)
+        self.pieces = shard.pieces()[::-1]  # those that no worker has taken yet, the next one last
+        self.left = len(self.pieces)
         self._replacement = Replacement(shard.path)
         self._fd = self._replacement.file.fileno()
+        bypass_cache(self._fd)
         try:
             reserve(self._fd, shard.size)
             self.write(0, np.frombuffer(shard.header, np.uint8))
@@ -125,6 +126,12 @@ def reserve(fd: int, size: int) -> None:
     os.ftruncate(fd, size)
 
 
+def bypass_cache(fd: int) -> None:
+    """On macOS keep a file's bytes out of the page cache; `forget` does it elsewhere."""
+    if hasattr(fcntl, "F_NOCACHE"):
+        fcntl.fcntl(fd, fcntl.F_NOCACHE, 1)
+
+
 def forget(fd: int, offset: int, nbytes: int) -> None:
     """Tell the system that these bytes are not needed again; Linux starts writing dirty ones."""
     if hasattr(os, "posix_fadvise"):
@@ -166,12 +173,15 @@ def copy_pieces(path: Path, offset: int, place: int, nbytes: int) -> list[CopyPi
 
 @dataclass(frozen=True)
 class NewShard:
-    """A shard to be written: path, header with length prefix, size in bytes, pieces."""
+    """A shard to be written: path, header with length prefix, size in bytes.
+
+    `pieces` lists what to do when the shard's turn comes: for all shards at once it would be long.
+    """
 
     path: Path
     header: bytes
     size: int
-    pieces: list[Piece]
+    pieces: Callable[[], list[Piece]]
 
 
 def rewrite(shards: list[NewShard], jobs: int, progress: Callable[[int], object]) -> None:
@@ -191,7 +201,6 @@ class _Rewriter:
     ) -> None:
         self._changed = threading.Condition()
         self._waiting = list(reversed(shards))
-        self._pieces: list[Piece] = []  # of the current target, the next one last
         self._current: Target | None = None
         self._open: set[Target] = set()
         self._jobs = jobs
@@ -236,15 +245,13 @@ class _Rewriter:
         """The next piece and where it goes; None when there is none, or another worker failed."""
         with self._changed:
             while self._error is None:
-                if self._pieces and self._current:
-                    return self._current, self._pieces.pop()
+                if self._current and self._current.pieces:
+                    return self._current, self._current.pieces.pop()
                 if not self._waiting:
                     return None
                 if len(self._open) < self._jobs:
-                    shard = self._waiting.pop()
-                    self._current = Target(shard)
+                    self._current = Target(self._waiting.pop())
                     self._open.add(self._current)
-                    self._pieces = list(reversed(shard.pieces))
                 else:
                     self._changed.wait()
             return None

@@ -44,7 +44,7 @@ REDO = "fetch or rebuild this file"
 SAMPLE_BYTES = 4096
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Tensor:
     """Where one tensor lies: `nbytes` bytes from `offset` (absolute, in bytes) of `path`."""
 
@@ -183,7 +183,7 @@ def read_array(tensor: Tensor) -> np.ndarray:
     return np.frombuffer(data, NUMPY_DTYPE[tensor.dtype]).reshape(tensor.shape)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Slot:
     """A tensor's place in a shard that will be written."""
 
