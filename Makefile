@@ -236,6 +236,11 @@ build/wheels/jang-%-py3-none-any.whl: | .venv/installed
 	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps \
 	  --dest build/wheels jang==$*
 
+# 7 GB under build/ while it runs, about 6 minutes on two cores.
+.PHONY: bench_convert
+bench_convert: .venv/installed ## measure convert against the disk, and against upstream and the plan
+	$(PYTHON) scripts/bench_convert.py
+
 .PHONY: test lint format clean
 test: .venv/installed $(patsubst %,build/wheels/jang-%-py3-none-any.whl,2.5.8 2.5.9 2.5.50) ## run the tests
 	$(PYTHON) scripts/patch_loader.py --python $(PYTHON)

@@ -292,6 +292,8 @@ def workplace(bundle: Path) -> Iterator[Path]:
             raise Stop(f"{folder}", "another convert that just ended", "one run", "start it again")
         yield folder
     finally:
+        with contextlib.suppress(OSError):  # it is gone, or has work to go on with
+            folder.rmdir()
         os.close(handle)
 
 

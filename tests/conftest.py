@@ -3,6 +3,7 @@
 They are made once a session and never written to; a test that changes one takes a copy.
 """
 
+import json
 import shutil
 import subprocess
 import sys
@@ -37,6 +38,49 @@ def refusal(name: str, *arguments: object) -> str:
     assert last.startswith("error: "), result.stderr
     assert "Traceback" not in result.stderr
     return last
+
+
+class Forks:
+    """Runs of scripts/convert.py that share their imports, for tests that kill many of them.
+
+    One process imports what takes long (MLX it must not: it has threads) and forks for each run.
+    """
+
+    CODE = """
+import json, os, sys
+sys.path.insert(0, sys.argv[1])
+import convert, huggingface_hub, numba, tqdm
+for line in sys.stdin:
+    pid = os.fork()
+    if not pid:
+        sys.argv = ["convert.py", *json.loads(line)]
+        sys.stdout = sys.stderr
+        os._exit(convert.run(convert.main))
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+    def __init__(self, env: dict[str, str] | None = None) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", self.CODE, SCRIPTS], env=env, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+
+    def __enter__(self) -> "Forks":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+    def start(self, *arguments: object) -> int:
+        """Begin a run; returns its process id."""
+        print(json.dumps([str(a) for a in arguments]), file=self._process.stdin, flush=True)
+        return int(self._process.stdout.readline())
+
+    def status(self) -> int:
+        """Wait for the run's end; its exit status, negative for a signal."""
+        return int(self._process.stdout.readline())
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ run did not fetch, or without the flag; bytes fetched again after a kill; anothe
 source that lies there whole; a disk that fills with what was used.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -18,7 +19,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SCRIPTS, must
+from conftest import SCRIPTS, Forks, must
 from hub_server import Hub
 from test_download import environment
 from test_recipe import Recipe
@@ -149,33 +150,45 @@ def test_a_second_run_needs_no_network(prepared):
     assert prepared.hub.requests == []
 
 
-def test_killed_anywhere_it_goes_on_and_fetches_nothing_twice(prepared, wanted, files):
+def test_killed_anywhere_it_goes_on_and_fetches_nothing_twice(prepared, wanted):
     seed = int(os.environ.get("SEED", random.randrange(1 << 32)))
     print(f"SEED={seed}")
     rng = random.Random(seed)
     kills = 0
-    while kills < KILLS:
-        with subprocess.Popen(prepared.command("convert"), env=prepared.env) as process:
-            before = prepared.fetched() + rng.randrange(1, 1_500_000)
-            end = time.monotonic() + 60
-            while prepared.fetched() < before and process.poll() is None:
-                assert time.monotonic() < end
-                time.sleep(0.001)
-            time.sleep(rng.uniform(0, 0.05))
-            process.send_signal(signal.SIGKILL)
-        if process.returncode == 0:
-            assert shards(prepared.bundle) == wanted
-            shutil.rmtree(prepared.bundle)
-            restart(prepared)
-            continue
-        assert process.returncode == -signal.SIGKILL
-        kills += 1
+    with Forks(prepared.env) as forks:
+        while kills < KILLS:
+            used, asked = freed(prepared), len(prepared.hub.requests)
+            pid = forks.start(*prepared.command("convert")[2:])
+            kill_after(pid, prepared, rng.randrange(1, 1_200_000), rng.uniform(0, 0.05))
+            status = forks.status()
+            again = {Path(r.path).name for r in prepared.hub.requests[asked:]} & used
+            assert not again, f"fetched again: {again}"
+            if status == 0:
+                assert shards(prepared.bundle) == wanted
+                shutil.rmtree(prepared.bundle)
+                restart(prepared)
+            assert status in (0, -signal.SIGKILL)
+            kills += status != 0
     prepared.must("convert")
     assert shards(prepared.bundle) == wanted
     assert not shards(prepared.source)
-    total = sum(len(data) for name, data in files.items() if name.startswith("model-"))
-    # A killed transfer may have had some pieces on the way; a shard is never fetched again.
-    assert prepared.fetched() < total + kills * 400_000
+
+
+def freed(place: Place) -> set[str]:
+    """The shards that were used and deleted."""
+    state = read_record(place.source).low_disk
+    return {name for name in state if state[name] == "freed"}
+
+
+def kill_after(pid: int, place: Place, more: int, delay: float) -> None:
+    """Kill the run `delay` seconds after `more` bytes have come, if it fetches so many."""
+    wanted, end = place.fetched() + more, time.monotonic() + 60
+    while place.fetched() < wanted and not place.bundle.exists():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    time.sleep(delay)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def restart(place: Place) -> None:

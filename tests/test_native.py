@@ -22,10 +22,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import small
-from conftest import SCRIPTS, must, script
+from conftest import SCRIPTS, Forks, must, script
 
 from dsv4 import names
 from dsv4.checkpoint import INDEX, check_index, open_bundle, open_source
+from dsv4.quantizer import QUANTIZERS
 from dsv4.shard import Planned, read_array, read_shard, write_shard
 
 KILLS = int(os.environ.get("KILLS", "20"))
@@ -108,6 +109,22 @@ def test_every_tensor_is_upstreams_or_requantizes(source, stock, good, native):
             compared[what] += 1
         assert tensor.name == name
     assert min(compared.values()) > 30, compared
+
+
+@pytest.mark.parametrize("quantizer", sorted(QUANTIZERS))
+def test_every_quantizer_gives_requantizes_bytes(source, stock_copy, tmp_path, quantizer):
+    chosen = ("--quantizer", quantizer)
+    convert(source, tmp_path / "bundle", *chosen)
+    must("requantize", "--source", source, "--bundle", stock_copy, *chosen)
+    ours, theirs = open_bundle(tmp_path / "bundle"), open_bundle(stock_copy)
+    assert set(ours.tensors) == set(theirs.tensors)
+    for name, tensor in theirs.tensors.items():
+        mine = ours.tensors[name]
+        assert (mine.dtype, mine.shape) == (tensor.dtype, tensor.shape), name
+        assert read_array(mine).tobytes() == read_array(tensor).tobytes(), name
+    assert ours.config["quantization"] == theirs.config["quantization"]
+    said = must("requantize", "--source", source, "--bundle", tmp_path / "bundle", *chosen)
+    assert "nothing to do" in said
 
 
 def test_the_configs_state_upstreams_facts(source, stock, good, native):
@@ -199,45 +216,22 @@ def test_one_thread_and_three_write_the_same(source, split, tmp_path):
         assert digests(tmp_path / f"{jobs}") == digests(split)
 
 
-# Forks a run for each line of arguments: what takes long is only imported once. MLX is not.
-FORKS = """
-import json, os, sys
-sys.path.insert(0, sys.argv[1])
-import convert, numba, tqdm
-for line in sys.stdin:
-    pid = os.fork()
-    if not pid:
-        sys.argv = ["convert.py", *json.loads(line)]
-        sys.stdout = sys.stderr
-        os._exit(convert.run(convert.main))
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
 def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(source, split, tmp_path):
     """kill -9 at random moments between the first shard and the last rename."""
     seed = int(os.environ.get("SEED", random.randrange(1 << 32)))
     print(f"SEED={seed}")
     rng = random.Random(seed)
-    arguments = ["--source", str(source), "--shard-bytes", "3e5"]
     wanted, kills, number, seen = digests(split), 0, 0, set()
-    forks = subprocess.Popen([sys.executable, "-c", FORKS, SCRIPTS], text=True,
-                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
-    with forks:
+    with Forks() as forks:
         while kills < KILLS:
-            bundle, number = tmp_path / f"{number}", number + 1
-            status = -1
+            bundle, number, status = tmp_path / f"{number}", number + 1, -1
             while status:
-                print(json.dumps([*arguments, "--bundle", str(bundle)]), file=forks.stdin,
-                      flush=True)  # fmt: skip
-                more, delay = rng.randrange(7), rng.uniform(0, 0.005)
-                seen.add(kill_after(int(forks.stdout.readline()), bundle, more, delay))
-                status = int(forks.stdout.readline())
+                pid = forks.start("--source", source, "--bundle", bundle, "--shard-bytes", "3e5")
+                seen.add(kill_after(pid, bundle, rng.randrange(7), rng.uniform(0, 0.005)))
+                status = forks.status()
                 assert status in (0, -signal.SIGKILL)
                 kills += status != 0
             assert digests(bundle) == wanted
-        forks.stdin.close()
     assert len(seen) > 4, f"always killed at the same shard: {seen}"
 
 

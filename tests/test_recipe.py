@@ -125,6 +125,13 @@ def test_requantize_mends_a_bundle_that_was_converted_elsewhere(recipe, stock, t
     assert recipe.stages("all") == STAGES[5:]
 
 
+def test_the_converter_is_a_setting(recipe):
+    for setting, converter in (("CONVERTER=jang", "jang"), ("PORT=1", "native")):
+        said = recipe.make("--dry-run", "convert", setting).stdout
+        assert f"--converter '{converter}'" in said
+        assert "--low-disk" not in said
+
+
 def test_help_lists_every_target(recipe):
     shown = recipe.make("help").stdout
     names = re.findall(r"^([a-z_]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)

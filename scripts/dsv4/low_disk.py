@@ -25,7 +25,7 @@ from dsv4.checkpoint import INDEX, Checkpoint, open_source, read_index
 from dsv4.durable import copy_file, write_bytes
 from dsv4.hub import HubFile
 from dsv4.origin import Record
-from dsv4.rewrite import Desk, NewShard, Piece, forget
+from dsv4.rewrite import Desk, NewShard, Piece, bypass_cache, forget
 from dsv4.shard import read_shard, sample_places
 from dsv4.stop import Stop
 from dsv4.transfer import Transfer, file_hash
@@ -230,7 +230,8 @@ class Comparison:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._fd = os.open(path, os.O_RDONLY)
-        forget(self._fd, 0, 0)  # so that the disk answers, not the page cache
+        bypass_cache(self._fd)  # so that the disk answers, not the page cache
+        forget(self._fd, 0, 0)
 
     def write(self, offset: int, data: np.ndarray) -> None:
         """Raise Stop unless the shard holds `data` at `offset`."""
