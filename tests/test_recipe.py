@@ -30,7 +30,7 @@ class Recipe:
             shutil.copytree(ROOT / name, self.folder / name, ignore=ignore)
         for name in ("Makefile", "requirements.txt"):
             shutil.copy2(ROOT / name, self.folder / name)
-        (self.folder / ".venv").symlink_to(Path(sys.prefix))
+        link_venv(self.folder / ".venv")
         self.source = shutil.copytree(source, folder / "the source")
         self.bundle = folder / "the bundle"
 
@@ -55,6 +55,15 @@ class Recipe:
         """Change a script, later than every stamp."""
         path = self.folder / "scripts" / name
         path.write_text(path.read_text() + "\n# edited\n")
+
+
+def link_venv(folder: Path) -> None:
+    """The .venv of this process, with a stamp of its own: make must not touch the real one."""
+    folder.mkdir()
+    for path in Path(sys.prefix).iterdir():
+        if path.name != "installed":
+            (folder / path.name).symlink_to(path)
+    (folder / "installed").touch()
 
 
 @pytest.fixture(scope="module")
