@@ -149,6 +149,7 @@ $(STAMPS)/convert.stamp: $(STAMPS)/download.stamp scripts/convert.py scripts/req
   $(call module,labels affine quantizer rewrite matrices fp8 configs low_disk upstream toolchain)
 	rm -f $@
 	$(PYTHON) scripts/convert.py $(FOLDERS) --converter '$(CONVERTER)' --python '$(TOOLCHAIN_PYTHON)' \
+	  $(if $(filter native,$(CONVERTER)),--quantizer '$(QUANTIZER)') \
 	  $(if $(JOBS),--jobs $(JOBS)) $(if $(SHARD_BYTES),--shard-bytes $(SHARD_BYTES)) \
 	  $(if $(LOW_DISK),--low-disk --repo '$(REPO)')
 	touch $@
@@ -250,7 +251,7 @@ demo: ## build, serve and ask the small model that the repository ships (no down
 # The same from nothing each time, for a toolchain of your own: TOOLCHAIN_PYTHON=…
 selftest: ## can this toolchain be trusted with the big model? Convert, load and serve the small one
 	rm -rf build/selftest
-	$(MAKE) convert MODEL=nano BUNDLE=build/selftest/stock
+	$(MAKE) convert MODEL=nano BUNDLE=build/selftest/stock CONVERTER=jang
 	$(MAKE) all MODEL=nano BUNDLE=build/selftest/bundle
 	$(PYTHON) scripts/demo.py --source $(NANO) --stock build/selftest/stock \
 	  --bundle build/selftest/bundle --python '$(TOOLCHAIN_PYTHON)'

@@ -53,7 +53,7 @@ from dsv4.checkpoint import (
 from dsv4.durable import TEMPORARY_SUFFIX, human, temporary_for, write_json
 from dsv4.fp4 import GROUP
 from dsv4.imatrix import coverage, importances, open_imatrix, usable
-from dsv4.names import is_control, parse_expert
+from dsv4.names import HEAD, is_control, parse_expert
 from dsv4.quantizer import QUANTIZERS, Optimal, Quantizer
 from dsv4.rewrite import Desk, NewShard, Piece, Target, copy_pieces, rewrite
 from dsv4.shard import (
@@ -255,6 +255,9 @@ def _slots_of(
     origin = source.tensors.get(tensor.name)
     if origin is not None and is_control(tensor.name) and origin.dtype == "F32":
         return "control", [Slot(tensor.name, "F32", tensor.shape)]
+    if tensor.name.rpartition(".")[0] == HEAD.rpartition(".")[0] and HEAD in source.tensors:
+        head = source.tensors[HEAD]
+        return "control", [Slot(HEAD, head.dtype, head.shape)] if tensor.name == HEAD else []
     return "copy", [Slot(tensor.name, tensor.dtype, tensor.shape)]
 
 
