@@ -20,7 +20,7 @@ import pytest
 from conftest import SCRIPTS, must, refusal, script
 
 import patch_loader
-from dsv4 import compare, documents, judge, level1, numbers, verdict
+from dsv4 import documents, judge, level1, numbers, reading, verdict
 from dsv4.checkpoint import open_bundle, open_source
 from dsv4.findings import FAULTS, Findings
 from dsv4.fp4 import E2M1
@@ -264,7 +264,7 @@ def test_a_read_beyond_the_end_of_a_file_stops(good_copy):
     tensor = open_bundle(good_copy).tensors["norm.weight"]
     tensor.path.write_bytes(tensor.path.read_bytes()[: tensor.offset])
     with pytest.raises(Stop, match="its end"):
-        compare.Reader().read(tensor)
+        reading.Reader().read(tensor)
 
 
 def test_hidden_files_are_no_part_of_a_bundle():
@@ -345,7 +345,7 @@ def test_decoding_fp4_agrees_with_the_plain_one():
 def test_rounding_to_a_dtype_is_numpys(dtype):
     rng = np.random.default_rng(5)
     values = (rng.standard_normal(4000) * 10.0 ** rng.integers(-9, 5, 4000)).astype(np.float32)
-    rounded = compare.as_float32(compare.rounded(values, dtype), dtype)
+    rounded = reading.as_float32(reading.rounded(values, dtype), dtype)
     kernel = [judge._rounded(float(value), *judge.ROUNDING[dtype]) for value in values]
     assert np.array_equal(np.array(kernel, np.float32), rounded)
 
