@@ -37,6 +37,12 @@ REFERENCE ?=
 TOOLCHAIN_PYTHON ?= .venv/bin/python
 # Where the server listens, on this machine only.
 PORT ?= 8010
+# How routed experts are stored: mlx (as mx.quantize does, 5 bits a weight), optimal (5 bits, least
+# error), exact5 (6 bits, exact), mxfp4 (4.25 bits, exact; not every runtime). Changing it on a
+# finished bundle requantizes from the source.
+QUANTIZER ?= mlx
+# With optimal: a llama.cpp/ds4 importance matrix (.dat) that weighs the error; empty for none.
+IMATRIX ?=
 # Processors that requantize uses; empty for all.
 JOBS ?=
 # What verify looks at: 1 for headers and JSON, 2 for every number too.
@@ -69,13 +75,15 @@ all: $(STAMPS)/verify.stamp ## build the bundle: every stage from check to verif
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z_]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "Settings (make NAME=value, or config.mk): MODEL REPO REVISION SOURCE BUNDLE REFERENCE"
-	@echo "  TOOLCHAIN_PYTHON PORT JOBS LEVEL VERIFY_HASHES PYTHON3; README.md tells what they mean."
+	@echo "  TOOLCHAIN_PYTHON QUANTIZER IMATRIX PORT JOBS LEVEL VERIFY_HASHES PYTHON3;"
+	@echo "  README.md tells what they mean."
 
 # The values that stages depend on. Rewritten only when one of them changes.
 $(STAMPS)/settings: FORCE
 	@mkdir -p $(STAMPS)
 	@printf '%s\n' 'SOURCE=$(SOURCE)' 'BUNDLE=$(BUNDLE)' 'REPO=$(REPO)' 'REVISION=$(REVISION)' \
-	  'REFERENCE=$(REFERENCE)' 'TOOLCHAIN_PYTHON=$(TOOLCHAIN_PYTHON)' > $@.new
+	  'REFERENCE=$(REFERENCE)' 'TOOLCHAIN_PYTHON=$(TOOLCHAIN_PYTHON)' \
+	  'QUANTIZER=$(QUANTIZER)' 'IMATRIX=$(IMATRIX)' > $@.new
 	@cmp -s $@.new $@ || cp $@.new $@
 	@rm -f $@.new
 
@@ -137,9 +145,11 @@ $(STAMPS)/convert.stamp: $(STAMPS)/download.stamp scripts/convert.py $(call modu
 # Routed experts from the FP4 source to 4-bit affine, controls back to F32; shard by shard.
 .PHONY: requantize
 requantize: $(STAMPS)/requantize.stamp ## make the routed experts right, from the FP4 source
-$(STAMPS)/requantize.stamp: $(STAMPS)/convert.stamp scripts/requantize.py $(call module,labels affine quantizer rewrite)
+$(STAMPS)/requantize.stamp: $(STAMPS)/convert.stamp scripts/requantize.py \
+  $(call module,labels affine assignments exact imatrix optimal quantizer rewrite) scripts/dsv4/assignments.txt
 	rm -f $@
-	$(PYTHON) scripts/requantize.py $(FOLDERS) $(if $(JOBS),--jobs $(JOBS))
+	$(PYTHON) scripts/requantize.py $(FOLDERS) --quantizer '$(QUANTIZER)' \
+	  $(if $(IMATRIX),--imatrix '$(IMATRIX)') $(if $(JOBS),--jobs $(JOBS))
 	touch $@
 
 # Tokenizer and encoding files.
@@ -231,6 +241,14 @@ selftest: ## can this toolchain be trusted with the big model? Convert, load and
 	$(MAKE) all MODEL=nano BUNDLE=build/selftest/bundle
 	$(PYTHON) scripts/demo.py --source $(NANO) --stock build/selftest/stock \
 	  --bundle build/selftest/bundle --python '$(TOOLCHAIN_PYTHON)'
+
+# What each QUANTIZER costs: on full-shape weights, and through the nano model beside its source.
+# SOURCE2 is a source that was trained less, so that differences show (train_nano.py --save-early).
+SOURCE2 ?=
+.PHONY: fidelity
+fidelity: .venv/installed ## measure every QUANTIZER: a table and a picture in build/fidelity
+	$(PYTHON) scripts/fidelity.py --source scripts/nano/checkpoint \
+	  $(if $(SOURCE2),--source2 '$(SOURCE2)') --out build/fidelity --python '$(TOOLCHAIN_PYTHON)'
 
 # ------------------------------------------------------------------------------------- development
 

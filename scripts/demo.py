@@ -34,7 +34,8 @@ from dsv4.toolchain import environment
 from smoke import MOON, SUM, sentence_fault, sum_fault
 
 # Bounds for the right bundle. tests/test_nano_faults.py measured a relative L2 distance of .028 for
-# it, .064 for 3-bit experts, .087 for one dead expert, .12 for 2-bit, and more for every other fault.
+# it, .064 for 3-bit experts, .087 for one dead expert, .12 for 2-bit, and more for every other
+# fault.
 MAX_DISTANCE = 0.05
 MIN_EXACT = 49
 QUESTIONS = 50
