@@ -24,6 +24,7 @@ from dsv4 import documents, judge, level1, numbers, reading, verdict
 from dsv4.checkpoint import open_bundle, open_source
 from dsv4.findings import FAULTS, Findings
 from dsv4.fp4 import E2M1
+from dsv4.quantizer import QUANTIZERS
 from dsv4.shard import read_array
 from dsv4.stop import Stop
 from dsv4.survey import survey
@@ -228,6 +229,31 @@ def test_a_bundle_from_elsewhere_is_held_to_mlx_formula(elsewhere, source):
     assert sum(o.fragile for o in experts) > 0
     verdict.judge(read, findings)
     assert not findings.names
+
+
+@pytest.mark.parametrize("name", sorted(QUANTIZERS.keys() - {"mlx"}))
+def test_every_quantizer_is_held_to_its_own_promise(name, stock, source, tmp_path):
+    folder = shutil.copytree(stock, tmp_path / "bundle")
+    must("requantize", "--source", source, "--bundle", folder, "--quantizer", name)
+    must("patch", "--bundle", folder)
+    assert bundles.judge(folder, source).names == set()
+    parts = [n for n in open_bundle(folder).tensors if n.startswith("layers.1.ffn.experts.3.w2.")]
+    for part in parts:
+        bundles.flip(folder, part, 40)
+        assert part.rpartition(".")[0] in bundles.places(
+            bundles.judge(folder, source), "expert-differs"
+        )
+        bundles.flip(folder, part, 40)
+
+
+def test_a_table_that_cannot_be_made_here_is_a_warning_and_bounds_hold(good_copy, source):
+    metadata = next(iter(open_bundle(good_copy).shards.values())).metadata
+    metadata = {**metadata, "requantize_table": "of another MLX"}
+    bundles.save(good_copy, bundles.load(good_copy), 1, metadata)
+    findings = bundles.judge(good_copy, source)
+    assert (findings.names, findings.errors) == ({"quantizer-unknown"}, [])
+    bundles.flip(good_copy, "layers.0.ffn.experts.0.w1.weight", 3, 2)
+    assert "expert-level-wrong" in bundles.judge(good_copy, source).names
 
 
 def test_an_unquantized_head_is_compared_as_what_it_is(good, source, tmp_path):

@@ -40,8 +40,8 @@ class Comparer:
         self.quantizer: Quantizer | None = None
         if self.recorded in QUANTIZERS:
             quantizer = QUANTIZERS[self.recorded]()
-            weighs = getattr(quantizer, "weighs", False)  # by an importance that is not here
-            if quantizer.digest == mark.get("requantize_table") and not weighs:
+            # Another digest: another MLX's table, or an importance of columns that is not here.
+            if quantizer.digest == mark.get("requantize_table"):
                 self.quantizer = quantizer
 
     def compare(self, task: Task, reader: Reader) -> Outcome:
