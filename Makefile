@@ -31,6 +31,12 @@ REVISION ?= main
 SOURCE ?= /Volumes/Backup/DeepSeek-V4/source
 # The bundle that is made: about 180 GB.
 BUNDLE ?= $(HOME)/.cache/huggingface/hub/Deviad/DeepSeek-V4-Flash-MLX-Q4Q8
+# native reads the source once and writes the finished bundle once; jang runs upstream's converter.
+CONVERTER ?= native
+# 1: fetch the source's shards while converting and delete them when used (CONVERTER=native).
+LOW_DISK ?=
+# The largest shard of the bundle; empty for 5 GB.
+SHARD_BYTES ?=
 # A finished bundle to take tokenizer and encoding files from, instead of the source.
 REFERENCE ?=
 # The Python that converts and serves; set it to the one inside a vMLX.app to use that.
@@ -75,14 +81,14 @@ all: $(STAMPS)/verify.stamp ## build the bundle: every stage from check to verif
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z_]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "Settings (make NAME=value, or config.mk): MODEL REPO REVISION SOURCE BUNDLE REFERENCE"
-	@echo "  TOOLCHAIN_PYTHON QUANTIZER IMATRIX PORT JOBS LEVEL VERIFY_HASHES PYTHON3;"
-	@echo "  README.md tells what they mean."
+	@echo "  CONVERTER QUANTIZER IMATRIX LOW_DISK SHARD_BYTES TOOLCHAIN_PYTHON PORT JOBS LEVEL"
+	@echo "  VERIFY_HASHES PYTHON3; README.md tells what they mean."
 
 # The values that stages depend on. Rewritten only when one of them changes.
 $(STAMPS)/settings: FORCE
 	@mkdir -p $(STAMPS)
 	@printf '%s\n' 'SOURCE=$(SOURCE)' 'BUNDLE=$(BUNDLE)' 'REPO=$(REPO)' 'REVISION=$(REVISION)' \
-	  'REFERENCE=$(REFERENCE)' 'TOOLCHAIN_PYTHON=$(TOOLCHAIN_PYTHON)' \
+	  'REFERENCE=$(REFERENCE)' 'TOOLCHAIN_PYTHON=$(TOOLCHAIN_PYTHON)' 'CONVERTER=$(CONVERTER)' \
 	  'QUANTIZER=$(QUANTIZER)' 'IMATRIX=$(IMATRIX)' > $@.new
 	@cmp -s $@.new $@ || cp $@.new $@
 	@rm -f $@.new
@@ -108,7 +114,7 @@ $(STAMPS)/check.stamp: $(CORE) scripts/check.py scripts/patch_loader.py scripts/
   $(call module,hub origin transfer space toolchain labels) patches/load_jangtq.patch patches/mlx_model.patch
 	rm -f $@
 	$(PYTHON) scripts/check.py $(FOLDERS) --python '$(TOOLCHAIN_PYTHON)' \
-	  --repo '$(REPO)' --revision '$(REVISION)'
+	  --repo '$(REPO)' --revision '$(REVISION)' --converter '$(CONVERTER)' $(if $(LOW_DISK),--low-disk)
 	touch $@
 
 # Mends the installed jang_tools. Belongs to the toolchain, not to the bundle.
@@ -125,31 +131,38 @@ unpatch_loader: .venv/installed ## put the original loader back, byte for byte
 	$(PYTHON) scripts/patch_loader.py --python '$(TOOLCHAIN_PYTHON)' --undo
 
 # 160 GB from the hub, pinned to a commit, each file compared with the hub's size and hash.
+# LOW_DISK=1 brings the small files and the shards' headers only.
 .PHONY: download
 download: $(STAMPS)/download.stamp ## fetch the source, or recognise a complete one
 $(STAMPS)/download.stamp: $(STAMPS)/patch_loader.stamp scripts/download.py \
-  $(call module,hub origin transfer space)
+  $(call module,hub origin transfer space remote)
 	rm -f $@
 	$(PYTHON) scripts/download.py --source '$(SOURCE)' --repo '$(REPO)' --revision '$(REVISION)' \
-	  $(if $(VERIFY_HASHES),--verify-hashes)
+	  $(if $(VERIFY_HASHES),--verify-hashes) $(if $(LOW_DISK),--low-disk)
 	touch $@
 
-# Upstream's converter: hours. Its experts are FP4 bytes under an affine label.
+# The bundle's tensors, 180 GB, at about the speed of copying: experts to 4-bit affine, other matrices
+# to 8-bit. CONVERTER=jang: hours, and experts that are FP4 bytes under an affine label.
 .PHONY: convert
-convert: $(STAMPS)/convert.stamp ## run upstream's converter into a new bundle
-$(STAMPS)/convert.stamp: $(STAMPS)/download.stamp scripts/convert.py $(call module,toolchain)
+convert: $(STAMPS)/convert.stamp ## convert the source into a new bundle (CONVERTER, LOW_DISK)
+$(STAMPS)/convert.stamp: $(STAMPS)/download.stamp scripts/convert.py scripts/requantize.py scripts/download.py \
+  $(call module,labels affine quantizer rewrite matrices fp8 configs low_disk upstream toolchain)
 	rm -f $@
-	$(PYTHON) scripts/convert.py $(FOLDERS) --python '$(TOOLCHAIN_PYTHON)'
+	$(PYTHON) scripts/convert.py $(FOLDERS) --converter '$(CONVERTER)' --python '$(TOOLCHAIN_PYTHON)' \
+	  $(if $(JOBS),--jobs $(JOBS)) $(if $(SHARD_BYTES),--shard-bytes $(SHARD_BYTES)) \
+	  $(if $(LOW_DISK),--low-disk --repo '$(REPO)')
 	touch $@
 
-# Routed experts from the FP4 source to 4-bit affine, controls back to F32; shard by shard.
+# What upstream's converter left wrong: experts to 4-bit affine, controls back to F32; shard by shard.
+# After CONVERTER=native it finds nothing to do; with LOW_DISK=1 there is no source left to ask.
 .PHONY: requantize
 requantize: $(STAMPS)/requantize.stamp ## make the routed experts right, from the FP4 source
 $(STAMPS)/requantize.stamp: $(STAMPS)/convert.stamp scripts/requantize.py \
   $(call module,labels affine assignments exact imatrix optimal quantizer rewrite) scripts/dsv4/assignments.txt
 	rm -f $@
-	$(PYTHON) scripts/requantize.py $(FOLDERS) --quantizer '$(QUANTIZER)' \
-	  $(if $(IMATRIX),--imatrix '$(IMATRIX)') $(if $(JOBS),--jobs $(JOBS))
+	$(if $(LOW_DISK),@echo 'requantize: convert compared every shard with the source before it was freed', \
+	  $(PYTHON) scripts/requantize.py $(FOLDERS) --quantizer '$(QUANTIZER)' \
+	  $(if $(IMATRIX),--imatrix '$(IMATRIX)') $(if $(JOBS),--jobs $(JOBS)))
 	touch $@
 
 # Tokenizer and encoding files.
@@ -168,11 +181,12 @@ $(STAMPS)/patch.stamp: $(STAMPS)/finalize.stamp scripts/patch.py $(call module,c
 	$(PYTHON) scripts/patch.py $(FOLDERS)
 	touch $@
 
+# With LOW_DISK=1 without the source, which is gone: convert compared each shard with it.
 # LEVEL=1: headers and JSON, seconds. 2: every number against the source, at the disk's speed.
 PROOF = survey findings headers documents loading level1 reading tasks judge promises compare \
   numbers verdict
 VERIFY = $(PYTHON) scripts/verify.py --bundle '$(BUNDLE)' --level $(LEVEL) \
-  $(if $(wildcard $(call escaped,$(SOURCE))/config.json),--source '$(SOURCE)') \
+  $(if $(LOW_DISK),,$(if $(wildcard $(call escaped,$(SOURCE))/config.json),--source '$(SOURCE)')) \
   --python '$(TOOLCHAIN_PYTHON)' --json $(STAMPS)/verify.json $(if $(JOBS),--jobs $(JOBS))
 .PHONY: verify report
 verify: $(STAMPS)/patch.stamp ## prove the finished bundle right, or name what is wrong (LEVEL=1: fast)
@@ -229,7 +243,7 @@ publish: .venv/installed ## upload the verified bundle to the hub: TO=user/name 
 NANO = scripts/nano/checkpoint
 .PHONY: demo selftest
 demo: ## build, serve and ask the small model that the repository ships (no download)
-	$(MAKE) convert MODEL=nano BUNDLE=build/nano/stock
+	$(MAKE) convert MODEL=nano BUNDLE=build/nano/stock CONVERTER=jang
 	$(MAKE) all MODEL=nano
 	$(PYTHON) scripts/demo.py --source $(NANO) --stock build/nano/stock --bundle build/nano/bundle \
 	  --python '$(TOOLCHAIN_PYTHON)'
@@ -258,9 +272,13 @@ build/wheels/jang-%-py3-none-any.whl: | .venv/installed
 	  --dest build/wheels jang==$*
 
 # Against copying the same shards, and against the plan's own method, side by side.
-.PHONY: bench
+.PHONY: bench bench_convert
 bench: .venv/installed ## measure requantize beside copying and beside the plan's method (10 GB in build/)
 	$(PYTHON) scripts/bench.py
+
+# 7 GB under build/ while it runs, about 6 minutes on two cores.
+bench_convert: .venv/installed ## measure convert against the disk, and against upstream and the plan
+	$(PYTHON) scripts/bench_convert.py
 
 .PHONY: test lint format clean
 test: .venv/installed $(patsubst %,build/wheels/jang-%-py3-none-any.whl,2.5.8 2.5.9 2.5.50) ## run the tests

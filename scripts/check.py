@@ -19,18 +19,21 @@ from pathlib import Path
 
 import patch_loader
 from download import recorded, remaining
-from dsv4 import hub, space, toolchain
+from dsv4 import hub, low_disk, space, toolchain
 from dsv4.checkpoint import INDEX, open_bundle, open_source
 from dsv4.durable import human
+from dsv4.origin import read_record
+from dsv4.space import workplace_of
 from dsv4.stop import Stop, run
 
 NEEDED = {
-    "jang": "the converter and the model",
+    "jang": "the model",
     "mlx": "quantization and serving",
     "mlx-lm": "the loader",
     "vmlx": "the server",
-    "torch": "the converter (not to serve)",
+    "torch": "CONVERTER=jang",
 }
+AT_ONCE = 4  # shards of the source that lie there at one time with --low-disk, as a rule
 
 
 @dataclass(frozen=True)
@@ -48,14 +51,16 @@ class Line:
         return f"{mark} {self.what}: {self.found}{todo}"
 
 
-def check_toolchain(python: Path) -> list[Line]:
-    """The toolchain Python and its packages."""
+def check_toolchain(python: Path, converter: str) -> list[Line]:
+    """The toolchain Python and its packages; torch only where upstream's converter is to run."""
     try:
         info = toolchain.probe(python)
     except Stop as stop:
         return [Line(False, "toolchain", str(stop))]
     lines = [Line(True, "toolchain", f"Python {info['python']} at {info['executable']}")]
     for name, role in NEEDED.items():
+        if name == "torch" and converter != "jang":
+            continue
         version = info["packages"][name]
         lines.append(
             Line(version is not None, name, f"{version or 'not installed'} ({role})",
@@ -123,22 +128,45 @@ def source_need(source: Path, repo: str, revision: str) -> tuple[Line, int]:
     return Line(True, "source", found), needed
 
 
+def low_disk_need(source: Path, repo: str, revision: str) -> tuple[Line, int]:
+    """Can the source be fetched in parts? And the bytes that a few shards of it take."""
+    try:
+        record = read_record(source)
+        known = record is not None and record.repo == repo
+        files = list(record.files.values()) if known else hub.listing(repo, revision).files
+    except Stop as stop:
+        return Line(False, "source", str(stop)), 0
+    largest = sorted((file.size for file in files), reverse=True)[:AT_ONCE]
+    total = sum(file.size for file in files)
+    found = f"{human(total)} on the hub, {human(sum(largest))} of it here at one time"
+    return Line(True, "source", found), sum(largest)
+
+
+def shapes_of(source: Path, repo: str, revision: str) -> list[tuple[str, str, tuple[int, ...]]]:
+    """(name, dtype, shape) of the source's tensors: from the folder, kept headers, or the hub."""
+    try:
+        record = read_record(source)
+        if record and (source / low_disk.HEADERS).is_dir():
+            with low_disk.skeleton(source, record) as headers:
+                return [(t.name, t.dtype, t.shape) for t in headers.tensors.values()]
+        return [(t.name, t.dtype, t.shape) for t in open_source(source).tensors.values()]
+    except Stop:
+        if not repo:
+            raise
+        return hub.tensor_shapes(repo, revision)
+
+
 def bundle_need(source: Path, bundle: Path, repo: str, revision: str) -> tuple[Line, int]:
     """The bundle's final size, and the bytes that its volume must still take for it."""
     try:
-        try:
-            shapes = [(t.name, t.dtype, t.shape) for t in open_source(source).tensors.values()]
-        except Stop:
-            if not repo:
-                raise
-            shapes = hub.tensor_shapes(repo, revision)
+        shapes = shapes_of(source, repo, revision)
     except Stop as stop:
         return Line(False, "bundle size", f"unknown ({stop})"), 0
     final = space.bundle_bytes(shapes)
     try:
         have = open_bundle(bundle).nbytes
     except Stop:
-        have = 0
+        have = space.folder_bytes(workplace_of(bundle))
     needed = max(0, final - have) + min(final, space.SHARD)
     return Line(True, "bundle size", f"{human(final)} finished, {human(have)} there"), needed
 
@@ -167,12 +195,15 @@ def main() -> int:
     parser.add_argument("--app", type=Path, default=toolchain.APP)
     parser.add_argument("--repo", default="", help="where the source can be fetched from")
     parser.add_argument("--revision", default="main")
+    parser.add_argument("--converter", choices=("native", "jang"), default="native")
+    parser.add_argument("--low-disk", action="store_true")
     args = parser.parse_args()
     source, bundle = args.source, args.bundle
-    lines = check_toolchain(args.python)
+    lines = check_toolchain(args.python, args.converter)
     lines += [check_patch(args.python, args.app, path) for path in patch_loader.DEFAULT]
     lines += [check_volume("source volume", source), check_volume("bundle volume", bundle)]
-    source_line, fetch = source_need(source, args.repo, args.revision)
+    need = low_disk_need if args.low_disk else source_need
+    source_line, fetch = need(source, args.repo, args.revision)
     bundle_line, build = bundle_need(source, bundle, args.repo, args.revision)
     lines += [source_line, bundle_line, *check_space(source, bundle, fetch, build)]
     print(*lines, sep="\n")

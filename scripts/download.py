@@ -28,7 +28,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dsv4 import hub, space
+from dsv4 import hub, low_disk, space
 from dsv4.checkpoint import INDEX, open_source, read_index
 from dsv4.durable import human
 from dsv4.hub import HubFile
@@ -170,7 +170,9 @@ def check_listing(source: Path, record: Record) -> None:
 # ------------------------------------------------------------------------------------ fetching
 
 
-def fetch(source: Path, record: Record, patience: float, workers: int) -> None:
+def fetch(
+    source: Path, record: Record, patience: float, workers: int, shards_too: bool = True
+) -> None:
     """Fetch what is missing: first JSON and text, then, when the index agrees, the shards."""
     missing = [file for name, file in record.files.items() if not record.is_verified(source, name)]
     shards = [file for file in missing if file.name.endswith(".safetensors")]
@@ -189,7 +191,8 @@ def fetch(source: Path, record: Record, patience: float, workers: int) -> None:
         transfer = Transfer(record.repo, record.commit, source, patience, advance)
         fetch_all(transfer, record, [file for file in missing if file not in shards], workers)
         check_listing(source, record)
-        fetch_all(transfer, record, shards, workers)
+        if shards_too:
+            fetch_all(transfer, record, shards, workers)
 
 
 def fetch_all(transfer: Transfer, record: Record, files: list[HubFile], workers: int) -> None:
@@ -256,6 +259,19 @@ def download(args: argparse.Namespace) -> str:
     return f"{said} at {record.commit[:12]}"
 
 
+def prepare(args: argparse.Namespace) -> str:
+    """Fetch all but the shards, and the shards' headers; return what to say."""
+    source, repo, revision = args.source, args.repo, args.revision
+    record = read_record(source)
+    if record is None:
+        record = pin(source, repo, revision, args.patience)
+    check_pin(source, record, repo, revision)
+    with locked(source):
+        fetch(source, record, args.patience, args.workers, shards_too=False)
+        came = low_disk.fetch_headers(source, record, args.patience)
+    return f"headers of {came} shards fetched; the shards come and go while convert runs"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -269,10 +285,15 @@ def main() -> int:
         help="how long to try again while nothing comes (default %(default)s)",
     )  # fmt: skip
     parser.add_argument("--workers", type=int, default=WORKERS, help="files fetched at once")
+    parser.add_argument("--low-disk", action="store_true",
+                        help="leave the shards to convert --low-disk")  # fmt: skip
     args = parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True)  # what is said stands before an error on stderr
     hub.quiet()
-    said = download(args) if args.repo else check_local(args.source)
+    if args.low_disk and args.repo:
+        said = prepare(args)
+    else:
+        said = download(args) if args.repo else check_local(args.source)
     print(f"{args.source}: {said}")
     return 0
 

@@ -56,12 +56,19 @@ from dsv4.imatrix import coverage, importances, open_imatrix, usable
 from dsv4.names import is_control, parse_expert
 from dsv4.quantizer import QUANTIZERS, Optimal, Quantizer
 from dsv4.rewrite import Desk, NewShard, Piece, Target, copy_pieces, rewrite
-from dsv4.shard import NUMPY_DTYPE, Shard, Slot, Tensor, header_bytes
+from dsv4.shard import (
+    NUMPY_DTYPE,
+    SAMPLE_BYTES,
+    Shard,
+    Slot,
+    Tensor,
+    header_bytes,
+    sample_places,
+)
 from dsv4.stop import Stop, run
 
 LOCK = ".requantize.lock"
 PIECE_BYTES = 2 << 20  # of packed source codes: few system calls, still near a core's own cache
-SAMPLE_BYTES = 4096
 # Which parts of a routed expert a bundle may hold, and in which dtypes; each has shape (out, …).
 KNOWN_PARTS = {
     "weight": ("U32",),
@@ -272,13 +279,14 @@ def pieces_of(fate: Fate, source: Checkpoint, quantizer: Quantizer, ledger: Ledg
             pieces += copy_pieces(tensor.path, tensor.offset, place, slot.nbytes)
         place += slot.nbytes
     for base, places in experts.items():
-        pieces += _expert_pieces(source, base, places, quantizer, ledger)
+        pieces += expert_pieces(source, base, places, quantizer, ledger)
     return pieces
 
 
-def _expert_pieces(
+def expert_pieces(
     source: Checkpoint, base: str, places: dict[str, int], quantizer: Quantizer, ledger: Ledger
 ) -> list[Piece]:
+    """The pieces that fill the parts of one expert that a shard holds, each at its place."""
     weight, scale = source.tensors[f"{base}.weight"], source.tensors[f"{base}.scale"]
     out, half = weight.shape
     rows = max(1, PIECE_BYTES // half)
@@ -304,10 +312,9 @@ def fingerprint(source: Checkpoint) -> str:
         for name, tensor in sorted(shard.tensors.items()):
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         with shard.path.open("rb") as reader:
-            start = min((t.offset for t in shard.tensors.values()), default=shard.size)
-            for offset in (start, (start + shard.size) // 2, shard.size - SAMPLE_BYTES):
-                reader.seek(max(start, offset))
-                digest.update(reader.read(SAMPLE_BYTES))
+            for offset, nbytes in sample_places(shard):
+                reader.seek(offset)
+                digest.update(reader.read(nbytes))
     return digest.hexdigest()
 
 
@@ -633,7 +640,7 @@ def describe(plan: Plan) -> str:
         f"{kinds['control']:,} controls to F32, {kinds['copy']:,} copied",
         f"read: {human(read)}; written: {human(written)}",
         f"extra disk: {human(growth)} for good, {human(at_once)} while it runs",
-        _estimate(shards, written, plan.jobs),
+        estimate(shards, written, plan.jobs),
     ]
     return "\n".join(lines)
 
@@ -644,7 +651,7 @@ def _bytes_read(piece: Piece) -> int:
     return piece.nbytes
 
 
-def _estimate(shards: list[NewShard], written: int, jobs: int) -> str:
+def estimate(shards: list[NewShard], written: int, jobs: int) -> str:
     """Time from a measurement: the first pieces are read and quantized, and nothing is written."""
     desk, seconds, done = Desk(), 0.0, 0
     pieces = [p for shard in shards[:4] for p in shard.pieces() if isinstance(p, QuantizePiece)]
@@ -671,6 +678,12 @@ def summarize(plan: Plan, ledger: Ledger, seconds: float) -> str:
         f"{len(ledger.tallies):,} tensors, {len(plan.todo):,} shards, {human(written)} in "
         f"{seconds:.1f} s ({written / seconds / 1e9:.2f} GB/s)"
     )
+    return line + errors_in_words(ledger)
+
+
+def errors_in_words(ledger: Ledger) -> str:
+    """What the quantizer's own tallies say of the error, to be appended to a line."""
+    line = ""
     if ledger.tallies:
         errors = {name: tally.relative for name, tally in ledger.tallies.items()}
         worst = max(errors, key=lambda name: errors[name])

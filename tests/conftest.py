@@ -3,6 +3,7 @@
 They are made once a session and never written to; a test that changes one takes a copy.
 """
 
+import json
 import shutil
 import subprocess
 import sys
@@ -39,6 +40,49 @@ def refusal(name: str, *arguments: object) -> str:
     return last
 
 
+class Forks:
+    """Runs of scripts/convert.py that share their imports, for tests that kill many of them.
+
+    One process imports what takes long (MLX it must not: it has threads) and forks for each run.
+    """
+
+    CODE = """
+import json, os, sys
+sys.path.insert(0, sys.argv[1])
+import convert, huggingface_hub, numba, tqdm
+for line in sys.stdin:
+    pid = os.fork()
+    if not pid:
+        sys.argv = ["convert.py", *json.loads(line)]
+        sys.stdout = sys.stderr
+        os._exit(convert.run(convert.main))
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+    def __init__(self, env: dict[str, str] | None = None) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", self.CODE, SCRIPTS], env=env, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+
+    def __enter__(self) -> "Forks":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+    def start(self, *arguments: object) -> int:
+        """Begin a run; returns its process id."""
+        print(json.dumps([str(a) for a in arguments]), file=self._process.stdin, flush=True)
+        return int(self._process.stdout.readline())
+
+    def status(self) -> int:
+        """Wait for the run's end; its exit status, negative for a signal."""
+        return int(self._process.stdout.readline())
+
+
 @pytest.fixture(scope="session")
 def source(tmp_path_factory) -> Path:
     """A random source with every kind of tensor, in five shards that part weights from scales."""
@@ -51,7 +95,7 @@ def source(tmp_path_factory) -> Path:
 def stock(source, tmp_path_factory) -> Path:
     """That source as upstream's converter leaves it."""
     folder = tmp_path_factory.mktemp("made") / "stock"
-    must("convert", "--source", source, "--bundle", folder)
+    must("convert", "--source", source, "--bundle", folder, "--converter", "jang")
     return folder
 
 
@@ -63,6 +107,14 @@ def good(source, stock, tmp_path_factory) -> Path:
     must("requantize", "--source", source, "--bundle", folder)
     must("finalize", "--source", source, "--bundle", folder)
     must("patch", "--bundle", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def native(source, tmp_path_factory) -> Path:
+    """That source converted natively."""
+    folder = tmp_path_factory.mktemp("made") / "native"
+    must("convert", "--source", source, "--bundle", folder)
     return folder
 
 

@@ -26,10 +26,12 @@ def shards(folder: Path) -> list[Path]:
 
 
 def refused(source: Path, tmp_path: Path) -> str:
-    """Convert into a new bundle; it must be refused and leave no trace of one."""
-    line = refusal("convert", "--source", source, "--bundle", tmp_path / "bundle")
-    assert not (tmp_path / "bundle").exists()
-    assert not list(tmp_path.glob(".bundle*"))
+    """Convert into a new bundle, both ways; it must be refused and leave no trace of one."""
+    for converter in ("native", "jang"):
+        line = refusal("convert", "--source", source, "--bundle", tmp_path / "bundle",
+                       "--converter", converter)  # fmt: skip
+        assert not (tmp_path / "bundle").exists()
+        assert not list(tmp_path.glob(".bundle*"))
     return line
 
 
@@ -131,7 +133,8 @@ def test_a_converter_that_dies_leaves_no_bundle(source, tmp_path):
     dying.write_text('#!/bin/sh\nfor last; do :; done\necho "no space" >&2\nexit 3\n')
     dying.chmod(dying.stat().st_mode | stat.S_IXUSR)
     target = tmp_path / "bundle"
-    line = refusal("convert", "--source", source, "--bundle", target, "--python", dying)
+    line = refusal("convert", "--source", source, "--bundle", target, "--python", dying,
+                   "--converter", "jang")  # fmt: skip
     assert "exit status 3" in line
     assert not target.exists()
     assert not list(tmp_path.glob(".bundle*"))
@@ -141,6 +144,7 @@ def test_what_a_killed_run_left_is_cleared_away(source, tmp_path):
     left = tmp_path / ".bundle.converting"
     left.mkdir()
     (left / "model-00001-of-XXXXX.safetensors").write_bytes(b"half")
-    must("convert", "--source", source, "--bundle", tmp_path / "bundle", "--python", sys.executable)
+    must("convert", "--source", source, "--bundle", tmp_path / "bundle", "--python", sys.executable,
+         "--converter", "jang")  # fmt: skip
     assert not left.exists()
     assert not list((tmp_path / "bundle").glob("*XXXXX*"))

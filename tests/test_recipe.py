@@ -30,7 +30,7 @@ class Recipe:
             shutil.copytree(ROOT / name, self.folder / name, ignore=ignore)
         for name in ("Makefile", "requirements.txt"):
             shutil.copy2(ROOT / name, self.folder / name)
-        (self.folder / ".venv").symlink_to(Path(sys.prefix))
+        link_venv(self.folder / ".venv")
         self.source = shutil.copytree(source, folder / "the source")
         self.bundle = folder / "the bundle"
 
@@ -55,6 +55,15 @@ class Recipe:
         """Change a script, later than every stamp."""
         path = self.folder / "scripts" / name
         path.write_text(path.read_text() + "\n# edited\n")
+
+
+def link_venv(folder: Path) -> None:
+    """The .venv of this process, with a stamp of its own: make must not touch the real one."""
+    folder.mkdir()
+    for path in Path(sys.prefix).iterdir():
+        if path.name != "installed":
+            (folder / path.name).symlink_to(path)
+    (folder / "installed").touch()
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +132,13 @@ def test_requantize_mends_a_bundle_that_was_converted_elsewhere(recipe, stock, t
     recipe.bundle = shutil.copytree(stock, tmp_path / "from elsewhere")
     assert recipe.stages("requantize") == STAGES[:5]
     assert recipe.stages("all") == STAGES[5:]
+
+
+def test_the_converter_is_a_setting(recipe):
+    for setting, converter in (("CONVERTER=jang", "jang"), ("PORT=1", "native")):
+        said = recipe.make("--dry-run", "convert", setting).stdout
+        assert f"--converter '{converter}'" in said
+        assert "--low-disk" not in said
 
 
 def test_help_lists_every_target(recipe):

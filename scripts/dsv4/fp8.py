@@ -31,6 +31,8 @@ def decode(codes: np.ndarray, scales: np.ndarray, name: str) -> np.ndarray:
     Raises Stop when a scale byte is 255.
     """
     check_scales(scales, name)
-    blocks = UE8M0[scales.view(np.uint8)]
-    full = blocks.repeat(BLOCK, axis=0).repeat(BLOCK, axis=1)
-    return E4M3[codes.view(np.uint8)] * full[: codes.shape[0], : codes.shape[1]]
+    values = np.take(E4M3, codes.view(np.uint8))
+    for row, blocks in enumerate(UE8M0[scales.view(np.uint8)]):
+        rows = values[row * BLOCK : (row + 1) * BLOCK]
+        rows *= blocks.repeat(BLOCK)[: values.shape[1]]
+    return values

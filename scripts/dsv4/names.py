@@ -12,6 +12,36 @@ import re
 # FACTS: w1 = gate_proj, w3 = up_proj (width, hidden); w2 = down_proj (hidden, width).
 PROJECTION = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
+# Which source tensor gets which treatment (`kind` says what each means). Read from the top; a name
+# that no line matches is unknown. B stands for a block's prefix: layers.N. or mtp.M.
+_TABLE = (
+    # routed experts, FP4
+    (r"B ffn.experts.\d+.w[123].weight", "expert"),
+    # F32: they steer routing and residual mixing
+    (r"(B )?hc_\w+", "control"),
+    (r"B attn.attn_sink", "control"),
+    (r"B ffn.gate.bias", "control"),
+    # norms; router; compressor positions; the table of the hash-routed layers
+    (r"norm.weight", "passthrough"),
+    (r"B (attn_norm|ffn_norm|norm|enorm|hnorm|main_norm).weight", "passthrough"),
+    (r"B attn.(q_norm|kv_norm).weight", "passthrough"),
+    (r"B attn.(indexer.)?compressor.(norm.weight|ape)", "passthrough"),
+    (r"B ffn.gate.(weight|tid2eid)", "passthrough"),
+    # matrices, FP8 or BF16
+    (r"(embed|head).weight", "affine8"),
+    (r"B attn.(wq_a|wq_b|wkv|wo_a|wo_b).weight", "affine8"),
+    (r"B attn.(indexer.)?compressor.(wkv|wgate).weight", "affine8"),
+    (r"B attn.indexer.(wq_b|weights_proj).weight", "affine8"),
+    (r"B ffn.shared_experts.w[123].weight", "affine8"),
+    # MTP's own: of the first release, and of -0731
+    (r"mtp.\d+.(e_proj|h_proj|main_proj).weight", "affine8"),
+    (r"mtp.\d+.(markov_head.markov_w[12]|confidence_head.proj).weight", "affine8"),
+)
+TREATMENTS = tuple(
+    (re.compile(line.replace(".", r"\.").replace("B ", r"(layers|mtp)\.\d+\.")), treatment)
+    for line, treatment in _TABLE
+)
+
 _EXPERT = re.compile(r"(layers|mtp)\.(\d+)\.ffn\.experts\.(\d+)\.(w[123])\.(\w+)")
 _CONTROL = re.compile(
     r"(?:(?:layers|mtp)\.\d+\.)?"
@@ -55,6 +85,19 @@ def switch_paths(layer: int, matrix: str) -> tuple[str, str]:
     )
 
 
+def treatment(name: str) -> str | None:
+    """What `kind` says, from the table above; None for a name that it does not have.
+
+    >>> treatment("mtp.0.e_proj.scale"), treatment("layers.0.attn.unheard_of.weight")
+    ('scale', None)
+    """
+    weight = name.removesuffix(".scale") + ".weight" if name.endswith(".scale") else name
+    found = next((what for pattern, what in TREATMENTS if pattern.fullmatch(weight)), None)
+    if weight != name:
+        return "scale" if found in ("expert", "affine8") else None
+    return found
+
+
 def kind(name: str) -> str:
     """What a bundle makes of the source tensor `name`.
 
@@ -64,8 +107,13 @@ def kind(name: str) -> str:
     'passthrough'  norms, router weight, compressor positions: F16; the hash table: its integers
     'affine8'      every other weight: 8-bit affine, group 32
 
-    The last two are upstream's choice (jang_tools.dsv4.convert_dsv4_jangtq, classify, 2.5.9).
+    The last two are upstream's choice (jang_tools.dsv4.convert_dsv4_jangtq, classify, 2.5.9). For
+    a name that the table does not have, this says what upstream's converter would make of it; ours
+    stops there.
     """
+    found = treatment(name)
+    if found:
+        return found
     if name.endswith(".scale"):
         return "scale"
     if parse_expert(name):

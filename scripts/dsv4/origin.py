@@ -23,7 +23,8 @@ class Record:
     """One pinned download: what the hub listed at `commit`, and which files were verified.
 
     `revision` is what was asked for when it was pinned. `verified` maps a name to the modification
-    time (ns) that its file had when its hash was right.
+    time (ns) that its file had when its hash was right. `low_disk` maps a shard to "fetched" when a
+    conversion with LOW_DISK=1 fetched it, which may then delete it, and to "freed" when it did.
     """
 
     repo: str
@@ -31,6 +32,7 @@ class Record:
     commit: str
     files: dict[str, HubFile]
     verified: dict[str, int] = field(default_factory=dict)
+    low_disk: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def pinned(cls, repo: str, revision: str, listing: Listing) -> Record:
@@ -54,8 +56,15 @@ class Record:
         """True when every file was verified and none has been touched since."""
         return all(self.is_verified(source, name) for name in self.files)
 
+    def was_complete(self, source: Path) -> bool:
+        """True when every file was verified, and is untouched or was used and freed."""
+        freed = {name for name, state in self.low_disk.items() if state == "freed"}
+        return all(name in freed or self.is_verified(source, name) for name in self.files)
+
     def set_verified(self, source: Path, name: str) -> None:
         self.verified[name] = (source / name).stat().st_mtime_ns
+        if self.low_disk.get(name) == "freed":  # fetched once more, by download
+            del self.low_disk[name]
 
     def write(self, source: Path) -> None:
         write_json(source / RECORD, self.to_json())
@@ -67,6 +76,8 @@ class Record:
             files[name] = {"size": file.size, kind: file.digest}
             if name in self.verified:
                 files[name]["verified_mtime_ns"] = self.verified[name]
+            if name in self.low_disk:
+                files[name]["low_disk"] = self.low_disk[name]
         head = {"repo": self.repo, "revision": self.revision, "commit": self.commit}
         return head | {"files": files}
 
@@ -84,7 +95,8 @@ def read_record(source: Path) -> Record | None:
         }
         verified = {n: f["verified_mtime_ns"] for n, f in value["files"].items()
                     if "verified_mtime_ns" in f}  # fmt: skip
-        return Record(value["repo"], value["revision"], value["commit"], files, verified)
+        low_disk = {n: f["low_disk"] for n, f in value["files"].items() if "low_disk" in f}
+        return Record(value["repo"], value["revision"], value["commit"], files, verified, low_disk)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Stop(
             f"{path}", "no record of a download", "one",
@@ -98,7 +110,7 @@ def provenance(source: Path) -> dict[str, Any] | None:
     None when it did not come through download, or not wholly.
     """
     record = read_record(source)
-    if record is None or not record.is_complete(source):
+    if record is None or not record.was_complete(source):
         return None
     hashes = {
         name: {"sha256": file.sha256} if file.sha256 else {"git_sha1": file.git_sha1}

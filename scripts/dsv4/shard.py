@@ -41,6 +41,7 @@ NUMPY_DTYPE = {
 
 MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
 REDO = "fetch or rebuild this file"
+SAMPLE_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,14 @@ def read_shard(path: Path) -> Shard:
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
     _check_coverage(path, tensors, start, size)
     return Shard(path, {tensor.name: tensor for tensor in tensors}, metadata, size)
+
+
+def sample_places(shard: Shard) -> list[tuple[int, int]]:
+    """(offset, bytes) of three samples of a shard's data, which tell two sources apart."""
+    start = min((t.offset for t in shard.tensors.values()), default=shard.size)
+    offsets = (start, (start + shard.size) // 2, shard.size - SAMPLE_BYTES)
+    places = [max(start, offset) for offset in offsets]
+    return [(place, min(SAMPLE_BYTES, shard.size - place)) for place in places]
 
 
 def _parse_header(path: Path, text: bytes) -> dict[str, Any]:

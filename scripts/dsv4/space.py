@@ -36,6 +36,11 @@ def bundle_bytes(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> int:
     return total
 
 
+def workplace_of(bundle: Path) -> Path:
+    """The hidden sibling in which a bundle is made."""
+    return bundle.with_name(f".{bundle.name}.converting")
+
+
 def existing_parent(path: Path) -> Path:
     """The nearest folder of `path` that exists: where its volume is mounted."""
     path = path.absolute()
