@@ -9,7 +9,7 @@ put out of the page cache and everything is synced, for all alike; times are of 
 
     .venv/bin/python scripts/bench.py [--folder DIR] [--tensors 384] [--runs 5]
 
-Takes about 6 minutes and 13 GB under --folder on two cores; prints a Markdown table.
+Takes about 6 minutes and 10 GB under --folder on two cores; prints a Markdown table.
 Exit status: 0 done; 1 failed; 2 usage.
 """
 
