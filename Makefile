@@ -43,6 +43,12 @@ REFERENCE ?=
 TOOLCHAIN_PYTHON ?= .venv/bin/python
 # Where the server listens, on this machine only.
 PORT ?= 8010
+# How routed experts are stored: mlx (as mx.quantize does, 5 bits a weight), optimal (5 bits, least
+# error), exact5 (6 bits, exact), mxfp4 (4.25 bits, exact; not every runtime). Changing it on a
+# finished bundle requantizes from the source.
+QUANTIZER ?= mlx
+# With optimal: a llama.cpp/ds4 importance matrix (.dat) that weighs the error; empty for none.
+IMATRIX ?=
 # Processors that requantize uses; empty for all.
 JOBS ?=
 # What verify looks at: 1 for headers and JSON, 2 for every number too.
@@ -75,13 +81,15 @@ all: $(STAMPS)/verify.stamp ## build the bundle: every stage from check to verif
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z_]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "Settings (make NAME=value, or config.mk): MODEL REPO REVISION SOURCE BUNDLE REFERENCE"
-	@echo "  CONVERTER LOW_DISK SHARD_BYTES TOOLCHAIN_PYTHON PORT JOBS LEVEL VERIFY_HASHES PYTHON3; README.md tells what they mean."
+	@echo "  CONVERTER LOW_DISK SHARD_BYTES TOOLCHAIN_PYTHON QUANTIZER IMATRIX PORT JOBS LEVEL"
+	@echo "  VERIFY_HASHES PYTHON3; README.md tells what they mean."
 
 # The values that stages depend on. Rewritten only when one of them changes.
 $(STAMPS)/settings: FORCE
 	@mkdir -p $(STAMPS)
 	@printf '%s\n' 'SOURCE=$(SOURCE)' 'BUNDLE=$(BUNDLE)' 'REPO=$(REPO)' 'REVISION=$(REVISION)' \
-	  'REFERENCE=$(REFERENCE)' 'TOOLCHAIN_PYTHON=$(TOOLCHAIN_PYTHON)' 'CONVERTER=$(CONVERTER)' > $@.new
+	  'REFERENCE=$(REFERENCE)' 'TOOLCHAIN_PYTHON=$(TOOLCHAIN_PYTHON)' 'CONVERTER=$(CONVERTER)' \
+	  'QUANTIZER=$(QUANTIZER)' 'IMATRIX=$(IMATRIX)' > $@.new
 	@cmp -s $@.new $@ || cp $@.new $@
 	@rm -f $@.new
 
@@ -133,15 +141,17 @@ $(STAMPS)/download.stamp: $(STAMPS)/patch_loader.stamp scripts/download.py \
 	  $(if $(VERIFY_HASHES),--verify-hashes) $(if $(LOW_DISK),--low-disk)
 	touch $@
 
+QUANTIZE = --quantizer '$(QUANTIZER)' $(if $(IMATRIX),--imatrix '$(IMATRIX)') $(if $(JOBS),--jobs $(JOBS))
+EXPERTS = labels affine assignments exact imatrix optimal quantizer rewrite
 # The bundle's tensors, 180 GB, at about the speed of copying: experts to 4-bit affine, other matrices
 # to 8-bit. CONVERTER=jang: hours, and experts that are FP4 bytes under an affine label.
 .PHONY: convert
 convert: $(STAMPS)/convert.stamp ## convert the source into a new bundle (CONVERTER, LOW_DISK)
 $(STAMPS)/convert.stamp: $(STAMPS)/download.stamp scripts/convert.py scripts/requantize.py scripts/download.py \
-  $(call module,labels affine quantizer rewrite matrices fp8 configs low_disk upstream toolchain)
+  $(call module,$(EXPERTS) matrices fp8 configs low_disk upstream toolchain) scripts/dsv4/assignments.txt
 	rm -f $@
 	$(PYTHON) scripts/convert.py $(FOLDERS) --converter '$(CONVERTER)' --python '$(TOOLCHAIN_PYTHON)' \
-	  $(if $(JOBS),--jobs $(JOBS)) $(if $(SHARD_BYTES),--shard-bytes $(SHARD_BYTES)) \
+	  $(QUANTIZE) $(if $(SHARD_BYTES),--shard-bytes $(SHARD_BYTES)) \
 	  $(if $(LOW_DISK),--low-disk --repo '$(REPO)')
 	touch $@
 
@@ -149,10 +159,11 @@ $(STAMPS)/convert.stamp: $(STAMPS)/download.stamp scripts/convert.py scripts/req
 # After CONVERTER=native it finds nothing to do; with LOW_DISK=1 there is no source left to ask.
 .PHONY: requantize
 requantize: $(STAMPS)/requantize.stamp ## make the routed experts right, from the FP4 source
-$(STAMPS)/requantize.stamp: $(STAMPS)/convert.stamp scripts/requantize.py $(call module,labels affine quantizer rewrite)
+$(STAMPS)/requantize.stamp: $(STAMPS)/convert.stamp scripts/requantize.py \
+  $(call module,$(EXPERTS)) scripts/dsv4/assignments.txt
 	rm -f $@
 	$(if $(LOW_DISK),@echo 'requantize: convert compared every shard with the source before it was freed', \
-	  $(PYTHON) scripts/requantize.py $(FOLDERS) $(if $(JOBS),--jobs $(JOBS)))
+	  $(PYTHON) scripts/requantize.py $(FOLDERS) $(QUANTIZE))
 	touch $@
 
 # Tokenizer and encoding files.
@@ -186,6 +197,11 @@ $(STAMPS)/verify.stamp: $(STAMPS)/patch.stamp scripts/verify.py scripts/replay.p
 	$(VERIFY)
 	touch $@
 
+# Level 2 beside `cat` of the same files, on the bundle at hand.
+.PHONY: bench_verify
+bench_verify: .venv/installed ## measure verify's level 2 beside cat of bundle and source
+	$(PYTHON) scripts/bench_verify.py $(FOLDERS) $(if $(JOBS),--jobs $(JOBS))
+
 # What the last verify found, as one page to put beside a published bundle.
 report: .venv/installed ## write the last verify's result as one HTML page, build/KEY/verify.html
 	$(PYTHON) scripts/report.py --json $(STAMPS)/verify.json --out $(STAMPS)/verify.html
@@ -199,9 +215,10 @@ serve: .venv/installed ## serve the bundle with vMLX on 127.0.0.1:PORT
 smoke: .venv/installed ## ask the running server two questions and judge the answers
 	$(PYTHON) scripts/smoke.py --port $(PORT)
 
-# ----------------------------------------------------------------------------- in from and out to the hub
+# -------------------------------------------------------------------- in from and out to the hub
 
-# Headers and JSON of a published bundle, some 30 MB of its 180 GB. AGAINST=repository compares with a source.
+# Headers and JSON of a published bundle, some 30 MB of its 180 GB.
+# AGAINST=repository compares it with a source, tensor by tensor, by name and shape.
 AGAINST ?=
 .PHONY: inspect
 inspect: .venv/installed ## judge a published bundle before its download: REPO=user/bundle
@@ -210,24 +227,42 @@ inspect: .venv/installed ## judge a published bundle before its download: REPO=u
 	$(PYTHON) scripts/inspect_bundle.py --repo '$(REPO)' $(if $(AGAINST),--against '$(AGAINST)') \
 	  $(if $(filter command,$(firstword $(origin REVISION))),--revision '$(REVISION)')
 
-# Exactly the bytes that verify read, with a card of facts, in one commit. DRY_RUN=1 shows all, uploads nothing.
+# Exactly the bytes that verify read, with a card of facts, in one commit.
+# DRY_RUN=1 shows everything and uploads nothing; PRIVATE=1 makes a new repository private.
 TO ?=
 DRY_RUN ?=
 PRIVATE ?=
 .PHONY: publish
-publish: .venv/installed ## upload the verified bundle to the hub: TO=user/name, DRY_RUN=1, PRIVATE=1
+publish: .venv/installed ## upload the verified bundle to the hub: TO=user/name (DRY_RUN=1 first)
 	$(PYTHON) scripts/publish.py $(FOLDERS) --to '$(TO)' --report $(STAMPS)/verify.json \
 	  --page $(STAMPS)/verify.html $(if $(PRIVATE),--private) $(if $(DRY_RUN),--dry-run)
 
 # ----------------------------------------------------------------------------------- the nano demo
 
 # The small trained model through every stage; the stock bundle beside it; both asked.
-.PHONY: demo
+NANO = scripts/nano/checkpoint
+.PHONY: demo selftest
 demo: ## build, serve and ask the small model that the repository ships (no download)
 	$(MAKE) convert MODEL=nano BUNDLE=build/nano/stock CONVERTER=jang
 	$(MAKE) all MODEL=nano
-	$(PYTHON) scripts/demo.py --source scripts/nano/checkpoint \
-	  --stock build/nano/stock --bundle build/nano/bundle --python '$(TOOLCHAIN_PYTHON)'
+	$(PYTHON) scripts/demo.py --source $(NANO) --stock build/nano/stock --bundle build/nano/bundle \
+	  --python '$(TOOLCHAIN_PYTHON)'
+
+# The same from nothing each time, for a toolchain of your own: TOOLCHAIN_PYTHON=…
+selftest: ## can this toolchain be trusted with the big model? Convert, load and serve the small one
+	rm -rf build/selftest
+	$(MAKE) convert MODEL=nano BUNDLE=build/selftest/stock CONVERTER=jang
+	$(MAKE) all MODEL=nano BUNDLE=build/selftest/bundle
+	$(PYTHON) scripts/demo.py --source $(NANO) --stock build/selftest/stock \
+	  --bundle build/selftest/bundle --python '$(TOOLCHAIN_PYTHON)'
+
+# What each QUANTIZER costs: on full-shape weights, and through the nano model beside its source.
+# SOURCE2 is a source that was trained less, so that differences show (train_nano.py --save-early).
+SOURCE2 ?=
+.PHONY: fidelity
+fidelity: .venv/installed ## measure every QUANTIZER: a table and a picture in build/fidelity
+	$(PYTHON) scripts/fidelity.py --source scripts/nano/checkpoint \
+	  $(if $(SOURCE2),--source2 '$(SOURCE2)') --out build/fidelity --python '$(TOOLCHAIN_PYTHON)'
 
 # ------------------------------------------------------------------------------------- development
 
@@ -236,6 +271,10 @@ build/wheels/jang-%-py3-none-any.whl: | .venv/installed
 	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps \
 	  --dest build/wheels jang==$*
 
+# Against copying the same shards, and against the plan's own method, side by side.
+.PHONY: bench
+bench: .venv/installed ## measure requantize beside copying and beside the plan's method (10 GB in build/)
+	$(PYTHON) scripts/bench.py
 # 7 GB under build/ while it runs, about 6 minutes on two cores.
 .PHONY: bench_convert
 bench_convert: .venv/installed ## measure convert against the disk, and against upstream and the plan

@@ -33,9 +33,10 @@ from dsv4.stop import Stop, run
 from dsv4.toolchain import environment
 from smoke import MOON, SUM, sentence_fault, sum_fault
 
-# Bounds for the right bundle. The nano was measured at a relative distance of .03 (4-bit experts)
-# and .15 (2-bit), so a fault of the size of one bit does not pass.
-MAX_DISTANCE = 0.08
+# Bounds for the right bundle. tests/test_nano_faults.py measured a relative L2 distance of .028 for
+# it, .064 for 3-bit experts, .087 for one dead expert, .12 for 2-bit, and more for every other
+# fault.
+MAX_DISTANCE = 0.05
 MIN_EXACT = 49
 QUESTIONS = 50
 
@@ -59,12 +60,13 @@ class Talk:
     seconds: float
 
 
-def held_out(source: Path) -> list[tuple[int, int]]:
-    """The additions (a, b) that the nano's record says it was never trained on."""
-    pairs = read_json(source / "record.json").get("held_out")
-    if not pairs:
-        raise Stop(f"{source / 'record.json'}", "no held_out", "a list of additions", "restore it")
-    return [tuple(pair) for pair in pairs]
+def held_out(source: Path, number: int) -> list[tuple[int, int]]:
+    """`number` additions (a, b), evenly spread, of those that the nano was never trained on."""
+    path = source.parent / "record.json"
+    pairs = [text.partition("+") for text in str(read_json(path).get("held_out", "")).split()]
+    if len(pairs) < number:
+        raise Stop(f"{path}", f"{len(pairs)} held-out additions", f"{number}", "restore it")
+    return [(int(a), int(b)) for a, _, b in pairs[:: len(pairs) // number][:number]]
 
 
 def prompts(source: Path, additions: list[tuple[int, int]]) -> list[list[int]]:
@@ -174,7 +176,7 @@ def main() -> int:
     parser.add_argument("--python", type=Path, default=Path(sys.executable), help="toolchain")
     args = parser.parse_args()
     work = args.bundle.parent
-    additions = held_out(args.source)[:QUESTIONS]
+    additions = held_out(args.source, QUESTIONS)
     ids = prompts(args.source, additions)
     source = logits(args.python, args.source, "source", ids, work)
     loaded = logits(args.python, args.bundle, "loader", ids, work)

@@ -127,7 +127,8 @@ def hash_present(source: Path, record: Record, again: bool) -> None:
     ]
     wrong = []
     total = sum(file.size for file in todo)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="hashing", disable=None) as bar:
+    hidden = None if todo else True  # None: shown on a terminal
+    with tqdm(total=total, unit="B", unit_scale=True, desc="hashing", disable=hidden) as bar:
         for file in todo:
             path = source / file.name
             if size_of(path) == file.size and file_hash(path, file, bar.update) == file.digest:
@@ -179,7 +180,7 @@ def fetch(
     total = sum(file.size for file in missing)
     with tqdm(
         total=total, initial=total - needed, unit="B", unit_scale=True, desc="download",
-        disable=None,
+        disable=None if missing else True,
     ) as bar:  # fmt: skip
         lock = threading.Lock()
 

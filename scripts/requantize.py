@@ -52,8 +52,9 @@ from dsv4.checkpoint import (
 )
 from dsv4.durable import TEMPORARY_SUFFIX, human, temporary_for, write_json
 from dsv4.fp4 import GROUP
+from dsv4.imatrix import coverage, importances, open_imatrix, usable
 from dsv4.names import is_control, parse_expert
-from dsv4.quantizer import QUANTIZERS, Quantizer
+from dsv4.quantizer import QUANTIZERS, Optimal, Quantizer
 from dsv4.rewrite import Desk, NewShard, Piece, Target, copy_pieces, rewrite
 from dsv4.shard import (
     NUMPY_DTYPE,
@@ -91,6 +92,7 @@ class QuantizePiece:
     places: dict[str, int]  # part → where its row 0 lies in the new shard
     quantizer: Quantizer
     ledger: Ledger
+    importance: np.ndarray | None = None  # of each column, as an imatrix has it
 
     def _row_bytes(self) -> dict[str, int]:
         out, half = self.weight.shape
@@ -112,8 +114,11 @@ class QuantizePiece:
         desk.read(self.weight.path, self.weight.offset + self.first * half, packed)
         desk.read(self.scale.path, self.scale.offset + self.first * groups, exponents)
         parts = {part: desk.buffer(part, rows * n) for part, n in self._row_bytes().items()}
+        weights = self.importance
+        if weights is not None:
+            weights = usable(weights, self.weight.name)
         try:
-            return parts, self.quantizer.encode(packed, exponents, parts)
+            return parts, self.quantizer.encode(packed, exponents, parts, weights)
         except BadGroup as bad:
             row, group = divmod(bad.group, groups)
             raise Stop(
@@ -229,7 +234,9 @@ def fate_of(
     layout = [(slot.name, slot.dtype, slot.shape) for slot in slots]
     found = [(t.name, t.dtype, t.shape) for t in shard.tensors.values()]
     ours = was_made_by(shard, mark) and layout == found
-    untouched = "expert" not in kinds.values() and sorted(layout) == sorted(found)
+    untouched = sorted(layout) == sorted(found) and (
+        "expert" not in kinds.values() or is_copy(shard, source, quantizer)
+    )
     return Fate(shard, slots, kinds, metadata, ours or untouched)
 
 
@@ -283,9 +290,11 @@ def expert_pieces(
     weight, scale = source.tensors[f"{base}.weight"], source.tensors[f"{base}.scale"]
     out, half = weight.shape
     rows = max(1, PIECE_BYTES // half)
+    cuts = [(row, min(row + rows, out)) for row in range(0, out, rows)]
+    importance = quantizer.importance.get(base)
     return [
-        QuantizePiece(weight, scale, row, min(row + rows, out), places, quantizer, ledger)
-        for row in range(0, out, rows)
+        QuantizePiece(weight, scale, first, last, places, quantizer, ledger, importance)
+        for first, last in cuts
     ]
 
 
@@ -320,18 +329,42 @@ def made_by(source: Checkpoint, quantizer: Quantizer) -> dict[str, str]:
 
 
 def was_made_by(shard: Shard, mark: dict[str, str]) -> bool:
-    """True when `mark` made the shard, False when no requantize did. Raises Stop for another's."""
+    """True when `mark` made the shard, False when no requantize did or one with other settings.
+
+    What another quantizer made is made again, from the source. Raises Stop for another source's.
+    """
     if not any(key in shard.metadata for key in mark):
         return False
-    for key, value in mark.items():
-        if shard.metadata.get(key) != value:
-            raise Stop(
-                f"{shard.path}",
-                f"a shard made with {key.removeprefix('requantize_')} {shard.metadata.get(key)}",
-                value,
-                f"go on with what it was made with, or {CONVERT}",
-            )
+    found, expected = (of.get("requantize_source") for of in (shard.metadata, mark))
+    if found != expected:
+        raise Stop(
+            f"{shard.path}",
+            f"a shard made from source {found}",
+            f"{expected}",
+            f"go on with the source that it was made from, or {CONVERT}",
+        )
+    return all(shard.metadata.get(key) == value for key, value in mark.items())
+
+
+def is_copy(shard: Shard, source: Checkpoint, quantizer: Quantizer) -> bool:
+    """True when the quantizer wants the source's bytes and a stock shard has them already.
+
+    Looks at the middle SAMPLE_BYTES of every expert's part. Raises Stop when they are not the
+    source's. A shard that requantize made says in its metadata what it holds.
+    """
+    if quantizer.name != "mxfp4" or any(key.startswith("requantize_") for key in shard.metadata):
+        return False
+    for name, tensor in shard.tensors.items():
+        if parse_expert(name):
+            _expect_same(tensor, _middle(tensor), _middle(source.tensors[name.removesuffix("s")]))
     return True
+
+
+def _middle(tensor: Tensor) -> np.ndarray:
+    """SAMPLE_BYTES bytes from the middle of a tensor, or all of it when it is smaller."""
+    with tensor.path.open("rb", buffering=0) as file:
+        file.seek(tensor.offset + max(0, tensor.nbytes - SAMPLE_BYTES) // 2)
+        return np.frombuffer(file.read(min(SAMPLE_BYTES, tensor.nbytes)), np.uint8)
 
 
 # --- Do source and bundle belong together? ------------------------------------------------------
@@ -360,10 +393,12 @@ def check_bundle(source: Checkpoint, bundle: Checkpoint) -> None:
 
 
 def _check_entries(bundle: Checkpoint) -> None:
-    """Index and shards must agree, but for the new `.biases` of a run that was killed."""
+    """Index and shards must agree, but for `.biases` that a killed run has added or dropped."""
     index = bundle.folder / INDEX
     for name, file in bundle.weight_map.items():
-        if name not in bundle.shards[file].tensors:
+        shard = bundle.shards[file]
+        dropped = name.endswith(".biases") and parse_expert(name) and _was_requantized(shard)
+        if name not in shard.tensors and not dropped:
             raise Stop(f"{index}: {name}", f"no such tensor in {file}", "it there", CONVERT)
     for file, shard in bundle.shards.items():
         for name, tensor in shard.tensors.items():
@@ -373,6 +408,10 @@ def _check_entries(bundle: Checkpoint) -> None:
                     f"{shard.path}: {name}", "no entry for it in the index", f"one in {INDEX}",
                     CONVERT,
                 )  # fmt: skip
+
+
+def _was_requantized(shard: Shard) -> bool:
+    return "requantize_quantizer" in shard.metadata
 
 
 def _check_complete(source: Checkpoint, bundle: Checkpoint) -> None:
@@ -409,7 +448,11 @@ def _check_part(source: Checkpoint, tensor: Tensor) -> None:
             CONVERT,
         )
     out, half = source.tensors[f"{base}.weight"].shape
-    _expect_shape(tensor, (out, half // 4 if part == "weight" else 2 * half // GROUP))
+    groups = 2 * half // GROUP
+    if part != "weight":
+        _expect_shape(tensor, (out, groups))
+    elif tensor.shape != (out, 5 * groups):  # 5 bits; else 4
+        _expect_shape(tensor, (out, 4 * groups))
 
 
 def _check_eight_bits(source: Checkpoint, bundle: Checkpoint, scales: Tensor) -> None:
@@ -572,6 +615,7 @@ def complete(plan: Plan) -> bool:
     config = dict(plan.bundle.config)
     config.pop("quantization_config", None)
     config["quantization"] = labels.quantization(expert_bases(plan.source), plan.quantizer.label)
+    config[labels.RECORD] = {"quantizer": plan.quantizer.name, "table": plan.quantizer.digest}
     if config != plan.bundle.config:
         changed |= write_json(folder / "config.json", config)
     return changed
@@ -686,7 +730,21 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--jobs", type=parse_jobs, default=cores(), help="threads (all cores)")
     parser.add_argument("--part", type=parse_part, default=Part(), help="K/N: a share of the work")
     parser.add_argument("--quantizer", choices=sorted(QUANTIZERS), default="mlx")
-    return parser.parse_args()
+    parser.add_argument("--imatrix", type=Path, help="importance of columns, for optimal (.dat)")
+    arguments = parser.parse_args()
+    if arguments.imatrix and arguments.quantizer != "optimal":
+        parser.error("--imatrix needs --quantizer optimal: no other quantizer weighs errors")
+    return arguments
+
+
+def make_quantizer(arguments: argparse.Namespace, source: Checkpoint) -> Quantizer:
+    """The quantizer that was asked for. Raises Stop for an imatrix that does not fit the source."""
+    if arguments.imatrix is None:
+        return QUANTIZERS[arguments.quantizer]()
+    imatrix = open_imatrix(arguments.imatrix)
+    found = importances(imatrix, source)
+    print(coverage(found, imatrix, source))
+    return Optimal(found, imatrix.digest)
 
 
 def main() -> int:
@@ -694,7 +752,7 @@ def main() -> int:
     arguments = parse_arguments()
     start = time.perf_counter()
     source = open_source(arguments.source)
-    quantizer = QUANTIZERS[arguments.quantizer]()
+    quantizer = make_quantizer(arguments, source)
     read_config(arguments.bundle)
     files = sorted(set(read_index(arguments.bundle).values()))
     lock = contextlib.nullcontext() if arguments.dry_run else locked(

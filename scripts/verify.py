@@ -21,7 +21,7 @@ import os
 import platform
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -143,86 +143,98 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def verify(args: argparse.Namespace) -> dict[str, Any]:
-    """Run what was asked for, print it, and return the whole result."""
+@dataclass
+class Examination:
+    """What was found, before it is printed; `read` is level 2's part."""
+
+    findings: Findings
+    bundle: Survey | None
+    source: Checkpoint | None
+    first: list[Check]
+    second: list[Check]
+    read: numbers.Numbers | None
+    seconds: dict[str, float]
+
+    @property
+    def passed(self) -> bool:
+        """True when something was checked and no error found."""
+        return bool(self.first) and not self.findings.errors
+
+
+def examine(args: argparse.Namespace) -> Examination:
+    """Run the levels that were asked for. Raises Stop when the source itself is not whole."""
     findings = Findings()
     source = open_source(args.source) if args.source else None
     start = time.perf_counter()
-    bundle, checks = level_one(args, source, findings)
+    bundle, first = level_one(args, source, findings)
     seconds = {"level 1": time.perf_counter() - start}
-    print(f"{args.bundle}\nlevel 1, headers and JSON ({seconds['level 1']:.1f} s)")
-    show(checks)
-    result: dict[str, Any] = {"errors": {}, "hashes": {}, "speed": None}
-    if bundle is None:
-        print("  nothing more can be checked without config.json and index")
-    elif args.level == 2:
-        checks += second(args, bundle, source, findings, seconds, result)
-    elif args.hashes:
-        result["hashes"] = {f: numbers.sha256(args.bundle / f) for f in sorted(bundle.files)}
-    level1.demand_something(checks, findings)
-    print_findings(findings)
+    read, second = None, []
+    if bundle is not None and args.level == 2:
+        read, second, seconds["level 2"] = level_two(bundle, source, args.jobs, findings)
+    level1.demand_something([*first, *second], findings)
+    return Examination(findings, bundle, source, first, second, read, seconds)
+
+
+def describe(args: argparse.Namespace, done: Examination) -> str:
+    """What was checked, how many of it, and the worst of it."""
+    lines = [f"{args.bundle}", f"level 1, headers and JSON ({done.seconds['level 1']:.1f} s)"]
+    lines += [check.text() for check in done.first]
+    if done.bundle is None:
+        lines.append("nothing more can be checked without config.json and index")
+    elif done.read is not None:
+        took, size = done.seconds["level 2"], done.bundle.checkpoint.nbytes
+        rate = f"{took:.1f} s, {size / took / 1e9:.2f} GB/s of the bundle"
+        lines.append(f"level 2, every number of {human(size)} ({rate})")
+        lines += [check.text() for check in done.second]
+    return "\n".join(lines)
+
+
+def as_json(args: argparse.Namespace, done: Examination) -> dict[str, Any]:
+    """The whole result, for report.py and other programs."""
+    bundle, read = done.bundle, done.read
+    hashes = dict(read.hashes) if read else {}
+    if args.hashes and bundle and not read:
+        hashes = {f: numbers.sha256(args.bundle / f) for f in numbers.visible(bundle.files)}
+    errors = {}
+    if read and read.compared:
+        errors = {
+            "experts": verdict.by_layer(read.outcomes),
+            "others": verdict.others(read.outcomes),
+        }
     return {
         "format": FORMAT,
-        "verdict": "failed" if findings.errors or not checks else "passed",
+        "verdict": "passed" if done.passed else "failed",
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "bundle": str(args.bundle.resolve()),
         "source": origin(args.source),
         "levels": [1, 2] if args.level == 2 else [1],
         "loader_asked": not args.without_loader,
         "quantizer": quantizer_of(bundle) if bundle else {},
-        "checks": [asdict(check) for check in checks],
-        "findings": [finding.as_json() for finding in findings],
-        "sizes": sizes(bundle, source) if bundle else {},
+        "checks": [asdict(check) for check in (*done.first, *done.second)],
+        "findings": [finding.as_json() for finding in done.findings],
+        "sizes": sizes(bundle, done.source) if bundle else {},
         "versions": versions(None if args.without_loader else args.python),
-        "seconds": seconds,
-        **result,
+        "seconds": done.seconds,
+        "jobs": args.jobs,
+        "errors": errors,
+        "hashes": hashes,
     }
-
-
-def second(
-    args: argparse.Namespace,
-    bundle: Survey,
-    source: Checkpoint | None,
-    findings: Findings,
-    seconds: dict[str, float],
-    result: dict[str, Any],
-) -> list[Check]:
-    """Level 2: fill `result` and `seconds`, print and return its checks."""
-    read, checks, seconds["level 2"] = level_two(bundle, source, args.jobs, findings)
-    rate = bundle.checkpoint.nbytes / seconds["level 2"] / 1e9
-    print(
-        f"level 2, every number of {human(bundle.checkpoint.nbytes)} "
-        f"({seconds['level 2']:.1f} s, {rate:.2f} GB/s of the bundle)"
-    )
-    show(checks)
-    result["hashes"] = read.hashes
-    result["speed"] = {"gigabytes_per_second": rate, "jobs": args.jobs}
-    if read.compared:
-        result["errors"] = {
-            "experts": verdict.by_layer(read.outcomes),
-            "others": verdict.others(read.outcomes),
-        }
-    return checks
-
-
-def show(checks: list[Check]) -> None:
-    """One line for each check."""
-    for check in checks:
-        print(check.text())
 
 
 def main() -> int:
     args = parse_arguments()
-    result = verify(args)
+    done = examine(args)
+    print(describe(args, done))
+    print_findings(done.findings)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.json, result)
-    names = [f["name"] for f in result["findings"] if f["severity"] == "error"]
-    if result["verdict"] == "passed":
+        write_json(args.json, as_json(args, done))
+    if done.passed:
         not_asked = ", but the loaders were not asked" if args.without_loader else ""
-        print(f"\npassed: everything that was asked for was checked and holds{not_asked}")
+        print(f"passed: everything that was asked for was checked and holds{not_asked}")
         return 0
-    print(f"\nFAILED: {', '.join(names) or 'nothing could be checked'}", file=sys.stderr)
+    names = ", ".join(finding.name for finding in done.findings.errors)
+    print(f"\nFAILED: {names or 'nothing could be checked'}", file=sys.stderr)
     return 1
 
 

@@ -200,7 +200,7 @@ def test_a_server_without_ranges_costs_time_but_no_bytes(hub, files, tmp_path):
 
 def test_a_download_stays_at_the_commit_where_it_began(hub, files, tmp_path):
     source = tmp_path / "s"
-    hub.faults.append(Fault(FIRST, break_after=100_000))
+    hub.faults.append(Fault("resolve", 503))  # not one file arrives
     download(hub, source)
     pinned = hub.repos[REPO].refs["main"]
     hub.faults.clear()
@@ -323,6 +323,49 @@ def test_a_token_that_is_no_header_is_not_shown(hub, tmp_path):
     run = download(hub, tmp_path / "s", token="hf_secret\x07secret")
     assert run.code == 1
     assert "secret" not in run.line
+
+
+def test_a_stalled_server_is_left_after_the_timeout(hub, tmp_path):
+    hub.faults.append(Fault(FIRST, delay=5))
+    run = download(hub, tmp_path / "s", "--workers", "1", HF_HUB_DOWNLOAD_TIMEOUT="1")
+    assert run.code == 1
+    assert "no connection" in run.line
+
+
+def test_waiting_doubles_up_to_a_minute_and_obeys_the_server(capsys):
+    from dsv4.hub import Short, patiently
+
+    class Busy(Short):
+        """429 with a Retry-After of 100 seconds."""
+
+        class response:
+            status_code, headers = 429, {"Retry-After": "100"}
+
+    waits: list[float] = []
+    errors = [Short("x")] * 8 + [Busy("x")]
+
+    def attempt() -> str:
+        if errors:
+            raise errors.pop(0)
+        return "done"
+
+    assert patiently(attempt, 1000, pause=waits.append) == "done"
+    assert waits == [1, 2, 4, 8, 16, 32, 60, 60, 100]
+    assert "trying again in 100 s" in capsys.readouterr().out
+
+
+def test_patience_counts_from_the_last_byte():
+    from dsv4.hub import Short, patiently
+
+    came, waits = [0], []
+
+    def attempt() -> None:
+        came[0] += len(waits) < 20
+        raise Short("x")
+
+    with pytest.raises(Short):
+        patiently(attempt, 7, lambda: came[0], waits.append)
+    assert waits == [1] * 20 + [2, 4]
 
 
 def test_no_network_has_one_clear_line(tmp_path):

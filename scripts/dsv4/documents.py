@@ -149,7 +149,33 @@ def check_labels(bundle: Survey, findings: Findings) -> Check:
         if found is not None:
             judge_label(labels, top, key, found, runtime, seen, findings)
     check_stray(labels, {key for key, _, _ in named}, findings)
-    return Check("labels that runtimes look up", len(named))
+    lost = dropped_by_unpatched_loader(bundle)
+    said = f"jang 2.5.8 and 2.5.9 drop {lost:,} of them unless make patch_loader mends them"
+    return Check("labels that runtimes look up", len(named), said if lost else "")
+
+
+def dropped_by_unpatched_loader(bundle: Survey) -> int:
+    """How many labels jang 2.5.8's and 2.5.9's loader would throw away before using them.
+
+    It infers a label for each triple and keeps the config's own only if they disagree nowhere and
+    are as many (jang_tools.load_jangtq, _patch_quant_config_inplace); 5-bit triples it skips.
+    """
+    labels = bundle.config["quantization"]
+    own = {key: label for key, label in labels.items() if isinstance(label, dict)}
+    inferred = {}
+    for name in bundle.checkpoint.tensors:
+        base, _, part = name.rpartition(".")
+        label = stored(module_parts(bundle, base)) if part == "scales" else None
+        if label and label["mode"] == "affine" and label["bits"] != 5:
+            inferred[base] = label["bits"]
+    agrees = all(
+        own.get(base, labels).get("bits") == bits
+        for base, bits in inferred.items()
+        if base in own or "bits" in labels
+    )
+    if not inferred or (agrees and len(own) == len(inferred)):
+        return 0
+    return len(own.keys() - inferred.keys())
 
 
 def judge_label(

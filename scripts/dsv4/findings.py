@@ -28,6 +28,7 @@ _CONVERT = "delete the bundle, then make convert and the stages after it"
 _REQUANTIZE = "make requantize"
 _PATCH = "make patch"
 _FINALIZE = "make finalize, then make patch"
+_ABOVE = "repair what else is named here, then make verify again"
 _RESTORE = "fetch this file again, or make the bundle again"
 
 FAULTS = {
@@ -78,6 +79,11 @@ FAULTS = {
     ),
     # Tensors by their headers.
     "tensor-missing": Fault("A parameter keeps its random or zero start value.", _CONVERT),
+    "layout-unknown": Fault(
+        "Tensors lie under module paths, renamed and stacked already; this verify knows storage "
+        "names only.",
+        "none: make the bundle with these stages to have it verified",
+    ),
     "tensor-extra": Fault("No tensor of the source leads to it.", _CONVERT),
     "expert-missing": Fault("Experts are stacked: one that lacks stops the load.", _CONVERT),
     "expert-extra": Fault("More experts than config.json counts.", _CONVERT),
@@ -95,7 +101,7 @@ FAULTS = {
     "stock-experts": Fault(
         "FP4 bytes with U8 scales and no biases under an affine label, as upstream's converter "
         "leaves them: decoded as affine they are noise, and the model says BOS forever.",
-        _REQUANTIZE,
+        "make requantize, then make patch",
     ),
     "u8-scales-beside-biases": Fault(
         "Old U8 exponents stand beside new biases: a requantization that stopped half-way.",
@@ -130,14 +136,14 @@ FAULTS = {
         "reinstall jang, then make patch_loader",
     ),
     "loader-parameter-unfed": Fault(
-        "After loading, a parameter still has its start value; strict=False hides it.", _REQUANTIZE
+        "After loading, a parameter still has its start value; strict=False hides it.", _ABOVE
     ),
     "loader-parameter-misfit": Fault(
         "A parameter receives a tensor of another shape or kind than its module computes with.",
-        _REQUANTIZE,
+        _ABOVE,
     ),
     "loader-tensor-unused": Fault("A tensor of the bundle reaches no parameter.", _CONVERT),
-    "loader-fails": Fault("The runtime's own loader stops on these headers.", _CONVERT),
+    "loader-fails": Fault("The runtime's own loader stops on these headers.", _ABOVE),
     "loader-not-checked": Fault(
         "What the runtime makes of the labels was not replayed.",
         "name a Python with jang_tools and mlx_lm: --python; or say --without-loader",
@@ -180,6 +186,9 @@ FAULTS = {
     "control-differs": Fault("A control tensor is not the source's, bit for bit.", _REQUANTIZE),
     "passthrough-differs": Fault(
         "A norm, router weight or table is not the source's in F16, or its integers.", _CONVERT
+    ),
+    "not-compared": Fault(
+        "A source tensor was not compared, because its counterpart is not whole.", _ABOVE
     ),
     "source-broken": Fault(
         "The source holds NaN or an exponent of 255.", "make download VERIFY_HASHES=1"

@@ -102,6 +102,9 @@ def check_experts(bundle: Survey, findings: Findings) -> list[Check]:
     for base in bases:
         if f"{base}.weight" not in tensors and f"{base}.weight" not in unread:
             findings.add("expert-missing", base, "no weight", "one")
+    stacked = [name for name in tensors if name.startswith("model.") or ".switch_mlp." in name]
+    if stacked:
+        findings.add("layout-unknown", stacked[0], "a module path", "storage names", len(stacked))
     known = set(bases)
     for name in tensors:
         if parse_expert(name) and name.rpartition(".")[0] not in known:
@@ -207,10 +210,11 @@ def check_counterparts(bundle: Survey, source: Checkpoint, findings: Findings) -
         if what == "scale":
             continue
         keys = bundle_keys(name)
-        if what == "expert":
-            wanted |= set(keys)  # an MXFP4 bundle has no biases
-            keys = tuple(k for k in keys if k in tensors or not k.endswith(".biases"))
         wanted |= set(keys)
+        if what == "expert":  # MXFP4 has no biases; where affine lacks them, its triple tells
+            keys = tuple(key for key in keys if not key.endswith(".biases"))
+        elif what == "affine8" and name in tensors and tensors[name].dtype in FLOATS:
+            keys = (name,)  # not quantized: mlx-vlm wants the head so
         for key in keys:
             if key not in tensors and key not in bundle.unread:
                 findings.add("tensor-missing", key, "not there", f"the counterpart of {name}")
@@ -225,9 +229,9 @@ def check_counterpart(bundle: Survey, origin: Tensor, what: str, findings: Findi
     base = origin.name.removesuffix(".weight")
     if what in ("expert", "affine8"):
         label = stored(module_parts(bundle, base))
-        if label is None:
-            return  # reported with the triples
-        weight = bundle.checkpoint.tensors[origin.name]
+        weight = bundle.checkpoint.tensors.get(origin.name)
+        if label is None or weight is None:
+            return  # missing, reported with the triples, or not quantized
         rows, words = weight.shape
         found = (rows, words * 32 // label["bits"])
         columns = origin.shape[1] * (2 if what == "expert" else 1)

@@ -17,6 +17,8 @@ from fnmatch import fnmatch
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
+from tqdm import tqdm
+
 from dsv4.stop import Stop
 
 T = TypeVar("T")
@@ -27,6 +29,7 @@ WANTED = ("*.safetensors", "*.json", "encoding/*", "LICENSE*", "README.md", "*.j
 AGAIN = "run the same command again: it resumes"
 LOGIN = "`hf auth login`, with an account that has access"
 LONGEST_WAIT = 60  # seconds between two attempts
+WORTH_SAYING = 8  # a wait of so many seconds is told
 
 
 @dataclass(frozen=True)
@@ -101,9 +104,12 @@ def explain(error: Exception) -> tuple[str, str, str] | None:
     if isinstance(error, json.JSONDecodeError):
         todo = "check HF_ENDPOINT, and whether a proxy answers instead"
         return "an answer that is no JSON", "the hub's API", todo
-    if is_transport(error):
-        words = scrubbed(" ".join(str(error).split())[:120]) or type(error).__name__
+    if is_transport(error) or isinstance(error, ConnectionError | TimeoutError):
+        words = scrubbed(" ".join(str(error).split())[:160]) or type(error).__name__
         return f"no connection ({words})", "the hub", f"check the network, then {AGAIN}"
+    if isinstance(error, RuntimeError):  # hf_xet's own words, or huggingface_hub's
+        words = scrubbed(" ".join(str(error).split())[:160])
+        return f"a failed transfer ({words})", "an answer", AGAIN
     return None
 
 
@@ -129,7 +135,10 @@ def status(error: Exception) -> int:
 
 
 def is_transport(error: Exception) -> bool:
-    """True for an error of the HTTP library itself: no connection, a timeout, a broken answer."""
+    """True for an error of the HTTP library itself: no connection, a timeout, a broken answer.
+
+    hf_xet raises Python's own ConnectionError and TimeoutError instead.
+    """
     return type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2")
 
 
@@ -157,6 +166,8 @@ def is_passing(error: Exception) -> bool:
     code = status(error)
     if isinstance(error, Short) or code in (408, 429) or code >= 500:
         return True
+    if isinstance(error, ConnectionError | TimeoutError):
+        return True
     lasting = ("LocalProtocolError", "UnsupportedProtocol", "ProxyError", "InvalidURL")
     return is_transport(error) and not code and type(error).__name__ not in lasting
 
@@ -166,6 +177,12 @@ def retry_after(error: Exception) -> float:
     response = getattr(error, "response", None)
     value = response.headers.get("Retry-After", "") if response is not None else ""
     return float(value) if value.isdigit() else 0.0
+
+
+def say(error: Exception, seconds: float) -> None:
+    """Tell, without breaking a progress bar, what is waited for."""
+    found = (explain(error) or (type(error).__name__,))[0]
+    tqdm.write(f"note: {found}; trying again in {seconds:.0f} s")
 
 
 def patiently(
@@ -188,6 +205,8 @@ def patiently(
             now = max(wait, retry_after(error))
             if not is_passing(error) or waited + now > patience:
                 raise
+            if now >= WORTH_SAYING:
+                say(error, now)
         pause(now)
         wait, waited = min(wait * 2, LONGEST_WAIT), waited + now
 

@@ -77,66 +77,84 @@ def unpack(words, bits, levels):
             levels[i] = (two >> (bit & 7)) & mask
 
 
+# Sums may be taken in any order, and there is no NaN: the compiler may make vector code of a loop.
+_FAST = {"reassoc", "nsz", "nnan", "contract"}
+
+
 @numba.njit(inline="always")
-def _slack(scale, bias, top, digits, lowest):
-    """How much rounding scale and bias to their dtype can move a decoded weight, absolutely."""
-    smallest = math.ldexp(0.5, lowest)
-    of_scale = max(abs(scale) * math.ldexp(1.0, -digits), smallest)
-    of_bias = max(abs(bias) * math.ldexp(1.0, -digits), smallest)
-    return 1.01 * (top * of_scale + of_bias)
+def _misses(values, levels, start, scale, bias, reach, slack, top, miss, level):
+    """Over one group: sums of squares of weights and errors, the largest error, and how many
+    levels are not the nearest, how many weights are zero, how many of these are lost.
 
-
-@numba.njit(nogil=True, fastmath={"reassoc", "nsz", "nnan", "contract"})
-def _misses(values, levels, scale, bias, reach, slack, top):
-    """Sums over one group; without branches, so that the compiler can vectorize it."""
+    One short loop for each, without branches; `miss` and `level` are scratch, float32 (32,).
+    """
     squares, errors, far = np.float32(0), np.float32(0), np.float32(0)
     odd, zeros, lost = np.int32(0), np.int32(0), np.int32(0)
     sign = np.float32(1.0) if scale >= 0 else np.float32(-1.0)
     for i in range(GROUP):
-        value, level = values[i], levels[i]
-        miss = value - (np.float32(level) * scale + bias)
+        level[i] = np.float32(levels[start + i])
+        value = values[start + i]
+        miss[i] = value - (level[i] * scale + bias)
         squares += value * value
-        errors += miss * miss
-        size = abs(miss)
-        far = max(far, size)
-        up = sign * miss
-        odd += np.int32((up > reach) & (level < top)) + np.int32((up < -reach) & (level > 0))
-        zero = np.int32(value == np.float32(0))
-        zeros += zero
-        lost += zero & np.int32(size > slack)
+        errors += miss[i] * miss[i]
+    for i in range(GROUP):
+        far = max(far, abs(miss[i]))
+    for i in range(GROUP):
+        up = sign * miss[i]
+        odd += (np.int32(up > reach) & np.int32(level[i] < top)) + (
+            np.int32(up < -reach) & np.int32(level[i] > np.float32(0))
+        )
+    for i in range(GROUP):
+        zeros += np.int32(values[start + i] == np.float32(0))
+    for i in range(GROUP):
+        lost += np.int32(values[start + i] == np.float32(0)) & np.int32(abs(miss[i]) > slack)
     return squares, errors, far, odd, zeros, lost
 
 
-@numba.njit(nogil=True, cache=True)
-def bounds(values, levels, scales, biases, bits, digits, lowest):
-    """Decode and compare; scales and biases float32 (n,).
+def bounds(
+    values: np.ndarray,
+    levels: np.ndarray,
+    scales: np.ndarray,
+    biases: np.ndarray,
+    bits: int,
+    digits: int,
+    lowest: int,
+) -> tuple[np.ndarray, float, float, float]:
+    """Decode and compare: values float32 (32n,), levels uint8 (32n,), scales, biases float32 (n,).
 
     Returns (counts int64 (8,), energy, error, worst): sums of the weights' and the errors' squares;
-    the worst error in steps, WORST_AT its weight. Rounding of scale and bias is taken off first.
+    the worst error in steps, WORST_AT its group's first weight. What rounding scale and bias to
+    their dtype can do to a weight is taken off before anything is counted.
     """
+    finite = np.isfinite(scales) & np.isfinite(biases)
+    unit, smallest = np.float32(2.0**-digits), np.float32(2.0 ** max(lowest - 1, -149))
+    counts, energy, error, worst = _bounds(
+        values, levels, scales, biases, finite, np.float32((1 << bits) - 1), unit, smallest
+    )
+    if not finite.all():
+        counts[BAD_NUMBER] = np.count_nonzero(~finite)
+        counts[FIRST_BAD_NUMBER] = GROUP * int(np.argmin(finite))
+    return counts, energy, error, worst
+
+
+@numba.njit(nogil=True, cache=True, fastmath=_FAST)
+def _bounds(values, levels, scales, biases, finite, top, unit, smallest):
     counts = np.zeros(8, np.int64)
     counts[FIRST_BAD_NUMBER:] = NONE
-    energy, error, worst = 0.0, 0.0, 0.0
-    top = (1 << bits) - 1
+    energy, error, worst = 0.0, 0.0, np.float32(0)
+    miss, level = np.empty(GROUP, np.float32), np.empty(GROUP, np.float32)
     for group in range(len(scales)):
+        if not finite[group]:
+            continue
         scale, bias = scales[group], biases[group]
         start = GROUP * group
-        if not (math.isfinite(scale) and math.isfinite(bias)):
-            if counts[BAD_NUMBER] == 0:
-                counts[FIRST_BAD_NUMBER] = start
-            counts[BAD_NUMBER] += 1
-            continue
-        slack = np.float32(_slack(scale, bias, top, digits, lowest))
         step = abs(scale)
+        slack = np.float32(1.01) * (
+            top * max(step * unit, smallest) + max(abs(bias) * unit, smallest)
+        )
         reach = np.float32(0.5) * step + slack
         squares, errors, far, odd, zeros, lost = _misses(
-            values[start : start + GROUP],
-            levels[start : start + GROUP],
-            scale,
-            bias,
-            reach,
-            slack,
-            np.uint8(top),
+            values, levels, start, scale, bias, reach, slack, top, miss, level
         )
         energy += squares
         error += errors
@@ -149,13 +167,21 @@ def bounds(values, levels, scales, biases, bits, digits, lowest):
             if counts[NOT_NEAREST] == 0:
                 counts[FIRST_NOT_NEAREST] = start
             counts[NOT_NEAREST] += odd
-        if far > slack and step > 0 and (far - slack) / step > worst:
-            worst = (far - slack) / step
-            counts[WORST_AT] = start
-        elif far > slack and step == 0:
-            worst = np.inf
+        if far - slack > worst * step:
+            worst = (far - slack) / step if step > 0 else np.float32(np.inf)
             counts[WORST_AT] = start
     return counts, energy, error, worst
+
+
+@numba.njit(inline="always")
+def _ends(values, start):
+    """The least and the greatest of one group; a comparison picks, so that NaN needs no care."""
+    least, greatest = values[start], values[start]
+    for i in range(1, GROUP):
+        value = values[start + i]
+        least = value if value < least else least
+        greatest = value if value > greatest else greatest
+    return least, greatest
 
 
 @numba.njit(inline="always")
@@ -217,23 +243,26 @@ def formula(values, levels, scales, biases, bits, digits, lowest):
     counts = np.zeros(6, np.int64)
     counts[FIRST_EXPLAINED:] = NONE
     top = (1 << bits) - 1
+    exact = np.empty(GROUP, np.float32)
     for group in range(len(scales)):
         start = GROUP * group
-        least, greatest = values[start], values[start]
-        for i in range(1, GROUP):
-            least = min(least, values[start + i])
-            greatest = max(greatest, values[start + i])
+        least, greatest = _ends(values, start)
         scale, edge, steps = _start(least, greatest, top)
         q0 = np.rint(steps)
         fragile = least > 0 or greatest < 0 or abs(abs(steps - np.floor(steps)) - 0.5) < TIE
         bias = edge if q0 != 0 else np.float32(0)
         scale = edge / q0 if q0 != 0 else scale
-        same = True
+        odd, ties = np.int32(0), np.int32(0)
         for i in range(GROUP):
-            exact = (values[start + i] - bias) / scale
-            level = min(max(np.rint(exact), np.float32(0)), np.float32(top))
-            same &= level == levels[start + i]
-            fragile |= abs(abs(exact - np.floor(exact)) - np.float32(0.5)) < np.float32(TIE)
+            exact[i] = (values[start + i] - bias) / scale
+        for i in range(GROUP):
+            level = min(max(np.rint(exact[i]), np.float32(0)), np.float32(top))
+            odd += np.int32(level != np.float32(levels[start + i]))
+        for i in range(GROUP):
+            part = abs(abs(exact[i] - np.floor(exact[i])) - np.float32(0.5))
+            ties += np.int32(part < np.float32(TIE))
+        fragile |= ties > 0
+        same = odd == 0
         same &= _rounded(np.float64(scale), digits, lowest) == scales[group]
         same &= _rounded(np.float64(bias), digits, lowest) == biases[group]
         counts[FRAGILE] += fragile

@@ -22,6 +22,9 @@ from dsv4.stop import Stop
 GROUP_SIZE = 32
 DEFAULT = {"group_size": GROUP_SIZE, "bits": 8, "mode": "affine"}
 EXPERT = {"group_size": GROUP_SIZE, "bits": 4, "mode": "affine"}
+MXFP4 = {"group_size": GROUP_SIZE, "bits": 4, "mode": "mxfp4"}
+# Where config.json says which quantizer made the routed experts. No runtime looks at the key.
+RECORD = "requantize"
 
 
 def quantization(bases: list[str], expert: dict[str, Any] = EXPERT) -> dict[str, Any]:
@@ -42,15 +45,18 @@ def quantization(bases: list[str], expert: dict[str, Any] = EXPERT) -> dict[str,
 
 
 def stored_label(tensors: dict[str, Tensor], base: str) -> dict[str, Any] | None:
-    """The affine label that fits the triple `base`.{weight,scales,biases}, or None if none does.
+    """The label that fits `base`.{weight,scales,biases} as they lie on disk, or None if none does.
 
-    Groups are 32 columns wide here, so the bits follow from the widths:
+    Groups are 32 columns wide here, so the bits of an affine triple follow from the widths:
     weight (out, in · bits / 32) U32, scales and biases (out, in / 32) of one float dtype.
+    Without biases: FP4 codes U32 (out, in / 8) and their exponents U8 (out, in / 32).
     """
     parts = [tensors.get(f"{base}.{part}") for part in ("weight", "scales", "biases")]
     weight, scales, biases = parts
-    if weight is None or scales is None or biases is None:
+    if weight is None or scales is None:
         return None
+    if biases is None:
+        return dict(MXFP4) if _is_fp4(weight, scales) else None
     fits = (
         weight.dtype == "U32"
         and scales.dtype in ("F16", "BF16", "F32")
@@ -64,10 +70,26 @@ def stored_label(tensors: dict[str, Tensor], base: str) -> dict[str, Any] | None
     return {**DEFAULT, "bits": bits} if bits in (2, 3, 4, 5, 6, 8) else None
 
 
+def _is_fp4(weight: Tensor, scales: Tensor) -> bool:
+    return (
+        (weight.dtype, scales.dtype) in (("U32", "U8"), ("U32", "F8_E8M0"))
+        and len(weight.shape) == len(scales.shape) == 2
+        and weight.shape == (scales.shape[0], 4 * scales.shape[1])
+    )
+
+
+def recorded_quantizer(config: dict[str, Any]) -> str | None:
+    """The quantizer that config.json names; None in a stock bundle."""
+    record = config.get(RECORD)
+    name = record.get("quantizer") if isinstance(record, dict) else None
+    return name if isinstance(name, str) else None
+
+
 def expert_label(bundle: Checkpoint) -> dict[str, Any]:
     """The one label that all routed experts of the bundle are stored by.
 
-    Raises Stop when one of them fits no label (the FP4 bytes of a stock bundle) or another one.
+    Raises Stop when one of them fits no label or another one, and for FP4 bytes in a bundle that
+    was not made with the quantizer mxfp4: those are a stock bundle's, and still to be requantized.
     """
     bases = expert_bases(bundle)
     found = {base: stored_label(bundle.tensors, base) for base in bases}
@@ -78,6 +100,13 @@ def expert_label(bundle: Checkpoint) -> dict[str, Any]:
             f"{bundle.folder}: {odd or 'routed experts'}",
             "no affine triple" if odd is None or found[odd] is None else f"{found[odd]}",
             f"{first or EXPERT} for every expert",
+            "run requantize",
+        )
+    if first == MXFP4 and recorded_quantizer(bundle.config) != "mxfp4":
+        raise Stop(
+            f"{bundle.folder}: {bases[0]}",
+            f"FP4 bytes, and no {RECORD}.quantizer mxfp4 in config.json",
+            "what requantize makes of them",
             "run requantize",
         )
     return first

@@ -1,8 +1,8 @@
 """Level 2: every number of a bundle, and its files' SHA-256.
 
-The work is cut by shards: a worker hashes a shard and then compares the tensors whose weight lies
-in it, so that most bytes come from the page cache the second time. Memory stays flat: tensors are
-read in blocks of rows.
+The work goes shard by shard: each is hashed, and then the tensors whose weight lies in it are
+compared, so that most bytes come from the page cache the second time. Memory stays flat: tensors
+are read in blocks of rows.
 """
 
 from __future__ import annotations
@@ -10,28 +10,34 @@ from __future__ import annotations
 import concurrent.futures
 import hashlib
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from dsv4.checkpoint import Checkpoint
 from dsv4.compare import Comparer, Outcome, Reader, Task, look_at, make_tasks
+from dsv4.names import kind
 from dsv4.shard import Tensor
 from dsv4.survey import Survey
 
 HASH_BYTES = 4 << 20
+JOB_BYTES = 64 << 20  # of the bundle, compared by one thread before it takes the next job
 
 
 @dataclass
 class Numbers:
-    """Level 2's result: an outcome for each tensor, SHA-256 for each file, bytes read."""
+    """Level 2's result: an outcome for each tensor, and the SHA-256 of each file.
+
+    compared: with a source; recorded: the quantizer that the shards name; recomputable: whether it
+    is one whose bytes can be made again here; left_out: source tensors that were not compared.
+    """
 
     outcomes: list[Outcome]
     hashes: dict[str, str]
-    nbytes: int
     compared: bool
     recorded: str | None = None
     recomputable: bool = False
+    left_out: tuple[str, ...] = ()
 
 
 def sha256(path: Path) -> str:
@@ -51,7 +57,6 @@ def read_numbers(
     `progress` is told the bytes of the bundle that were done. Raises Stop for a read that fails.
     """
     comparer = Comparer(bundle)
-    work = cut_by_shard(bundle, source)
     local = threading.local()
     readers: list[Reader] = []
 
@@ -61,45 +66,75 @@ def read_numbers(
             readers.append(local.reader)
         return local.reader
 
-    def do(file: str) -> tuple[str, list[Outcome]]:
-        digest = sha256(bundle.checkpoint.folder / file)
+    def do(job: Path | list[Task | Tensor]) -> str | list[Outcome]:
+        if isinstance(job, Path):
+            return sha256(job)
         outcomes = []
-        for one in work.get(file, []):
+        for one in job:
             if isinstance(one, Task):
                 outcomes.append(comparer.compare(one, reader()))
             else:
                 outcomes.append(look_at(bundle, one, reader()))
             progress(one.nbytes)
-        return digest, outcomes
+        return outcomes
 
-    files = sorted(bundle.files)
+    work = list(cut(bundle, source))
     outcomes: list[Outcome] = []
     hashes: dict[str, str] = {}
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        for file, (digest, found) in zip(files, pool.map(do, files), strict=True):
-            hashes[file] = digest
-            outcomes += found
+        for job, answer in zip(work, pool.map(do, work), strict=True):
+            if isinstance(job, Path):
+                hashes[job.relative_to(bundle.checkpoint.folder).as_posix()] = answer
+            else:
+                outcomes += answer
     for one in readers:
         one.close()
+    compared = {outcome.name for outcome in outcomes}
+    wanted = source.tensors if source else {}
+    left_out = (name for name in wanted if kind(name) != "scale" and name not in compared)
     return Numbers(
         outcomes,
         hashes,
-        bundle.checkpoint.nbytes,
         source is not None,
         comparer.recorded,
         comparer.quantizer is not None,
+        tuple(left_out),
     )
 
 
-def cut_by_shard(bundle: Survey, source: Checkpoint | None) -> dict[str, list[Task | Tensor]]:
-    """Shard → the tasks whose weight lies in it, in the order of the file."""
-    work: dict[str, list[Task | Tensor]] = {}
-    items: Iterable[Task | Tensor] = (
-        make_tasks(bundle, source) if source else bundle.checkpoint.tensors.values()
+def visible(files: Iterable[str]) -> list[str]:
+    """The files that a bundle consists of: nothing hidden, nothing that Python left."""
+    return sorted(
+        file
+        for file in files
+        if not any(part.startswith(".") or part == "__pycache__" for part in file.split("/"))
     )
-    for one in items:
+
+
+def warm_up(bundle: Survey, source: Checkpoint) -> None:
+    """Compile the kernels (the first time on a machine) and load them: one tensor of each kind."""
+    comparer, reader = Comparer(bundle), Reader()
+    kinds = {(task.what, str(task.label)): task for task in make_tasks(bundle, source)}
+    for task in kinds.values():
+        comparer.compare(task, reader)
+    reader.close()
+
+
+def cut(bundle: Survey, source: Checkpoint | None) -> Iterator[Path | list[Task | Tensor]]:
+    """The work in order: a file to hash, then the tensors whose weight lies in it, and so on."""
+    work: dict[str, list[tuple[int, Task | Tensor]]] = {}
+    every = make_tasks(bundle, source) if source else bundle.checkpoint.tensors.values()
+    for one in every:
         tensor = one.parts["weight"] if isinstance(one, Task) else one
-        work.setdefault(tensor.path.name, []).append(one)
-    for tasks in work.values():
-        tasks.sort(key=lambda one: (one.parts["weight"] if isinstance(one, Task) else one).offset)
-    return work
+        work.setdefault(tensor.path.name, []).append((tensor.offset, one))
+    for file in visible(bundle.files):
+        yield bundle.checkpoint.folder / file
+        some, size = [], 0
+        for _, one in sorted(work.get(file, []), key=lambda item: item[0]):
+            some.append(one)
+            size += one.nbytes
+            if size >= JOB_BYTES:
+                yield some
+                some, size = [], 0
+        if some:
+            yield some

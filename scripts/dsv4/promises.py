@@ -17,7 +17,7 @@ class Promise:
     zeros: a zero of the source decodes to zero, within the same rounding.
     nearest: a weight's level is the one that comes nearest to it.
     rms: a ceiling for the relative RMS error of a tensor, well above what real tensors give; asked
-      only where the bytes cannot be recomputed.
+      only where the bytes cannot be recomputed, or where it is 0.
     """
 
     steps: float = 1.0
@@ -27,16 +27,25 @@ class Promise:
 
 
 # FACTS, section 3: mx.quantize errs by at most one step (the far end is clipped) and by 8.6% RMS on
-# Gaussian FP4 weights; MXFP4 keeps the source's own bytes.
+# Gaussian FP4 weights; 5 bits with scale 0.5 · 2^e and bias -6 · 2^e are exact; MXFP4 keeps the
+# source's own bytes.
 PROMISES = {
     "mlx": Promise(),
+    "exact5": Promise(steps=0.0, rms=0.0),
     "mxfp4": Promise(steps=0.0, rms=0.0),
 }
 
-# By bits, for bundles without a recorded quantizer: mx.quantize's own error, doubled at 2 and 3.
-OTHERS = {2: 1.2, 3: 0.5, 4: 0.12, 5: 0.06, 6: 0.03, 8: 0.01}
+# Relative RMS by bits, for any other quantizer: mx.quantize's own error, with room above it.
+CEILING = {2: 1.2, 3: 0.5, 4: 0.12, 5: 0.06, 6: 0.03, 8: 0.01}
 
 
 def promise_of(quantizer: str | None, bits: int) -> Promise:
-    """The promise of a recorded quantizer, else of any affine tensor with these bits."""
-    return PROMISES.get(quantizer or "", Promise(rms=OTHERS[bits]))
+    """The promise of a recorded quantizer; of one without a name here, what any may promise.
+
+    None, for a bundle without a record, is taken for mx.quantize.
+    """
+    if quantizer in PROMISES:
+        return PROMISES[quantizer]
+    if quantizer is None:
+        return Promise(rms=CEILING[bits])
+    return Promise(steps=2.0, zeros=False, rms=CEILING[bits])

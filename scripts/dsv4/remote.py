@@ -17,7 +17,7 @@ from dsv4.shard import MAX_HEADER
 from dsv4.stop import Stop
 from dsv4.transfer import Transfer
 
-FIRST = 128 << 10  # bytes of a shard that are asked for at once: most headers fit
+FIRST = 64 << 10  # bytes of a shard that are asked for at once; upstream's headers have 60 kB
 LARGEST = 200_000_000  # of a JSON file that is read whole
 WHOLE = (".json", ".jinja", ".py")
 WORKERS = 8
@@ -54,13 +54,15 @@ def fetch_skeleton(repo: str, revision: str, folder: Path, patience: float) -> S
             check_length(repo, file)
             transfer.fetch(file)
             return file.size
-        head = b""
+        read, head = 0, b""
         if file.name.endswith(".safetensors"):
             head = read_header(repo, listing.commit, file, patience)
+            read = len(head)
+            head = head[: 8 + int.from_bytes(head[:8], "little")]
         with path.open("wb") as out:
             out.write(head)
             out.truncate(file.size)
-        return len(head)
+        return read
 
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(WORKERS) as pool:
@@ -77,12 +79,12 @@ def check_length(repo: str, file: HubFile) -> None:
 
 
 def read_header(repo: str, commit: str, file: HubFile, patience: float) -> bytes:
-    """A shard's length prefix and header, or its first bytes when the prefix makes no sense."""
+    """The first bytes of a shard, at least its header unless its length makes no sense."""
     head = read_range(repo, commit, file, 0, min(FIRST, file.size), patience)
     needed = 8 + int.from_bytes(head[:8], "little")
     if len(head) < needed <= min(file.size, MAX_HEADER):
         head += read_range(repo, commit, file, len(head), needed, patience)
-    return head[:needed] if needed <= len(head) else head
+    return head
 
 
 def read_range(

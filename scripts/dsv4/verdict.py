@@ -31,6 +31,8 @@ def judge(numbers: Numbers, findings: Findings) -> list[Check]:
     }
     for what in ("expert", "module"):
         judge_groups(groups[what], what, findings)
+    for name in numbers.left_out:
+        findings.add("not-compared", name, "no counterpart of its kind and shape", "one")
     if numbers.recorded and not numbers.recomputable:
         findings.add("quantizer-unknown", numbers.recorded, "not this project's table", "its bytes")
     return [

@@ -1,0 +1,217 @@
+"""Which runtime loads which bundle of the nano model, and does it answer rightly there?
+
+Builds a venv for each stack of dsv4/stacks.py from its pinned file (in build/stacks, 0.4 to 2 GB
+each), makes the nano bundle with every quantizer and the stock one, and records for each pair:
+whether it loads or in what words it refuses, the distance of its logits (prefill, and 4 tokens
+decoded with a cache) to the bundle's own tensors run in transformers, exact matches on 50 held-out
+additions through the stack's own server or generate call, finish_reason, seconds.
+
+Prints a Markdown table and writes build/matrix/matrix.json after each cell, so that an interrupted
+run goes on where it was (--fresh begins again). Runs unattended in under an hour on 2 cores.
+
+    .venv/bin/python scripts/matrix.py [--stack NAME …] [--bundle NAME …] [--fresh]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import demo
+from dsv4.durable import write_json
+from dsv4.server import ask, running
+from dsv4.stacks import STACKS, Stack
+from dsv4.stop import Stop, run
+from dsv4.toolchain import environment, probe
+from smoke import MOON
+
+SCRIPTS = Path(__file__).resolve().parent
+NANO = SCRIPTS / "nano" / "checkpoint"
+RIGHT = ("mlx", "optimal", "exact5", "mxfp4")
+DECODE = 4
+# A right runtime stays this near to the bundle's own tensors; 4-bit rounding itself is at .023.
+NEAR = 0.02
+
+
+def run_script(python: Path, name: str, *arguments: object, stdin: Any = None) -> str:
+    """Run a script in `python`; return its stdout. Raises Stop with its last line when it fails."""
+    result = subprocess.run(
+        [str(python), str(SCRIPTS / f"{name}.py"), *map(str, arguments)],
+        input=None if stdin is None else json.dumps(stdin),
+        capture_output=True,
+        text=True,
+        env=environment(),
+    )
+    if result.returncode:
+        last = (result.stderr.strip().splitlines() or ["no output"])[-1]
+        raise Stop(name, last[-300:], "exit status 0", "see it")
+    return result.stdout
+
+
+def python_of(stack: Stack, work: Path) -> Path:
+    """The Python of the stack's venv, built when its requirements file is new or has changed."""
+    wanted = SCRIPTS / "stacks" / f"{stack.requirements}.txt"
+    venv = work / "stacks" / stack.requirements
+    mark, python = venv / "installed.txt", venv / "bin" / "python"
+    if not mark.is_file() or mark.read_bytes() != wanted.read_bytes():
+        shutil.rmtree(venv, ignore_errors=True)
+        subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+        quiet = ["--quiet", "--disable-pip-version-check"]
+        install = [str(python), "-m", "pip", "install", *quiet, "--requirement", str(wanted)]
+        if subprocess.run(install).returncode:
+            raise Stop(f"{wanted}", "a pip that fails", "an installation", "read its lines above")
+        shutil.copyfile(wanted, mark)
+    return python
+
+
+def prepare(stack: Stack, python: Path) -> None:
+    """Bring the venv's jang_tools to the patches of this row."""
+    for name in ("load_jangtq.patch", "mlx_model.patch"):
+        undo = [] if name in stack.patches else ["--undo"]
+        if stack.packages.get("jang", "").startswith("2.5.") and "vmlx" in stack.packages:
+            patch = SCRIPTS.parent / "patches" / name
+            run_script(Path(sys.executable), "patch_loader", "--python", python,
+                       "--patch", patch, *undo)  # fmt: skip
+
+
+def bundles(work: Path, names: list[str]) -> dict[str, Path]:
+    """The stock bundle and one by each quantizer, made by the stages where they are not there."""
+    python, out = Path(sys.executable), {}
+    stock = work / "bundles" / "stock"
+    if not stock.is_dir():
+        run_script(python, "convert", "--source", NANO, "--bundle", stock, "--converter", "jang")
+    for name in names:
+        out[name] = folder = work / "bundles" / name
+        if name == "stock" or folder.is_dir():
+            continue
+        making = folder.with_name(f".{name}.making")
+        shutil.rmtree(making, ignore_errors=True)
+        shutil.copytree(stock, making)
+        both = ("--source", NANO, "--bundle", making)
+        run_script(python, "requantize", *both, "--quantizer", name)
+        run_script(python, "finalize", *both)
+        run_script(python, "patch", *both)
+        making.rename(folder)
+    return out
+
+
+def reference(bundle: Path, ids: list[list[int]], work: Path) -> np.ndarray:
+    """What transformers says of the bundle's own tensors; of the source's for the stock bundle."""
+    folder = NANO if bundle.name == "stock" else bundle
+    out = work / f"reference-{folder.name}.npy"
+    run_script(Path(sys.executable), "logits", "--folder", folder, "--how", "reference",
+               "--out", out, stdin=ids)  # fmt: skip
+    return np.load(out)
+
+
+def logits_of(stack: Stack, python: Path, bundle: Path, ids: list, work: Path) -> dict[str, float]:
+    """Distances to the reference: 'prefill' and 'decode'."""
+    truth, found = reference(bundle, ids, work), {}
+    for what, decode in (("prefill", 0), ("decode", DECODE)):
+        out = work / "logits.npy"
+        run_script(python, "logits", "--folder", bundle, "--how", stack.how, "--out", out,
+                   "--decode", decode, stdin=ids)  # fmt: skip
+        found[what] = demo.compare(np.load(out), truth).distance
+    return found
+
+
+def answers_of(stack: Stack, python: Path, bundle: Path, work: Path) -> dict[str, Any]:
+    """Exact matches, and how the moon sentence ended."""
+    additions = demo.held_out(NANO, demo.QUESTIONS)
+    questions = [f"What is {a}+{b}?" for a, b in additions]
+    if stack.served:
+        with running(python, bundle, work / "server.log") as url:
+            moon = ask(url, MOON, 60)
+            texts = [ask(url, question, 40).content for question in questions]
+        end = moon.finish_reason
+    else:
+        said = run_script(python, "generate", "--bundle", bundle, "--runtime", stack.how,
+                          stdin=[MOON, *questions])  # fmt: skip
+        answers = json.loads(said.strip().splitlines()[-1])
+        end = answers[0]["finish_reason"]
+        texts = [answer["text"].rpartition("</think>")[2] for answer in answers[1:]]
+    sums = [str(a + b) for a, b in additions]
+    exact = sum(text.strip() == total for text, total in zip(texts, sums, strict=True))
+    return {"exact": exact, "of": len(sums), "finish_reason": end}
+
+
+def cell(stack: Stack, bundle: Path, work: Path, ids: list[list[int]]) -> dict[str, Any]:
+    """One cell: what was measured, or in what words it failed."""
+    start = time.monotonic()
+    python = python_of(stack, work)
+    found: dict[str, Any] = {"versions": probe(python)["packages"]}
+    try:
+        prepare(stack, python)
+        found["logits"] = logits_of(stack, python, bundle, ids, work)
+        found |= answers_of(stack, python, bundle, work)
+        near = max(found["logits"].values()) <= NEAR
+        found["right"] = bool(near and found["exact"] >= demo.MIN_EXACT)
+    except Stop as stop:
+        found |= {"right": False, "refused": str(stop)}
+    found["seconds"] = round(time.monotonic() - start, 1)
+    return found
+
+
+def show(found: dict[str, Any]) -> str:
+    """A cell for the table."""
+    if "refused" in found:
+        return "**refuses**"
+    distance = "/".join(f"{value:.3f}" for value in found["logits"].values())
+    text = f"{found['exact']} of {found['of']}, {found['finish_reason']}, {distance}"
+    return text if found["right"] else f"**{text}**"
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Stacks down, bundles across; what is not right is bold."""
+    names = list(dict.fromkeys(name for row in results.values() for name in row))
+    lines = ["| stack | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for stack, row in results.items():
+        cells = [show(row[name]) if name in row else "" for name in names]
+        lines.append(f"| {stack} | " + " | ".join(cells) + " |")
+    refusals = [
+        f"- {stack}, {name}: {found['refused']}"
+        for stack, row in results.items()
+        for name, found in row.items()
+        if "refused" in found
+    ]
+    return "\n".join([*lines, "", *refusals])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--stack", action="append", help="only these rows")
+    parser.add_argument("--bundle", action="append", help="only these columns")
+    parser.add_argument("--work", type=Path, default=Path("build/matrix"))
+    parser.add_argument("--fresh", action="store_true", help="forget earlier results")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    path = args.work / "matrix.json"
+    results = json.loads(path.read_text()) if path.is_file() and not args.fresh else {}
+    stacks = [stack for stack in STACKS if not args.stack or stack.name in args.stack]
+    made = bundles(args.work, args.bundle or ["stock", *RIGHT])
+    ids = demo.prompts(NANO, demo.held_out(NANO, 20))
+    for stack in stacks:
+        for name, folder in made.items():
+            row = results.setdefault(stack.name, {})
+            if name not in row:
+                row[name] = cell(stack, folder, args.work, ids)
+                print(f"{stack.name}, {name}: {show(row[name])}", file=sys.stderr)
+                write_json(path, results)
+    print(f"Machine: {os.uname().sysname} {os.uname().machine}, {os.cpu_count()} cores\n")
+    print(table(results))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

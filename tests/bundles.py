@@ -1,0 +1,118 @@
+"""Bundles for verify's tests: judged in this process, damaged byte by byte or tensor by tensor."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+import verify
+from dsv4 import compare
+from dsv4.checkpoint import INDEX, open_bundle
+from dsv4.findings import Findings
+from dsv4.quantizer import QUANTIZERS
+from dsv4.shard import NUMPY_DTYPE, Planned, read_array, read_shard, write_shard
+
+Arrays = dict[str, tuple[str, np.ndarray]]  # name → (safetensors dtype, array)
+
+
+@functools.cache
+def quantizer(name: str):
+    """A quantizer; the tests judge many bundles and one table will do."""
+    return QUANTIZERS[name]()
+
+
+def judge(bundle: Path, source: Path | None, loader: bool = False, level: int = 2) -> Findings:
+    """What verify finds in `bundle`; without `loader` the toolchain is not asked."""
+    shared = {name: functools.partial(quantizer, name) for name in QUANTIZERS}
+    before, compare.QUANTIZERS = compare.QUANTIZERS, shared
+    args = argparse.Namespace(
+        bundle=bundle, source=source, level=level, python=Path(sys.executable),
+        without_loader=not loader, hashes=False, jobs=2, json=None,
+    )  # fmt: skip
+    try:
+        return verify.examine(args).findings
+    finally:
+        compare.QUANTIZERS = before
+
+
+def places(findings: Findings, name: str) -> str:
+    """Everything that a finding says of its places, in one string."""
+    found = next(finding for finding in findings if finding.name == name)
+    return " ".join(" ".join(place.values()) for place in found.places)
+
+
+def load(folder: Path) -> Arrays:
+    """All tensors of a bundle."""
+    tensors = open_bundle(folder).tensors
+    return {name: (tensor.dtype, read_array(tensor).copy()) for name, tensor in tensors.items()}
+
+
+def save(folder: Path, arrays: Arrays, shards: int, metadata: dict[str, str]) -> None:
+    """Write all tensors anew as `shards` shards with index, in place of the ones that are there."""
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    names = list(arrays)
+    bounds = np.linspace(0, len(names), shards + 1).astype(int)
+    weight_map = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        mine = names[bounds[i] : bounds[i + 1]]
+        planned = [
+            Planned(name, dtype, array.shape, lambda a=array: [np.ascontiguousarray(a)])
+            for name in mine
+            for dtype, array in [arrays[name]]
+        ]
+        write_shard(folder / file, planned, metadata)
+        weight_map |= dict.fromkeys(mine, file)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def split(bundle: Path, folder: Path, shards: int = 4, marks: bool = True) -> Path:
+    """A copy of `bundle` over several shards, triples torn apart; without marks: made elsewhere."""
+    shutil.copytree(bundle, folder)
+    metadata = next(iter(open_bundle(bundle).shards.values())).metadata
+    arrays = load(folder)
+    save(folder, arrays, shards, metadata if marks else {"format": "mlx"})
+    return folder
+
+
+def edit(folder: Path, change: Callable[[Arrays], object]) -> None:
+    """Change tensors as arrays, and write everything anew."""
+    shards = sorted(folder.glob("*.safetensors"))
+    metadata = read_shard(shards[0]).metadata
+    arrays = load(folder)
+    change(arrays)
+    save(folder, arrays, len(shards), metadata)
+
+
+def flip(folder: Path, name: str, byte: int = 0, bit: int = 0) -> None:
+    """Flip one bit of a tensor's data, in its file."""
+    tensor = open_bundle(folder).tensors[name]
+    with tensor.path.open("r+b") as file:
+        file.seek(tensor.offset + byte)
+        value = file.read(1)[0]
+        file.seek(tensor.offset + byte)
+        file.write(bytes([value ^ 1 << bit]))
+
+
+def write_numbers(folder: Path, name: str, first: int, values: list[float]) -> None:
+    """Put numbers into a tensor from element `first` on, in its file."""
+    tensor = open_bundle(folder).tensors[name]
+    data = np.array(values).astype(NUMPY_DTYPE[tensor.dtype])
+    with tensor.path.open("r+b") as file:
+        file.seek(tensor.offset + first * data.itemsize)
+        file.write(data.tobytes())
+
+
+def edit_json(path: Path, change: Callable[[dict], object]) -> None:
+    """Change a JSON file."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))

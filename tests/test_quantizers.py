@@ -1,0 +1,227 @@
+"""The quantizers beside mlx's: what they hold, what labels they get, what a change of them does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_reference
+import mlx.core as mx
+import numpy as np
+import pytest
+import small
+
+from dsv4 import labels
+from dsv4.affine import BadGroup
+from dsv4.checkpoint import check_index, expert_bases, open_bundle, open_source
+from dsv4.quantizer import QUANTIZERS
+from dsv4.shard import read_array
+from dsv4.stop import Stop
+
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "requantize.py"
+EXACT = ("exact5", "mxfp4")
+NAMES = sorted(QUANTIZERS)
+
+
+def requantize(source: Path, bundle: Path, name: str, *options: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, SCRIPT, "--source", source, "--bundle", bundle]
+    command += ["--quantizer", name, *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def digests(bundle: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in bundle.glob("*.*")}
+
+
+def encode(name: str, packed: np.ndarray, exponents: np.ndarray) -> dict[str, np.ndarray]:
+    """One matrix, packed (out, in/2) and exponents (out, in/32), as the parts of a quantizer."""
+    quantizer = QUANTIZERS[name]()
+    sizes = {"U32": (4, np.uint32), "F16": (2, np.float16), "U8": (1, np.uint8)}
+    parts = quantizer.parts(len(packed), 2 * packed.shape[1])
+    flat = {
+        p: np.empty(int(np.prod(shape)) * sizes[d][0], np.uint8) for p, (d, shape) in parts.items()
+    }
+    quantizer.encode(packed.view(np.uint8).reshape(-1), exponents.reshape(-1), flat)
+    return {p: flat[p].view(sizes[d][1]).reshape(shape) for p, (d, shape) in parts.items()}
+
+
+def decode(label: dict, parts: dict[str, np.ndarray]) -> np.ndarray:
+    """The matrix as MLX decodes it; F16 scales are widened first, as a float32 model has them."""
+    arrays = [mx.array(parts["weight"]), mx.array(parts["scales"])]
+    if "biases" in parts:
+        arrays = [arrays[0], *(mx.array(parts[p].astype(np.float32)) for p in ("scales", "biases"))]
+    return np.array(mx.dequantize(*arrays, **label, stream=mx.cpu).astype(mx.float32))
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_every_value_at_every_exponent_comes_back_exactly(name: str) -> None:
+    exponents = np.arange(104, 141, dtype=np.uint8)[:, None]
+    packed = np.tile(np.arange(0, 256, 17, dtype=np.uint8), (len(exponents), 1))
+    packed[::2] = packed[::2, ::-1]
+    decoded = decode(QUANTIZERS[name].label, encode(name, packed, exponents))
+    assert np.array_equal(decoded, ml_reference.decode(packed, exponents))
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_random_matrices_come_back_exactly(name: str) -> None:
+    rng = np.random.default_rng(11)
+    packed = rng.integers(0, 256, (96, 80)).astype(np.uint8)
+    exponents = rng.integers(104, 141, (96, 5)).astype(np.uint8)
+    decoded = decode(QUANTIZERS[name].label, encode(name, packed, exponents))
+    assert np.array_equal(decoded, ml_reference.decode(packed, exponents))
+
+
+def test_exact5_packs_levels_as_mlx_does() -> None:
+    levels = np.array([12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0] * 2)
+    bits = (levels[:, None] >> np.arange(5) & 1).astype(np.uint8)
+    expected = np.packbits(bits.reshape(-1), bitorder="little")
+    packed = np.frombuffer(bytes.fromhex("1032547698badcfe" * 2), np.uint8)[None]
+    parts = encode("exact5", packed, np.array([[127]], np.uint8))
+    assert parts["weight"].tobytes() == expected.tobytes()
+    assert (parts["scales"][0, 0], parts["biases"][0, 0]) == (0.5, -6)
+
+
+@pytest.mark.parametrize("exponent", [0, 103])
+def test_exact5_turns_groups_below_f16_into_zeros_and_counts_them(exponent: int) -> None:
+    packed = np.full((1, 16), 0x21, np.uint8)
+    quantizer = QUANTIZERS["exact5"]()
+    parts = {p: np.empty(n, np.uint8) for p, n in (("weight", 20), ("scales", 2), ("biases", 2))}
+    tally = quantizer.encode(packed[0], np.array([exponent], np.uint8), parts)
+    assert tally.underflows == 1
+    assert tally.error == tally.energy
+    assert not parts["scales"].any()
+    assert not parts["biases"].any()
+
+
+@pytest.mark.parametrize("exponent", [141, 254])
+def test_exact5_refuses_what_f16_cannot_hold_but_takes_zeros(exponent: int) -> None:
+    exponents = np.array([[exponent]], np.uint8)
+    with pytest.raises(BadGroup, match="too large"):
+        encode("exact5", np.full((1, 16), 0x10, np.uint8), exponents)
+    zeros = encode("exact5", np.full((1, 16), 0x80, np.uint8), exponents)
+    assert not decode(QUANTIZERS["exact5"].label, zeros).any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_exponent_of_255_stops_every_quantizer(name: str) -> None:
+    with pytest.raises(BadGroup, match="255"):
+        encode(name, np.zeros((1, 16), np.uint8), np.array([[255]], np.uint8))
+
+
+def assert_made_with(name: str, source: Path, bundle: Path) -> None:
+    """Every expert holds what the quantizer gives; index, labels and record agree."""
+    opened, origin = open_bundle(bundle), open_source(source)
+    check_index(opened, "test")
+    label = QUANTIZERS[name].label
+    assert labels.expert_label(opened) == label
+    assert labels.recorded_quantizer(opened.config) == name
+    for base in expert_bases(origin):
+        expected = encode(
+            name,
+            read_array(origin.tensors[f"{base}.weight"]).view(np.uint8),
+            read_array(origin.tensors[f"{base}.scale"]),
+        )
+        held = {n.rpartition(".")[2] for n in opened.tensors if n.startswith(f"{base}.")}
+        assert held == set(expected), base
+        for part, array in expected.items():
+            tensor = opened.tensors[f"{base}.{part}"]
+            assert tensor.shape == array.shape
+            assert read_array(tensor).tobytes() == array.tobytes(), tensor.name
+        assert opened.config["quantization"][base] == label
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_stock_bundle_becomes_what_the_quantizer_gives(tmp_path: Path, name: str) -> None:
+    source, bundle, _ = small.make(tmp_path, small.Sizes(), seed=21)
+    done = requantize(source, bundle, name)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert_made_with(name, source, bundle)
+    before = digests(bundle)
+    assert "nothing to do" in requantize(source, bundle, name).stdout
+    assert digests(bundle) == before
+
+
+def test_a_change_of_quantizer_starts_from_the_source_again(tmp_path: Path) -> None:
+    source, bundle, expected = small.make(tmp_path, small.Sizes(), seed=22)
+    for name in (*NAMES, *reversed(NAMES), "mlx"):
+        done = requantize(source, bundle, name)
+        assert (done.returncode, done.stderr) == (0, ""), name
+        assert_made_with(name, source, bundle)
+    opened = open_bundle(bundle)
+    for name, (_, array) in expected.items():
+        assert read_array(opened.tensors[name]).tobytes() == np.ascontiguousarray(array).tobytes()
+
+
+@pytest.mark.parametrize(("first", "then"), [("mlx", "mxfp4"), ("mxfp4", "exact5")])
+def test_a_change_that_was_interrupted_goes_on(tmp_path: Path, first: str, then: str) -> None:
+    sizes = small.Sizes(bundle_shard=5)
+    source, bundle, _ = small.make(tmp_path, sizes, seed=23)
+    assert requantize(source, bundle, first).returncode == 0
+    assert requantize(source, bundle, then, "--part", "2/3").returncode == 0
+    done = requantize(source, bundle, then)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert_made_with(then, source, bundle)
+
+
+def test_a_change_of_mind_in_the_middle_leads_back(tmp_path: Path) -> None:
+    source, bundle, _ = small.make(tmp_path, small.Sizes(bundle_shard=5), seed=24)
+    assert requantize(source, bundle, "exact5").returncode == 0
+    assert requantize(source, bundle, "mxfp4", "--part", "1/2").returncode == 0
+    assert requantize(source, bundle, "exact5").returncode == 0
+    assert_made_with("exact5", source, bundle)
+
+
+def test_another_source_still_stops_whatever_the_quantizer(tmp_path: Path) -> None:
+    source, bundle, _ = small.make(tmp_path / "one", small.Sizes(), seed=25)
+    other, _, _ = small.make(tmp_path / "two", small.Sizes(), seed=26)
+    assert requantize(source, bundle, "mlx").returncode == 0
+    before = digests(bundle)
+    done = requantize(other, bundle, "exact5")
+    assert done.returncode == 1
+    assert "a shard made from source" in done.stderr
+    assert digests(bundle) == before
+
+
+def test_mxfp4_leaves_stock_shards_of_experts_alone(tmp_path: Path) -> None:
+    sizes = small.Sizes(bundle_shard=4)
+    source, bundle, _ = small.make(tmp_path, sizes, seed=27)
+    before = digests(bundle)
+    assert requantize(source, bundle, "mxfp4").returncode == 0
+    after = digests(bundle)
+    opened = open_bundle(bundle)
+    for file, shard in opened.shards.items():
+        if all(".experts." in name for name in shard.tensors):
+            assert before[file] == after[file], file
+    assert any(before[file] == after[file] for file in opened.shards)
+    assert_made_with("mxfp4", source, bundle)
+
+
+def test_mxfp4_stops_at_stock_bytes_of_another_source(tmp_path: Path) -> None:
+    source, _, _ = small.make(tmp_path / "one", small.Sizes(bundle_shard=4), seed=28)
+    _, bundle, _ = small.make(tmp_path / "two", small.Sizes(bundle_shard=4), seed=29)
+    done = requantize(source, bundle, "mxfp4")
+    assert done.returncode == 1
+    assert "other values than the source's" in done.stderr
+
+
+def test_fp4_bytes_of_a_stock_bundle_get_no_label(tmp_path: Path) -> None:
+    _, bundle, _ = small.make(tmp_path, small.Sizes(), seed=30)
+    with pytest.raises(Stop, match="FP4 bytes"):
+        labels.expert_label(open_bundle(bundle))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bundle_fits_its_own_label_and_no_other(tmp_path: Path, name: str) -> None:
+    source, bundle, _ = small.make(tmp_path, small.Sizes(layers=1, experts=1), seed=31)
+    assert requantize(source, bundle, name).returncode == 0
+    config = json.loads((bundle / "config.json").read_text())
+    base = "layers.0.ffn.experts.0.w1"
+    stored = labels.stored_label(open_bundle(bundle).tensors, base)
+    assert stored == config["quantization"][base] == QUANTIZERS[name].label
+    others = [quantizer.label for quantizer in QUANTIZERS.values()]
+    assert sum(stored == label for label in others) == 1 + (
+        name in ("mlx", "optimal") and "optimal" in QUANTIZERS
+    )

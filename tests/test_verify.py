@@ -1,0 +1,374 @@
+"""scripts/verify.py: what it proves, what it says, and when it refuses to pass.
+
+Catches: a level that looks at nothing, a kernel that disagrees with MLX, a flipped bit that some
+tensor's comparison does not see, a report that does not say how to repair.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import bundles
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import SCRIPTS, must, refusal, script
+
+import patch_loader
+from dsv4 import compare, documents, judge, level1, numbers, verdict
+from dsv4.checkpoint import open_bundle, open_source
+from dsv4.findings import FAULTS, Findings
+from dsv4.fp4 import E2M1
+from dsv4.shard import read_array
+from dsv4.stop import Stop
+from dsv4.survey import survey
+
+
+@pytest.fixture(scope="module")
+def elsewhere(good, tmp_path_factory):
+    """The good bundle as another tool would have made it: without the requantizer's marks."""
+    return bundles.split(good, tmp_path_factory.mktemp("elsewhere") / "bundle", marks=False)
+
+
+# --- The whole command --------------------------------------------------------------------------
+
+
+def test_a_good_bundle_passes_and_the_report_counts(good, source, tmp_path):
+    out = tmp_path / "folder" / "verify.json"
+    said = must("verify", "--bundle", good, "--source", source, "--json", out)
+    assert "passed: everything that was asked for was checked and holds\n" in said
+    assert "98,304 of 98,304 groups byte for byte as expected" in said
+    assert "24 routed-expert matrices in MTP layers" in said
+    result = json.loads(out.read_text())
+    assert (result["verdict"], result["findings"], result["levels"]) == ("passed", [], [1, 2])
+    assert result["quantizer"]["requantize_quantizer"] == "mlx"
+    cells = {(c["block"], c["layer"], c["projection"]) for c in result["errors"]["experts"]}
+    assert len(cells) == (4 + 1) * 3
+    assert all(0.05 < c["relative_rms"] < 0.12 for c in result["errors"]["experts"])
+    assert set(result["hashes"]) == {
+        path.relative_to(good).as_posix() for path in good.rglob("*") if path.is_file()
+    }
+    assert result["hashes"]["config.json"] == numbers.sha256(good / "config.json")
+    assert result["versions"]["mlx"]
+
+
+def test_a_stock_bundle_fails_by_name_and_says_what_repairs_it(stock, source):
+    result = script("verify", "--bundle", stock, "--source", source, "--level", 1)
+    assert result.returncode == 1
+    assert "error: stock-experts (120×)" in result.stderr
+    assert "repair: make requantize" in result.stderr
+    assert (
+        "mlx_lm: model.layers.0.mlp.switch_mlp.down_proj.biases: found no tensor" in result.stderr
+    )
+    assert "Traceback" not in result.stderr
+
+
+def test_without_a_source_level_two_still_reads_everything(good):
+    said = must("verify", "--bundle", good, "--without-loader")
+    assert "numbers without NaN or Inf" in said
+    assert "but the loaders were not asked" in said
+
+
+def test_hashes_come_at_level_one_when_asked(good, tmp_path):
+    out = tmp_path / "verify.json"
+    must("verify", "--bundle", good, "--without-loader", "--level", 1, "--json", out)
+    assert json.loads(out.read_text())["hashes"] == {}
+    must("verify", "--bundle", good, "--without-loader", "--level", 1, "--hashes", "--json", out)
+    assert json.loads(out.read_text())["hashes"]["config.json"]
+
+
+def test_a_python_without_the_toolchain_is_a_failure_not_a_pass(good, tmp_path):
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.base_prefix}/bin/python3 -S -I "$@"\n')
+    bare.chmod(0o755)
+    result = script("verify", "--bundle", good, "--level", 1, "--python", bare)
+    assert result.returncode == 1
+    assert "error: loader-not-checked" in result.stderr
+
+
+def test_a_folder_that_is_not_there_is_one_clear_line(tmp_path):
+    assert "no such folder" in refusal("verify", "--bundle", tmp_path / "nowhere")
+
+
+def test_an_empty_folder_is_a_failure(tmp_path):
+    result = script("verify", "--bundle", tmp_path, "--without-loader")
+    assert result.returncode == 1
+    assert "FAILED: config-broken" in result.stderr
+
+
+def test_help_names_every_level():
+    command = [sys.executable, SCRIPTS / "verify.py", "--help"]
+    assert "--level {1,2}" in subprocess.run(command, capture_output=True, text=True).stdout
+
+
+# --- Signatures of known failures, without a source ---------------------------------------------
+
+
+def test_zero_filled_experts_are_seen_without_a_source(good, tmp_path):
+    folder = shutil.copytree(good, tmp_path / "bundle")
+
+    def change(arrays):
+        for part in ("weight", "scales", "biases"):
+            arrays[f"layers.0.ffn.experts.0.w1.{part}"][1][...] = 0
+
+    bundles.edit(folder, change)
+    findings = bundles.judge(folder, None)
+    assert "experts-zero" in findings.names
+    assert "layers.0.ffn.experts.0.w1" in bundles.places(findings, "experts-zero")
+
+
+def test_nan_is_seen_without_a_source(good_copy):
+    bundles.write_numbers(good_copy, "layers.0.ffn.experts.0.w1.scales", 7, [float("nan")])
+    findings = bundles.judge(good_copy, None)
+    assert "element [0, 7]" in bundles.places(findings, "nan-or-inf")
+
+
+def test_the_stock_bundle_is_told_without_a_source(stock):
+    named = bundles.judge(stock, None, level=1).names
+    assert {"stock-experts", "controls-rounded", "label-missing", "eos-wrong"} <= named
+
+
+def test_every_fault_has_a_reason_and_a_repair():
+    for name, fault in FAULTS.items():
+        assert fault.why.endswith("."), name
+        assert fault.repair, name
+
+
+# --- The loaders --------------------------------------------------------------------------------
+
+
+def test_the_loaders_show_what_a_wrong_label_does(good_copy):
+    gate = "model.layers.0.mlp.switch_mlp.gate_proj"
+    bundles.edit_json(
+        good_copy / "config.json", lambda config: config["quantization"][gate].update(bits=8)
+    )
+    findings = bundles.judge(good_copy, None, loader=True, level=1)
+    said = bundles.places(findings, "loader-parameter-misfit")
+    assert f"mlx_lm: {gate}.weight packed [8, 128, 32] packed [8, 128, 64]" in said
+
+
+def test_an_unpatched_loader_is_told_by_what_it_does(good, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        "dsv4.loading.loader_states", lambda python: {"jang_tools/load_jangtq.py": "pristine"}
+    )
+    findings = bundles.judge(good, None, loader=True, level=1)
+    assert findings.names == {"loader-unpatched"}
+    assert [finding.fault.repair for finding in findings] == ["make patch_loader"]
+
+
+def test_a_missing_expert_makes_the_loader_fail(good_copy):
+    def change(arrays):
+        del arrays["layers.1.ffn.experts.3.w1.weight"]
+
+    bundles.edit(good_copy, change)
+    findings = bundles.judge(good_copy, None, loader=True, level=1)
+    assert "Expert stacking failed" in bundles.places(findings, "loader-fails")
+
+
+@pytest.mark.parametrize("which", ["good", "stock"])
+def test_what_an_unpatched_loader_drops_is_what_upstreams_function_drops(which, request):
+    folder = request.getfixturevalue(which)
+    opened = survey(folder, Findings())
+    config = json.loads(json.dumps(opened.config))
+    pristine_loader()["_patch_quant_config_inplace"](folder, config)
+    lost = opened.config["quantization"].keys() - config["quantization"].keys()
+    assert documents.dropped_by_unpatched_loader(opened) == len(lost)
+    assert lost
+
+
+def pristine_loader() -> dict:
+    """The names of the installed load_jangtq.py as it was published, whatever was patched since."""
+    patch = patch_loader.read_patch(patch_loader.PATCHES / "load_jangtq.patch")
+    installed = importlib.util.find_spec("jang_tools.load_jangtq")
+    text = Path(installed.origin).read_text()
+    if patch_loader.state(text, patch) == "patched":
+        text = patch_loader.apply(text, [hunk.reversed for hunk in patch.hunks])
+    names: dict = {"__name__": "pristine"}
+    exec(compile(text, "load_jangtq.py", "exec"), names)
+    return names
+
+
+# --- Level 2 sees every tensor ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("marks", [True, False], ids=["ours", "elsewhere"])
+def test_a_flipped_bit_in_every_tensor_is_seen_in_every_tensor(
+    good, elsewhere, source, marks, tmp_path
+):
+    folder = shutil.copytree(good if marks else elsewhere, tmp_path / "bundle")
+    rng = np.random.default_rng(marks)
+    parts: dict[str, list[str]] = {}
+    for name in open_bundle(folder).tensors:
+        base = name.rpartition(".")[0] if name.endswith(("weight", "scales", "biases")) else name
+        parts.setdefault(base, []).append(name)
+    for names in parts.values():
+        tensor = open_bundle(folder).tensors[rng.choice(names)]
+        bundles.flip(folder, tensor.name, int(rng.integers(tensor.nbytes)), int(rng.integers(8)))
+    findings = Findings()
+    opened, origin = survey(folder, findings), open_source(source)
+    read = numbers.read_numbers(opened, origin, 2, lambda done: None)
+    places = [o.faults + o.wrong_places + o.explained_places for o in read.outcomes]
+    assert [o.name for o, seen in zip(read.outcomes, places, strict=True) if not seen] == []
+    assert len(read.outcomes) == len(parts)
+    verdict.judge(read, findings)
+    assert {"expert-differs", "module-differs", "control-differs"} <= findings.names
+
+
+def test_a_bundle_from_elsewhere_is_held_to_mlx_formula(elsewhere, source):
+    findings = Findings()
+    opened, origin = survey(elsewhere, findings), open_source(source)
+    read = numbers.read_numbers(opened, origin, 2, lambda done: None)
+    experts = [o for o in read.outcomes if o.what == "expert"]
+    assert all(o.exact == o.groups and not o.recomputed for o in experts)
+    assert sum(o.fragile for o in experts) > 0
+    verdict.judge(read, findings)
+    assert not findings.names
+
+
+def test_an_unquantized_head_is_compared_as_what_it_is(good, source, tmp_path):
+    """mlx-vlm wants the head in BF16."""
+    folder = shutil.copytree(good, tmp_path / "bundle")
+    head = read_array(open_source(source).tensors["head.weight"])
+
+    def change(arrays):
+        for part in ("scales", "biases"):
+            del arrays[f"head.{part}"]
+        arrays["head.weight"] = "BF16", head
+
+    bundles.edit(folder, change)
+    assert bundles.judge(folder, source).names == set()
+    bundles.flip(folder, "head.weight", 5)
+    assert "element [0, 2]" in bundles.places(bundles.judge(folder, source), "module-differs")
+
+
+def test_a_source_tensor_that_was_not_compared_is_named(good, source, tmp_path):
+    folder = shutil.copytree(good, tmp_path / "bundle")
+    bundles.edit(folder, lambda arrays: arrays.pop("norm.weight"))
+    assert "norm.weight" in bundles.places(bundles.judge(folder, source), "not-compared")
+
+
+def test_a_stacked_bundle_is_named_as_one(good_copy):
+    def change(arrays):
+        arrays["model.layers.0.mlp.switch_mlp.gate_proj.weight"] = arrays.pop("norm.weight")
+
+    bundles.edit(good_copy, change)
+    assert "layout-unknown" in bundles.judge(good_copy, None, level=1).names
+
+
+def test_a_read_beyond_the_end_of_a_file_stops(good_copy):
+    tensor = open_bundle(good_copy).tensors["norm.weight"]
+    tensor.path.write_bytes(tensor.path.read_bytes()[: tensor.offset])
+    with pytest.raises(Stop, match="its end"):
+        compare.Reader().read(tensor)
+
+
+def test_hidden_files_are_no_part_of_a_bundle():
+    files = ["config.json", ".DS_Store", ".cache/x", "encoding/__pycache__/a.pyc", "encoding/a.py"]
+    assert numbers.visible(files) == ["config.json", "encoding/a.py"]
+
+
+# --- The kernels --------------------------------------------------------------------------------
+
+
+def quantized(values: np.ndarray, bits: int) -> tuple[np.ndarray, ...]:
+    """What mx.quantize gives on the CPU: levels, and scales and biases rounded to F16."""
+    packed, scales, biases = mx.quantize(
+        mx.array(values), group_size=32, bits=bits, mode="affine", stream=mx.cpu
+    )
+    levels = np.empty(values.size, np.uint8)
+    judge.unpack(np.array(packed).view(np.uint8).reshape(-1), bits, levels)
+    halves = [np.array(part).astype(np.float16).astype(np.float32) for part in (scales, biases)]
+    return levels, halves[0].reshape(-1), halves[1].reshape(-1)
+
+
+def weights(rng: np.random.Generator) -> np.ndarray:
+    """Rows of every kind: two-sided, one-sided, all zero, tiny, one large among small."""
+    values = rng.standard_normal((96, 256)).astype(np.float32) * 0.03
+    values[:8], values[8:16], values[16] = abs(values[:8]), -abs(values[8:16]), 0
+    values[17:20] *= 1e-7
+    values[20:24, ::40] = 1
+    values[24:60] = E2M1[rng.integers(0, 16, (36, 256))] * 0.125
+    return values
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_formula_is_what_mlx_gives(bits):
+    values = weights(np.random.default_rng(bits))
+    levels, scales, biases = quantized(values, bits)
+    counts = judge.formula(values.reshape(-1), levels, scales, biases, bits, *judge.ROUNDING["F16"])
+    assert counts[judge.EXACT] == len(scales)
+    assert counts[judge.WRONG] == counts[judge.EXPLAINED] == 0
+
+
+@pytest.mark.parametrize("bits", [3, 4, 5, 8])
+def test_mlx_keeps_within_the_bounds(bits):
+    values = weights(np.random.default_rng(bits))
+    levels, scales, biases = quantized(values, bits)
+    counts, energy, error, worst = judge.bounds(
+        values.reshape(-1), levels, scales, biases, bits, *judge.ROUNDING["F16"]
+    )
+    decoded = levels * scales.repeat(32) + biases.repeat(32)
+    assert counts[judge.NOT_NEAREST] == counts[judge.LOST_ZEROS] == counts[judge.BAD_NUMBER] == 0
+    assert worst <= 1.001
+    assert energy == pytest.approx((values.astype(np.float64) ** 2).sum(), rel=1e-5)
+    assert error == pytest.approx(((decoded - values.reshape(-1)) ** 2).sum(), rel=1e-3)
+
+
+def test_a_group_that_starts_its_maximum_at_zero_is_explained_not_wrong():
+    """MLX's Metal and CUDA kernels do, so all-negative groups differ from its CPU code."""
+    values = np.full(32, -1, np.float32)
+    values[1::2] = -0.5
+    levels, scales, biases = quantized(np.append(values[:31], 0).reshape(1, 32), 4)
+    levels[31] = levels[1]
+    counts = judge.formula(values, levels, scales, biases, 4, *judge.ROUNDING["F16"])
+    assert (counts[judge.EXACT], counts[judge.EXPLAINED], counts[judge.WRONG]) == (0, 1, 0)
+
+
+def test_decoding_fp4_agrees_with_the_plain_one():
+    rng = np.random.default_rng(3)
+    codes = rng.integers(0, 256, (5, 32), dtype=np.uint8)
+    exponents = rng.integers(0, 255, (5, 2), dtype=np.uint8)
+    values = np.empty(5 * 64, np.float32)
+    judge.decode_fp4(codes.reshape(-1), exponents.reshape(-1), values)
+    pairs = np.stack([codes & 15, codes >> 4], -1).reshape(5, 2, 32)
+    with np.errstate(over="ignore"):
+        plain = E2M1[pairs] * np.ldexp(np.float32(1), exponents.astype(int) - 127)[..., None]
+    assert np.array_equal(values, plain.reshape(-1).astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
+def test_rounding_to_a_dtype_is_numpys(dtype):
+    rng = np.random.default_rng(5)
+    values = (rng.standard_normal(4000) * 10.0 ** rng.integers(-9, 5, 4000)).astype(np.float32)
+    rounded = compare.as_float32(compare.rounded(values, dtype), dtype)
+    kernel = [judge._rounded(float(value), *judge.ROUNDING[dtype]) for value in values]
+    assert np.array_equal(np.array(kernel, np.float32), rounded)
+
+
+# --- Templates ----------------------------------------------------------------------------------
+
+
+def test_upstreams_own_template_is_right():
+    converter = pytest.importorskip("jang_tools.dsv4.convert_dsv4_jangtq")
+    template = converter.DSV4_CHAT_TEMPLATE_JINJA
+    assert documents.template_fault(template) is None
+
+
+def test_a_hostile_template_is_not_run():
+    found, _ = documents.template_fault("{{ ''.__class__.__mro__[1].__subclasses__() }}")
+    assert "SecurityError" in found
+
+
+def test_level_one_takes_headers_alone(good):
+    """No file is read: what inspect gets from a hub is enough."""
+    findings = Findings()
+    opened = survey(good, findings)
+    shutil.rmtree  # noqa: B018
+    checks = level1.check_headers(opened, None, findings)
+    assert not findings.names
+    assert all(check.number for check in checks)
