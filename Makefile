@@ -141,16 +141,17 @@ $(STAMPS)/download.stamp: $(STAMPS)/patch_loader.stamp scripts/download.py \
 	  $(if $(VERIFY_HASHES),--verify-hashes) $(if $(LOW_DISK),--low-disk)
 	touch $@
 
+QUANTIZE = --quantizer '$(QUANTIZER)' $(if $(IMATRIX),--imatrix '$(IMATRIX)') $(if $(JOBS),--jobs $(JOBS))
+EXPERTS = labels affine assignments exact imatrix optimal quantizer rewrite
 # The bundle's tensors, 180 GB, at about the speed of copying: experts to 4-bit affine, other matrices
 # to 8-bit. CONVERTER=jang: hours, and experts that are FP4 bytes under an affine label.
 .PHONY: convert
 convert: $(STAMPS)/convert.stamp ## convert the source into a new bundle (CONVERTER, LOW_DISK)
 $(STAMPS)/convert.stamp: $(STAMPS)/download.stamp scripts/convert.py scripts/requantize.py scripts/download.py \
-  $(call module,labels affine quantizer rewrite matrices fp8 configs low_disk upstream toolchain)
+  $(call module,$(EXPERTS) matrices fp8 configs low_disk upstream toolchain) scripts/dsv4/assignments.txt
 	rm -f $@
 	$(PYTHON) scripts/convert.py $(FOLDERS) --converter '$(CONVERTER)' --python '$(TOOLCHAIN_PYTHON)' \
-	  $(if $(filter native,$(CONVERTER)),--quantizer '$(QUANTIZER)') \
-	  $(if $(JOBS),--jobs $(JOBS)) $(if $(SHARD_BYTES),--shard-bytes $(SHARD_BYTES)) \
+	  $(QUANTIZE) $(if $(SHARD_BYTES),--shard-bytes $(SHARD_BYTES)) \
 	  $(if $(LOW_DISK),--low-disk --repo '$(REPO)')
 	touch $@
 
@@ -159,11 +160,10 @@ $(STAMPS)/convert.stamp: $(STAMPS)/download.stamp scripts/convert.py scripts/req
 .PHONY: requantize
 requantize: $(STAMPS)/requantize.stamp ## make the routed experts right, from the FP4 source
 $(STAMPS)/requantize.stamp: $(STAMPS)/convert.stamp scripts/requantize.py \
-  $(call module,labels affine assignments exact imatrix optimal quantizer rewrite) scripts/dsv4/assignments.txt
+  $(call module,$(EXPERTS)) scripts/dsv4/assignments.txt
 	rm -f $@
 	$(if $(LOW_DISK),@echo 'requantize: convert compared every shard with the source before it was freed', \
-	  $(PYTHON) scripts/requantize.py $(FOLDERS) --quantizer '$(QUANTIZER)' \
-	  $(if $(IMATRIX),--imatrix '$(IMATRIX)') $(if $(JOBS),--jobs $(JOBS)))
+	  $(PYTHON) scripts/requantize.py $(FOLDERS) $(QUANTIZE))
 	touch $@
 
 # Tokenizer and encoding files.

@@ -190,7 +190,7 @@ def unit_of(weight: Tensor, source: Checkpoint, quantizer: Quantizer) -> Unit:
         parts = quantizer.parts(out, 2 * half)
         return Unit(what, weight, scale, tuple(Slot(f"{base}.{p}", *parts[p]) for p in parts))
     if weight.name == HEAD:
-        return Unit("control", weight, None, (Slot(HEAD, weight.dtype, weight.shape),))
+        return Unit("head", weight, None, (Slot(HEAD, weight.dtype, weight.shape),))
     if what == "affine8":
         matrices.check_matrix(weight, scale)
         return Unit(what, weight, scale, matrices.matrix_slots(weight, base))
@@ -443,7 +443,7 @@ def describe(plan: Plan, bundle: Path, jobs: int, supply: Supply | None) -> str:
     lines = [
         f"tensors: {counts['expert']:,} routed experts to {label['mode']} {label['bits']} bits, "
         f"{counts['affine8']:,} matrices to affine 8 bits, {counts['passthrough']:,} to F16 or as "
-        f"integers, {counts['control']:,} controls in F32",
+        f"integers, {counts['control']:,} controls in F32, {counts['head']:,} head as it is",
         f"shards: {len(todo):,} to write, {len(plan.shards):,} in the bundle",
         f"read: {human(read)}; written: {human(written)}",
         f"disk: {human(plan.nbytes)} for the bundle, "
@@ -489,6 +489,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shard-bytes", type=parse_bytes, default=SHARD_BYTES,
                         help="the largest shard (5e9)")  # fmt: skip
     parser.add_argument("--quantizer", choices=sorted(QUANTIZERS), default="mlx")
+    parser.add_argument("--imatrix", type=Path, help="importance of columns, for optimal (.dat)")
     parser.add_argument("--low-disk", action="store_true",
                         help="fetch and free the source's shards as it goes")  # fmt: skip
     parser.add_argument("--repo", default="", help="--low-disk: where they come from")
@@ -496,7 +497,10 @@ def parse_arguments() -> argparse.Namespace:
                         help="--low-disk: how long to try again while nothing comes")  # fmt: skip
     parser.add_argument("--workers", type=int, default=download.WORKERS,
                         help="--low-disk: files fetched at once")  # fmt: skip
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.imatrix and args.quantizer != "optimal":
+        parser.error("--imatrix needs --quantizer optimal: no other quantizer weighs errors")
+    return args
 
 
 @contextlib.contextmanager
@@ -529,7 +533,7 @@ def run_upstream(args: argparse.Namespace, source: Checkpoint) -> str:
 def run_native(args: argparse.Namespace, source: Checkpoint, headers: Checkpoint,
                supply: Supply | None) -> str:  # fmt: skip
     """The native converter, or its plan; return what to say."""
-    plan = make_plan(source, headers, QUANTIZERS[args.quantizer](), args.shard_bytes)
+    plan = make_plan(source, headers, requantize.make_quantizer(args, headers), args.shard_bytes)
     if args.dry_run:
         return "would be made\n" + describe(plan, args.bundle, args.jobs, supply)
     return convert(plan, args.bundle, args.jobs, supply)

@@ -159,7 +159,8 @@ def make_bundles(source: Path, work: Path, python: Path) -> dict[str, Path]:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     stock = work / "stock"
-    stage("convert", "--source", source, "--bundle", stock, "--python", python)
+    stage("convert", "--source", source, "--bundle", stock, "--python", python,
+          "--converter", "jang")  # fmt: skip
     bundles = {}
     for name in QUANTIZERS:
         bundle = bundles[name] = shutil.copytree(stock, work / name)

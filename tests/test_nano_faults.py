@@ -27,7 +27,7 @@ EXPERTS = 8
 def nano(tmp_path_factory):
     """(stock bundle, right bundle) of the nano."""
     folder = tmp_path_factory.mktemp("nano")
-    must("convert", "--source", NANO, "--bundle", folder / "stock")
+    must("convert", "--source", NANO, "--bundle", folder / "stock", "--converter", "jang")
     shutil.copytree(folder / "stock", folder / "right")
     must("requantize", "--source", NANO, "--bundle", folder / "right")
     must("finalize", "--source", NANO, "--bundle", folder / "right")
