@@ -52,6 +52,7 @@ def fetch_headers(source: Path, record: Record, patience: float) -> int:
     def bring(name: str) -> None:
         file = record.files[name]
         head = remote.read_header(record.repo, record.commit, file, patience)
+        head = head[: header_length(head)]
         with tempfile.TemporaryDirectory(prefix="header-") as work:
             places = sample_places(read_shard(lay(Path(work) / name, head, file.size)))
         data = [head]
