@@ -234,7 +234,7 @@ TO ?=
 DRY_RUN ?=
 PRIVATE ?=
 .PHONY: publish
-publish: .venv/installed ## upload the verified bundle to the hub: TO=user/name (DRY_RUN=1 first)
+publish: report ## upload the verified bundle to the hub: TO=user/name (DRY_RUN=1 first)
 	$(PYTHON) scripts/publish.py $(FOLDERS) --to '$(TO)' --report $(STAMPS)/verify.json \
 	  --page $(STAMPS)/verify.html $(if $(PRIVATE),--private) $(if $(DRY_RUN),--dry-run)
 
@@ -248,6 +248,12 @@ demo: ## build, serve and ask the small model that the repository ships (no down
 	$(MAKE) all MODEL=nano
 	$(PYTHON) scripts/demo.py --source $(NANO) --stock build/nano/stock --bundle build/nano/bundle \
 	  --python '$(TOOLCHAIN_PYTHON)'
+
+# Every stack of scripts/stacks, in venvs of their own: 6 GB in build/, up to an hour.
+.PHONY: matrix
+matrix: .venv/installed ## which runtime loads which bundle of the small model, and answers rightly?
+	$(PYTHON) scripts/patch_loader.py --python $(PYTHON)
+	$(PYTHON) scripts/matrix.py
 
 # The same from nothing each time, for a toolchain of your own: TOOLCHAIN_PYTHON=…
 selftest: ## can this toolchain be trusted with the big model? Convert, load and serve the small one
@@ -294,4 +300,5 @@ format: .venv/installed ## format the code
 	$(PYTHON) -m ruff format scripts tests
 
 clean: ## remove stamps and reports; never a bundle or a source
-	rm -f build/*/*.stamp build/*/settings build/*/*.json build/*/*.html
+	rm -f build/*/*.stamp build/*/settings build/*/verify.json build/*/verify.html
+	rm -f build/matrix/matrix.json build/fidelity/fidelity.*

@@ -122,9 +122,11 @@ def test_clean_touches_neither_bundle_nor_source(recipe):
     def files(folder):
         return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
-    before = files(recipe.bundle), files(recipe.source)
+    inside = shutil.copytree(recipe.bundle, recipe.folder / "build" / "mine")
+    folders = (recipe.bundle, recipe.source, inside)
+    before = [files(folder) for folder in folders]
     recipe.stages("clean")
-    assert before == (files(recipe.bundle), files(recipe.source))
+    assert before == [files(folder) for folder in folders]
     assert not list((recipe.folder / "build").rglob("*.stamp"))
 
 
