@@ -81,7 +81,7 @@ all: $(STAMPS)/verify.stamp ## build the bundle: every stage from check to verif
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z_]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "Settings (make NAME=value, or config.mk): MODEL REPO REVISION SOURCE BUNDLE REFERENCE"
-	@echo "  CONVERTER LOW_DISK SHARD_BYTES TOOLCHAIN_PYTHON QUANTIZER IMATRIX PORT JOBS LEVEL"
+	@echo "  CONVERTER QUANTIZER IMATRIX LOW_DISK SHARD_BYTES TOOLCHAIN_PYTHON PORT JOBS LEVEL"
 	@echo "  VERIFY_HASHES PYTHON3; README.md tells what they mean."
 
 # The values that stages depend on. Rewritten only when one of them changes.
@@ -184,7 +184,8 @@ $(STAMPS)/patch.stamp: $(STAMPS)/finalize.stamp scripts/patch.py $(call module,c
 
 # With LOW_DISK=1 without the source, which is gone: convert compared each shard with it.
 # LEVEL=1: headers and JSON, seconds. 2: every number against the source, at the disk's speed.
-PROOF = survey findings headers documents loading level1 judge compare promises numbers verdict
+PROOF = survey findings headers documents loading level1 reading tasks judge promises compare \
+  numbers verdict
 VERIFY = $(PYTHON) scripts/verify.py --bundle '$(BUNDLE)' --level $(LEVEL) \
   $(if $(LOW_DISK),,$(if $(wildcard $(call escaped,$(SOURCE))/config.json),--source '$(SOURCE)')) \
   --python '$(TOOLCHAIN_PYTHON)' --json $(STAMPS)/verify.json $(if $(JOBS),--jobs $(JOBS))
@@ -272,11 +273,11 @@ build/wheels/jang-%-py3-none-any.whl: | .venv/installed
 	  --dest build/wheels jang==$*
 
 # Against copying the same shards, and against the plan's own method, side by side.
-.PHONY: bench
+.PHONY: bench bench_convert
 bench: .venv/installed ## measure requantize beside copying and beside the plan's method (10 GB in build/)
 	$(PYTHON) scripts/bench.py
+
 # 8 GB under build/ while it runs, about 7 minutes on two cores.
-.PHONY: bench_convert
 bench_convert: .venv/installed ## measure convert against the disk, and against upstream and the plan
 	$(PYTHON) scripts/bench_convert.py
 

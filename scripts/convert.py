@@ -47,7 +47,7 @@ from dsv4 import configs, hub, low_disk, matrices, upstream
 from dsv4.checkpoint import INDEX, Checkpoint, check_index, open_bundle, open_source
 from dsv4.durable import fsync_folder, human, write_json
 from dsv4.low_disk import Supply
-from dsv4.names import kind, treatment
+from dsv4.names import HEAD, kind, treatment
 from dsv4.origin import read_record
 from dsv4.quantizer import QUANTIZERS, Quantizer
 from dsv4.rewrite import NewShard, Piece, copy_pieces, rewrite
@@ -189,6 +189,8 @@ def unit_of(weight: Tensor, source: Checkpoint, quantizer: Quantizer) -> Unit:
         out, half = weight.shape
         parts = quantizer.parts(out, 2 * half)
         return Unit(what, weight, scale, tuple(Slot(f"{base}.{p}", *parts[p]) for p in parts))
+    if weight.name == HEAD:
+        return Unit("head", weight, None, (Slot(HEAD, weight.dtype, weight.shape),))
     if what == "affine8":
         matrices.check_matrix(weight, scale)
         return Unit(what, weight, scale, matrices.matrix_slots(weight, base))
@@ -441,7 +443,7 @@ def describe(plan: Plan, bundle: Path, jobs: int, supply: Supply | None) -> str:
     lines = [
         f"tensors: {counts['expert']:,} routed experts to {label['mode']} {label['bits']} bits, "
         f"{counts['affine8']:,} matrices to affine 8 bits, {counts['passthrough']:,} to F16 or as "
-        f"integers, {counts['control']:,} controls in F32",
+        f"integers, {counts['control']:,} controls in F32, {counts['head']:,} head as it is",
         f"shards: {len(todo):,} to write, {len(plan.shards):,} in the bundle",
         f"read: {human(read)}; written: {human(written)}",
         f"disk: {human(plan.nbytes)} for the bundle, "

@@ -82,7 +82,7 @@ def drawing(cells: list[dict[str, Any]]) -> str:
     layers = sorted({(cell["block"], cell["layer"]) for cell in cells})
     by_place = {(cell["projection"], cell["block"], cell["layer"]): cell for cell in cells}
     marks = ticks(max(cell["worst_tensor_rms"] for cell in cells))
-    pitch = max(14, min(40, 880 // len(layers)))
+    pitch = max(14, min(40, 840 // (len(layers) + 2)))
     # MTP layers stand apart, by the width of one bar.
     left = {place: LEFT + pitch * (i + (place[0] == "mtp")) for i, place in enumerate(layers)}
     width = max(left.values()) + 2 * pitch + RIGHT

@@ -53,7 +53,7 @@ from dsv4.checkpoint import (
 from dsv4.durable import TEMPORARY_SUFFIX, human, temporary_for, write_json
 from dsv4.fp4 import GROUP
 from dsv4.imatrix import coverage, importances, open_imatrix, usable
-from dsv4.names import is_control, parse_expert
+from dsv4.names import HEAD, is_control, parse_expert
 from dsv4.quantizer import QUANTIZERS, Optimal, Quantizer
 from dsv4.rewrite import Desk, NewShard, Piece, Target, copy_pieces, rewrite
 from dsv4.shard import (
@@ -156,7 +156,7 @@ class Fate:
 
     shard: Shard
     slots: list[Slot]
-    kinds: dict[str, str]  # tensor → "expert", "control" or "copy"
+    kinds: dict[str, str]  # tensor → "expert", "control", "head" or "copy"
     metadata: dict[str, str]
     done: bool
 
@@ -255,6 +255,9 @@ def _slots_of(
     origin = source.tensors.get(tensor.name)
     if origin is not None and is_control(tensor.name) and origin.dtype == "F32":
         return "control", [Slot(tensor.name, "F32", tensor.shape)]
+    if tensor.name.rpartition(".")[0] == HEAD.rpartition(".")[0] and HEAD in source.tensors:
+        head = source.tensors[HEAD]
+        return "head", [Slot(HEAD, head.dtype, head.shape)] if tensor.name == HEAD else []
     return "copy", [Slot(tensor.name, tensor.dtype, tensor.shape)]
 
 
@@ -275,7 +278,7 @@ def pieces_of(fate: Fate, source: Checkpoint, quantizer: Quantizer, ledger: Ledg
             base, _, part = slot.name.rpartition(".")
             experts.setdefault(base, {})[part] = place
         else:
-            tensor = (source if kind == "control" else fate.shard).tensors[slot.name]
+            tensor = (source if kind in ("control", "head") else fate.shard).tensors[slot.name]
             pieces += copy_pieces(tensor.path, tensor.offset, place, slot.nbytes)
         place += slot.nbytes
     for base, places in experts.items():
@@ -626,7 +629,7 @@ def complete(plan: Plan) -> bool:
 
 def describe(plan: Plan) -> str:
     """The plan for a reader: shards, tensors by kind, bytes, disk, an estimate of the time."""
-    kinds = {"expert": 0, "control": 0, "copy": 0}
+    kinds = {"expert": 0, "control": 0, "head": 0, "copy": 0}
     for fate in plan.work:
         for kind in fate.kinds.values():
             kinds[kind] += 1
@@ -637,7 +640,8 @@ def describe(plan: Plan) -> str:
     lines = [
         f"shards: {len(plan.todo):,} to write, {len(plan.fates):,} in the bundle",
         f"tensors: {kinds['expert']:,} parts of routed experts from FP4, "
-        f"{kinds['control']:,} controls to F32, {kinds['copy']:,} copied",
+        f"{kinds['control']:,} controls to F32, {kinds['head']:,} head as in the source, "
+        f"{kinds['copy']:,} copied",
         f"read: {human(read)}; written: {human(written)}",
         f"extra disk: {human(growth)} for good, {human(at_once)} while it runs",
         estimate(shards, written, plan.jobs),

@@ -461,7 +461,7 @@ def test_another_source_of_the_same_shape_is_recognised(tmp_path: Path) -> None:
     before = digests(bundle)
     stopped = requantize(other, bundle)
     assert stopped.returncode == 1
-    assert "made with source" in stopped.stderr
+    assert "made from source" in stopped.stderr
     before.pop(".requantize.lock")  # parts leave it to the whole run
     assert digests(bundle) == before
 

@@ -20,11 +20,11 @@ import pytest
 from conftest import SCRIPTS, must, refusal, script
 
 import patch_loader
-from dsv4 import compare, documents, judge, level1, numbers, verdict
+from dsv4 import documents, judge, level1, numbers, reading, verdict
 from dsv4.checkpoint import open_bundle, open_source
 from dsv4.findings import FAULTS, Findings
 from dsv4.fp4 import E2M1
-from dsv4.shard import read_array
+from dsv4.quantizer import QUANTIZERS
 from dsv4.stop import Stop
 from dsv4.survey import survey
 
@@ -230,17 +230,34 @@ def test_a_bundle_from_elsewhere_is_held_to_mlx_formula(elsewhere, source):
     assert not findings.names
 
 
+@pytest.mark.parametrize("name", sorted(QUANTIZERS.keys() - {"mlx"}))
+def test_every_quantizer_is_held_to_its_own_promise(name, stock, source, tmp_path):
+    folder = shutil.copytree(stock, tmp_path / "bundle")
+    must("requantize", "--source", source, "--bundle", folder, "--quantizer", name)
+    must("patch", "--bundle", folder)
+    assert bundles.judge(folder, source).names == set()
+    parts = [n for n in open_bundle(folder).tensors if n.startswith("layers.1.ffn.experts.3.w2.")]
+    for part in parts:
+        bundles.flip(folder, part, 40)
+        assert part.rpartition(".")[0] in bundles.places(
+            bundles.judge(folder, source), "expert-differs"
+        )
+        bundles.flip(folder, part, 40)
+
+
+def test_a_table_that_cannot_be_made_here_is_a_warning_and_bounds_hold(good_copy, source):
+    metadata = next(iter(open_bundle(good_copy).shards.values())).metadata
+    metadata = {**metadata, "requantize_table": "of another MLX"}
+    bundles.save(good_copy, bundles.load(good_copy), 1, metadata)
+    findings = bundles.judge(good_copy, source)
+    assert (findings.names, findings.errors) == ({"quantizer-unknown"}, [])
+    bundles.flip(good_copy, "layers.0.ffn.experts.0.w1.weight", 3, 2)
+    assert "expert-level-wrong" in bundles.judge(good_copy, source).names
+
+
 def test_an_unquantized_head_is_compared_as_what_it_is(good, source, tmp_path):
-    """mlx-vlm wants the head in BF16."""
+    """mlx-vlm wants the head in BF16, so requantize and convert leave it so."""
     folder = shutil.copytree(good, tmp_path / "bundle")
-    head = read_array(open_source(source).tensors["head.weight"])
-
-    def change(arrays):
-        for part in ("scales", "biases"):
-            del arrays[f"head.{part}"]
-        arrays["head.weight"] = "BF16", head
-
-    bundles.edit(folder, change)
     assert bundles.judge(folder, source).names == set()
     bundles.flip(folder, "head.weight", 5)
     assert "element [0, 2]" in bundles.places(bundles.judge(folder, source), "module-differs")
@@ -264,7 +281,7 @@ def test_a_read_beyond_the_end_of_a_file_stops(good_copy):
     tensor = open_bundle(good_copy).tensors["norm.weight"]
     tensor.path.write_bytes(tensor.path.read_bytes()[: tensor.offset])
     with pytest.raises(Stop, match="its end"):
-        compare.Reader().read(tensor)
+        reading.Reader().read(tensor)
 
 
 def test_hidden_files_are_no_part_of_a_bundle():
@@ -345,7 +362,7 @@ def test_decoding_fp4_agrees_with_the_plain_one():
 def test_rounding_to_a_dtype_is_numpys(dtype):
     rng = np.random.default_rng(5)
     values = (rng.standard_normal(4000) * 10.0 ** rng.integers(-9, 5, 4000)).astype(np.float32)
-    rounded = compare.as_float32(compare.rounded(values, dtype), dtype)
+    rounded = reading.as_float32(reading.rounded(values, dtype), dtype)
     kernel = [judge._rounded(float(value), *judge.ROUNDING[dtype]) for value in values]
     assert np.array_equal(np.array(kernel, np.float32), rounded)
 

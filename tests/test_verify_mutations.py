@@ -19,7 +19,7 @@ import pytest
 from bundles import Arrays, edit, edit_json, flip, places, write_numbers
 
 from dsv4.checkpoint import INDEX, open_bundle
-from dsv4.compare import as_float32
+from dsv4.reading import as_float32
 
 E0, E1 = "layers.1.ffn.experts.0", "layers.1.ffn.experts.1"
 GATE = "model.layers.0.mlp.switch_mlp.gate_proj"

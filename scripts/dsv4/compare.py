@@ -12,166 +12,23 @@ What a tensor is compared with depends on what it is:
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 
 from dsv4 import judge
 from dsv4.affine import BadGroup
-from dsv4.checkpoint import Checkpoint
 from dsv4.fp4 import GROUP, UE8M0
 from dsv4.fp8 import E4M3
-from dsv4.headers import FLOATS, module_parts, quantizer_of, stored
-from dsv4.names import kind, parse_expert
+from dsv4.headers import FLOATS, quantizer_of
+from dsv4.names import parse_expert
 from dsv4.promises import Promise, promise_of
 from dsv4.quantizer import QUANTIZERS, Quantizer
-from dsv4.shard import ITEMSIZE, NUMPY_DTYPE, REDO, Tensor
-from dsv4.stop import Stop
+from dsv4.reading import Reader, as_float32, element, rounded, shown_element
+from dsv4.shard import ITEMSIZE, Tensor
 from dsv4.survey import Survey
+from dsv4.tasks import Outcome, Task
 
 BLOCK_WEIGHTS = 1 << 17  # weights in a block of rows: 512 KB decoded, which a core's cache holds
 PIECE_BYTES = 4 << 20
-
-
-@dataclass
-class Outcome:
-    """What level 2 found of one tensor.
-
-    what: expert, module, control or passthrough; how: what its values are stored as. energy and
-    error are sums of squares. exact, explained and wrong count groups against the bytes that its
-    quantizer gives; fragile ones could be rounded otherwise by another device. faults are (name,
-    where, found, expected); device ones count only if `judge_device` says so.
-    """
-
-    name: str
-    what: str
-    how: str
-    numbers: int = 0
-    groups: int = 0
-    exact: int = 0
-    fragile: int = 0
-    explained: int = 0
-    wrong: int = 0
-    energy: float = 0.0
-    error: float = 0.0
-    worst: float = 0.0
-    worst_at: str = ""
-    zeros: int = 0
-    zeros_lost: int = 0
-    recomputed: bool = False
-    faults: list[tuple[str, str, str, str]] = field(default_factory=list)
-    wrong_places: list[tuple[str, str, str]] = field(default_factory=list)
-    explained_places: list[tuple[str, str, str]] = field(default_factory=list)
-
-    @property
-    def relative(self) -> float:
-        """RMS of the error relative to the RMS of the weights."""
-        return float(np.sqrt(self.error / self.energy)) if self.energy else 0.0
-
-    def fault(self, name: str, where: str, found: str, expected: str) -> None:
-        """Note one fault of this tensor."""
-        self.faults.append((name, f"{self.name}: {where}", found, expected))
-
-
-class Reader:
-    """Positioned reads from shards that stay open; one for each worker."""
-
-    def __init__(self) -> None:
-        self._open: dict[Path, int] = {}
-
-    def read(self, tensor: Tensor, first: int = 0, nbytes: int | None = None) -> np.ndarray:
-        """`nbytes` bytes of a tensor's data from byte `first`, uint8. Raises Stop at the end."""
-        if tensor.path not in self._open:
-            self._open[tensor.path] = os.open(tensor.path, os.O_RDONLY)
-        wanted = tensor.nbytes - first if nbytes is None else nbytes
-        data = os.pread(self._open[tensor.path], wanted, tensor.offset + first)
-        while len(data) < wanted:
-            more = os.pread(
-                self._open[tensor.path], wanted - len(data), tensor.offset + first + len(data)
-            )
-            if not more:
-                raise Stop(f"{tensor.path}", "its end", f"{tensor.name} there", REDO)
-            data += more
-        return np.frombuffer(data, np.uint8)
-
-    def rows(self, tensor: Tensor, first: int, last: int) -> np.ndarray:
-        """Rows `first` to `last` - 1 as bytes."""
-        row = tensor.nbytes // tensor.shape[0]
-        return self.read(tensor, first * row, (last - first) * row)
-
-    def close(self) -> None:
-        """Close all files."""
-        for fd in self._open.values():
-            os.close(fd)
-        self._open.clear()
-
-
-def as_float32(data: np.ndarray, dtype: str) -> np.ndarray:
-    """Bytes of F16, BF16 or F32 → float32."""
-    array = data.view(NUMPY_DTYPE[dtype])
-    if dtype == "BF16":
-        return (array.astype(np.uint32) << 16).view(np.float32)
-    return array.astype(np.float32)
-
-
-def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
-    """float32 → the nearest numbers of F16, BF16 or F32, as bytes; ties to even."""
-    if dtype == "BF16":
-        bits = values.view(np.uint32)
-        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16).view(np.uint8)
-    with np.errstate(over="ignore"):
-        return np.ascontiguousarray(values.astype(NUMPY_DTYPE[dtype])).view(np.uint8)
-
-
-@dataclass(frozen=True)
-class Task:
-    """One source tensor and what the bundle made of it."""
-
-    origin: Tensor
-    scale: Tensor | None
-    parts: dict[str, Tensor]
-    what: str
-    label: dict[str, Any] | None
-
-    @property
-    def base(self) -> str:
-        """Its storage name without the part."""
-        return self.origin.name.removesuffix(".weight")
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the bundle that it covers."""
-        return sum(part.nbytes for part in self.parts.values())
-
-
-def make_tasks(bundle: Survey, source: Checkpoint) -> list[Task]:
-    """All source tensors whose counterparts are whole; level 1 has reported the others."""
-    tasks = []
-    for name, origin in source.tensors.items():
-        what = kind(name)
-        if what == "scale" or name not in bundle.checkpoint.tensors:
-            continue
-        base = name.removesuffix(".weight")
-        scale = source.tensors.get(f"{base}.scale")
-        parts = module_parts(bundle, base) if what in ("expert", "affine8") else {}
-        label = stored(parts)
-        if label is None and len(parts) > 1:
-            continue
-        if label is None:
-            tensor = bundle.checkpoint.tensors[name]
-            if what == "expert" or (what == "affine8" and tensor.dtype not in FLOATS):
-                continue
-            task = Task(origin, scale, {"weight": tensor}, what.replace("affine8", "module"), None)
-            if tensor.shape == origin.shape:
-                tasks.append(task)
-            continue
-        columns = origin.shape[1] * (2 if what == "expert" else 1)
-        if parts["weight"].shape == (origin.shape[0], columns * label["bits"] // 32):
-            tasks.append(Task(origin, scale, parts, what.replace("affine8", "module"), label))
-    return tasks
 
 
 class Comparer:
@@ -183,8 +40,8 @@ class Comparer:
         self.quantizer: Quantizer | None = None
         if self.recorded in QUANTIZERS:
             quantizer = QUANTIZERS[self.recorded]()
-            weighs = getattr(quantizer, "weighs", False)  # by an importance that is not here
-            if quantizer.digest == mark.get("requantize_table") and not weighs:
+            # Another digest: another MLX's table, or an importance of columns that is not here.
+            if quantizer.digest == mark.get("requantize_table"):
                 self.quantizer = quantizer
 
     def compare(self, task: Task, reader: Reader) -> Outcome:
@@ -461,19 +318,6 @@ def plain_source(task: Task, reader: Reader) -> np.ndarray:
     if origin.dtype == dtype or origin.dtype not in FLOATS:
         return data
     return as_float32(data, origin.dtype)
-
-
-def element(tensor: Tensor, at: int) -> str:
-    """Where element `at` lies, as its indices."""
-    index = np.unravel_index(at, tensor.shape) if tensor.shape else ()
-    return f"element {[int(i) for i in index]}"
-
-
-def shown_element(data: np.ndarray, dtype: str, at: int) -> str:
-    """One element, for a reader."""
-    one = data[at * ITEMSIZE[dtype] : (at + 1) * ITEMSIZE[dtype]]
-    value = as_float32(one, dtype)[0] if dtype in FLOATS else one.view(NUMPY_DTYPE[dtype])[0]
-    return f"{value:.8g}" if dtype in FLOATS else f"{value}"
 
 
 # --- Without a source ---------------------------------------------------------------------------

@@ -232,6 +232,21 @@ def _explains(
     return False
 
 
+@numba.njit(inline="always")
+def _unlike(values, levels, start, scale, bias, top, exact):
+    """How many levels of a group are not the rounded ones, and how many lie near a tie."""
+    odd, ties = np.int32(0), np.int32(0)
+    for i in range(GROUP):
+        exact[i] = (values[start + i] - bias) / scale
+    for i in range(GROUP):
+        level = min(max(np.rint(exact[i]), np.float32(0)), top)
+        odd += np.int32(level != np.float32(levels[start + i]))
+    for i in range(GROUP):
+        part = abs(abs(exact[i] - np.floor(exact[i])) - np.float32(0.5))
+        ties += np.int32(part < np.float32(TIE))
+    return odd, ties
+
+
 @numba.njit(nogil=True, cache=True)
 def formula(values, levels, scales, biases, bits, digits, lowest):
     """Compare with mx.quantize of these values (MLX's CPU code, float32, group 32).
@@ -252,15 +267,7 @@ def formula(values, levels, scales, biases, bits, digits, lowest):
         fragile = least > 0 or greatest < 0 or abs(abs(steps - np.floor(steps)) - 0.5) < TIE
         bias = edge if q0 != 0 else np.float32(0)
         scale = edge / q0 if q0 != 0 else scale
-        odd, ties = np.int32(0), np.int32(0)
-        for i in range(GROUP):
-            exact[i] = (values[start + i] - bias) / scale
-        for i in range(GROUP):
-            level = min(max(np.rint(exact[i]), np.float32(0)), np.float32(top))
-            odd += np.int32(level != np.float32(levels[start + i]))
-        for i in range(GROUP):
-            part = abs(abs(exact[i] - np.floor(exact[i])) - np.float32(0.5))
-            ties += np.int32(part < np.float32(TIE))
+        odd, ties = _unlike(values, levels, start, scale, bias, np.float32(top), exact)
         fragile |= ties > 0
         same = odd == 0
         same &= _rounded(np.float64(scale), digits, lowest) == scales[group]

@@ -8,6 +8,7 @@ are read in blocks of rows.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -15,10 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsv4.checkpoint import Checkpoint
-from dsv4.compare import Comparer, Outcome, Reader, Task, look_at, make_tasks
+from dsv4.compare import Comparer, look_at
 from dsv4.names import kind
+from dsv4.reading import Reader
 from dsv4.shard import Tensor
 from dsv4.survey import Survey
+from dsv4.tasks import Outcome, Task, make_tasks
 
 HASH_BYTES = 4 << 20
 JOB_BYTES = 64 << 20  # of the bundle, compared by one thread before it takes the next job
@@ -49,6 +52,40 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+class Worker:
+    """Does jobs in any thread; each thread has files of its own open."""
+
+    def __init__(self, bundle: Survey, progress: Callable[[int], object]) -> None:
+        self.comparer = Comparer(bundle)
+        self._bundle, self._progress = bundle, progress
+        self._local = threading.local()
+        self._readers: list[Reader] = []
+
+    def do(self, job: Path | list[Task | Tensor]) -> str | list[Outcome]:
+        """Hash a file, or compare (without a source: look at) some tensors."""
+        if isinstance(job, Path):
+            return sha256(job)
+        outcomes = []
+        for one in job:
+            if isinstance(one, Task):
+                outcomes.append(self.comparer.compare(one, self._reader()))
+            else:
+                outcomes.append(look_at(self._bundle, one, self._reader()))
+            self._progress(one.nbytes)
+        return outcomes
+
+    def _reader(self) -> Reader:
+        if not hasattr(self._local, "reader"):
+            self._local.reader = Reader()
+            self._readers.append(self._local.reader)
+        return self._local.reader
+
+    def close(self) -> None:
+        """Close all files."""
+        for reader in self._readers:
+            reader.close()
+
+
 def read_numbers(
     bundle: Survey, source: Checkpoint | None, jobs: int, progress: Callable[[int], object]
 ) -> Numbers:
@@ -56,50 +93,27 @@ def read_numbers(
 
     `progress` is told the bytes of the bundle that were done. Raises Stop for a read that fails.
     """
-    comparer = Comparer(bundle)
-    local = threading.local()
-    readers: list[Reader] = []
-
-    def reader() -> Reader:
-        if not hasattr(local, "reader"):
-            local.reader = Reader()
-            readers.append(local.reader)
-        return local.reader
-
-    def do(job: Path | list[Task | Tensor]) -> str | list[Outcome]:
-        if isinstance(job, Path):
-            return sha256(job)
-        outcomes = []
-        for one in job:
-            if isinstance(one, Task):
-                outcomes.append(comparer.compare(one, reader()))
-            else:
-                outcomes.append(look_at(bundle, one, reader()))
-            progress(one.nbytes)
-        return outcomes
-
+    worker = Worker(bundle, progress)
     work = list(cut(bundle, source))
     outcomes: list[Outcome] = []
     hashes: dict[str, str] = {}
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        for job, answer in zip(work, pool.map(do, work), strict=True):
+    pool = concurrent.futures.ThreadPoolExecutor(jobs)
+    with contextlib.closing(worker), pool:
+        for job, answer in zip(work, pool.map(worker.do, work), strict=True):
             if isinstance(job, Path):
                 hashes[job.relative_to(bundle.checkpoint.folder).as_posix()] = answer
             else:
                 outcomes += answer
-    for one in readers:
-        one.close()
+    comparer = worker.comparer
+    left_out = not_compared(source, outcomes) if source else ()
+    known = comparer.quantizer is not None
+    return Numbers(outcomes, hashes, source is not None, comparer.recorded, known, left_out)
+
+
+def not_compared(source: Checkpoint, outcomes: list[Outcome]) -> tuple[str, ...]:
+    """Source tensors that no outcome is about."""
     compared = {outcome.name for outcome in outcomes}
-    wanted = source.tensors if source else {}
-    left_out = (name for name in wanted if kind(name) != "scale" and name not in compared)
-    return Numbers(
-        outcomes,
-        hashes,
-        source is not None,
-        comparer.recorded,
-        comparer.quantizer is not None,
-        tuple(left_out),
-    )
+    return tuple(n for n in source.tensors if kind(n) != "scale" and n not in compared)
 
 
 def visible(files: Iterable[str]) -> list[str]:

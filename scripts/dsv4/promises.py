@@ -31,6 +31,8 @@ class Promise:
 # source's own bytes.
 PROMISES = {
     "mlx": Promise(),
+    # The least error overall puts neither zero nor the far end first; 6.2% on random codes.
+    "optimal": Promise(steps=2.0, zeros=False),
     "exact5": Promise(steps=0.0, rms=0.0),
     "mxfp4": Promise(steps=0.0, rms=0.0),
 }

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from dsv4.labels import GROUP_SIZE
-from dsv4.names import kind
+from dsv4.names import HEAD, kind
 from dsv4.shard import ITEMSIZE
 
 # Upstream starts a new shard when one reaches this size; requantize rewrites one shard at a time.
@@ -27,6 +27,8 @@ def bundle_bytes(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> int:
         if what == "expert":
             elements *= 2
             total += elements // 2 + elements // GROUP_SIZE * 4
+        elif name == HEAD:
+            total += elements * ITEMSIZE[dtype]
         elif what == "affine8":
             total += elements + elements // GROUP_SIZE * 4
         elif what == "control" or dtype.startswith(("I", "U")):

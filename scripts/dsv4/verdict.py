@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from statistics import median
 from typing import Any
 
-from dsv4.compare import Outcome
 from dsv4.findings import Check, Findings
 from dsv4.names import PROJECTION, parse_expert
 from dsv4.numbers import Numbers
+from dsv4.tasks import Outcome
 
 # A tool with another formula gets groups wrong in every tensor; a fault, in one or a few.
 OTHER_FORMULA = 0.01
