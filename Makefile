@@ -283,7 +283,7 @@ build/wheels/jang-%-py3-none-any.whl: | .venv/installed
 bench: .venv/installed ## measure requantize beside copying and beside the plan's method (10 GB in build/)
 	$(PYTHON) scripts/bench.py
 
-# 7 GB under build/ while it runs, about 6 minutes on two cores.
+# 8 GB under build/ while it runs, about 7 minutes on two cores.
 bench_convert: .venv/installed ## measure convert against the disk, and against upstream and the plan
 	$(PYTHON) scripts/bench_convert.py
 

@@ -9,9 +9,9 @@ them, the matrices of one layer with its share of embedding and head. Then, turn
 
 Before each turn the inputs are put out of the page cache; times are of whole processes.
 
-    .venv/bin/python scripts/bench_convert.py [--folder DIR] [--experts 144] [--small 32] [--runs 3]
+    .venv/bin/python scripts/bench_convert.py [--folder DIR] [--experts 144] [--small 64] [--runs 3]
 
-Takes about 6 minutes and 7 GB under --folder on two cores; prints a Markdown table.
+Takes about 7 minutes and 8 GB under --folder on two cores; prints a Markdown table.
 Exit status: 0 done; 1 failed; 2 usage.
 """
 
@@ -217,7 +217,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--folder", type=Path, default=Path("build"), help="where to work")
     parser.add_argument("--experts", type=int, default=144, help="of the large source")
-    parser.add_argument("--small", type=int, default=32, help="of the small one; 0 for none")
+    parser.add_argument("--small", type=int, default=64, help="of the small one; 0 for none")
     parser.add_argument("--runs", type=int, default=3, help="turns of each")
     parser.add_argument("--make", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--read-and-write", nargs=3, help=argparse.SUPPRESS)
