@@ -120,7 +120,9 @@ def weight_error(name: str, kind: str, rule: str) -> WeightError:
     """Quantize a synthetic expert, decode it and compare."""
     rng = np.random.default_rng(SEED)
     groups = OUT * COLUMNS // GROUP
-    halves, exponents = to_fp4(0.02 * random_weights(rng, groups, kind), rule)
+    # Rows differ by up to a factor of two, so that no place between powers of two is preferred.
+    sizes = 0.02 * np.exp2(rng.uniform(0, 1, OUT)).repeat(COLUMNS // GROUP)
+    halves, exponents = to_fp4(sizes[:, None] * random_weights(rng, groups, kind), rule)
     packed = pack(halves).reshape(OUT, COLUMNS // 2)
     scale_bytes = (exponents + 127).astype(np.uint8).reshape(OUT, COLUMNS // GROUP)
     quantizer = QUANTIZERS[name]()

@@ -31,6 +31,8 @@ class Promise:
 # source's own bytes.
 PROMISES = {
     "mlx": Promise(),
+    # Zeros may move, and a clipped end may lie more than a step away; 4.9 to 6.7% was measured.
+    "optimal": Promise(steps=2.0, zeros=False),
     "exact5": Promise(steps=0.0, rms=0.0),
     "mxfp4": Promise(steps=0.0, rms=0.0),
 }
