@@ -146,7 +146,7 @@ def test_a_stock_bundle_becomes_what_the_quantizer_gives(tmp_path: Path, name: s
 
 def test_a_change_of_quantizer_starts_from_the_source_again(tmp_path: Path) -> None:
     source, bundle, expected = small.make(tmp_path, small.Sizes(), seed=22)
-    for name in (*NAMES, *reversed(NAMES), "mlx"):
+    for name in ("exact5", "mxfp4", "optimal", "mlx"):
         done = requantize(source, bundle, name)
         assert (done.returncode, done.stderr) == (0, ""), name
         assert_made_with(name, source, bundle)
