@@ -22,6 +22,7 @@ MARKS = ("requantize_layout", "requantize_source", "requantize_quantizer", "requ
 OURS = {
     "quantization",
     "quantization_config",
+    "requantize",
     "eos_token_id",
     "_name_or_path",
     "group_size",
@@ -82,14 +83,19 @@ def quantizer_of(bundle: Survey) -> dict[str, str]:
 
 
 def check_marks(bundle: Survey, findings: Findings) -> Check:
-    """All shards with routed experts were made of one source by one quantizer, or none was."""
+    """All shards with routed experts were made of one source by one quantizer, or none was.
+
+    The quantizer mxfp4 leaves stock shards alone: they hold the source's bytes and have no mark.
+    """
     marks = {}
     for file, shard in bundle.checkpoint.shards.items():
         if any(parse_expert(name) for name in shard.tensors):
             marks[file] = tuple(shard.metadata.get(key) for key in MARKS)
+    if quantizer_of(bundle).get("requantize_quantizer") == "mxfp4":
+        marks = {file: mark for file, mark in marks.items() if any(mark)}
     usual = Counter(marks.values()).most_common(1)
     for file, mark in marks.items():
-        if mark != usual[0][0]:
+        if usual and mark != usual[0][0]:
             findings.add("marks-mixed", file, f"{mark}", f"{usual[0][0]} as in most shards")
     name = quantizer_of(bundle).get("requantize_quantizer")
     return Check("shards with experts", len(marks), f"quantizer {name or 'not recorded'}")

@@ -160,6 +160,7 @@ def _weigh(low, high, importance, first, weights):
 
 _FAST = {"fastmath": True, "error_model": "numpy"}  # division without a branch: vectors
 _SINGLE = _VALUES.astype(np.float32)
+_MANY = np.float32(1e6)
 
 
 @numba.njit(**_FAST)
@@ -181,11 +182,11 @@ def _best(levels, which, lanes, weights, sums, errors, keys):
     for value in range(0, N, 5):
         _add_five(levels, which, lanes, weights, value, sums)
     whole = total * squares - values * values
-    least = 1e-6 * total * total
+    least = total * total / _MANY
     for lane in range(lanes):
-        spread = np.float64(total * sums[1, lane] - sums[0, lane] * sums[0, lane])
-        shared = np.float64(total * sums[2, lane] - sums[0, lane] * values)
-        errors[lane] = max(whole - shared * shared / max(spread, least), 0)
+        spread = total * sums[1, lane] - sums[0, lane] * sums[0, lane]
+        shared = total * sums[2, lane] - sums[0, lane] * values
+        errors[lane] = max(whole - shared * (shared / max(spread, least)), whole * 0)
     best = np.int32(0x7FFFFFFF)
     for lane in range(lanes):
         best = min(best, np.int32((keys[lane] & -LANES) | lane))
@@ -250,6 +251,7 @@ def _settle(weights, row):
 
 _SPLIT = 2.0**42 + 1  # leaves the highest 11 of a double's 53 bits (Veltkamp's splitting)
 _NORMAL, _STEP, _LARGEST = 2.0**-14, 2.0**24, 65504.0
+_NEXT = 1 + 1.5 * 2.0**-11  # leads from any F16 number to the next, after rounding
 _SLACK, _FAR = 1.0005, 12  # when rounding costs more than this, look so many steps further
 
 
@@ -265,7 +267,7 @@ def _to_half(x):
 @numba.njit(error_model="numpy")
 def _steps_from(x, steps):
     """The F16 number `steps` steps above x, which is one of them."""
-    size = 2.0 ** (np.floor(np.log2(max(abs(x), _NORMAL))) - 10)
+    size = abs(_to_half(x * _NEXT) - x) if abs(x) >= _NORMAL else 1 / _STEP
     return _to_half(x + steps * size)
 
 
