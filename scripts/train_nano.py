@@ -4,8 +4,8 @@
 What it is for: the big model cannot be loaded on a test machine, so whether a converter,
 a runtime and their patches are right is seen on a model of 2 million parameters that has
 the same layout, adds two-digit numbers, and says a sentence about the moon. The shipped
-checkpoint, scripts/nano/checkpoint, is this command's output; nobody has to run it to
-build a bundle.
+checkpoint, scripts/nano/checkpoint, is this command's output (record.json says in which
+sittings); nobody has to run it to build a bundle.
 
 What it does:
   1. builds the tokenizer and compares nano/model.py with transformers' DeepseekV4ForCausalLM;
