@@ -5,6 +5,7 @@ They are made once a session and never written to; a test that changes one takes
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "scripts"
 NANO = SCRIPTS / "nano" / "checkpoint"
 sys.path.insert(0, str(SCRIPTS))
+# A job in the background ignores Ctrl-C, and so would the runs that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def script(name: str, *arguments: object, **options: object) -> subprocess.CompletedProcess:

@@ -244,9 +244,9 @@ def dropped_expert_biases(arrays: Arrays) -> None:
     del arrays[f"{E0}.w1.biases"]
 
 
-@on_arrays("triple-incomplete", "head")
+@on_arrays("triple-incomplete", "embed")
 def dropped_module_scales(arrays: Arrays) -> None:
-    del arrays["head.scales"]
+    del arrays["embed.scales"]
 
 
 @on_arrays("expert-missing", f"{E1}.w2")
