@@ -1,6 +1,6 @@
 """Write the metadata that runtimes need into the bundle's JSON files.
 
-Each runtime reads other files (FACTS.md, section 6, was found by experiment), so all are told:
+Each runtime reads other files (found by experiment), so all are told:
 
 | file                   | what                                                | for              |
 |------------------------|-----------------------------------------------------|------------------|

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-# FACTS: w1 = gate_proj, w3 = up_proj (width, hidden); w2 = down_proj (hidden, width).
+# w1 = gate_proj, w3 = up_proj (width, hidden); w2 = down_proj (hidden, width).
 PROJECTION = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 # Which source tensor gets which treatment (`kind` says what each means). Read from the top; a name

@@ -1,6 +1,6 @@
 """Which runtime needs what of a bundle, judged by its headers and JSON.
 
-Found by experiment on small bundles (FACTS, section 6), each runtime compared with the bundle's own
+Found by experiment on small bundles, each runtime compared with the bundle's own
 tensors dequantized and run in transformers.
 """
 
