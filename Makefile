@@ -242,12 +242,13 @@ publish: report ## upload the verified bundle to the hub: TO=user/name (DRY_RUN=
 
 # The small trained model through every stage; the stock bundle beside it; both asked.
 NANO = scripts/nano/checkpoint
+NANO_WORK = build/nano
 .PHONY: demo selftest
 demo: ## build, serve and ask the small model that the repository ships (no download)
-	$(MAKE) convert MODEL=nano BUNDLE=build/nano/stock CONVERTER=jang
-	$(MAKE) all MODEL=nano
-	$(PYTHON) scripts/demo.py --source $(NANO) --stock build/nano/stock --bundle build/nano/bundle \
-	  --python '$(TOOLCHAIN_PYTHON)'
+	$(MAKE) convert MODEL=nano BUNDLE=$(NANO_WORK)/stock CONVERTER=jang
+	$(MAKE) all MODEL=nano BUNDLE=$(NANO_WORK)/bundle
+	$(PYTHON) scripts/demo.py --source $(NANO) --stock $(NANO_WORK)/stock \
+	  --bundle $(NANO_WORK)/bundle --python '$(TOOLCHAIN_PYTHON)'
 
 # Every stack of scripts/stacks, in venvs of their own: 6 GB in build/, up to an hour.
 .PHONY: matrix
@@ -258,10 +259,7 @@ matrix: .venv/installed ## which runtime loads which bundle of the small model, 
 # The same from nothing each time, for a toolchain of your own: TOOLCHAIN_PYTHON=…
 selftest: ## can this toolchain be trusted with the big model? Convert, load and serve the small one
 	rm -rf build/selftest
-	$(MAKE) convert MODEL=nano BUNDLE=build/selftest/stock CONVERTER=jang
-	$(MAKE) all MODEL=nano BUNDLE=build/selftest/bundle
-	$(PYTHON) scripts/demo.py --source $(NANO) --stock build/selftest/stock \
-	  --bundle build/selftest/bundle --python '$(TOOLCHAIN_PYTHON)'
+	$(MAKE) demo NANO_WORK=build/selftest
 
 # What each QUANTIZER costs: on full-shape weights, and through the nano model beside its source.
 # SOURCE2 is a source that was trained less, so that differences show (train_nano.py --save-early).

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from dsv4.checkpoint import read_json
 from dsv4.server import Answer, ask, running
 from dsv4.space import folder_bytes
 from dsv4.stop import Stop, run
-from dsv4.toolchain import environment
+from dsv4.toolchain import call
 from smoke import MOON, SUM, sentence_fault, sum_fault
 
 # Bounds for the right bundle. tests/test_nano_faults.py measured a relative L2 distance of .028 for
@@ -84,13 +83,8 @@ def logits(python: Path, folder: Path, how: str, ids: list[list[int]], work: Pat
     """Run logits.py in the toolchain's Python. Raises Stop when it fails."""
     out = work / f"logits-{folder.name}-{how}.npy"
     script = Path(__file__).with_name("logits.py")
-    result = subprocess.run(
-        [str(python), str(script), "--folder", str(folder), "--how", how, "--out", str(out)],
-        input=json.dumps(ids), text=True, capture_output=True, env=environment(),
-    )  # fmt: skip
-    if result.returncode:
-        last = (result.stderr.strip().splitlines() or ["no output"])[-1]
-        raise Stop(f"logits of {folder}", last, "logits", "check the toolchain: make check")
+    command = [str(python), str(script), "--folder", str(folder), "--how", how, "--out", str(out)]
+    call(command, f"logits of {folder}", "check the toolchain: make check", json.dumps(ids))
     return np.load(out)
 
 

@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -39,9 +38,9 @@ from dsv4.durable import write_bytes, write_json
 from dsv4.fp4 import GROUP
 from dsv4.quantizer import QUANTIZERS, Quantizer
 from dsv4.shard import ITEMSIZE, NUMPY_DTYPE, Slot
-from dsv4.stop import Stop, run
+from dsv4.stop import run
 from dsv4.synthetic import RULES, pack, random_weights, to_fp4
-from dsv4.toolchain import environment
+from dsv4.toolchain import call
 
 OUT, COLUMNS = 2048, 4096
 SEED = 2026
@@ -50,6 +49,7 @@ JANG = "convert_dsv4_jang"
 # With the source decoded to float32, and as the toolchain's loader runs the bundle.
 HOWS = ("tensors", "loader")
 SCRIPTS = Path(__file__).resolve().parent
+ALONE = "run it alone to see why"
 
 
 @dataclass(frozen=True)
@@ -144,16 +144,7 @@ def weight_error(name: str, kind: str, rule: str) -> WeightError:
 def stage(name: str, *arguments: object) -> None:
     """Run one stage's script. Raises Stop when it fails."""
     command = [sys.executable, str(SCRIPTS / f"{name}.py"), *map(str, arguments)]
-    call(command, f"stage {name}")
-
-
-def call(command: list[str], what: str, stdin: str = "") -> None:
-    result = subprocess.run(
-        command, input=stdin, text=True, capture_output=True, env=environment()
-    )  # fmt: skip
-    if result.returncode:
-        last = (result.stderr.strip().splitlines() or ["no output"])[-1]
-        raise Stop(what, last, "exit 0", "run it alone to see why")
+    call(command, f"stage {name}", ALONE)
 
 
 def make_bundles(source: Path, work: Path, python: Path) -> dict[str, Path]:
@@ -171,7 +162,7 @@ def make_bundles(source: Path, work: Path, python: Path) -> dict[str, Path]:
         stage("patch", "--bundle", bundle)
     bundles[JANG] = work / "jang"
     command = [str(python), "-m", f"jang_tools.dsv4.{JANG}", "--src", str(source)]
-    call([*command, "--dst", str(bundles[JANG]), "--profile", "4"], JANG)
+    call([*command, "--dst", str(bundles[JANG]), "--profile", "4"], JANG, ALONE)
     return bundles
 
 
@@ -192,7 +183,7 @@ def every_logit(
 ) -> np.ndarray:
     """float64 (tokens, vocabulary), the logits after every token, computed by logits.py."""
     command = [str(python), str(SCRIPTS / "logits.py"), "--folder", str(folder), "--how", how]
-    call([*command, "--every", "--out", str(out)], f"logits of {folder}", json.dumps(ids))
+    call([*command, "--every", "--out", str(out)], f"logits of {folder}", ALONE, json.dumps(ids))
     return np.load(out).astype(np.float64)
 
 

@@ -15,6 +15,7 @@ run goes on where it was (--fresh begins again). Runs unattended in under an hou
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -31,7 +32,7 @@ from dsv4.durable import write_json
 from dsv4.server import ask, running
 from dsv4.stacks import STACKS, Stack
 from dsv4.stop import Stop, run
-from dsv4.toolchain import environment, probe
+from dsv4.toolchain import call, probe
 from smoke import MOON
 
 SCRIPTS = Path(__file__).resolve().parent
@@ -44,17 +45,8 @@ NEAR = 0.02
 
 def run_script(python: Path, name: str, *arguments: object, stdin: Any = None) -> str:
     """Run a script in `python`; return its stdout. Raises Stop with its last line when it fails."""
-    result = subprocess.run(
-        [str(python), str(SCRIPTS / f"{name}.py"), *map(str, arguments)],
-        input=None if stdin is None else json.dumps(stdin),
-        capture_output=True,
-        text=True,
-        env=environment(),
-    )
-    if result.returncode:
-        last = (result.stderr.strip().splitlines() or ["no output"])[-1]
-        raise Stop(name, last[-300:], "exit status 0", "see it")
-    return result.stdout
+    command = [str(python), str(SCRIPTS / f"{name}.py"), *map(str, arguments)]
+    return call(command, name, "see it", json.dumps(stdin))
 
 
 def python_of(stack: Stack, work: Path) -> Path:
@@ -104,22 +96,32 @@ def bundles(work: Path, names: list[str]) -> dict[str, Path]:
     return out
 
 
-def reference(bundle: Path, ids: list[list[int]], work: Path) -> np.ndarray:
-    """What transformers says of the bundle's own tensors; of the source's for the stock bundle."""
+@functools.cache
+def questions() -> list[list[int]]:
+    """Token ids of the prompts whose logits are compared."""
+    return demo.prompts(NANO, demo.held_out(NANO, 20))
+
+
+@functools.cache
+def reference(bundle: Path, work: Path) -> np.ndarray:
+    """What transformers says of the bundle's own tensors; of the source's for the stock bundle.
+
+    Once a run for each bundle: it is the same for every stack.
+    """
     folder = NANO if bundle.name == "stock" else bundle
     out = work / f"reference-{folder.name}.npy"
     run_script(Path(sys.executable), "logits", "--folder", folder, "--how", "reference",
-               "--out", out, stdin=ids)  # fmt: skip
+               "--out", out, stdin=questions())  # fmt: skip
     return np.load(out)
 
 
-def logits_of(stack: Stack, python: Path, bundle: Path, ids: list, work: Path) -> dict[str, float]:
+def logits_of(stack: Stack, python: Path, bundle: Path, work: Path) -> dict[str, float]:
     """Distances to the reference: 'prefill' and 'decode'."""
-    truth, found = reference(bundle, ids, work), {}
+    truth, found = reference(bundle, work), {}
     for what, decode in (("prefill", 0), ("decode", DECODE)):
         out = work / "logits.npy"
         run_script(python, "logits", "--folder", bundle, "--how", stack.how, "--out", out,
-                   "--decode", decode, stdin=ids)  # fmt: skip
+                   "--decode", decode, stdin=questions())  # fmt: skip
         found[what] = demo.compare(np.load(out), truth).distance
     return found
 
@@ -127,15 +129,15 @@ def logits_of(stack: Stack, python: Path, bundle: Path, ids: list, work: Path) -
 def answers_of(stack: Stack, python: Path, bundle: Path, work: Path) -> dict[str, Any]:
     """Exact matches, and how the moon sentence ended."""
     additions = demo.held_out(NANO, demo.QUESTIONS)
-    questions = [f"What is {a}+{b}?" for a, b in additions]
+    asked = [f"What is {a}+{b}?" for a, b in additions]
     if stack.served:
         with running(python, bundle, work / "server.log") as url:
             moon = ask(url, MOON, 60)
-            texts = [ask(url, question, 40).content for question in questions]
+            texts = [ask(url, question, 40).content for question in asked]
         end = moon.finish_reason
     else:
         said = run_script(python, "generate", "--bundle", bundle, "--runtime", stack.how,
-                          stdin=[MOON, *questions])  # fmt: skip
+                          stdin=[MOON, *asked])  # fmt: skip
         answers = json.loads(said.strip().splitlines()[-1])
         end = answers[0]["finish_reason"]
         texts = [answer["text"].rpartition("</think>")[2] for answer in answers[1:]]
@@ -144,14 +146,14 @@ def answers_of(stack: Stack, python: Path, bundle: Path, work: Path) -> dict[str
     return {"exact": exact, "of": len(sums), "finish_reason": end}
 
 
-def cell(stack: Stack, bundle: Path, work: Path, ids: list[list[int]]) -> dict[str, Any]:
+def cell(stack: Stack, bundle: Path, work: Path) -> dict[str, Any]:
     """One cell: what was measured, or in what words it failed."""
     start = time.monotonic()
     python = python_of(stack, work)
     found: dict[str, Any] = {"versions": probe(python)["packages"]}
     try:
         prepare(stack, python)
-        found["logits"] = logits_of(stack, python, bundle, ids, work)
+        found["logits"] = logits_of(stack, python, bundle, work)
         found |= answers_of(stack, python, bundle, work)
         near = max(found["logits"].values()) <= NEAR
         found["right"] = bool(near and found["exact"] >= demo.MIN_EXACT)
@@ -200,12 +202,11 @@ def main() -> int:
     results = json.loads(path.read_text()) if path.is_file() and not args.fresh else {}
     stacks = [stack for stack in STACKS if not args.stack or stack.name in args.stack]
     made = bundles(args.work, args.bundle or ["stock", *RIGHT])
-    ids = demo.prompts(NANO, demo.held_out(NANO, 20))
     for stack in stacks:
         for name, folder in made.items():
             row = results.setdefault(stack.name, {})
             if name not in row:
-                row[name] = cell(stack, folder, args.work, ids)
+                row[name] = cell(stack, folder, args.work)
                 print(f"{stack.name}, {name}: {show(row[name])}", file=sys.stderr)
                 write_json(path, results)
     print(f"Machine: {os.uname().sysname} {os.uname().machine}, {os.cpu_count()} cores\n")

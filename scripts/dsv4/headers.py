@@ -12,6 +12,7 @@ from typing import Any
 from dsv4.checkpoint import INDEX, Checkpoint, expert_bases
 from dsv4.durable import TEMPORARY_SUFFIX
 from dsv4.findings import Check, Findings
+from dsv4.labels import label_of
 from dsv4.names import bundle_keys, is_control, kind, parse_expert, switch_paths
 from dsv4.shard import Tensor
 from dsv4.survey import Survey
@@ -169,25 +170,8 @@ def labelled(config: dict[str, Any], base: str) -> dict[str, Any]:
 
 
 def stored(has: dict[str, Tensor]) -> dict[str, Any] | None:
-    """The label that fits a module's parts on disk, or None when none does.
-
-    Groups are 32 columns wide, so the bits follow from the widths: weight U32 (out, in · bits / 32)
-    and scales (out, in / 32): F16, BF16 or F32 with biases (affine), U8 without (MXFP4).
-    """
-    weight, scales, biases = (has.get(part) for part in ("weight", "scales", "biases"))
-    if weight is None or scales is None or weight.dtype != "U32":
-        return None
-    if len(weight.shape) != 2 or len(scales.shape) != 2 or not scales.shape[1]:
-        return None
-    if weight.shape[0] != scales.shape[0] or weight.shape[1] % scales.shape[1]:
-        return None
-    bits = weight.shape[1] // scales.shape[1]
-    if scales.dtype in ("U8", "F8_E8M0"):
-        return {"group_size": 32, "bits": 4, "mode": "mxfp4"} if bits == 4 and not biases else None
-    if biases is None or (biases.dtype, biases.shape) != (scales.dtype, scales.shape):
-        return None
-    fits = scales.dtype in FLOATS and bits in (2, 3, 4, 5, 6, 8)
-    return {"group_size": 32, "bits": bits, "mode": "affine"} if fits else None
+    """The label that fits a module's parts on disk, or None when none does."""
+    return label_of(*(has.get(part) for part in ("weight", "scales", "biases")))
 
 
 def module_parts(bundle: Survey, base: str) -> dict[str, Tensor]:

@@ -45,37 +45,31 @@ def quantization(bases: list[str], expert: dict[str, Any] = EXPERT) -> dict[str,
 
 
 def stored_label(tensors: dict[str, Tensor], base: str) -> dict[str, Any] | None:
-    """The label that fits `base`.{weight,scales,biases} as they lie on disk, or None if none does.
+    """`label_of` the tensors `base`.{weight,scales,biases}."""
+    return label_of(*(tensors.get(f"{base}.{part}") for part in ("weight", "scales", "biases")))
+
+
+def label_of(
+    weight: Tensor | None, scales: Tensor | None, biases: Tensor | None
+) -> dict[str, Any] | None:
+    """The label that fits a module's parts as they lie on disk, or None if none does.
 
     Groups are 32 columns wide here, so the bits of an affine triple follow from the widths:
     weight (out, in · bits / 32) U32, scales and biases (out, in / 32) of one float dtype.
     Without biases: FP4 codes U32 (out, in / 8) and their exponents U8 (out, in / 32).
     """
-    parts = [tensors.get(f"{base}.{part}") for part in ("weight", "scales", "biases")]
-    weight, scales, biases = parts
-    if weight is None or scales is None:
+    if weight is None or scales is None or weight.dtype != "U32":
         return None
-    if biases is None:
-        return dict(MXFP4) if _is_fp4(weight, scales) else None
-    fits = (
-        weight.dtype == "U32"
-        and scales.dtype in ("F16", "BF16", "F32")
-        and (biases.dtype, biases.shape) == (scales.dtype, scales.shape)
-        and len(weight.shape) == len(scales.shape) == 2
-        and weight.shape[0] == scales.shape[0]
-    )
-    if not fits or scales.shape[1] == 0 or weight.shape[1] % scales.shape[1]:
+    if not len(weight.shape) == len(scales.shape) == 2 or weight.shape[0] != scales.shape[0]:
+        return None
+    if scales.shape[1] == 0 or weight.shape[1] % scales.shape[1]:
         return None
     bits = weight.shape[1] // scales.shape[1]
-    return {**DEFAULT, "bits": bits} if bits in (2, 3, 4, 5, 6, 8) else None
-
-
-def _is_fp4(weight: Tensor, scales: Tensor) -> bool:
-    return (
-        (weight.dtype, scales.dtype) in (("U32", "U8"), ("U32", "F8_E8M0"))
-        and len(weight.shape) == len(scales.shape) == 2
-        and weight.shape == (scales.shape[0], 4 * scales.shape[1])
-    )
+    if biases is None:
+        return dict(MXFP4) if bits == 4 and scales.dtype in ("U8", "F8_E8M0") else None
+    fits = scales.dtype in ("F16", "BF16", "F32") and bits in (2, 3, 4, 5, 6, 8)
+    same = (biases.dtype, biases.shape) == (scales.dtype, scales.shape)
+    return {**DEFAULT, "bits": bits} if fits and same else None
 
 
 def recorded_quantizer(config: dict[str, Any]) -> str | None:

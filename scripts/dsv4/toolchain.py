@@ -56,7 +56,7 @@ def probe(python: Path) -> dict[str, Any]:
             f"toolchain Python {python}",
             error.strerror or str(error),
             "a Python that runs",
-            "run `make .venv`, or set TOOLCHAIN_PYTHON",
+            "run `make venv`, or set TOOLCHAIN_PYTHON",
         ) from error
     if result.returncode:
         raise Stop(
@@ -76,6 +76,18 @@ def environment() -> dict[str, str]:
     """
     interpret = {} if has_metal() else {"MLX_DISABLE_COMPILE": "1"}
     return {**os.environ, "PYTHONNOUSERSITE": "1", "HF_HUB_OFFLINE": "1", **interpret}
+
+
+def call(command: list[str], what: str, todo: str, stdin: str = "") -> str:
+    """Run `command` in the toolchain's environment; return its stdout.
+
+    Raises Stop with the last line of its stderr when it fails; `todo` is what to do then.
+    """
+    result = subprocess.run(command, input=stdin, capture_output=True, text=True, env=environment())
+    if result.returncode:
+        last = (result.stderr.strip().splitlines() or ["no output"])[-1]
+        raise Stop(what, last[-300:], "exit status 0", todo)
+    return result.stdout
 
 
 def module_file(python: Path | None, name: str, app: Path = APP) -> Path:
