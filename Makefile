@@ -96,13 +96,19 @@ $(STAMPS)/settings: FORCE
 # -------------------------------------------------------------------------------------- set-up
 
 .PHONY: venv
-venv: .venv/installed ## make .venv with the pinned toolchain (1.8 GB)
+venv: .venv/installed ## make .venv with the pinned toolchain (SIZE)
 
 .venv/installed: requirements.txt
 	rm -f $@
 	$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer needed")'
 	$(PYTHON3) -m venv .venv
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	touch $@
+
+# Also torch, for transformers' model and for upstream's converter; pytest, ruff.
+.venv/tests-installed: tests/requirements.txt .venv/installed
+	rm -f $@
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --requirement tests/requirements.txt
 	touch $@
 
 # -------------------------------------------------------------------------------------- stages
@@ -198,11 +204,6 @@ $(STAMPS)/verify.stamp: $(STAMPS)/patch.stamp scripts/verify.py scripts/replay.p
 	$(VERIFY)
 	touch $@
 
-# Level 2 beside `cat` of the same files, on the bundle at hand.
-.PHONY: bench_verify
-bench_verify: .venv/installed ## measure verify's level 2 beside cat of bundle and source
-	$(PYTHON) scripts/bench_verify.py $(FOLDERS) $(if $(JOBS),--jobs $(JOBS))
-
 # What the last verify found, as one page to put beside a published bundle.
 report: .venv/installed ## write the last verify's result as one HTML page, build/KEY/verify.html
 	$(PYTHON) scripts/report.py --json $(STAMPS)/verify.json --out $(STAMPS)/verify.html
@@ -245,14 +246,14 @@ NANO = scripts/nano/checkpoint
 NANO_WORK = build/nano
 .PHONY: demo selftest
 demo: ## build, serve and ask the small model that the repository ships (no download)
-	$(MAKE) convert MODEL=nano BUNDLE=$(NANO_WORK)/stock CONVERTER=jang
 	$(MAKE) all MODEL=nano BUNDLE=$(NANO_WORK)/bundle
+	$(PYTHON) scripts/make_stock.py --source $(NANO) --bundle $(NANO_WORK)/stock
 	$(PYTHON) scripts/demo.py --source $(NANO) --stock $(NANO_WORK)/stock \
 	  --bundle $(NANO_WORK)/bundle --python '$(TOOLCHAIN_PYTHON)'
 
 # Every stack of scripts/stacks, in venvs of their own: 6 GB in build/, up to an hour.
 .PHONY: matrix
-matrix: .venv/installed ## which runtime loads which bundle of the small model, and answers rightly?
+matrix: .venv/tests-installed ## which runtime loads which bundle of the small model, and answers rightly?
 	$(PYTHON) scripts/patch_loader.py --python $(PYTHON)
 	$(PYTHON) scripts/matrix.py
 
@@ -265,7 +266,7 @@ selftest: ## can this toolchain be trusted with the big model? Convert, load and
 # SOURCE2 is a source that was trained less, so that differences show (train_nano.py --save-early).
 SOURCE2 ?=
 .PHONY: fidelity
-fidelity: .venv/installed ## measure every QUANTIZER: a table and a picture in build/fidelity
+fidelity: .venv/tests-installed ## measure every QUANTIZER: a table and a picture in build/fidelity
 	$(PYTHON) scripts/fidelity.py --source scripts/nano/checkpoint \
 	  $(if $(SOURCE2),--source2 '$(SOURCE2)') --out build/fidelity --python '$(TOOLCHAIN_PYTHON)'
 
@@ -276,9 +277,9 @@ build/wheels/jang-%-py3-none-any.whl: | .venv/installed
 	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps \
 	  --dest build/wheels jang==$*
 
-# Against copying the same shards, and against the plan's own method, side by side.
+# requantize against copying and the plan's own method, verify's level 2 against cat, side by side.
 .PHONY: bench bench_convert
-bench: .venv/installed ## measure requantize beside copying and beside the plan's method (10 GB in build/)
+bench: .venv/installed ## measure requantize beside copying and the plan's method, verify beside cat (10 GB)
 	$(PYTHON) scripts/bench.py
 
 # 8 GB under build/ while it runs, about 7 minutes on two cores.
@@ -286,15 +287,15 @@ bench_convert: .venv/installed ## measure convert against the disk, and against 
 	$(PYTHON) scripts/bench_convert.py
 
 .PHONY: test lint format clean
-test: .venv/installed $(patsubst %,build/wheels/jang-%-py3-none-any.whl,2.5.8 2.5.9 2.5.50) ## run the tests
+test: .venv/tests-installed $(patsubst %,build/wheels/jang-%-py3-none-any.whl,2.5.8 2.5.9 2.5.50) ## run the tests
 	$(PYTHON) scripts/patch_loader.py --python $(PYTHON)
 	$(PYTHON) -m pytest -q tests
 
-lint: .venv/installed ## check style and format
+lint: .venv/tests-installed ## check style and format
 	$(PYTHON) -m ruff check scripts tests
 	$(PYTHON) -m ruff format --check scripts tests
 
-format: .venv/installed ## format the code
+format: .venv/tests-installed ## format the code
 	$(PYTHON) -m ruff format scripts tests
 
 clean: ## remove stamps and reports; never a bundle or a source

@@ -1,11 +1,13 @@
-"""Measure requantize against copying the same shards, and against the plan's method.
+"""Measure requantize against copying and against the plan's method, and verify against `cat`.
 
 Makes synthetic routed experts of Flash's shapes (2048 × 4096 and 4096 × 2048) and a stock bundle of
 them, then lets the contestants take turns: `cp` and fsync of the finished shards (the bytes that
 requantize writes) and of the stock ones, requantize with all cores and with one, requantize with
 nothing left to do (that is its start-up), and the plan's method on a share of the tensors: read,
-decode through a lookup table, mx.quantize, save the shard with MLX. Before each turn the inputs are
-put out of the page cache and everything is synced, for all alike; times are of whole processes.
+decode through a lookup table, mx.quantize, save the shard with MLX. Then the finished bundle and
+its source are read by `cat`, and by verify's level 2, which compares every number and hashes every
+shard. Before each turn the inputs are put out of the page cache and everything is synced, for all
+alike; times are of whole processes.
 
     .venv/bin/python scripts/bench.py [--folder DIR] [--tensors 384] [--runs 5]
 
@@ -34,12 +36,15 @@ from pathlib import Path
 
 import numpy as np
 
+from dsv4 import numbers, verdict
 from dsv4.checkpoint import INDEX, MODEL_TYPE, open_bundle, open_source
 from dsv4.durable import fsync, fsync_folder, human
+from dsv4.findings import Findings
 from dsv4.fp4 import E2M1, GROUP, UE8M0
 from dsv4.names import expert_base, parse_expert
 from dsv4.shard import Planned, read_array, write_shard
 from dsv4.stop import Stop, run
+from dsv4.survey import survey
 
 REQUANTIZE = Path(__file__).resolve().parent / "requantize.py"
 WIDE, TALL = (2048, 4096), (4096, 2048)  # Flash's w1 and w3, and w2: (out, in)
@@ -188,6 +193,16 @@ def plans_method(source: Path, bundle: Path, tensors: int) -> None:
         temporary.replace(path)
 
 
+def level_two(source: Path, bundle: Path) -> None:
+    """verify's level 2 of a bundle that has no more than experts. Raises Stop for any fault."""
+    findings = Findings()
+    opened = survey(bundle, findings)
+    done = numbers.read_numbers(opened, open_source(source), os.cpu_count() or 1, lambda n: None)
+    verdict.judge(done, findings)
+    if findings.errors or not done.compared:
+        raise Stop(f"{bundle}", f"{findings.names}", "a bundle that is right", "debug")
+
+
 def settle(*folders: Path) -> None:
     """Write what is dirty, and put the folders' shards out of the page cache (not on macOS)."""
     os.sync()
@@ -223,6 +238,12 @@ def compete(folder: Path, tensors: int, runs: int) -> dict[str, Times]:
         requantize(times[IDLE], source, work)
         settle(source, stock, done)
         copy(times[COPY_STOCK], stock, folder / "copy")
+        settle(source, done)
+        with turn(times[CAT]) as call:
+            call("cat", *sorted([*source.glob("*.safetensors"), *done.glob("*.safetensors")]))
+        settle(source, done)
+        with turn(times[PROOF]) as call:
+            call(sys.executable, __file__, "--level-two", source, done)
         print(f"run {len(times[OURS].wall)} of {runs}", file=sys.stderr)
     return times
 
@@ -233,7 +254,9 @@ OURS = "requantize, all cores"
 ONE = "requantize, --jobs 1"
 IDLE = "requantize, nothing to do"
 PLAN = "the plan's method"
-CONTESTANTS = (COPY, COPY_STOCK, OURS, ONE, IDLE, PLAN)
+CAT = "cat of bundle and source"
+PROOF = "verify's level 2 of them"
+CONTESTANTS = (COPY, COPY_STOCK, OURS, ONE, IDLE, PLAN, CAT, PROOF)
 
 
 # --- The report ---------------------------------------------------------------------------------
@@ -269,8 +292,11 @@ def table(times: dict[str, Times]) -> str:
     return "\n".join(rows)
 
 
-def conclusions(times: dict[str, Times]) -> str:
-    """The three targets, and Flash's time with the basis of the extrapolation."""
+def conclusions(times: dict[str, Times], nbytes: int) -> str:
+    """The three targets, and Flash's time with the basis of the extrapolation.
+
+    nbytes: of bundle and source together, which CAT and PROOF read.
+    """
     ours, start = times[OURS], times[IDLE].median
     each = (ours.median - start) / ours.tensors
     flash = start + FLASH_TENSORS * each
@@ -284,6 +310,9 @@ def conclusions(times: dict[str, Times]) -> str:
         f"+ {FLASH_TENSORS:,} × {each * 1e3:.2f} ms, this machine and disk going on as measured; "
         f"the plan's method: {FLASH_TENSORS * times[PLAN].each / 60:.0f} minutes; "
         f"copying: {FLASH_TENSORS * times[COPY].each / 60:.1f} minutes",
+        f"- verify's level 2: {nbytes / times[PROOF].median / 1e9:.2f} GB/s of bundle and source; "
+        f"cat: {nbytes / times[CAT].median / 1e9:.2f}; "
+        f"{times[PROOF].median / times[CAT].median:.1f} × the time of cat",
     ])  # fmt: skip
 
 
@@ -307,6 +336,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=5, help="turns of each contestant")
     parser.add_argument("--make", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--plans-method", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--level-two", nargs=2, type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -316,6 +346,9 @@ def main() -> int:
     if arguments.plans_method:
         source, bundle, tensors = arguments.plans_method
         plans_method(Path(source), Path(bundle), int(tensors))
+        return 0
+    if arguments.level_two:
+        level_two(*arguments.level_two)
         return 0
     if arguments.make:
         target, tensors = arguments.make
@@ -332,7 +365,8 @@ def main() -> int:
             with turn(Times(1)) as call:
                 call(sys.executable, __file__, "--make", folder / kind, arguments.tensors)
         times = compete(folder, arguments.tensors, arguments.runs)
-    print(machine(), table(times), conclusions(times), sep="\n\n")
+        nbytes = open_source(folder / "source").nbytes + open_bundle(folder / "done").nbytes
+    print(machine(), table(times), conclusions(times, nbytes), sep="\n\n")
     return 0
 
 

@@ -2,8 +2,9 @@
 
 Both are loaded by the toolchain's real loader and served by its real server. The logits of each are
 compared with those of the source decoded to float32 by the same model code, and those of the right
-bundle also with its own tensors dequantized, which no label can spoil. Then each server is asked
-the plan's two questions and 50 additions that training never saw.
+bundle also with its own tensors dequantized, which no label can spoil. Each server is asked the
+plan's two questions and 50 additions that training never saw. All of that goes on at once, as far
+as there are processors.
 
 `make demo` and `make selftest` run it after the stages. Prints a table. Exit 0: the right bundle is
 right and the stock one is told apart; 1: this toolchain cannot be trusted with the big model.
@@ -15,8 +16,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +41,7 @@ from smoke import MOON, SUM, sentence_fault, sum_fault
 MAX_DISTANCE = 0.05
 MIN_EXACT = 49
 QUESTIONS = 50
+TOKENS = 20  # of an addition's answer, which takes 15 at most, its reasoning included
 
 
 @dataclass(frozen=True)
@@ -99,15 +103,42 @@ def compare(found: np.ndarray, reference: np.ndarray) -> Logits:
     return Logits(cosine, distance, agreement)
 
 
-def talk(python: Path, bundle: Path, additions: list[tuple[int, int]], work: Path) -> Talk:
+def talk(
+    python: Path, bundle: Path, additions: list[tuple[int, int]], work: Path, bar: tqdm
+) -> Talk:
     """Serve the bundle and ask everything."""
     start = time.monotonic()
     with running(python, bundle, work / f"server-{bundle.name}.log") as url:
-        moon, total = ask(url, MOON, 60), ask(url, SUM, 40)
+        moon, total = ask(url, MOON, 60), ask(url, SUM, TOKENS)
         exact = 0
-        for a, b in tqdm(additions, desc=f"additions, {bundle.name}", disable=None):
-            exact += ask(url, f"What is {a}+{b}?", 40).content.strip() == str(a + b)
+        for a, b in additions:
+            exact += ask(url, f"What is {a}+{b}?", TOKENS).content.strip() == str(a + b)
+            bar.update()
     return Talk(moon, total, exact, time.monotonic() - start)
+
+
+def examine(args: argparse.Namespace) -> tuple[tuple[Logits, Talk], tuple[Logits, Talk], Logits]:
+    """The stock bundle, the right one, and the right one's logits against its own tensors'."""
+    additions = held_out(args.source, QUESTIONS)
+    ids, work = prompts(args.source, additions), args.bundle.parent
+    with (
+        tqdm(total=2 * len(additions), desc="additions", disable=None) as bar,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
+        talks = [
+            pool.submit(talk, args.python, folder, additions, work, bar)
+            for folder in (args.stock, args.bundle)
+        ]
+        wanted = [(args.source, "source"), (args.stock, "loader"),
+                  (args.bundle, "loader"), (args.bundle, "tensors")]  # fmt: skip
+        found = [pool.submit(logits, args.python, *one, ids, work) for one in wanted]
+        stock, right = (answer.result() for answer in talks)
+        source, of_stock, of_right, own = (answer.result() for answer in found)
+    return (
+        (compare(of_stock, source), stock),
+        (compare(of_right, source), right),
+        compare(of_right, own),
+    )
 
 
 def shorten(answer: Answer) -> str:
@@ -169,15 +200,7 @@ def main() -> int:
     parser.add_argument("--bundle", type=Path, required=True, help="bundle after all the stages")
     parser.add_argument("--python", type=Path, default=Path(sys.executable), help="toolchain")
     args = parser.parse_args()
-    work = args.bundle.parent
-    additions = held_out(args.source, QUESTIONS)
-    ids = prompts(args.source, additions)
-    source = logits(args.python, args.source, "source", ids, work)
-    loaded = logits(args.python, args.bundle, "loader", ids, work)
-    own = compare(loaded, logits(args.python, args.bundle, "tensors", ids, work))
-    right = compare(loaded, source), talk(args.python, args.bundle, additions, work)
-    stock_logits = compare(logits(args.python, args.stock, "loader", ids, work), source)
-    stock = stock_logits, talk(args.python, args.stock, additions, work)
+    stock, right, own = examine(args)
     print(table((*stock, args.stock), (*right, args.bundle)))
     print(f"right bundle to its own tensors, dequantized: cosine {own.cosine:.4f}")
     found = faults(right, own, stock)

@@ -4,8 +4,8 @@
 What it is for: the big model cannot be loaded on a test machine, so whether a converter,
 a runtime and their patches are right is seen on a model of 2 million parameters that has
 the same layout, adds two-digit numbers, and says a sentence about the moon. The shipped
-checkpoint, scripts/nano/checkpoint, is this command's output (record.json says in which
-sittings); nobody has to run it to build a bundle.
+checkpoint, scripts/nano/checkpoint, is this command's output, with record.json beside it;
+nobody has to run it to build a bundle.
 
 What it does:
   1. builds the tokenizer and compares nano/model.py with transformers' DeepseekV4ForCausalLM;
@@ -15,7 +15,7 @@ What it does:
   4. measures exact match on the weights as they are stored, by prompt form and split;
   5. writes the checkpoint to --out and record.json beside it.
 
-Costs about half an hour on 2 CPU cores and 1.5 GB of memory.
+Costs 15 to 35 minutes on 2 CPU cores, and 1.5 GB of memory.
 
 Run it:
   pip install -r scripts/nano/requirements.txt

@@ -40,6 +40,17 @@ def test_it_fits_and_the_undo_is_byte_for_byte(version, tmp_path):
     assert file.read_bytes() == original
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_git_applies_it_alike(version, tmp_path):
+    ours = patched(version, tmp_path / "ours").read_bytes()
+    theirs = unpack(version, tmp_path / "git") / TARGET
+    subprocess.run(
+        ["git", "apply", "-p1", "--unidiff-zero", str(PATCH)],
+        cwd=tmp_path / "git", check=True, env={"GIT_CEILING_DIRECTORIES": str(tmp_path)},
+    )  # fmt: skip
+    assert theirs.read_bytes() == ours
+
+
 def test_it_is_not_among_the_patches_that_patch_loader_applies():
     import patch_loader
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import small
+from conftest import must
 
 from dsv4.checkpoint import expert_bases, open_bundle, open_source
 from dsv4.imatrix import FLOOR, entry_name, importances, open_imatrix, usable
@@ -92,6 +93,18 @@ def test_a_bundle_holds_what_its_imatrix_makes_best(tmp_path: Path) -> None:
     again = requantize(source, bundle, "--quantizer", "optimal", "--imatrix", other)
     assert "nothing to do" not in again.stdout
     assert "nothing to do" in requantize(source, bundle, *options[:3], other).stdout
+
+
+def test_the_native_converter_weighs_errors_alike(tmp_path: Path) -> None:
+    source, bundle, _ = small.make(tmp_path, SIZES, seed=53)
+    options = ("--quantizer", "optimal", "--imatrix", write(tmp_path / "i.dat", example(4)))
+    assert requantize(source, bundle, *options).returncode == 0
+    must("convert", "--source", source, "--bundle", tmp_path / "native", *options)
+    theirs, ours = open_bundle(bundle).tensors, open_bundle(tmp_path / "native").tensors
+    for base in expert_bases(open_source(source)):
+        for part in ("weight", "scales", "biases"):
+            mine, wanted = (read_array(at[f"{base}.{part}"]) for at in (ours, theirs))
+            assert mine.tobytes() == wanted.tobytes(), (base, part)
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,23 @@ def test_it_needs_neither_torch_nor_jang(source, native, tmp_path):
     assert digests(tmp_path / "bundle") == digests(native)
 
 
+def test_make_stock_gives_upstreams_bundle(source, stock, tmp_path):
+    must("make_stock", "--source", source, "--bundle", tmp_path / "stock")
+    theirs, ours = open_bundle(stock), open_bundle(tmp_path / "stock")
+    assert set(ours.tensors) == set(theirs.tensors)
+    for name, tensor in theirs.tensors.items():
+        mine = ours.tensors[name]
+        assert (mine.dtype, mine.shape) == (tensor.dtype, tensor.shape), name
+        assert read_array(mine).tobytes() == read_array(tensor).tobytes(), name
+    assert ours.config == theirs.config
+    jang = [json.loads((at / "jang_config.json").read_text()) for at in (stock, ours.folder)]
+    for config in jang:
+        config.pop("source_model")  # upstream: a local path
+    assert jang[0] == jang[1]
+    files = [{p.name for p in at.rglob("*") if p.is_file()} for at in (stock, ours.folder)]
+    assert {name for name in files[0] if not name.endswith(".safetensors")} <= files[1]
+
+
 # ----------------------------------------------------------------------------------- its shards
 
 

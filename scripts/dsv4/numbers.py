@@ -125,15 +125,6 @@ def visible(files: Iterable[str]) -> list[str]:
     )
 
 
-def warm_up(bundle: Survey, source: Checkpoint) -> None:
-    """Compile the kernels (the first time on a machine) and load them: one tensor of each kind."""
-    comparer, reader = Comparer(bundle), Reader()
-    kinds = {(task.what, str(task.label)): task for task in make_tasks(bundle, source)}
-    for task in kinds.values():
-        comparer.compare(task, reader)
-    reader.close()
-
-
 def cut(bundle: Survey, source: Checkpoint | None) -> Iterator[Path | list[Task | Tensor]]:
     """The work in order: a file to hash, then the tensors whose weight lies in it, and so on."""
     work: dict[str, list[tuple[int, Task | Tensor]]] = {}
