@@ -96,7 +96,7 @@ $(STAMPS)/settings: FORCE
 # -------------------------------------------------------------------------------------- set-up
 
 .PHONY: venv
-venv: .venv/installed ## make .venv with the pinned toolchain (SIZE)
+venv: .venv/installed ## make .venv with the pinned toolchain (1.2 GB)
 
 .venv/installed: requirements.txt
 	rm -f $@

@@ -35,8 +35,8 @@ from dsv4.stop import Stop, run
 from dsv4.toolchain import call
 from smoke import MOON, SUM, sentence_fault, sum_fault
 
-# Bounds for the right bundle. tests/test_nano_faults.py measured a relative L2 distance of .028 for
-# it, .064 for 3-bit experts, .087 for one dead expert, .12 for 2-bit, and more for every other
+# Bounds for the right bundle. tests/test_nano_faults.py measured a relative L2 distance of .025 for
+# it, .063 for 3-bit experts, .068 for one dead expert, .097 for 2-bit, and more for every other
 # fault.
 MAX_DISTANCE = 0.05
 MIN_EXACT = 49
@@ -73,12 +73,14 @@ def held_out(source: Path, number: int) -> list[tuple[int, int]]:
 
 
 def prompts(source: Path, additions: list[tuple[int, int]]) -> list[list[int]]:
-    """Token ids of prompts that end inside the answer, where the model must decide something."""
+    """Token ids of prompts that end inside the answer, where the model must decide something.
+
+    One for each addition: before the first digit, before the second, and so on by turns.
+    """
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
     texts = [
-        f"{BOS}{USER}What is {a}+{b}?{ASSISTANT}<think>{a}+{b}={str(a + b)[:cut]}"
-        for a, b in additions
-        for cut in range(len(str(a + b)))
+        f"{BOS}{USER}What is {a}+{b}?{ASSISTANT}<think>{a}+{b}={str(a + b)[: i % len(str(a + b))]}"
+        for i, (a, b) in enumerate(additions)
     ]
     return [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
 

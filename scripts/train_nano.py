@@ -197,14 +197,11 @@ def write(folder: Path, words, state: State, seed: int) -> Tensors:
     return export.as_stored(spread, NANO)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Do the five steps of the module's docstring."""
+def learn(args: argparse.Namespace, words, held_out: list[int]) -> State:
+    """Train on everything but the held-out additions, from where an unfinished run stopped."""
     if args.fresh and args.work.exists():
         shutil.rmtree(args.work)
     args.work.mkdir(parents=True, exist_ok=True)
-    words = tokenizer.build(data.texts())
-    difference = check_model(args.seed)
-    held_out = data.held_out(args.seed)
     left = set(held_out)
     taught = [lesson for i, lesson in enumerate(data.additions()) if i not in left]
     sentences = [data.Lesson(*sentence) for sentence in data.SENTENCES]
@@ -214,6 +211,15 @@ def run(args: argparse.Namespace) -> None:
     for step in args.save_early:
         early = State.load(path.with_stem(f"state-{step}"))
         write(args.work / f"early-{step}", words, early, args.seed)
+    return state
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do the five steps of the module's docstring."""
+    words = tokenizer.build(data.texts())
+    difference = check_model(args.seed)
+    held_out = data.held_out(args.seed)
+    state = learn(args, words, held_out)
     weights = write(args.out, words, state, args.seed)
     accuracies = measure(words, weights, state, held_out)
     text = json.dumps(

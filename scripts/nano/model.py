@@ -286,6 +286,22 @@ def expand(h: Tensor, answer: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     return torch.baddbmm(post[..., None] * answer[:, None], comb, h)
 
 
+def block(
+    p: Tensors, routing: Tensors, layer: int, h: Tensor, ids: Tensor, arch: Architecture
+) -> tuple[Tensor, Tensor]:
+    """Return the streams after one layer, (tokens, streams, hidden), and its experts' loads."""
+    prefix = f"layers.{layer}"
+    rope = rope_angles(arch, arch.compress_ratios[layer] > 0, ids.shape[1])
+    x, post, comb = hyper(p, f"{prefix}.hc_attn", h, arch)
+    x = rms(x, arch.norm_eps) * p[f"{prefix}.attn_norm.weight"]
+    x = attention(p, f"{prefix}.attn", x.view(*ids.shape, -1), rope, arch)
+    h = expand(h, x.reshape(ids.numel(), -1), post, comb)
+    x, post, comb = hyper(p, f"{prefix}.hc_ffn", h, arch)
+    x = rms(x, arch.norm_eps) * p[f"{prefix}.ffn_norm.weight"]
+    x, load = moe(p, routing, f"{prefix}.ffn", x, ids.flatten(), arch)
+    return expand(h, x, post, comb), load
+
+
 def logits(
     p: Tensors, routing: Tensors, ids: Tensor, arch: Architecture, wanted: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -294,21 +310,10 @@ def logits(
     `p` must have passed through `symmetric_comb`. `wanted`: bool (batch, length), which
     positions to return; without it all. Logits are float32 (positions, vocab).
     """
-    batch, length = ids.shape
-    flat = ids.flatten()
-    h = p["embed.weight"][flat][:, None].repeat(1, arch.streams, 1)
+    h = p["embed.weight"][ids.flatten()][:, None].repeat(1, arch.streams, 1)
     loads = {}
     for layer in range(arch.layers):
-        prefix = f"layers.{layer}"
-        rope = rope_angles(arch, arch.compress_ratios[layer] > 0, length)
-        x, post, comb = hyper(p, f"{prefix}.hc_attn", h, arch)
-        x = rms(x, arch.norm_eps) * p[f"{prefix}.attn_norm.weight"]
-        x = attention(p, f"{prefix}.attn", x.view(batch, length, -1), rope, arch)
-        h = expand(h, x.reshape(batch * length, -1), post, comb)
-        x, post, comb = hyper(p, f"{prefix}.hc_ffn", h, arch)
-        x = rms(x, arch.norm_eps) * p[f"{prefix}.ffn_norm.weight"]
-        x, loads[f"{prefix}.ffn.gate.bias"] = moe(p, routing, f"{prefix}.ffn", x, flat, arch)
-        h = expand(h, x, post, comb)
+        h, loads[f"layers.{layer}.ffn.gate.bias"] = block(p, routing, layer, h, ids, arch)
     if wanted is not None:
         h = h[wanted.flatten()]
     mixes = F.linear(rms(h.flatten(1), arch.norm_eps), p["hc_head_fn"])
