@@ -1,8 +1,8 @@
 """Write what upstream's converter makes of a small source: a bundle that loads and talks nonsense.
 
-The same tensors, bytes and labels as `jang_tools.dsv4.convert_dsv4_jangtq --profile 4 --format jang`
-(2.5.9; tests/test_native.py compares the two), with neither torch nor jang_tools: routed experts
-are the source's FP4 bytes under a 4-bit affine label, and control tensors are rounded to F16. It is
+The same tensors, bytes and labels as `jang_tools.dsv4.convert_dsv4_jangtq`'s (2.5.9, --profile 4
+--format jang; tests/test_native.py compares the two), with neither torch nor jang_tools: routed
+experts are the source's FP4 bytes under a 4-bit affine label, controls are rounded to F16. It is
 what `make demo` and `make matrix` set the right bundle against. One shard, made in memory: for the
 nano model and the sources of make_source.py.
 

@@ -78,18 +78,17 @@ def prepare(stack: Stack, python: Path) -> None:
 def bundles(work: Path, names: list[str]) -> dict[str, Path]:
     """The stock bundle and one by each quantizer, made by the stages where they are not there."""
     python, out = Path(sys.executable), {}
-    stock = work / "bundles" / "stock"
-    if not stock.is_dir():
-        run_script(python, "convert", "--source", NANO, "--bundle", stock, "--converter", "jang")
     for name in names:
         out[name] = folder = work / "bundles" / name
-        if name == "stock" or folder.is_dir():
+        if folder.is_dir():
+            continue
+        if name == "stock":
+            run_script(python, "make_stock", "--source", NANO, "--bundle", folder)
             continue
         making = folder.with_name(f".{name}.making")
         shutil.rmtree(making, ignore_errors=True)
-        shutil.copytree(stock, making)
         both = ("--source", NANO, "--bundle", making)
-        run_script(python, "requantize", *both, "--quantizer", name)
+        run_script(python, "convert", *both, "--quantizer", name)
         run_script(python, "finalize", *both)
         run_script(python, "patch", *both)
         making.rename(folder)
