@@ -194,12 +194,13 @@ PROOF = survey findings headers documents loading level1 reading tasks judge pro
   numbers verdict
 VERIFY = $(PYTHON) scripts/verify.py --bundle '$(BUNDLE)' --level $(LEVEL) \
   $(if $(LOW_DISK),,$(if $(wildcard $(call escaped,$(SOURCE))/config.json),--source '$(SOURCE)')) \
+  $(if $(IMATRIX),--imatrix '$(IMATRIX)') \
   --python '$(TOOLCHAIN_PYTHON)' --json $(STAMPS)/verify.json $(if $(JOBS),--jobs $(JOBS))
 .PHONY: verify report
 verify: $(STAMPS)/patch.stamp ## prove the finished bundle right, or name what is wrong (LEVEL=1: fast)
 	$(VERIFY)
 $(STAMPS)/verify.stamp: $(STAMPS)/patch.stamp scripts/verify.py scripts/replay.py \
-  $(call module,chat labels quantizer affine fp8 $(PROOF))
+  $(call module,chat labels quantizer affine imatrix fp8 $(PROOF))
 	rm -f $@
 	$(VERIFY)
 	touch $@

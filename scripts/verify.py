@@ -32,7 +32,9 @@ from dsv4.checkpoint import Checkpoint, open_source, read_json
 from dsv4.durable import human, write_json
 from dsv4.findings import Check, Findings
 from dsv4.headers import quantizer_of
+from dsv4.imatrix import importances, open_imatrix
 from dsv4.names import is_control, parse_expert
+from dsv4.quantizer import Optimal
 from dsv4.space import folder_bytes
 from dsv4.stop import Stop, run
 from dsv4.survey import Survey, survey
@@ -56,14 +58,18 @@ def level_one(
 
 
 def level_two(
-    bundle: Survey, source: Checkpoint | None, jobs: int, findings: Findings
+    args: argparse.Namespace, bundle: Survey, source: Checkpoint | None, findings: Findings
 ) -> tuple[numbers.Numbers, list[Check], float]:
     """Read every number; returns the outcomes, the checks and the seconds that it took."""
     start = time.perf_counter()
+    weighted = None
+    if args.imatrix and source:
+        imatrix = open_imatrix(args.imatrix)
+        weighted = Optimal(importances(imatrix, source), imatrix.digest)
     with tqdm(
         total=bundle.checkpoint.nbytes, unit="B", unit_scale=True, desc="level 2", disable=None
     ) as bar:
-        result = numbers.read_numbers(bundle, source, jobs, bar.update)
+        result = numbers.read_numbers(bundle, source, args.jobs, bar.update, weighted)
     return result, verdict.judge(result, findings), time.perf_counter() - start
 
 
@@ -130,6 +136,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--source", type=Path, help="the FP4/FP8 source to compare with")
+    parser.add_argument("--imatrix", type=Path, help="what `optimal` was given (.dat)")
     parser.add_argument("--level", type=int, choices=(1, 2), default=2)
     parser.add_argument("--python", type=Path, default=Path(sys.executable), help="toolchain")
     parser.add_argument(
@@ -170,7 +177,7 @@ def examine(args: argparse.Namespace) -> Examination:
     seconds = {"level 1": time.perf_counter() - start}
     read, second = None, []
     if bundle is not None and args.level == 2:
-        read, second, seconds["level 2"] = level_two(bundle, source, args.jobs, findings)
+        read, second, seconds["level 2"] = level_two(args, bundle, source, findings)
     level1.demand_something([*first, *second], findings)
     return Examination(findings, bundle, source, first, second, read, seconds)
 

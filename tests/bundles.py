@@ -34,7 +34,7 @@ def judge(bundle: Path, source: Path | None, loader: bool = False, level: int = 
     before, compare.QUANTIZERS = compare.QUANTIZERS, shared
     args = argparse.Namespace(
         bundle=bundle, source=source, level=level, python=Path(sys.executable),
-        without_loader=not loader, hashes=False, jobs=2, json=None,
+        without_loader=not loader, hashes=False, jobs=2, json=None, imatrix=None,
     )  # fmt: skip
     try:
         return verify.examine(args).findings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 import subprocess
 import sys
@@ -105,6 +106,32 @@ def test_the_native_converter_weighs_errors_alike(tmp_path: Path) -> None:
         for part in ("weight", "scales", "biases"):
             mine, wanted = (read_array(at[f"{base}.{part}"]) for at in (ours, theirs))
             assert mine.tobytes() == wanted.tobytes(), (base, part)
+
+
+def test_verify_recomputes_what_an_imatrix_made(tmp_path: Path) -> None:
+    source, bundle, _ = small.make(tmp_path, SIZES, seed=54)
+    path = write(tmp_path / "i.dat", example(5))
+    assert requantize(source, bundle, "--quantizer", "optimal", "--imatrix", path).returncode == 0
+    command = [
+        sys.executable,
+        SCRIPT.with_name("verify.py"),
+        "--source",
+        source,
+        "--bundle",
+        bundle,
+    ]
+    results = {}
+    for what, options in {"without": [], "with": ["--imatrix", path]}.items():
+        out = tmp_path / f"{what}.json"
+        subprocess.run([*command, "--without-loader", "--json", out, *options], check=False,
+                       capture_output=True)  # fmt: skip
+        found = json.loads(out.read_text())
+        results[what] = json.dumps(found["findings"])
+        cells = found["errors"]["experts"]
+        assert (what == "with") == all(c["groups"] == c["groups_as_expected"] for c in cells)
+    unknown = "this project's table"
+    assert unknown in results["without"]
+    assert unknown not in results["with"]
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from dsv4.affine import BadGroup
 from dsv4.fp4 import GROUP, UE8M0
 from dsv4.fp8 import E4M3
 from dsv4.headers import FLOATS, quantizer_of
+from dsv4.imatrix import usable
 from dsv4.names import parse_expert
 from dsv4.promises import Promise, promise_of
 from dsv4.quantizer import QUANTIZERS, Quantizer
@@ -32,14 +33,17 @@ PIECE_BYTES = 4 << 20
 
 
 class Comparer:
-    """Compares tasks, in any thread; the quantizer's table is made once."""
+    """Compares tasks, in any thread; the quantizer's table is made once.
 
-    def __init__(self, bundle: Survey) -> None:
+    weighted: the quantizer with the imatrix that the user named, if any.
+    """
+
+    def __init__(self, bundle: Survey, weighted: Quantizer | None = None) -> None:
         mark = quantizer_of(bundle)
         self.recorded = mark.get("requantize_quantizer")
         self.quantizer: Quantizer | None = None
         if self.recorded in QUANTIZERS:
-            quantizer = QUANTIZERS[self.recorded]()
+            quantizer = weighted or QUANTIZERS[self.recorded]()
             # Another digest: another MLX's table, or an importance of columns that is not here.
             if quantizer.digest == mark.get("requantize_table"):
                 self.quantizer = quantizer
@@ -226,11 +230,14 @@ class Block:
 
     def recompute(self, outcome: Outcome, quantizer: Quantizer) -> None:
         """Quantize the source rows again and compare bytes."""
+        importance = quantizer.importance.get(self.task.base)
+        if importance is not None:
+            importance = usable(importance, self.task.base)
         parts = {part: np.empty(len(data), np.uint8) for part, data in self.stored.items()}
         outcome.recomputed = True
         outcome.groups += len(self.scales)
         try:
-            quantizer.encode(self.codes, self.exponents, parts)
+            quantizer.encode(self.codes, self.exponents, parts, importance)
         except BadGroup as bad:
             outcome.fault("source-broken", self.place(bad.group * GROUP), bad.found, bad.expected)
             return

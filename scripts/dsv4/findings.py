@@ -180,7 +180,7 @@ FAULTS = {
     "quantizer-unknown": Fault(
         "The shards name a quantizer, or a table of it, that this verify cannot recompute; bounds "
         "hold.",
-        "make requantize",
+        "name the imatrix that it was made with, if any: make verify IMATRIX=FILE; or requantize",
         WARNING,
     ),
     "control-differs": Fault("A control tensor is not the source's, bit for bit.", _REQUANTIZE),

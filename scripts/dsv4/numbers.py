@@ -18,6 +18,7 @@ from pathlib import Path
 from dsv4.checkpoint import Checkpoint
 from dsv4.compare import Comparer, look_at
 from dsv4.names import kind
+from dsv4.quantizer import Quantizer
 from dsv4.reading import Reader
 from dsv4.shard import Tensor
 from dsv4.survey import Survey
@@ -55,8 +56,10 @@ def sha256(path: Path) -> str:
 class Worker:
     """Does jobs in any thread; each thread has files of its own open."""
 
-    def __init__(self, bundle: Survey, progress: Callable[[int], object]) -> None:
-        self.comparer = Comparer(bundle)
+    def __init__(
+        self, bundle: Survey, weighted: Quantizer | None, progress: Callable[[int], object]
+    ) -> None:
+        self.comparer = Comparer(bundle, weighted)
         self._bundle, self._progress = bundle, progress
         self._local = threading.local()
         self._readers: list[Reader] = []
@@ -87,13 +90,18 @@ class Worker:
 
 
 def read_numbers(
-    bundle: Survey, source: Checkpoint | None, jobs: int, progress: Callable[[int], object]
+    bundle: Survey,
+    source: Checkpoint | None,
+    jobs: int,
+    progress: Callable[[int], object],
+    weighted: Quantizer | None = None,
 ) -> Numbers:
     """Compare or look at every tensor and hash every file, shard by shard, with `jobs` threads.
 
-    `progress` is told the bytes of the bundle that were done. Raises Stop for a read that fails.
+    `progress` is told the bytes of the bundle that were done. weighted: `optimal` with the imatrix
+    that the bundle was made with. Raises Stop for a read that fails.
     """
-    worker = Worker(bundle, progress)
+    worker = Worker(bundle, weighted, progress)
     work = list(cut(bundle, source))
     outcomes: list[Outcome] = []
     hashes: dict[str, str] = {}
