@@ -190,7 +190,7 @@ $(STAMPS)/patch.stamp: $(STAMPS)/finalize.stamp scripts/patch.py $(call module,c
 
 # With LOW_DISK=1 without the source, which is gone: convert compared each shard with it.
 # LEVEL=1: headers and JSON, seconds. 2: every number against the source, at the disk's speed.
-PROOF = survey findings headers documents loading level1 reading tasks judge promises compare \
+PROOF = survey findings headers documents loading level1 reading tasks judge promises certificate compare \
   numbers verdict
 VERIFY = $(PYTHON) scripts/verify.py --bundle '$(BUNDLE)' --level $(LEVEL) \
   $(if $(LOW_DISK),,$(if $(wildcard $(call escaped,$(SOURCE))/config.json),--source '$(SOURCE)')) \

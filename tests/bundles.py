@@ -29,9 +29,13 @@ def quantizer(name: str):
 
 
 def judge(bundle: Path, source: Path | None, loader: bool = False, level: int = 2) -> Findings:
-    """What verify finds in `bundle`; without `loader` the toolchain is not asked."""
+    """What verify finds in `bundle`; without `loader` the toolchain is not asked.
+
+    In small blocks, so that also of these small tensors most rows are compared by their bytes.
+    """
     shared = {name: functools.partial(quantizer, name) for name in QUANTIZERS}
-    before, compare.QUANTIZERS = compare.QUANTIZERS, shared
+    before = compare.QUANTIZERS, compare.BLOCK_WEIGHTS
+    compare.QUANTIZERS, compare.BLOCK_WEIGHTS = shared, 1 << 11
     args = argparse.Namespace(
         bundle=bundle, source=source, level=level, python=Path(sys.executable),
         without_loader=not loader, hashes=False, jobs=2, json=None, imatrix=None,
@@ -39,7 +43,7 @@ def judge(bundle: Path, source: Path | None, loader: bool = False, level: int = 
     try:
         return verify.examine(args).findings
     finally:
-        compare.QUANTIZERS = before
+        compare.QUANTIZERS, compare.BLOCK_WEIGHTS = before
 
 
 def places(findings: Findings, name: str) -> str:

@@ -20,10 +20,20 @@ import pytest
 from conftest import SCRIPTS, must, refusal, script
 
 import patch_loader
-from dsv4 import documents, judge, level1, numbers, reading, verdict
+from dsv4 import (
+    certificate,
+    compare,
+    documents,
+    judge,
+    level1,
+    numbers,
+    reading,
+    verdict,
+)  # fmt: skip
 from dsv4.checkpoint import open_bundle, open_source
 from dsv4.findings import FAULTS, Findings
 from dsv4.fp4 import E2M1
+from dsv4.promises import promise_of
 from dsv4.quantizer import QUANTIZERS
 from dsv4.stop import Stop
 from dsv4.survey import survey
@@ -356,6 +366,55 @@ def test_decoding_fp4_agrees_with_the_plain_one():
     with np.errstate(over="ignore"):
         plain = E2M1[pairs] * np.ldexp(np.float32(1), exponents.astype(int) - 127)[..., None]
     assert np.array_equal(values, plain.reshape(-1).astype(np.float32))
+
+
+def test_zeros_are_counted_as_decoding_counts_them():
+    packed = np.random.default_rng(11).integers(0, 256, 4096, np.uint8)
+    codes = np.stack([packed & 15, packed >> 4])
+    assert certificate.zeros(packed.view(np.int64)) == (E2M1[codes] == 0).sum()
+
+
+@pytest.mark.parametrize("name", certificate.BY_CASE)
+def test_every_case_of_a_table_is_judged(name):
+    good, worst = certificate.certify(bundles.quantizer(name), promise_of(name, 0))
+    assert good[105:141].all()
+    assert not good[[150, 255]].any()  # beyond what F16 can hold
+    assert (0.9 < worst <= 1) if name == "mlx" else worst == 0
+
+
+@pytest.mark.parametrize("part", ["weight", "scales", "biases"])
+def test_a_quantizer_with_one_wrong_case_is_not_certified(part):
+    """Greatest value 6, least -1, exponent 120: one nibble or one last bit is wrong."""
+
+    class Wrong:
+        name, label = "mlx", bundles.quantizer("mlx").label
+
+        def encode(self, packed, exponents, parts):
+            tally = bundles.quantizer("mlx").encode(packed, exponents, parts)
+            if exponents[0] == 120:
+                parts[part][77 * len(parts[part]) // len(exponents)] ^= 0x40
+            return tally
+
+    good, _ = certificate.certify(Wrong(), promise_of("mlx", 0))
+    assert not good[120]
+    assert good[[119, 121]].all()
+
+
+def test_comparing_bytes_and_decoding_come_to_the_same_sums(good, source, monkeypatch):
+    sums = []
+    for names in (certificate.BY_CASE, ()):
+        monkeypatch.setattr(certificate, "BY_CASE", names)
+        monkeypatch.setattr(compare, "BLOCK_WEIGHTS", 1 << 11)
+        bundle = survey(good, Findings())
+        done = numbers.read_numbers(bundle, open_source(source), 2, lambda n: None)
+        sums.append([o for o in done.outcomes if o.what == "expert"])
+    for fast, slow in zip(*sums, strict=True):
+        assert fast.name == slow.name
+        for what in ("numbers", "groups", "exact", "zeros", "zeros_lost", "recomputed", "faults"):
+            assert getattr(fast, what) == getattr(slow, what), what
+        assert fast.energy == pytest.approx(slow.energy, rel=1e-6)
+        assert fast.error == pytest.approx(slow.error, rel=1e-3)
+        assert slow.worst <= fast.worst <= 1
 
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])

@@ -21,7 +21,8 @@ class Outcome:
     what: expert, module, control or passthrough; how: what its values are stored as. energy and
     error are sums of squares. exact, explained and wrong count groups against the bytes that its
     quantizer gives; fragile ones could be rounded otherwise by another device. faults are (name,
-    where, found, expected); device ones count only if `judge_device` says so.
+    where, found, expected); explained ones count as verdict.py's `judge_groups` says. worst: the
+    largest error in steps, at worst_at; without a place, a bound.
     """
 
     name: str

@@ -114,6 +114,8 @@ def worst_line(worst: Outcome) -> str:
     """The worst weight, for a reader."""
     if worst.worst == 0:
         return "no weight off by more than rounding"
+    if not worst.worst_at:
+        return f"no weight off by more than {worst.worst:.3f} steps"
     return f"worst weight off by {worst.worst:.3f} steps ({worst.name}, {worst.worst_at})"
 
 
