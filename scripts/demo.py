@@ -4,7 +4,7 @@ Both are loaded by the toolchain's real loader and served by its real server. Th
 compared with those of the source decoded to float32 by the same model code, and those of the right
 bundle also with its own tensors dequantized, which no label can spoil. Each server is asked the
 plan's two questions and 50 additions that training never saw. All of that goes on at once, as far
-as there are processors.
+as there are processors. Newer vMLX refuses the stock bundle, and the table says so.
 
 `make demo` and `make selftest` run it after the stages. Prints a table. Exit 0: the right bundle is
 right and the stock one is told apart; 1: this toolchain cannot be trusted with the big model.
@@ -63,6 +63,15 @@ class Talk:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Seen:
+    """All that was seen of one bundle that loads."""
+
+    logits: Logits
+    talk: Talk
+    folder: Path
+
+
 def held_out(source: Path, number: int) -> list[tuple[int, int]]:
     """`number` additions (a, b), evenly spread, of those that the nano was never trained on."""
     path = source.parent / "record.json"
@@ -119,8 +128,11 @@ def talk(
     return Talk(moon, total, exact, time.monotonic() - start)
 
 
-def examine(args: argparse.Namespace) -> tuple[tuple[Logits, Talk], tuple[Logits, Talk], Logits]:
-    """The stock bundle, the right one, and the right one's logits against its own tensors'."""
+def examine(args: argparse.Namespace) -> tuple[Seen | Stop, Seen, Logits]:
+    """The stock bundle, or how it was refused; the right one; its logits against its own tensors'.
+
+    Raises Stop when the right bundle cannot be loaded and asked.
+    """
     additions = held_out(args.source, QUESTIONS)
     ids, work = prompts(args.source, additions), args.bundle.parent
     with (
@@ -129,18 +141,18 @@ def examine(args: argparse.Namespace) -> tuple[tuple[Logits, Talk], tuple[Logits
     ):
         talks = [
             pool.submit(talk, args.python, folder, additions, work, bar)
-            for folder in (args.stock, args.bundle)
+            for folder in (args.bundle, args.stock)
         ]
-        wanted = [(args.source, "source"), (args.stock, "loader"),
-                  (args.bundle, "loader"), (args.bundle, "tensors")]  # fmt: skip
+        wanted = [(args.source, "source"), (args.bundle, "loader"),
+                  (args.bundle, "tensors"), (args.stock, "loader")]  # fmt: skip
         found = [pool.submit(logits, args.python, *one, ids, work) for one in wanted]
-        stock, right = (answer.result() for answer in talks)
-        source, of_stock, of_right, own = (answer.result() for answer in found)
-    return (
-        (compare(of_stock, source), stock),
-        (compare(of_right, source), right),
-        compare(of_right, own),
-    )
+        source, loaded, own = (answer.result() for answer in found[:3])
+        right = Seen(compare(loaded, source), talks[0].result(), args.bundle)
+        try:
+            stock = Seen(compare(found[3].result(), source), talks[1].result(), args.stock)
+        except Stop as refusal:
+            stock = refusal
+    return stock, right, compare(loaded, own)
 
 
 def shorten(answer: Answer) -> str:
@@ -148,47 +160,53 @@ def shorten(answer: Answer) -> str:
     return repr(text if len(text) <= 46 else text[:45] + "…")
 
 
-def table(stock: tuple[Logits, Talk, Path], right: tuple[Logits, Talk, Path]) -> str:
+ROWS = [
+    SUM, "  finish_reason", MOON, "  finish_reason", "held-out additions, exact",
+    "logits to source: cosine", "  relative L2 distance", "  same next token",
+    "bytes", "seconds, served and asked",
+]  # fmt: skip
+
+
+def column(seen: Seen | Stop) -> list[str]:
+    """One bundle's side of the table, in the order of ROWS."""
+    if isinstance(seen, Stop):
+        return ["refuses to load", *[""] * (len(ROWS) - 1)]
+    return [
+        shorten(seen.talk.sum),
+        seen.talk.sum.finish_reason,
+        shorten(seen.talk.moon),
+        seen.talk.moon.finish_reason,
+        f"{seen.talk.exact} of {QUESTIONS}",
+        f"{seen.logits.cosine:.4f}",
+        f"{seen.logits.distance:.4f}",
+        f"{seen.logits.agreement:.1%}",
+        f"{folder_bytes(seen.folder):,}",
+        f"{seen.talk.seconds:.0f}",
+    ]
+
+
+def table(stock: Seen | Stop, right: Seen) -> str:
     """The two bundles side by side, one row a measure."""
-
-    def column(logits: Logits, talk: Talk, folder: Path) -> list[str]:
-        return [
-            shorten(talk.sum),
-            talk.sum.finish_reason,
-            shorten(talk.moon),
-            talk.moon.finish_reason,
-            f"{talk.exact} of {QUESTIONS}",
-            f"{logits.cosine:.4f}",
-            f"{logits.distance:.4f}",
-            f"{logits.agreement:.1%}",
-            f"{folder_bytes(folder):,}",
-            f"{talk.seconds:.0f}",
-        ]
-
-    names = [
-        SUM, "  finish_reason", MOON, "  finish_reason", "held-out additions, exact",
-        "logits to source: cosine", "  relative L2 distance", "  same next token",
-        "bytes", "seconds, served and asked",
-    ]  # fmt: skip
-    rows = zip(names, column(*stock), column(*right), strict=True)
+    rows = zip(ROWS, column(stock), column(right), strict=True)
     head = f"{'':36}{'stock bundle':50}right bundle"
-    return "\n".join([head, *(f"{name:36}{a:50}{b}" for name, a, b in rows)])
+    lines = [head, *(f"{name:36}{a:50}{b}" for name, a, b in rows)]
+    return "\n".join([*lines, f"stock bundle: {stock}"] if isinstance(stock, Stop) else lines)
 
 
-def faults(right: tuple[Logits, Talk], own: Logits, stock: tuple[Logits, Talk]) -> list[str]:
+def faults(stock: Seen | Stop, right: Seen, own: Logits) -> list[str]:
     """What is not as it must be: in the right bundle, or a stock bundle that looks right."""
-    logits, talk = right
     out = []
-    if fault := sentence_fault(talk.moon):
+    if fault := sentence_fault(right.talk.moon):
         out.append(f"right bundle, moon: {fault}")
-    if fault := sum_fault(talk.sum):
+    if fault := sum_fault(right.talk.sum):
         out.append(f"right bundle, sum: {fault}")
-    if talk.exact < MIN_EXACT:
-        out.append(f"right bundle: {talk.exact} of {QUESTIONS} additions, {MIN_EXACT} needed")
-    for what, value in (("the source", logits), ("its own tensors", own)):
+    if right.talk.exact < MIN_EXACT:
+        out.append(f"right bundle: {right.talk.exact} of {QUESTIONS} right, {MIN_EXACT} needed")
+    for what, value in (("the source", right.logits), ("its own tensors", own)):
         if not value.distance <= MAX_DISTANCE:
             out.append(f"right bundle: distance {value.distance:.3f} to {what} > {MAX_DISTANCE}")
-    if stock[0].distance <= MAX_DISTANCE and stock[1].exact >= MIN_EXACT:
+    loaded = not isinstance(stock, Stop)
+    if loaded and stock.logits.distance <= MAX_DISTANCE and stock.talk.exact >= MIN_EXACT:
         out.append("the stock bundle is right too: this demonstration shows nothing")
     return out
 
@@ -203,9 +221,9 @@ def main() -> int:
     parser.add_argument("--python", type=Path, default=Path(sys.executable), help="toolchain")
     args = parser.parse_args()
     stock, right, own = examine(args)
-    print(table((*stock, args.stock), (*right, args.bundle)))
+    print(table(stock, right))
     print(f"right bundle to its own tensors, dequantized: cosine {own.cosine:.4f}")
-    found = faults(right, own, stock)
+    found = faults(stock, right, own)
     if found:
         raise Stop("demo", "; ".join(found), "a right bundle", "do not build the big model yet")
     print("This toolchain loads and serves a right bundle right.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import socket
 import subprocess
 import time
@@ -92,10 +93,9 @@ def _wait_for(server: subprocess.Popen, url: str, log: Path, patience: float) ->
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
         if server.poll() is not None:
-            lines = log.read_text(errors="replace").strip().splitlines() or ["no output"]
             raise Stop(
                 "vmlx_engine serve",
-                f"exit status {server.returncode}: {lines[-1][:300]}",
+                f"exit status {server.returncode}: {last_words(log)}",
                 "a server that stays up",
                 f"read {log}",
             )
@@ -103,6 +103,13 @@ def _wait_for(server: subprocess.Popen, url: str, log: Path, patience: float) ->
             return
         time.sleep(0.2)
     raise Stop("vmlx_engine serve", f"no answer in {patience:.0f} s", "an answer", f"read {log}")
+
+
+def last_words(log: Path) -> str:
+    """The last exception that a log shows, else its last line; 300 characters at most."""
+    lines = log.read_text(errors="replace").strip().splitlines() or ["no output"]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception): ", line)]
+    return (errors or lines)[-1][:300]
 
 
 def ask(url: str, question: str, max_tokens: int, timeout: float = 600) -> Answer:

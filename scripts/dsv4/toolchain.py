@@ -86,7 +86,7 @@ def call(command: list[str], what: str, todo: str, stdin: str = "") -> str:
     result = subprocess.run(command, input=stdin, capture_output=True, text=True, env=environment())
     if result.returncode:
         last = (result.stderr.strip().splitlines() or ["no output"])[-1]
-        raise Stop(what, last[-300:], "exit status 0", todo)
+        raise Stop(what, last[:300], "exit status 0", todo)
     return result.stdout
 
 
