@@ -39,8 +39,11 @@ LOW_DISK ?=
 SHARD_BYTES ?=
 # A finished bundle to take tokenizer and encoding files from, instead of the source.
 REFERENCE ?=
-# The Python that converts and serves; set it to the one inside a vMLX.app to use that.
-TOOLCHAIN_PYTHON ?= .venv/bin/python
+# The toolchain that serves: a file of scripts/stacks, installed into .toolchain/STACK. new is the
+# most faithful to transformers (README); old is the plan's, and has what CONVERTER=jang needs.
+STACK ?= new
+# Or any Python of your own that serves, such as the one inside a vMLX.app.
+TOOLCHAIN_PYTHON ?= .toolchain/$(STACK)/bin/python
 # Where the server listens, on this machine only.
 PORT ?= 8010
 # How routed experts are stored: mlx (as mx.quantize does, 5 bits a weight), optimal (5 bits, least
@@ -67,8 +70,9 @@ FOLDERS = --source '$(SOURCE)' --bundle '$(BUNDLE)'
 module = $(patsubst %,scripts/dsv4/%.py,$(1))
 space := $(subst ,, )
 escaped = $(subst $(space),\ ,$(1))
+TOOLCHAIN := $(patsubst %/bin/python,%/installed,$(filter .toolchain/%,$(TOOLCHAIN_PYTHON)))
 # What every stage uses.
-CORE := .venv/installed $(call module,stop durable shard names fp4 checkpoint) $(STAMPS)/settings
+CORE := .venv/installed $(TOOLCHAIN) $(call module,stop durable shard names fp4 checkpoint) $(STAMPS)/settings
 
 # A bundle or a source that is gone takes its stamp along.
 $(shell test -e '$(BUNDLE)/config.json' || rm -f $(STAMPS)/convert.stamp)
@@ -96,7 +100,7 @@ $(STAMPS)/settings: FORCE
 # -------------------------------------------------------------------------------------- set-up
 
 .PHONY: venv
-venv: .venv/installed ## make .venv with the pinned toolchain (1.2 GB)
+venv: .venv/installed $(TOOLCHAIN) ## make .venv for the scripts and .toolchain/STACK (SIZE)
 
 .venv/installed: requirements.txt
 	rm -f $@
@@ -105,7 +109,13 @@ venv: .venv/installed ## make .venv with the pinned toolchain (1.2 GB)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
 	touch $@
 
-# Also torch, for transformers' model and for upstream's converter; pytest, ruff.
+.toolchain/%/installed: scripts/stacks/%.txt
+	rm -rf $(@D)
+	$(PYTHON3) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	touch $@
+
+# Also the old stack, whose converter and loaders the tests compare with; pytest, ruff.
 .venv/tests-installed: tests/requirements.txt .venv/installed
 	rm -f $@
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --requirement tests/requirements.txt
@@ -212,7 +222,7 @@ report: .venv/installed ## write the last verify's result as one HTML page, buil
 # ------------------------------------------------------------------------------- using the bundle
 
 .PHONY: serve smoke
-serve: .venv/installed ## serve the bundle with vMLX on 127.0.0.1:PORT
+serve: .venv/installed $(TOOLCHAIN) ## serve the bundle with vMLX on 127.0.0.1:PORT
 	$(PYTHON) scripts/serve.py --bundle '$(BUNDLE)' --port $(PORT) --python '$(TOOLCHAIN_PYTHON)'
 
 smoke: .venv/installed ## ask the running server two questions and judge the answers
@@ -284,11 +294,11 @@ bench: .venv/installed ## measure requantize beside copying and the plan's metho
 	$(PYTHON) scripts/bench.py
 
 # 8 GB under build/ while it runs, about 7 minutes on two cores.
-bench_convert: .venv/installed ## measure convert against the disk, and against upstream and the plan
+bench_convert: .venv/tests-installed ## measure convert against the disk, and against upstream and the plan
 	$(PYTHON) scripts/bench_convert.py
 
 .PHONY: test lint format clean
-test: .venv/tests-installed $(patsubst %,build/wheels/jang-%-py3-none-any.whl,2.5.8 2.5.9 2.5.50) ## run the tests
+test: .venv/tests-installed .toolchain/new/installed $(patsubst %,build/wheels/jang-%-py3-none-any.whl,2.5.8 2.5.9 2.5.50) ## run the tests
 	$(PYTHON) scripts/patch_loader.py --python $(PYTHON)
 	$(PYTHON) -m pytest -q tests
 

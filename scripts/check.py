@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -191,7 +190,7 @@ def main() -> int:
     )
     parser.add_argument("--source", type=Path, required=True)
     parser.add_argument("--bundle", type=Path, required=True)
-    parser.add_argument("--python", type=Path, default=Path(sys.executable), help="toolchain")
+    parser.add_argument("--python", type=Path, default=toolchain.default(), help="toolchain")
     parser.add_argument("--app", type=Path, default=toolchain.APP)
     parser.add_argument("--repo", default="", help="where the source can be fetched from")
     parser.add_argument("--revision", default="main")

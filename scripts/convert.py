@@ -30,7 +30,6 @@ import functools
 import math
 import os
 import shutil
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -54,6 +53,7 @@ from dsv4.rewrite import NewShard, Piece, copy_pieces, rewrite
 from dsv4.shard import NUMPY_DTYPE, Slot, Tensor, header_bytes
 from dsv4.space import workplace_of
 from dsv4.stop import Stop, run
+from dsv4.toolchain import default
 from requantize import Ledger
 
 SHARD_BYTES = 5_000_000_000
@@ -481,7 +481,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--source", type=Path, required=True, help="the FP4/FP8 checkpoint")
     parser.add_argument("--bundle", type=Path, required=True, help="the folder to make")
     parser.add_argument("--converter", choices=("native", "jang"), default="native")
-    parser.add_argument("--python", type=Path, default=Path(sys.executable),
+    parser.add_argument("--python", type=Path, default=default(),
                         help="jang: the toolchain")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     parser.add_argument("--jobs", type=requantize.parse_jobs, default=requantize.cores(),

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from dsv4.checkpoint import read_json
 from dsv4.server import Answer, ask, running
 from dsv4.space import folder_bytes
 from dsv4.stop import Stop, run
-from dsv4.toolchain import call
+from dsv4.toolchain import call, default
 from smoke import MOON, SUM, sentence_fault, sum_fault
 
 # Bounds for the right bundle. tests/test_nano_faults.py measured a relative L2 distance of .025 for
@@ -218,7 +217,7 @@ def main() -> int:
     parser.add_argument("--source", type=Path, required=True)
     parser.add_argument("--stock", type=Path, required=True, help="bundle as upstream makes it")
     parser.add_argument("--bundle", type=Path, required=True, help="bundle after all the stages")
-    parser.add_argument("--python", type=Path, default=Path(sys.executable), help="toolchain")
+    parser.add_argument("--python", type=Path, default=default(), help="toolchain")
     args = parser.parse_args()
     stock, right, own = examine(args)
     print(table(stock, right))

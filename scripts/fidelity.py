@@ -40,7 +40,7 @@ from dsv4.quantizer import QUANTIZERS, Quantizer
 from dsv4.shard import ITEMSIZE, NUMPY_DTYPE, Slot
 from dsv4.stop import run
 from dsv4.synthetic import RULES, pack, random_weights, to_fp4
-from dsv4.toolchain import call
+from dsv4.toolchain import call, default
 
 OUT, COLUMNS = 2048, 4096
 SEED = 2026
@@ -286,7 +286,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--source", type=Path, required=True, help="the nano checkpoint")
     parser.add_argument("--source2", type=Path, help="one that was trained less")
     parser.add_argument("--out", type=Path, default=Path("build/fidelity"))
-    parser.add_argument("--python", type=Path, default=Path(sys.executable), help="toolchain")
+    parser.add_argument("--python", type=Path, default=default(), help="toolchain")
     parser.add_argument("--additions", type=int, default=40, help="held-out ones to go through")
     return parser.parse_args()
 

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 from dsv4.checkpoint import read_config
 from dsv4.server import check_free, command
 from dsv4.stop import Stop, run
-from dsv4.toolchain import environment
+from dsv4.toolchain import default, environment
 
 
 def main() -> int:
@@ -26,7 +25,7 @@ def main() -> int:
     )
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--port", type=int, default=8010)
-    parser.add_argument("--python", type=Path, default=Path(sys.executable), help="toolchain")
+    parser.add_argument("--python", type=Path, default=default(), help="toolchain")
     args = parser.parse_args()
     read_config(args.bundle)
     check_free(args.port)

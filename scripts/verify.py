@@ -38,7 +38,7 @@ from dsv4.quantizer import Optimal
 from dsv4.space import folder_bytes
 from dsv4.stop import Stop, run
 from dsv4.survey import Survey, survey
-from dsv4.toolchain import probe
+from dsv4.toolchain import default, probe
 
 FORMAT = 1  # of verify.json
 RECORD = ".download.json"
@@ -138,7 +138,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--source", type=Path, help="the FP4/FP8 source to compare with")
     parser.add_argument("--imatrix", type=Path, help="what `optimal` was given (.dat)")
     parser.add_argument("--level", type=int, choices=(1, 2), default=2)
-    parser.add_argument("--python", type=Path, default=Path(sys.executable), help="toolchain")
+    parser.add_argument("--python", type=Path, default=default(), help="toolchain")
     parser.add_argument(
         "--without-loader",
         action="store_true",

@@ -36,6 +36,7 @@ class Recipe:
 
     def make(self, *arguments: str) -> subprocess.CompletedProcess:
         settings = [f"SOURCE={self.source}", f"BUNDLE={self.bundle}", "REPO="]
+        settings.append("TOOLCHAIN_PYTHON=.venv/bin/python")  # the old stack
         clean = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
         return subprocess.run(
             ["make", *arguments, *settings],

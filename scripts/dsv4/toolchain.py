@@ -1,11 +1,12 @@
 """The toolchain that converts and serves: a Python with jang_tools, mlx, mlx_lm and vmlx_engine.
 
-It may be this project's .venv or the Python inside a vMLX.app, so it is always asked from outside,
-in a process of its own, and never imported here.
+It may lie in this project's .toolchain or inside a vMLX.app, so it is always asked from outside, in
+a process of its own, and never imported here.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any
 from dsv4.stop import Stop
 
 APP = Path("/Applications/vMLX.app")
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("jang", "vmlx", "mlx", "mlx-lm", "mlx-vlm", "transformers", "torch")
 
 _PROBE = """
@@ -36,6 +38,14 @@ print("\\n" + json.dumps({"python": platform.python_version(), "executable": sys
     "packages": {n: version(n) for n in sys.argv[1:]}, "metal": metal,
     "folders": {n: folder(n) for n in ("jang_tools", "mlx_lm", "vmlx_engine")}}))
 """
+
+
+def default() -> Path:
+    """What --python means when it is not given: this Python if it has jang_tools, else the
+    toolchain that `make venv` installs.
+    """
+    here = Path(sys.executable)
+    return here if importlib.util.find_spec("jang_tools") else ROOT / ".toolchain/new/bin/python"
 
 
 def probe(python: Path) -> dict[str, Any]:
