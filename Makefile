@@ -207,6 +207,19 @@ bench_verify: .venv/installed ## measure verify's level 2 beside cat of bundle a
 report: .venv/installed ## write the last verify's result as one HTML page, build/KEY/verify.html
 	$(PYTHON) scripts/report.py --json $(STAMPS)/verify.json --out $(STAMPS)/verify.html
 
+# -------------------------------------------------------------------------------------- repairing
+
+# Any DeepSeek-V4 MLX bundle, whoever made it: what level 1 finds is mended, the rest stays.
+# Rewritten shards cost disk twice while BUNDLE/.before-repair keeps the originals.
+.PHONY: repair unrepair
+repair: .venv/installed ## mend a bundle made elsewhere, or damaged: BUNDLE=… SOURCE=… (DRY_RUN=1 first)
+	$(PYTHON) scripts/repair.py --bundle '$(BUNDLE)' --python '$(TOOLCHAIN_PYTHON)' $(QUANTIZE) \
+	  $(if $(or $(filter command,$(firstword $(origin SOURCE))),$(wildcard $(call escaped,$(SOURCE))/config.json)), \
+	  --source '$(SOURCE)') $(if $(REFERENCE),--reference '$(REFERENCE)') $(if $(DRY_RUN),--dry-run)
+
+unrepair: .venv/installed ## put back every file that repair changed, byte for byte
+	$(PYTHON) scripts/repair.py --bundle '$(BUNDLE)' --undo
+
 # ------------------------------------------------------------------------------- using the bundle
 
 .PHONY: serve smoke
