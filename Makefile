@@ -111,10 +111,11 @@ venv: .venv/installed ## make .venv with the pinned toolchain (1.8 GB)
 .PHONY: check
 check: $(STAMPS)/check.stamp ## say whether the build can succeed: toolchain, volumes, free space
 $(STAMPS)/check.stamp: $(CORE) scripts/check.py scripts/patch_loader.py scripts/download.py \
-  $(call module,hub origin transfer space toolchain labels) patches/load_jangtq.patch patches/mlx_model.patch
+  $(call module,hub origin transfer space toolchain labels stacks needs) patches/load_jangtq.patch patches/mlx_model.patch
 	rm -f $@
 	$(PYTHON) scripts/check.py $(FOLDERS) --python '$(TOOLCHAIN_PYTHON)' \
-	  --repo '$(REPO)' --revision '$(REVISION)' --converter '$(CONVERTER)' $(if $(LOW_DISK),--low-disk)
+	  --repo '$(REPO)' --revision '$(REVISION)' --converter '$(CONVERTER)' --quantizer '$(QUANTIZER)' \
+	  $(if $(LOW_DISK),--low-disk)
 	touch $@
 
 # Mends the installed jang_tools. Belongs to the toolchain, not to the bundle.

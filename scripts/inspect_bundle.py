@@ -23,7 +23,7 @@ from dsv4.checkpoint import open_source
 from dsv4.durable import human
 from dsv4.findings import Check, Findings
 from dsv4.remote import Skeleton, fetch_skeleton
-from dsv4.runtimes import runtimes
+from dsv4.stacks import runtimes
 from dsv4.stop import Stop, run
 from dsv4.survey import survey
 
