@@ -460,6 +460,7 @@ def undo(bundle: Path) -> int:
         print(f"{bundle}: not repaired, nothing to undo")
         return 0
     with requantize.locked(bundle, [], requantize.Part()):
+        requantize.remove_leftovers(bundle, [], requantize.Part())
         back, removed = Backup(bundle).undo()
     print(f"{bundle}: {back} files put back, {removed} that repair made removed")
     return 0
@@ -513,7 +514,7 @@ def main() -> int:
         raise Stop(f"{args.bundle}", ", ".join(wrong) or f"{len(repair.left)} things left",
                    "a bundle that level 1 passes", "see above")  # fmt: skip
     if not args.dry_run:
-        print("level 1 holds; every number: make verify LEVEL=2 with the source")
+        print("level 1 holds; every number: scripts/verify.py --bundle DIR --source DIR")
     return 0
 
 

@@ -142,7 +142,6 @@ def identity(versions: Versions, row: Stack | None = None) -> dict[str, str]:
 
 def nearest(versions: Versions) -> str:
     """The row that agrees with most of the versions, and where it does not."""
-
     here = identity(versions)
 
     def likeness(row: Stack) -> tuple[bool, bool, int]:
