@@ -172,7 +172,8 @@ def wrong_experts(bundle: Checkpoint) -> dict[str, str]:
     FP4 bytes are right where a label says mxfp4, or the bundle tells that they were meant so. In a
     bundle that requantize made, the experts of a shard without its mark are wrong too.
     """
-    marks = {f: s.metadata.get("requantize_quantizer") for f, s in bundle.shards.items()}
+    files = files_of_experts(bundle)
+    marks = {f: bundle.shards[f].metadata.get("requantize_quantizer") for f in files}
     meant = {*marks.values(), labels.recorded_quantizer(bundle.config)}
     strangers = {f for f, mark in marks.items() if any(marks.values()) and not mark}
     wrong = {}
@@ -187,6 +188,11 @@ def wrong_experts(bundle: Checkpoint) -> dict[str, str]:
         elif any(tensor.path.name in strangers for tensor in has.values()):
             wrong[base] = "marks-mixed"
     return wrong
+
+
+def files_of_experts(bundle: Checkpoint) -> set[str]:
+    """The shards that hold any part of a routed expert."""
+    return {tensor.path.name for name, tensor in bundle.tensors.items() if parse_expert(name)}
 
 
 def rounded(bundle: Checkpoint) -> list[str]:
@@ -214,13 +220,13 @@ def faults(repair: Repair) -> Findings:
 def mend_shards(repair: Repair) -> None:
     """Wrong experts, rounded controls and a quantized head are made again, from the source."""
     bundle, begun = open_whole(repair.bundle), repair.backup.unfinished
-    stock = wrong_experts(bundle)
+    wrong = wrong_experts(bundle)
     as_fp4 = repair.args.quantizer == "mxfp4" and repair.source is None and not begun
-    if as_fp4 and stock and all_fp4(bundle):
-        repair.expert, found = labels.MXFP4, f"{len(stock):,} expert matrices of FP4 bytes"
-        repair.say(f"{found} (stock-experts)", "labelled mxfp4; not compared with the source")
-        stock = {}
-    wrong = stock | dict.fromkeys(begun.get("experts", ()), "unfinished")
+    if as_fp4 and wrong and all_fp4(bundle):
+        found = f"{len(wrong):,} expert matrices of FP4 bytes (stock-experts)"
+        repair.say(found, "labelled mxfp4; not compared with the source")
+        repair.expert, wrong = labels.MXFP4, {}
+    wrong |= dict.fromkeys(begun.get("experts", ()), "unfinished")
     controls, head = rounded(bundle), has_quantized_head(bundle)
     found = [f"{n:,} expert matrices ({fault})" for fault, n in Counter(wrong.values()).items()]
     found += [f"{len(controls):,} controls not in F32 (controls-rounded)"] if controls else []
@@ -417,9 +423,11 @@ def config(repair: Repair, bundle: Checkpoint) -> dict[str, Any]:
 
 def recorded(bundle: Checkpoint) -> dict[str, str] | None:
     """config.json's record of the quantizer: as the shards' marks have it, else its own."""
-    files = {t.path.name for name, t in bundle.tensors.items() if parse_expert(name)}
     keys = ("requantize_quantizer", "requantize_table")
-    marks = {tuple(bundle.shards[file].metadata.get(key) for key in keys) for file in files}
+    marks = {
+        tuple(bundle.shards[file].metadata.get(key) for key in keys)
+        for file in files_of_experts(bundle)
+    }
     if len(marks) == 1 and all(mark := marks.pop()):
         return {"quantizer": mark[0], "table": mark[1]}
     return bundle.config.get(labels.RECORD)

@@ -286,6 +286,27 @@ def test_fp4_bytes_may_be_labelled_as_what_they_are(stock, source, tmp_path):
     must("patch", "--bundle", bundle)
 
 
+def test_fp4_under_labels_of_one_runtime_gets_those_of_all(stock, source, tmp_path):
+    """As jang 2.5.50 labels MXFP4: under storage names alone. No source, no shard written."""
+    must("requantize", "--source", source, "--bundle", shutil.copytree(stock, tmp_path / "made"),
+         "--quantizer", "mxfp4")  # fmt: skip
+    bundle = by_name(tmp_path / "made", tmp_path / "bundle", 6, marks=False)
+
+    def storage_names(config: dict) -> None:
+        del config["requantize"]
+        stays = {k: v for k, v in config["quantization"].items() if "switch_mlp" not in k}
+        config["quantization"] = stays
+
+    edit_json(bundle / "config.json", storage_names)
+    assert "label-missing" in bundles.judge(bundle, source, level=1).names
+    where = {n: i for n, i in inodes(bundle).items() if n.endswith(".safetensors")}
+    repair(bundle)
+    assert {n: i for n, i in inodes(bundle).items() if n.endswith(".safetensors")} == where
+    assert not bundles.judge(bundle, source).errors
+    must("patch", "--bundle", bundle)
+    assert "nothing to repair" in repair(bundle, "--source", source)
+
+
 def test_a_missing_shard_stops_before_anything_is_written(case):
     bundle, source = case
     no_eos(bundle, source)
