@@ -127,10 +127,11 @@ venv: .venv/installed $(TOOLCHAIN) ## make .venv for the scripts and .toolchain/
 .PHONY: check
 check: $(STAMPS)/check.stamp ## say whether the build can succeed: toolchain, volumes, free space
 $(STAMPS)/check.stamp: $(CORE) scripts/check.py scripts/patch_loader.py scripts/download.py \
-  $(call module,hub origin transfer space toolchain labels) patches/load_jangtq.patch patches/mlx_model.patch
+  $(call module,hub origin transfer space toolchain labels stacks needs) patches/load_jangtq.patch patches/mlx_model.patch
 	rm -f $@
 	$(PYTHON) scripts/check.py $(FOLDERS) --python '$(TOOLCHAIN_PYTHON)' \
-	  --repo '$(REPO)' --revision '$(REVISION)' --converter '$(CONVERTER)' $(if $(LOW_DISK),--low-disk)
+	  --repo '$(REPO)' --revision '$(REVISION)' --converter '$(CONVERTER)' --quantizer '$(QUANTIZER)' \
+	  $(if $(LOW_DISK),--low-disk)
 	touch $@
 
 # Mends the installed jang_tools. Belongs to the toolchain, not to the bundle.
@@ -218,6 +219,19 @@ $(STAMPS)/verify.stamp: $(STAMPS)/patch.stamp scripts/verify.py scripts/replay.p
 # What the last verify found, as one page to put beside a published bundle.
 report: .venv/installed ## write the last verify's result as one HTML page, build/KEY/verify.html
 	$(PYTHON) scripts/report.py --json $(STAMPS)/verify.json --out $(STAMPS)/verify.html
+
+# -------------------------------------------------------------------------------------- repairing
+
+# Any DeepSeek-V4 MLX bundle, whoever made it: what level 1 finds is mended, the rest stays.
+# Rewritten shards cost disk twice while BUNDLE/.before-repair keeps the originals.
+.PHONY: repair unrepair
+repair: .venv/installed $(TOOLCHAIN) ## mend a bundle made elsewhere, or damaged: BUNDLE=… SOURCE=… (DRY_RUN=1 first)
+	$(PYTHON) scripts/repair.py --bundle '$(BUNDLE)' --python '$(TOOLCHAIN_PYTHON)' $(QUANTIZE) \
+	  $(if $(or $(filter command,$(firstword $(origin SOURCE))),$(wildcard $(call escaped,$(SOURCE))/config.json)), \
+	  --source '$(SOURCE)') $(if $(REFERENCE),--reference '$(REFERENCE)') $(if $(DRY_RUN),--dry-run)
+
+unrepair: .venv/installed ## put back every file that repair changed, byte for byte
+	$(PYTHON) scripts/repair.py --bundle '$(BUNDLE)' --undo
 
 # ------------------------------------------------------------------------------- using the bundle
 

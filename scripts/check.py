@@ -1,10 +1,12 @@
 """Say whether the build can succeed, before anything is spent on it.
 
 One line for each check: what was found, what is needed, what to do. Looks at the toolchain Python
-and its packages, the loader patches, the volumes, and the free space against what is really needed:
-the hub's file sizes for the download, and for the bundle its exact size, computed from the source's
-safetensors headers (the hub's by ranged requests when the source is not there yet). Writes nothing.
-Exit 1 when the build could not succeed.
+and its packages; at what these versions mean for the user, and those inside /Applications/vMLX.app
+(works, works after patch_loader, known to fail because …, unknown); at the loader patches, the
+volumes, and the free space against what is really needed: the hub's file sizes for the download,
+and for the bundle its exact size, computed from the source's safetensors headers (the hub's by
+ranged requests when the source is not there yet). Writes nothing. Exit 1 when the build could not
+succeed; a line with ?? does not stop it.
 
     .venv/bin/python scripts/check.py --source DIR --bundle DIR [--python PYTHON] [--repo REPO]
 """
@@ -12,16 +14,18 @@ Exit 1 when the build could not succeed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import patch_loader
 from download import recorded, remaining
-from dsv4 import hub, low_disk, space, toolchain
+from dsv4 import hub, low_disk, space, stacks, toolchain
 from dsv4.checkpoint import INDEX, open_bundle, open_source
 from dsv4.durable import human
 from dsv4.origin import read_record
+from dsv4.quantizer import QUANTIZERS
 from dsv4.space import workplace_of
 from dsv4.stop import Stop, run
 
@@ -32,25 +36,30 @@ NEEDED = {
     "vmlx": "the server",
     "torch": "CONVERTER=jang",
 }
+UPSTREAM = ("2.5.8", "2.5.9")  # versions of jang whose converter CONVERTER=jang can run
 AT_ONCE = 4  # shards of the source that lie there at one time with --low-disk, as a rule
 
 
 @dataclass(frozen=True)
 class Line:
-    """One check: does it hold, what was found, and what to do when it does not."""
+    """One check: does it hold, what was found, and what to do when it does not.
+
+    doubt: nothing that stops the build, but read it.
+    """
 
     holds: bool
     what: str
     found: str
     todo: str = ""
+    doubt: bool = False
 
     def __str__(self) -> str:
-        mark = "ok " if self.holds else "NO "
+        mark = "NO " if not self.holds else "?? " if self.doubt else "ok "
         todo = "" if self.holds or not self.todo else f"; {self.todo}"
         return f"{mark} {self.what}: {self.found}{todo}"
 
 
-def check_toolchain(python: Path, converter: str) -> list[Line]:
+def check_toolchain(python: Path, converter: str, app: Path, quantizer: str) -> list[Line]:
     """The toolchain Python and its packages; torch only where upstream's converter is to run."""
     try:
         info = toolchain.probe(python)
@@ -65,12 +74,38 @@ def check_toolchain(python: Path, converter: str) -> list[Line]:
             Line(version is not None, name, f"{version or 'not installed'} ({role})",
                  f"install it into {python}")
         )  # fmt: skip
+    if converter == "jang" and info["packages"]["jang"] not in UPSTREAM:
+        lines.append(Line(False, "CONVERTER=jang", f"jang {info['packages']['jang']}",
+                          f"it is known to work with {' and '.join(UPSTREAM)}: STACK=old"))  # fmt: skip
     metal = info["metal"]
     if isinstance(metal, str):
         lines.append(Line(False, "mlx", f"does not import ({metal})", "reinstall mlx"))
     else:
         lines.append(Line(True, "Metal", "yes" if metal else "no: MLX runs on the CPU"))
+    lines.append(meaning("runtime", info["packages"], pending(python, app), quantizer))
+    if app.is_dir() and app not in Path(info["executable"]).parents:
+        versions = toolchain.app_versions(app)
+        lines.append(meaning(f"runtime in {app}", versions, pending(None, app), quantizer))
     return lines
+
+
+def meaning(what: str, versions: stacks.Versions, lacking: tuple[str, ...], quantizer: str) -> Line:
+    """What the installed versions mean for the user, by the rows of dsv4/stacks.py."""
+    works, line = stacks.recognise(versions, lacking, toolchain.has_metal(), quantizer)
+    return Line(True, what, line, doubt=not works)
+
+
+def pending(python: Path | None, app: Path) -> tuple[str, ...]:
+    """The loader patches that this toolchain's jang_tools, or the app's, still lacks."""
+    lacking = []
+    for patch in map(patch_loader.read_patch, patch_loader.DEFAULT):
+        if patch.header.get("Needed-Where") == "no Metal" and toolchain.has_metal():
+            continue
+        with contextlib.suppress(Stop):  # no jang_tools: said elsewhere
+            file = toolchain.module_file(python, patch.target, app)
+            if patch_loader.state(patch_loader.read_python(file), patch) == "pristine":
+                lacking.append(patch.path.name)
+    return tuple(lacking)
 
 
 def check_patch(python: Path, app: Path, path: Path) -> Line:
@@ -195,10 +230,11 @@ def main() -> int:
     parser.add_argument("--repo", default="", help="where the source can be fetched from")
     parser.add_argument("--revision", default="main")
     parser.add_argument("--converter", choices=("native", "jang"), default="native")
+    parser.add_argument("--quantizer", choices=sorted(QUANTIZERS), default="mlx")
     parser.add_argument("--low-disk", action="store_true")
     args = parser.parse_args()
     source, bundle = args.source, args.bundle
-    lines = check_toolchain(args.python, args.converter)
+    lines = check_toolchain(args.python, args.converter, args.app, args.quantizer)
     lines += [check_patch(args.python, args.app, path) for path in patch_loader.DEFAULT]
     lines += [check_volume("source volume", source), check_volume("bundle volume", bundle)]
     need = low_disk_need if args.low_disk else source_need

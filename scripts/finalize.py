@@ -39,13 +39,18 @@ def wanted(origin: Path) -> list[str]:
 
 def finalize(origin: Path, bundle: Path, keep_edited: bool) -> list[str]:
     """Copy what is wanted; return the names of the files that were written."""
+    kept = EDITED if keep_edited else ()
+    return copy(
+        origin, bundle, [n for n in wanted(origin) if n not in kept or not (bundle / n).is_file()]
+    )
+
+
+def copy(origin: Path, bundle: Path, names: list[str]) -> list[str]:
+    """Copy these files; return the names of those that were not there or had other bytes."""
     written = []
-    for name in wanted(origin):
-        target = bundle / name
-        if keep_edited and name in EDITED and target.is_file():
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if copy_file(origin / name, target):
+    for name in names:
+        (bundle / name).parent.mkdir(parents=True, exist_ok=True)
+        if copy_file(origin / name, bundle / name):
             written.append(name)
     return written
 

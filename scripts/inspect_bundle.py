@@ -2,9 +2,9 @@
 
 config.json, the index and every shard's header are read by ranged requests (some 30 MB in all), and
 verify's level 1 runs on them: files, index, tensors, labels, stop tokens, and the signatures of the
-known faults. Says what is wrong, which runtimes will load it, and whether the stages of this
-repository could mend it. No number is read: that is what verify does after the download. With
---against, the bundle is also compared with the source's tensors, name by name (another 20 MB).
+known faults. Says what is wrong, which runtimes will load it, and whether `make repair` could mend
+it. No number is read: that is what verify does after the download. With --against, the bundle is
+also compared with the source's tensors, name by name (another 20 MB).
 
 Gated and private repositories are read with the user's own login. Exit 0: nothing wrong; 1: faults.
 
@@ -21,9 +21,9 @@ from pathlib import Path
 from dsv4 import hub, level1
 from dsv4.checkpoint import open_source
 from dsv4.durable import human
-from dsv4.findings import Check, Finding, Findings
+from dsv4.findings import Check, Findings
 from dsv4.remote import Skeleton, fetch_skeleton
-from dsv4.runtimes import runtimes
+from dsv4.stacks import runtimes
 from dsv4.stop import Stop, run
 from dsv4.survey import survey
 
@@ -34,21 +34,15 @@ SHOWN = 2  # places of each fault
 
 
 def mending(findings: Findings) -> str:
-    """Which stages could mend what was found, in words."""
-    repairs = {f.fault.repair for f in findings.errors}
-    beyond = [f for f in findings.errors if not is_mended_by_stages(f)]
+    """Whether `make repair` could mend what was found, and what it needs for that, in words."""
+    beyond = [f for f in findings.errors if not f.fault.repair.startswith("make repair")]
     if beyond:
         by_hand = "; ".join(f"{f.name} ({f.fault.repair})" for f in beyond)
-        return f"not mendable by the stages: {by_hand}"
-    stages = [s for s in ("requantize", "finalize", "patch")
-              if any(f"make {s}" in repair for repair in repairs)]  # fmt: skip
-    needs = " (requantize needs the FP4 source)" if "requantize" in stages else ""
-    return f"once downloaded, mended by: make {' '.join(stages)}{needs}"
-
-
-def is_mended_by_stages(finding: Finding) -> bool:
-    """True when a stage of this repository rewrites what is wrong; moving files is by hand."""
-    return finding.fault.repair.startswith(("make requantize", "make finalize", "make patch"))
+        return f"not mendable by make repair: {by_hand}"
+    needs_source = any("SOURCE=" in finding.fault.repair for finding in findings.errors)
+    return "once downloaded, mended by: make repair" + (
+        " SOURCE=… (it needs the FP4 source)" if needs_source else " (without the source)"
+    )
 
 
 # ---------------------------------------------------------------------------------- output

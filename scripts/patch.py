@@ -40,20 +40,29 @@ UNRECORDED = "not recorded"
 def patched(bundle: Checkpoint, source: Path | None = None) -> dict[str, dict[str, Any]]:
     """File name → content that it should have, for the four JSON files."""
     folder = bundle.folder
-    eos = token_ids(folder)
-    config = copy.deepcopy(bundle.config)
-    config.pop("quantization_config", None)
-    config["quantization"] = quantization(expert_bases(bundle), expert_label(bundle))
-    config["eos_token_id"] = eos
     return {
-        "config.json": config,
-        "generation_config.json": generation_config(folder, eos),
+        "config.json": config(bundle, expert_label(bundle)),
+        "generation_config.json": generation_config(folder),
         "tokenizer_config.json": tokenizer_config(folder),
         "jang_config.json": jang_config(folder, source),
     }
 
 
-def generation_config(folder: Path, eos: list[int]) -> dict[str, Any]:
+def config(bundle: Checkpoint, expert: dict[str, Any] | None) -> dict[str, Any]:
+    """config.json with the stop tokens, and labels of experts that are stored as `expert` says.
+
+    None: the labels stay as they are.
+    """
+    content = copy.deepcopy(bundle.config)
+    if expert is not None:
+        content.pop("quantization_config", None)
+        content["quantization"] = quantization(expert_bases(bundle), expert)
+    content["eos_token_id"] = token_ids(bundle.folder)
+    return content
+
+
+def generation_config(folder: Path) -> dict[str, Any]:
+    eos = token_ids(folder)
     path = folder / "generation_config.json"
     content = read_json(path) if path.is_file() else {"bos_token_id": token_ids(folder, (BOS,))[0]}
     return {**content, "eos_token_id": eos}

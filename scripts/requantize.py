@@ -29,7 +29,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -196,15 +196,25 @@ class Plan:
 
 
 def make_plan(
-    source: Checkpoint, bundle: Checkpoint, quantizer: Quantizer, part: Part, jobs: int
+    source: Checkpoint,
+    bundle: Checkpoint,
+    quantizer: Quantizer,
+    part: Part,
+    jobs: int,
+    only: frozenset[str] | None = None,
+    mark: dict[str, str] | None = None,
 ) -> Plan:
-    """Decide every shard's fate. Raises Stop when bundle and source do not belong together."""
+    """Decide every shard's fate. Raises Stop when bundle and source do not belong together.
+
+    only: storage names of the expert matrices that are made; the others are copied as they lie
+    (None: all are made). mark: metadata of the shards that are written (None: who made them).
+    """
     check_bundle(source, bundle)
-    mark = made_by(source, quantizer)
+    mark = made_by(source, quantizer) if mark is None else mark
     have_biases = {n.rpartition(".")[0] for n in bundle.tensors if n.endswith(".biases")}
     fates = {}
     for file, shard in bundle.shards.items():
-        fates[file] = fate_of(shard, source, quantizer, have_biases, mark)
+        fates[file] = fate_of(shard, source, quantizer, have_biases, mark, only)
     mine = part.of(list(fates))
     todo = [file for file in mine if not fates[file].done]
     for file in todo:
@@ -218,6 +228,7 @@ def fate_of(
     quantizer: Quantizer,
     have_biases: set[str],
     mark: dict[str, str],
+    only: frozenset[str] | None = None,
 ) -> Fate:
     """The new layout of one shard. New `.biases` come right after the `.scales` they belong to.
 
@@ -226,7 +237,7 @@ def fate_of(
     """
     slots, kinds = [], {}
     for tensor in shard.tensors.values():
-        kind, new = _slots_of(tensor, source, quantizer, have_biases)
+        kind, new = _slots_of(tensor, source, quantizer, have_biases, only)
         slots += new
         kinds.update({slot.name: kind for slot in new})
     slots.sort(key=lambda slot: -np.dtype(NUMPY_DTYPE[slot.dtype]).itemsize)
@@ -241,11 +252,15 @@ def fate_of(
 
 
 def _slots_of(
-    tensor: Tensor, source: Checkpoint, quantizer: Quantizer, have_biases: set[str]
+    tensor: Tensor,
+    source: Checkpoint,
+    quantizer: Quantizer,
+    have_biases: set[str],
+    only: frozenset[str] | None,
 ) -> tuple[str, list[Slot]]:
     """What one tensor of the bundle becomes: its kind, and no, one or two new tensors."""
-    if parse_expert(tensor.name):
-        base, _, part = tensor.name.rpartition(".")
+    base, _, part = tensor.name.rpartition(".")
+    if parse_expert(tensor.name) and (only is None or base in only):
         out, half = source.tensors[f"{base}.weight"].shape
         parts = quantizer.parts(out, 2 * half)
         names = [part] if part in parts else []
@@ -255,7 +270,7 @@ def _slots_of(
     origin = source.tensors.get(tensor.name)
     if origin is not None and is_control(tensor.name) and origin.dtype == "F32":
         return "control", [Slot(tensor.name, "F32", tensor.shape)]
-    if tensor.name.rpartition(".")[0] == HEAD.rpartition(".")[0] and HEAD in source.tensors:
+    if base == HEAD.rpartition(".")[0] and HEAD in source.tensors:
         head = source.tensors[HEAD]
         return "head", [Slot(HEAD, head.dtype, head.shape)] if tensor.name == HEAD else []
     return "copy", [Slot(tensor.name, tensor.dtype, tensor.shape)]
@@ -607,21 +622,33 @@ def check_space(plan: Plan) -> None:
 def complete(plan: Plan) -> bool:
     """Rebuild the index, then the labels in config.json; True when either changed."""
     folder = plan.bundle.folder
-    weight_map = {slot.name: file for file, fate in plan.fates.items() for slot in fate.slots}
-    index = read_json(folder / INDEX)
-    metadata = index.get("metadata")
-    total = sum(slot.nbytes for fate in plan.fates.values() for slot in fate.slots)
-    index["metadata"] = (metadata if isinstance(metadata, dict) else {}) | {"total_size": total}
-    index["weight_map"] = dict(sorted(weight_map.items()))
-    changed = write_json(folder / INDEX, index)
-
+    changed = write_index(folder, {file: fate.slots for file, fate in plan.fates.items()})
     config = dict(plan.bundle.config)
     config.pop("quantization_config", None)
     config["quantization"] = labels.quantization(expert_bases(plan.source), plan.quantizer.label)
-    config[labels.RECORD] = {"quantizer": plan.quantizer.name, "table": plan.quantizer.digest}
+    config[labels.RECORD] = record_of(plan.quantizer)
     if config != plan.bundle.config:
         changed |= write_json(folder / "config.json", config)
     return changed
+
+
+def write_index(folder: Path, shards: Mapping[str, Iterable[Slot | Tensor]]) -> bool:
+    """Write the index of these shards' tensors; what else stands in it stays. True if it changed.
+
+    Raises Stop when an index is there that is no JSON object.
+    """
+    index = read_json(folder / INDEX) if (folder / INDEX).exists() else {}
+    tensors = {tensor.name: (file, tensor.nbytes) for file, of in shards.items() for tensor in of}
+    metadata = index.get("metadata")
+    total = sum(nbytes for _, nbytes in tensors.values())
+    index["metadata"] = (metadata if isinstance(metadata, dict) else {}) | {"total_size": total}
+    index["weight_map"] = {name: file for name, (file, _) in sorted(tensors.items())}
+    return write_json(folder / INDEX, index)
+
+
+def record_of(quantizer: Quantizer) -> dict[str, str]:
+    """What config.json says of the quantizer that made the routed experts."""
+    return {"quantizer": quantizer.name, "table": quantizer.digest}
 
 
 # --- Saying what will be done and what was ------------------------------------------------------

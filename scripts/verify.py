@@ -35,7 +35,6 @@ from dsv4.headers import quantizer_of
 from dsv4.imatrix import importances, open_imatrix
 from dsv4.names import is_control, parse_expert
 from dsv4.quantizer import Optimal
-from dsv4.space import folder_bytes
 from dsv4.stop import Stop, run
 from dsv4.survey import Survey, survey
 from dsv4.toolchain import default, probe
@@ -123,7 +122,7 @@ def sizes(bundle: Survey, source: Checkpoint | None) -> dict[str, Any]:
     return {
         "shards": len(bundle.checkpoint.shards),
         "tensors": len(bundle.checkpoint.tensors),
-        "bundle_bytes": folder_bytes(bundle.checkpoint.folder),
+        "bundle_bytes": sum(bundle.files[file] for file in numbers.visible(bundle.files)),
         "shard_bytes": bundle.checkpoint.nbytes,
         "by_kind": kinds,
         "source_shard_bytes": source.nbytes if source else None,

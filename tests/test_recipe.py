@@ -151,6 +151,19 @@ def test_help_lists_every_target(recipe):
         assert f"make {name} " in shown, name
 
 
+def test_repair_mends_and_unrepair_puts_back(recipe):
+    config = recipe.bundle / "generation_config.json"
+    right = config.read_bytes()
+    config.write_text("{}")
+    assert "would be set" in recipe.make("repair", "DRY_RUN=1").stdout
+    assert config.read_text() == "{}"
+    result = recipe.make("repair")
+    assert "level 1 holds" in result.stdout, result.stderr
+    assert recipe.make("unrepair").returncode == 0
+    assert config.read_text() == "{}"
+    config.write_bytes(right)
+
+
 def test_no_setting_asks_for_the_download_of_a_missing_source(recipe, tmp_path):
     recipe.source = tmp_path / "nowhere"
     result = recipe.make("check")

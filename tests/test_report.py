@@ -73,7 +73,7 @@ def test_a_failed_bundle_shows_fault_reason_and_repair(stock, source, tmp_path):
     shown = page(json.loads(out.read_text()))
     assert "class='verdict failed'" in shown
     assert "<b>stock-experts</b> (error, 120×)" in shown
-    assert "make requantize" in shown
+    assert "make repair SOURCE=…" in shown
     assert "Not measured: level 2 with the source measures it." in shown
 
 

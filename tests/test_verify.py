@@ -71,7 +71,7 @@ def test_a_stock_bundle_fails_by_name_and_says_what_repairs_it(stock, source):
     result = script("verify", "--bundle", stock, "--source", source, "--level", 1)
     assert result.returncode == 1
     assert "error: stock-experts (120×)" in result.stderr
-    assert "repair: make requantize" in result.stderr
+    assert "repair: make repair SOURCE=…" in result.stderr
     assert (
         "mlx_lm: model.layers.0.mlp.switch_mlp.down_proj.biases: found no tensor" in result.stderr
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 from dsv4.durable import human
 from dsv4.findings import Findings
-from dsv4.runtimes import runtimes
+from dsv4.stacks import runtimes
 from dsv4.survey import Survey
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")

@@ -26,8 +26,9 @@ class Fault:
 
 _CONVERT = "delete the bundle, then make convert and the stages after it"
 _REQUANTIZE = "make requantize"
-_PATCH = "make patch"
-_FINALIZE = "make finalize, then make patch"
+_REPAIR = "make repair"
+_FROM_SOURCE = "make repair SOURCE=…, the FP4/FP8 source"
+_EXPERTS = "make repair SOURCE=… for a routed expert; for another module, convert again"
 _ABOVE = "repair what else is named here, then make verify again"
 _RESTORE = "fetch this file again, or make the bundle again"
 
@@ -35,29 +36,29 @@ FAULTS = {
     # Files and what they say.
     "config-broken": Fault("Nothing can load a bundle without a readable config.json.", _RESTORE),
     "config-differs": Fault("The model is built by config.json; another model is built.", _CONVERT),
-    "index-broken": Fault("Runtimes find tensors by the index.", _REQUANTIZE),
-    "tokenizer-missing": Fault("Text cannot become tokens.", _FINALIZE),
-    "tokenizer-config-broken": Fault("Runtimes read the chat template from it.", _FINALIZE),
+    "index-broken": Fault("Runtimes find tensors by the index.", _REPAIR),
+    "tokenizer-missing": Fault("Text cannot become tokens.", _FROM_SOURCE),
+    "tokenizer-config-broken": Fault("Runtimes read the chat template from it.", _FROM_SOURCE),
     "encoding-missing": Fault(
-        "vMLX 1.6.81 builds prompts with encoding/encoding_dsv4.py.", _FINALIZE
+        "vMLX 1.6.81 builds prompts with encoding/encoding_dsv4.py.", _FROM_SOURCE
     ),
-    "generation-config-broken": Fault("mlx_lm and mlx-vlm read the stop tokens there.", _PATCH),
+    "generation-config-broken": Fault("mlx_lm and mlx-vlm read the stop tokens there.", _REPAIR),
     "eos-wrong": Fault(
-        "A runtime that does not know the stop tokens answers until max_tokens.", _PATCH
+        "A runtime that does not know the stop tokens answers until max_tokens.", _REPAIR
     ),
     "chat-template-missing": Fault(
-        "vMLX 1.3.97 falls back to a template that never opens <think>.", _PATCH
+        "vMLX 1.3.97 falls back to a template that never opens <think>.", _REPAIR
     ),
     "chat-template-wrong": Fault(
         "The model was trained on another layout of turns; answers go astray.",
-        "remove chat_template from tokenizer_config.json, then make patch",
+        _REPAIR,
     ),
     "jang-config-group-size": Fault(
-        "vMLX 1.6.81 assumes groups of 64 unless jang_config.json says 32.", _PATCH
+        "vMLX 1.6.81 assumes groups of 64 unless jang_config.json says 32.", _REPAIR
     ),
     "leftover-files": Fault(
         "A run was killed here; its half-written files take space.",
-        "make requantize (it removes them)",
+        "make repair (it removes them)",
         WARNING,
     ),
     # Index and shards.
@@ -68,9 +69,9 @@ FAULTS = {
         "move that file out of the bundle",
     ),
     "index-unsafe-path": Fault("An entry leads out of the folder.", "do not use this bundle"),
-    "index-entry-dangling": Fault("The index names a tensor that is not there.", _REQUANTIZE),
-    "index-entry-missing": Fault("The index does not name a tensor that is there.", _REQUANTIZE),
-    "index-entry-wrong": Fault("The index leads to another shard than the tensor's.", _REQUANTIZE),
+    "index-entry-dangling": Fault("The index names a tensor that is not there.", _REPAIR),
+    "index-entry-missing": Fault("The index does not name a tensor that is there.", _REPAIR),
+    "index-entry-wrong": Fault("The index leads to another shard than the tensor's.", _REPAIR),
     "tensor-twice": Fault(
         "Which of two tensors of one name is loaded depends on the order of files.", _CONVERT
     ),
@@ -87,25 +88,25 @@ FAULTS = {
     "tensor-extra": Fault("No tensor of the source leads to it.", _CONVERT),
     "expert-missing": Fault("Experts are stacked: one that lacks stops the load.", _CONVERT),
     "expert-extra": Fault("More experts than config.json counts.", _CONVERT),
-    "triple-incomplete": Fault("A quantized module needs weight, scales and biases.", _REQUANTIZE),
+    "triple-incomplete": Fault("A quantized module needs weight, scales and biases.", _EXPERTS),
     "triple-misfit": Fault(
-        "Dtypes or shapes of weight, scales and biases fit no bits × group.", _REQUANTIZE
+        "Dtypes or shapes of weight, scales and biases fit no bits × group.", _EXPERTS
     ),
     "shape-wrong": Fault("The tensor has not the shape of its source.", _CONVERT),
     "dtype-wrong": Fault("The tensor has not the dtype that runtimes expect.", _CONVERT),
     "controls-rounded": Fault(
         "Routing and residual mixing need F32 controls; vMLX 1.6.81 refuses the bundle.",
-        _REQUANTIZE,
+        _FROM_SOURCE,
     ),
     # Known failures of whole bundles.
     "stock-experts": Fault(
         "FP4 bytes with U8 scales and no biases under an affine label, as upstream's converter "
         "leaves them: decoded as affine they are noise, and the model says BOS forever.",
-        "make requantize, then make patch",
+        _FROM_SOURCE,
     ),
     "u8-scales-beside-biases": Fault(
         "Old U8 exponents stand beside new biases: a requantization that stopped half-way.",
-        _REQUANTIZE,
+        _FROM_SOURCE,
     ),
     "experts-zero": Fault(
         "Experts full of zeros give no output; the answer is garbage without an error.",
@@ -113,19 +114,19 @@ FAULTS = {
     ),
     "nan-or-inf": Fault("One NaN reaches every logit.", _REQUANTIZE),
     # Labels.
-    "label-absent": Fault("Without `quantization` 2 bits × 64 are assumed.", _PATCH),
+    "label-absent": Fault("Without `quantization` 2 bits × 64 are assumed.", _REPAIR),
     "label-two-dicts": Fault(
-        "quantization_config beside quantization: runtimes differ in which they read.", _PATCH
+        "quantization_config beside quantization: runtimes differ in which they read.", _REPAIR
     ),
     "label-bits-wrong": Fault(
-        "The label's bits are not the tensors': 4-bit codes read as 8-bit are noise.", _PATCH
+        "The label's bits are not the tensors': 4-bit codes read as 8-bit are noise.", _REPAIR
     ),
-    "label-mode-wrong": Fault("The label's mode is not the tensors'.", _PATCH),
-    "label-group-wrong": Fault("The label's group size is not the tensors'.", _PATCH),
+    "label-mode-wrong": Fault("The label's mode is not the tensors'.", _REPAIR),
+    "label-group-wrong": Fault("The label's group size is not the tensors'.", _REPAIR),
     "label-missing": Fault(
-        "A runtime that finds no label for a module falls back to the top level.", _PATCH
+        "A runtime that finds no label for a module falls back to the top level.", _REPAIR
     ),
-    "label-stray": Fault("A label for a module that no tensor belongs to.", _PATCH, WARNING),
+    "label-stray": Fault("A label for a module that no tensor belongs to.", _REPAIR, WARNING),
     # The real loader on this bundle's headers.
     "loader-unpatched": Fault(
         "jang_tools 2.5.8 and 2.5.9 overwrite the module-path labels at load time.",

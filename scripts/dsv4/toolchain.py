@@ -78,6 +78,16 @@ def probe(python: Path) -> dict[str, Any]:
     return json.loads(result.stdout.strip().splitlines()[-1])
 
 
+def app_versions(app: Path = APP) -> dict[str, str | None]:
+    """Versions of PACKAGES inside an app, by its .dist-info folders; None for those without one."""
+    found: dict[str, str | None] = dict.fromkeys(PACKAGES)
+    for folder in sorted(app.rglob("*.dist-info")):
+        name, _, version = folder.name.removesuffix(".dist-info").rpartition("-")
+        if name.replace("_", "-") in found:
+            found[name.replace("_", "-")] = version
+    return found
+
+
 def environment() -> dict[str, str]:
     """The environment for a toolchain process: no user site, nothing fetched from the hub.
 

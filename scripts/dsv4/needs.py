@@ -1,21 +1,22 @@
-"""Which runtime needs what of a bundle, judged by its headers and JSON.
+"""What a runtime may need of a bundle, judged by its headers and JSON.
 
-Found by experiment on small bundles, each runtime compared with the bundle's own
-tensors dequantized and run in transformers.
+Which runtime needs what stands in dsv4/stacks.py. Found by experiment on small bundles, each
+runtime compared with the bundle's own tensors dequantized and run in transformers. A need returns
+words for what is missing, or "".
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from dsv4.documents import ENCODING, RUNTIMES, labels_in_use
+from dsv4.documents import ENCODING, labels_in_use
 from dsv4.documents import stop_ids as ids_of
 from dsv4.findings import Findings
 from dsv4.headers import check_controls, module_parts, stored
 from dsv4.labels import GROUP_SIZE
 from dsv4.survey import Survey
 
-Need = Callable[[Survey], str]  # words for what is missing, or ""
+Need = Callable[[Survey], str]
 
 
 def labels_for(runtime: str) -> Need:
@@ -69,33 +70,3 @@ def jang_groups(bundle: Survey) -> str:
 def plain_head(bundle: Survey) -> str:
     head = bundle.checkpoint.tensors.get("head.weight")
     return "" if head and head.dtype == "BF16" else "head.weight is quantized"
-
-
-MATRIX: dict[str, tuple[Need, ...]] = {
-    "vMLX 1.3.97, loader patched": (
-        labels_for(RUNTIMES[0]), stop_ids("config.json"), chat_template,
-    ),
-    "vMLX 1.6.81": (labels_for(RUNTIMES[2]), controls, encoding, jang_groups),
-    "mlx-lm 0.32.2 with jang 2.5.50's model": (
-        labels_for(RUNTIMES[0]), stop_ids("generation_config.json"),
-    ),
-    "mlx-vlm 0.7.10": (
-        labels_for(RUNTIMES[1]), stop_ids("generation_config.json"), plain_head,
-    ),
-}  # fmt: skip
-
-# Faults that MATRIX judges for each runtime; any other error stops them all.
-BY_RUNTIME = (
-    "label-", "eos-", "chat-template-", "encoding-", "controls-", "jang-config-", "generation-",
-)  # fmt: skip
-
-
-def runtimes(bundle: Survey | None, findings: Findings) -> dict[str, str]:
-    """Runtime → "" when it will load the bundle, else why not."""
-    fatal = [f.name for f in findings.errors if not f.name.startswith(BY_RUNTIME)]
-    if bundle is None or fatal:
-        return dict.fromkeys(MATRIX, ", ".join(fatal) or "no bundle")
-    return {
-        name: "; ".join(filter(None, (need(bundle) for need in needs)))
-        for name, needs in MATRIX.items()
-    }

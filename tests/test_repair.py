@@ -1,0 +1,487 @@
+"""scripts/repair.py: what is wrong is mended, what is right is not touched, and all of it can undo.
+
+Catches: a right shard written anew, a fault that stays, an original lost, a killed run that leaves
+half of an expert, a dry run that writes, labels or marks that say what is not so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import bundles
+import numpy as np
+import pytest
+import small
+from bundles import edit_json
+from conftest import NANO, SCRIPTS, must, refusal, script
+
+import requantize
+from dsv4.backup import FOLDER, Backup
+from dsv4.checkpoint import INDEX, expert_bases, open_bundle, open_source
+from dsv4.names import parse_expert
+from dsv4.shard import read_array, read_shard
+
+FAST = ("--without-loader", "--jobs", 2)
+LAYER = "layers.2."
+
+
+def repair(bundle: Path, *options: object) -> str:
+    """Repair, which has to end well; what it says."""
+    return must("repair", "--bundle", bundle, *FAST, *options)
+
+
+def undo(bundle: Path) -> str:
+    return must("repair", "--bundle", bundle, "--undo")
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file that a bundle consists of, by name; hidden ones of a run count too."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file() and FOLDER not in path.parts
+    }
+
+
+def inodes(folder: Path) -> dict[str, tuple[int, int]]:
+    """Inode and modification time of every file."""
+    stats = {p.name: p.stat() for p in folder.rglob("*") if p.is_file() and FOLDER not in p.parts}
+    return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats.items()}
+
+
+def by_name(bundle: Path, folder: Path, shards: int, marks: bool = True) -> Path:
+    """A copy of `bundle` over several shards in the order of names, so that a layer lies in few."""
+    shutil.copytree(bundle, folder)
+    metadata = next(iter(open_bundle(bundle).shards.values())).metadata
+    arrays = dict(sorted(bundles.load(folder).items()))
+    bundles.save(folder, arrays, shards, metadata if marks else {"format": "mlx"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def nano(tmp_path_factory) -> Path:
+    """The nano checkpoint as a finished bundle over seven shards."""
+    folder = tmp_path_factory.mktemp("made")
+    must("convert", "--source", NANO, "--bundle", folder / "one")
+    must("finalize", "--source", NANO, "--bundle", folder / "one")
+    must("patch", "--bundle", folder / "one")
+    return by_name(folder / "one", folder / "nano", 7)
+
+
+@pytest.fixture(scope="module")
+def random_bundle(good, tmp_path_factory) -> Path:
+    """The random bundle over six shards."""
+    return by_name(good, tmp_path_factory.mktemp("made") / "random", 6)
+
+
+@pytest.fixture(params=["nano", "random"])
+def case(request, tmp_path) -> tuple[Path, Path]:
+    """(a copy of a good bundle over several shards, its source)."""
+    which = "nano" if request.param == "nano" else "random_bundle"
+    source = NANO if request.param == "nano" else request.getfixturevalue("source")
+    return shutil.copytree(request.getfixturevalue(which), tmp_path / "bundle"), source
+
+
+# --- Faults, each planted in its own file -------------------------------------------------------
+
+
+def rewritten(folder: Path, change, marks: bool = True) -> None:
+    """Change arrays; only the shards that hold a changed one are written anew."""
+    for path in sorted(folder.glob("*.safetensors")):
+        shard = read_shard(path)
+        arrays = {name: (t.dtype, read_array(t).copy()) for name, t in shard.tensors.items()}
+        before = {name: (dtype, array.tobytes()) for name, (dtype, array) in arrays.items()}
+        change(arrays)
+        after = {name: (dtype, array.tobytes()) for name, (dtype, array) in arrays.items()}
+        if before != after:
+            planned = [
+                bundles.Planned(n, dtype, a.shape, lambda a=a: [np.ascontiguousarray(a)])
+                for n, (dtype, a) in arrays.items()
+            ]
+            bundles.write_shard(path, planned, shard.metadata if marks else {"format": "mlx"})
+
+
+def f16_controls(folder: Path, source: Path) -> None:
+    def change(arrays) -> None:
+        for name, (dtype, array) in arrays.items():
+            if dtype == "F32" and name.startswith((LAYER, "hc_")):
+                arrays[name] = ("F16", array.astype(np.float16))
+
+    rewritten(folder, change)
+
+
+def stock_experts(folder: Path, source: Path) -> None:
+    """One layer's experts as upstream's converter leaves them; the other shards keep marks."""
+    origin = open_bundle(source).tensors
+
+    def change(arrays) -> None:
+        for name in [n for n in arrays if n.startswith(LAYER) and parse_expert(n)]:
+            base, _, part = name.rpartition(".")
+            if part == "biases":
+                del arrays[name]
+                continue
+            data = read_array(origin[f"{base}.{'scale' if part == 'scales' else 'weight'}"])
+            kind = ("U8", "u1") if part == "scales" else ("U32", "<u4")
+            arrays[name] = (kind[0], np.ascontiguousarray(data).view(kind[1]))
+
+    rewritten(folder, change, marks=False)
+    index = json.loads((folder / INDEX).read_text())
+    there = open_bundle(folder).tensors
+    index["weight_map"] = {n: f for n, f in index["weight_map"].items() if n in there}
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def wrong_labels(folder: Path, source: Path) -> None:
+    edit_json(
+        folder / "config.json", lambda c: c.update(quantization={"bits": 4, "group_size": 64})
+    )
+
+
+def no_eos(folder: Path, source: Path) -> None:
+    edit_json(folder / "config.json", lambda c: c.pop("eos_token_id"))
+    edit_json(folder / "generation_config.json", lambda c: c.update(eos_token_id=1))
+
+
+def no_template(folder: Path, source: Path) -> None:
+    edit_json(folder / "tokenizer_config.json", lambda c: c.pop("chat_template"))
+
+
+def other_template(folder: Path, source: Path) -> None:
+    edit_json(folder / "tokenizer_config.json", lambda c: c.update(chat_template="{{ mine }}"))
+
+
+def no_encoding(folder: Path, source: Path) -> None:
+    shutil.rmtree(folder / "encoding")
+
+
+def no_tokenizer(folder: Path, source: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text("{ cut")
+
+
+def edited_index(folder: Path, source: Path) -> None:
+    def change(index: dict) -> None:
+        del index["weight_map"]["norm.weight"]
+        index["weight_map"]["no.such.tensor"] = index["weight_map"]["embed.weight"]
+
+    edit_json(folder / INDEX, change)
+
+
+def cut_index(folder: Path, source: Path) -> None:
+    (folder / INDEX).write_text('{"weight_map": {')
+
+
+def no_jang_config(folder: Path, source: Path) -> None:
+    (folder / "jang_config.json").unlink()
+
+
+NEEDS_SOURCE = [f16_controls, stock_experts, no_encoding, no_tokenizer]
+FAULTS = [*NEEDS_SOURCE, wrong_labels, no_eos, no_template, other_template, edited_index, cut_index,
+          no_jang_config]  # fmt: skip
+
+
+@pytest.mark.parametrize("plant", FAULTS, ids=lambda plant: plant.__name__)
+def test_each_fault_is_mended_alone_and_undone(case, plant):
+    bundle, source = case
+    plant(bundle, source)
+    assert bundles.judge(bundle, source, level=1).errors
+    before, where = digests(bundle), inodes(bundle)
+    must("repair", "--bundle", bundle, "--source", source, "--dry-run")
+    assert inodes(bundle) == where
+    assert not (bundle / FOLDER).exists()
+
+    said = repair(bundle, "--source", source)
+    assert "level 1 holds" in said
+    assert not bundles.judge(bundle, source, level=2).errors
+    kept = {Path(n).name for n, digest in digests(bundle).items() if before.get(n) == digest}
+    assert kept & {path.name for path in bundle.glob("*.safetensors")}
+    after = inodes(bundle)
+    assert {name: after[name] for name in kept} == {name: where[name] for name in kept}
+
+    assert "nothing to repair" in repair(bundle, "--source", source)
+    assert inodes(bundle) == after
+
+    undo(bundle)
+    assert digests(bundle) == before
+    assert {n: i for n, i in inodes(bundle).items() if n in where} == where
+    assert not (bundle / FOLDER).exists()
+
+
+@pytest.mark.parametrize("plant", FAULTS[len(NEEDS_SOURCE) :], ids=lambda plant: plant.__name__)
+def test_without_a_source_shards_are_not_written(case, plant):
+    bundle, source = case
+    plant(bundle, source)
+    where = {n: i for n, i in inodes(bundle).items() if n.endswith(".safetensors")}
+    assert "level 1 holds" in repair(bundle)
+    assert {n: i for n, i in inodes(bundle).items() if n.endswith(".safetensors")} == where
+
+
+def test_all_faults_at_once(case):
+    bundle, source = case
+    for plant in (f16_controls, wrong_labels, no_eos, no_template, no_encoding, edited_index):
+        plant(bundle, source)
+    before = digests(bundle)
+    repair(bundle, "--source", source)
+    assert not bundles.judge(bundle, source).errors
+    undo(bundle)
+    assert digests(bundle) == before
+
+
+def test_what_needs_the_source_is_named_and_the_rest_is_done(case):
+    bundle, source = case
+    for plant in (f16_controls, stock_experts, no_encoding, no_eos, edited_index):
+        plant(bundle, source)
+    last = refusal("repair", "--bundle", bundle, *FAST)
+    for name in ("controls-rounded", "stock-experts", "encoding-missing"):
+        assert name in last
+    assert not {"eos-wrong", "index-entry-missing"} & bundles.judge(bundle, None, level=1).names
+    repair(bundle, "--source", source)
+    assert not bundles.judge(bundle, source).errors
+
+
+def test_one_stock_layer_in_a_bundle_from_elsewhere(good, source, tmp_path):
+    """Right experts without this recipe's marks stay, and no mark claims them."""
+    bundle = by_name(good, tmp_path / "bundle", 6, marks=False)
+    edit_json(bundle / "config.json", lambda config: config.pop("requantize"))
+    stock_experts(bundle, source)
+    before = digests(bundle)
+    said = repair(bundle, "--source", source)
+    assert "24 expert matrices (stock-experts)" in said
+    touched = {n for n, digest in digests(bundle).items() if before.get(n) != digest}
+    assert 0 < sum(n.endswith(".safetensors") for n in touched) < 6
+    assert not bundles.judge(bundle, source).errors
+    assert "requantize" not in json.loads((bundle / "config.json").read_text())
+    expected = bundles.load(good)
+    for name, (dtype, array) in bundles.load(bundle).items():
+        assert (dtype, array.tobytes()) == (expected[name][0], expected[name][1].tobytes()), name
+    undo(bundle)
+    assert digests(bundle) == before
+
+
+def test_experts_of_another_quantizer_than_those_that_stay_are_refused(case):
+    bundle, source = case
+    stock_experts(bundle, source)
+    last = script("repair", "--bundle", bundle, "--source", source, "--quantizer", "exact5", *FAST)
+    assert last.returncode == 1
+    assert "set QUANTIZER to theirs" in last.stderr
+    assert "QUANTIZER=mlx" in last.stderr
+
+
+def test_fp4_bytes_may_be_labelled_as_what_they_are(stock, source, tmp_path):
+    """QUANTIZER=mxfp4 keeps a stock bundle's experts; with no source it changes JSON alone."""
+    bundle = shutil.copytree(stock, tmp_path / "bundle")
+    refusal("repair", "--bundle", bundle, "--quantizer", "mxfp4", *FAST)  # the controls are left
+    named = bundles.judge(bundle, None, level=1).names
+    assert "controls-rounded" in named
+    assert not {n for n in named if n.startswith(("label-", "stock-"))}
+    repair(bundle, "--source", source, "--quantizer", "mxfp4")
+    assert not bundles.judge(bundle, source).errors
+    must("patch", "--bundle", bundle)
+
+
+def test_fp4_under_labels_of_one_runtime_gets_those_of_all(stock, source, tmp_path):
+    """As jang 2.5.50 labels MXFP4: under storage names alone. No source, no shard written."""
+    must("requantize", "--source", source, "--bundle", shutil.copytree(stock, tmp_path / "made"),
+         "--quantizer", "mxfp4")  # fmt: skip
+    bundle = by_name(tmp_path / "made", tmp_path / "bundle", 6, marks=False)
+
+    def storage_names(config: dict) -> None:
+        del config["requantize"]
+        stays = {k: v for k, v in config["quantization"].items() if "switch_mlp" not in k}
+        config["quantization"] = stays
+
+    edit_json(bundle / "config.json", storage_names)
+    assert "label-missing" in bundles.judge(bundle, source, level=1).names
+    where = {n: i for n, i in inodes(bundle).items() if n.endswith(".safetensors")}
+    repair(bundle)
+    assert {n: i for n, i in inodes(bundle).items() if n.endswith(".safetensors")} == where
+    assert not bundles.judge(bundle, source).errors
+    must("patch", "--bundle", bundle)
+    assert "nothing to repair" in repair(bundle, "--source", source)
+
+
+def test_a_missing_shard_stops_before_anything_is_written(case):
+    bundle, source = case
+    no_eos(bundle, source)
+    sorted(bundle.glob("*.safetensors"))[0].unlink()
+    before = digests(bundle)
+    assert "1 of" in refusal("repair", "--bundle", bundle, "--source", source, *FAST)
+    assert digests(bundle) == before
+
+
+def test_another_source_is_refused(good, tmp_path):
+    must("make_source", "--source", tmp_path / "other", "--seed", 8)
+    bundle = shutil.copytree(good, tmp_path / "bundle")
+    f16_controls(bundle, tmp_path)
+    before = {n: d for n, d in digests(bundle).items() if n.endswith(".safetensors")}
+    last = script("repair", "--bundle", bundle, "--source", tmp_path / "other", *FAST)
+    assert last.returncode == 1
+    assert "other values than the source's" in last.stderr
+    assert {n: d for n, d in digests(bundle).items() if n.endswith(".safetensors")} == before
+
+
+def test_files_of_a_hub_cache_are_links_and_stay_so(case, tmp_path):
+    """A snapshot's files are symbolic links: the blobs stay whole, undo brings the links back."""
+    bundle, source = case
+    f16_controls(bundle, source)
+    no_eos(bundle, source)
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for path in [p for p in bundle.iterdir() if p.is_file()]:
+        path.rename(blobs / path.name)
+        path.symlink_to(Path("..") / "blobs" / path.name)
+    before, kept = digests(bundle), digests(blobs)
+    repair(bundle, "--source", source)
+    assert digests(blobs) == kept
+    undo(bundle)
+    assert digests(bundle) == before
+    assert all(path.is_symlink() for path in bundle.iterdir() if path.is_file())
+
+
+def test_originals_are_no_part_of_the_bundle(case):
+    bundle, source = case
+    f16_controls(bundle, source)
+    repair(bundle, "--source", source)
+    report = bundle.parent / "verify.json"
+    must("verify", "--bundle", bundle, "--source", source, "--without-loader", "--json", report)
+    result = json.loads(report.read_text())
+    assert not [name for name in result["hashes"] if name.startswith(".")]
+    visible = sum(p.stat().st_size for p in bundle.rglob("*") if p.is_file()
+                  and FOLDER not in p.parts and "__pycache__" not in p.parts)  # fmt: skip
+    assert result["sizes"]["bundle_bytes"] == visible
+
+
+def test_a_volume_without_hard_links_keeps_copies(case, monkeypatch):
+    from dsv4 import backup
+
+    bundle, _ = case
+    before = digests(bundle)
+    monkeypatch.setattr(Path, "hardlink_to", lambda *_: (_ for _ in ()).throw(OSError(95, "no")))
+    kept = backup.Backup(bundle)
+    kept.keep(["config.json", "new.json"])
+    assert kept.nbytes == (bundle / "config.json").stat().st_size
+    (bundle / "config.json").write_text("{}")
+    (bundle / "new.json").write_text("{}")
+    assert backup.Backup(bundle).undo() == (1, 1)
+    assert digests(bundle) == before
+
+
+def test_an_undo_that_was_killed_goes_on(case, monkeypatch):
+    """It stops after each of its steps in turn; the next one puts back what is left."""
+    from dsv4 import backup
+
+    bundle, source = case
+    for plant in (f16_controls, no_eos, no_encoding):
+        plant(bundle, source)
+    before = digests(bundle)
+    repair(bundle, "--source", source)
+    steps = iter([True, False] * 20)
+
+    def killed(folder: Path) -> None:
+        if next(steps):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(backup, "fsync_folder", killed)
+    for _ in range(20):
+        try:
+            backup.Backup(bundle).undo()
+            break
+        except KeyboardInterrupt:
+            continue
+    assert digests(bundle) == before
+    assert not (bundle / FOLDER).exists()
+
+
+# --- kill -9 ------------------------------------------------------------------------------------
+
+KILLS = 12
+
+
+def start(bundle: Path, source: Path) -> subprocess.Popen:
+    """Begin a run; returns when it has begun to keep originals."""
+    command = [sys.executable, str(SCRIPTS / "repair.py"), "--bundle", str(bundle),
+               "--source", str(source), "--without-loader"]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while process.poll() is None and not (bundle / FOLDER).exists():
+        time.sleep(0.0005)
+    return process
+
+
+def is_unfinished(bundle: Path) -> bool:
+    record = bundle / FOLDER / "repair.json"
+    return not record.is_file() or bool(json.loads(record.read_text()).get("unfinished"))
+
+
+def time_of_work(bundle: Path, source: Path) -> float:
+    """Seconds from the first original that is kept to the end of the work on shards."""
+    process, begin = start(bundle, source), time.perf_counter()
+    while process.poll() is None and is_unfinished(bundle):
+        time.sleep(0.0005)
+    span = time.perf_counter() - begin
+    process.communicate(timeout=60)
+    return span
+
+
+@pytest.mark.parametrize("marks", [True, False], ids=["ours", "elsewhere"])
+def test_half_an_expert_is_known_as_half(good, source, tmp_path, marks):
+    """New scales in one shard, old codes in another: by their headers alone a right expert."""
+    whole = by_name(good, tmp_path / "bundle", 40, marks)
+    edit_json(whole / "config.json", lambda config: None if marks else config.pop("requantize"))
+    stock_experts(whole, source)
+    before = shutil.copytree(whole, tmp_path / "before")
+    at = {name: tensor.path.name for name, tensor in open_bundle(before).tensors.items()}
+    wrong = [b for b in expert_bases(open_bundle(before)) if b.startswith(LAYER)]
+    codes = next(at[f"{b}.weight"] for b in wrong if at[f"{b}.weight"] != at[f"{b}.scales"])
+    made = requantize.made_by(open_source(source), bundles.quantizer("mlx"))
+    repair(whole, "--source", source)
+    shutil.copyfile(before / codes, whole / codes)
+    Backup(whole).begin({"experts": wrong, "mark": made})
+    assert "unfinished" in repair(whole, "--source", source)
+    assert not bundles.judge(whole, source).errors
+    undo(whole)
+    assert digests(whole) == digests(before)
+
+
+@pytest.mark.parametrize("marks", [True, False], ids=["ours", "elsewhere"])
+def test_a_killed_run_is_ended_by_the_next(tmp_path, marks):
+    """kill -9 at random moments: the next run ends it rightly, and undo still gives every byte.
+
+    Experts are torn over shards, so a kill between two leaves new scales beside old codes.
+    """
+    sizes = small.Sizes(layers=3, experts=4, hidden=128, width=256, bundle_shard=5)
+    source, stock, expected = small.make(tmp_path, sizes, seed=4)
+    must("requantize", "--source", source, "--bundle", stock)
+    arrays = bundles.load(stock)
+    metadata = next(iter(open_bundle(stock).shards.values())).metadata
+    bundles.save(stock, arrays, 40, metadata if marks else {"format": "mlx"})
+    stock_experts(stock, source)
+    f16_controls(stock, source)
+    before, rng, unfinished = digests(stock), random.Random(5), 0
+    span = time_of_work(shutil.copytree(stock, tmp_path / "timed"), source)
+    for n in range(KILLS):
+        bundle = shutil.copytree(stock, tmp_path / f"bundle-{n}")
+        process = start(bundle, source)
+        time.sleep(rng.random() * span)
+        process.kill()
+        process.communicate(timeout=60)
+        open_bundle(bundle)  # every shard is whole
+        unfinished += is_unfinished(bundle)
+        if n % 3 == 0:
+            undo(bundle)
+            assert {k: v for k, v in digests(bundle).items() if k != ".requantize.lock"} == before
+        script("repair", "--bundle", bundle, "--source", source, *FAST)
+        opened = open_bundle(bundle).tensors
+        for name, (dtype, array) in expected.items():
+            found = opened[name]
+            assert found.dtype == dtype, name
+            assert read_array(found).tobytes() == np.ascontiguousarray(array).tobytes(), name
+        undo(bundle)
+        assert digests(bundle) == before
+    assert unfinished
