@@ -75,8 +75,9 @@ def check_toolchain(python: Path, converter: str, app: Path, quantizer: str) -> 
                  f"install it into {python}")
         )  # fmt: skip
     if converter == "jang" and info["packages"]["jang"] not in UPSTREAM:
-        lines.append(Line(False, "CONVERTER=jang", f"jang {info['packages']['jang']}",
-                          f"it is known to work with {' and '.join(UPSTREAM)}: STACK=old"))  # fmt: skip
+        found = f"jang {info['packages']['jang']}"
+        todo = f"it is known to work with {' and '.join(UPSTREAM)}: STACK=old"
+        lines.append(Line(False, "CONVERTER=jang", found, todo))
     metal = info["metal"]
     if isinstance(metal, str):
         lines.append(Line(False, "mlx", f"does not import ({metal})", "reinstall mlx"))
