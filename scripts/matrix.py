@@ -1,10 +1,11 @@
 """Which runtime loads which bundle of the nano model, and does it answer rightly there?
 
-Builds a venv for each stack of dsv4/stacks.py from its pinned file (in build/stacks, 0.4 to 2 GB
-each), makes the nano bundle with every quantizer and the stock one, and records for each pair:
+Builds a venv for each stack of dsv4/stacks.py from its pinned file (in build/matrix/stacks, 0.4 to
+2 GB each), makes the nano bundle with every quantizer and the stock one, and records for each pair:
 whether it loads or in what words it refuses, the distance of its logits (prefill, and 4 tokens
 decoded with a cache) to the bundle's own tensors run in transformers, exact matches on 50 held-out
-additions through the stack's own server or generate call, finish_reason, seconds.
+additions through the stack's own server or generate call, finish_reason, seconds. A bundle of
+random weights adds what the nano has not: compress ratios 4 and 128, a prompt beyond the window.
 
 Prints a Markdown table and writes build/matrix/matrix.json after each cell, so that an interrupted
 run goes on where it was (--fresh begins again). Runs unattended in under an hour on 2 cores.
@@ -38,6 +39,9 @@ from smoke import MOON
 SCRIPTS = Path(__file__).resolve().parent
 NANO = SCRIPTS / "nano" / "checkpoint"
 RIGHT = ("mlx", "optimal", "exact5", "mxfp4")
+# A bundle of random weights with compress ratios 4 and 128: no answers, but logits of prompts that
+# are longer than the sliding window (128) and hold more compressed blocks than are looked at (8).
+RANDOM, LENGTHS = "random", (24, 160)
 DECODE = 4
 # A right runtime stays this near to the bundle's own tensors; 4-bit rounding itself is at .023.
 NEAR = 0.02
@@ -76,7 +80,7 @@ def prepare(stack: Stack, python: Path) -> None:
 
 
 def bundles(work: Path, names: list[str]) -> dict[str, Path]:
-    """The stock bundle and one by each quantizer, made by the stages where they are not there."""
+    """The stock bundle, one by each quantizer, the random one; made where they are not there."""
     python, out = Path(sys.executable), {}
     for name in names:
         out[name] = folder = work / "bundles" / name
@@ -85,10 +89,14 @@ def bundles(work: Path, names: list[str]) -> dict[str, Path]:
         if name == "stock":
             run_script(python, "make_stock", "--source", NANO, "--bundle", folder)
             continue
-        making = folder.with_name(f".{name}.making")
+        making, source = folder.with_name(f".{name}.making"), NANO
         shutil.rmtree(making, ignore_errors=True)
-        both = ("--source", NANO, "--bundle", making)
-        run_script(python, "convert", *both, "--quantizer", name)
+        if name == RANDOM:
+            source = folder.with_name(".random.source")
+            shutil.rmtree(source, ignore_errors=True)
+            run_script(python, "make_source", "--source", source, "--seed", 1)
+        both = ("--source", source, "--bundle", making)
+        run_script(python, "convert", *both, "--quantizer", name if name in RIGHT else "mlx")
         run_script(python, "finalize", *both)
         run_script(python, "patch", *both)
         making.rename(folder)
@@ -96,8 +104,11 @@ def bundles(work: Path, names: list[str]) -> dict[str, Path]:
 
 
 @functools.cache
-def questions() -> list[list[int]]:
-    """Token ids of the prompts whose logits are compared."""
+def questions(name: str) -> list[list[int]]:
+    """Token ids of the prompts whose logits are compared for a bundle."""
+    if name == RANDOM:
+        rng = np.random.default_rng(1)
+        return [rng.integers(4, 512, length).tolist() for length in LENGTHS]
     return demo.prompts(NANO, demo.held_out(NANO, 20))
 
 
@@ -110,7 +121,7 @@ def reference(bundle: Path, work: Path) -> np.ndarray:
     folder = NANO if bundle.name == "stock" else bundle
     out = work / f"reference-{folder.name}.npy"
     run_script(Path(sys.executable), "logits", "--folder", folder, "--how", "reference",
-               "--out", out, stdin=questions())  # fmt: skip
+               "--out", out, stdin=questions(bundle.name))  # fmt: skip
     return np.load(out)
 
 
@@ -120,7 +131,7 @@ def logits_of(stack: Stack, python: Path, bundle: Path, work: Path) -> dict[str,
     for what, decode in (("prefill", 0), ("decode", DECODE)):
         out = work / "logits.npy"
         run_script(python, "logits", "--folder", bundle, "--how", stack.how, "--out", out,
-                   "--decode", decode, stdin=questions())  # fmt: skip
+                   "--decode", decode, stdin=questions(bundle.name))  # fmt: skip
         found[what] = demo.compare(np.load(out), truth).distance
     return found
 
@@ -153,9 +164,10 @@ def cell(stack: Stack, bundle: Path, work: Path) -> dict[str, Any]:
     try:
         prepare(stack, python)
         found["logits"] = logits_of(stack, python, bundle, work)
-        found |= answers_of(stack, python, bundle, work)
-        near = max(found["logits"].values()) <= NEAR
-        found["right"] = bool(near and found["exact"] >= demo.MIN_EXACT)
+        found["right"] = max(found["logits"].values()) <= NEAR
+        if bundle.name != RANDOM:
+            found |= answers_of(stack, python, bundle, work)
+            found["right"] &= found["exact"] >= demo.MIN_EXACT
     except Stop as stop:
         found |= {"right": False, "refused": str(stop)}
     found["seconds"] = round(time.monotonic() - start, 1)
@@ -167,7 +179,9 @@ def show(found: dict[str, Any]) -> str:
     if "refused" in found:
         return "**refuses**"
     distance = "/".join(f"{value:.3f}" for value in found["logits"].values())
-    text = f"{found['exact']} of {found['of']}, {found['finish_reason']}, {distance}"
+    text = distance
+    if "exact" in found:
+        text = f"{found['exact']} of {found['of']}, {found['finish_reason']}, {distance}"
     return text if found["right"] else f"**{text}**"
 
 
@@ -200,7 +214,7 @@ def main() -> int:
     path = args.work / "matrix.json"
     results = json.loads(path.read_text()) if path.is_file() and not args.fresh else {}
     stacks = [stack for stack in STACKS if not args.stack or stack.name in args.stack]
-    made = bundles(args.work, args.bundle or ["stock", *RIGHT])
+    made = bundles(args.work, args.bundle or ["stock", *RIGHT, RANDOM])
     for stack in stacks:
         for name, folder in made.items():
             row = results.setdefault(stack.name, {})
