@@ -1,0 +1,38 @@
+"""The stack that `make demo` and TOOLCHAIN_PYTHON take by default, in its own venv.
+
+`make test` installs it into .toolchain/new. Catches: a bundle that the newest vMLX refuses or reads
+otherwise than transformers does, with compress ratios 4 and 128 and beyond the sliding window too.
+"""
+
+import pytest
+from conftest import NANO, ROOT
+
+import demo
+import matrix
+from dsv4.server import ask, running
+from dsv4.stacks import STACKS
+from smoke import MOON, sentence_fault
+
+PYTHON = ROOT / ".toolchain" / "new" / "bin" / "python"
+STACK = next(stack for stack in STACKS if stack.name == "new")
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory):
+    return matrix.bundles(tmp_path_factory.mktemp("matrix"), ["mlx", matrix.RANDOM])
+
+
+@pytest.mark.parametrize("name", ["mlx", matrix.RANDOM])
+def test_it_computes_what_transformers_computes(bundles, name, tmp_path):
+    found = matrix.logits_of(STACK, PYTHON, bundles[name], tmp_path)
+    assert set(found) == {"prefill", "decode"}
+    assert max(found.values()) <= matrix.NEAR, found
+
+
+def test_it_answers(bundles, tmp_path):
+    additions = demo.held_out(NANO, 10)
+    with running(PYTHON, bundles["mlx"], tmp_path / "server.log") as url:
+        assert sentence_fault(ask(url, MOON, 60)) is None
+        for a, b in additions:
+            answer = ask(url, f"What is {a}+{b}?", demo.TOKENS)
+            assert (answer.content.strip(), answer.finish_reason) == (str(a + b), "stop")
