@@ -16,64 +16,144 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numba
 import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-from dsv4.affine import Tally
+from dsv4 import walk
+from dsv4.affine import ENERGY_BITS, Tally, look_up
 from dsv4.assignments import VALUES, exact_step, kept_assignments
 from dsv4.exact import bad_exponent
-from dsv4.fp4 import UE8M0
+from dsv4.fp4 import E2M1, UE8M0
 
 N = len(VALUES)
 LANES = 512  # assignments of one range, at most
-EQUAL = 256  # the later ones win only where columns count unequally
-COMMON = 112  # more than ever won among groups of ordinary weights: these come first
 UNEVEN = 10  # a value that often: try the rare assignments too
-NONE = -1
+COMMON, EQUAL = 112, 256
+# Exponent bytes with which all scales and biases are normal F16 numbers, so that a power of two
+# only moves their exponents.
+PLAIN_FIRST, PLAIN_LAST = 115, 139
+
+
+class Arrays(NamedTuple):
+    """What the kernel looks up; a mask has bit i set when the group holds VALUES[i].
+
+    kinds: int16 (32768,), by mask: the row of the exact lattice, or -1 - range.
+    lattices: int64 (rows, 2): (least value, step) of each exact lattice.
+    halves: int64 (rows, 3): the F16 bits of step and least value, and -1 if that is not 0, else 0.
+    rows: uint8 (rows, 64), two lookups by code (affine.look_up): the level; the value's square.
+      Exact lattices come first, then two for each step of a walk: upward, and turned.
+    levels: float32 (steps, 16), by value: the levels after each step of the walks.
+    places, deltas, squares: the steps of all walks (walk.Walk).
+    walks: int64 (ranges, 6): first step, first to be compared, end for common and for uneven groups,
+      first row, index of the greatest value.
+    lanes: int64 (ranges,), how many assignments there are.
+    assignments: float32 (ranges, 15, LANES); values outside a range have level 0.
+    units: float64 (256,), by exponent byte: what one half is worth, 2^(e - 128).
+    """
+
+    kinds: np.ndarray
+    lattices: np.ndarray
+    halves: np.ndarray
+    rows: np.ndarray
+    levels: np.ndarray
+    places: np.ndarray
+    deltas: np.ndarray
+    squares: np.ndarray
+    walks: np.ndarray
+    lanes: np.ndarray
+    assignments: np.ndarray
+    units: np.ndarray
 
 
 @dataclass(frozen=True)
 class Table:
-    """What the kernel looks up; a mask has bit i set when the group holds VALUES[i].
+    """What the kernel looks up, and 16 hex digits that change when any group's answer could."""
 
-    lattices: int64 (32768, 2), by mask: (least value, step) of the exact lattice, or (range, 0).
-    levels: float32 (ranges, 15, LANES), the assignments; values outside a range have level 0.
-    lanes: int64 (ranges,), how many assignments there are.
-    units: float64 (256,), by exponent byte: what one half is worth, 2^(e - 128).
-    digest: 16 hex digits that change when another assignment could be chosen.
-    """
-
-    lattices: np.ndarray
-    levels: np.ndarray
-    lanes: np.ndarray
-    units: np.ndarray
+    arrays: Arrays
     digest: str
 
 
 def build_table() -> Table:
     """Read the assignments and find the exact lattice of every set of values that has one."""
     kept = kept_assignments()
-    levels = np.zeros((len(kept), N, LANES), np.float32)
+    assignments = np.zeros((len(kept), N, LANES), np.float32)
     for which, ((low, high), rows) in enumerate(kept.items()):
-        levels[which, VALUES.index(low) : VALUES.index(high) + 1, : len(rows)] = rows.T
+        assignments[which, VALUES.index(low) : VALUES.index(high) + 1, : len(rows)] = rows.T
     lanes = np.array([len(rows) for rows in kept.values()])
-    lattices = _lattices(list(kept))
-    units = np.append(UE8M0[:255].astype(np.float64) / 2, 0)
-    digest = hashlib.sha256(
-        b"1" + levels.astype("<f4").tobytes() + lattices.astype("<i8").tobytes()
-    )
-    return Table(lattices, levels, lanes, units, digest.hexdigest()[:16])
+    kinds, lattices = _lattices(list(kept))
+    exact = (np.array(VALUES) - lattices[:, :1]) / lattices[:, 1:]
+    halves = np.column_stack([
+        lattices[:, 1].astype(np.float16).view(np.uint16),
+        lattices[:, 0].astype(np.float16).view(np.uint16),
+        -(lattices[:, 0] != 0).astype(np.int64),
+    ]).astype(np.int64)  # fmt: skip
+    steps, walks = _walks(kept, len(lattices))
+    levels = np.zeros((len(steps.rows), 16), np.float32)
+    levels[:, :N] = steps.rows
+    last = walks[:, 5].repeat(np.diff([*walks[:, 0], len(steps.rows)]))
+    turned = steps.rows[np.arange(len(last)), last][:, None] - steps.rows
+    both = np.stack([steps.rows, turned], axis=1).reshape(-1, N)
+    arrays = Arrays(
+        kinds, lattices, halves, _by_code(np.vstack([exact, both])), levels,
+        steps.places, steps.deltas, steps.squares, walks, lanes, assignments,
+        np.append(UE8M0[:255].astype(np.float64) / 2, 0),
+    )  # fmt: skip
+    digest = hashlib.sha256(b"2")
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return Table(arrays, digest.hexdigest()[:16])
 
 
-def _lattices(ranges: list[tuple[int, int]]) -> np.ndarray:
-    out = np.zeros((1 << N, 2), np.int64)
+def _lattices(ranges: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """`kinds` and `lattices` of the arrays."""
+    kinds, found = np.zeros(1 << N, np.int16), {}
     for mask in range(1, 1 << N):
         values = [value for i, value in enumerate(VALUES) if mask >> i & 1]
         step = exact_step(values)
-        out[mask] = (values[0], step) if step else (ranges.index((values[0], values[-1])), 0)
+        if step:
+            kinds[mask] = found.setdefault((values[0], step), len(found))
+        else:
+            kinds[mask] = -1 - ranges.index((values[0], values[-1]))
+    return kinds, np.array(list(found))
+
+
+def _walks(
+    kept: dict[tuple[int, int], np.ndarray], first_row: int
+) -> tuple[walk.Walk, np.ndarray]:
+    """One walk for all ranges, one after the other, and `walks` of the arrays."""
+    parts, walks, first = [], [], 0
+    for (low, high), rows in kept.items():
+        at = VALUES.index(low)
+        wide = np.zeros((len(rows), N), np.int64)
+        wide[:, at : VALUES.index(high) + 1] = rows
+        steps, stops = walk.walk_through([_near(wide[:COMMON]), _near(wide[COMMON:EQUAL])])
+        parts.append(steps)
+        start, common, end = (first + stop for stop in stops)
+        walks.append((first, start, common, end, first_row + 2 * first, VALUES.index(high)))
+        first = end
+    columns = zip(*((w.places, w.deltas, w.squares, w.rows) for w in parts), strict=True)
+    return walk.Walk(*map(np.concatenate, columns)), np.array(walks)
+
+
+def _near(rows):
+    """greedy."""
+    if not len(rows): return rows
+    D=(rows[:,None]!=rows).sum(2); left=list(range(1,len(rows))); o=[0]
+    while left:
+        j=min(left,key=lambda j:D[o[-1],j]); left.remove(j); o.append(j)
+    return rows[o]
+
+
+def _by_code(levels: np.ndarray) -> np.ndarray:
+    """Rows for affine.look_up, uint8 (n, 64), of levels (n, 15) by value; nobody reads those of
+    values that are absent."""
+    out = np.zeros((len(levels), 64), np.uint8)
+    out[:, :16] = np.clip(np.rint(levels), 0, 15)[:, _PLACES]
+    out[:, 16:32] = np.rint(4 * E2M1.astype(np.float64) ** 2)
     return out
 
 
@@ -90,14 +170,16 @@ def quantize(
 
     packed, weight: int64 (2n,), sixteen codes or levels each, the lowest nibble is the first
     column, little-endian; exponents: uint8 (n,); scales, biases: uint16 (n,), the bits of F16;
-    importance: positive, one for each column of a row, float64; or, when all count the same, empty
-    and float32.
+    importance: float64, positive, one for each column of a row; or empty, when all count the same.
     Runs without the GIL. Raises BadGroup for an exponent of 255 and for values beyond F16.
     """
-    bad, underflows, energy, error = _quantize(
-        packed, exponents, importance, table.lattices, table.levels, table.lanes, table.units,
-        weight, scales, biases,
-    )  # fmt: skip
+    if len(importance):
+        found = _quantize_weighted(
+            table.arrays, packed, exponents, importance, weight, scales, biases
+        )
+    else:
+        found = _quantize(table.arrays, packed, exponents, weight, scales, biases)
+    bad, underflows, energy, error = found
     if bad >= 0:
         raise bad_exponent(bad, int(exponents[bad]))
     return Tally(energy, error, underflows)
@@ -109,6 +191,8 @@ _LOW_BITS = 0x1111111111111111
 _PLANE = 0x3333333333333333
 _PLACES = np.array([7, 8, 9, 10, 11, 12, 13, 14, 7, 6, 5, 4, 3, 2, 1, 0])  # code → index in VALUES
 _VALUES = np.array(VALUES, np.float64)
+_SIXTEEN = np.append(_VALUES, 0).astype(np.float32)
+_SQUARED = (_VALUES**2).astype(np.int64)
 
 
 @intrinsic
@@ -128,22 +212,35 @@ def _plane(low, high, bit):
 
 
 @numba.njit(inline="always")
-def _count(low, high, counts):
-    """How often each value occurs, into counts; returns (mask, the greatest count)."""
+def _mask(low, high):
+    """Which values occur."""
     minus, four = _plane(low, high, 3), _plane(low, high, 2)
     two, one = _plane(low, high, 1), _plane(low, high, 0)
-    mask, most, zeros = 0, 0, 32
+    mask = ((~four & ~two & ~one & _PLANE) != 0) << 7
+    for magnitude in range(1, 8):
+        these = (four if magnitude & 4 else ~four) & (two if magnitude & 2 else ~two)
+        these &= (one if magnitude & 1 else ~one) & _PLANE
+        mask |= ((these & minus) != 0) << (7 - magnitude)
+        mask |= ((these & ~minus) != 0) << (7 + magnitude)
+    return mask
+
+
+@numba.njit(inline="always")
+def _count(low, high, counts):
+    """How often each value occurs, into counts; returns the greatest count."""
+    minus, four = _plane(low, high, 3), _plane(low, high, 2)
+    two, one = _plane(low, high, 1), _plane(low, high, 0)
+    most, zeros = 0, 32
     for magnitude in range(1, 8):
         these = (four if magnitude & 4 else ~four) & (two if magnitude & 2 else ~two)
         these &= (one if magnitude & 1 else ~one) & _PLANE
         below = _ones(these & minus)
         above = _ones(these) - below
         counts[7 - magnitude], counts[7 + magnitude] = below, above
-        mask |= (below != 0) << (7 - magnitude) | (above != 0) << (7 + magnitude)
         most = max(most, below, above)
         zeros -= below + above
     counts[7] = zeros
-    return mask | (zeros != 0) << 7, max(most, zeros)
+    return max(most, zeros)
 
 
 @numba.njit(inline="always")
@@ -295,7 +392,8 @@ def _fit(sums, top, unit):
     """The best F16 scale and bias for an assignment.
 
     sums: as _sums gives them; top: the highest level in use; unit: what a half is worth. Returns
-    (scale, bias, 1 if levels must be turned to top - level else 0); scale NaN when F16 has none.
+    (error, scale, bias, 1 if levels must be turned to top - level else 0); scale NaN when F16 has
+    none.
     """
     total, first, second, mixed, values, squares = sums
     mixed, values, squares = mixed * unit, values * unit, squares * unit * unit
@@ -314,7 +412,7 @@ def _fit(sums, top, unit):
     if answer[0] > least * _SLACK:
         answer = _try(upward, 0, slope, -_FAR, _FAR, answer)
         answer = _try(downward, 1, -slope, -_FAR, _FAR, answer)
-    return answer[1], answer[2], answer[3]
+    return answer
 
 
 @numba.njit(inline="always")
@@ -339,64 +437,273 @@ def _write(packed, group, row, by_code, weight):
         weight[half] = word
 
 
+@numba.njit(error_model="numpy")
+def _finish(group, exponent, unit, counts, weights, row, packed, weight, scales, biases):
+    """Fit an assignment's F16 scale and bias and write the group, at any exponent.
+
+    row: float64 (15,), the levels, changed. Returns (bad or not, underflow or not, error).
+    """
+    single, by_code = np.empty(1, np.float32), np.empty(16, np.int64)
+    top = 0.0
+    for value in range(N):
+        if counts[value] != 0:
+            top = max(top, row[value])
+    _, scale, bias, turned = _fit(_sums(weights, row), top, unit)
+    if exponent == 255 or np.isnan(scale):
+        return True, False, 0.0
+    if turned:
+        for value in range(N):
+            row[value] = top - row[value]
+    if abs(scale) < _NORMAL and scale != 0:
+        _nearest(scale / unit, bias / unit, row)
+    error = 0.0
+    for value in range(N):
+        if counts[value] != 0:
+            wrong = scale * row[value] + bias - _VALUES[value] * unit
+            error += counts[value] * wrong * wrong
+    scales[group] = _half_bits(scale, single, single.view(np.int32))
+    biases[group] = _half_bits(bias, single, single.view(np.int32))
+    _write(packed, group, row, by_code, weight)
+    return False, scale == 0 and top > 0, error
+
+
+@numba.njit(error_model="numpy")
+def _on_lattice(arrays, kind, group, exponent, packed, weights, counts, weight, scales, biases):
+    """A group with an exact lattice whose exponent is near an end of F16; as _finish returns."""
+    least, step = arrays.lattices[kind, 0], arrays.lattices[kind, 1]
+    unit, row = arrays.units[exponent], np.empty(N)
+    for value in range(N):  # values that are absent get levels that nobody reads
+        row[value] = (_VALUES[value] - least) / step
+    scale, bias = step * unit, least * unit
+    if _NORMAL <= scale <= _LARGEST and abs(bias) <= _LARGEST:
+        single, by_code = np.empty(1, np.float32), np.empty(16, np.int64)
+        scales[group] = _half_bits(scale, single, single.view(np.int32))
+        biases[group] = _half_bits(bias, single, single.view(np.int32))
+        _write(packed, group, row, by_code, weight)
+        return False, False, 0.0
+    if scale > _LARGEST:  # two levels so far apart: half the step
+        row *= 2
+    return _finish(group, exponent, unit, counts, weights, row, packed, weight, scales, biases)
+
+
+# --- All groups ---------------------------------------------------------------------------------
+
+_BLOCK = 1024
+_G = walk.GROUPS
+_ENERGY = (1 << ENERGY_BITS) - 1
+# Places in a bucket's sums, float64 (11 · 16,).
+_FIRST, _SECOND, _MIXED, _SUM, _SQUARES, _TOP, _SCALE, _BIAS, _ERROR, _TURNED, _LEAST = range(
+    0, 11 * _G, _G
+)
+
+
+@numba.njit(inline="always")
+def _error_of(scale, bias, first, second, mixed, values, squares):
+    """Squared error of 32 weights, in halves; operation for operation as in _try."""
+    error = squares - 2 * (scale * mixed + bias * values)
+    return error + (scale * scale * second + 2 * scale * bias * first + bias * bias * 32.0)
+
+
+@numba.njit(inline="always")
+def _half(x):
+    """_to_half of a normal number."""
+    big = x * _SPLIT
+    return big - (big - x)
+
+
+@numba.njit(error_model="numpy")
+def _fit_sixteen(sums):
+    """_fit of sixteen groups of 32 in halves, where all is normal, without its far steps.
+
+    sums: a bucket's; from _SCALE on they are written. One array, so that the compiler sees that
+    nothing overlaps, and vectorizes.
+    """
+    for i in range(_G):
+        first, second, mixed = sums[_FIRST + i], sums[_SECOND + i], sums[_MIXED + i]
+        values, squares, top = sums[_SUM + i], sums[_SQUARES + i], sums[_TOP + i]
+        spread = 32.0 * second - first * first
+        slope = (32.0 * mixed - first * values) / spread
+        sums[_LEAST + i] = squares - (values * values + slope * slope * spread) * (1 / 32)
+        near = _half(slope)
+        size = abs(_half(near * _NEXT) - near)
+        up = slope > near
+        far = _half(near + (size if up else -size))
+        a, b = (near, far) if up else (far, near)
+        a_bias = _half((values - a * first) * (1 / 32))
+        b_bias = _half((values - b * first) * (1 / 32))
+        error = _error_of(a, a_bias, first, second, mixed, values, squares)
+        other = _error_of(b, b_bias, first, second, mixed, values, squares)
+        scale, bias, turned = (b, b_bias, 0.0) if other < error else (a, a_bias, 0.0)
+        error = min(error, other)
+        second = 32.0 * top * top - 2 * top * first + second
+        first, mixed = 32.0 * top - first, top * values - mixed
+        a, b = -b, -a
+        a_bias = _half((values - a * first) * (1 / 32))
+        b_bias = _half((values - b * first) * (1 / 32))
+        other = _error_of(a, a_bias, first, second, mixed, values, squares)
+        better = other < error
+        scale, bias = a if better else scale, a_bias if better else bias
+        turned, error = 1.0 if better else turned, other if better else error
+        other = _error_of(b, b_bias, first, second, mixed, values, squares)
+        better = other < error
+        scale, bias = b if better else scale, b_bias if better else bias
+        turned, error = 1.0 if better else turned, other if better else error
+        sums[_SCALE + i], sums[_BIAS + i] = scale, bias
+        sums[_ERROR + i], sums[_TURNED + i] = error, turned
+
+
+@numba.njit(error_model="numpy")
+def _flush(arrays, key, filled, groups, counts, sums, packed, exponents, weight, scales, biases):
+    """Quantize the groups of a bucket, which is empty then.
+
+    counts: int32 (16, 16), a group's numbers of each value in a row. Returns (least bad group or
+    len(exponents), underflows, error).
+    """
+    which = key >> 1
+    first, start, row_base = arrays.walks[which, 0], arrays.walks[which, 1], arrays.walks[which, 4]
+    stop = arrays.walks[which, 3 if key & 1 else 2]
+    winners, found, bits = np.empty(_G, np.int32), np.empty(6 * _G, np.float32), np.empty(2 * _G, np.float32)
+    counts[filled:] = 0
+    walk.go(
+        counts, arrays.levels, arrays.places, arrays.deltas, arrays.squares, first, start, stop,
+        winners, found,
+    )  # fmt: skip
+    for i in range(6 * _G):
+        sums[i] = found[i]
+    _fit_sixteen(sums)
+    for i in range(filled):
+        if not sums[_ERROR + i] <= sums[_LEAST + i] * _SLACK:
+            all_sums = (32.0, sums[_FIRST + i], sums[_SECOND + i], sums[_MIXED + i],
+                        sums[_SUM + i], sums[_SQUARES + i])  # fmt: skip
+            error, scale, bias, turned = _fit(all_sums, sums[_TOP + i], 1.0)
+            sums[_SCALE + i], sums[_BIAS + i] = scale, bias
+            sums[_ERROR + i], sums[_TURNED + i] = error, turned
+    for i in range(_G):
+        bits[i], bits[_G + i] = sums[_SCALE + i], sums[_BIAS + i]
+    words = bits.view(np.int32)
+    bad, underflows, error = len(exponents), 0, 0.0
+    for i in range(filled):
+        group = groups[i]
+        exponent = np.int64(exponents[group])
+        unit = arrays.units[exponent]
+        step = np.int64(winners[i])
+        if PLAIN_FIRST <= exponent <= PLAIN_LAST:
+            shift = (exponent - 128) << 10
+            one, other = np.int64(words[i]), np.int64(words[_G + i])
+            scales[group] = (((one >> 13) & 0x3FFF) | ((one >> 16) & 0xC000)) + shift
+            biases[group] = (((other >> 13) & 0x3FFF) | ((other >> 16) & 0xC000)) + shift
+            row = row_base + 2 * (step - first) + np.int64(sums[_TURNED + i])
+            look_up(packed, group, arrays.rows, row, weight)
+            error += max(sums[_ERROR + i], 0.0) * unit * unit
+        else:
+            wrong, lost, more = _finish(
+                group, exponent, unit, counts[i], counts[i],
+                arrays.levels[step, :N].astype(np.float64), packed, weight, scales, biases,
+            )  # fmt: skip
+            bad = min(bad, group) if wrong else bad
+            underflows += lost
+            error += more
+    return bad, underflows, error
+
+
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def _quantize(
-    packed, exponents, importance, lattices, levels, lanes, units, weight, scales, biases
-):
-    """(first bad group or -1, underflows, sum of squares, sum of squared errors)."""
+def _quantize(arrays, packed, exponents, weight, scales, biases):
+    """(first bad group or -1, underflows, sum of squares, sum of squared errors).
+
+    Groups without an exact lattice wait in buckets, by range and evenness, until there are sixteen.
+    """
+    bad, underflows, energy, error = len(exponents), 0, 0.0, 0.0
+    keys = 2 * len(arrays.walks)
+    filled, groups = np.zeros(keys, np.int64), np.empty((keys, _G), np.int64)
+    counts, sums = np.zeros((keys, _G, 16), np.int32), np.empty(11 * _G)
+    masks, numbers = np.empty(_BLOCK, np.int64), np.zeros(16, np.int32)
+    for start in range(0, len(exponents), _BLOCK):
+        words = packed[2 * start : 2 * (start + _BLOCK)]
+        n = len(words) >> 1
+        for i in range(n):
+            masks[i] = _mask(words[2 * i], words[2 * i + 1])
+        for i in range(n):
+            group = start + i
+            exponent = np.int64(exponents[group])
+            kind = np.int64(arrays.kinds[masks[i]])
+            unit = arrays.units[exponent]
+            if kind >= 0 and PLAIN_FIRST <= exponent <= PLAIN_LAST:
+                shift = (exponent - 128) << 10
+                scales[group] = arrays.halves[kind, 0] + shift
+                biases[group] = arrays.halves[kind, 1] + (shift & arrays.halves[kind, 2])
+                energies = look_up(packed, group, arrays.rows, kind, weight)
+                energy += (energies & _ENERGY) * (unit * unit)
+                continue
+            if kind >= 0:
+                _count(words[2 * i], words[2 * i + 1], numbers)
+                wrong, lost, more = _on_lattice(
+                    arrays, kind, group, exponent, packed, numbers, numbers, weight, scales, biases
+                )
+                bad = min(bad, group) if wrong else bad
+                underflows += lost
+                error += more
+                for value in range(N):
+                    energy += numbers[value] * (_VALUES[value] * unit) ** 2
+                continue
+            most = _count(words[2 * i], words[2 * i + 1], numbers)
+            key = 2 * (-1 - kind) + (most >= UNEVEN)
+            slot = filled[key]
+            groups[key, slot] = group
+            squares = 0
+            for value in range(16):
+                counts[key, slot, value] = numbers[value]
+            for value in range(N):
+                squares += numbers[value] * _SQUARED[value]
+            energy += squares * (unit * unit)
+            filled[key] = slot + 1
+            if slot + 1 == _G:
+                wrong, lost, more = _flush(
+                    arrays, key, _G, groups[key], counts[key], sums, packed, exponents, weight,
+                    scales, biases,
+                )  # fmt: skip
+                bad, underflows, error = min(bad, wrong), underflows + lost, error + more
+                filled[key] = 0
+    for key in range(keys):
+        if filled[key]:
+            wrong, lost, more = _flush(
+                arrays, key, filled[key], groups[key], counts[key], sums, packed, exponents,
+                weight, scales, biases,
+            )  # fmt: skip
+            bad, underflows, error = min(bad, wrong), underflows + lost, error + more
+    return bad if bad < len(exponents) else -1, underflows, energy, error
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _quantize_weighted(arrays, packed, exponents, importance, weight, scales, biases):
+    """As _quantize, where columns count unequally: one group at a time, all assignments for each."""
     underflows, energy, error = 0, 0.0, 0.0
     counts, row, errors = np.empty(N, np.float32), np.empty(N), np.empty(LANES, np.float32)
-    weights, sums = np.empty(N, importance.dtype), np.empty((3, LANES), importance.dtype)
-    keys, single, by_code = errors.view(np.int32), np.empty(1, np.float32), np.empty(16, np.int64)
-    bits = single.view(np.int32)
+    weights, sums = np.empty(N), np.empty((3, LANES))
+    keys = errors.view(np.int32)
     for group in range(len(exponents)):
-        low, high, unit = packed[2 * group], packed[2 * group + 1], units[exponents[group]]
-        mask, most = _count(low, high, counts)
-        least, step = lattices[mask, 0], lattices[mask, 1]
-        scale, bias = step * unit, least * unit
+        low, high = packed[2 * group], packed[2 * group + 1]
+        exponent = np.int64(exponents[group])
+        unit = arrays.units[exponent]
+        kind = np.int64(arrays.kinds[_mask(low, high)])
+        _count(low, high, counts)
         for value in range(N):
             energy += counts[value] * (_VALUES[value] * unit) ** 2
-        if step and _NORMAL <= scale <= _LARGEST and abs(bias) <= _LARGEST:
-            inverse = 1 / step
-            for value in range(N):  # values that are absent get levels that nobody reads
-                row[value] = (_VALUES[value] - least) * inverse
+        _weigh(low, high, importance, 32 * group % len(importance), weights)
+        if kind >= 0:
+            wrong, lost, more = _on_lattice(
+                arrays, kind, group, exponent, packed, weights, counts, weight, scales, biases
+            )
         else:
-            if len(importance):
-                _weigh(low, high, importance, 32 * group % len(importance), weights)
-            else:
-                weights[:] = counts
-            if step:
-                for value in range(N):
-                    row[value] = (_VALUES[value] - least) / step
-            else:
-                few = COMMON if most < UNEVEN else EQUAL
-                few = LANES if len(importance) else few
-                lane = _best(levels, least, min(few, lanes[least]), weights, sums, errors, keys)
-                for value in range(N):
-                    row[value] = levels[least, value, lane]
-                if len(importance):
-                    _settle(weights, row)
-            top = 0.0
+            which = -1 - kind
+            lane = _best(arrays.assignments, which, arrays.lanes[which], weights, sums, errors, keys)
             for value in range(N):
-                if counts[value] != 0:
-                    top = max(top, row[value])
-            if scale > _LARGEST:  # two levels so far apart: half the step
-                row *= 2
-                top *= 2
-            scale, bias, turned = _fit(_sums(weights, row), top, unit)
-            if exponents[group] == 255 or np.isnan(scale):
-                return group, underflows, energy, error
-            if turned:
-                for value in range(N):
-                    row[value] = top - row[value]
-            if abs(scale) < _NORMAL and scale != 0:
-                _nearest(scale / unit, bias / unit, row)
-            underflows += scale == 0 and top > 0
-            for value in range(N):
-                if counts[value] != 0:
-                    wrong = scale * row[value] + bias - _VALUES[value] * unit
-                    error += counts[value] * wrong * wrong
-        scales[group] = _half_bits(scale, single, bits)
-        biases[group] = _half_bits(bias, single, bits)
-        _write(packed, group, row, by_code, weight)
+                row[value] = arrays.assignments[which, value, lane]
+            _settle(weights, row)
+            wrong, lost, more = _finish(
+                group, exponent, unit, counts, weights, row, packed, weight, scales, biases
+            )
+        if wrong:
+            return group, underflows, energy, error
+        underflows += lost
+        error += more
     return -1, underflows, energy, error

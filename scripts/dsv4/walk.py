@@ -1,0 +1,223 @@
+"""The best of hundreds of assignments for sixteen groups at a time, by a walk through them.
+
+For an assignment of values to levels, the least squared error of a group of 32 weights is
+E = Σv² - V²/32 - shared² / (32 · spread), with V = Σv, shared = Σ(32v - V)·level and
+spread = 32·Σlevel² - (Σlevel)². So the best assignment has the greatest shared² / spread. In halves
+all of these are whole numbers below 2^24, exact in float32 whatever the order of additions.
+
+From one assignment to the next only few levels change. A walk is a list of single changes: after
+each of them the sums are mended by three multiplications and the result is compared with the best
+so far, crosswise, without a division. What lies between two assignments of the list is one as well.
+The lanes of a vector are groups, so that nothing depends on the width of the machine's vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from dsv4.assignments import VALUES
+
+GROUPS = 16  # side by side
+_FLOATS = ir.VectorType(ir.FloatType(), GROUPS)
+_INTS = ir.VectorType(ir.IntType(32), GROUPS)
+_LONG, _INT, _FLOAT = ir.IntType(64), ir.IntType(32), ir.FloatType()
+N = len(VALUES)
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Single changes that lead through assignments; step s changes one value's level.
+
+    places: int64 (steps,), 2 × the index of the value; deltas: float32, its new level less its old
+    one; squares: float32, 32 × the new level² less 32 × the old one; rows: int64 (steps, values),
+    all levels after the step.
+    """
+
+    places: np.ndarray
+    deltas: np.ndarray
+    squares: np.ndarray
+    rows: np.ndarray
+
+
+def walk_through(sections: list[np.ndarray]) -> tuple[Walk, list[int]]:
+    """The walk from all levels 0 through each section's assignments (n, values), in their order.
+
+    Returns it with the step that reaches the first assignment and the end of each section. An even
+    number of steps lies between any two of them; steps that change nothing fill up. Levels fall
+    from the least value on and then rise from the greatest on, so that what lies between two
+    assignments keeps the order of the values.
+    """
+    now, out, stops = np.zeros(sections[0].shape[1], np.int64), [], []
+
+    def change(i: int, level: int) -> None:
+        old, now[i] = now[i], level
+        out.append((2 * i, level - old, 32 * (level**2 - old**2), now.copy()))
+
+    for section in sections:
+        for row in section:
+            for i in range(len(row)):
+                if row[i] < now[i]:
+                    change(i, row[i])
+            for i in reversed(range(len(row))):
+                if row[i] > now[i]:
+                    change(i, row[i])
+            if not stops:
+                stops.append(len(out) - 1)
+        if (len(out) - stops[0]) % 2:
+            change(0, now[0])
+        stops.append(len(out))
+    places, deltas, squares, rows = zip(*out, strict=True)
+    steps = Walk(
+        np.array(places), np.array(deltas, np.float32), np.array(squares, np.float32),
+        np.array(rows),
+    )  # fmt: skip
+    return steps, stops
+
+
+@intrinsic
+def go(context, counts, levels, places, deltas, squares, first, start, stop, winners, sums):
+    """Walk sixteen groups from step `first` up to `stop`, comparing from step `start` on.
+
+    counts: int32 (16, 16), a group's numbers of each of VALUES in a row, then 0; levels: float32
+    (steps, 16), those after each step; places, deltas, squares: as in Walk. stop - start is even and
+    positive, and start - first is positive. Written: winners, int32 (16,), the best steps; sums,
+    float32 (6, 16): for each group with its best levels Σ level, Σ level², Σ value · level,
+    Σ value, Σ value², and the greatest level.
+    """
+
+    def generate(context, builder, signature, arguments):
+        def data(array: int, kind: ir.Type) -> ir.Value:
+            struct = context.make_array(signature.args[array])(context, builder, arguments[array])
+            return builder.bitcast(struct.data, kind.as_pointer())
+
+        def load(base: ir.Value, index: ir.Value, kind: ir.Type, align: int = 4) -> ir.Value:
+            pointer = builder.bitcast(builder.gep(base, [index]), kind.as_pointer())
+            value = builder.load(pointer)
+            value.align = align
+            return value
+
+        def add(sum_: ir.Value, one: ir.Value, other: ir.Value) -> ir.Value:
+            name = "llvm.fmuladd.v16f32"  # in one instruction or two: exact either way
+            kind = ir.FunctionType(_FLOATS, [_FLOATS] * 3)
+            function = cgutils.get_or_insert_function(builder.module, kind, name)
+            return builder.call(function, [one, other, sum_])
+
+        def transposed(rows: list[ir.Value]) -> list[ir.Value]:
+            for half in (8, 4, 2, 1):
+                low = [lane if not lane & half else lane - half + 16 for lane in range(16)]
+                high = [lane + half if not lane & half else lane + 16 for lane in range(16)]
+                for i in (i for i in range(16) if not i & half):
+                    both = rows[i], rows[i + half]
+                    rows[i] = builder.shuffle_vector(*both, ir.Constant(_INTS, low))
+                    rows[i + half] = builder.shuffle_vector(*both, ir.Constant(_INTS, high))
+            return rows
+
+        number = data(0, _INT)
+        rows = [load(number, _LONG(16 * i), _INTS) for i in range(16)]
+        numbers = transposed([builder.sitofp(row, _FLOATS) for row in rows])[:N]
+        total = square = zero = _all(0.0)
+        for value, count in zip(VALUES, numbers, strict=True):
+            total = add(total, count, _all(value))
+            square = add(square, count, _all(value**2))
+        pairs = cgutils.alloca_once(builder, ir.ArrayType(_FLOATS, 2 * N))
+        pair = builder.bitcast(pairs, _FLOATS.as_pointer())
+        for i, (value, count) in enumerate(zip(VALUES, numbers, strict=True)):
+            moment = builder.fmul(count, builder.fsub(_all(32 * value), total))
+            builder.store(count, builder.gep(pair, [_LONG(2 * i)]))
+            builder.store(moment, builder.gep(pair, [_LONG(2 * i + 1)]))
+        changes = data(2, _LONG), data(3, _FLOAT), data(4, _FLOAT)
+
+        def step(index: ir.Value, state: list[ir.Value]) -> list[ir.Value]:
+            place = load(changes[0], index, _LONG, 8)
+            count = builder.load(builder.gep(pair, [place]))
+            moment = builder.load(builder.gep(pair, [builder.add(place, _LONG(1))]))
+            delta = _splat(builder, load(changes[1], index, _FLOAT), _FLOATS)
+            change = _splat(builder, load(changes[2], index, _FLOAT), _FLOATS)
+            return [add(sum_, *two) for sum_, two in zip(
+                state, [(count, delta), (count, change), (moment, delta)], strict=True
+            )]  # fmt: skip
+
+        def candidate(index: ir.Value, state: list[ir.Value]) -> list[ir.Value]:
+            level, square, shared = state
+            spread = add(square, builder.fneg(level), level)
+            which = _splat(builder, builder.trunc(index, _INT), _INTS)
+            return [builder.fmul(shared, shared), spread, which]
+
+        def better(one: list[ir.Value], other: list[ir.Value]) -> list[ir.Value]:
+            mine, its = builder.fmul(one[0], other[1]), builder.fmul(other[0], one[1])
+            ahead = builder.fcmp_ordered(">", its, mine)
+            return [builder.select(ahead, b, a) for a, b in zip(one, other, strict=True)]
+
+        def compared(index: ir.Value, state: list[ir.Value]) -> list[ir.Value]:
+            after = builder.add(index, _LONG(1))
+            here = step(index, state[:3])
+            there = step(after, here)
+            two = better(candidate(index, here), candidate(after, there))
+            return there + better(state[3:], two)
+
+        state = _loop(builder, arguments[5], arguments[6], 1, [zero] * 3, step)
+        state += [zero, _all(1.0), ir.Constant(_INTS, [0] * GROUPS)]
+        winner = _loop(builder, arguments[6], arguments[7], 2, state, compared)[5]
+        builder.store(winner, data(8, _INTS)).align = 4
+
+        level, rows = data(1, _FLOAT), []
+        for i in range(16):
+            which = builder.zext(builder.extract_element(winner, _INT(i)), _LONG)
+            rows.append(load(level, builder.mul(which, _LONG(16)), _FLOATS))
+        ones, twos, mixed, top = zero, zero, zero, zero
+        for value, count, row in zip(VALUES, numbers, transposed(rows)[:N], strict=True):
+            part = builder.fmul(count, row)
+            ones, twos = builder.fadd(ones, part), add(twos, part, row)
+            mixed = add(mixed, part, _all(value))
+            top = builder.select(builder.fcmp_ordered(">", row, top), row, top)
+        out = data(9, _FLOATS)
+        for i, value in enumerate((ones, twos, mixed, total, square, top)):
+            builder.store(value, builder.gep(out, [_LONG(i)])).align = 4
+        return context.get_dummy_value()
+
+    three = (types.int64,) * 3
+    returns = types.void(counts, levels, places, deltas, squares, *three, winners, sums)
+    return returns, generate
+
+
+def _all(value: float) -> ir.Constant:
+    return ir.Constant(_FLOATS, [float(value)] * GROUPS)
+
+
+def _splat(builder: ir.IRBuilder, value: ir.Value, kind: ir.VectorType) -> ir.Value:
+    """LLVM code for a vector that holds `value` in every lane."""
+    nothing = ir.Constant(kind, ir.Undefined)
+    one = builder.insert_element(nothing, value, _INT(0))
+    return builder.shuffle_vector(one, nothing, ir.Constant(_INTS, [0] * GROUPS))
+
+
+def _loop(
+    builder: ir.IRBuilder,
+    start: ir.Value,
+    stop: ir.Value,
+    by: int,
+    state: list[ir.Value],
+    body: Callable[[ir.Value, list[ir.Value]], list[ir.Value]],
+) -> list[ir.Value]:
+    """LLVM code for `while True: state = body(index, state); index += by`, until index ≥ stop."""
+    before, around = builder.block, builder.append_basic_block()
+    builder.branch(around)
+    builder.position_at_end(around)
+    index = builder.phi(_LONG)
+    phis = [builder.phi(value.type) for value in state]
+    after = body(index, phis)
+    following = builder.add(index, _LONG(by))
+    for phi, first, then in zip([index, *phis], [start, *state], [following, *after], strict=True):
+        phi.add_incoming(first, before)
+        phi.add_incoming(then, around)
+    done = builder.append_basic_block()
+    builder.cbranch(builder.icmp_signed("<", following, stop), around, done)
+    builder.position_at_end(done)
+    return after
