@@ -28,6 +28,7 @@ from dsv4.affine import ENERGY_BITS, Tally, look_up
 from dsv4.assignments import VALUES, exact_step, kept_assignments
 from dsv4.exact import bad_exponent
 from dsv4.fp4 import E2M1, UE8M0
+from dsv4.walk import NEXT, SLACK, SPLIT
 
 N = len(VALUES)
 LANES = 512  # assignments of one range, at most
@@ -191,8 +192,7 @@ _LOW_BITS = 0x1111111111111111
 _PLANE = 0x3333333333333333
 _PLACES = np.array([7, 8, 9, 10, 11, 12, 13, 14, 7, 6, 5, 4, 3, 2, 1, 0])  # code → index in VALUES
 _VALUES = np.array(VALUES, np.float64)
-_SIXTEEN = np.append(_VALUES, 0).astype(np.float32)
-_SQUARED = (_VALUES**2).astype(np.int64)
+_MASKS = (1 << N) - 1
 
 
 @intrinsic
@@ -213,34 +213,34 @@ def _plane(low, high, bit):
 
 @numba.njit(inline="always")
 def _mask(low, high):
-    """Which values occur."""
+    """Which values occur; and bit 15, if one occurs UNEVEN times or more."""
     minus, four = _plane(low, high, 3), _plane(low, high, 2)
     two, one = _plane(low, high, 1), _plane(low, high, 0)
-    mask = ((~four & ~two & ~one & _PLANE) != 0) << 7
+    zeros = _ones(~four & ~two & ~one & _PLANE)
+    mask, most = (zeros != 0) << 7, zeros
     for magnitude in range(1, 8):
         these = (four if magnitude & 4 else ~four) & (two if magnitude & 2 else ~two)
         these &= (one if magnitude & 1 else ~one) & _PLANE
-        mask |= ((these & minus) != 0) << (7 - magnitude)
-        mask |= ((these & ~minus) != 0) << (7 + magnitude)
-    return mask
+        below, above = _ones(these & minus), _ones(these & ~minus)
+        mask |= (below != 0) << (7 - magnitude) | (above != 0) << (7 + magnitude)
+        most = max(most, below, above)
+    return mask | (most >= UNEVEN) << N
 
 
 @numba.njit(inline="always")
-def _count(low, high, counts):
-    """How often each value occurs, into counts; returns the greatest count."""
+def _count(low, high, counts, at):
+    """How often each value occurs, into counts[at]."""
     minus, four = _plane(low, high, 3), _plane(low, high, 2)
     two, one = _plane(low, high, 1), _plane(low, high, 0)
-    most, zeros = 0, 32
+    zeros = 32
     for magnitude in range(1, 8):
         these = (four if magnitude & 4 else ~four) & (two if magnitude & 2 else ~two)
         these &= (one if magnitude & 1 else ~one) & _PLANE
         below = _ones(these & minus)
         above = _ones(these) - below
-        counts[7 - magnitude], counts[7 + magnitude] = below, above
-        most = max(most, below, above)
+        counts[at, 7 - magnitude], counts[at, 7 + magnitude] = below, above
         zeros -= below + above
-    counts[7] = zeros
-    return max(most, zeros)
+    counts[at, 7] = zeros
 
 
 @numba.njit(inline="always")
@@ -346,10 +346,8 @@ def _settle(weights, row):
 
 # --- One group: F16 -----------------------------------------------------------------------------
 
-_SPLIT = 2.0**42 + 1  # leaves the highest 11 of a double's 53 bits (Veltkamp's splitting)
 _NORMAL, _STEP, _LARGEST = 2.0**-14, 2.0**24, 65504.0
-_NEXT = 1 + 1.5 * 2.0**-11  # leads from any F16 number to the next, after rounding
-_SLACK, _FAR = 1.0005, 12  # when rounding costs more than this, look so many steps further
+_FAR = 12  # so many steps further
 
 
 @numba.njit(error_model="numpy")
@@ -357,14 +355,14 @@ def _to_half(x):
     """The F16 number nearest to x, as a double; more than 65504 when there is none."""
     if abs(x) < _NORMAL:
         return np.rint(x * _STEP) / _STEP
-    big = x * _SPLIT
+    big = x * SPLIT
     return big - (big - x)
 
 
 @numba.njit(error_model="numpy")
 def _steps_from(x, steps):
     """The F16 number `steps` steps above x, which is one of them."""
-    size = abs(_to_half(x * _NEXT) - x) if abs(x) >= _NORMAL else 1 / _STEP
+    size = abs(_to_half(x * NEXT) - x) if abs(x) >= _NORMAL else 1 / _STEP
     return _to_half(x + steps * size)
 
 
@@ -409,7 +407,7 @@ def _fit(sums, top, unit):
     answer = (np.inf, np.nan, np.nan, 0)
     answer = _try(upward, 0, slope, min(beside, 0), max(beside, 0), answer)
     answer = _try(downward, 1, -slope, min(-beside, 0), max(-beside, 0), answer)
-    if answer[0] > least * _SLACK:
+    if answer[0] > least * SLACK:
         answer = _try(upward, 0, slope, -_FAR, _FAR, answer)
         answer = _try(downward, 1, -slope, -_FAR, _FAR, answer)
     return answer
@@ -488,206 +486,125 @@ def _on_lattice(arrays, kind, group, exponent, packed, weights, counts, weight, 
 
 # --- All groups ---------------------------------------------------------------------------------
 
-_BLOCK = 1024
+_BLOCK = 1 << 14
 _G = walk.GROUPS
 _ENERGY = (1 << ENERGY_BITS) - 1
-# Places in a bucket's sums, float64 (11 · 16,).
-_FIRST, _SECOND, _MIXED, _SUM, _SQUARES, _TOP, _SCALE, _BIAS, _ERROR, _TURNED, _LEAST = range(
-    0, 11 * _G, _G
-)
-
-
-@numba.njit(inline="always")
-def _error_of(scale, bias, first, second, mixed, values, squares):
-    """Squared error of 32 weights, in halves; operation for operation as in _try."""
-    error = squares - 2 * (scale * mixed + bias * values)
-    return error + (scale * scale * second + 2 * scale * bias * first + bias * bias * 32.0)
-
-
-@numba.njit(inline="always")
-def _half(x):
-    """_to_half of a normal number."""
-    big = x * _SPLIT
-    return big - (big - x)
-
-
-@numba.njit(error_model="numpy")
-def _fit_sixteen(sums):
-    """_fit of sixteen groups of 32 in halves, where all is normal, without its far steps.
-
-    sums: a bucket's; from _SCALE on they are written. One array, so that the compiler sees that
-    nothing overlaps, and vectorizes.
-    """
-    for i in range(_G):
-        first, second, mixed = sums[_FIRST + i], sums[_SECOND + i], sums[_MIXED + i]
-        values, squares, top = sums[_SUM + i], sums[_SQUARES + i], sums[_TOP + i]
-        spread = 32.0 * second - first * first
-        slope = (32.0 * mixed - first * values) / spread
-        sums[_LEAST + i] = squares - (values * values + slope * slope * spread) * (1 / 32)
-        near = _half(slope)
-        size = abs(_half(near * _NEXT) - near)
-        up = slope > near
-        far = _half(near + (size if up else -size))
-        a, b = (near, far) if up else (far, near)
-        a_bias = _half((values - a * first) * (1 / 32))
-        b_bias = _half((values - b * first) * (1 / 32))
-        error = _error_of(a, a_bias, first, second, mixed, values, squares)
-        other = _error_of(b, b_bias, first, second, mixed, values, squares)
-        scale, bias, turned = (b, b_bias, 0.0) if other < error else (a, a_bias, 0.0)
-        error = min(error, other)
-        second = 32.0 * top * top - 2 * top * first + second
-        first, mixed = 32.0 * top - first, top * values - mixed
-        a, b = -b, -a
-        a_bias = _half((values - a * first) * (1 / 32))
-        b_bias = _half((values - b * first) * (1 / 32))
-        other = _error_of(a, a_bias, first, second, mixed, values, squares)
-        better = other < error
-        scale, bias = a if better else scale, a_bias if better else bias
-        turned, error = 1.0 if better else turned, other if better else error
-        other = _error_of(b, b_bias, first, second, mixed, values, squares)
-        better = other < error
-        scale, bias = b if better else scale, b_bias if better else bias
-        turned, error = 1.0 if better else turned, other if better else error
-        sums[_SCALE + i], sums[_BIAS + i] = scale, bias
-        sums[_ERROR + i], sums[_TURNED + i] = error, turned
-
-
-@numba.njit(error_model="numpy")
-def _flush(arrays, key, filled, groups, counts, sums, packed, exponents, weight, scales, biases):
-    """Quantize the groups of a bucket, which is empty then.
-
-    counts: int32 (16, 16), a group's numbers of each value in a row. Returns (least bad group or
-    len(exponents), underflows, error).
-    """
-    which = key >> 1
-    first, start, row_base = arrays.walks[which, 0], arrays.walks[which, 1], arrays.walks[which, 4]
-    stop = arrays.walks[which, 3 if key & 1 else 2]
-    winners, found, bits = np.empty(_G, np.int32), np.empty(6 * _G, np.float32), np.empty(2 * _G, np.float32)
-    counts[filled:] = 0
-    walk.go(
-        counts, arrays.levels, arrays.places, arrays.deltas, arrays.squares, first, start, stop,
-        winners, found,
-    )  # fmt: skip
-    for i in range(6 * _G):
-        sums[i] = found[i]
-    _fit_sixteen(sums)
-    for i in range(filled):
-        if not sums[_ERROR + i] <= sums[_LEAST + i] * _SLACK:
-            all_sums = (32.0, sums[_FIRST + i], sums[_SECOND + i], sums[_MIXED + i],
-                        sums[_SUM + i], sums[_SQUARES + i])  # fmt: skip
-            error, scale, bias, turned = _fit(all_sums, sums[_TOP + i], 1.0)
-            sums[_SCALE + i], sums[_BIAS + i] = scale, bias
-            sums[_ERROR + i], sums[_TURNED + i] = error, turned
-    for i in range(_G):
-        bits[i], bits[_G + i] = sums[_SCALE + i], sums[_BIAS + i]
-    words = bits.view(np.int32)
-    bad, underflows, error = len(exponents), 0, 0.0
-    for i in range(filled):
-        group = groups[i]
-        exponent = np.int64(exponents[group])
-        unit = arrays.units[exponent]
-        step = np.int64(winners[i])
-        if PLAIN_FIRST <= exponent <= PLAIN_LAST:
-            shift = (exponent - 128) << 10
-            one, other = np.int64(words[i]), np.int64(words[_G + i])
-            scales[group] = (((one >> 13) & 0x3FFF) | ((one >> 16) & 0xC000)) + shift
-            biases[group] = (((other >> 13) & 0x3FFF) | ((other >> 16) & 0xC000)) + shift
-            row = row_base + 2 * (step - first) + np.int64(sums[_TURNED + i])
-            look_up(packed, group, arrays.rows, row, weight)
-            error += max(sums[_ERROR + i], 0.0) * unit * unit
-        else:
-            wrong, lost, more = _finish(
-                group, exponent, unit, counts[i], counts[i],
-                arrays.levels[step, :N].astype(np.float64), packed, weight, scales, biases,
-            )  # fmt: skip
-            bad = min(bad, group) if wrong else bad
-            underflows += lost
-            error += more
-    return bad, underflows, error
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _quantize(arrays, packed, exponents, weight, scales, biases):
     """(first bad group or -1, underflows, sum of squares, sum of squared errors).
 
-    Groups without an exact lattice wait in buckets, by range and evenness, until there are sixteen.
+    Block by block: groups with an exact lattice at once, the others sorted by range and evenness
+    and then sixteen at a time.
     """
     bad, underflows, energy, error = len(exponents), 0, 0.0, 0.0
     keys = 2 * len(arrays.walks)
-    filled, groups = np.zeros(keys, np.int64), np.empty((keys, _G), np.int64)
-    counts, sums = np.zeros((keys, _G, 16), np.int32), np.empty(11 * _G)
-    masks, numbers = np.empty(_BLOCK, np.int64), np.zeros(16, np.int32)
+    masks, numbers = np.empty(_BLOCK, np.int64), np.zeros((_G, 16), np.int32)
+    hard, many = np.empty((keys, _BLOCK), np.int32), np.zeros(keys, np.int64)
+    whole, real = np.empty((5, _G), np.int32), np.empty((7, _G))
     for start in range(0, len(exponents), _BLOCK):
         words = packed[2 * start : 2 * (start + _BLOCK)]
         n = len(words) >> 1
         for i in range(n):
             masks[i] = _mask(words[2 * i], words[2 * i + 1])
+        many[:] = 0
         for i in range(n):
-            group = start + i
+            group, mask = start + i, masks[i]
             exponent = np.int64(exponents[group])
-            kind = np.int64(arrays.kinds[masks[i]])
-            unit = arrays.units[exponent]
-            if kind >= 0 and PLAIN_FIRST <= exponent <= PLAIN_LAST:
-                shift = (exponent - 128) << 10
+            kind = np.int64(arrays.kinds[mask & _MASKS])
+            if kind < 0:
+                key = 2 * ~kind | mask >> N
+                hard[key, many[key]] = group
+                many[key] += 1
+            elif PLAIN_FIRST <= exponent <= PLAIN_LAST:
+                shift, unit = (exponent - 128) << 10, arrays.units[exponent]
                 scales[group] = arrays.halves[kind, 0] + shift
                 biases[group] = arrays.halves[kind, 1] + (shift & arrays.halves[kind, 2])
                 energies = look_up(packed, group, arrays.rows, kind, weight)
                 energy += (energies & _ENERGY) * (unit * unit)
-                continue
-            if kind >= 0:
-                _count(words[2 * i], words[2 * i + 1], numbers)
+            else:
+                _count(words[2 * i], words[2 * i + 1], numbers, 0)
                 wrong, lost, more = _on_lattice(
-                    arrays, kind, group, exponent, packed, numbers, numbers, weight, scales, biases
-                )
-                bad = min(bad, group) if wrong else bad
-                underflows += lost
-                error += more
-                for value in range(N):
-                    energy += numbers[value] * (_VALUES[value] * unit) ** 2
-                continue
-            most = _count(words[2 * i], words[2 * i + 1], numbers)
-            key = 2 * (-1 - kind) + (most >= UNEVEN)
-            slot = filled[key]
-            groups[key, slot] = group
-            squares = 0
-            for value in range(16):
-                counts[key, slot, value] = numbers[value]
-            for value in range(N):
-                squares += numbers[value] * _SQUARED[value]
-            energy += squares * (unit * unit)
-            filled[key] = slot + 1
-            if slot + 1 == _G:
-                wrong, lost, more = _flush(
-                    arrays, key, _G, groups[key], counts[key], sums, packed, exponents, weight,
-                    scales, biases,
+                    arrays, kind, group, exponent, packed, numbers[0], numbers[0], weight, scales,
+                    biases,
                 )  # fmt: skip
-                bad, underflows, error = min(bad, wrong), underflows + lost, error + more
-                filled[key] = 0
-    for key in range(keys):
-        if filled[key]:
-            wrong, lost, more = _flush(
-                arrays, key, filled[key], groups[key], counts[key], sums, packed, exponents,
-                weight, scales, biases,
-            )  # fmt: skip
-            bad, underflows, error = min(bad, wrong), underflows + lost, error + more
+                bad = min(bad, group) if wrong else bad
+                underflows, error = underflows + lost, error + more
+                energy += _energy(numbers[0]) * arrays.units[exponent] ** 2
+        for key in range(keys):
+            first, begin, row = arrays.walks[key >> 1, 0], arrays.walks[key >> 1, 1], arrays.walks[key >> 1, 4]
+            stop = arrays.walks[key >> 1, 2 + (key & 1)]
+            for at in range(0, many[key], _G):
+                here = min(_G, many[key] - at)
+                for i in range(here):
+                    group = np.int64(hard[key, at + i])
+                    _count(packed[2 * group], packed[2 * group + 1], numbers, i)
+                walk.go(
+                    numbers, arrays.levels, arrays.places, arrays.deltas, arrays.squares,
+                    first, begin, stop, whole, real,
+                )  # fmt: skip
+                for i in range(here):
+                    group, step = np.int64(hard[key, at + i]), np.int64(whole[0, i])
+                    exponent = np.int64(exponents[group])
+                    unit = arrays.units[exponent]
+                    square = unit * unit
+                    energy += real[4, i] * square
+                    if PLAIN_FIRST <= exponent <= PLAIN_LAST:
+                        if whole[4, i]:
+                            _look_further(whole, real, i)
+                        shift = (exponent - 128) << 10
+                        scales[group] = whole[1, i] + shift
+                        biases[group] = whole[2, i] + shift
+                        turned = row + 2 * (step - first) + whole[3, i]
+                        look_up(packed, group, arrays.rows, turned, weight)
+                        error += max(real[6, i], 0.0) * square
+                    else:
+                        wrong, lost, more = _finish(
+                            group, exponent, unit, numbers[i], numbers[i],
+                            arrays.levels[step, :N].astype(np.float64), packed, weight, scales,
+                            biases,
+                        )  # fmt: skip
+                        bad = min(bad, group) if wrong else bad
+                        underflows, error = underflows + lost, error + more
     return bad if bad < len(exponents) else -1, underflows, energy, error
+
+
+@numba.njit(error_model="numpy")
+def _look_further(whole, real, i):
+    """Replace lane i's scale, bias, turned and error (walk.go) by those of _fit."""
+    sums = 32.0, real[0, i], real[1, i], real[2, i], real[3, i], real[4, i]
+    error, scale, bias, turned = _fit(sums, real[5, i], 1.0)
+    single = np.empty(1, np.float32)
+    whole[1, i] = _half_bits(scale, single, single.view(np.int32))
+    whole[2, i] = _half_bits(bias, single, single.view(np.int32))
+    whole[3, i], real[6, i] = turned, error
+
+
+@numba.njit(inline="always")
+def _energy(counts):
+    """The sum of squares of a group, in halves."""
+    energy = 0.0
+    for value in range(N):
+        energy += counts[value] * _VALUES[value] ** 2
+    return energy
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _quantize_weighted(arrays, packed, exponents, importance, weight, scales, biases):
     """As _quantize, where columns count unequally: one group at a time, all assignments for each."""
     underflows, energy, error = 0, 0.0, 0.0
-    counts, row, errors = np.empty(N, np.float32), np.empty(N), np.empty(LANES, np.float32)
+    numbers, row, errors = np.zeros((1, 16), np.int32), np.empty(N), np.empty(LANES, np.float32)
+    counts = numbers[0]
     weights, sums = np.empty(N), np.empty((3, LANES))
     keys = errors.view(np.int32)
     for group in range(len(exponents)):
         low, high = packed[2 * group], packed[2 * group + 1]
         exponent = np.int64(exponents[group])
         unit = arrays.units[exponent]
-        kind = np.int64(arrays.kinds[_mask(low, high)])
-        _count(low, high, counts)
-        for value in range(N):
-            energy += counts[value] * (_VALUES[value] * unit) ** 2
+        kind = np.int64(arrays.kinds[_mask(low, high) & _MASKS])
+        _count(low, high, numbers, 0)
+        energy += _energy(counts) * unit**2
         _weigh(low, high, importance, 32 * group % len(importance), weights)
         if kind >= 0:
             wrong, lost, more = _on_lattice(

@@ -25,8 +25,12 @@ from numba.extending import intrinsic
 from dsv4.assignments import VALUES
 
 GROUPS = 16  # side by side
+SPLIT = 2.0**42 + 1  # leaves the highest 11 of a double's 53 bits (Veltkamp's splitting)
+NEXT = 1 + 1.5 * 2.0**-11  # leads from any F16 number to the next, after rounding
+SLACK = 1.0005  # when rounding to F16 costs more than this, look further than one step
 _FLOATS = ir.VectorType(ir.FloatType(), GROUPS)
 _INTS = ir.VectorType(ir.IntType(32), GROUPS)
+_DOUBLES = ir.VectorType(ir.DoubleType(), GROUPS)
 _LONG, _INT, _FLOAT = ir.IntType(64), ir.IntType(32), ir.FloatType()
 N = len(VALUES)
 
@@ -82,14 +86,15 @@ def walk_through(sections: list[np.ndarray]) -> tuple[Walk, list[int]]:
 
 
 @intrinsic
-def go(context, counts, levels, places, deltas, squares, first, start, stop, winners, sums):
+def go(context, counts, levels, places, deltas, squares, first, start, stop, whole, real):
     """Walk sixteen groups from step `first` up to `stop`, comparing from step `start` on.
 
     counts: int32 (16, 16), a group's numbers of each of VALUES in a row, then 0; levels: float32
     (steps, 16), those after each step; places, deltas, squares: as in Walk. stop - start is even and
-    positive, and start - first is positive. Written: winners, int32 (16,), the best steps; sums,
-    float32 (6, 16): for each group with its best levels Σ level, Σ level², Σ value · level,
-    Σ value, Σ value², and the greatest level.
+    positive, and start - first is positive. Written, as rows of 16 lanes: whole, int32 (5, 16): the
+    best step; the F16 bits of scale and bias, in halves; 1 if levels must be turned, else 0; 1 if
+    rounding costs more than SLACK; real, float64 (7, 16): Σ level, Σ level², Σ value · level,
+    Σ value, Σ value², the greatest level, the squared error.
     """
 
     def generate(context, builder, signature, arguments):
@@ -165,8 +170,7 @@ def go(context, counts, levels, places, deltas, squares, first, start, stop, win
         state = _loop(builder, arguments[5], arguments[6], 1, [zero] * 3, step)
         state += [zero, _all(1.0), ir.Constant(_INTS, [0] * GROUPS)]
         winner = _loop(builder, arguments[6], arguments[7], 2, state, compared)[5]
-        builder.store(winner, data(8, _INTS)).align = 4
-
+        
         level, rows = data(1, _FLOAT), []
         for i in range(16):
             which = builder.zext(builder.extract_element(winner, _INT(i)), _LONG)
@@ -177,14 +181,116 @@ def go(context, counts, levels, places, deltas, squares, first, start, stop, win
             ones, twos = builder.fadd(ones, part), add(twos, part, row)
             mixed = add(mixed, part, _all(value))
             top = builder.select(builder.fcmp_ordered(">", row, top), row, top)
-        out = data(9, _FLOATS)
-        for i, value in enumerate((ones, twos, mixed, total, square, top)):
+        doubles = [builder.fpext(value, _DOUBLES) for value in
+                   (ones, twos, mixed, total, square, top)]  # fmt: skip
+        error, *bits = _fit(builder, *(_Doubles(builder, value) for value in doubles))
+        out, out_real = data(8, _INTS), data(9, _DOUBLES)
+        for i, value in enumerate((winner, *bits)):
             builder.store(value, builder.gep(out, [_LONG(i)])).align = 4
+        for i, value in enumerate((*doubles, error)):
+            builder.store(value, builder.gep(out_real, [_LONG(i)])).align = 8
         return context.get_dummy_value()
 
     three = (types.int64,) * 3
-    returns = types.void(counts, levels, places, deltas, squares, *three, winners, sums)
+    returns = types.void(counts, levels, places, deltas, squares, *three, whole, real)
     return returns, generate
+
+
+@dataclass(frozen=True)
+class _Doubles:
+    """Sixteen float64 in LLVM code, with Python's operators; none is fused with another."""
+
+    builder: ir.IRBuilder
+    value: ir.Value
+
+    def _of(self, other: _Doubles | float) -> ir.Value:
+        return (
+            other.value
+            if isinstance(other, _Doubles)
+            else ir.Constant(_DOUBLES, [float(other)] * GROUPS)
+        )
+
+    def __add__(self, other: _Doubles | float) -> _Doubles:
+        return _Doubles(self.builder, self.builder.fadd(self.value, self._of(other)))
+
+    def __sub__(self, other: _Doubles | float) -> _Doubles:
+        return _Doubles(self.builder, self.builder.fsub(self.value, self._of(other)))
+
+    def __mul__(self, other: _Doubles | float) -> _Doubles:
+        return _Doubles(self.builder, self.builder.fmul(self.value, self._of(other)))
+
+    def __truediv__(self, other: _Doubles) -> _Doubles:
+        return _Doubles(self.builder, self.builder.fdiv(self.value, other.value))
+
+    def __neg__(self) -> _Doubles:
+        return _Doubles(self.builder, self.builder.fneg(self.value))
+
+    def __gt__(self, other: _Doubles) -> ir.Value:
+        return self.builder.fcmp_ordered(">", self.value, other.value)
+
+    def half(self) -> _Doubles:
+        """The nearest F16 number, where it is a normal one: Veltkamp's splitting."""
+        big = self * SPLIT
+        return big - (big - self)
+
+    def half_bits(self) -> ir.Value:
+        """int32: the 16 bits of F16 numbers that are normal ones."""
+        single = self.builder.bitcast(self.builder.fptrunc(self.value, _FLOATS), _INTS)
+
+        def part(shift: int, mask: int) -> ir.Value:
+            moved = self.builder.lshr(single, ir.Constant(_INTS, [shift] * GROUPS))
+            return self.builder.and_(moved, ir.Constant(_INTS, [mask] * GROUPS))
+
+        return self.builder.or_(part(13, 0x3FFF), part(16, 0xC000))
+
+
+def _fit(
+    builder: ir.IRBuilder,
+    first: _Doubles,
+    second: _Doubles,
+    mixed: _Doubles,
+    values: _Doubles,
+    squares: _Doubles,
+    top: _Doubles,
+) -> list[ir.Value]:
+    """LLVM code for what optimal._fit does before its far steps, for 32 weights in halves.
+
+    Operation for operation the same; a division by 32 is exact, and so is multiplying instead.
+    Returns error, bits of scale and bias, turned, far, as `go` writes them.
+    """
+
+    def choose(condition: ir.Value, one: _Doubles, other: _Doubles) -> _Doubles:
+        return _Doubles(builder, builder.select(condition, one.value, other.value))
+
+    spread = second * 32 - first * first
+    slope = (mixed * 32 - first * values) / spread
+    least = squares - (values * values + slope * slope * spread) * (1 / 32)
+    near = slope.half()
+    size = (near * NEXT).half() - near  # a slope is positive
+    up = slope > near
+    far = (near + choose(up, size, -size)).half()
+    low, high = choose(up, near, far), choose(up, far, near)
+    best, turned = None, ir.Constant(_INTS, [0] * GROUPS)
+    for turn in (0, 1):
+        if turn:
+            second = top * top * 32 - top * 2 * first + second
+            first, mixed = top * 32 - first, top * values - mixed
+            low, high = -high, -low
+        for scale in (low, high):
+            bias = ((values - scale * first) * (1 / 32)).half()
+            error = squares - (scale * mixed + bias * values) * 2
+            error = error + (
+                scale * scale * second + scale * 2 * bias * first + bias * bias * 32
+            )
+            if best is None:
+                best = error, scale, bias
+                continue
+            better = best[0] > error
+            best = tuple(choose(better, b, a) for a, b in zip(best, (error, scale, bias), strict=True))
+            turned = builder.select(better, ir.Constant(_INTS, [turn] * GROUPS), turned)
+    error, scale, bias = best
+    bad = builder.zext(error > least * SLACK, _INTS)
+    return [error.value, scale.half_bits(), bias.half_bits(), turned, bad]
 
 
 def _all(value: float) -> ir.Constant:
