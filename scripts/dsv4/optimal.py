@@ -500,7 +500,8 @@ def _quantize(arrays, packed, exponents, weight, scales, biases):
     """
     bad, underflows, energy, error = len(exponents), 0, 0.0, 0.0
     keys = 2 * len(arrays.walks)
-    masks, numbers = np.empty(_BLOCK, np.int64), np.zeros((_G, 16), np.int32)
+    masks, numbers = np.empty(_BLOCK, np.int64), np.zeros((1, 16), np.int32)
+    codes = np.zeros((2, _G), np.int64)
     hard, many = np.empty((keys, _BLOCK), np.int32), np.zeros(keys, np.int64)
     whole, real = np.empty((5, _G), np.int32), np.empty((7, _G))
     for start in range(0, len(exponents), _BLOCK):
@@ -539,9 +540,9 @@ def _quantize(arrays, packed, exponents, weight, scales, biases):
                 here = min(_G, many[key] - at)
                 for i in range(here):
                     group = np.int64(hard[key, at + i])
-                    _count(packed[2 * group], packed[2 * group + 1], numbers, i)
+                    codes[0, i], codes[1, i] = packed[2 * group], packed[2 * group + 1]
                 walk.go(
-                    numbers, arrays.levels, arrays.places, arrays.deltas, arrays.squares,
+                    codes, arrays.levels, arrays.places, arrays.deltas, arrays.squares,
                     first, begin, stop, whole, real,
                 )  # fmt: skip
                 for i in range(here):
@@ -560,8 +561,9 @@ def _quantize(arrays, packed, exponents, weight, scales, biases):
                         look_up(packed, group, arrays.rows, turned, weight)
                         error += max(real[6, i], 0.0) * square
                     else:
+                        _count(codes[0, i], codes[1, i], numbers, 0)
                         wrong, lost, more = _finish(
-                            group, exponent, unit, numbers[i], numbers[i],
+                            group, exponent, unit, numbers[0], numbers[0],
                             arrays.levels[step, :N].astype(np.float64), packed, weight, scales,
                             biases,
                         )  # fmt: skip

@@ -31,6 +31,7 @@ SLACK = 1.0005  # when rounding to F16 costs more than this, look further than o
 _FLOATS = ir.VectorType(ir.FloatType(), GROUPS)
 _INTS = ir.VectorType(ir.IntType(32), GROUPS)
 _DOUBLES = ir.VectorType(ir.DoubleType(), GROUPS)
+_LONGS = ir.VectorType(ir.IntType(64), GROUPS)
 _LONG, _INT, _FLOAT = ir.IntType(64), ir.IntType(32), ir.FloatType()
 N = len(VALUES)
 
@@ -86,10 +87,10 @@ def walk_through(sections: list[np.ndarray]) -> tuple[Walk, list[int]]:
 
 
 @intrinsic
-def go(context, counts, levels, places, deltas, squares, first, start, stop, whole, real):
+def go(context, words, levels, places, deltas, squares, first, start, stop, whole, real):
     """Walk sixteen groups from step `first` up to `stop`, comparing from step `start` on.
 
-    counts: int32 (16, 16), a group's numbers of each of VALUES in a row, then 0; levels: float32
+    words: int64 (2, 16), the first sixteen codes of each group, and the others; levels: float32
     (steps, 16), those after each step; places, deltas, squares: as in Walk. stop - start is even and
     positive, and start - first is positive. Written, as rows of 16 lanes: whole, int32 (5, 16): the
     best step; the F16 bits of scale and bias, in halves; 1 if levels must be turned, else 0; 1 if
@@ -124,9 +125,8 @@ def go(context, counts, levels, places, deltas, squares, first, start, stop, who
                     rows[i + half] = builder.shuffle_vector(*both, ir.Constant(_INTS, high))
             return rows
 
-        number = data(0, _INT)
-        rows = [load(number, _LONG(16 * i), _INTS) for i in range(16)]
-        numbers = transposed([builder.sitofp(row, _FLOATS) for row in rows])[:N]
+        low, high = (load(data(0, _LONGS), _LONG(i), _LONGS, 8) for i in (0, 1))
+        numbers = _count(builder, low, high)
         total = square = zero = _all(0.0)
         for value, count in zip(VALUES, numbers, strict=True):
             total = add(total, count, _all(value))
@@ -192,8 +192,41 @@ def go(context, counts, levels, places, deltas, squares, first, start, stop, who
         return context.get_dummy_value()
 
     three = (types.int64,) * 3
-    returns = types.void(counts, levels, places, deltas, squares, *three, whole, real)
+    returns = types.void(words, levels, places, deltas, squares, *three, whole, real)
     return returns, generate
+
+
+def _count(builder: ir.IRBuilder, low: ir.Value, high: ir.Value) -> list[ir.Value]:
+    """LLVM code for how often each of VALUES occurs, as float32; optimal._count is its like."""
+
+    def every(word: int) -> ir.Constant:
+        return ir.Constant(_LONGS, [word] * GROUPS)
+
+    def plane(bit: int) -> ir.Value:
+        one, other = (
+            builder.and_(builder.lshr(word, every(bit)), every(0x1111111111111111))
+            for word in (low, high)
+        )
+        return builder.or_(one, builder.shl(other, every(1)))
+
+    def number(codes: ir.Value) -> ir.Value:
+        kind = ir.FunctionType(_LONGS, [_LONGS])
+        ones = cgutils.get_or_insert_function(builder.module, kind, "llvm.ctpop.v16i64")
+        return builder.sitofp(builder.trunc(builder.call(ones, [codes]), _INTS), _FLOATS)
+
+    minus, planes = plane(3), [plane(bit) for bit in (2, 1, 0)]
+    plus = builder.not_(minus)
+    below, above = [], []
+    for magnitude in range(8):
+        these = every(0x3333333333333333)
+        for bit, marked in zip((4, 2, 1), planes, strict=True):
+            these = builder.and_(these, marked if magnitude & bit else builder.not_(marked))
+        if magnitude == 0:
+            zeros = number(these)
+            continue
+        below.append(number(builder.and_(these, minus)))
+        above.append(number(builder.and_(these, plus)))
+    return [*reversed(below), zeros, *above]
 
 
 @dataclass(frozen=True)
