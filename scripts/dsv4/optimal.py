@@ -2,9 +2,10 @@
 
 `mx.quantize` sees only a group's least and greatest value. This looks at all of them: a group whose
 values lie on a lattice of 16 points (nearly half of them do) gets that lattice and is exact; for
-the others every assignment of values to levels that can be the best (dsv4/assignments.py) is tried
-with its least-squares scale and bias, and the winner is rounded to F16. Same format, same size,
-same speed of inference as mx.quantize; but zeros are not promised to stay zeros.
+the others the assignments of values to levels that can be the best (dsv4/assignments.py) are all
+tried with their least-squares scales and biases, sixteen groups at a time (dsv4/walk.py), and the
+winner is rounded to F16. Same format, same size, same speed of inference as mx.quantize; but zeros
+are not promised to stay zeros.
 
 Rounding: the scale to both of its F16 neighbours, for each the bias that is then the best one, with
 the lattice held at its lower or at its upper end; of these four the best is taken, and twelve more
@@ -25,15 +26,13 @@ from numba.extending import intrinsic
 
 from dsv4 import walk
 from dsv4.affine import ENERGY_BITS, Tally, look_up
-from dsv4.assignments import VALUES, exact_step, kept_assignments
+from dsv4.assignments import UNEVEN, VALUES, exact_step, kept_sections
 from dsv4.exact import bad_exponent
 from dsv4.fp4 import E2M1, UE8M0
 from dsv4.walk import NEXT, SLACK, SPLIT
 
 N = len(VALUES)
 LANES = 512  # assignments of one range, at most
-UNEVEN = 10  # a value that often: try the rare assignments too
-COMMON, EQUAL = 112, 256
 # Exponent bytes with which all scales and biases are normal F16 numbers, so that a power of two
 # only moves their exponents.
 PLAIN_FIRST, PLAIN_LAST = 115, 139
@@ -49,8 +48,8 @@ class Arrays(NamedTuple):
       Exact lattices come first, then two for each step of a walk: upward, and turned.
     levels: float32 (steps, 16), by value: the levels after each step of the walks.
     places, deltas, squares: the steps of all walks (walk.Walk).
-    walks: int64 (ranges, 6): first step, first to be compared, end for common and for uneven groups,
-      first row, index of the greatest value.
+    walks: int64 (ranges, 6): first step, first to be compared, end for common and for uneven
+      groups, first row, index of the greatest value.
     lanes: int64 (ranges,), how many assignments there are.
     assignments: float32 (ranges, 15, LANES); values outside a range have level 0.
     units: float64 (256,), by exponent byte: what one half is worth, 2^(e - 128).
@@ -80,11 +79,13 @@ class Table:
 
 def build_table() -> Table:
     """Read the assignments and find the exact lattice of every set of values that has one."""
-    kept = kept_assignments()
+    kept = kept_sections()
     assignments = np.zeros((len(kept), N, LANES), np.float32)
-    for which, ((low, high), rows) in enumerate(kept.items()):
+    lanes = np.zeros(len(kept), np.int64)
+    for which, ((low, high), sections) in enumerate(kept.items()):
+        rows = np.concatenate(sections)
         assignments[which, VALUES.index(low) : VALUES.index(high) + 1, : len(rows)] = rows.T
-    lanes = np.array([len(rows) for rows in kept.values()])
+        lanes[which] = len(rows)
     kinds, lattices = _lattices(list(kept))
     exact = (np.array(VALUES) - lattices[:, :1]) / lattices[:, 1:]
     halves = np.column_stack([
@@ -123,30 +124,19 @@ def _lattices(ranges: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _walks(
-    kept: dict[tuple[int, int], np.ndarray], first_row: int
+    kept: dict[tuple[int, int], list[np.ndarray]], first_row: int
 ) -> tuple[walk.Walk, np.ndarray]:
     """One walk for all ranges, one after the other, and `walks` of the arrays."""
     parts, walks, first = [], [], 0
-    for (low, high), rows in kept.items():
-        at = VALUES.index(low)
-        wide = np.zeros((len(rows), N), np.int64)
-        wide[:, at : VALUES.index(high) + 1] = rows
-        steps, stops = walk.walk_through([_near(wide[:COMMON]), _near(wide[COMMON:EQUAL])])
+    for (low, high), (common, uneven, _) in kept.items():
+        outside = ((0, 0), (VALUES.index(low), N - 1 - VALUES.index(high)))
+        steps, stops = walk.walk_through([np.pad(rows, outside) for rows in (common, uneven)])
         parts.append(steps)
-        start, common, end = (first + stop for stop in stops)
-        walks.append((first, start, common, end, first_row + 2 * first, VALUES.index(high)))
-        first = end
+        start, end, end_uneven = (first + stop for stop in stops)
+        walks.append((first, start, end, end_uneven, first_row + 2 * first, VALUES.index(high)))
+        first = end_uneven
     columns = zip(*((w.places, w.deltas, w.squares, w.rows) for w in parts), strict=True)
     return walk.Walk(*map(np.concatenate, columns)), np.array(walks)
-
-
-def _near(rows):
-    """greedy."""
-    if not len(rows): return rows
-    D=(rows[:,None]!=rows).sum(2); left=list(range(1,len(rows))); o=[0]
-    while left:
-        j=min(left,key=lambda j:D[o[-1],j]); left.remove(j); o.append(j)
-    return rows[o]
 
 
 def _by_code(levels: np.ndarray) -> np.ndarray:
@@ -264,10 +254,9 @@ _MANY = np.float32(1e6)
 def _best(levels, which, lanes, weights, sums, errors, keys):
     """The lane whose assignment leaves the least squared error, among the first `lanes`.
 
-    levels: (ranges, 15, LANES); weights: (15,), float32 when they are whole numbers, so that all
-    sums are exact, else float64. sums, (3, LANES) of the same dtype, takes each lane's Σ weight ·
-    level, Σ weight · level² and Σ weight · value · level. errors and keys are one buffer, as
-    float32 and as int32: an error of 0 or more orders like the integer with its bits, whose lowest
+    levels: (ranges, 15, LANES); weights: float64 (15,). sums, float64 (3, LANES), takes each lane's
+    Σ weight · level, Σ weight · level² and Σ weight · value · level. errors and keys are one
+    buffer, as float32 and as int32: an error of 0 or more orders like the integer with its bits, whose lowest
     nine give way to the lane.
     """
     total, values, squares = weights[0] * 0, weights[0] * 0, weights[0] * 0
@@ -499,7 +488,7 @@ def _quantize(arrays, packed, exponents, weight, scales, biases):
     and then sixteen at a time.
     """
     bad, underflows, energy, error = len(exponents), 0, 0.0, 0.0
-    keys = 2 * len(arrays.walks)
+    walks, keys = arrays.walks, 2 * len(arrays.walks)
     masks, numbers = np.empty(_BLOCK, np.int64), np.zeros((1, 16), np.int32)
     codes = np.zeros((2, _G), np.int64)
     hard, many = np.empty((keys, _BLOCK), np.int32), np.zeros(keys, np.int64)
@@ -534,8 +523,9 @@ def _quantize(arrays, packed, exponents, weight, scales, biases):
                 underflows, error = underflows + lost, error + more
                 energy += _energy(numbers[0]) * arrays.units[exponent] ** 2
         for key in range(keys):
-            first, begin, row = arrays.walks[key >> 1, 0], arrays.walks[key >> 1, 1], arrays.walks[key >> 1, 4]
-            stop = arrays.walks[key >> 1, 2 + (key & 1)]
+            which = key >> 1
+            first, begin, row = walks[which, 0], walks[which, 1], walks[which, 4]
+            stop = walks[which, 2 + (key & 1)]
             for at in range(0, many[key], _G):
                 here = min(_G, many[key] - at)
                 for i in range(here):
@@ -594,7 +584,7 @@ def _energy(counts):
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _quantize_weighted(arrays, packed, exponents, importance, weight, scales, biases):
-    """As _quantize, where columns count unequally: one group at a time, all assignments for each."""
+    """As _quantize, where columns count unequally: all assignments, one group at a time."""
     underflows, energy, error = 0, 0.0, 0.0
     numbers, row, errors = np.zeros((1, 16), np.int32), np.empty(N), np.empty(LANES, np.float32)
     counts = numbers[0]
@@ -614,7 +604,8 @@ def _quantize_weighted(arrays, packed, exponents, importance, weight, scales, bi
             )
         else:
             which = -1 - kind
-            lane = _best(arrays.assignments, which, arrays.lanes[which], weights, sums, errors, keys)
+            lanes = arrays.lanes[which]
+            lane = _best(arrays.assignments, which, lanes, weights, sums, errors, keys)
             for value in range(N):
                 row[value] = arrays.assignments[which, value, lane]
             _settle(weights, row)

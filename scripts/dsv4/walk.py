@@ -65,6 +65,7 @@ def walk_through(sections: list[np.ndarray]) -> tuple[Walk, list[int]]:
         old, now[i] = now[i], level
         out.append((2 * i, level - old, 32 * (level**2 - old**2), now.copy()))
 
+    change(0, 0)
     for section in sections:
         for row in section:
             for i in range(len(row)):
@@ -91,11 +92,12 @@ def go(context, words, levels, places, deltas, squares, first, start, stop, whol
     """Walk sixteen groups from step `first` up to `stop`, comparing from step `start` on.
 
     words: int64 (2, 16), the first sixteen codes of each group, and the others; levels: float32
-    (steps, 16), those after each step; places, deltas, squares: as in Walk. stop - start is even and
-    positive, and start - first is positive. Written, as rows of 16 lanes: whole, int32 (5, 16): the
-    best step; the F16 bits of scale and bias, in halves; 1 if levels must be turned, else 0; 1 if
-    rounding costs more than SLACK; real, float64 (7, 16): Σ level, Σ level², Σ value · level,
-    Σ value, Σ value², the greatest level, the squared error.
+    (steps, 16), those after each step; places, deltas, squares: as in Walk. stop - start is even
+    and positive, and start - first is positive. Written, as rows of 16 lanes:
+    whole, int32 (5, 16): the best step; the F16 bits of scale and bias, in halves; 1 if levels must
+    be turned, else 0; 1 if rounding costs more than SLACK;
+    real, float64 (7, 16): Σ level, Σ level², Σ value · level, Σ value, Σ value², the greatest
+    level, the squared error.
     """
 
     def generate(context, builder, signature, arguments):
@@ -170,7 +172,6 @@ def go(context, words, levels, places, deltas, squares, first, start, stop, whol
         state = _loop(builder, arguments[5], arguments[6], 1, [zero] * 3, step)
         state += [zero, _all(1.0), ir.Constant(_INTS, [0] * GROUPS)]
         winner = _loop(builder, arguments[6], arguments[7], 2, state, compared)[5]
-        
         level, rows = data(1, _FLOAT), []
         for i in range(16):
             which = builder.zext(builder.extract_element(winner, _INT(i)), _LONG)
@@ -312,14 +313,13 @@ def _fit(
         for scale in (low, high):
             bias = ((values - scale * first) * (1 / 32)).half()
             error = squares - (scale * mixed + bias * values) * 2
-            error = error + (
-                scale * scale * second + scale * 2 * bias * first + bias * bias * 32
-            )
+            error = error + (scale * scale * second + scale * 2 * bias * first + bias * bias * 32)
             if best is None:
                 best = error, scale, bias
                 continue
             better = best[0] > error
-            best = tuple(choose(better, b, a) for a, b in zip(best, (error, scale, bias), strict=True))
+            new = error, scale, bias
+            best = tuple(choose(better, b, a) for a, b in zip(best, new, strict=True))
             turned = builder.select(better, ir.Constant(_INTS, [turn] * GROUPS), turned)
     error, scale, bias = best
     bad = builder.zext(error > least * SLACK, _INTS)
