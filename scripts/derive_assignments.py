@@ -2,16 +2,15 @@
 
 For each range of values, all assignments (dsv4/assignments.py) are tried on many groups of 32
 weights, and of the best ones so many are kept that none of these groups loses more than 0.2%:
-- common: groups of normal, Laplace, Student-t and uniform weights under both scale rules, in which
-  no value occurs UNEVEN times or more;
-- uneven: the others of these, and groups with random sets of values in random, very uneven numbers;
+- plain: groups of normal, Laplace, Student-t and uniform weights under both scale rules, and groups
+  with random sets of values in random, very uneven numbers;
 - weighted: ordinary groups whose columns count unequally, as an imatrix has it: what ever wins.
 An adversary then climbs: it changes codes of some thousand groups at random and keeps what raises
 the loss against all assignments. What it finds above 0.5% is added, until it finds nothing in
 several runs from new groups. That is a search, not a proof.
 
 Each section is put in an order in which few levels change from one assignment to the next. A
-maintainer's tool: no stage runs it. About 10 minutes of one core.
+maintainer's tool: no stage runs it. About 10 minutes of one core, which all cores share.
 
     .venv/bin/python scripts/derive_assignments.py [--rounds N] [--out FILE]
 """
@@ -26,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from dsv4.assignments import KEPT, SECTIONS, UNEVEN, VALUES, every_assignment, ranges, within
+from dsv4.assignments import KEPT, SECTIONS, VALUES, every_assignment, ranges, within
 from dsv4.search import Search
 from dsv4.synthetic import KINDS, RULES, pack, random_groups
 
@@ -37,8 +36,8 @@ CLIMBERS, CLIMB = 3000, 200  # groups, and changes of each, in one run of the ad
 HEAD = """\
 # Assignments of FP4 values to the levels 0-15 that leave the least squared error for some group of
 # 32 weights. After "range LEAST GREATEST" (in halves), one hexadecimal digit for each value between
-# them in increasing order: for common groups; what uneven ones need too; and what groups need whose
-# columns count unequally. Neighbours differ in few digits. Made by scripts/derive_assignments.py.
+# them in increasing order; then what groups need too whose columns count unequally. Neighbours differ
+# in few digits. Made by scripts/derive_assignments.py.
 """
 
 
@@ -118,10 +117,6 @@ def packed(groups: np.ndarray) -> np.ndarray:
     return pack(groups).view(np.int64)
 
 
-def even(counts: np.ndarray) -> np.ndarray:
-    return counts.max(axis=1) < UNEVEN
-
-
 def loss(kept: np.ndarray, words: np.ndarray, best: np.ndarray, low: int, high: int) -> np.ndarray:
     """How much more than the least error `best` the kept assignments leave, relative to it."""
     return Search(kept, low, high).best(words)[1] / np.maximum(best, 1e-9) - 1
@@ -147,11 +142,10 @@ def climb(
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Groups (n, 32), changed at random while that raises their loss; returns them and the losses.
 
-    A change moves some weights to another value; the range, an odd value and evenness stay.
+    A change moves some weights to another value; the range and an odd value stay.
     """
     mine, values, n = Search(kept, low, high), np.array(within(low, high)), len(groups)
     groups, lost, every_one = groups.copy(), np.full(n, -1.0), np.arange(n)
-    smooth = even((groups[:, :, None] == values).sum(axis=1))
     for turn in range(CLIMB):
         tried = groups.copy()
         for _ in range(rng.integers(1, 4) if turn else 0):
@@ -162,7 +156,7 @@ def climb(
             else:
                 tried[every_one, places] = to
         counts = (tried[:, :, None] == values).sum(axis=1)
-        fits = (counts[:, 0] > 0) & (counts[:, -1] > 0) & (even(counts) == smooth)
+        fits = (counts[:, 0] > 0) & (counts[:, -1] > 0)
         fits &= (counts[:, values % 2 == 1] > 0).any(axis=1)
         words = packed(tried)
         new = mine.best(words)[1] / np.maximum(every.best(words)[1], 1e-6) - 1
@@ -172,14 +166,12 @@ def climb(
 
 
 def close(
-    kept: list[tuple[int, ...]], smooth: bool, every: Search, low: int, high: int,
-    rng: np.random.Generator,
-) -> list[tuple[int, ...]]:  # fmt: skip
-    """`kept` and what the adversary shows to be lacking among even or among uneven groups."""
+    kept: list[tuple[int, ...]], every: Search, low: int, high: int, rng: np.random.Generator
+) -> list[tuple[int, ...]]:
+    """`kept` and what the adversary shows to be lacking."""
     calm, found = 0, []
     while calm < CALM:
         counts = np.concatenate([uneven(rng, low, high, 30000), natural(rng, low, high, 2000)])
-        counts = counts[even(counts) == smooth]
         groups = groups_of(counts[rng.integers(len(counts), size=CLIMBERS)], low, high)
         groups, lost = climb(np.array(kept), groups, every, low, high, rng)
         found.append(f"{lost.max():.3f}")
@@ -188,7 +180,7 @@ def close(
         rows, best = every.best(words)
         while len(words) and (lost := loss(np.array(kept), words, best, low, high)).max() > 0.004:
             kept = [*kept, tuple(rows[lost.argmax()].tolist())]
-    print(f"{low} … {high}, {'even' if smooth else 'uneven'}: {len(kept)} kept; worst", *found)
+    print(f"{low} … {high}: worst losses that the adversary found, run by run:", *found)
     return kept
 
 
@@ -215,31 +207,27 @@ def tour(rows: list[tuple[int, ...]]) -> np.ndarray:
 
 
 def derive(low: int, high: int, rounds: int) -> list[np.ndarray]:
-    """The assignments worth keeping for one range: common, uneven and weighted ones."""
+    """The assignments worth keeping for one range: plain and weighted ones."""
     levels = every_assignment(within(low, high))
     every, rng = Search(levels, low, high), np.random.default_rng([-low, high])
-    common: list[tuple[int, ...]] = []
-    more: list[np.ndarray] = []
+    plain: list[tuple[int, ...]] = []
     unequal: Counter = Counter()
     for _ in tqdm(range(rounds), desc=f"{low} … {high}", disable=None):
-        counts = natural(rng, low, high, 10000)
-        common = cover(common, packed(groups_of(counts[even(counts)], low, high)), every, low, high)
-        more += [counts[~even(counts)], (other := uneven(rng, low, high, 4000))[~even(other)]]
+        for counts in natural(rng, low, high, 10000), uneven(rng, low, high, 4000):
+            plain = cover(plain, packed(groups_of(counts, low, high)), every, low, high)
         unequal += winners(weighted(rng, low, high, 1000), low, high, levels)
-    common = close(common, True, every, low, high, rng)
-    words = packed(groups_of(np.concatenate(more), low, high))
-    both = close(cover(common, words, every, low, high), False, every, low, high, rng)
+    plain = close(plain, every, low, high, rng)
     rest = [tuple(levels[index].tolist()) for index, _ in unequal.most_common()]
-    rest = [row for row in rest if row not in set(both)][: MAX - len(both)]
-    print(f"{low} … {high}: {len(levels)} assignments; {len(common)}, {len(both)}, {len(rest)}")
-    return [tour(common), tour(both[len(common) :]), tour(rest)]
+    rest = [row for row in rest if row not in set(plain)][: MAX - len(plain)]
+    print(f"{low} … {high}: {len(levels)} assignments; kept {len(plain)} and {len(rest)}")
+    return [tour(plain), tour(rest)]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=20, help="of 160,000 groups")
+    parser.add_argument("--rounds", type=int, default=8, help="of 160,000 groups")
     parser.add_argument("--out", type=Path, default=KEPT)
     args = parser.parse_args()
     lines = [HEAD]

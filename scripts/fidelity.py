@@ -288,7 +288,7 @@ leave is that alone. convert_dsv4_jang quantizes the experts as mlx does."""
 def picture(weights: list[WeightError], models: list[ModelError]) -> str:
     """An SVG: RMS error of normal weights, and KL by the tensors, a bar for each quantizer."""
     left = [
-        Bar(f"{e.quantizer} · {e.bits:.2f} bits", e.rms, f"{e.rms:.1%}")
+        Bar(f"{e.quantizer} · {e.bits:.2f} bits", e.rms, f"{e.rms:.2%}" if e.rms else "0")
         for e in weights if (e.kind, e.rule) == ("normal", "ceil")
     ]  # fmt: skip
     charts = [("RMS error relative to the RMS of the weights (normal, full shape)", left)]

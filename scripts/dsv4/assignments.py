@@ -8,9 +8,8 @@ Values are counted in halves here: E2M1's 15 values are the whole numbers in VAL
 between level k and k + 1 passes through a value u where bias = u - (k + 1/2) · scale: a line in the
 plane of scales and biases. 15 such lines for each value cut the plane into cells, and one cell is
 one assignment. `every_assignment` walks through all cells in whole numbers: some 4,000 to 6,000 for
-each range of values. Few of them are needed for 32 weights, some more where values occur UNEVEN
-times or more, or where columns count unequally: they stand in assignments.txt, which
-derive_assignments.py makes and tries against all of them.
+each range of values. Fewer than 100 of them are needed for 32 weights, some more where columns count
+unequally: they stand in assignments.txt, which derive_assignments.py makes and tries against all.
 
 A group needs none of this when its values lie on a lattice of 16 points anyway: `exact_step`.
 """
@@ -26,8 +25,7 @@ import numpy as np
 
 VALUES = (-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12)
 LEVELS = 16
-UNEVEN = 10  # a value that often: an uneven group
-SECTIONS = ("common", "uneven", "weighted")
+SECTIONS = ("plain", "weighted")
 KEPT = Path(__file__).with_name("assignments.txt")
 
 

@@ -26,7 +26,7 @@ from numba.extending import intrinsic
 
 from dsv4 import walk
 from dsv4.affine import ENERGY_BITS, Tally, look_up
-from dsv4.assignments import UNEVEN, VALUES, exact_step, kept_sections
+from dsv4.assignments import VALUES, exact_step, kept_sections
 from dsv4.exact import bad_exponent
 from dsv4.fp4 import E2M1, UE8M0
 from dsv4.walk import NEXT, SLACK, SPLIT
@@ -48,8 +48,8 @@ class Arrays(NamedTuple):
       Exact lattices come first, then two for each step of a walk: upward, and turned.
     levels: float32 (steps, 16), by value: the levels after each step of the walks.
     places, deltas, squares: the steps of all walks (walk.Walk).
-    walks: int64 (ranges, 6): first step, first to be compared, end for common and for uneven
-      groups, first row, index of the greatest value.
+    walks: int64 (ranges, 5): first step, first to be compared, end, first row, index of the
+      greatest value.
     lanes: int64 (ranges,), how many assignments there are.
     assignments: float32 (ranges, 15, LANES); values outside a range have level 0.
     units: float64 (256,), by exponent byte: what one half is worth, 2^(e - 128).
@@ -96,7 +96,7 @@ def build_table() -> Table:
     steps, walks = _walks(kept, len(lattices))
     levels = np.zeros((len(steps.rows), 16), np.float32)
     levels[:, :N] = steps.rows
-    last = walks[:, 5].repeat(np.diff([*walks[:, 0], len(steps.rows)]))
+    last = walks[:, 4].repeat(np.diff([*walks[:, 0], len(steps.rows)]))
     turned = steps.rows[np.arange(len(last)), last][:, None] - steps.rows
     both = np.stack([steps.rows, turned], axis=1).reshape(-1, N)
     arrays = Arrays(
@@ -128,13 +128,13 @@ def _walks(
 ) -> tuple[walk.Walk, np.ndarray]:
     """One walk for all ranges, one after the other, and `walks` of the arrays."""
     parts, walks, first = [], [], 0
-    for (low, high), (common, uneven, _) in kept.items():
+    for (low, high), (plain, _) in kept.items():
         outside = ((0, 0), (VALUES.index(low), N - 1 - VALUES.index(high)))
-        steps, stops = walk.walk_through([np.pad(rows, outside) for rows in (common, uneven)])
+        steps, start = walk.walk_through(np.pad(plain, outside))
         parts.append(steps)
-        start, end, end_uneven = (first + stop for stop in stops)
-        walks.append((first, start, end, end_uneven, first_row + 2 * first, VALUES.index(high)))
-        first = end_uneven
+        end = first + len(steps.rows)
+        walks.append((first, first + start, end, first_row + 2 * first, VALUES.index(high)))
+        first = end
     columns = zip(*((w.places, w.deltas, w.squares, w.rows) for w in parts), strict=True)
     return walk.Walk(*map(np.concatenate, columns)), np.array(walks)
 
@@ -182,7 +182,6 @@ _LOW_BITS = 0x1111111111111111
 _PLANE = 0x3333333333333333
 _PLACES = np.array([7, 8, 9, 10, 11, 12, 13, 14, 7, 6, 5, 4, 3, 2, 1, 0])  # code → index in VALUES
 _VALUES = np.array(VALUES, np.float64)
-_MASKS = (1 << N) - 1
 
 
 @intrinsic
@@ -203,18 +202,16 @@ def _plane(low, high, bit):
 
 @numba.njit(inline="always")
 def _mask(low, high):
-    """Which values occur; and bit 15, if one occurs UNEVEN times or more."""
+    """Which values occur."""
     minus, four = _plane(low, high, 3), _plane(low, high, 2)
     two, one = _plane(low, high, 1), _plane(low, high, 0)
-    zeros = _ones(~four & ~two & ~one & _PLANE)
-    mask, most = (zeros != 0) << 7, zeros
+    mask = ((~four & ~two & ~one & _PLANE) != 0) << 7
     for magnitude in range(1, 8):
         these = (four if magnitude & 4 else ~four) & (two if magnitude & 2 else ~two)
         these &= (one if magnitude & 1 else ~one) & _PLANE
-        below, above = _ones(these & minus), _ones(these & ~minus)
-        mask |= (below != 0) << (7 - magnitude) | (above != 0) << (7 + magnitude)
-        most = max(most, below, above)
-    return mask | (most >= UNEVEN) << N
+        mask |= ((these & minus) != 0) << (7 - magnitude)
+        mask |= ((these & ~minus) != 0) << (7 + magnitude)
+    return mask
 
 
 @numba.njit(inline="always")
@@ -484,11 +481,11 @@ _ENERGY = (1 << ENERGY_BITS) - 1
 def _quantize(arrays, packed, exponents, weight, scales, biases):
     """(first bad group or -1, underflows, sum of squares, sum of squared errors).
 
-    Block by block: groups with an exact lattice at once, the others sorted by range and evenness
-    and then sixteen at a time.
+    Block by block: groups with an exact lattice at once, the others sorted by range and then
+    sixteen at a time.
     """
     bad, underflows, energy, error = len(exponents), 0, 0.0, 0.0
-    walks, keys = arrays.walks, 2 * len(arrays.walks)
+    walks, keys = arrays.walks, len(arrays.walks)
     masks, numbers = np.empty(_BLOCK, np.int64), np.zeros((1, 16), np.int32)
     codes = np.zeros((2, _G), np.int64)
     hard, many = np.empty((keys, _BLOCK), np.int32), np.zeros(keys, np.int64)
@@ -500,11 +497,11 @@ def _quantize(arrays, packed, exponents, weight, scales, biases):
             masks[i] = _mask(words[2 * i], words[2 * i + 1])
         many[:] = 0
         for i in range(n):
-            group, mask = start + i, masks[i]
+            group = start + i
             exponent = np.int64(exponents[group])
-            kind = np.int64(arrays.kinds[mask & _MASKS])
+            kind = np.int64(arrays.kinds[masks[i]])
             if kind < 0:
-                key = 2 * ~kind | mask >> N
+                key = -1 - kind
                 hard[key, many[key]] = group
                 many[key] += 1
             elif PLAIN_FIRST <= exponent <= PLAIN_LAST:
@@ -523,9 +520,7 @@ def _quantize(arrays, packed, exponents, weight, scales, biases):
                 underflows, error = underflows + lost, error + more
                 energy += _energy(numbers[0]) * arrays.units[exponent] ** 2
         for key in range(keys):
-            which = key >> 1
-            first, begin, row = walks[which, 0], walks[which, 1], walks[which, 4]
-            stop = walks[which, 2 + (key & 1)]
+            first, begin, stop, row = walks[key, 0], walks[key, 1], walks[key, 2], walks[key, 3]
             for at in range(0, many[key], _G):
                 here = min(_G, many[key] - at)
                 for i in range(here):
@@ -594,7 +589,7 @@ def _quantize_weighted(arrays, packed, exponents, importance, weight, scales, bi
         low, high = packed[2 * group], packed[2 * group + 1]
         exponent = np.int64(exponents[group])
         unit = arrays.units[exponent]
-        kind = np.int64(arrays.kinds[_mask(low, high) & _MASKS])
+        kind = np.int64(arrays.kinds[_mask(low, high)])
         _count(low, high, numbers, 0)
         energy += _energy(counts) * unit**2
         _weigh(low, high, importance, 32 * group % len(importance), weights)

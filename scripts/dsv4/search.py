@@ -20,11 +20,10 @@ class Search:
         self._inside = slice(VALUES.index(low), VALUES.index(high) + 1)
         wide = np.zeros((len(rows), len(VALUES)), np.int64)
         wide[:, self._inside] = rows
-        steps, (start, stop) = walk.walk_through([_near(wide[rows[:, -1] > 0])])
+        steps, start = walk.walk_through(_near(wide[rows[:, -1] > 0]))
         self._levels = np.zeros((len(steps.rows), 16), np.float32)
         self._levels[:, : len(VALUES)] = steps.rows
-        self._walk = self._levels, steps.places, steps.deltas, steps.squares, start, stop
-        self.steps = stop - start
+        self._walk = self._levels, steps.places, steps.deltas, steps.squares, start
 
     def best(self, packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """For groups, packed as int64 (n, 2): the assignments (n, values) that leave the least
@@ -54,10 +53,10 @@ def _near(rows: np.ndarray) -> np.ndarray:
 
 
 @numba.njit(nogil=True, cache=True)
-def _search(groups, levels, places, deltas, squares, start, stop, found, sums):
+def _search(groups, levels, places, deltas, squares, start, found, sums):
     codes, whole = np.empty((2, walk.GROUPS), np.int64), np.empty((5, walk.GROUPS), np.int32)
     for batch in range(len(groups)):
         for i in range(walk.GROUPS):
             codes[0, i], codes[1, i] = groups[batch, i, 0], groups[batch, i, 1]
-        walk.go(codes, levels, places, deltas, squares, 0, start, stop, whole, sums[batch])
+        walk.go(codes, levels, places, deltas, squares, 0, start, len(places), whole, sums[batch])
         found[batch] = whole[0]

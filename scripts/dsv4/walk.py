@@ -51,40 +51,34 @@ class Walk:
     rows: np.ndarray
 
 
-def walk_through(sections: list[np.ndarray]) -> tuple[Walk, list[int]]:
-    """The walk from all levels 0 through each section's assignments (n, values), in their order.
+def walk_through(rows: np.ndarray) -> tuple[Walk, int]:
+    """The walk from all levels 0 through assignments (n, values), in their order.
 
-    Returns it with the step that reaches the first assignment and the end of each section. An even
-    number of steps lies between any two of them; steps that change nothing fill up. Levels fall
-    from the least value on and then rise from the greatest on, so that what lies between two
-    assignments keeps the order of the values.
+    Returns it with the step that reaches the first assignment, which is not the first step; an even
+    number of steps is left. Steps that change nothing fill up. Levels fall from the least value on
+    and then rise from the greatest on, so that what lies between two assignments keeps the order of
+    the values.
     """
-    now, out, stops = np.zeros(sections[0].shape[1], np.int64), [], []
+    now, out, start = np.zeros(rows.shape[1], np.int64), [], 0
 
     def change(i: int, level: int) -> None:
         old, now[i] = now[i], level
         out.append((2 * i, level - old, 32 * (level**2 - old**2), now.copy()))
 
     change(0, 0)
-    for section in sections:
-        for row in section:
-            for i in range(len(row)):
-                if row[i] < now[i]:
-                    change(i, row[i])
-            for i in reversed(range(len(row))):
-                if row[i] > now[i]:
-                    change(i, row[i])
-            if not stops:
-                stops.append(len(out) - 1)
-        if (len(out) - stops[0]) % 2:
-            change(0, now[0])
-        stops.append(len(out))
-    places, deltas, squares, rows = zip(*out, strict=True)
-    steps = Walk(
-        np.array(places), np.array(deltas, np.float32), np.array(squares, np.float32),
-        np.array(rows),
-    )  # fmt: skip
-    return steps, stops
+    for row in rows:
+        for i in range(len(row)):
+            if row[i] < now[i]:
+                change(i, row[i])
+        for i in reversed(range(len(row))):
+            if row[i] > now[i]:
+                change(i, row[i])
+        start = start or len(out) - 1
+    if (len(out) - start) % 2:
+        change(0, now[0])
+    places, deltas, squares, levels = zip(*out, strict=True)
+    steps = np.array(places), np.array(deltas, np.float32), np.array(squares, np.float32)
+    return Walk(*steps, np.array(levels)), start
 
 
 @intrinsic
