@@ -36,8 +36,8 @@ CLIMBERS, CLIMB = 3000, 200  # groups, and changes of each, in one run of the ad
 HEAD = """\
 # Assignments of FP4 values to the levels 0-15 that leave the least squared error for some group of
 # 32 weights. After "range LEAST GREATEST" (in halves), one hexadecimal digit for each value between
-# them in increasing order; then what groups need too whose columns count unequally. Neighbours differ
-# in few digits. Made by scripts/derive_assignments.py.
+# them in increasing order; then what groups need too whose columns count unequally. Neighbours
+# differ in few digits. Made by scripts/derive_assignments.py.
 """
 
 
@@ -213,7 +213,7 @@ def derive(low: int, high: int, rounds: int) -> list[np.ndarray]:
     plain: list[tuple[int, ...]] = []
     unequal: Counter = Counter()
     for _ in tqdm(range(rounds), desc=f"{low} … {high}", disable=None):
-        for counts in natural(rng, low, high, 10000), uneven(rng, low, high, 4000):
+        for counts in natural(rng, low, high, 10000), uneven(rng, low, high, 30000):
             plain = cover(plain, packed(groups_of(counts, low, high)), every, low, high)
         unequal += winners(weighted(rng, low, high, 1000), low, high, levels)
     plain = close(plain, every, low, high, rng)
@@ -227,7 +227,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=8, help="of 160,000 groups")
+    parser.add_argument("--rounds", type=int, default=6, help="of 190,000 groups")
     parser.add_argument("--out", type=Path, default=KEPT)
     args = parser.parse_args()
     lines = [HEAD]

@@ -13,7 +13,8 @@ cannot: how large the effect is in the full model. The nano has 2 million parame
 than the experts is 8-bit in all bundles alike, which is the floor that exact experts reach.
 
 Writes fidelity.md and fidelity.json to --out, the picture to --picture, and bundles, which it makes
-anew, to folders in --out; prints the rows of README's table too. Costs 10 to 20 minutes on two cores, and 60 MB.
+anew, to folders in --out; prints the rows of README's table too. Costs 10 to 20 minutes on two
+cores, and 60 MB.
 
     .venv/bin/python scripts/fidelity.py --source DIR [--source2 DIR] [--out DIR] [--picture FILE]
 """

@@ -8,8 +8,9 @@ Values are counted in halves here: E2M1's 15 values are the whole numbers in VAL
 between level k and k + 1 passes through a value u where bias = u - (k + 1/2) · scale: a line in the
 plane of scales and biases. 15 such lines for each value cut the plane into cells, and one cell is
 one assignment. `every_assignment` walks through all cells in whole numbers: some 4,000 to 6,000 for
-each range of values. Fewer than 100 of them are needed for 32 weights, some more where columns count
-unequally: they stand in assignments.txt, which derive_assignments.py makes and tries against all.
+each range of values. About 100 of them or fewer are needed for 32 weights, some more where columns
+count unequally: they stand in assignments.txt, which derive_assignments.py makes and tries against
+all of them.
 
 A group needs none of this when its values lie on a lattice of 16 points anyway: `exact_step`.
 """

@@ -253,8 +253,8 @@ def _best(levels, which, lanes, weights, sums, errors, keys):
 
     levels: (ranges, 15, LANES); weights: float64 (15,). sums, float64 (3, LANES), takes each lane's
     Σ weight · level, Σ weight · level² and Σ weight · value · level. errors and keys are one
-    buffer, as float32 and as int32: an error of 0 or more orders like the integer with its bits, whose lowest
-    nine give way to the lane.
+    buffer, as float32 and as int32: an error of 0 or more orders like the integer with its bits,
+    whose lowest nine give way to the lane.
     """
     total, values, squares = weights[0] * 0, weights[0] * 0, weights[0] * 0
     for value in range(N):
@@ -488,7 +488,7 @@ def _quantize(arrays, packed, exponents, weight, scales, biases):
     walks, keys = arrays.walks, len(arrays.walks)
     masks, numbers = np.empty(_BLOCK, np.int64), np.zeros((1, 16), np.int32)
     codes = np.zeros((2, _G), np.int64)
-    hard, many = np.empty((keys, _BLOCK), np.int32), np.zeros(keys, np.int64)
+    lists, many = np.empty((keys + 1, _BLOCK), np.int32), np.zeros(keys + 1, np.int64)
     whole, real = np.empty((5, _G), np.int32), np.empty((7, _G))
     for start in range(0, len(exponents), _BLOCK):
         words = packed[2 * start : 2 * (start + _BLOCK)]
@@ -496,42 +496,45 @@ def _quantize(arrays, packed, exponents, weight, scales, biases):
         for i in range(n):
             masks[i] = _mask(words[2 * i], words[2 * i + 1])
         many[:] = 0
-        for i in range(n):
-            group = start + i
-            exponent = np.int64(exponents[group])
+        for i in range(n):  # without a branch, which would be a coin's throw
             kind = np.int64(arrays.kinds[masks[i]])
-            if kind < 0:
-                key = -1 - kind
-                hard[key, many[key]] = group
-                many[key] += 1
-            elif PLAIN_FIRST <= exponent <= PLAIN_LAST:
-                shift, unit = (exponent - 128) << 10, arrays.units[exponent]
+            masks[i] = kind
+            key = -1 - kind if kind < 0 else keys
+            lists[key, many[key]] = i
+            many[key] += 1
+        for at in range(many[keys]):
+            i = np.int64(lists[keys, at])
+            group, kind = start + i, masks[i]
+            exponent = np.int64(exponents[group])
+            unit = arrays.units[exponent]
+            if PLAIN_FIRST <= exponent <= PLAIN_LAST:
+                shift = (exponent - 128) << 10
                 scales[group] = arrays.halves[kind, 0] + shift
                 biases[group] = arrays.halves[kind, 1] + (shift & arrays.halves[kind, 2])
                 energies = look_up(packed, group, arrays.rows, kind, weight)
                 energy += (energies & _ENERGY) * (unit * unit)
             else:
-                _count(words[2 * i], words[2 * i + 1], numbers, 0)
+                _count(packed[2 * group], packed[2 * group + 1], numbers, 0)
                 wrong, lost, more = _on_lattice(
                     arrays, kind, group, exponent, packed, numbers[0], numbers[0], weight, scales,
                     biases,
                 )  # fmt: skip
                 bad = min(bad, group) if wrong else bad
                 underflows, error = underflows + lost, error + more
-                energy += _energy(numbers[0]) * arrays.units[exponent] ** 2
+                energy += _energy(numbers[0]) * (unit * unit)
         for key in range(keys):
             first, begin, stop, row = walks[key, 0], walks[key, 1], walks[key, 2], walks[key, 3]
             for at in range(0, many[key], _G):
                 here = min(_G, many[key] - at)
                 for i in range(here):
-                    group = np.int64(hard[key, at + i])
+                    group = start + np.int64(lists[key, at + i])
                     codes[0, i], codes[1, i] = packed[2 * group], packed[2 * group + 1]
                 walk.go(
                     codes, arrays.levels, arrays.places, arrays.deltas, arrays.squares,
                     first, begin, stop, whole, real,
                 )  # fmt: skip
                 for i in range(here):
-                    group, step = np.int64(hard[key, at + i]), np.int64(whole[0, i])
+                    group, step = start + np.int64(lists[key, at + i]), np.int64(whole[0, i])
                     exponent = np.int64(exponents[group])
                     unit = arrays.units[exponent]
                     square = unit * unit
