@@ -158,7 +158,7 @@ def test_uneven_groups_too_but_for_one_in_a_thousand(low: int, high: int) -> Non
     over = np.flatnonzero(found > best * (1 + TOLERANCE))
     best[over] = [f16_optimum(group, low, high) for group in halves[hard][over]]
     over = found / best - 1
-    assert (over > TOLERANCE).mean() <= 0.001, np.sort(over)[-5:]
+    assert (over > TOLERANCE).sum() <= 1, np.sort(over)[-5:]
 
 
 def test_a_group_on_a_lattice_of_sixteen_points_is_exact_at_every_exponent() -> None:
@@ -242,10 +242,12 @@ def test_columns_of_importance_belong_to_the_columns_of_a_row() -> None:
 
 
 @pytest.mark.parametrize(("low", "high"), ranges())
-def test_kept_assignments_are_assignments(low: int, high: int) -> None:
+def test_kept_assignments_have_sixteen_levels_in_the_order_of_values(low: int, high: int) -> None:
+    """Some lie between two assignments of the geometry: where values are absent they are equal."""
     kept = kept_assignments()[low, high]
-    every = {tuple(row) for row in assignments_of(low, high).tolist()}
-    assert all(tuple(row) in every for row in kept.tolist())
+    assert (np.diff(kept, axis=1) >= 0).all()
+    assert (kept[:, 0] == 0).all()
+    assert ((kept[:, -1] > 0) & (kept[:, -1] < 16)).all()
     assert len(kept) <= optimal.LANES
     assert len({tuple(row) for row in kept.tolist()}) == len(kept)
 
@@ -283,8 +285,7 @@ def test_an_adversary_finds_little_that_the_kept_assignments_lack(low: int, high
     groups = groups_of(uneven(rng, low, high, 1000), low, high)
     _, lost = climb(kept, groups, every, low, high, rng)
     print("worst", lost.max())
-    assert (lost > TOLERANCE).mean() <= 0.01
-    assert lost.max() <= 0.3
+    assert lost.max() <= 0.15
 
 
 def test_a_power_of_two_changes_nothing_but_exponents() -> None:
