@@ -159,7 +159,7 @@ $(STAMPS)/download.stamp: $(STAMPS)/patch_loader.stamp scripts/download.py \
 	touch $@
 
 QUANTIZE = --quantizer '$(QUANTIZER)' $(if $(IMATRIX),--imatrix '$(IMATRIX)') $(if $(JOBS),--jobs $(JOBS))
-EXPERTS = labels affine assignments exact imatrix optimal quantizer rewrite
+EXPERTS = labels affine assignments exact imatrix optimal quantizer rewrite walk
 # The bundle's tensors, 180 GB, at about the speed of copying: experts to 4-bit affine, other matrices
 # to 8-bit. CONVERTER=jang: hours, and experts that are FP4 bytes under an affine label.
 .PHONY: convert
@@ -291,9 +291,10 @@ selftest: ## can this toolchain be trusted with the big model? Convert, load and
 # SOURCE2 is a source that was trained less, so that differences show (train_nano.py --save-early).
 SOURCE2 ?=
 .PHONY: fidelity
-fidelity: .venv/tests-installed ## measure every QUANTIZER: a table and a picture in build/fidelity
+fidelity: .venv/tests-installed ## measure every QUANTIZER: tables in build/fidelity, README's picture
 	$(PYTHON) scripts/fidelity.py --source scripts/nano/checkpoint \
-	  $(if $(SOURCE2),--source2 '$(SOURCE2)') --out build/fidelity --python '$(TOOLCHAIN_PYTHON)'
+	  $(if $(SOURCE2),--source2 '$(SOURCE2)') --out build/fidelity --picture .github/fidelity.svg \
+	  --python '$(TOOLCHAIN_PYTHON)'
 
 # ------------------------------------------------------------------------------------- development
 

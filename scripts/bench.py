@@ -7,9 +7,10 @@ nothing left to do (that is its start-up), and the plan's method on a share of t
 decode through a lookup table, mx.quantize, save the shard with MLX. Then the finished bundle and
 its source are read by `cat`, and by verify's level 2, which compares every number and hashes every
 shard. Before each turn the inputs are put out of the page cache and everything is synced, for all
-alike; times are of whole processes.
+alike; times are of whole processes. At the end, or alone with --kernels: what each quantizer takes
+for one tensor in memory, and what decoding and mx.quantize take for it, by turns, in CPU time.
 
-    .venv/bin/python scripts/bench.py [--folder DIR] [--tensors 384] [--runs 5]
+    .venv/bin/python scripts/bench.py [--folder DIR] [--tensors 384] [--runs 5] [--kernels]
 
 Takes about 6 minutes and 10 GB under --folder on two cores; prints a Markdown table.
 Exit status: 0 done; 1 failed; 2 usage.
@@ -42,9 +43,11 @@ from dsv4.durable import fsync, fsync_folder, human
 from dsv4.findings import Findings
 from dsv4.fp4 import E2M1, GROUP, UE8M0
 from dsv4.names import expert_base, parse_expert
-from dsv4.shard import Planned, read_array, write_shard
+from dsv4.quantizer import QUANTIZERS
+from dsv4.shard import ITEMSIZE, Planned, read_array, write_shard
 from dsv4.stop import Stop, run
 from dsv4.survey import survey
+from dsv4.synthetic import RULES, pack, random_weights, to_fp4
 
 REQUANTIZE = Path(__file__).resolve().parent / "requantize.py"
 WIDE, TALL = (2048, 4096), (4096, 2048)  # Flash's w1 and w3, and w2: (out, in)
@@ -259,6 +262,56 @@ PROOF = "verify's level 2 of them"
 CONTESTANTS = (COPY, COPY_STOCK, OURS, ONE, IDLE, PLAN, CAT, PROOF)
 
 
+# --- Quantizers in memory -----------------------------------------------------------------------
+
+
+def kernel_times(rule: str, runs: int) -> dict[str, float]:
+    """Least CPU milliseconds for one 2048 × 4096 tensor of normal weights, by turns."""
+    import mlx.core as mx
+
+    rng = np.random.default_rng(0)
+    halves, exponents = to_fp4(0.02 * random_weights(rng, GROUPS, "normal"), rule)
+    packed, exponents = pack(halves).reshape(-1), (exponents + 127).astype(np.uint8)
+    decoder = np.stack([E2M1[np.arange(256) & 15], E2M1[np.arange(256) >> 4]], axis=-1)
+
+    def turn_of(name: str) -> Callable[[], None]:
+        quantizer = QUANTIZERS[name]()
+        shapes = quantizer.parts(*WIDE).items()
+        sizes = {part: ITEMSIZE[kind] * int(np.prod(shape)) for part, (kind, shape) in shapes}
+        parts = {part: np.empty(size, np.uint8) for part, size in sizes.items()}
+        return lambda: quantizer.encode(packed, exponents, parts)
+
+    def plan() -> None:
+        decoded = decoder[packed].reshape(GROUPS, GROUP) * UE8M0[exponents][:, None]
+        mx.eval(mx.quantize(mx.array(decoded), group_size=GROUP, bits=4, stream=mx.cpu))
+
+    turns = {name: turn_of(name) for name in QUANTIZERS} | {PLAN_KERNEL: plan}
+    spent: dict[str, list[float]] = {name: [] for name in turns}
+    for _ in range(runs + 1):  # the first compiles and is not counted
+        for name, turn in turns.items():
+            for _ in range(4):  # the one before may have left the caches full of its own
+                start = time.process_time()
+                turn()
+                spent[name].append(time.process_time() - start)
+    return {name: 1e3 * min(times[4:]) for name, times in spent.items()}
+
+
+PLAN_KERNEL = "decode, then mx.quantize"
+
+
+def kernel_table(runs: int = 4) -> str:
+    """A markdown table: each quantizer's time for one tensor, and its ratio to mlx's."""
+    by_rule = {rule: kernel_times(rule, runs) for rule in RULES}
+    rows = [
+        "| CPU ms a tensor | " + " | ".join(f"scales by {r} | × mlx" for r in RULES) + " |",
+        "|---" * (1 + 2 * len(RULES)) + "|",
+    ]
+    for name in next(iter(by_rule.values())):
+        cells = (f"{t[name]:.1f} | {t[name] / t['mlx']:.1f}" for t in by_rule.values())
+        rows.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
 # --- The report ---------------------------------------------------------------------------------
 
 
@@ -334,6 +387,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path("build"), help="where to work")
     parser.add_argument("--tensors", type=int, default=384, help="a multiple of 24, at least 96")
     parser.add_argument("--runs", type=int, default=5, help="turns of each contestant")
+    parser.add_argument("--kernels", action="store_true", help="only the quantizers in memory")
     parser.add_argument("--make", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--plans-method", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--level-two", nargs=2, type=Path, help=argparse.SUPPRESS)
@@ -354,6 +408,9 @@ def main() -> int:
         target, tensors = arguments.make
         make_checkpoint(Path(target), int(tensors), bundle=Path(target).name == "stock")
         return 0
+    if arguments.kernels:
+        print(machine(), kernel_table(), sep="\n\n")
+        return 0
     if arguments.tensors < 96 or arguments.tensors % SHARD_TENSORS or arguments.runs < 1:
         raise Stop(
             "--tensors", f"{arguments.tensors}", "a multiple of 24, at least 96", "change it"
@@ -366,7 +423,7 @@ def main() -> int:
                 call(sys.executable, __file__, "--make", folder / kind, arguments.tensors)
         times = compete(folder, arguments.tensors, arguments.runs)
         nbytes = open_source(folder / "source").nbytes + open_bundle(folder / "done").nbytes
-    print(machine(), table(times), conclusions(times, nbytes), sep="\n\n")
+    print(machine(), table(times), conclusions(times, nbytes), kernel_table(), sep="\n\n")
     return 0
 
 

@@ -12,10 +12,11 @@ cannot: how large the effect is in the full model. The nano has 2 million parame
 128 × 128 and one task; 43 layers, 256 experts and real text are another matter, and everything else
 than the experts is 8-bit in all bundles alike, which is the floor that exact experts reach.
 
-Writes fidelity.md, fidelity.json and fidelity.svg to --out, and bundles, which it makes anew, to a
-folder beside them. Costs 10 to 20 minutes on two cores, and 60 MB.
+Writes fidelity.md and fidelity.json to --out, the picture to --picture, and bundles, which it makes
+anew, to folders in --out; prints the rows of README's table too. Costs 10 to 20 minutes on two
+cores, and 60 MB.
 
-    .venv/bin/python scripts/fidelity.py --source DIR [--source2 DIR] [--out DIR] [--python PYTHON]
+    .venv/bin/python scripts/fidelity.py --source DIR [--source2 DIR] [--out DIR] [--picture FILE]
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -116,8 +118,9 @@ def decode(label: dict, parts: dict[str, np.ndarray]) -> np.ndarray:
     return np.array(mx.dequantize(*arrays, **label, stream=mx.cpu).astype(mx.float32))
 
 
-def weight_error(name: str, kind: str, rule: str) -> WeightError:
-    """Quantize a synthetic expert, decode it and compare."""
+@lru_cache(maxsize=1)
+def expert(kind: str, rule: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A synthetic expert: codes (out, in/2), exponent bytes (out, in/32), values (groups, 32)."""
     rng = np.random.default_rng(SEED)
     groups = OUT * COLUMNS // GROUP
     # Rows differ by up to a factor of two, so that no place between powers of two is preferred.
@@ -125,9 +128,14 @@ def weight_error(name: str, kind: str, rule: str) -> WeightError:
     halves, exponents = to_fp4(sizes[:, None] * random_weights(rng, groups, kind), rule)
     packed = pack(halves).reshape(OUT, COLUMNS // 2)
     scale_bytes = (exponents + 127).astype(np.uint8).reshape(OUT, COLUMNS // GROUP)
-    quantizer = QUANTIZERS[name]()
+    return packed, scale_bytes, np.ldexp(halves.astype(np.float32), exponents[:, None] - 1)
+
+
+def weight_error(name: str, kind: str, rule: str) -> WeightError:
+    """Quantize a synthetic expert, decode it and compare."""
+    packed, scale_bytes, true = expert(kind, rule)
+    groups, quantizer = len(true), QUANTIZERS[name]()
     parts, seconds = encode(quantizer, packed, scale_bytes)
-    true = np.ldexp(halves.astype(np.float32), exponents[:, None] - 1)
     wrong = decode(quantizer.label, parts).reshape(groups, GROUP).astype(np.float64) - true
     size = np.sqrt((true.astype(np.float64) ** 2).mean())
     shapes = quantizer.parts(OUT, COLUMNS)
@@ -256,6 +264,21 @@ def models_table(errors: list[ModelError]) -> str:
     return "\n".join(lines)
 
 
+def readme_rows(weights: list[WeightError], models: list[ModelError]) -> str:
+    """The rows of README.md's table of quantizers, to paste: normal weights, scales rounded up."""
+    through = {e.quantizer: e for e in models if (e.source, e.how) == ("nano", "tensors")}
+    rows = []
+    for e in weights:
+        if (e.kind, e.rule) == ("normal", "ceil"):
+            name = f"{e.quantizer} (default)" if e.quantizer == "mlx" else e.quantizer
+            rms, model = f"{e.rms:.2%}" if e.rms else "0", through[e.quantizer]
+            kl = f"{model.kl:.4f}".removeprefix("0")
+            rows.append(
+                f"| {name} | {e.bits:.2f} | {rms} | {e.exact:.0%} | {kl} | {model.agreement:.1%} |"
+            )
+    return "\n".join(rows)
+
+
 CAVEAT = """\
 The first table is about the format and holds for every model with such weights. The second is about
 a model of 2 million parameters: it shows the order of the quantizers, not the size of their effect
@@ -266,14 +289,14 @@ leave is that alone. convert_dsv4_jang quantizes the experts as mlx does."""
 def picture(weights: list[WeightError], models: list[ModelError]) -> str:
     """An SVG: RMS error of normal weights, and KL by the tensors, a bar for each quantizer."""
     left = [
-        Bar(f"{e.quantizer} · {e.bits:.2f} bits", e.rms, f"{e.rms:.1%}")
+        Bar(f"{e.quantizer} · {e.bits:.2f} bits", e.rms, f"{e.rms:.2%}" if e.rms else "0")
         for e in weights if (e.kind, e.rule) == ("normal", "ceil")
     ]  # fmt: skip
-    charts = [("RMS error of FP4 weights (normal), relative", left)]
+    charts = [("RMS error relative to the RMS of the weights (normal, full shape)", left)]
     for source in dict.fromkeys(e.source for e in models):
         mine = [e for e in models if (e.source, e.how) == (source, "tensors")]
         charts.append((
-            f"KL to the source's next token, {source} (nats)",
+            f"KL divergence from the {source} source's next-token distribution (nats)",
             [Bar(e.quantizer, e.kl, f"{e.kl:.2g}") for e in mine],
         ))  # fmt: skip
     return bars(charts)
@@ -286,6 +309,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--source", type=Path, required=True, help="the nano checkpoint")
     parser.add_argument("--source2", type=Path, help="one that was trained less")
     parser.add_argument("--out", type=Path, default=Path("build/fidelity"))
+    parser.add_argument("--picture", type=Path, help="default: fidelity.svg in --out")
     parser.add_argument("--python", type=Path, default=default(), help="toolchain")
     parser.add_argument("--additions", type=int, default=40, help="held-out ones to go through")
     return parser.parse_args()
@@ -308,12 +332,12 @@ def main() -> int:
             models += measure_model(
                 label, source, args.source, args.additions, work, args.python
             )  # fmt: skip
-    print(f"\n{models_table(models)}\n\n{CAVEAT}")
+    print(f"\n{models_table(models)}\n\n{CAVEAT}\n\nREADME:\n{readme_rows(weights, models)}")
     text = f"{weights_table(weights)}\n\n{models_table(models)}\n\n{CAVEAT}\n"
     write_bytes(args.out / "fidelity.md", text.encode())
     result = {"weights": [asdict(e) for e in weights], "models": [asdict(e) for e in models]}
     write_json(args.out / "fidelity.json", result)
-    write_bytes(args.out / "fidelity.svg", picture(weights, models).encode())
+    write_bytes(args.picture or args.out / "fidelity.svg", picture(weights, models).encode())
     return 0
 
 

@@ -26,7 +26,7 @@ def bundles(tmp_path_factory):
 def test_it_computes_what_transformers_computes(bundles, name, tmp_path):
     found = matrix.logits_of(STACK, PYTHON, bundles[name], tmp_path)
     assert set(found) == {"prefill", "decode"}
-    assert max(found.values()) <= matrix.NEAR, found
+    assert max(map(matrix.typical, found.values())) <= matrix.NEAR, found
 
 
 def test_it_answers(bundles, tmp_path):

@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from derive_assignments import errors, uneven
+from derive_assignments import climb, errors, groups_of, packed, uneven
 from dsv4 import affine, optimal
 from dsv4.affine import BadGroup
 from dsv4.assignments import (
@@ -15,9 +15,11 @@ from dsv4.assignments import (
     every_assignment,
     exact_step,
     kept_assignments,
+    kept_sections,
     ranges,
     within,
 )
+from dsv4.search import Search
 from dsv4.synthetic import KINDS, RULES, pack, random_groups
 
 TABLE = optimal.build_table()
@@ -156,7 +158,7 @@ def test_uneven_groups_too_but_for_one_in_a_thousand(low: int, high: int) -> Non
     over = np.flatnonzero(found > best * (1 + TOLERANCE))
     best[over] = [f16_optimum(group, low, high) for group in halves[hard][over]]
     over = found / best - 1
-    assert (over > TOLERANCE).mean() <= 0.001, np.sort(over)[-5:]
+    assert (over > TOLERANCE).sum() <= 1, np.sort(over)[-5:]
 
 
 def test_a_group_on_a_lattice_of_sixteen_points_is_exact_at_every_exponent() -> None:
@@ -240,10 +242,12 @@ def test_columns_of_importance_belong_to_the_columns_of_a_row() -> None:
 
 
 @pytest.mark.parametrize(("low", "high"), ranges())
-def test_kept_assignments_are_assignments(low: int, high: int) -> None:
+def test_kept_assignments_have_sixteen_levels_in_the_order_of_values(low: int, high: int) -> None:
+    """Some lie between two assignments of the geometry: where values are absent they are equal."""
     kept = kept_assignments()[low, high]
-    every = {tuple(row) for row in assignments_of(low, high).tolist()}
-    assert all(tuple(row) in every for row in kept.tolist())
+    assert (np.diff(kept, axis=1) >= 0).all()
+    assert (kept[:, 0] == 0).all()
+    assert ((kept[:, -1] > 0) & (kept[:, -1] < 16)).all()
     assert len(kept) <= optimal.LANES
     assert len({tuple(row) for row in kept.tolist()}) == len(kept)
 
@@ -257,3 +261,36 @@ def test_no_random_lattice_gives_an_assignment_that_the_geometry_lacks() -> None
     levels = np.rint((np.array(VALUES) - biases[:, None]) / scales[:, None]).clip(0, 15)
     rows = (levels - levels.min(axis=1, keepdims=True)).astype(int)
     assert {tuple(row) for row in rows.tolist()} <= every
+
+
+@pytest.mark.parametrize(("low", "high"), [pair for pair in ranges() if -pair[0] >= pair[1]])
+def test_the_walk_finds_what_all_assignments_give(low: int, high: int) -> None:
+    print("seed 49")
+    counts = uneven(np.random.default_rng(49), low, high, 500)
+    rows, found = Search(assignments_of(low, high), low, high).best(
+        packed(groups_of(counts, low, high))
+    )
+    values = np.array(within(low, high))
+    assert np.allclose(found, exact_optimum(counts, low, high), rtol=1e-3, atol=1e-6)
+    mine = [errors(c[None], values, row[None])[0, 0] for c, row in zip(counts, rows, strict=True)]
+    assert np.allclose(found, mine, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("low", "high"), [pair for pair in ranges() if -pair[0] >= pair[1]])
+def test_an_adversary_finds_little_that_the_kept_assignments_lack(low: int, high: int) -> None:
+    """Codes changed at random towards a greater loss; deriving the list took many more of these."""
+    print("seed 50")
+    rng = np.random.default_rng(50)
+    every, kept = Search(assignments_of(low, high), low, high), kept_sections()[low, high][0]
+    groups = groups_of(uneven(rng, low, high, 1000), low, high)
+    _, lost = climb(kept, groups, every, low, high, rng)
+    print("worst", lost.max())
+    assert lost.max() <= 0.15
+
+
+def test_a_power_of_two_changes_nothing_but_exponents() -> None:
+    """In the middle of F16 sixteen groups are done at once, towards its ends each alone."""
+    halves = random_groups(np.random.default_rng(51), 2000, "student", "floor")
+    middle = quantize(halves, 120)[0] / 2.0**-8
+    for exponent in (114, 115, 139, 140):
+        assert np.array_equal(quantize(halves, exponent)[0] / 2.0 ** (exponent - 128), middle)

@@ -297,7 +297,7 @@ def _choose(builder: ir.IRBuilder, table: ir.Value, indices: ir.Value) -> ir.Val
 
 
 @intrinsic
-def _apply(context, packed, group, rows, row, weight):
+def look_up(context, packed, group, rows, row, weight):
     """Look a group's 32 codes up in a row and write its levels.
 
     Returns the sum of energies | the sum of errors << ENERGY_BITS, 32 bits in all.
@@ -370,7 +370,7 @@ def _quantize(packed, exponents, entries, rows, units, powers, weight, scales, b
             steps[i] = entry
             offsets[i] = entry >> 16
             row = (entry >> 32) & 0xFFFF
-            sums = _apply(words, i, rows, row, levels)
+            sums = look_up(words, i, rows, row, levels)
             power = powers[bytes_[i]]
             energy += (sums & ((1 << ENERGY_BITS) - 1)) * power
             error += (sums >> ENERGY_BITS) * (units[row] * power)

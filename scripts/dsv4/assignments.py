@@ -8,8 +8,9 @@ Values are counted in halves here: E2M1's 15 values are the whole numbers in VAL
 between level k and k + 1 passes through a value u where bias = u - (k + 1/2) · scale: a line in the
 plane of scales and biases. 15 such lines for each value cut the plane into cells, and one cell is
 one assignment. `every_assignment` walks through all cells in whole numbers: some 4,000 to 6,000 for
-each range of values. Only about 200 of them are ever the best one for 32 weights, some more where
-columns count unequally: they stand in assignments.txt, which derive_assignments.py makes.
+each range of values. About 100 of them or fewer are needed for 32 weights, some more where columns
+count unequally: they stand in assignments.txt, which derive_assignments.py makes and tries against
+all of them.
 
 A group needs none of this when its values lie on a lattice of 16 points anyway: `exact_step`.
 """
@@ -25,6 +26,7 @@ import numpy as np
 
 VALUES = (-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12)
 LEVELS = 16
+SECTIONS = ("plain", "weighted")
 KEPT = Path(__file__).with_name("assignments.txt")
 
 
@@ -85,24 +87,33 @@ def _along(values: np.ndarray, borders: np.ndarray, up: int, across: int) -> np.
 
 
 @cache
-def kept_assignments() -> dict[tuple[int, int], np.ndarray]:
-    """Range → the assignments in assignments.txt, int64 (n, values), the most frequent first.
+def kept_sections() -> dict[tuple[int, int], list[np.ndarray]]:
+    """Range → the assignments in assignments.txt, one int64 (n, values) for each of SECTIONS.
 
     The file has ranges that reach further down than up; the others are their mirror images.
     """
-    kept: dict[tuple[int, int], list[list[int]]] = {}
+    kept: dict[tuple[int, int], list[list[list[int]]]] = {}
     for line in KEPT.read_text(encoding="ascii").splitlines():
-        if line.startswith("#") or not line:
-            continue
         if line.startswith("range"):
             low, high = map(int, line.split()[1:])
-            kept[low, high] = []
-        else:
-            kept[low, high] += [[int(digit, 16) for digit in word] for word in line.split()]
-    out = {pair: np.array(rows) for pair, rows in kept.items()}
-    for (low, high), rows in list(out.items()):
-        out[-high, -low] = mirrored(rows) if low != -high else rows
+            sections = kept[low, high] = []
+        elif line in SECTIONS:
+            sections.append([])
+        elif line and not line.startswith("#"):
+            sections[-1] += [[int(digit, 16) for digit in word] for word in line.split()]
+    out = {
+        (low, high): [np.array(rows).reshape(-1, len(within(low, high))) for rows in sections]
+        for (low, high), sections in kept.items()
+    }
+    for (low, high), sections in list(out.items()):
+        if low != -high:
+            out[-high, -low] = [mirrored(rows) for rows in sections]
     return out
+
+
+def kept_assignments() -> dict[tuple[int, int], np.ndarray]:
+    """Range → all assignments in assignments.txt, int64 (n, values), section after section."""
+    return {pair: np.concatenate(sections) for pair, sections in kept_sections().items()}
 
 
 def mirrored(rows: np.ndarray) -> np.ndarray:

@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from html import escape
 
+# A reader's dark page gets a dark picture.
+STYLE = (
+    "text{fill:#222} .paper{fill:#fff} "
+    "@media (prefers-color-scheme:dark){text{fill:#ddd} .paper{fill:#0d1117}}"
+)
 WIDTH, ROW, LABEL, BAR, MARGIN = 640, 22, 210, 330, 14
 
 
@@ -29,7 +34,7 @@ def bars(charts: list[tuple[str, list[Bar]]]) -> str:
             parts.append(_text(MARGIN, y + 15, bar.name))
             parts.append(
                 f'<rect x="{LABEL}" y="{y + 3}" width="{length:.1f}" height="{ROW - 7}" '
-                'fill="#4878a8"/>'
+                'fill="#4a8fd0"/>'
             )
             parts.append(_text(LABEL + length + 6, y + 15, bar.text))
             y += ROW
@@ -37,9 +42,10 @@ def bars(charts: list[tuple[str, list[Bar]]]) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{y}" '
         f'viewBox="0 0 {WIDTH} {y}" font-family="sans-serif" font-size="13">\n'
-        f'<rect width="{WIDTH}" height="{y}" fill="white"/>\n' + "\n".join(parts) + "\n</svg>\n"
+        f"<style>{STYLE}</style>\n"
+        f'<rect class="paper" width="{WIDTH}" height="{y}"/>\n' + "\n".join(parts) + "\n</svg>\n"
     )
 
 
 def _text(x: float, y: float, text: str, weight: str = "normal") -> str:
-    return f'<text x="{x:.1f}" y="{y}" font-weight="{weight}" fill="#222">{escape(text)}</text>'
+    return f'<text x="{x:.1f}" y="{y}" font-weight="{weight}">{escape(text)}</text>'

@@ -2,9 +2,10 @@
 
 `mx.quantize` sees only a group's least and greatest value. This looks at all of them: a group whose
 values lie on a lattice of 16 points (nearly half of them do) gets that lattice and is exact; for
-the others every assignment of values to levels that can be the best (dsv4/assignments.py) is tried
-with its least-squares scale and bias, and the winner is rounded to F16. Same format, same size,
-same speed of inference as mx.quantize; but zeros are not promised to stay zeros.
+the others the assignments of values to levels that can be the best (dsv4/assignments.py) are all
+tried with their least-squares scales and biases, sixteen groups at a time (dsv4/walk.py), and the
+winner is rounded to F16. Same format, same size, same speed of inference as mx.quantize; but zeros
+are not promised to stay zeros.
 
 Rounding: the scale to both of its F16 neighbours, for each the bias that is then the best one, with
 the lattice held at its lower or at its upper end; of these four the best is taken, and twelve more
@@ -16,64 +17,134 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numba
 import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-from dsv4.affine import Tally
-from dsv4.assignments import VALUES, exact_step, kept_assignments
+from dsv4 import walk
+from dsv4.affine import ENERGY_BITS, Tally, look_up
+from dsv4.assignments import VALUES, exact_step, kept_sections
 from dsv4.exact import bad_exponent
-from dsv4.fp4 import UE8M0
+from dsv4.fp4 import E2M1, UE8M0
+from dsv4.walk import NEXT, SLACK, SPLIT
 
 N = len(VALUES)
 LANES = 512  # assignments of one range, at most
-EQUAL = 256  # the later ones win only where columns count unequally
-COMMON = 112  # more than ever won among groups of ordinary weights: these come first
-UNEVEN = 10  # a value that often: try the rare assignments too
-NONE = -1
+# Exponent bytes with which all scales and biases are normal F16 numbers, so that a power of two
+# only moves their exponents.
+PLAIN_FIRST, PLAIN_LAST = 115, 139
+
+
+class Arrays(NamedTuple):
+    """What the kernel looks up; a mask has bit i set when the group holds VALUES[i].
+
+    kinds: int16 (32768,), by mask: the row of the exact lattice, or -1 - range.
+    lattices: int64 (rows, 2): (least value, step) of each exact lattice.
+    halves: int64 (rows, 3): the F16 bits of step and least value, and -1 if that is not 0, else 0.
+    rows: uint8 (rows, 64), two lookups by code (affine.look_up): the level; the value's square.
+      Exact lattices come first, then two for each step of a walk: upward, and turned.
+    levels: float32 (steps, 16), by value: the levels after each step of the walks.
+    places, deltas, squares: the steps of all walks (walk.Walk).
+    walks: int64 (ranges, 5): first step, first to be compared, end, first row, index of the
+      greatest value.
+    lanes: int64 (ranges,), how many assignments there are.
+    assignments: float32 (ranges, 15, LANES); values outside a range have level 0.
+    units: float64 (256,), by exponent byte: what one half is worth, 2^(e - 128).
+    """
+
+    kinds: np.ndarray
+    lattices: np.ndarray
+    halves: np.ndarray
+    rows: np.ndarray
+    levels: np.ndarray
+    places: np.ndarray
+    deltas: np.ndarray
+    squares: np.ndarray
+    walks: np.ndarray
+    lanes: np.ndarray
+    assignments: np.ndarray
+    units: np.ndarray
 
 
 @dataclass(frozen=True)
 class Table:
-    """What the kernel looks up; a mask has bit i set when the group holds VALUES[i].
+    """What the kernel looks up, and 16 hex digits that change when any group's answer could."""
 
-    lattices: int64 (32768, 2), by mask: (least value, step) of the exact lattice, or (range, 0).
-    levels: float32 (ranges, 15, LANES), the assignments; values outside a range have level 0.
-    lanes: int64 (ranges,), how many assignments there are.
-    units: float64 (256,), by exponent byte: what one half is worth, 2^(e - 128).
-    digest: 16 hex digits that change when another assignment could be chosen.
-    """
-
-    lattices: np.ndarray
-    levels: np.ndarray
-    lanes: np.ndarray
-    units: np.ndarray
+    arrays: Arrays
     digest: str
 
 
 def build_table() -> Table:
     """Read the assignments and find the exact lattice of every set of values that has one."""
-    kept = kept_assignments()
-    levels = np.zeros((len(kept), N, LANES), np.float32)
-    for which, ((low, high), rows) in enumerate(kept.items()):
-        levels[which, VALUES.index(low) : VALUES.index(high) + 1, : len(rows)] = rows.T
-    lanes = np.array([len(rows) for rows in kept.values()])
-    lattices = _lattices(list(kept))
-    units = np.append(UE8M0[:255].astype(np.float64) / 2, 0)
-    digest = hashlib.sha256(
-        b"1" + levels.astype("<f4").tobytes() + lattices.astype("<i8").tobytes()
-    )
-    return Table(lattices, levels, lanes, units, digest.hexdigest()[:16])
+    kept = kept_sections()
+    assignments = np.zeros((len(kept), N, LANES), np.float32)
+    lanes = np.zeros(len(kept), np.int64)
+    for which, ((low, high), sections) in enumerate(kept.items()):
+        rows = np.concatenate(sections)
+        assignments[which, VALUES.index(low) : VALUES.index(high) + 1, : len(rows)] = rows.T
+        lanes[which] = len(rows)
+    kinds, lattices = _lattices(list(kept))
+    exact = (np.array(VALUES) - lattices[:, :1]) / lattices[:, 1:]
+    halves = np.column_stack([
+        lattices[:, 1].astype(np.float16).view(np.uint16),
+        lattices[:, 0].astype(np.float16).view(np.uint16),
+        -(lattices[:, 0] != 0).astype(np.int64),
+    ]).astype(np.int64)  # fmt: skip
+    steps, walks = _walks(kept, len(lattices))
+    levels = np.zeros((len(steps.rows), 16), np.float32)
+    levels[:, :N] = steps.rows
+    last = walks[:, 4].repeat(np.diff([*walks[:, 0], len(steps.rows)]))
+    turned = steps.rows[np.arange(len(last)), last][:, None] - steps.rows
+    both = np.stack([steps.rows, turned], axis=1).reshape(-1, N)
+    arrays = Arrays(
+        kinds, lattices, halves, _by_code(np.vstack([exact, both])), levels,
+        steps.places, steps.deltas, steps.squares, walks, lanes, assignments,
+        np.append(UE8M0[:255].astype(np.float64) / 2, 0),
+    )  # fmt: skip
+    digest = hashlib.sha256(b"2")
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return Table(arrays, digest.hexdigest()[:16])
 
 
-def _lattices(ranges: list[tuple[int, int]]) -> np.ndarray:
-    out = np.zeros((1 << N, 2), np.int64)
+def _lattices(ranges: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """`kinds` and `lattices` of the arrays."""
+    kinds, found = np.zeros(1 << N, np.int16), {}
     for mask in range(1, 1 << N):
         values = [value for i, value in enumerate(VALUES) if mask >> i & 1]
         step = exact_step(values)
-        out[mask] = (values[0], step) if step else (ranges.index((values[0], values[-1])), 0)
+        if step:
+            kinds[mask] = found.setdefault((values[0], step), len(found))
+        else:
+            kinds[mask] = -1 - ranges.index((values[0], values[-1]))
+    return kinds, np.array(list(found))
+
+
+def _walks(
+    kept: dict[tuple[int, int], list[np.ndarray]], first_row: int
+) -> tuple[walk.Walk, np.ndarray]:
+    """One walk for all ranges, one after the other, and `walks` of the arrays."""
+    parts, walks, first = [], [], 0
+    for (low, high), (plain, _) in kept.items():
+        outside = ((0, 0), (VALUES.index(low), N - 1 - VALUES.index(high)))
+        steps, start = walk.walk_through(np.pad(plain, outside))
+        parts.append(steps)
+        end = first + len(steps.rows)
+        walks.append((first, first + start, end, first_row + 2 * first, VALUES.index(high)))
+        first = end
+    columns = zip(*((w.places, w.deltas, w.squares, w.rows) for w in parts), strict=True)
+    return walk.Walk(*map(np.concatenate, columns)), np.array(walks)
+
+
+def _by_code(levels: np.ndarray) -> np.ndarray:
+    """Rows for affine.look_up, uint8 (n, 64), of levels (n, 15) by value; nobody reads those of
+    values that are absent."""
+    out = np.zeros((len(levels), 64), np.uint8)
+    out[:, :16] = np.clip(np.rint(levels), 0, 15)[:, _PLACES]
+    out[:, 16:32] = np.rint(4 * E2M1.astype(np.float64) ** 2)
     return out
 
 
@@ -90,14 +161,16 @@ def quantize(
 
     packed, weight: int64 (2n,), sixteen codes or levels each, the lowest nibble is the first
     column, little-endian; exponents: uint8 (n,); scales, biases: uint16 (n,), the bits of F16;
-    importance: positive, one for each column of a row, float64; or, when all count the same, empty
-    and float32.
+    importance: float64, positive, one for each column of a row; or empty, when all count the same.
     Runs without the GIL. Raises BadGroup for an exponent of 255 and for values beyond F16.
     """
-    bad, underflows, energy, error = _quantize(
-        packed, exponents, importance, table.lattices, table.levels, table.lanes, table.units,
-        weight, scales, biases,
-    )  # fmt: skip
+    if len(importance):
+        found = _quantize_weighted(
+            table.arrays, packed, exponents, importance, weight, scales, biases
+        )
+    else:
+        found = _quantize(table.arrays, packed, exponents, weight, scales, biases)
+    bad, underflows, energy, error = found
     if bad >= 0:
         raise bad_exponent(bad, int(exponents[bad]))
     return Tally(energy, error, underflows)
@@ -128,22 +201,33 @@ def _plane(low, high, bit):
 
 
 @numba.njit(inline="always")
-def _count(low, high, counts):
-    """How often each value occurs, into counts; returns (mask, the greatest count)."""
+def _mask(low, high):
+    """Which values occur."""
     minus, four = _plane(low, high, 3), _plane(low, high, 2)
     two, one = _plane(low, high, 1), _plane(low, high, 0)
-    mask, most, zeros = 0, 0, 32
+    mask = ((~four & ~two & ~one & _PLANE) != 0) << 7
+    for magnitude in range(1, 8):
+        these = (four if magnitude & 4 else ~four) & (two if magnitude & 2 else ~two)
+        these &= (one if magnitude & 1 else ~one) & _PLANE
+        mask |= ((these & minus) != 0) << (7 - magnitude)
+        mask |= ((these & ~minus) != 0) << (7 + magnitude)
+    return mask
+
+
+@numba.njit(inline="always")
+def _count(low, high, counts, at):
+    """How often each value occurs, into counts[at]."""
+    minus, four = _plane(low, high, 3), _plane(low, high, 2)
+    two, one = _plane(low, high, 1), _plane(low, high, 0)
+    zeros = 32
     for magnitude in range(1, 8):
         these = (four if magnitude & 4 else ~four) & (two if magnitude & 2 else ~two)
         these &= (one if magnitude & 1 else ~one) & _PLANE
         below = _ones(these & minus)
         above = _ones(these) - below
-        counts[7 - magnitude], counts[7 + magnitude] = below, above
-        mask |= (below != 0) << (7 - magnitude) | (above != 0) << (7 + magnitude)
-        most = max(most, below, above)
+        counts[at, 7 - magnitude], counts[at, 7 + magnitude] = below, above
         zeros -= below + above
-    counts[7] = zeros
-    return mask | (zeros != 0) << 7, max(most, zeros)
+    counts[at, 7] = zeros
 
 
 @numba.njit(inline="always")
@@ -167,11 +251,10 @@ _MANY = np.float32(1e6)
 def _best(levels, which, lanes, weights, sums, errors, keys):
     """The lane whose assignment leaves the least squared error, among the first `lanes`.
 
-    levels: (ranges, 15, LANES); weights: (15,), float32 when they are whole numbers, so that all
-    sums are exact, else float64. sums, (3, LANES) of the same dtype, takes each lane's Σ weight ·
-    level, Σ weight · level² and Σ weight · value · level. errors and keys are one buffer, as
-    float32 and as int32: an error of 0 or more orders like the integer with its bits, whose lowest
-    nine give way to the lane.
+    levels: (ranges, 15, LANES); weights: float64 (15,). sums, float64 (3, LANES), takes each lane's
+    Σ weight · level, Σ weight · level² and Σ weight · value · level. errors and keys are one
+    buffer, as float32 and as int32: an error of 0 or more orders like the integer with its bits,
+    whose lowest nine give way to the lane.
     """
     total, values, squares = weights[0] * 0, weights[0] * 0, weights[0] * 0
     for value in range(N):
@@ -249,10 +332,8 @@ def _settle(weights, row):
 
 # --- One group: F16 -----------------------------------------------------------------------------
 
-_SPLIT = 2.0**42 + 1  # leaves the highest 11 of a double's 53 bits (Veltkamp's splitting)
 _NORMAL, _STEP, _LARGEST = 2.0**-14, 2.0**24, 65504.0
-_NEXT = 1 + 1.5 * 2.0**-11  # leads from any F16 number to the next, after rounding
-_SLACK, _FAR = 1.0005, 12  # when rounding costs more than this, look so many steps further
+_FAR = 12  # so many steps further
 
 
 @numba.njit(error_model="numpy")
@@ -260,14 +341,14 @@ def _to_half(x):
     """The F16 number nearest to x, as a double; more than 65504 when there is none."""
     if abs(x) < _NORMAL:
         return np.rint(x * _STEP) / _STEP
-    big = x * _SPLIT
+    big = x * SPLIT
     return big - (big - x)
 
 
 @numba.njit(error_model="numpy")
 def _steps_from(x, steps):
     """The F16 number `steps` steps above x, which is one of them."""
-    size = abs(_to_half(x * _NEXT) - x) if abs(x) >= _NORMAL else 1 / _STEP
+    size = abs(_to_half(x * NEXT) - x) if abs(x) >= _NORMAL else 1 / _STEP
     return _to_half(x + steps * size)
 
 
@@ -295,7 +376,8 @@ def _fit(sums, top, unit):
     """The best F16 scale and bias for an assignment.
 
     sums: as _sums gives them; top: the highest level in use; unit: what a half is worth. Returns
-    (scale, bias, 1 if levels must be turned to top - level else 0); scale NaN when F16 has none.
+    (error, scale, bias, 1 if levels must be turned to top - level else 0); scale NaN when F16 has
+    none.
     """
     total, first, second, mixed, values, squares = sums
     mixed, values, squares = mixed * unit, values * unit, squares * unit * unit
@@ -311,10 +393,10 @@ def _fit(sums, top, unit):
     answer = (np.inf, np.nan, np.nan, 0)
     answer = _try(upward, 0, slope, min(beside, 0), max(beside, 0), answer)
     answer = _try(downward, 1, -slope, min(-beside, 0), max(-beside, 0), answer)
-    if answer[0] > least * _SLACK:
+    if answer[0] > least * SLACK:
         answer = _try(upward, 0, slope, -_FAR, _FAR, answer)
         answer = _try(downward, 1, -slope, -_FAR, _FAR, answer)
-    return answer[1], answer[2], answer[3]
+    return answer
 
 
 @numba.njit(inline="always")
@@ -339,64 +421,197 @@ def _write(packed, group, row, by_code, weight):
         weight[half] = word
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
-def _quantize(
-    packed, exponents, importance, lattices, levels, lanes, units, weight, scales, biases
-):
-    """(first bad group or -1, underflows, sum of squares, sum of squared errors)."""
-    underflows, energy, error = 0, 0.0, 0.0
-    counts, row, errors = np.empty(N, np.float32), np.empty(N), np.empty(LANES, np.float32)
-    weights, sums = np.empty(N, importance.dtype), np.empty((3, LANES), importance.dtype)
-    keys, single, by_code = errors.view(np.int32), np.empty(1, np.float32), np.empty(16, np.int64)
-    bits = single.view(np.int32)
-    for group in range(len(exponents)):
-        low, high, unit = packed[2 * group], packed[2 * group + 1], units[exponents[group]]
-        mask, most = _count(low, high, counts)
-        least, step = lattices[mask, 0], lattices[mask, 1]
-        scale, bias = step * unit, least * unit
+@numba.njit(error_model="numpy")
+def _finish(group, exponent, unit, counts, weights, row, packed, weight, scales, biases):
+    """Fit an assignment's F16 scale and bias and write the group, at any exponent.
+
+    row: float64 (15,), the levels, changed. Returns (bad or not, underflow or not, error).
+    """
+    single, by_code = np.empty(1, np.float32), np.empty(16, np.int64)
+    top = 0.0
+    for value in range(N):
+        if counts[value] != 0:
+            top = max(top, row[value])
+    _, scale, bias, turned = _fit(_sums(weights, row), top, unit)
+    if exponent == 255 or np.isnan(scale):
+        return True, False, 0.0
+    if turned:
         for value in range(N):
-            energy += counts[value] * (_VALUES[value] * unit) ** 2
-        if step and _NORMAL <= scale <= _LARGEST and abs(bias) <= _LARGEST:
-            inverse = 1 / step
-            for value in range(N):  # values that are absent get levels that nobody reads
-                row[value] = (_VALUES[value] - least) * inverse
-        else:
-            if len(importance):
-                _weigh(low, high, importance, 32 * group % len(importance), weights)
-            else:
-                weights[:] = counts
-            if step:
-                for value in range(N):
-                    row[value] = (_VALUES[value] - least) / step
-            else:
-                few = COMMON if most < UNEVEN else EQUAL
-                few = LANES if len(importance) else few
-                lane = _best(levels, least, min(few, lanes[least]), weights, sums, errors, keys)
-                for value in range(N):
-                    row[value] = levels[least, value, lane]
-                if len(importance):
-                    _settle(weights, row)
-            top = 0.0
-            for value in range(N):
-                if counts[value] != 0:
-                    top = max(top, row[value])
-            if scale > _LARGEST:  # two levels so far apart: half the step
-                row *= 2
-                top *= 2
-            scale, bias, turned = _fit(_sums(weights, row), top, unit)
-            if exponents[group] == 255 or np.isnan(scale):
-                return group, underflows, energy, error
-            if turned:
-                for value in range(N):
-                    row[value] = top - row[value]
-            if abs(scale) < _NORMAL and scale != 0:
-                _nearest(scale / unit, bias / unit, row)
-            underflows += scale == 0 and top > 0
-            for value in range(N):
-                if counts[value] != 0:
-                    wrong = scale * row[value] + bias - _VALUES[value] * unit
-                    error += counts[value] * wrong * wrong
-        scales[group] = _half_bits(scale, single, bits)
-        biases[group] = _half_bits(bias, single, bits)
+            row[value] = top - row[value]
+    if abs(scale) < _NORMAL and scale != 0:
+        _nearest(scale / unit, bias / unit, row)
+    error = 0.0
+    for value in range(N):
+        if counts[value] != 0:
+            wrong = scale * row[value] + bias - _VALUES[value] * unit
+            error += counts[value] * wrong * wrong
+    scales[group] = _half_bits(scale, single, single.view(np.int32))
+    biases[group] = _half_bits(bias, single, single.view(np.int32))
+    _write(packed, group, row, by_code, weight)
+    return False, scale == 0 and top > 0, error
+
+
+@numba.njit(error_model="numpy")
+def _on_lattice(arrays, kind, group, exponent, packed, weights, counts, weight, scales, biases):
+    """A group with an exact lattice whose exponent is near an end of F16; as _finish returns."""
+    least, step = arrays.lattices[kind, 0], arrays.lattices[kind, 1]
+    unit, row = arrays.units[exponent], np.empty(N)
+    for value in range(N):  # values that are absent get levels that nobody reads
+        row[value] = (_VALUES[value] - least) / step
+    scale, bias = step * unit, least * unit
+    if _NORMAL <= scale <= _LARGEST and abs(bias) <= _LARGEST:
+        single, by_code = np.empty(1, np.float32), np.empty(16, np.int64)
+        scales[group] = _half_bits(scale, single, single.view(np.int32))
+        biases[group] = _half_bits(bias, single, single.view(np.int32))
         _write(packed, group, row, by_code, weight)
+        return False, False, 0.0
+    if scale > _LARGEST:  # two levels so far apart: half the step
+        row *= 2
+    return _finish(group, exponent, unit, counts, weights, row, packed, weight, scales, biases)
+
+
+# --- All groups ---------------------------------------------------------------------------------
+
+_BLOCK = 1 << 14
+_G = walk.GROUPS
+_ENERGY = (1 << ENERGY_BITS) - 1
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _quantize(arrays, packed, exponents, weight, scales, biases):
+    """(first bad group or -1, underflows, sum of squares, sum of squared errors).
+
+    Block by block: groups with an exact lattice at once, the others sorted by range and then
+    sixteen at a time.
+    """
+    bad, underflows, energy, error = len(exponents), 0, 0.0, 0.0
+    walks, keys = arrays.walks, len(arrays.walks)
+    masks, numbers = np.empty(_BLOCK, np.int64), np.zeros((1, 16), np.int32)
+    codes = np.zeros((2, _G), np.int64)
+    lists, many = np.empty((keys + 1, _BLOCK), np.int32), np.zeros(keys + 1, np.int64)
+    whole, real = np.empty((5, _G), np.int32), np.empty((7, _G))
+    for start in range(0, len(exponents), _BLOCK):
+        words = packed[2 * start : 2 * (start + _BLOCK)]
+        n = len(words) >> 1
+        for i in range(n):
+            masks[i] = _mask(words[2 * i], words[2 * i + 1])
+        many[:] = 0
+        for i in range(n):  # without a branch, which would be a coin's throw
+            kind = np.int64(arrays.kinds[masks[i]])
+            masks[i] = kind
+            key = -1 - kind if kind < 0 else keys
+            lists[key, many[key]] = i
+            many[key] += 1
+        for at in range(many[keys]):
+            i = np.int64(lists[keys, at])
+            group, kind = start + i, masks[i]
+            exponent = np.int64(exponents[group])
+            unit = arrays.units[exponent]
+            if PLAIN_FIRST <= exponent <= PLAIN_LAST:
+                shift = (exponent - 128) << 10
+                scales[group] = arrays.halves[kind, 0] + shift
+                biases[group] = arrays.halves[kind, 1] + (shift & arrays.halves[kind, 2])
+                energies = look_up(packed, group, arrays.rows, kind, weight)
+                energy += (energies & _ENERGY) * (unit * unit)
+            else:
+                _count(packed[2 * group], packed[2 * group + 1], numbers, 0)
+                wrong, lost, more = _on_lattice(
+                    arrays, kind, group, exponent, packed, numbers[0], numbers[0], weight, scales,
+                    biases,
+                )  # fmt: skip
+                bad = min(bad, group) if wrong else bad
+                underflows, error = underflows + lost, error + more
+                energy += _energy(numbers[0]) * (unit * unit)
+        for key in range(keys):
+            first, begin, stop, row = walks[key, 0], walks[key, 1], walks[key, 2], walks[key, 3]
+            for at in range(0, many[key], _G):
+                here = min(_G, many[key] - at)
+                for i in range(here):
+                    group = start + np.int64(lists[key, at + i])
+                    codes[0, i], codes[1, i] = packed[2 * group], packed[2 * group + 1]
+                walk.go(
+                    codes, arrays.levels, arrays.places, arrays.deltas, arrays.squares,
+                    first, begin, stop, whole, real,
+                )  # fmt: skip
+                for i in range(here):
+                    group, step = start + np.int64(lists[key, at + i]), np.int64(whole[0, i])
+                    exponent = np.int64(exponents[group])
+                    unit = arrays.units[exponent]
+                    square = unit * unit
+                    energy += real[4, i] * square
+                    if PLAIN_FIRST <= exponent <= PLAIN_LAST:
+                        if whole[4, i]:
+                            _look_further(whole, real, i)
+                        shift = (exponent - 128) << 10
+                        scales[group] = whole[1, i] + shift
+                        biases[group] = whole[2, i] + shift
+                        turned = row + 2 * (step - first) + whole[3, i]
+                        look_up(packed, group, arrays.rows, turned, weight)
+                        error += max(real[6, i], 0.0) * square
+                    else:
+                        _count(codes[0, i], codes[1, i], numbers, 0)
+                        wrong, lost, more = _finish(
+                            group, exponent, unit, numbers[0], numbers[0],
+                            arrays.levels[step, :N].astype(np.float64), packed, weight, scales,
+                            biases,
+                        )  # fmt: skip
+                        bad = min(bad, group) if wrong else bad
+                        underflows, error = underflows + lost, error + more
+    return bad if bad < len(exponents) else -1, underflows, energy, error
+
+
+@numba.njit(error_model="numpy")
+def _look_further(whole, real, i):
+    """Replace lane i's scale, bias, turned and error (walk.go) by those of _fit."""
+    sums = 32.0, real[0, i], real[1, i], real[2, i], real[3, i], real[4, i]
+    error, scale, bias, turned = _fit(sums, real[5, i], 1.0)
+    single = np.empty(1, np.float32)
+    whole[1, i] = _half_bits(scale, single, single.view(np.int32))
+    whole[2, i] = _half_bits(bias, single, single.view(np.int32))
+    whole[3, i], real[6, i] = turned, error
+
+
+@numba.njit(inline="always")
+def _energy(counts):
+    """The sum of squares of a group, in halves."""
+    energy = 0.0
+    for value in range(N):
+        energy += counts[value] * _VALUES[value] ** 2
+    return energy
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _quantize_weighted(arrays, packed, exponents, importance, weight, scales, biases):
+    """As _quantize, where columns count unequally: all assignments, one group at a time."""
+    underflows, energy, error = 0, 0.0, 0.0
+    numbers, row, errors = np.zeros((1, 16), np.int32), np.empty(N), np.empty(LANES, np.float32)
+    counts = numbers[0]
+    weights, sums = np.empty(N), np.empty((3, LANES))
+    keys = errors.view(np.int32)
+    for group in range(len(exponents)):
+        low, high = packed[2 * group], packed[2 * group + 1]
+        exponent = np.int64(exponents[group])
+        unit = arrays.units[exponent]
+        kind = np.int64(arrays.kinds[_mask(low, high)])
+        _count(low, high, numbers, 0)
+        energy += _energy(counts) * unit**2
+        _weigh(low, high, importance, 32 * group % len(importance), weights)
+        if kind >= 0:
+            wrong, lost, more = _on_lattice(
+                arrays, kind, group, exponent, packed, weights, counts, weight, scales, biases
+            )
+        else:
+            which = -1 - kind
+            lanes = arrays.lanes[which]
+            lane = _best(arrays.assignments, which, lanes, weights, sums, errors, keys)
+            for value in range(N):
+                row[value] = arrays.assignments[which, value, lane]
+            _settle(weights, row)
+            wrong, lost, more = _finish(
+                group, exponent, unit, counts, weights, row, packed, weight, scales, biases
+            )
+        if wrong:
+            return group, underflows, energy, error
+        underflows += lost
+        error += more
     return -1, underflows, energy, error

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -39,7 +39,8 @@ class Stack:
 
     name: the matrix' own; runtime: what a user calls it; requirements: the pinned file; how:
     logits.py's way into the runtime; served: by vMLX's server, else asked through generate.py;
-    patches: applied to its jang_tools; needs: what a bundle must have for it.
+    patches: applied to its jang_tools; needs: what a bundle must have for it; env: variables that
+    make it compute what transformers does.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Stack:
     served: bool
     patches: tuple[str, ...]
     needs: tuple[Need, ...]
+    env: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def packages(self) -> dict[str, str]:
@@ -73,7 +75,9 @@ STACKS = (
     Stack("old, jang 2.5.8, loader unpatched", "vMLX 1.3.97", "old-2.5.8", "loader", True,
           (MODEL,), ()),
     Stack("new", "vMLX 1.6.81", "new", "loader", True, (), NEW),
-    Stack("lm", "mlx-lm 0.32.2 with jang 2.5.50's model", "lm", "mlx-lm", False, (), LM),
+    # Without the variable its cache forgets what lies before the window: decoding was off by .28.
+    Stack("lm", "mlx-lm 0.32.2 with jang 2.5.50's model", "lm", "mlx-lm", False, (), LM,
+          {"DSV4_LONG_CTX": "1"}),
     Stack("vlm", "mlx-vlm 0.7.10", "vlm", "mlx-vlm", False, (), VLM),
 )  # fmt: skip
 

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,12 +99,16 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONNOUSERSITE": "1", "HF_HUB_OFFLINE": "1", **interpret}
 
 
-def call(command: list[str], what: str, todo: str, stdin: str = "") -> str:
-    """Run `command` in the toolchain's environment; return its stdout.
+def call(
+    command: list[str], what: str, todo: str, stdin: str = "", env: Mapping[str, str] = {}
+) -> str:
+    """Run `command` in the toolchain's environment, with `env` added; return its stdout.
 
     Raises Stop with the last line of its stderr when it fails; `todo` is what to do then.
     """
-    result = subprocess.run(command, input=stdin, capture_output=True, text=True, env=environment())
+    result = subprocess.run(
+        command, input=stdin, capture_output=True, text=True, env={**environment(), **env}
+    )
     if result.returncode:
         last = (result.stderr.strip().splitlines() or ["no output"])[-1]
         raise Stop(what, last[:300], "exit status 0", todo)
