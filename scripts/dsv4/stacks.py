@@ -75,7 +75,7 @@ STACKS = (
     Stack("old, jang 2.5.8, loader unpatched", "vMLX 1.3.97", "old-2.5.8", "loader", True,
           (MODEL,), ()),
     Stack("new", "vMLX 1.6.81", "new", "loader", True, (), NEW),
-    # Without the variable its cache forgets what lies before the window: decoding was off by .28.
+    # Without the variable its cache is one for short prompts: decoding was off by up to .40.
     Stack("lm", "mlx-lm 0.32.2 with jang 2.5.50's model", "lm", "mlx-lm", False, (), LM,
           {"DSV4_LONG_CTX": "1"}),
     Stack("vlm", "mlx-vlm 0.7.10", "vlm", "mlx-vlm", False, (), VLM),
