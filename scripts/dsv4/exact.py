@@ -114,5 +114,16 @@ def copy(
     if len(bad):
         raise bad_exponent(int(bad[0]), 255)
     weight[:], scales[:] = packed, exponents
-    squares = _SQUARES[packed].reshape(-1, GROUP // 2).sum(axis=1)
-    return Tally(energy=float(squares @ _POWERS[exponents]) / 4)
+    return Tally(energy=_energy(packed, exponents, _SQUARES, _POWERS))
+
+
+@numba.njit(nogil=True, cache=True)
+def _energy(packed, exponents, squares, powers):
+    """The sum of squares of all weights."""
+    energy = 0.0
+    for group in range(len(exponents)):
+        total = 0
+        for byte in range(GROUP // 2):
+            total += squares[packed[16 * group + byte]]
+        energy += total * powers[exponents[group]]
+    return energy / 4
