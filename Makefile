@@ -292,9 +292,9 @@ selftest: ## can this toolchain be trusted with the big model? Convert, load and
 SOURCE2 ?=
 .PHONY: fidelity
 fidelity: .venv/tests-installed ## measure every QUANTIZER: tables in build/fidelity, README's picture
+	$(PYTHON) scripts/patch_loader.py --python $(PYTHON)
 	$(PYTHON) scripts/fidelity.py --source scripts/nano/checkpoint \
-	  $(if $(SOURCE2),--source2 '$(SOURCE2)') --out build/fidelity --picture .github/fidelity.svg \
-	  --python '$(TOOLCHAIN_PYTHON)'
+	  $(if $(SOURCE2),--source2 '$(SOURCE2)') --out build/fidelity --picture .github/fidelity.svg
 
 # ------------------------------------------------------------------------------------- development
 

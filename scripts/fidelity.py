@@ -1,8 +1,8 @@
 """Measure how close to the source each quantizer stays: on weights, and through a real model.
 
 Weights: full-shape synthetic experts (2048 × 4096), normal and Laplace, under both rules for FP4
-scales. The model: the nano source is converted, requantized with each quantizer, finalized and
-patched by the stages themselves; then its next-token distribution is compared with the source's at
+scales. The model: the nano source is converted with each quantizer, finalized and patched by the
+stages themselves; then its next-token distribution is compared with the source's at
 every token of held-out additions. So is what another upstream entry, jang_tools.dsv4.
 convert_dsv4_jang --profile 4, makes of the same source. A second source that was trained less
 (--source2) is less sure of itself and shows more.
@@ -42,7 +42,7 @@ from dsv4.quantizer import QUANTIZERS, Quantizer
 from dsv4.shard import ITEMSIZE, NUMPY_DTYPE, Slot
 from dsv4.stop import run
 from dsv4.synthetic import RULES, pack, random_weights, to_fp4
-from dsv4.toolchain import call, default
+from dsv4.toolchain import call
 
 OUT, COLUMNS = 2048, 4096
 SEED = 2026
@@ -159,13 +159,10 @@ def make_bundles(source: Path, work: Path, python: Path) -> dict[str, Path]:
     """A bundle for each quantizer, and upstream's other converter's; all anew."""
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    stock = work / "stock"
-    stage("convert", "--source", source, "--bundle", stock, "--python", python,
-          "--converter", "jang")  # fmt: skip
     bundles = {}
     for name in QUANTIZERS:
-        bundle = bundles[name] = shutil.copytree(stock, work / name)
-        stage("requantize", "--source", source, "--bundle", bundle, "--quantizer", name)
+        bundle = bundles[name] = work / name
+        stage("convert", "--source", source, "--bundle", bundle, "--quantizer", name)
         stage("finalize", "--source", source, "--bundle", bundle)
         stage("patch", "--bundle", bundle)
     bundles[JANG] = work / "jang"
@@ -310,7 +307,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--source2", type=Path, help="one that was trained less")
     parser.add_argument("--out", type=Path, default=Path("build/fidelity"))
     parser.add_argument("--picture", type=Path, help="default: fidelity.svg in --out")
-    parser.add_argument("--python", type=Path, default=default(), help="toolchain")
+    parser.add_argument("--python", type=Path, default=Path(sys.executable),
+                        help="the old stack's: its model gives the logits of every token")  # fmt: skip
     parser.add_argument("--additions", type=int, default=40, help="held-out ones to go through")
     return parser.parse_args()
 
