@@ -100,7 +100,7 @@ $(STAMPS)/settings: FORCE
 # -------------------------------------------------------------------------------------- set-up
 
 .PHONY: venv
-venv: .venv/installed $(TOOLCHAIN) ## make .venv for the scripts and .toolchain/STACK (SIZE)
+venv: .venv/installed $(TOOLCHAIN) ## make .venv for the scripts and .toolchain/STACK (2.4 GB)
 
 .venv/installed: requirements.txt
 	rm -f $@

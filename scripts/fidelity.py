@@ -307,8 +307,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--source2", type=Path, help="one that was trained less")
     parser.add_argument("--out", type=Path, default=Path("build/fidelity"))
     parser.add_argument("--picture", type=Path, help="default: fidelity.svg in --out")
-    parser.add_argument("--python", type=Path, default=Path(sys.executable),
-                        help="the old stack's: its model gives the logits of every token")  # fmt: skip
+    parser.add_argument(
+        "--python",
+        type=Path,
+        default=Path(sys.executable),
+        help="of the old stack, whose model gives the logits of every token",
+    )
     parser.add_argument("--additions", type=int, default=40, help="held-out ones to go through")
     return parser.parse_args()
 
