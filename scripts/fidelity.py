@@ -13,7 +13,7 @@ cannot: how large the effect is in the full model. The nano has 2 million parame
 than the experts is 8-bit in all bundles alike, which is the floor that exact experts reach.
 
 Writes fidelity.md and fidelity.json to --out, the picture to --picture, and bundles, which it makes
-anew, to folders in --out; prints the rows of README's table too. Costs 10 to 20 minutes on two
+anew, to folders in --out; prints the rows of README's table too. Costs about 7 minutes on two
 cores, and 60 MB.
 
     .venv/bin/python scripts/fidelity.py --source DIR [--source2 DIR] [--out DIR] [--picture FILE]
@@ -262,14 +262,17 @@ def models_table(errors: list[ModelError]) -> str:
 
 
 def readme_rows(weights: list[WeightError], models: list[ModelError]) -> str:
-    """The rows of README.md's table of quantizers, to paste: normal weights, scales rounded up."""
-    through = {e.quantizer: e for e in models if (e.source, e.how) == ("nano", "tensors")}
+    """The rows of README.md's table of quantizers, to paste: normal weights, scales rounded up, and
+    the last source, which is the less trained one where it was given.
+    """
+    last = models[-1].source
+    through = {e.quantizer: e for e in models if (e.source, e.how) == (last, "tensors")}
     rows = []
     for e in weights:
         if (e.kind, e.rule) == ("normal", "ceil"):
             name = f"{e.quantizer} (default)" if e.quantizer == "mlx" else e.quantizer
             rms, model = f"{e.rms:.2%}" if e.rms else "0", through[e.quantizer]
-            kl = f"{model.kl:.4f}".removeprefix("0")
+            kl = f"{model.kl:.5f}".removeprefix("0")
             rows.append(
                 f"| {name} | {e.bits:.2f} | {rms} | {e.exact:.0%} | {kl} | {model.agreement:.1%} |"
             )

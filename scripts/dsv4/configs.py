@@ -61,7 +61,7 @@ def jang_config(source: Checkpoint, label: dict[str, Any]) -> dict[str, Any]:
     """What jang's loaders read of a bundle: widths by role, and how the model is talked to."""
     config = source.config
     return {
-        "weight_format": "affine" if label["mode"] == "affine" else "mxfp4_mixed",
+        "weight_format": label["mode"],  # vMLX 1.6.81 refuses names that it does not know
         "profile": profile(label),
         "mxtq_seed": SEED,
         "source_model": source_name(source.folder),
