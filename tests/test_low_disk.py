@@ -277,7 +277,8 @@ def test_make_all_in_little_space(origin, hub, wanted, tmp_path):
     clean = {k: v for k, v in env.items() if not k.startswith("MAKE")}
     done = subprocess.run(
         ["make", "all", "LOW_DISK=1", f"REPO={REPO}", f"SOURCE={recipe.source}",
-         f"BUNDLE={recipe.bundle}", f"SHARD_BYTES={SHARD_BYTES}"],
+         f"BUNDLE={recipe.bundle}", f"SHARD_BYTES={SHARD_BYTES}",
+         "TOOLCHAIN_PYTHON=.venv/bin/python"],
         cwd=recipe.folder, env=clean, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

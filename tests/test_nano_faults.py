@@ -7,6 +7,8 @@ whatever is done to it would prove nothing. All 50 additions are judged by the g
 
 import json
 import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -200,10 +202,8 @@ def test_a_fault_is_seen(fault, weights, lessons, config, truth):
 def loaded(bundle, work):
     """Logits through the real loader at the prompts of `make demo`, and the source's."""
     ids = demo.prompts(NANO, demo.held_out(NANO, 10))
-    found = demo.logits(demo.Path(demo.sys.executable), bundle, "loader", ids, work)
-    return demo.compare(
-        found, demo.logits(demo.Path(demo.sys.executable), NANO, "source", ids, work)
-    )
+    found = demo.logits(Path(sys.executable), bundle, "loader", ids, work)
+    return demo.compare(found, demo.logits(Path(sys.executable), NANO, "source", ids, work))
 
 
 def test_the_stock_bundle_is_seen(nano, tmp_path):

@@ -401,7 +401,7 @@ def test_an_undo_that_was_killed_goes_on(case, monkeypatch):
 
 # --- kill -9 ------------------------------------------------------------------------------------
 
-KILLS = 12
+KILLS = 6
 
 
 def start(bundle: Path, source: Path) -> subprocess.Popen:
