@@ -198,8 +198,7 @@ def plans_method(source: Path, bundle: Path, tensors: int) -> None:
 
 def level_two(source: Path, bundle: Path) -> None:
     """verify's level 2 of a bundle that has no more than experts. Raises Stop for any fault."""
-    findings = Findings()
-    opened = survey(bundle, findings)
+    opened, findings = survey(bundle, Findings()), Findings()
     done = numbers.read_numbers(opened, open_source(source), os.cpu_count() or 1, lambda n: None)
     verdict.judge(done, findings)
     if findings.errors or not done.compared:

@@ -40,7 +40,7 @@ class Stack:
     name: the matrix' own; runtime: what a user calls it; requirements: the pinned file; how:
     logits.py's way into the runtime; served: by vMLX's server, else asked through generate.py;
     patches: applied to its jang_tools; needs: what a bundle must have for it; env: variables that
-    make it compute what transformers does.
+    make it compute what transformers does; but: where it computes otherwise all the same.
     """
 
     name: str
@@ -51,6 +51,7 @@ class Stack:
     patches: tuple[str, ...]
     needs: tuple[Need, ...]
     env: Mapping[str, str] = field(default_factory=dict)
+    but: str = ""
 
     @cached_property
     def packages(self) -> dict[str, str]:
@@ -66,19 +67,24 @@ NEW = (labels_for(RUNTIMES[2]), controls, encoding, jang_groups)
 VLM = (labels_for(RUNTIMES[1]), stop_ids("generation_config.json"), plain_head)
 LM = (labels_for(RUNTIMES[0]), stop_ids("generation_config.json"))
 
+OLD_MODEL = "its model has no attention sinks and mixes streams transposed; STACK=new has not"
+BLOCKS = "while decoding, blocks of 4 tokens forget the block before them"
+
 # Of rows with the same versions the first one tells how the stack is meant to be used.
 STACKS = (
-    Stack("old", "vMLX 1.3.97, loader patched", "old", "loader", True, (LOADER, MODEL), OLD),
-    Stack("old, loader unpatched", "vMLX 1.3.97", "old", "loader", True, (MODEL,), ()),
+    Stack("old", "vMLX 1.3.97, loader patched", "old", "loader", True, (LOADER, MODEL), OLD,
+          but=OLD_MODEL),
+    Stack("old, loader unpatched", "vMLX 1.3.97", "old", "loader", True, (MODEL,), (),
+          but=OLD_MODEL),
     Stack("old, jang 2.5.8", "vMLX 1.3.97, loader patched", "old-2.5.8", "loader", True,
-          (LOADER, MODEL), OLD),
+          (LOADER, MODEL), OLD, but=OLD_MODEL),
     Stack("old, jang 2.5.8, loader unpatched", "vMLX 1.3.97", "old-2.5.8", "loader", True,
-          (MODEL,), ()),
+          (MODEL,), (), but=OLD_MODEL),
     Stack("new", "vMLX 1.6.81", "new", "loader", True, (), NEW),
     # Without the variable its cache is one for short prompts: decoding was off by up to .40.
     Stack("lm", "mlx-lm 0.32.2 with jang 2.5.50's model", "lm", "mlx-lm", False, (), LM,
           {"DSV4_LONG_CTX": "1"}),
-    Stack("vlm", "mlx-vlm 0.7.10", "vlm", "mlx-vlm", False, (), VLM),
+    Stack("vlm", "mlx-vlm 0.7.10", "vlm", "mlx-vlm", False, (), VLM, but=BLOCKS),
 )  # fmt: skip
 
 
@@ -128,9 +134,9 @@ def recognise(
     row = next((row for row in STACKS if row.packages == identity(versions, row)), None)
     if row is None:
         return False, f"{shown}: unknown version: run `make selftest`; {nearest(versions)}"
-    if set(pending) & set(row.patches):
-        return True, f"{row.runtime.partition(',')[0]}: works after patch_loader"
-    return True, f"{row.runtime.partition(',')[0]}: works"
+    after = " after patch_loader" if set(pending) & set(row.patches) else ""
+    but = f", but {row.but}" if row.but else ""
+    return True, f"{row.runtime.partition(',')[0]}: works{after}{but}"
 
 
 def identity(versions: Versions, row: Stack | None = None) -> dict[str, str]:
