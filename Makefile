@@ -85,7 +85,7 @@ all: $(STAMPS)/verify.stamp ## build the bundle: every stage from check to verif
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z_]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "Settings (make NAME=value, or config.mk): MODEL REPO REVISION SOURCE BUNDLE REFERENCE"
-	@echo "  CONVERTER QUANTIZER IMATRIX LOW_DISK SHARD_BYTES TOOLCHAIN_PYTHON PORT JOBS LEVEL"
+	@echo "  CONVERTER QUANTIZER IMATRIX LOW_DISK SHARD_BYTES STACK TOOLCHAIN_PYTHON PORT JOBS LEVEL"
 	@echo "  VERIFY_HASHES PYTHON3; README.md tells what they mean."
 
 # The values that stages depend on. Rewritten only when one of them changes.

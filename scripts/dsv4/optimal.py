@@ -485,79 +485,108 @@ def _quantize(arrays, packed, exponents, weight, scales, biases):
     sixteen at a time.
     """
     bad, underflows, energy, error = len(exponents), 0, 0.0, 0.0
-    walks, keys = arrays.walks, len(arrays.walks)
-    masks, numbers = np.empty(_BLOCK, np.int64), np.zeros((1, 16), np.int32)
-    codes = np.zeros((2, _G), np.int64)
-    lists, many = np.empty((keys + 1, _BLOCK), np.int32), np.zeros(keys + 1, np.int64)
-    whole, real = np.empty((5, _G), np.int32), np.empty((7, _G))
+    keys = len(arrays.walks)
+    kinds, many = np.empty(_BLOCK, np.int64), np.zeros(keys + 1, np.int64)
+    lists = np.empty((keys + 1, _BLOCK), np.int32)
     for start in range(0, len(exponents), _BLOCK):
-        words = packed[2 * start : 2 * (start + _BLOCK)]
-        n = len(words) >> 1
-        for i in range(n):
-            masks[i] = _mask(words[2 * i], words[2 * i + 1])
-        many[:] = 0
-        for i in range(n):  # without a branch, which would be a coin's throw
-            kind = np.int64(arrays.kinds[masks[i]])
-            masks[i] = kind
-            key = -1 - kind if kind < 0 else keys
-            lists[key, many[key]] = i
-            many[key] += 1
-        for at in range(many[keys]):
-            i = np.int64(lists[keys, at])
-            group, kind = start + i, masks[i]
+        _sort(arrays, packed[2 * start : 2 * (start + _BLOCK)], kinds, lists, many)
+        for key in range(keys + 1):
+            mine = lists[key, : many[key]]
+            if key == keys:
+                found = _exact(
+                    arrays, start, mine, kinds, packed, exponents, weight, scales, biases
+                )
+            else:
+                found = _walked(arrays, start, mine, key, packed, exponents, weight, scales, biases)
+            bad, underflows = min(bad, found[0]), underflows + found[1]
+            energy, error = energy + found[2], error + found[3]
+    return bad if bad < len(exponents) else -1, underflows, energy, error
+
+
+@numba.njit(error_model="numpy")
+def _sort(arrays, words, kinds, lists, many):
+    """Each group's kind (Arrays.kinds), and the groups by range, those with a lattice last."""
+    last, n = len(many) - 1, len(words) >> 1
+    for i in range(n):
+        kinds[i] = _mask(words[2 * i], words[2 * i + 1])
+    many[:] = 0
+    for i in range(n):  # without a branch, which would be a coin's throw
+        kind = np.int64(arrays.kinds[kinds[i]])
+        kinds[i] = kind
+        key = -1 - kind if kind < 0 else last
+        lists[key, many[key]] = i
+        many[key] += 1
+
+
+@numba.njit(error_model="numpy")
+def _exact(arrays, start, mine, kinds, packed, exponents, weight, scales, biases):
+    """Groups start + mine, which have an exact lattice; returns as _quantize, len for no bad one.
+
+    Between PLAIN_FIRST and PLAIN_LAST an exponent is added to the lattice's F16 bits.
+    """
+    bad, underflows, energy, error = len(exponents), 0, 0.0, 0.0
+    numbers = np.zeros((1, 16), np.int32)
+    for at in range(len(mine)):
+        group, kind = start + np.int64(mine[at]), kinds[mine[at]]
+        exponent = np.int64(exponents[group])
+        unit = arrays.units[exponent]
+        if PLAIN_FIRST <= exponent <= PLAIN_LAST:
+            shift = (exponent - 128) << 10
+            scales[group] = arrays.halves[kind, 0] + shift
+            biases[group] = arrays.halves[kind, 1] + (shift & arrays.halves[kind, 2])
+            energies = look_up(packed, group, arrays.rows, kind, weight)
+            energy += (energies & _ENERGY) * (unit * unit)
+            continue
+        _count(packed[2 * group], packed[2 * group + 1], numbers, 0)
+        wrong, lost, more = _on_lattice(
+            arrays, kind, group, exponent, packed, numbers[0], numbers[0], weight, scales, biases
+        )
+        bad = min(bad, group) if wrong else bad
+        underflows, error = underflows + lost, error + more
+        energy += _energy(numbers[0]) * (unit * unit)
+    return bad, underflows, energy, error
+
+
+@numba.njit(error_model="numpy")
+def _walked(arrays, start, mine, key, packed, exponents, weight, scales, biases):
+    """Groups start + mine, all of one range, through its walk; returns as _exact."""
+    bad, underflows, energy, error = len(exponents), 0, 0.0, 0.0
+    steps = arrays.walks[key]
+    first, begin, stop, row = steps[0], steps[1], steps[2], steps[3]
+    codes, numbers = np.zeros((2, _G), np.int64), np.zeros((1, 16), np.int32)
+    whole, real = np.empty((5, _G), np.int32), np.empty((7, _G))
+    for at in range(0, len(mine), _G):
+        here = min(_G, len(mine) - at)
+        for i in range(here):
+            group = start + np.int64(mine[at + i])
+            codes[0, i], codes[1, i] = packed[2 * group], packed[2 * group + 1]
+        walk.go(
+            codes, arrays.levels, arrays.places, arrays.deltas, arrays.squares,
+            first, begin, stop, whole, real,
+        )  # fmt: skip
+        for i in range(here):
+            group, step = start + np.int64(mine[at + i]), np.int64(whole[0, i])
             exponent = np.int64(exponents[group])
             unit = arrays.units[exponent]
+            energy += real[4, i] * (unit * unit)
             if PLAIN_FIRST <= exponent <= PLAIN_LAST:
+                if whole[4, i]:
+                    _look_further(whole, real, i)
                 shift = (exponent - 128) << 10
-                scales[group] = arrays.halves[kind, 0] + shift
-                biases[group] = arrays.halves[kind, 1] + (shift & arrays.halves[kind, 2])
-                energies = look_up(packed, group, arrays.rows, kind, weight)
-                energy += (energies & _ENERGY) * (unit * unit)
-            else:
-                _count(packed[2 * group], packed[2 * group + 1], numbers, 0)
-                wrong, lost, more = _on_lattice(
-                    arrays, kind, group, exponent, packed, numbers[0], numbers[0], weight, scales,
-                    biases,
-                )  # fmt: skip
-                bad = min(bad, group) if wrong else bad
-                underflows, error = underflows + lost, error + more
-                energy += _energy(numbers[0]) * (unit * unit)
-        for key in range(keys):
-            first, begin, stop, row = walks[key, 0], walks[key, 1], walks[key, 2], walks[key, 3]
-            for at in range(0, many[key], _G):
-                here = min(_G, many[key] - at)
-                for i in range(here):
-                    group = start + np.int64(lists[key, at + i])
-                    codes[0, i], codes[1, i] = packed[2 * group], packed[2 * group + 1]
-                walk.go(
-                    codes, arrays.levels, arrays.places, arrays.deltas, arrays.squares,
-                    first, begin, stop, whole, real,
-                )  # fmt: skip
-                for i in range(here):
-                    group, step = start + np.int64(lists[key, at + i]), np.int64(whole[0, i])
-                    exponent = np.int64(exponents[group])
-                    unit = arrays.units[exponent]
-                    square = unit * unit
-                    energy += real[4, i] * square
-                    if PLAIN_FIRST <= exponent <= PLAIN_LAST:
-                        if whole[4, i]:
-                            _look_further(whole, real, i)
-                        shift = (exponent - 128) << 10
-                        scales[group] = whole[1, i] + shift
-                        biases[group] = whole[2, i] + shift
-                        turned = row + 2 * (step - first) + whole[3, i]
-                        look_up(packed, group, arrays.rows, turned, weight)
-                        error += max(real[6, i], 0.0) * square
-                    else:
-                        _count(codes[0, i], codes[1, i], numbers, 0)
-                        wrong, lost, more = _finish(
-                            group, exponent, unit, numbers[0], numbers[0],
-                            arrays.levels[step, :N].astype(np.float64), packed, weight, scales,
-                            biases,
-                        )  # fmt: skip
-                        bad = min(bad, group) if wrong else bad
-                        underflows, error = underflows + lost, error + more
-    return bad if bad < len(exponents) else -1, underflows, energy, error
+                scales[group] = whole[1, i] + shift
+                biases[group] = whole[2, i] + shift
+                turned = row + 2 * (step - first) + whole[3, i]
+                look_up(packed, group, arrays.rows, turned, weight)
+                error += max(real[6, i], 0.0) * (unit * unit)
+                continue
+            _count(codes[0, i], codes[1, i], numbers, 0)
+            wrong, lost, more = _finish(
+                group, exponent, unit, numbers[0], numbers[0],
+                arrays.levels[step, :N].astype(np.float64), packed, weight, scales, biases,
+            )  # fmt: skip
+            bad = min(bad, group) if wrong else bad
+            underflows, error = underflows + lost, error + more
+    return bad, underflows, energy, error
 
 
 @numba.njit(error_model="numpy")
