@@ -70,6 +70,9 @@ FOLDERS = --source '$(SOURCE)' --bundle '$(BUNDLE)'
 module = $(patsubst %,scripts/dsv4/%.py,$(1))
 space := $(subst ,, )
 escaped = $(subst $(space),\ ,$(1))
+ifeq ($(wildcard scripts/stacks/$(STACK).txt),)
+$(error STACK: found $(STACK), expected one of $(patsubst scripts/stacks/%.txt,%,$(wildcard scripts/stacks/*.txt)))
+endif
 TOOLCHAIN := $(patsubst %/bin/python,%/installed,$(filter .toolchain/%,$(TOOLCHAIN_PYTHON)))
 # What every stage uses.
 CORE := .venv/installed $(TOOLCHAIN) $(call module,stop durable shard names fp4 checkpoint) $(STAMPS)/settings

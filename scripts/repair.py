@@ -520,7 +520,7 @@ def main() -> int:
         print(f"left: {line}", file=sys.stderr)
     wrong = [] if args.dry_run else judge(repair)
     if wrong or repair.left:
-        raise Stop(f"{args.bundle}", ", ".join(wrong) or f"{len(repair.left)} things left",
+        raise Stop(f"{args.bundle}", ", ".join(wrong) or f"{len(repair.left)} not mended",
                    "a bundle that level 1 passes", "see above")  # fmt: skip
     if not args.dry_run:
         print("level 1 holds; every number: scripts/verify.py --bundle DIR --source DIR")
