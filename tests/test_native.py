@@ -253,15 +253,23 @@ def kill_after(pid: int, bundle: Path, more: int, delay: float) -> int:
     Returns how many there are then.
     """
     work = bundle.with_name(f".{bundle.name}.converting")
-    wanted, end = len(list(work.glob("model-*"))) + more, time.monotonic() + 60
-    while not work.is_dir() or len(list(work.glob("model-*"))) < wanted:
+    wanted, end = made(work) + more, time.monotonic() + 60
+    while not work.is_dir() or made(work) < wanted:
         assert time.monotonic() < end
         if bundle.exists():
             return -1
     time.sleep(delay)
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    return len(list(work.glob("model-*")))
+    return made(work)
+
+
+def made(work: Path) -> int:
+    """How many shards a workplace holds; it may be renamed at any moment."""
+    try:
+        return sum(path.name.startswith("model-") for path in work.iterdir())
+    except FileNotFoundError:
+        return 0
 
 
 @pytest.fixture
