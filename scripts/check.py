@@ -100,7 +100,7 @@ def pending(python: Path | None, app: Path) -> tuple[str, ...]:
     """The loader patches that this toolchain's jang_tools, or the app's, still lacks."""
     lacking = []
     for patch in map(patch_loader.read_patch, patch_loader.DEFAULT):
-        if patch.header.get("Needed-Where") == "no Metal" and toolchain.has_metal():
+        if not patch.concerns_this_machine:
             continue
         with contextlib.suppress(Stop):  # no jang_tools: said elsewhere
             file = toolchain.module_file(python, patch.target, app)
@@ -113,7 +113,7 @@ def check_patch(python: Path, app: Path, path: Path) -> Line:
     """The state of one loader patch; pristine is fine, because patch_loader comes next."""
     patch = patch_loader.read_patch(path)
     what = f"patch {path.stem}"
-    if patch.header.get("Needed-Where") == "no Metal" and toolchain.has_metal():
+    if not patch.concerns_this_machine:
         return Line(True, what, "not needed where Metal is")
     try:
         file = toolchain.module_file(python, patch.target, app)

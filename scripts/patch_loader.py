@@ -52,6 +52,11 @@ class Patch:
     target: str
     hunks: list[Hunk]
 
+    @property
+    def concerns_this_machine(self) -> bool:
+        """False for a patch that is for machines without Metal, where Metal is."""
+        return self.header.get("Needed-Where") != "no Metal" or not toolchain.has_metal()
+
 
 def read_patch(path: Path) -> Patch:
     """Parse a one-file unified diff with DEP-3 header fields before its `--- a/…` line."""
@@ -191,7 +196,7 @@ def main() -> int:
         if not patches:
             raise Stop(f"{args.file}", "no patch for a file of that name", "one", "see --patch")
     for patch in patches:
-        if patch.header.get("Needed-Where") == "no Metal" and toolchain.has_metal():
+        if not patch.concerns_this_machine:
             print(f"{patch.target}: not needed where Metal is")
             continue
         file = args.file or toolchain.module_file(args.python, patch.target, args.app)

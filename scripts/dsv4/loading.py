@@ -18,7 +18,7 @@ from dsv4.findings import Check, Findings
 from dsv4.shard import Shard, Slot, header_bytes
 from dsv4.stop import Stop
 from dsv4.survey import Survey
-from dsv4.toolchain import environment, has_metal, probe
+from dsv4.toolchain import environment, probe
 
 REPLAY = Path(__file__).resolve().parents[1] / "replay.py"
 
@@ -90,7 +90,7 @@ def loader_states(python: Path) -> dict[str, str]:
         raise Stop(f"{python}", "no jang_tools", "the toolchain", "set TOOLCHAIN_PYTHON")
     states = {}
     for patch in map(read_patch, DEFAULT):
-        if patch.header.get("Needed-Where") == "no Metal" and has_metal():
+        if not patch.concerns_this_machine:
             continue
         file = Path(jang).parent / patch.target
         states[patch.target] = state(read_python(file), patch) if file.is_file() else "not needed"
