@@ -19,15 +19,23 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import patch_loader
-from download import recorded, remaining
-from dsv4 import hub, low_disk, space, stacks, toolchain
-from dsv4.checkpoint import INDEX, open_bundle, open_source
-from dsv4.durable import human
-from dsv4.origin import read_record
-from dsv4.quantizer import QUANTIZERS
-from dsv4.space import workplace_of
+from dsv4.hub import client
+from dsv4.hub.fetching import recorded, remaining
+from dsv4.hub.origin import read_record
+from dsv4.making import low_disk
+from dsv4.making.marks import converted_by
+from dsv4.model.opening import open_bundle, open_source
+from dsv4.model.plan import SHARD_BYTES, plan_shards
+from dsv4.proof import stacks
+from dsv4.runtime import patches, toolchain
+from dsv4.settings import parse_bytes
 from dsv4.stop import Stop, run
+from dsv4.storage import space
+from dsv4.storage.checkpoint import INDEX
+from dsv4.storage.durable import human
+from dsv4.storage.shard import Tensor
+from dsv4.storage.space import workplace_of
+from dsv4.weights.quantizer import QUANTIZERS, add_choice, check_choice, chosen
 
 NEEDED = {
     "jang": "the model",
@@ -99,25 +107,25 @@ def meaning(what: str, versions: stacks.Versions, lacking: tuple[str, ...], quan
 def pending(python: Path | None, app: Path) -> tuple[str, ...]:
     """The loader patches that this toolchain's jang_tools, or the app's, still lacks."""
     lacking = []
-    for patch in map(patch_loader.read_patch, patch_loader.DEFAULT):
+    for patch in map(patches.read_patch, patches.DEFAULT):
         if not patch.concerns_this_machine:
             continue
         with contextlib.suppress(Stop):  # no jang_tools: said elsewhere
             file = toolchain.module_file(python, patch.target, app)
-            if patch_loader.state(patch_loader.read_python(file), patch) == "pristine":
+            if patches.state(patches.read_python(file), patch) == "pristine":
                 lacking.append(patch.path.name)
     return tuple(lacking)
 
 
 def check_patch(python: Path, app: Path, path: Path) -> Line:
     """The state of one loader patch; pristine is fine, because patch_loader comes next."""
-    patch = patch_loader.read_patch(path)
+    patch = patches.read_patch(path)
     what = f"patch {path.stem}"
     if not patch.concerns_this_machine:
         return Line(True, what, "not needed where Metal is")
     try:
         file = toolchain.module_file(python, patch.target, app)
-        state = patch_loader.state(patch_loader.read_python(file), patch)
+        state = patches.state(patches.read_python(file), patch)
     except Stop as stop:
         return Line(False, what, str(stop))
     found = {
@@ -154,7 +162,7 @@ def source_need(source: Path, repo: str, revision: str) -> tuple[Line, int]:
     if not repo:
         return Line(False, "source", f"no {source / INDEX}", "set SOURCE, or REPO to fetch it"), 0
     try:
-        listing = hub.listing(repo, revision)
+        listing = client.listing(repo, revision)
     except Stop as stop:
         return Line(False, "source", str(stop)), 0
     needed = remaining(source, listing.files)
@@ -168,7 +176,7 @@ def low_disk_need(source: Path, repo: str, revision: str) -> tuple[Line, int]:
     try:
         record = read_record(source)
         known = record is not None and record.repo == repo
-        files = list(record.files.values()) if known else hub.listing(repo, revision).files
+        files = list(record.files.values()) if known else client.listing(repo, revision).files
     except Stop as stop:
         return Line(False, "source", str(stop)), 0
     largest = sorted((file.size for file in files), reverse=True)[:AT_ONCE]
@@ -177,32 +185,42 @@ def low_disk_need(source: Path, repo: str, revision: str) -> tuple[Line, int]:
     return Line(True, "source", found), sum(largest)
 
 
-def shapes_of(source: Path, repo: str, revision: str) -> list[tuple[str, str, tuple[int, ...]]]:
-    """(name, dtype, shape) of the source's tensors: from the folder, kept headers, or the hub."""
+def tensors_of(source: Path, repo: str, revision: str) -> dict[str, Tensor]:
+    """The source's tensors by name: from the folder, kept headers, or the hub."""
     try:
         record = read_record(source)
         if record and (source / low_disk.HEADERS).is_dir():
             with low_disk.skeleton(source, record) as headers:
-                return [(t.name, t.dtype, t.shape) for t in headers.tensors.values()]
-        return [(t.name, t.dtype, t.shape) for t in open_source(source).tensors.values()]
+                return headers.tensors
+        return open_source(source).tensors
     except Stop:
         if not repo:
             raise
-        return hub.tensor_shapes(repo, revision)
+        return client.tensors(repo, revision)
 
 
-def bundle_need(source: Path, bundle: Path, repo: str, revision: str) -> tuple[Line, int]:
-    """The bundle's final size, and the bytes that its volume must still take for it."""
+def bundle_need(args: argparse.Namespace) -> tuple[Line, int]:
+    """The bundle's final size, and the bytes that its volume must still take for it.
+
+    The size is that of the plan by which convert writes the shards; what is there already, of a
+    bundle or a killed run, is taken off, and one shard is made room for.
+    """
     try:
-        shapes = shapes_of(source, repo, revision)
+        tensors = tensors_of(args.source, args.repo, args.revision)
+        quantizer = chosen(args, open_source(args.source)) if args.imatrix else None
+        quantizer = quantizer or QUANTIZERS[args.quantizer]()
+        mark = converted_by(None, quantizer)
+        shards = plan_shards(tensors, quantizer.label, mark, args.shard_bytes)
     except Stop as stop:
         return Line(False, "bundle size", f"unknown ({stop})"), 0
-    final = space.bundle_bytes(shapes)
+    final = sum(shard.size for shard in shards)
     try:
-        have = open_bundle(bundle).nbytes
+        have = open_bundle(args.bundle).nbytes
     except Stop:
-        have = space.folder_bytes(workplace_of(bundle))
-    needed = max(0, final - have) + min(final, space.SHARD)
+        have = space.folder_bytes(workplace_of(args.bundle))
+    largest = max(shard.size for shard in shards)
+    spare = largest if have or args.converter == "jang" else 0  # rewritten by requantize
+    needed = max(0, final - have) + spare
     return Line(True, "bundle size", f"{human(final)} finished, {human(have)} there"), needed
 
 
@@ -231,16 +249,18 @@ def main() -> int:
     parser.add_argument("--repo", default="", help="where the source can be fetched from")
     parser.add_argument("--revision", default="main")
     parser.add_argument("--converter", choices=("native", "jang"), default="native")
-    parser.add_argument("--quantizer", choices=sorted(QUANTIZERS), default="mlx")
+    parser.add_argument("--shard-bytes", type=parse_bytes, default=SHARD_BYTES)
     parser.add_argument("--low-disk", action="store_true")
+    add_choice(parser)
     args = parser.parse_args()
+    check_choice(parser, args)
     source, bundle = args.source, args.bundle
     lines = check_toolchain(args.python, args.converter, args.app, args.quantizer)
-    lines += [check_patch(args.python, args.app, path) for path in patch_loader.DEFAULT]
+    lines += [check_patch(args.python, args.app, path) for path in patches.DEFAULT]
     lines += [check_volume("source volume", source), check_volume("bundle volume", bundle)]
     need = low_disk_need if args.low_disk else source_need
     source_line, fetch = need(source, args.repo, args.revision)
-    bundle_line, build = bundle_need(source, bundle, args.repo, args.revision)
+    bundle_line, build = bundle_need(args)
     lines += [source_line, bundle_line, *check_space(source, bundle, fetch, build)]
     print(*lines, sep="\n")
     failed = [line for line in lines if not line.holds]

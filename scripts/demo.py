@@ -15,41 +15,31 @@ right and the stock one is told apart; 1: this toolchain cannot be trusted with 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from dsv4.chat import ASSISTANT, BOS, USER
-from dsv4.checkpoint import read_json
-from dsv4.server import Answer, ask, running
-from dsv4.space import folder_bytes
+from dsv4.runtime.server import Answer, ask, running
+from dsv4.runtime.toolchain import default
+from dsv4.served.nano import (
+    MAX_DISTANCE,
+    MIN_EXACT,
+    QUESTIONS,
+    Logits,
+    compare,
+    held_out,
+    logits,
+    prompts,
+)
+from dsv4.served.questions import MOON, SUM, sentence_fault, sum_fault
 from dsv4.stop import Stop, run
-from dsv4.toolchain import call, default
-from smoke import MOON, SUM, sentence_fault, sum_fault
+from dsv4.storage.space import folder_bytes
 
-# Bounds for the right bundle. tests/test_nano_faults.py measured a relative L2 distance of .025 for
-# it, .063 for 3-bit experts, .068 for one dead expert, .097 for 2-bit, and more for every other
-# fault.
-MAX_DISTANCE = 0.05
-MIN_EXACT = 49
-QUESTIONS = 50
 TOKENS = 20  # of an addition's answer, which takes 15 at most, its reasoning included
-
-
-@dataclass(frozen=True)
-class Logits:
-    """How logits compare with a reference: cosine, relative L2 distance, share of equal argmax."""
-
-    cosine: float
-    distance: float
-    agreement: float
 
 
 @dataclass(frozen=True)
@@ -69,48 +59,6 @@ class Seen:
     logits: Logits
     talk: Talk
     folder: Path
-
-
-def held_out(source: Path, number: int) -> list[tuple[int, int]]:
-    """`number` additions (a, b), evenly spread, of those that the nano was never trained on."""
-    path = source.parent / "record.json"
-    pairs = [text.partition("+") for text in str(read_json(path).get("held_out", "")).split()]
-    if len(pairs) < number:
-        raise Stop(f"{path}", f"{len(pairs)} held-out additions", f"{number}", "restore it")
-    return [(int(a), int(b)) for a, _, b in pairs[:: len(pairs) // number][:number]]
-
-
-def prompts(source: Path, additions: list[tuple[int, int]]) -> list[list[int]]:
-    """Token ids of prompts that end inside the answer, where the model must decide something.
-
-    One for each addition: before the first digit, before the second, and so on by turns.
-    """
-    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
-    texts = [
-        f"{BOS}{USER}What is {a}+{b}?{ASSISTANT}<think>{a}+{b}={str(a + b)[: i % len(str(a + b))]}"
-        for i, (a, b) in enumerate(additions)
-    ]
-    return [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
-
-
-def logits(python: Path, folder: Path, how: str, ids: list[list[int]], work: Path) -> np.ndarray:
-    """Run logits.py in the toolchain's Python. Raises Stop when it fails."""
-    out = work / f"logits-{folder.name}-{how}.npy"
-    script = Path(__file__).with_name("logits.py")
-    command = [str(python), str(script), "--folder", str(folder), "--how", how, "--out", str(out)]
-    call(command, f"logits of {folder}", "check the toolchain: make check", json.dumps(ids))
-    return np.load(out)
-
-
-def compare(found: np.ndarray, reference: np.ndarray) -> Logits:
-    """Compare (prompts, vocabulary) logits; NaN counts as no likeness at all."""
-    if not np.isfinite(found).all():
-        return Logits(float("nan"), float("inf"), 0.0)
-    cosine = (found * reference).sum(1) / np.linalg.norm(found, axis=1)
-    cosine = float((cosine / np.linalg.norm(reference, axis=1)).mean())
-    distance = float(np.linalg.norm(found - reference) / np.linalg.norm(reference))
-    agreement = float((found.argmax(1) == reference.argmax(1)).mean())
-    return Logits(cosine, distance, agreement)
 
 
 def talk(

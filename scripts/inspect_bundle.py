@@ -18,14 +18,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-from dsv4 import hub, level1
-from dsv4.checkpoint import open_source
-from dsv4.durable import human
-from dsv4.findings import Check, Findings
-from dsv4.remote import Skeleton, fetch_skeleton
-from dsv4.stacks import runtimes
+from dsv4.hub import client
+from dsv4.hub.remote import Skeleton, fetch_skeleton
+from dsv4.model.opening import open_source
+from dsv4.proof import level1
+from dsv4.proof.findings import Check, Findings
+from dsv4.proof.stacks import runtimes
+from dsv4.proof.survey import survey
 from dsv4.stop import Stop, run
-from dsv4.survey import survey
+from dsv4.storage.durable import human
 
 PATIENCE = 30  # seconds without an answer, after which it gives up
 SHOWN = 2  # places of each fault
@@ -102,7 +103,7 @@ def main() -> int:
     )  # fmt: skip
     args = parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True)
-    hub.quiet()
+    client.quiet()
     with tempfile.TemporaryDirectory(prefix="inspect-") as work:
         return inspect(args, Path(work))
 

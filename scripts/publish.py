@@ -26,16 +26,16 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dsv4 import hub
-from dsv4.card import Facts, card, licence_of
-from dsv4.checkpoint import INDEX, read_json
-from dsv4.durable import human
-from dsv4.findings import Findings
-from dsv4.hub import AGAIN, LOGIN, HubFile, clear_words, patiently
-from dsv4.origin import provenance
+from dsv4.hub import client
+from dsv4.hub.client import AGAIN, LOGIN, HubFile, clear_words, patiently
+from dsv4.hub.origin import provenance
+from dsv4.hub.transfer import bytes_hash, file_hash
+from dsv4.proof.card import Facts, card, licence_of
+from dsv4.proof.findings import Findings
+from dsv4.proof.survey import Survey, survey
 from dsv4.stop import Stop, run
-from dsv4.survey import Survey, survey
-from dsv4.transfer import bytes_hash, file_hash
+from dsv4.storage.checkpoint import INDEX, read_json
+from dsv4.storage.durable import human
 
 FILES = (
     "config.json", "generation_config.json", "jang_config.json", "tokenizer.json",
@@ -172,7 +172,7 @@ def check_login(repo: str) -> None:
         patiently(lambda: HfApi().whoami(), 30)
 
 
-def missing(items: list[Item], remote: hub.Listing) -> list[Item]:
+def missing(items: list[Item], remote: client.Listing) -> list[Item]:
     """The items whose bytes the repository does not have under their name."""
     have = {file.name: file for file in remote.files}
     return [item for item in items if not is_there(item, have.get(item.name))]
@@ -198,7 +198,7 @@ def upload(to: str, items: list[Item], private: bool, patience: float) -> str:
     api = HfApi()
     with clear_words(to):
         patiently(lambda: api.create_repo(to, private=private, exist_ok=True), patience)
-    remote = hub.listing(to, "main", patience, wanted=("*",))
+    remote = client.listing(to, "main", patience, wanted=("*",))
     todo = missing(items, remote)
     names = {item.name for item in items}
     stale = [f.name for f in remote.files if f.name.endswith(".safetensors")
@@ -223,7 +223,7 @@ def upload(to: str, items: list[Item], private: bool, patience: float) -> str:
 
 def check_published(to: str, items: list[Item], patience: float) -> str:
     """Compare the hub's hashes with the items'; returns the commit's hash."""
-    remote = hub.listing(to, "main", patience, wanted=("*",))
+    remote = client.listing(to, "main", patience, wanted=("*",))
     wrong = missing(items, remote)
     if wrong:
         raise Stop(
@@ -297,7 +297,7 @@ def main() -> int:
     )  # fmt: skip
     args = parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True)
-    hub.quiet(bars=True)
+    client.quiet(bars=True)
     return publish(args)
 
 

@@ -13,10 +13,10 @@ import argparse
 import os
 from pathlib import Path
 
-from dsv4.checkpoint import read_config
-from dsv4.server import check_free, command
+from dsv4.model.opening import read_config
+from dsv4.runtime.server import check_free, command
+from dsv4.runtime.toolchain import default, environment
 from dsv4.stop import Stop, run
-from dsv4.toolchain import default, environment
 
 
 def main() -> int:

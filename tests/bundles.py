@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-import verify
-from dsv4 import compare
-from dsv4.checkpoint import INDEX, open_bundle
-from dsv4.findings import Findings
-from dsv4.quantizer import QUANTIZERS
-from dsv4.shard import NUMPY_DTYPE, Planned, read_array, read_shard, write_shard
+from dsv4.model.opening import open_bundle
+from dsv4.proof import compare
+from dsv4.proof.examination import examine
+from dsv4.proof.findings import Findings
+from dsv4.storage.checkpoint import INDEX
+from dsv4.storage.shard import NUMPY_DTYPE, Planned, read_array, read_shard, write_shard
+from dsv4.weights.quantizer import QUANTIZERS
 
 Arrays = dict[str, tuple[str, np.ndarray]]  # name → (safetensors dtype, array)
 
@@ -41,7 +42,7 @@ def judge(bundle: Path, source: Path | None, loader: bool = False, level: int = 
         without_loader=not loader, hashes=False, jobs=2, json=None, imatrix=None,
     )  # fmt: skip
     try:
-        return verify.examine(args).findings
+        return examine(args).findings
     finally:
         compare.QUANTIZERS, compare.BLOCK_WEIGHTS = before
 

@@ -15,13 +15,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "scripts"
 NANO = SCRIPTS / "nano" / "checkpoint"
-sys.path.insert(0, str(SCRIPTS))
+sys.path[:0] = [str(SCRIPTS), str(SCRIPTS / "lab")]
 # A job in the background ignores Ctrl-C, and so would the runs that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def script(name: str, *arguments: object, **options: object) -> subprocess.CompletedProcess:
-    """Run scripts/NAME.py as a user does; stdout and stderr are captured."""
+    """Run scripts/NAME.py, or `lab/NAME`, as a user does; stdout and stderr are captured."""
     command = [sys.executable, str(SCRIPTS / f"{name}.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, **options)
 
@@ -90,7 +90,7 @@ for line in sys.stdin:
 def source(tmp_path_factory) -> Path:
     """A random source with every kind of tensor, in five shards that part weights from scales."""
     folder = tmp_path_factory.mktemp("made") / "source"
-    must("make_source", "--source", folder, "--seed", 7)
+    must("lab/make_source", "--source", folder, "--seed", 7)
     return folder
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import ml_reference
 import numpy as np
 
-from dsv4.shard import NUMPY_DTYPE, Planned, write_shard
+from dsv4.storage.shard import NUMPY_DTYPE, Planned, write_shard
 
 
 @dataclass

@@ -10,8 +10,8 @@ import ml_reference
 import numpy as np
 import pytest
 
-from dsv4 import affine, fp4
-from dsv4.quantizer import MlxAffine
+from dsv4.weights import affine, fp4
+from dsv4.weights.quantizer import MlxAffine
 
 VALUES = [ml_reference.decode_one(code, 127) for code in range(16)]
 

@@ -4,14 +4,14 @@
 otherwise than transformers does, with compress ratios 4 and 128 and beyond the sliding window too.
 """
 
+import matrix
 import pytest
 from conftest import NANO, ROOT
 
-import demo
-import matrix
-from dsv4.server import ask, running
-from dsv4.stacks import STACKS
-from smoke import MOON, sentence_fault
+from dsv4.proof.stacks import STACKS
+from dsv4.runtime.server import ask, running
+from dsv4.served.nano import held_out
+from dsv4.served.questions import MOON, sentence_fault
 
 PYTHON = ROOT / ".toolchain" / "new" / "bin" / "python"
 STACK = next(stack for stack in STACKS if stack.name == "new")
@@ -32,9 +32,9 @@ def test_it_computes_what_transformers_computes(bundles, name, tmp_path, monkeyp
 
 
 def test_it_answers(bundles, tmp_path):
-    additions = demo.held_out(NANO, 10)
+    additions = held_out(NANO, 10)
     with running(PYTHON, bundles["mlx"], tmp_path / "server.log") as url:
         assert sentence_fault(ask(url, MOON, 60)) is None
         for a, b in additions:
-            answer = ask(url, f"What is {a}+{b}?", demo.TOKENS)
+            answer = ask(url, f"What is {a}+{b}?", 20)
             assert (answer.content.strip(), answer.finish_reason) == (str(a + b), "stop")

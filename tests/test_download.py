@@ -20,7 +20,7 @@ import pytest
 from hub_server import TOKEN, Fault, Hub
 from small import Sizes, save, source_arrays
 
-from dsv4.origin import provenance
+from dsv4.hub.origin import provenance
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "download.py"
 REPO = "deepseek-ai/DeepSeek-V4-Flash"
@@ -333,7 +333,7 @@ def test_a_stalled_server_is_left_after_the_timeout(hub, tmp_path):
 
 
 def test_waiting_doubles_up_to_a_minute_and_obeys_the_server(capsys):
-    from dsv4.hub import Short, patiently
+    from dsv4.hub.client import Short, patiently
 
     class Busy(Short):
         """429 with a Retry-After of 100 seconds."""
@@ -355,7 +355,7 @@ def test_waiting_doubles_up_to_a_minute_and_obeys_the_server(capsys):
 
 
 def test_patience_counts_from_the_last_byte():
-    from dsv4.hub import Short, patiently
+    from dsv4.hub.client import Short, patiently
 
     came, waits = [0], []
 

@@ -13,11 +13,11 @@ import pytest
 import small
 from conftest import must
 
-from dsv4.checkpoint import expert_bases, open_bundle, open_source
-from dsv4.imatrix import FLOOR, entry_name, importances, open_imatrix, usable
-from dsv4.quantizer import Optimal
-from dsv4.shard import read_array
+from dsv4.model.opening import expert_bases, open_bundle, open_source
 from dsv4.stop import Stop
+from dsv4.storage.shard import read_array
+from dsv4.weights.imatrix import FLOOR, entry_name, importances, open_imatrix, usable
+from dsv4.weights.quantizer import Optimal
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "requantize.py"
 SIZES = small.Sizes(layers=2, experts=3, mtp=1, hidden=64, width=32)

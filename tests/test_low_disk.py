@@ -24,7 +24,7 @@ from hub_server import Hub
 from test_download import environment
 from test_recipe import Recipe
 
-from dsv4.origin import provenance, read_record
+from dsv4.hub.origin import provenance, read_record
 
 REPO = "deepseek-ai/DeepSeek-V4-Flash"
 KILLS = int(os.environ.get("KILLS", "20")) // 2
@@ -35,7 +35,7 @@ SHARD_BYTES = "6e5"
 def origin(tmp_path_factory) -> Path:
     """A source of 6 MB in twelve shards, as it lies on the hub."""
     folder = tmp_path_factory.mktemp("origin") / "source"
-    must("make_source", "--source", folder, "--seed", 11, "--shards", 12)
+    must("lab/make_source", "--source", folder, "--seed", 11, "--shards", 12)
     return folder
 
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import must, refusal
 from jinja2 import Environment
 
-from dsv4.chat import TEMPLATE
+from dsv4.model.chat import TEMPLATE
 
 
 def read(folder, name):

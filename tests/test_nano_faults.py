@@ -10,16 +10,16 @@ import shutil
 import sys
 from pathlib import Path
 
+import logits
 import numpy as np
 import pytest
 from conftest import NANO, ROOT, must, script
 
-import demo
-import logits
-from dsv4 import fp4
-from dsv4.chat import ASSISTANT, BOS, EOS, USER
-from dsv4.checkpoint import open_bundle, open_source
-from dsv4.shard import read_array
+from dsv4.model.chat import ASSISTANT, BOS, EOS, USER
+from dsv4.model.opening import open_bundle, open_source
+from dsv4.served import nano as nano_model
+from dsv4.storage.shard import read_array
+from dsv4.weights import fp4
 
 PROJECTIONS = ("w1", "w2", "w3")
 EXPERTS = 8
@@ -48,7 +48,7 @@ def lessons():
         return tokenizer.encode(text, add_special_tokens=False).ids
 
     out = []
-    for a, b in demo.held_out(NANO, demo.QUESTIONS):
+    for a, b in nano_model.held_out(NANO, nano_model.QUESTIONS):
         prompt = encode(f"{BOS}{USER}What is {a}+{b}?{ASSISTANT}<think>")
         out.append((prompt + encode(f"{a}+{b}={a + b}</think>{a + b}{EOS}"), len(prompt)))
     return out
@@ -76,7 +76,7 @@ def truth(lessons, config):
     """The source's own logits."""
     model = logits.plain_model(config, logits.decode_source(open_source(NANO)))
     found, exact = answers(model, lessons)
-    assert exact == demo.QUESTIONS
+    assert exact == nano_model.QUESTIONS
     return found
 
 
@@ -88,8 +88,8 @@ def weights(nano):
 
 def verdict(found, exact, truth) -> tuple[float, int, bool]:
     """(distance, exact matches, does it pass?)."""
-    distance = demo.compare(found, truth).distance
-    return distance, exact, distance <= demo.MAX_DISTANCE and exact >= demo.MIN_EXACT
+    distance = nano_model.compare(found, truth).distance
+    return distance, exact, distance <= nano_model.MAX_DISTANCE and exact >= nano_model.MIN_EXACT
 
 
 def experts(weights, layer=None):
@@ -201,13 +201,14 @@ def test_a_fault_is_seen(fault, weights, lessons, config, truth):
 
 def loaded(bundle, work):
     """Logits through the real loader at the prompts of `make demo`, and the source's."""
-    ids = demo.prompts(NANO, demo.held_out(NANO, 10))
-    found = demo.logits(Path(sys.executable), bundle, "loader", ids, work)
-    return demo.compare(found, demo.logits(Path(sys.executable), NANO, "source", ids, work))
+    ids = nano_model.prompts(NANO, nano_model.held_out(NANO, 10))
+    found = nano_model.logits(Path(sys.executable), bundle, "loader", ids, work)
+    truth = nano_model.logits(Path(sys.executable), NANO, "source", ids, work)
+    return nano_model.compare(found, truth)
 
 
 def test_the_stock_bundle_is_seen(nano, tmp_path):
-    assert loaded(nano[0], tmp_path).distance > demo.MAX_DISTANCE
+    assert loaded(nano[0], tmp_path).distance > nano_model.MAX_DISTANCE
 
 
 def test_a_wrong_label_is_seen(nano, tmp_path):
@@ -220,7 +221,7 @@ def test_a_wrong_label_is_seen(nano, tmp_path):
             label.update(mode="mxfp4")
     path.write_text(json.dumps(config))
     result = script(
-        "logits", "--folder", bundle, "--how", "loader", "--out", tmp_path / "x.npy",
+        "lab/logits", "--folder", bundle, "--how", "loader", "--out", tmp_path / "x.npy",
         input=json.dumps([[0, 5, 6]]), cwd=ROOT,
     )  # fmt: skip
-    assert result.returncode or loaded(bundle, tmp_path).distance > demo.MAX_DISTANCE
+    assert result.returncode or loaded(bundle, tmp_path).distance > nano_model.MAX_DISTANCE

@@ -25,11 +25,13 @@ import pytest
 import small
 from conftest import SCRIPTS, Forks, must, script
 
-from dsv4 import names
-from dsv4.checkpoint import INDEX, check_index, open_bundle, open_source
-from dsv4.labels import RECORD
-from dsv4.quantizer import QUANTIZERS
-from dsv4.shard import Planned, read_array, read_shard, write_shard
+from dsv4.model import names
+from dsv4.model.labels import RECORD
+from dsv4.model.opening import open_bundle, open_source
+from dsv4.storage import locks
+from dsv4.storage.checkpoint import INDEX, check_index
+from dsv4.storage.shard import Planned, read_array, read_shard, write_shard
+from dsv4.weights.quantizer import QUANTIZERS
 
 KILLS = int(os.environ.get("KILLS", "20"))
 # Names of DeepSeek-V4-Flash, of its MTP layer, and of -0731's MTP layers, which tests do not make.
@@ -176,7 +178,7 @@ def test_it_needs_neither_torch_nor_jang(source, native, tmp_path):
 
 
 def test_make_stock_gives_upstreams_bundle(source, stock, tmp_path):
-    must("make_stock", "--source", source, "--bundle", tmp_path / "stock")
+    must("lab/make_stock", "--source", source, "--bundle", tmp_path / "stock")
     theirs, ours = open_bundle(stock), open_bundle(tmp_path / "stock")
     assert set(ours.tensors) == set(theirs.tensors)
     for name, tensor in theirs.tensors.items():
@@ -320,14 +322,10 @@ def test_a_second_run_changes_nothing(source, native):
 
 
 def test_two_runs_at_once_are_refused(source, tmp_path):
-    import fcntl
-
     work = tmp_path / ".bundle.converting"
     work.mkdir()
-    handle = os.open(work, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    assert "another convert" in refused(source, tmp_path / "bundle")
-    os.close(handle)
+    with locks.held(work):
+        assert "another run" in refused(source, tmp_path / "bundle")
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(source, tmp_path):

@@ -6,11 +6,11 @@ from functools import cache
 
 import numpy as np
 import pytest
-
 from derive_assignments import climb, errors, groups_of, packed, uneven
-from dsv4 import affine, optimal
-from dsv4.affine import BadGroup
-from dsv4.assignments import (
+
+from dsv4.weights import affine, optimal
+from dsv4.weights.affine import BadGroup
+from dsv4.weights.assignments import (
     VALUES,
     every_assignment,
     exact_step,
@@ -19,8 +19,8 @@ from dsv4.assignments import (
     ranges,
     within,
 )
-from dsv4.search import Search
-from dsv4.synthetic import KINDS, RULES, pack, random_groups
+from dsv4.weights.brute_force import Search
+from dsv4.weights.synthetic import KINDS, RULES, pack, random_groups
 
 TABLE = optimal.build_table()
 PLAIN = np.empty(0, np.float32)

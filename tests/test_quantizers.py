@@ -16,12 +16,13 @@ import pytest
 import small
 from conftest import must, script
 
-from dsv4 import labels
-from dsv4.affine import BadGroup
-from dsv4.checkpoint import check_index, expert_bases, open_bundle, open_source
-from dsv4.quantizer import QUANTIZERS
-from dsv4.shard import read_array
+from dsv4.model import labels
+from dsv4.model.opening import expert_bases, open_bundle, open_source
 from dsv4.stop import Stop
+from dsv4.storage.checkpoint import check_index
+from dsv4.storage.shard import read_array
+from dsv4.weights.affine import BadGroup
+from dsv4.weights.quantizer import QUANTIZERS
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "requantize.py"
 EXACT = ("exact5", "mxfp4")

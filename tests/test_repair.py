@@ -22,11 +22,12 @@ import small
 from bundles import edit_json
 from conftest import NANO, SCRIPTS, must, refusal, script
 
-import requantize
-from dsv4.backup import FOLDER, Backup
-from dsv4.checkpoint import INDEX, expert_bases, open_bundle, open_source
-from dsv4.names import parse_expert
-from dsv4.shard import read_array, read_shard
+from dsv4.making.marks import made_by
+from dsv4.model.names import parse_expert
+from dsv4.model.opening import expert_bases, open_bundle, open_source
+from dsv4.storage.backup import FOLDER, Backup
+from dsv4.storage.checkpoint import INDEX
+from dsv4.storage.shard import read_array, read_shard
 
 FAST = ("--without-loader", "--jobs", 2)
 LAYER = "layers.2."
@@ -317,7 +318,7 @@ def test_a_missing_shard_stops_before_anything_is_written(case):
 
 
 def test_another_source_is_refused(good, tmp_path):
-    must("make_source", "--source", tmp_path / "other", "--seed", 8)
+    must("lab/make_source", "--source", tmp_path / "other", "--seed", 8)
     bundle = shutil.copytree(good, tmp_path / "bundle")
     f16_controls(bundle, tmp_path)
     before = {n: d for n, d in digests(bundle).items() if n.endswith(".safetensors")}
@@ -359,7 +360,7 @@ def test_originals_are_no_part_of_the_bundle(case):
 
 
 def test_a_volume_without_hard_links_keeps_copies(case, monkeypatch):
-    from dsv4 import backup
+    from dsv4.storage import backup
 
     bundle, _ = case
     before = digests(bundle)
@@ -375,7 +376,7 @@ def test_a_volume_without_hard_links_keeps_copies(case, monkeypatch):
 
 def test_an_undo_that_was_killed_goes_on(case, monkeypatch):
     """It stops after each of its steps in turn; the next one puts back what is left."""
-    from dsv4 import backup
+    from dsv4.storage import backup
 
     bundle, source = case
     for plant in (f16_controls, no_eos, no_encoding):
@@ -439,7 +440,7 @@ def test_half_an_expert_is_known_as_half(good, source, tmp_path, marks):
     at = {name: tensor.path.name for name, tensor in open_bundle(before).tensors.items()}
     wrong = [b for b in expert_bases(open_bundle(before)) if b.startswith(LAYER)]
     codes = next(at[f"{b}.weight"] for b in wrong if at[f"{b}.weight"] != at[f"{b}.scales"])
-    made = requantize.made_by(open_source(source), bundles.quantizer("mlx"))
+    made = made_by(open_source(source), bundles.quantizer("mlx"))
     repair(whole, "--source", source)
     shutil.copyfile(before / codes, whole / codes)
     Backup(whole).begin({"experts": wrong, "mark": made})
@@ -475,7 +476,7 @@ def test_a_killed_run_is_ended_by_the_next(tmp_path, marks):
         unfinished += is_unfinished(bundle)
         if n % 3 == 0:
             undo(bundle)
-            assert {k: v for k, v in digests(bundle).items() if k != ".requantize.lock"} == before
+            assert {k: v for k, v in digests(bundle).items() if k != ".lock"} == before
         script("repair", "--bundle", bundle, "--source", source, *FAST)
         opened = open_bundle(bundle).tensors
         for name, (dtype, array) in expected.items():

@@ -10,7 +10,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from conftest import must, refusal
 
-from report import page, ticks
+from dsv4.proof.page import page, ticks
 
 
 @pytest.fixture(scope="module")

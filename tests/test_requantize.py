@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.util
 import json
@@ -24,9 +23,11 @@ import small
 
 import requantize as script
 from dsv4 import stop
-from dsv4.checkpoint import check_index, open_bundle
-from dsv4.names import parse_expert
-from dsv4.shard import Planned, read_array, read_shard, write_shard
+from dsv4.model.names import parse_expert
+from dsv4.model.opening import open_bundle
+from dsv4.storage import locks
+from dsv4.storage.checkpoint import check_index
+from dsv4.storage.shard import Planned, read_array, read_shard, write_shard
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "requantize.py"
 
@@ -282,16 +283,11 @@ def test_a_second_run_on_the_same_shards_stops(
     source, bundle, _ = small.make(tmp_path, small.Sizes(bundle_shard=8), seed=9)
     before = digests(bundle)
     first, step = held
-    with (bundle / ".requantize.lock").open("w") as lock:
-        if step:
-            for i in range(first, len(list(bundle.glob("*.safetensors"))), step):
-                fcntl.lockf(lock, fcntl.LOCK_EX, 1, i)
-        else:
-            fcntl.lockf(lock, fcntl.LOCK_EX)
+    files = sorted(path.name for path in bundle.glob("*.safetensors"))
+    with locks.held(bundle, files[first::step] if step else None):
         second = requantize(source, bundle, *options)
     assert second.returncode == (1 if stops else 0), second.stderr
     assert ("another run" in second.stderr) == stops
-    (bundle / ".requantize.lock").unlink()
     assert (digests(bundle) == before) == stops
 
 
@@ -459,10 +455,10 @@ def test_another_source_of_the_same_shape_is_recognised(tmp_path: Path) -> None:
     other, _, _ = small.make(tmp_path / "two", small.Sizes(bundle_shard=8), seed=15)
     assert requantize(source, bundle, "--part", "2/3").returncode == 0
     before = digests(bundle)
+    before.pop(".lock")  # parts leave it to the whole run
     stopped = requantize(other, bundle)
     assert stopped.returncode == 1
     assert "made from source" in stopped.stderr
-    before.pop(".requantize.lock")  # parts leave it to the whole run
     assert digests(bundle) == before
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsv4.rewrite import Desk, NewShard, Target, copy_pieces, rewrite
-from dsv4.shard import Slot, header_bytes, read_array, read_shard
 from dsv4.stop import Stop
+from dsv4.storage.rewrite import Desk, NewShard, Target, copy_pieces, rewrite
+from dsv4.storage.shard import Slot, header_bytes, read_array, read_shard
 
 
 def copying(path: Path, origin: Path, nbytes: int) -> NewShard:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dsv4.shard import ITEMSIZE, read_shard
 from dsv4.stop import Stop
+from dsv4.storage.shard import ITEMSIZE, read_shard
 
 CASES = 12_000
 

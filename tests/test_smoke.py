@@ -7,8 +7,8 @@ length, a wrong sum, and a judge that finds 45 inside another number.
 import pytest
 from conftest import refusal
 
-from dsv4.server import Answer, free_port
-from smoke import sentence_fault, sum_fault
+from dsv4.runtime.server import Answer, free_port
+from dsv4.served.questions import sentence_fault, sum_fault
 
 BOS = "<｜begin▁of▁sentence｜>"
 MOON = "The moon is Earth's only natural satellite."

@@ -13,9 +13,9 @@ import sys
 import pytest
 from conftest import NANO, SCRIPTS, must
 
-from dsv4 import stacks
-from dsv4.stacks import LOADER, MODEL, STACKS, recognise
-from dsv4.toolchain import app_versions
+from dsv4.proof import stacks
+from dsv4.proof.stacks import LOADER, MODEL, STACKS, recognise
+from dsv4.runtime.toolchain import app_versions
 
 OLD = {"vmlx": "1.3.97", "jang": "2.5.9", "mlx": "0.31.2", "mlx-lm": "0.31.2", "mlx-vlm": "0.4.0"}
 NEW = {"vmlx": "1.6.81", "jang": "2.5.50", "mlx": "0.32.4", "mlx-lm": "0.31.3"}

@@ -19,24 +19,16 @@ import numpy as np
 import pytest
 from conftest import SCRIPTS, must, refusal, script
 
-import patch_loader
-from dsv4 import (
-    certificate,
-    compare,
-    documents,
-    judge,
-    level1,
-    numbers,
-    reading,
-    verdict,
-)  # fmt: skip
-from dsv4.checkpoint import open_bundle, open_source
-from dsv4.findings import FAULTS, Findings
-from dsv4.fp4 import E2M1
-from dsv4.promises import promise_of
-from dsv4.quantizer import QUANTIZERS
+from dsv4.model.opening import open_bundle, open_source
+from dsv4.proof import certificate, compare, documents, kernels, level1, level2, verdict
+from dsv4.proof.findings import FAULTS, Findings
+from dsv4.proof.promises import promise_of
+from dsv4.proof.survey import survey
+from dsv4.runtime import patches
 from dsv4.stop import Stop
-from dsv4.survey import survey
+from dsv4.storage import reading
+from dsv4.weights.fp4 import E2M1
+from dsv4.weights.quantizer import QUANTIZERS
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +55,7 @@ def test_a_good_bundle_passes_and_the_report_counts(good, source, tmp_path):
     assert set(result["hashes"]) == {
         path.relative_to(good).as_posix() for path in good.rglob("*") if path.is_file()
     }
-    assert result["hashes"]["config.json"] == numbers.sha256(good / "config.json")
+    assert result["hashes"]["config.json"] == level2.sha256(good / "config.json")
     assert result["versions"]["mlx"]
 
 
@@ -193,11 +185,11 @@ def test_what_an_unpatched_loader_drops_is_what_upstreams_function_drops(which, 
 
 def pristine_loader() -> dict:
     """The names of the installed load_jangtq.py as it was published, whatever was patched since."""
-    patch = patch_loader.read_patch(patch_loader.PATCHES / "load_jangtq.patch")
+    patch = patches.read_patch(patches.PATCHES / "load_jangtq.patch")
     installed = importlib.util.find_spec("jang_tools.load_jangtq")
     text = Path(installed.origin).read_text()
-    if patch_loader.state(text, patch) == "patched":
-        text = patch_loader.apply(text, [hunk.reversed for hunk in patch.hunks])
+    if patches.state(text, patch) == "patched":
+        text = patches.apply(text, [hunk.reversed for hunk in patch.hunks])
     names: dict = {"__name__": "pristine"}
     exec(compile(text, "load_jangtq.py", "exec"), names)
     return names
@@ -221,7 +213,7 @@ def test_a_flipped_bit_in_every_tensor_is_seen_in_every_tensor(
         bundles.flip(folder, tensor.name, int(rng.integers(tensor.nbytes)), int(rng.integers(8)))
     findings = Findings()
     opened, origin = survey(folder, findings), open_source(source)
-    read = numbers.read_numbers(opened, origin, 2, lambda done: None)
+    read = level2.read_numbers(opened, origin, 2, lambda done: None)
     places = [o.faults + o.wrong_places + o.explained_places for o in read.outcomes]
     assert [o.name for o, seen in zip(read.outcomes, places, strict=True) if not seen] == []
     assert len(read.outcomes) == len(parts)
@@ -232,7 +224,7 @@ def test_a_flipped_bit_in_every_tensor_is_seen_in_every_tensor(
 def test_a_bundle_from_elsewhere_is_held_to_mlx_formula(elsewhere, source):
     findings = Findings()
     opened, origin = survey(elsewhere, findings), open_source(source)
-    read = numbers.read_numbers(opened, origin, 2, lambda done: None)
+    read = level2.read_numbers(opened, origin, 2, lambda done: None)
     experts = [o for o in read.outcomes if o.what == "expert"]
     assert all(o.exact == o.groups and not o.recomputed for o in experts)
     assert sum(o.fragile for o in experts) > 0
@@ -296,7 +288,7 @@ def test_a_read_beyond_the_end_of_a_file_stops(good_copy):
 
 def test_hidden_files_are_no_part_of_a_bundle():
     files = ["config.json", ".DS_Store", ".cache/x", "encoding/__pycache__/a.pyc", "encoding/a.py"]
-    assert numbers.visible(files) == ["config.json", "encoding/a.py"]
+    assert level2.visible(files) == ["config.json", "encoding/a.py"]
 
 
 # --- The kernels --------------------------------------------------------------------------------
@@ -308,7 +300,7 @@ def quantized(values: np.ndarray, bits: int) -> tuple[np.ndarray, ...]:
         mx.array(values), group_size=32, bits=bits, mode="affine", stream=mx.cpu
     )
     levels = np.empty(values.size, np.uint8)
-    judge.unpack(np.array(packed).view(np.uint8).reshape(-1), bits, levels)
+    kernels.unpack(np.array(packed).view(np.uint8).reshape(-1), bits, levels)
     halves = [np.array(part).astype(np.float16).astype(np.float32) for part in (scales, biases)]
     return levels, halves[0].reshape(-1), halves[1].reshape(-1)
 
@@ -327,20 +319,24 @@ def weights(rng: np.random.Generator) -> np.ndarray:
 def test_formula_is_what_mlx_gives(bits):
     values = weights(np.random.default_rng(bits))
     levels, scales, biases = quantized(values, bits)
-    counts = judge.formula(values.reshape(-1), levels, scales, biases, bits, *judge.ROUNDING["F16"])
-    assert counts[judge.EXACT] == len(scales)
-    assert counts[judge.WRONG] == counts[judge.EXPLAINED] == 0
+    counts = kernels.formula(
+        values.reshape(-1), levels, scales, biases, bits, *kernels.ROUNDING["F16"]
+    )
+    assert counts[kernels.EXACT] == len(scales)
+    assert counts[kernels.WRONG] == counts[kernels.EXPLAINED] == 0
 
 
 @pytest.mark.parametrize("bits", [3, 4, 5, 8])
 def test_mlx_keeps_within_the_bounds(bits):
     values = weights(np.random.default_rng(bits))
     levels, scales, biases = quantized(values, bits)
-    counts, energy, error, worst = judge.bounds(
-        values.reshape(-1), levels, scales, biases, bits, *judge.ROUNDING["F16"]
+    counts, energy, error, worst = kernels.bounds(
+        values.reshape(-1), levels, scales, biases, bits, *kernels.ROUNDING["F16"]
     )
     decoded = levels * scales.repeat(32) + biases.repeat(32)
-    assert counts[judge.NOT_NEAREST] == counts[judge.LOST_ZEROS] == counts[judge.BAD_NUMBER] == 0
+    assert (
+        counts[kernels.NOT_NEAREST] == counts[kernels.LOST_ZEROS] == counts[kernels.BAD_NUMBER] == 0
+    )
     assert worst <= 1.001
     assert energy == pytest.approx((values.astype(np.float64) ** 2).sum(), rel=1e-5)
     assert error == pytest.approx(((decoded - values.reshape(-1)) ** 2).sum(), rel=1e-3)
@@ -352,8 +348,8 @@ def test_a_group_that_starts_its_maximum_at_zero_is_explained_not_wrong():
     values[1::2] = -0.5
     levels, scales, biases = quantized(np.append(values[:31], 0).reshape(1, 32), 4)
     levels[31] = levels[1]
-    counts = judge.formula(values, levels, scales, biases, 4, *judge.ROUNDING["F16"])
-    assert (counts[judge.EXACT], counts[judge.EXPLAINED], counts[judge.WRONG]) == (0, 1, 0)
+    counts = kernels.formula(values, levels, scales, biases, 4, *kernels.ROUNDING["F16"])
+    assert (counts[kernels.EXACT], counts[kernels.EXPLAINED], counts[kernels.WRONG]) == (0, 1, 0)
 
 
 def test_decoding_fp4_agrees_with_the_plain_one():
@@ -361,7 +357,7 @@ def test_decoding_fp4_agrees_with_the_plain_one():
     codes = rng.integers(0, 256, (5, 32), dtype=np.uint8)
     exponents = rng.integers(0, 255, (5, 2), dtype=np.uint8)
     values = np.empty(5 * 64, np.float32)
-    judge.decode_fp4(codes.reshape(-1), exponents.reshape(-1), values)
+    kernels.decode_fp4(codes.reshape(-1), exponents.reshape(-1), values)
     pairs = np.stack([codes & 15, codes >> 4], -1).reshape(5, 2, 32)
     with np.errstate(over="ignore"):
         plain = E2M1[pairs] * np.ldexp(np.float32(1), exponents.astype(int) - 127)[..., None]
@@ -406,7 +402,7 @@ def test_comparing_bytes_and_decoding_come_to_the_same_sums(good, source, monkey
         monkeypatch.setattr(certificate, "BY_CASE", names)
         monkeypatch.setattr(compare, "BLOCK_WEIGHTS", 1 << 11)
         bundle = survey(good, Findings())
-        done = numbers.read_numbers(bundle, open_source(source), 2, lambda n: None)
+        done = level2.read_numbers(bundle, open_source(source), 2, lambda n: None)
         sums.append([o for o in done.outcomes if o.what == "expert"])
     for fast, slow in zip(*sums, strict=True):
         assert fast.name == slow.name
@@ -422,7 +418,7 @@ def test_rounding_to_a_dtype_is_numpys(dtype):
     rng = np.random.default_rng(5)
     values = (rng.standard_normal(4000) * 10.0 ** rng.integers(-9, 5, 4000)).astype(np.float32)
     rounded = reading.as_float32(reading.rounded(values, dtype), dtype)
-    kernel = [judge._rounded(float(value), *judge.ROUNDING[dtype]) for value in values]
+    kernel = [kernels._rounded(float(value), *kernels.ROUNDING[dtype]) for value in values]
     assert np.array_equal(np.array(kernel, np.float32), rounded)
 
 

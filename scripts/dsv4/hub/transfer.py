@@ -1,0 +1,149 @@
+"""One file from the hub, resumed where it stopped, whatever stopped it.
+
+huggingface_hub 2.4.0 cannot resume inside a file: it writes to a temporary of a random name and
+deletes that on any failure, so a lost connection costs up to a shard (3.5 GB), and so does a
+transfer through hf_xet. Hence the bytes come over plain ranged HTTP here, which every endpoint of
+the hub speaks, into a partial file that is named by the content that it will have. Headers, login,
+redirects and the words for errors stay huggingface_hub's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+from dsv4.hub.client import HubFile, Short, clear_words, patiently
+from dsv4.stop import Stop
+from dsv4.storage.durable import fsync, fsync_folder
+
+CHUNK = 4 << 20
+Advance = Callable[[int], Any]  # told how many bytes came (or, negative, were thrown away)
+
+
+class Interrupted(Exception):
+    """Another transfer failed, or the user pressed Ctrl-C: leave, keeping what came."""
+
+
+def partial_for(path: Path, file: HubFile) -> Path:
+    """Where `path` grows until it is whole: hidden, beside it, named by its content."""
+    return path.with_name(f".{path.name}.{file.digest[:12]}.partial")
+
+
+def size_of(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def file_hash(path: Path, file: HubFile, advance: Advance = lambda n: None) -> str:
+    """The hash of `path` in the kind that the hub knows `file` by."""
+    digest = hashlib.sha256()
+    if not file.sha256:
+        digest = hashlib.sha1(b"blob %d\0" % size_of(path), usedforsecurity=False)
+    with path.open("rb") as reader:
+        while chunk := reader.read(CHUNK):
+            digest.update(chunk)
+            advance(len(chunk))
+    return digest.hexdigest()
+
+
+def bytes_hash(data: bytes, git: bool = False) -> str:
+    """SHA-256 of `data`, or git's blob hash of it."""
+    if git:
+        blob = b"blob %d\0" % len(data) + data
+        return hashlib.sha1(blob, usedforsecurity=False).hexdigest()
+    return hashlib.sha256(data).hexdigest()
+
+
+class Transfer:
+    """Fetches files of one repository at one commit into `folder`."""
+
+    def __init__(
+        self, repo: str, commit: str, folder: Path, patience: float, advance: Advance
+    ) -> None:
+        self.repo, self.commit, self.folder = repo, commit, folder
+        self.patience, self.advance = patience, advance
+        self.stopped = threading.Event()
+
+    def fetch(self, file: HubFile) -> None:
+        """Bring `file` to its place, with the hub's size and hash, durably.
+
+        A resumed file with a wrong hash is fetched once more from its beginning: a machine that
+        lost power may leave a partial file whose end was never written. Raises Stop when it is
+        wrong again.
+        """
+        path = self.folder / file.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = partial_for(path, file)
+        resumed = size_of(partial) > 0
+        self._fill(file, partial)
+        found = file_hash(partial, file)
+        if found != file.digest and resumed:
+            self._drop(partial)
+            self._fill(file, partial)
+            found = file_hash(partial, file)
+        if found != file.digest:
+            self._drop(partial)
+            raise Stop(
+                f"hub: {self.repo}: {file.name}", f"bytes with the hash {found[:16]}…",
+                f"{file.digest[:16]}… by the hub's list", "run the same command again; if this "
+                "stays, something on the way changes the bytes",
+            )  # fmt: skip
+        with partial.open("rb") as written:
+            fsync(written.fileno())
+        partial.replace(path)
+        fsync_folder(path.parent)
+
+    def _drop(self, partial: Path) -> None:
+        self.advance(-size_of(partial))
+        partial.unlink(missing_ok=True)
+
+    def _fill(self, file: HubFile, partial: Path) -> None:
+        """Append to `partial` until it has the file's size. Raises Stop when that cannot be."""
+        if size_of(partial) > file.size:
+            self._drop(partial)
+        partial.touch()
+        with clear_words(self.repo):
+            patiently(
+                lambda: self._stream(file, partial),
+                self.patience,
+                lambda: size_of(partial),
+                self.stopped.wait,
+            )
+
+    def _stream(self, file: HubFile, partial: Path) -> None:
+        """One request for what is missing."""
+        from huggingface_hub import constants, hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+        have = size_of(partial)
+        if have == file.size:
+            return
+        headers = build_hf_headers() | {"Accept-Encoding": "identity"}
+        if have:
+            headers["Range"] = f"bytes={have}-"
+        url = hf_hub_url(self.repo, file.name, revision=self.commit)
+        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        self._go_on()
+        with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
+            hf_raise_for_status(response)
+            if have and response.status_code != 206:  # a server that ignores Range
+                self._drop(partial)
+            with partial.open("ab") as out:
+                self._write(response, out, file)
+
+    def _write(self, response: Any, out: IO[bytes], file: HubFile) -> None:
+        position = out.tell()
+        for chunk in response.iter_bytes():
+            self._go_on()
+            chunk = chunk[: file.size - position]
+            out.write(chunk)
+            position += len(chunk)
+            self.advance(len(chunk))
+        if position < file.size:
+            raise Short(f"{file.name} ending after {position:,} of {file.size:,} bytes")
+
+    def _go_on(self) -> None:
+        if self.stopped.is_set():
+            raise Interrupted

@@ -1,0 +1,312 @@
+"""Plan and carry out a conversion: the source read once, the finished bundle written once.
+
+The work is done in a hidden sibling of the bundle, locked, that takes the bundle's name when it is
+whole. Each shard is written under a temporary name, made durable and renamed, so a run can be
+killed at any moment: the same command goes on, with the same bytes in the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from dsv4.making import low_disk, requantization
+from dsv4.making.experts import Ledger, errors_in_words, estimate, expert_pieces
+from dsv4.making.low_disk import Supply
+from dsv4.making.marks import converted_by
+from dsv4.model import configs
+from dsv4.model.opening import open_bundle
+from dsv4.model.plan import ShardPlan, Unit, plan_shards, weights_of
+from dsv4.runtime import upstream
+from dsv4.stop import Stop
+from dsv4.storage import locks
+from dsv4.storage.checkpoint import INDEX, Checkpoint, check_index
+from dsv4.storage.durable import fsync_folder, human, write_json
+from dsv4.storage.rewrite import NewShard, Piece, copy_pieces, rewrite
+from dsv4.storage.space import workplace_of
+from dsv4.weights import matrices
+from dsv4.weights.quantizer import Quantizer
+
+# --- The plan: which bytes go where -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All shards of the bundle in order, and what makes them.
+
+    `headers` is the source as far as headers tell: with --low-disk a skeleton of it.
+    """
+
+    source: Checkpoint
+    headers: Checkpoint
+    quantizer: Quantizer
+    shards: list[ShardPlan]
+
+    @property
+    def nbytes(self) -> int:
+        """The bundle's shards, in bytes."""
+        return sum(shard.size for shard in self.shards)
+
+
+def make_plan(
+    source: Checkpoint, headers: Checkpoint, quantizer: Quantizer, shard_bytes: int
+) -> Plan:
+    """The shards of a bundle of `source`. Raises Stop for a tensor that we do not know."""
+    metadata = converted_by(headers, quantizer)
+    shards = plan_shards(source.tensors, quantizer.label, metadata, shard_bytes)
+    return Plan(source, headers, quantizer, shards)
+
+
+def new_shard(shard: ShardPlan, folder: Path, plan: Plan, ledger: Ledger) -> NewShard:
+    """How a shard will be written."""
+    pieces = functools.partial(shard_pieces, shard, plan, ledger)
+    return NewShard(folder / shard.file, shard.layout.header, shard.size, pieces)
+
+
+def shard_pieces(shard: ShardPlan, plan: Plan, ledger: Ledger) -> list[Piece]:
+    """Where every byte of a shard comes from, in the order of the source."""
+    places = shard.layout.places
+    return [piece for unit in shard.units for piece in pieces_of(unit, places, plan, ledger)]
+
+
+def pieces_of(unit: Unit, places: dict[str, int], plan: Plan, ledger: Ledger) -> list[Piece]:
+    """The pieces of one unit's tensors; `places` are by name."""
+    weight, first = unit.weight, places[unit.slots[0].name]
+    parts = {slot.name.rpartition(".")[2]: places[slot.name] for slot in unit.slots}
+    if unit.treatment == "affine8":
+        return list(matrices.matrix_pieces(weight, unit.scale, parts))
+    if unit.treatment == "expert":
+        return list(expert_pieces(plan.source, unit.base, parts, plan.quantizer, ledger))
+    if unit.slots[0].dtype == weight.dtype:
+        return list(copy_pieces(weight.path, weight.offset, first, weight.nbytes))
+    return list(matrices.half_pieces(weight, first))
+
+
+# --- The workplace ------------------------------------------------------------------------------
+
+
+def is_done(folder: Path, source: Checkpoint) -> bool:
+    """True when `folder` holds this source converted; False when it is absent or empty.
+
+    Raises Stop when it holds anything else, because nothing is written over.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    if not (folder / INDEX).is_file():
+        raise Stop(
+            f"{folder}",
+            "a folder with other files",
+            "no folder, or a bundle of this source",
+            "choose another BUNDLE, or move it away",
+        )
+    bundle = open_bundle(folder)
+    wanted = set(weights_of(source.tensors))
+    if not wanted <= set(bundle.tensors):
+        check_complete(bundle, source)
+    return True
+
+
+def check_complete(bundle: Checkpoint, source: Checkpoint) -> None:
+    """Raise Stop unless the bundle has a tensor for every tensor of the source."""
+    check_index(bundle, "convert")
+    wanted = weights_of(source.tensors)
+    missing = [name for name in wanted if name not in bundle.tensors]
+    if missing:
+        raise Stop(
+            f"{bundle.folder}",
+            f"no {missing[0]} ({len(missing):,} of {len(wanted):,} tensors missing)",
+            "a tensor for every tensor of the source",
+            "delete this folder and convert again",
+        )
+
+
+@contextlib.contextmanager
+def workplace(bundle: Path) -> Iterator[Path]:
+    """The bundle's workplace, made and locked. Raises Stop when another run has it."""
+    bundle.parent.mkdir(parents=True, exist_ok=True)
+    folder = workplace_of(bundle)
+    folder.mkdir(exist_ok=True)
+    try:
+        with locks.held(folder):
+            yield folder
+    finally:
+        with contextlib.suppress(OSError):  # it is gone, or has work to go on with
+            folder.rmdir()
+
+
+def publish(folder: Path, bundle: Path) -> None:
+    """Give the finished workplace the bundle's name."""
+    locks.lock_for(folder).unlink()
+    fsync_folder(folder)
+    folder.replace(bundle)
+    fsync_folder(bundle.parent)
+
+
+def clear_strangers(folder: Path, plan: Plan) -> list[ShardPlan]:
+    """Remove what no shard of the plan is, and return the shards that are still to be made.
+
+    Raises Stop when the workplace holds finished shards of another plan: from another source, or
+    made with other settings. They may have cost hours.
+    """
+    todo = [shard for shard in plan.shards if not shard.layout.is_at(folder / shard.file)]
+    whole = {shard.file for shard in plan.shards} - {shard.file for shard in todo}
+    whole.add(locks.LOCK)
+    others = [path for path in folder.iterdir() if path.name not in whole]
+    for path in others:
+        if path.suffix == ".safetensors" and upstream.is_native(path):
+            raise Stop(
+                f"{path}", "a shard of another source or other settings",
+                "shards of this run's plan",
+                f"go on with those settings, or delete {folder}",
+            )  # fmt: skip
+    for path in others:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return todo
+
+
+# --- Carrying it out ----------------------------------------------------------------------------
+
+
+def convert(plan: Plan, bundle: Path, jobs: int, supply: Supply | None) -> str:
+    """Make the bundle, which appears whole or not at all; return what to say."""
+    start = time.perf_counter()
+    with workplace(bundle) as folder:
+        todo = clear_strangers(folder, plan)
+        check_space(folder, sum(shard.size for shard in todo))
+        if supply:
+            check_space(supply.folder, most_at_once(plan, todo, supply))
+            ledger = write_in_turn(plan, todo, folder, jobs, supply)
+        else:
+            ledger = write_shards(plan, todo, folder, jobs)
+        complete(plan, folder, jobs)
+        publish(folder, bundle)
+    return summarize(plan, todo, ledger, time.perf_counter() - start)
+
+
+def write_shards(plan: Plan, todo: list[ShardPlan], folder: Path, jobs: int) -> Ledger:
+    """Write the shards; those that a killed run left whole are not touched."""
+    ledger = Ledger()
+    shards = [new_shard(shard, folder, plan, ledger) for shard in todo]
+    total = sum(shard.size - len(shard.header) for shard in shards)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="convert", disable=None) as bar:
+        rewrite(shards, jobs, bar.update)
+    return ledger
+
+
+def write_in_turn(
+    plan: Plan, todo: list[ShardPlan], folder: Path, jobs: int, supply: Supply
+) -> Ledger:
+    """Write shard after shard, each from source shards that have just come; free what is used.
+
+    A source shard goes when every shard that needs it is durable and was compared with the source.
+    """
+    ledger = Ledger()
+    free_used(plan, todo, folder, jobs, supply)
+    total = sum(shard.size - len(shard.header) for shard in todo)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="convert", disable=None) as bar:
+        with supply.coming(sources_of(todo[:1])):
+            pass
+        for i, shard in enumerate(todo, 1):
+            with supply.coming(sources_of(todo[i : i + 1])):
+                rewrite([new_shard(shard, folder, plan, ledger)], jobs, bar.update)
+                low_disk.compare(new_shard(shard, folder, plan, Ledger()), jobs)
+            supply.keep_only(sources_of(todo[i:]))
+    return ledger
+
+
+def free_used(plan: Plan, todo: list[ShardPlan], folder: Path, jobs: int, supply: Supply) -> None:
+    """Free what a killed run had used; what it may not have compared any more is compared."""
+    for shard in plan.shards:
+        if shard not in todo and all(supply.has(name) for name in shard.sources):
+            low_disk.compare(new_shard(shard, folder, plan, Ledger()), jobs)
+    supply.keep_only(sources_of(todo))
+
+
+def sources_of(shards: list[ShardPlan]) -> set[str]:
+    """The source's shards that some of the bundle's need."""
+    return {name for shard in shards for name in shard.sources}
+
+
+def most_at_once(plan: Plan, todo: list[ShardPlan], supply: Supply) -> int:
+    """The most bytes of the source that --low-disk will add to the disk at one time."""
+    came, most = set(), 0
+    for i in range(len(todo)):
+        came |= {name for name in sources_of(todo[i : i + 2]) if not supply.has(name)}
+        most = max(most, supply.size(came))
+        came &= sources_of(todo[i + 1 :])
+    return most
+
+
+def complete(plan: Plan, folder: Path, jobs: int) -> None:
+    """Write index and configs; requantize adds the labels, and must find nothing to do.
+
+    Raises Stop when it does: then the shards are not what the plan says.
+    """
+    weight_map = {slot.name: shard.file for shard in plan.shards for slot in shard.layout.slots}
+    write_json(folder / INDEX, {"weight_map": weight_map})
+    label = plan.quantizer.label
+    write_json(folder / "config.json", configs.bundle_config(plan.source, label))
+    write_json(folder / "jang_config.json", configs.jang_config(plan.source, label))
+    made = open_bundle(folder)
+    check_complete(made, plan.source)
+    after = requantization.make_plan(
+        plan.headers, made, plan.quantizer, requantization.Part(), jobs
+    )
+    if after.todo:
+        raise Stop(f"{folder / after.todo[0]}", "a shard that requantize would change",
+                   "none", "report this as a bug")  # fmt: skip
+    requantization.complete(after)
+
+
+def check_space(folder: Path, need: int) -> None:
+    """Raise Stop when the volume lacks room for what is still to be written."""
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise Stop(f"{folder}", f"{human(free)} free", f"{human(need)}",
+                   "free space on that volume, or choose another BUNDLE")  # fmt: skip
+
+
+# --- Saying what will be done and what was ------------------------------------------------------
+
+
+def describe(plan: Plan, bundle: Path, jobs: int, supply: Supply | None) -> str:
+    """The plan for a reader: tensors by treatment, shards, bytes, an estimate of the time."""
+    folder = workplace_of(bundle)
+    todo = [shard for shard in plan.shards if not shard.layout.is_at(folder / shard.file)]
+    units = [unit for shard in plan.shards for unit in shard.units]
+    counts = Counter(unit.treatment for unit in units)
+    written = sum(shard.size for shard in todo)
+    read = sum(t.nbytes for shard in todo for unit in shard.units for t in unit.tensors)
+    first = [new_shard(shard, folder, plan, Ledger()) for shard in todo[:1]]
+    label = plan.quantizer.label
+    lines = [
+        f"tensors: {counts['expert']:,} routed experts to {label['mode']} {label['bits']} bits, "
+        f"{counts['affine8']:,} matrices to affine 8 bits, {counts['passthrough']:,} to F16 or as "
+        f"integers, {counts['control']:,} controls in F32, {counts['head']:,} head as it is",
+        f"shards: {len(todo):,} to write, {len(plan.shards):,} in the bundle",
+        f"read: {human(read)}; written: {human(written)}",
+        f"disk: {human(plan.nbytes)} for the bundle, "
+        + (f"{human(most_at_once(plan, todo, supply))} for shards of the source at one time"
+           if supply else "nothing beside it"),
+        estimate(first, written, jobs) if not supply else "time: as the network has it",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def summarize(plan: Plan, todo: list[ShardPlan], ledger: Ledger, seconds: float) -> str:
+    """One line: tensors, bytes, seconds, rate, and the experts' errors."""
+    written = sum(shard.size for shard in todo)
+    tensors = sum(len(shard.units) for shard in todo)
+    line = (
+        f"{tensors:,} tensors, {len(todo):,} of {len(plan.shards):,} shards, {human(written)} in "
+        f"{seconds:.1f} s ({written / seconds / 1e9:.2f} GB/s)"
+    )
+    return line + errors_in_words(ledger)

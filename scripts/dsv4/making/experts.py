@@ -1,0 +1,147 @@
+"""Routed experts from the FP4 source into a new shard, piece by piece."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from dsv4.model.labels import parts_of
+from dsv4.stop import Stop
+from dsv4.storage.checkpoint import Checkpoint
+from dsv4.storage.rewrite import Desk, NewShard, Piece, Target
+from dsv4.storage.shard import Slot, Tensor
+from dsv4.weights.affine import BadGroup, Tally
+from dsv4.weights.imatrix import usable
+from dsv4.weights.quantizer import Quantizer
+
+PIECE_BYTES = 2 << 20  # of packed source codes: few system calls, still near a core's own cache
+
+
+@dataclass(frozen=True)
+class QuantizePiece:
+    """Rows `first` to `last` - 1 of one expert: FP4 in, the parts that a shard holds out."""
+
+    weight: Tensor
+    scale: Tensor
+    first: int
+    last: int
+    places: dict[str, int]  # part → where its row 0 lies in the new shard
+    quantizer: Quantizer
+    ledger: Ledger
+    importance: np.ndarray | None = None  # of each column, as an imatrix has it
+
+    def _row_bytes(self) -> dict[str, int]:
+        out, half = self.weight.shape
+        parts = parts_of(self.quantizer.label, out, 2 * half)
+        return {part: Slot("", *of).nbytes // out for part, of in parts.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that it writes."""
+        row_bytes = self._row_bytes()
+        return (self.last - self.first) * sum(row_bytes[part] for part in self.places)
+
+    @property
+    def nbytes_read(self) -> int:
+        """The bytes that it reads."""
+        return (self.last - self.first) * (self.weight.shape[1] + self.scale.shape[1])
+
+    def encode(self, desk: Desk) -> tuple[dict[str, np.ndarray], Tally]:
+        """Read and quantize the rows. Raises Stop for a group without such a form."""
+        rows, half = self.last - self.first, self.weight.shape[1]
+        groups = self.scale.shape[1]
+        packed = desk.buffer("packed", rows * half)
+        exponents = desk.buffer("exponents", rows * groups)
+        desk.read(self.weight.path, self.weight.offset + self.first * half, packed)
+        desk.read(self.scale.path, self.scale.offset + self.first * groups, exponents)
+        parts = {part: desk.buffer(part, rows * n) for part, n in self._row_bytes().items()}
+        weights = self.importance
+        if weights is not None:
+            weights = usable(weights, self.weight.name)
+        try:
+            return parts, self.quantizer.encode(packed, exponents, parts, weights)
+        except BadGroup as bad:
+            row, group = divmod(bad.group, groups)
+            raise Stop(
+                f"{self.weight.path}: {self.weight.name}",
+                f"{bad.found} in row {self.first + row}, group {group}",
+                bad.expected,
+                "fetch the source again",
+            ) from bad
+
+    def write(self, target: Target, desk: Desk) -> None:
+        """Quantize the rows and write each part that this shard holds."""
+        parts, tally = self.encode(desk)
+        rows = self.last - self.first
+        for part, place in self.places.items():
+            target.write(place + self.first * (len(parts[part]) // rows), parts[part])
+        if "weight" in self.places:
+            self.ledger.add(self.weight.name, tally)
+
+
+class Ledger:
+    """The errors of the tensors quantized so far, by name."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.tallies: dict[str, Tally] = {}
+
+    def add(self, name: str, tally: Tally) -> None:
+        with self._lock:
+            self.tallies.setdefault(name, Tally()).add(tally)
+
+
+def expert_pieces(
+    source: Checkpoint, base: str, places: dict[str, int], quantizer: Quantizer, ledger: Ledger
+) -> list[Piece]:
+    """The pieces that fill the parts of one expert that a shard holds, each at its place."""
+    weight, scale = source.tensors[f"{base}.weight"], source.tensors[f"{base}.scale"]
+    out, half = weight.shape
+    rows = max(1, PIECE_BYTES // half)
+    cuts = [(row, min(row + rows, out)) for row in range(0, out, rows)]
+    importance = quantizer.importance.get(base)
+    return [
+        QuantizePiece(weight, scale, first, last, places, quantizer, ledger, importance)
+        for first, last in cuts
+    ]
+
+
+def estimate(shards: list[NewShard], written: int, jobs: int) -> str:
+    """Time from a measurement: the first pieces are read and quantized, and nothing is written."""
+    desk, seconds, done = Desk(), 0.0, 0
+    pieces = [p for shard in shards[:4] for p in shard.pieces() if isinstance(p, QuantizePiece)]
+    with contextlib.closing(desk):
+        for i, piece in enumerate(pieces[:17]):
+            start = time.perf_counter()
+            piece.encode(desk)
+            if i:  # the first one loads the kernel
+                seconds += time.perf_counter() - start
+                done += piece.nbytes
+    if not done:
+        return "time: seconds"
+    rate = done / seconds * jobs
+    return (
+        f"time: about {written / rate / 60:.1f} minutes with {jobs} jobs, at the "
+        f"{rate / 1e6:,.0f} MB/s of reading and quantizing here; a slower disk takes longer"
+    )
+
+
+def errors_in_words(ledger: Ledger) -> str:
+    """What the quantizer's own tallies say of the error, to be appended to a line."""
+    line = ""
+    if ledger.tallies:
+        errors = {name: tally.relative for name, tally in ledger.tallies.items()}
+        worst = max(errors, key=lambda name: errors[name])
+        # About 8.5% for weights of a normal distribution: that is what mx.quantize makes of FP4.
+        line += (
+            f"; relative RMS error mean {sum(errors.values()) / len(errors):.2%}, "
+            f"worst {errors[worst]:.2%} ({worst})"
+        )
+    lost = sum(tally.underflows for tally in ledger.tallies.values())
+    if lost:
+        line += f"; {lost:,} groups with a scale or bias that is 0 in F16"
+    return line

@@ -1,0 +1,280 @@
+"""Plan and carry out a requantization: which shards of a bundle change, and to what."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from dsv4.making.belonging import check_bundle, check_samples, is_copy
+from dsv4.making.experts import Ledger, errors_in_words, estimate, expert_pieces
+from dsv4.making.marks import made_by, was_made_by
+from dsv4.model import labels
+from dsv4.model.names import is_control, kind, parse_expert
+from dsv4.model.opening import expert_bases
+from dsv4.model.plan import unit_of
+from dsv4.stop import Stop
+from dsv4.storage.checkpoint import INDEX, Checkpoint, read_json
+from dsv4.storage.durable import TEMPORARY_SUFFIX, human, temporary_for, write_json
+from dsv4.storage.rewrite import NewShard, Piece, copy_pieces, rewrite
+from dsv4.storage.shard import Layout, Shard, Slot, Tensor
+from dsv4.weights.quantizer import Quantizer
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What becomes of one shard of the bundle: its new layout, and whether it has it already."""
+
+    shard: Shard
+    layout: Layout
+    kinds: dict[str, str]  # tensor → "expert", "control", "head" or "copy"
+    done: bool
+
+    @property
+    def size(self) -> int:
+        """The new shard's size in bytes."""
+        return self.layout.size
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every shard's fate, and which of them this run rewrites."""
+
+    source: Checkpoint
+    bundle: Checkpoint
+    quantizer: Quantizer
+    fates: dict[str, Fate]
+    todo: list[str]
+    jobs: int
+
+    @property
+    def work(self) -> list[Fate]:
+        """The fates of the shards that this run rewrites, in order."""
+        return [self.fates[file] for file in self.todo]
+
+    @property
+    def extra_disk(self) -> tuple[int, int]:
+        """Bytes by which the bundle grows for good, and bytes of the shards open at one time."""
+        sizes = sorted((fate.size for fate in self.work), reverse=True)
+        growth = sum(fate.size - fate.shard.size for fate in self.work)
+        return max(growth, 0), sum(sizes[: self.jobs])
+
+
+@dataclass(frozen=True)
+class Part:
+    """The `k`-th of `n` disjoint sets of shards, k from 1; 1/1 is all of them."""
+
+    k: int = 1
+    n: int = 1
+    whole: bool = True
+
+    def of(self, files: list[str]) -> list[str]:
+        """Which of the shards, sorted by name, belong to this part."""
+        return sorted(files)[self.k - 1 :: self.n]
+
+    def to_hold(self, files: list[str]) -> list[str] | None:
+        """What `locks.held` is to hold: the part's shards, None for the whole folder."""
+        return None if self.whole else self.of(files)
+
+
+def make_plan(
+    source: Checkpoint,
+    bundle: Checkpoint,
+    quantizer: Quantizer,
+    part: Part,
+    jobs: int,
+    only: frozenset[str] | None = None,
+    mark: dict[str, str] | None = None,
+) -> Plan:
+    """Decide every shard's fate. Raises Stop when bundle and source do not belong together.
+
+    only: storage names of the expert matrices that are made; the others are copied as they lie
+    (None: all are made). mark: metadata of the shards that are written (None: who made them).
+    """
+    check_bundle(source, bundle)
+    mark = made_by(source, quantizer) if mark is None else mark
+    have_biases = {n.rpartition(".")[0] for n in bundle.tensors if n.endswith(".biases")}
+    fates = {}
+    for file, shard in bundle.shards.items():
+        fates[file] = fate_of(shard, source, quantizer, have_biases, mark, only)
+    mine = part.of(list(fates))
+    todo = [file for file in mine if not fates[file].done]
+    for file in todo:
+        check_samples(source, fates[file].shard)
+    return Plan(source, bundle, quantizer, fates, todo, jobs)
+
+
+def fate_of(
+    shard: Shard,
+    source: Checkpoint,
+    quantizer: Quantizer,
+    have_biases: set[str],
+    mark: dict[str, str],
+    only: frozenset[str] | None = None,
+) -> Fate:
+    """The new layout of one shard. New `.biases` come right after the `.scales` they belong to."""
+    slots, kinds = [], {}
+    for tensor in shard.tensors.values():
+        what, new = _slots_of(tensor, source, quantizer, have_biases, only)
+        slots += new
+        kinds.update({slot.name: what for slot in new})
+    layout = Layout.of(slots, shard.metadata | {"format": "mlx"} | mark)
+    wanted = [(slot.name, slot.dtype, slot.shape) for slot in layout.slots]
+    found = [(t.name, t.dtype, t.shape) for t in shard.tensors.values()]
+    ours = was_made_by(shard, mark) and wanted == found
+    untouched = sorted(wanted) == sorted(found) and (
+        "expert" not in kinds.values() or is_copy(shard, source, quantizer)
+    )
+    return Fate(shard, layout, kinds, ours or untouched)
+
+
+def _slots_of(
+    tensor: Tensor,
+    source: Checkpoint,
+    quantizer: Quantizer,
+    have_biases: set[str],
+    only: frozenset[str] | None,
+) -> tuple[str, list[Slot]]:
+    """What one tensor of the bundle becomes: its kind, and no, one or two new tensors."""
+    base, _, part = tensor.name.rpartition(".")
+    origin = source.tensors.get(f"{base}.weight" if part != "weight" else tensor.name)
+    if parse_expert(tensor.name):
+        if only is not None and base not in only:
+            return "copy", [Slot(tensor.name, tensor.dtype, tensor.shape)]
+        slots = {slot.name: slot for slot in unit_of(origin, None, quantizer.label).slots}
+        names = [tensor.name]
+        if part == "scales" and base not in have_biases:
+            names.append(f"{base}.biases")
+        return "expert", [slots[name] for name in names if name in slots]
+    if origin is not None and kind(origin.name) == "head":
+        slots = unit_of(origin, None, quantizer.label).slots
+        return "head", [slot for slot in slots if slot.name == tensor.name]
+    origin = source.tensors.get(tensor.name)
+    if origin is not None and is_control(tensor.name) and origin.dtype == "F32":
+        return "control", [Slot(tensor.name, "F32", tensor.shape)]
+    return "copy", [Slot(tensor.name, tensor.dtype, tensor.shape)]
+
+
+def new_shard(fate: Fate, source: Checkpoint, quantizer: Quantizer, ledger: Ledger) -> NewShard:
+    """How a shard will be written."""
+    pieces = functools.partial(pieces_of, fate, source, quantizer, ledger)
+    return NewShard(fate.shard.path, fate.layout.header, fate.size, pieces)
+
+
+def pieces_of(fate: Fate, source: Checkpoint, quantizer: Quantizer, ledger: Ledger) -> list[Piece]:
+    """Where every byte of a new shard comes from: copies in file order, then the experts."""
+    pieces: list[Piece] = []
+    experts: dict[str, dict[str, int]] = {}
+    for slot in fate.layout.slots:
+        what, place = fate.kinds[slot.name], fate.layout.places[slot.name]
+        if what == "expert":
+            base, _, part = slot.name.rpartition(".")
+            experts.setdefault(base, {})[part] = place
+        else:
+            tensor = (source if what in ("control", "head") else fate.shard).tensors[slot.name]
+            pieces += copy_pieces(tensor.path, tensor.offset, place, slot.nbytes)
+    for base, places in experts.items():
+        pieces += expert_pieces(source, base, places, quantizer, ledger)
+    return pieces
+
+
+def remove_leftovers(bundle: Path, files: list[str], part: Part) -> None:
+    """Remove what killed runs left: the temporaries of this part's shards, or all of them."""
+    if part.whole:
+        leftovers = list(bundle.glob(f".*{TEMPORARY_SUFFIX}"))
+    else:
+        leftovers = [temporary_for(bundle / file) for file in part.of(files)]
+    for path in leftovers:
+        path.unlink(missing_ok=True)
+
+
+def carry_out(plan: Plan) -> Ledger:
+    """Rewrite the plan's shards. Raises Stop when they do not fit on the disk."""
+    check_space(plan)
+    ledger = Ledger()
+    shards = [new_shard(fate, plan.source, plan.quantizer, ledger) for fate in plan.work]
+    total = sum(shard.size - len(shard.header) for shard in shards)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="requantize", disable=None) as bar:
+        rewrite(shards, plan.jobs, bar.update)
+    return ledger
+
+
+def check_space(plan: Plan) -> None:
+    """Raise Stop when the volume lacks room for the growth and the shards that are open at once."""
+    need = sum(plan.extra_disk)
+    free = shutil.disk_usage(plan.bundle.folder).free
+    if need > free:
+        raise Stop(
+            f"{plan.bundle.folder}",
+            f"{human(free)} free",
+            f"{human(need)}",
+            "free space on that volume, or use fewer --jobs",
+        )
+
+
+def complete(plan: Plan) -> bool:
+    """Rebuild the index, then the labels in config.json; True when either changed."""
+    folder = plan.bundle.folder
+    changed = write_index(folder, {file: fate.layout.slots for file, fate in plan.fates.items()})
+    config = dict(plan.bundle.config)
+    config.pop("quantization_config", None)
+    config["quantization"] = labels.quantization(expert_bases(plan.source), plan.quantizer.label)
+    config[labels.RECORD] = record_of(plan.quantizer)
+    if config != plan.bundle.config:
+        changed |= write_json(folder / "config.json", config)
+    return changed
+
+
+def write_index(folder: Path, shards: Mapping[str, Iterable[Slot | Tensor]]) -> bool:
+    """Write the index of these shards' tensors; what else stands in it stays. True if it changed.
+
+    Raises Stop when an index is there that is no JSON object.
+    """
+    index = read_json(folder / INDEX) if (folder / INDEX).exists() else {}
+    tensors = {tensor.name: (file, tensor.nbytes) for file, of in shards.items() for tensor in of}
+    metadata = index.get("metadata")
+    total = sum(nbytes for _, nbytes in tensors.values())
+    index["metadata"] = (metadata if isinstance(metadata, dict) else {}) | {"total_size": total}
+    index["weight_map"] = {name: file for name, (file, _) in sorted(tensors.items())}
+    return write_json(folder / INDEX, index)
+
+
+def record_of(quantizer: Quantizer) -> dict[str, str]:
+    """What config.json says of the quantizer that made the routed experts."""
+    return {"quantizer": quantizer.name, "table": quantizer.digest}
+
+
+def describe(plan: Plan) -> str:
+    """The plan for a reader: shards, tensors by kind, bytes, disk, an estimate of the time."""
+    kinds = {"expert": 0, "control": 0, "head": 0, "copy": 0}
+    for fate in plan.work:
+        for what in fate.kinds.values():
+            kinds[what] += 1
+    growth, at_once = plan.extra_disk
+    shards = [new_shard(fate, plan.source, plan.quantizer, Ledger()) for fate in plan.work]
+    written = sum(shard.size for shard in shards)
+    read = sum(piece.nbytes_read for shard in shards for piece in shard.pieces())
+    lines = [
+        f"shards: {len(plan.todo):,} to write, {len(plan.fates):,} in the bundle",
+        f"tensors: {kinds['expert']:,} parts of routed experts from FP4, "
+        f"{kinds['control']:,} controls to F32, {kinds['head']:,} head as in the source, "
+        f"{kinds['copy']:,} copied",
+        f"read: {human(read)}; written: {human(written)}",
+        f"extra disk: {human(growth)} for good, {human(at_once)} while it runs",
+        estimate(shards, written, plan.jobs),
+    ]
+    return "\n".join(lines)
+
+
+def summarize(plan: Plan, ledger: Ledger, seconds: float) -> str:
+    """One line: tensors, bytes, seconds, rate, and the errors as the table knows them."""
+    written = sum(fate.size for fate in plan.work)
+    line = (
+        f"{len(ledger.tallies):,} tensors, {len(plan.todo):,} shards, {human(written)} in "
+        f"{seconds:.1f} s ({written / seconds / 1e9:.2f} GB/s)"
+    )
+    return line + errors_in_words(ledger)

@@ -1,0 +1,3 @@
+"""The engine of repair, and its undo: what proof finds is made right by making.
+May import: every other room.
+"""

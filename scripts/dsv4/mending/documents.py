@@ -1,0 +1,134 @@
+"""repair's other steps: the index, the tokenizer's files, and what runtimes read of JSON files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dsv4.making import metadata
+from dsv4.making.requantization import record_of
+from dsv4.making.tokenizer_files import REQUIRED, copy, wanted
+from dsv4.mending.job import NEEDS_SOURCE, Repair, faults, is_broken, set_aside, write_index
+from dsv4.mending.whole import files_of_experts, open_whole, wrong_experts
+from dsv4.model import labels
+from dsv4.model.chat import TEMPLATE
+from dsv4.model.opening import expert_bases
+from dsv4.proof.findings import Findings
+from dsv4.stop import Stop
+from dsv4.storage.checkpoint import INDEX, Checkpoint, read_json
+from dsv4.storage.durable import write_json
+from dsv4.weights.quantizer import QUANTIZERS
+
+# Faults, by how their names begin → the files that hold them, for those that patch writes.
+METADATA = {
+    "label-": ("config.json",),
+    "eos-": ("config.json", "generation_config.json"),
+    "chat-template-": ("tokenizer_config.json",),
+    "tokenizer-config-": ("tokenizer_config.json",),
+    "generation-config-": ("generation_config.json",),
+    "jang-config-": ("jang_config.json",),
+}
+FILES = {"encoding-missing", "tokenizer-missing", "tokenizer-config-broken"}
+
+
+def mend_index(repair: Repair) -> None:
+    """The index names what the shards hold."""
+    named = [finding.name for finding in faults(repair) if finding.name.startswith("index-")]
+    if named and repair.say(", ".join(named), f"rebuilt: {INDEX}"):
+        repair.backup.keep([INDEX])
+        write_index(repair)
+
+
+def mend_files(repair: Repair) -> None:
+    """Tokenizer and encoding files that are missing, empty or broken: from source or reference."""
+    named = sorted(faults(repair).names & FILES)
+    if not named:
+        return
+    origin = repair.args.reference or repair.args.source
+    if origin is None:
+        raise Stop(f"{repair.bundle}", ", ".join(named), "tokenizer and encoding files",
+                   f"{NEEDS_SOURCE}, or a bundle that has them: REFERENCE=…")  # fmt: skip
+    bad = {n for n in REQUIRED if n.endswith(".json") and is_broken(repair.bundle, n)}
+    bad |= {"tokenizer.json"} if "tokenizer-missing" in named else set()
+    names = [n for n in wanted(origin) if n in bad or size_of(repair.bundle / n) == 0]
+    if repair.say(", ".join(named), f"copied from {origin}: {', '.join(names)}"):
+        repair.backup.keep(names)
+        copy(origin, repair.bundle, names)
+
+
+def size_of(path: Path) -> int:
+    """A file's size in bytes; 0 when it is not there."""
+    return path.stat().st_size if path.is_file() else 0
+
+
+def mend_metadata(repair: Repair) -> None:
+    """Labels, stop tokens, template, group size: each JSON file in which a fault lies."""
+    found = faults(repair)
+    files = {f for name in found.names for start, of in METADATA.items() if name.startswith(start)
+             for f in of}  # fmt: skip
+    bundle = open_whole(repair.bundle)
+    makers = {
+        "config.json": lambda: config(repair, bundle),
+        "generation_config.json": lambda: metadata.generation_config(repair.bundle),
+        "tokenizer_config.json": lambda: tokenizer_config(repair, found),
+        "jang_config.json": lambda: jang_config(repair),
+    }
+    if repair.expert or recorded(bundle) != bundle.config.get(labels.RECORD):
+        files.add("config.json")
+    for name in sorted(files):
+        repair.attempt(mend_document, name, makers[name])
+
+
+def mend_document(repair: Repair, name: str, make: Callable[[], dict[str, Any]]) -> None:
+    """Write one JSON file, if that changes it."""
+    if not repair.args.dry_run:
+        set_aside(repair, [name])
+    elif is_broken(repair.bundle, name):
+        repair.say(f"{name}: no JSON object", "made anew")
+        return
+    content = make()
+    metadata.check_json(name, content)
+    changes = metadata.differences(repair.bundle, {name: content})
+    keys = [change.removeprefix(f"{name}: ") for change in changes]
+    if changes and repair.say(f"{name}: other {', '.join(keys)} than runtimes need", "set"):
+        repair.backup.keep([name])
+        write_json(repair.bundle / name, content)
+
+
+def config(repair: Repair, bundle: Checkpoint) -> dict[str, Any]:
+    """config.json with labels as the experts lie there, or as they were if some are wrong still."""
+    expert = repair.expert
+    if expert is None and not wrong_experts(bundle):
+        forms = [labels.stored_label(bundle.tensors, base) for base in expert_bases(bundle)]
+        expert = forms[0] if forms and forms.count(forms[0]) == len(forms) else None
+    content = metadata.config(bundle, expert)
+    record = record_of(QUANTIZERS["mxfp4"]()) if expert == labels.MXFP4 else None
+    record = recorded(bundle) or record
+    return {**content, labels.RECORD: record} if record else content
+
+
+def recorded(bundle: Checkpoint) -> dict[str, str] | None:
+    """config.json's record of the quantizer: as the shards' marks have it, else its own."""
+    keys = ("requantize_quantizer", "requantize_table")
+    marks = {
+        tuple(bundle.shards[file].metadata.get(key) for key in keys)
+        for file in files_of_experts(bundle)
+    }
+    if len(marks) == 1 and all(mark := marks.pop()):
+        return {"quantizer": mark[0], "table": mark[1]}
+    return bundle.config.get(labels.RECORD)
+
+
+def tokenizer_config(repair: Repair, found: Findings) -> dict[str, Any]:
+    """tokenizer_config.json with this recipe's template where the file's own is wrong."""
+    content = metadata.tokenizer_config(repair.bundle)
+    return {**content, "chat_template": TEMPLATE} if "chat-template-wrong" in found else content
+
+
+def jang_config(repair: Repair) -> dict[str, Any]:
+    """jang_config.json; what it says of its source stays."""
+    path = repair.bundle / "jang_config.json"
+    own = read_json(path) if path.is_file() else {}
+    kept = {key: own[key] for key in ("source_model", "source") if key in own}
+    return metadata.jang_config(repair.bundle, repair.args.source) | kept

@@ -1,0 +1,86 @@
+"""One run of repair: what it knows, and what its steps share."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dsv4.making import requantization
+from dsv4.mending.whole import open_whole
+from dsv4.proof import level1
+from dsv4.proof.findings import Findings
+from dsv4.proof.survey import survey
+from dsv4.stop import Stop
+from dsv4.storage.backup import Backup
+from dsv4.storage.checkpoint import INDEX, Checkpoint, read_json
+
+NEEDS_SOURCE = "name the FP4/FP8 source: make repair SOURCE=…"
+
+
+@dataclass
+class Repair:
+    """One run: the arguments, the source, the originals, and what could not be mended.
+
+    expert: the label of the experts that the shards step leaves, when it is known beforehand.
+    """
+
+    args: argparse.Namespace
+    source: Checkpoint | None
+    backup: Backup
+    left: list[str] = field(default_factory=list)
+    expert: dict[str, Any] | None = None
+    steps: int = 0
+
+    @property
+    def bundle(self) -> Path:
+        return self.args.bundle
+
+    def say(self, found: str, done: str) -> bool:
+        """Report one step; True when it is to be taken, False in a dry run."""
+        self.steps += 1
+        print(f"{found}; {'would be ' if self.args.dry_run else ''}{done}")
+        return not self.args.dry_run
+
+    def attempt(self, step: Callable[..., None], *arguments: object) -> None:
+        """Take a step; what stops it is left, and the next steps are taken all the same."""
+        try:
+            step(self, *arguments)
+        except Stop as stop:
+            self.left.append(f"{stop}")
+
+
+def faults(repair: Repair) -> Findings:
+    """What level 1 finds in the bundle as it lies there now, without the toolchain."""
+    findings = Findings()
+    bundle = survey(repair.bundle, findings)
+    if bundle is not None:
+        level1.check_headers(bundle, repair.source, findings)
+    return findings
+
+
+def write_index(repair: Repair) -> None:
+    """The index of what the shards hold now; one that is no JSON object is written anew."""
+    set_aside(repair, [INDEX])
+    shards = open_whole(repair.bundle).shards
+    requantization.write_index(repair.bundle, {f: s.tensors.values() for f, s in shards.items()})
+
+
+def set_aside(repair: Repair, names: list[str]) -> None:
+    """Remove those of the files that are no JSON object, after their originals are kept."""
+    for name in filter(functools.partial(is_broken, repair.bundle), names):
+        repair.backup.keep([name])
+        (repair.bundle / name).unlink()
+
+
+def is_broken(folder: Path, name: str) -> bool:
+    """True for a JSON document that is there and no JSON object."""
+    try:
+        if (folder / name).is_file():
+            read_json(folder / name)
+    except Stop:
+        return True
+    return False

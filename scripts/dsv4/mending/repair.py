@@ -1,0 +1,52 @@
+"""The engine of repair: its steps in order, the judgement at the end, and the undo."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dsv4.making.requantization import Part, remove_leftovers
+from dsv4.mending.documents import mend_files, mend_index, mend_metadata
+from dsv4.mending.job import Repair
+from dsv4.mending.shards import mend_shards
+from dsv4.proof import examination
+from dsv4.storage import locks
+from dsv4.storage.backup import FOLDER, Backup
+from dsv4.storage.durable import human
+
+# Of the toolchain, not of the bundle: named, but nothing that is left to repair.
+TOOLCHAIN = {"loader-unpatched", "loader-unknown", "loader-not-checked"}
+
+
+def mend(repair: Repair) -> None:
+    """All steps, in the order in which one needs the other."""
+    for step in (mend_shards, mend_index, mend_files, mend_metadata):
+        repair.attempt(step)
+    if not repair.steps and not repair.left:
+        print("nothing to repair")
+    names = repair.backup.originals
+    if names:
+        print(f"originals of {len(names)} files in {repair.backup.folder}, which take "
+              f"{human(repair.backup.nbytes)}: make unrepair puts them back")  # fmt: skip
+
+
+def undo(bundle: Path) -> int:
+    """Put every original back."""
+    if not (bundle / FOLDER).is_dir():
+        print(f"{bundle}: not repaired, nothing to undo")
+        return 0
+    with locks.held(bundle):
+        remove_leftovers(bundle, [], Part())
+        back, removed = Backup(bundle).undo()
+    print(f"{bundle}: {back} files put back, {removed} that repair made removed")
+    return 0
+
+
+def judge(repair: Repair) -> list[str]:
+    """verify's level 1 on the result, printed; the names of what is still wrong with the bundle."""
+    args = argparse.Namespace(**vars(repair.args), level=1)
+    done = examination.examine(args)
+    print(examination.describe(args, done))
+    examination.print_findings(done.findings)
+    names = [f.name for f in done.findings.errors if f.name not in TOOLCHAIN]
+    return names if done.first else names or ["nothing-checked"]

@@ -1,0 +1,118 @@
+"""repair's first step: wrong experts, rounded controls and a quantized head, from the source."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from typing import Any
+
+from dsv4.making import marks, requantization
+from dsv4.mending.job import NEEDS_SOURCE, Repair, write_index
+from dsv4.mending.whole import has_quantized_head, open_whole, parts_of, rounded, wrong_experts
+from dsv4.model import labels
+from dsv4.model.opening import expert_bases
+from dsv4.stop import Stop
+from dsv4.storage.checkpoint import INDEX, Checkpoint
+from dsv4.storage.durable import human
+from dsv4.weights.quantizer import Quantizer, chosen
+
+
+def mend_shards(repair: Repair) -> None:
+    """Wrong experts, rounded controls and a quantized head are made again, from the source."""
+    bundle, begun = open_whole(repair.bundle), repair.backup.unfinished
+    wrong = wrong_experts(bundle)
+    as_fp4 = repair.args.quantizer == "mxfp4" and repair.source is None and not begun
+    if as_fp4 and wrong and all_fp4(bundle):
+        found = f"{len(wrong):,} expert matrices of FP4 bytes (stock-experts)"
+        repair.say(found, "labelled mxfp4; not compared with the source")
+        repair.expert, wrong = labels.MXFP4, {}
+    wrong |= dict.fromkeys(begun.get("experts", ()), "unfinished")
+    controls, head = rounded(bundle), has_quantized_head(bundle)
+    found = [f"{n:,} expert matrices ({fault})" for fault, n in Counter(wrong.values()).items()]
+    found += [f"{len(controls):,} controls not in F32 (controls-rounded)"] if controls else []
+    if repair.source is None and (found or begun):
+        raise Stop(f"{repair.bundle}", ", ".join(found) or "an unfinished repair",
+                   "experts and F32 controls made of the source", NEEDS_SOURCE)  # fmt: skip
+    if repair.source is not None and (found or head or begun):
+        found += ["an 8-bit head, which mlx-vlm refuses"] if head else []
+        from_source(repair, bundle, wrong, ", ".join(found) or "an unfinished repair")
+
+
+def all_fp4(bundle: Checkpoint) -> bool:
+    """True when every routed expert is stored as FP4 codes and their exponents."""
+    return all(labels.stored_label(bundle.tensors, b) == labels.MXFP4 for b in expert_bases(bundle))
+
+
+def from_source(repair: Repair, bundle: Checkpoint, wrong: dict[str, str], found: str) -> None:
+    """Rewrite the shards that need it. Raises Stop when source and bundle do not fit."""
+    quantizer = chosen(repair.args, repair.source)
+    made = marks.made_by(repair.source, quantizer)
+    begun = repair.backup.unfinished.get("mark", made)
+    if begun != made:
+        raise Stop(f"{repair.backup.folder}", f"a repair begun with {shown(begun)}", shown(made),
+                   "go on with those, or make unrepair")  # fmt: skip
+    mark = made if marks_all(bundle, wrong, quantizer, made) else {}
+    plan = requantization.make_plan(
+        repair.source,
+        bundle,
+        quantizer,
+        requantization.Part(),
+        repair.args.jobs,
+        frozenset(wrong),
+        mark,
+    )
+    size = sum(fate.size for fate in plan.work)
+    how = f"made again from the source ({quantizer.name}): {len(plan.todo)} of {len(plan.fates)} "
+    if repair.say(found, f"{how}shards, {human(size)}"):
+        rewrite(repair, plan, {"experts": sorted(wrong), "mark": made}, size)
+    repair.expert = quantizer.label if wrong else None
+
+
+def marks_all(
+    bundle: Checkpoint, wrong: dict[str, str], quantizer: Quantizer, made: dict[str, str]
+) -> bool:
+    """May the new shards say who made their experts? Only when that is true of every shard.
+
+    Raises Stop when right experts, which stay, are stored in another way than the new ones.
+    """
+    if not wrong:
+        return False
+    kept = [base for base in expert_bases(bundle) if base not in wrong]
+    shards = {t.path.name for base in kept for t in parts_of(bundle, base).values()}
+    marked = [bundle.shards[file] for file in sorted(shards) if was_requantized(bundle, file)]
+    other = next((s.metadata for s in marked if not marks.was_made_by(s, made)), None)
+    if other is not None:
+        name = shown(other)
+    elif odd := [b for b in kept if labels.stored_label(bundle.tensors, b) != quantizer.label]:
+        name = f"{labels.stored_label(bundle.tensors, odd[0])}"
+    else:
+        return len(marked) == len(shards)
+    raise Stop(f"{bundle.folder}", f"{len(kept):,} right expert matrices of {name}",
+               f"the form of {shown(made)}",
+               "set QUANTIZER to theirs, or make requantize to make every expert")  # fmt: skip
+
+
+def was_requantized(bundle: Checkpoint, file: str) -> bool:
+    return "requantize_quantizer" in bundle.shards[file].metadata
+
+
+def shown(mark: dict[str, str]) -> str:
+    """A mark for a reader."""
+    name, table = mark.get("requantize_quantizer"), mark.get("requantize_table", "")
+    return (
+        f"QUANTIZER={name} (table {table[:8]}) and source {mark.get('requantize_source', '')[:8]}"
+    )
+
+
+def rewrite(repair: Repair, plan: requantization.Plan, work: dict[str, Any], size: int) -> None:
+    """Keep the originals, write the new shards, then the index. Raises Stop without the room."""
+    free = shutil.disk_usage(repair.bundle).free
+    if size > free:
+        raise Stop(f"{repair.bundle}", f"{human(free)} free", f"{human(size)}",
+                   "free space on that volume, where the originals stay too")  # fmt: skip
+    if plan.todo:
+        repair.backup.begin(work)
+        repair.backup.keep([*plan.todo, INDEX])
+        requantization.carry_out(plan)
+        write_index(repair)
+        repair.backup.finish()

@@ -1,0 +1,118 @@
+"""config.json and jang_config.json of a bundle that was converted natively.
+
+They state what upstream's converter states (jang_tools.dsv4.convert_dsv4_jangtq, convert, 2.5.9),
+because its runtimes look for these keys; only `source_model` differs, where upstream writes a path
+of the machine that converted.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dsv4.model.chat import BOS, EOS
+from dsv4.model.names import GROUP
+from dsv4.storage.checkpoint import Checkpoint
+
+SEED = 42  # of a codebook that this format does not use; runtimes expect the key
+RECORD = ".download.json"
+
+
+def profile(label: dict[str, Any]) -> str:
+    """Upstream's name for the experts' width: `JANG_4L` for 4 bits."""
+    return f"JANG_{label['bits']}L"
+
+
+def bundle_config(source: Checkpoint, label: dict[str, Any]) -> dict[str, Any]:
+    """The source's config.json without its own quantization; requantize adds the bundle's."""
+    config = {k: v for k, v in source.config.items() if k != "quantization_config"}
+    config["_name_or_path"] = f"DSV4-Flash-{profile(label)}"
+    config["routed_expert_bits"] = label["bits"]
+    config["group_size"] = GROUP
+    config["mxtq_seed"] = SEED
+    config.setdefault("rope_parameters", rope_parameters(config))
+    return config
+
+
+def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
+    """`rope_scaling` and `rope_theta` as newer transformers want them: together, in floats."""
+    scaling = config.get("rope_scaling")
+    rope = dict(scaling) if isinstance(scaling, dict) else {"rope_type": "default"}
+    old_type = rope.pop("type", "yarn")
+    rope.setdefault("rope_type", old_type)
+    rope.setdefault("rope_theta", config.get("rope_theta", 10000))
+    for key in ("factor", "beta_fast", "beta_slow", "rope_theta"):
+        if isinstance(rope.get(key), int):
+            rope[key] = float(rope[key])
+    return rope
+
+
+def source_name(folder: Path) -> str:
+    """REPO@COMMIT of a source that came through download, else the folder's name."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        return f"{record['repo']}@{record['commit']}"
+    except (OSError, ValueError, TypeError, KeyError):
+        return folder.resolve().name
+
+
+def jang_config(source: Checkpoint, label: dict[str, Any]) -> dict[str, Any]:
+    """What jang's loaders read of a bundle: widths by role, and how the model is talked to."""
+    config = source.config
+    return {
+        "weight_format": label["mode"],  # vMLX 1.6.81 refuses names that it does not know
+        "profile": profile(label),
+        "mxtq_seed": SEED,
+        "source_model": source_name(source.folder),
+        "source_config": {
+            "n_routed_experts": config.get("n_routed_experts"),
+            "num_hidden_layers": config.get("num_hidden_layers"),
+            "n_hash_layers": config.get("num_hash_layers"),
+        },
+        "mxtq_bits": {
+            "routed_expert": label["bits"],
+            **dict.fromkeys(("attention", "shared_expert", "embed_tokens", "lm_head"), 8),
+            "norms_router_hc": 16,
+        },
+        "model_family": "deepseek_v4",
+        "chat": chat(config),
+    }
+
+
+def chat(config: dict[str, Any]) -> dict[str, Any]:
+    """How DeepSeek-V4 is talked to, after encoding/encoding_dsv4.py in the source."""
+    return {
+        "encoder": "encoding_dsv4",
+        "encoder_fn": "encode_messages",
+        "chat_template_source": "builtin_encoding_module",
+        "has_tokenizer_chat_template": False,
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "bos_token_id": config.get("bos_token_id", 0),
+        "eos_token_id": config.get("eos_token_id", 1),
+        "role_tokens": {
+            "user": "<｜User｜>",
+            "assistant": "<｜Assistant｜>",
+            "latest_reminder": "<｜latest_reminder｜>",
+        },
+        "reasoning": {
+            "supported": True,
+            "modes": ["chat", "thinking"],
+            "default_mode": "chat",
+            "thinking_start": "<think>",
+            "thinking_end": "</think>",
+            "reasoning_effort_levels": ["max", "high", None],
+            "drop_earlier_reasoning": True,
+        },
+        "tool_calling": {
+            "supported": True,
+            "parser": "dsml",
+            "dsml_token": "｜DSML｜",
+            "tool_calls_block": "tool_calls",
+            "invoke_block": "invoke",
+            "parameter_block": "parameter",
+            "tool_output_tag": "tool_result",
+        },
+        "sampling_defaults": {"temperature": 0.6, "top_p": 0.95, "max_new_tokens": 300},
+    }

@@ -1,0 +1,131 @@
+"""The names of DeepSeek-V4: what a tensor is, and what a runtime calls it.
+
+Storage names lie on disk, in the source and in the bundle: `layers.0.ffn.experts.7.w1`. Module
+paths are what a runtime's `sanitize` makes of them: `model.layers.0.mlp.switch_mlp.gate_proj`.
+Upstream's first bug is a confusion of the two, so no other module spells them out.
+"""
+
+from __future__ import annotations
+
+import re
+
+GROUP = 32  # columns that share a scale, in the source's FP4 and in every label of a bundle
+BLOCK = 128  # rows and columns that share one in the source's FP8
+
+# w1 = gate_proj, w3 = up_proj (width, hidden); w2 = down_proj (hidden, width).
+PROJECTION = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+
+# Which source tensor gets which treatment (`kind` says what each means). Read from the top; a name
+# that no line matches is unknown. B stands for a block's prefix: layers.N. or mtp.M.
+_TABLE = (
+    # routed experts, FP4
+    (r"B ffn.experts.\d+.w[123].weight", "expert"),
+    # F32: they steer routing and residual mixing
+    (r"(B )?hc_\w+", "control"),
+    (r"B attn.attn_sink", "control"),
+    (r"B ffn.gate.bias", "control"),
+    # norms; router; compressor positions; the table of the hash-routed layers
+    (r"norm.weight", "passthrough"),
+    (r"B (attn_norm|ffn_norm|norm|enorm|hnorm|main_norm).weight", "passthrough"),
+    (r"B attn.(q_norm|kv_norm).weight", "passthrough"),
+    (r"B attn.(indexer.)?compressor.(norm.weight|ape)", "passthrough"),
+    (r"B ffn.gate.(weight|tid2eid)", "passthrough"),
+    # kept as the source has it, 1.06 GB for Flash instead of 0.6: mlx-vlm has no quantized head
+    (r"head.weight", "head"),
+    # matrices, FP8 or BF16
+    (r"embed.weight", "affine8"),
+    (r"B attn.(wq_a|wq_b|wkv|wo_a|wo_b).weight", "affine8"),
+    (r"B attn.(indexer.)?compressor.(wkv|wgate).weight", "affine8"),
+    (r"B attn.indexer.(wq_b|weights_proj).weight", "affine8"),
+    (r"B ffn.shared_experts.w[123].weight", "affine8"),
+    # MTP's own: of the first release, and of -0731
+    (r"mtp.\d+.(e_proj|h_proj|main_proj).weight", "affine8"),
+    (r"mtp.\d+.(markov_head.markov_w[12]|confidence_head.proj).weight", "affine8"),
+)
+TREATMENTS = tuple(
+    (re.compile(line.replace(".", r"\.").replace("B ", r"(layers|mtp)\.\d+\.")), treatment)
+    for line, treatment in _TABLE
+)
+
+_EXPERT = re.compile(r"(layers|mtp)\.(\d+)\.ffn\.experts\.(\d+)\.(w[123])\.(\w+)")
+_CONTROL = re.compile(
+    r"(?:(?:layers|mtp)\.\d+\.)?"
+    r"(?:hc_\w+|attn\.attn_sink|ffn\.gate\.bias)"
+)
+
+
+def parse_expert(name: str) -> tuple[str, int, int, str, str] | None:
+    """Split a routed expert's storage name into (block, layer, expert, matrix, part), else None.
+
+    >>> parse_expert("mtp.0.ffn.experts.7.w2.scale")
+    ('mtp', 0, 7, 'w2', 'scale')
+    """
+    match = _EXPERT.fullmatch(name)
+    if match is None:
+        return None
+    block, layer, expert, matrix, part = match.groups()
+    return block, int(layer), int(expert), matrix, part
+
+
+def expert_base(block: str, layer: int, expert: int, matrix: str) -> str:
+    """Storage name of a routed expert's matrix, without the part (`.weight`, `.scale`, …)."""
+    return f"{block}.{layer}.ffn.experts.{expert}.{matrix}"
+
+
+def is_control(name: str) -> bool:
+    """True for the F32 control tensors: `hc_*`, `attn_sink`, `ffn.gate.bias`, in every block.
+
+    They steer routing and residual mixing; upstream's converter rounds them to F16, and vMLX 1.6.81
+    refuses such a bundle.
+    """
+    return _CONTROL.fullmatch(name) is not None
+
+
+def switch_paths(layer: int, matrix: str) -> tuple[str, str]:
+    """Module paths of the stacked experts of one layer: (mlx_lm and vMLX, mlx-vlm)."""
+    projection = PROJECTION[matrix]
+    return (
+        f"model.layers.{layer}.mlp.switch_mlp.{projection}",
+        f"language_model.model.layers.{layer}.ffn.switch_mlp.{projection}",
+    )
+
+
+def treatment(name: str) -> str | None:
+    """What `kind` says, from the table above; None for a name that it does not have.
+
+    >>> treatment("mtp.0.e_proj.scale"), treatment("layers.0.attn.unheard_of.weight")
+    ('scale', None)
+    """
+    weight = name.removesuffix(".scale") + ".weight" if name.endswith(".scale") else name
+    found = next((what for pattern, what in TREATMENTS if pattern.fullmatch(weight)), None)
+    if weight != name:
+        return "scale" if found in ("expert", "affine8", "head") else None
+    return found
+
+
+def kind(name: str) -> str:
+    """What a bundle makes of the source tensor `name`.
+
+    'scale'        belongs to the weight beside it, has no counterpart of its own
+    'expert'       routed expert: 4-bit affine, group 32
+    'control'      F32, as in the source
+    'passthrough'  norms, router weight, compressor positions: F16; the hash table: its integers
+    'head'         as in the source; upstream makes 8-bit affine of it, which other bundles have
+    'affine8'      every other weight: 8-bit affine, group 32
+
+    'passthrough' and 'affine8' are upstream's choice (jang_tools.dsv4.convert_dsv4_jangtq,
+    classify, 2.5.9). For a name that the table does not have, this says what upstream's converter
+    would make of it; ours stops there.
+    """
+    found = treatment(name)
+    if found:
+        return found
+    if name.endswith(".scale"):
+        return "scale"
+    if parse_expert(name):
+        return "expert"
+    if is_control(name):
+        return "control"
+    if "norm" in name or name.endswith((".ape", ".tid2eid", ".gate.weight", ".bias")):
+        return "passthrough"
+    return "affine8" if name.endswith(".weight") else "passthrough"

@@ -1,0 +1,193 @@
+"""Open a source or a bundle of DeepSeek-V4 and hold it against what its config.json calls for.
+
+Opening one reads JSON and headers only (seconds for 180 GB) and checks that index and shards agree,
+so that everything after it can trust a name to lead to its bytes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dsv4.model.labels import EXPERT, MXFP4, RECORD, recorded_quantizer, stored_label
+from dsv4.model.names import GROUP, expert_base, parse_expert
+from dsv4.stop import Stop
+from dsv4.storage.checkpoint import (
+    Checkpoint,
+    check_index,
+    check_strangers,
+    open_shards,
+    read_index,
+    read_json,
+)
+from dsv4.storage.shard import Tensor
+
+MODEL_TYPE = "deepseek_v4"
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read config.json. Raises Stop unless its model_type is deepseek_v4."""
+    if not folder.is_dir():
+        raise Stop(f"{folder}", "no such folder", "a checkpoint", "check SOURCE and BUNDLE")
+    config = read_json(folder / "config.json")
+    if config.get("model_type") != MODEL_TYPE:
+        raise Stop(
+            f"{folder / 'config.json'}",
+            f"model_type {config.get('model_type')!r}",
+            f"{MODEL_TYPE!r}",
+            "this recipe knows no other model",
+        )
+    return config
+
+
+def count(config: dict[str, Any], key: str, folder: Path) -> int:
+    """A count from config.json. Raises Stop when it is missing or no whole number."""
+    value = config.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise Stop(
+            f"{folder / 'config.json'}: {key}", repr(value), "a whole number", "restore config.json"
+        )
+    return value
+
+
+def open_source(folder: Path) -> Checkpoint:
+    """Open the FP4/FP8 source and check it whole: index ↔ shards, weight ↔ scale, every expert.
+
+    Raises Stop for a missing shard, a tensor that index or shard lacks, a shard that the index does
+    not know (upstream's converter would read it), a missing expert, weight or scale.
+    """
+    config = read_config(folder)
+    weight_map = read_index(folder)
+    shards = open_shards(folder, set(weight_map.values()))
+    source = Checkpoint(folder, config, weight_map, shards)
+    check_index(source, "download")
+    check_strangers(source, "move it away: the converter reads every shard that it finds")
+    _check_scales(source)
+    check_experts(source, ("weight", "scale"))
+    return source
+
+
+def open_bundle(folder: Path) -> Checkpoint:
+    """Open a bundle: every shard that its index names; index and shards may still disagree.
+
+    A requantization that was killed leaves new keys in shards that the index does not name yet.
+    """
+    config = read_config(folder)
+    weight_map = read_index(folder)
+    return Checkpoint(folder, config, weight_map, open_shards(folder, set(weight_map.values())))
+
+
+def _check_scales(source: Checkpoint) -> None:
+    """Every FP4 and FP8 weight needs its `.scale`, every `.scale` its weight."""
+    tensors = source.tensors
+    for name, tensor in tensors.items():
+        base, _, part = name.rpartition(".")
+        quantized = part == "weight" and tensor.dtype in ("I8", "F8_E4M3")
+        partner = f"{base}.scale" if quantized else f"{base}.weight"
+        if (quantized or part == "scale") and partner not in tensors:
+            raise Stop(
+                f"{source.folder}: {name}",
+                f"no {partner}",
+                "a weight and its scale",
+                "fetch the source again",
+            )
+
+
+def expert_bases(checkpoint: Checkpoint) -> list[str]:
+    """Storage names of all routed-expert matrices that config.json and the tensors call for.
+
+    Main layers: num_hidden_layers × n_routed_experts × 3. MTP layers: as many as config.json's
+    num_nextn_predict_layers or the tensors' own names say, whichever is more.
+    """
+    config, folder = checkpoint.config, checkpoint.folder
+    experts = count(config, "n_routed_experts", folder)
+    layers = {"layers": count(config, "num_hidden_layers", folder), "mtp": 0}
+    if "num_nextn_predict_layers" in config:
+        layers["mtp"] = count(config, "num_nextn_predict_layers", folder)
+    for name in checkpoint.tensors:
+        parsed = parse_expert(name)
+        if parsed and parsed[0] == "mtp":
+            layers["mtp"] = max(layers["mtp"], parsed[1] + 1)
+    return [
+        expert_base(block, layer, expert, matrix)
+        for block, n in layers.items()
+        for layer in range(n)
+        for expert in range(experts)
+        for matrix in ("w1", "w2", "w3")
+    ]
+
+
+def check_experts(checkpoint: Checkpoint, parts: tuple[str, ...]) -> None:
+    """Raise Stop when a routed expert lacks one of `parts`, or when one is there that should not.
+
+    For parts ("weight", "scale") dtypes and shapes of the FP4 source are checked too.
+    """
+    bases = expert_bases(checkpoint)
+    tensors = checkpoint.tensors
+    expected = {f"{base}.{part}" for base in bases for part in parts}
+    missing = [name for name in sorted(expected) if name not in tensors]
+    if missing:
+        raise Stop(
+            f"{checkpoint.folder}",
+            f"no {missing[0]} ({len(missing):,} tensors missing)",
+            f"{len(expected):,} routed-expert tensors",
+            "fetch or rebuild it",
+        )
+    known = set(bases)
+    extra = [n for n in tensors if parse_expert(n) and n.rpartition(".")[0] not in known]
+    if extra:
+        raise Stop(
+            f"{checkpoint.folder}: {extra[0]}",
+            "an expert beyond config.json's counts",
+            f"{len(bases):,} matrices",
+            "restore config.json",
+        )
+    if parts == ("weight", "scale"):
+        for base in bases:
+            _check_fp4(checkpoint.folder, tensors[f"{base}.weight"], tensors[f"{base}.scale"])
+
+
+def _check_fp4(folder: Path, weight: Tensor, scale: Tensor) -> None:
+    if weight.dtype != "I8" or len(weight.shape) != 2:
+        raise Stop(
+            f"{folder}: {weight.name}",
+            f"{weight.dtype} {list(weight.shape)}",
+            "I8 (out, in/2): FP4 codes",
+            "use the FP4 release",
+        )
+    out, half = weight.shape
+    expected = (out, half * 2 // GROUP)
+    if scale.dtype not in ("F8_E8M0", "U8") or scale.shape != expected or half * 2 % GROUP:
+        raise Stop(
+            f"{folder}: {scale.name}",
+            f"{scale.dtype} {list(scale.shape)}",
+            f"F8_E8M0 {list(expected)}",
+            "fetch the source again",
+        )
+
+
+def expert_label(bundle: Checkpoint) -> dict[str, Any]:
+    """The one label that all routed experts of the bundle are stored by.
+
+    Raises Stop when one of them fits no label or another one, and for FP4 bytes in a bundle that
+    was not made with the quantizer mxfp4: those are a stock bundle's, and still to be requantized.
+    """
+    bases = expert_bases(bundle)
+    found = {base: stored_label(bundle.tensors, base) for base in bases}
+    first = found[bases[0]] if bases else None
+    odd = next((base for base in bases if found[base] is None or found[base] != first), None)
+    if first is None or odd is not None:
+        raise Stop(
+            f"{bundle.folder}: {odd or 'routed experts'}",
+            "no affine triple" if odd is None or found[odd] is None else f"{found[odd]}",
+            f"{first or EXPERT} for every expert",
+            "run requantize",
+        )
+    if first == MXFP4 and recorded_quantizer(bundle.config) != "mxfp4":
+        raise Stop(
+            f"{bundle.folder}: {bases[0]}",
+            f"FP4 bytes, and no {RECORD}.quantizer mxfp4 in config.json",
+            "what requantize makes of them",
+            "run requantize",
+        )
+    return first

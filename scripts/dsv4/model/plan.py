@@ -1,0 +1,185 @@
+"""What a bundle makes of its source: the one place that knows it.
+
+For every tensor of the source the plan says which tensors of the bundle it becomes, their names,
+dtypes and shapes, and what is done to it; and in which shards they come to lie. It needs headers
+only, those that a hub answers too. So what `make check` promises, what a dry run shows, what the
+stages write and what verify expects are the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dsv4.model.labels import DEFAULT, parts_of
+from dsv4.model.names import BLOCK, GROUP, kind, treatment
+from dsv4.stop import Stop
+from dsv4.storage.shard import FLOATS, Layout, Slot, Tensor
+
+SHARD_BYTES = 5_000_000_000  # the largest shard, unless another size is asked for
+ENTRY_BYTES = 110  # what a tensor takes in a header at most, beside its name
+TABLE = "scripts/dsv4/model/names.py"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A weight of the source with its scale, and the tensors that it becomes, in one shard."""
+
+    treatment: str
+    weight: Tensor
+    scale: Tensor | None
+    slots: tuple[Slot, ...]
+
+    @property
+    def base(self) -> str:
+        """Its storage name without the part."""
+        return self.weight.name.removesuffix(".weight")
+
+    @property
+    def room(self) -> int:
+        """The bytes that it takes in a shard, at most, with its entries in the header."""
+        return sum(slot.nbytes + len(slot.name) + ENTRY_BYTES for slot in self.slots)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What is read for it."""
+        return [self.weight] + ([self.scale] if self.scale else [])
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One shard of the bundle: its file, what goes into it, and where each tensor lies."""
+
+    file: str
+    units: list[Unit]
+    layout: Layout
+
+    @property
+    def size(self) -> int:
+        """Its size in bytes."""
+        return self.layout.size
+
+    @property
+    def sources(self) -> set[str]:
+        """The source's shards that it needs."""
+        return {tensor.path.name for unit in self.units for tensor in unit.tensors}
+
+
+def unit_of(weight: Tensor, scale: Tensor | None, expert: dict[str, Any]) -> Unit:
+    """What becomes of one weight; `expert` is the label that routed experts are stored by.
+
+    Raises Stop for a name, dtype or shape that has no treatment.
+    """
+    what = known_treatment(weight)
+    base = weight.name.removesuffix(".weight")
+    if what == "expert":
+        out, half = weight.shape
+        parts = parts_of(expert, out, 2 * half)
+    elif what == "affine8":
+        check_matrix(weight, scale)
+        parts = parts_of(DEFAULT, *weight.shape)
+    else:
+        dtype = weight.dtype if what == "head" else plain_dtype(weight, what)
+        return Unit(what, weight, None, (Slot(weight.name, dtype, weight.shape),))
+    slots = tuple(Slot(f"{base}.{part}", *of) for part, of in parts.items())
+    return Unit(what, weight, scale, slots)
+
+
+def known_treatment(tensor: Tensor) -> str:
+    """What the table of names says of a tensor. Raises Stop for a name that it does not have."""
+    what = treatment(tensor.name)
+    if what is None:
+        raise Stop(
+            f"{tensor.path}: {tensor.name}", "a name that this recipe does not know",
+            "the names of DeepSeek-V4",
+            f"teach it to the table in {TABLE}, or use CONVERTER=jang",
+        )  # fmt: skip
+    return what
+
+
+def check_matrix(weight: Tensor, scale: Tensor | None) -> None:
+    """Raise Stop unless the matrix, and its scale when it is FP8, are of a form that we decode."""
+    where, shape = f"{weight.path}: {weight.name}", list(weight.shape)
+    if weight.dtype not in ("F8_E4M3", *FLOATS):
+        raise Stop(where, weight.dtype, f"F8_E4M3 or one of {', '.join(FLOATS)}", "see the README")
+    if len(shape) != 2 or shape[1] % GROUP or not shape[1]:
+        todo = "this recipe quantizes rows of whole groups only"
+        raise Stop(where, f"shape {shape}", f"two axes, columns in groups of {GROUP}", todo)
+    if weight.dtype != "F8_E4M3":
+        return
+    expected = tuple(-(-n // BLOCK) for n in weight.shape)
+    if scale is None or scale.dtype not in ("F8_E8M0", "U8") or scale.shape != expected:
+        found = "no scale" if scale is None else f"a scale {scale.dtype} {list(scale.shape)}"
+        raise Stop(where, found, f"F8_E8M0 {list(expected)}", "fetch the source again")
+
+
+def plain_dtype(tensor: Tensor, what: str) -> str:
+    """The dtype of a tensor that is not quantized. Raises Stop for an 8-bit float, say."""
+    if tensor.dtype in FLOATS:
+        return "F32" if what == "control" and tensor.dtype == "F32" else "F16"
+    if tensor.dtype[0] in "IU" and what == "passthrough":
+        return tensor.dtype
+    raise Stop(
+        f"{tensor.path}: {tensor.name}", tensor.dtype, f"one of {', '.join(FLOATS)}",
+        "fetch the source again",
+    )  # fmt: skip
+
+
+def units_of(tensors: Mapping[str, Tensor], expert: dict[str, Any]) -> list[Unit]:
+    """A unit for each weight, in the order in which the source has them. Raises as `unit_of`."""
+    ordered = sorted(tensors.values(), key=lambda t: (t.path.name, t.offset, t.name))
+    units = []
+    for tensor in ordered:
+        if known_treatment(tensor) != "scale":
+            scale = tensors.get(tensor.name.removesuffix(".weight") + ".scale")
+            units.append(unit_of(tensor, scale, expert))
+    return units
+
+
+def plan_shards(
+    tensors: Mapping[str, Tensor],
+    expert: dict[str, Any],
+    metadata: dict[str, str],
+    shard_bytes: int = SHARD_BYTES,
+) -> list[ShardPlan]:
+    """The bundle's shards, of at most `shard_bytes` each, from the source's tensors by name.
+
+    A unit that is larger than that has a shard to itself. Raises Stop as `unit_of` does.
+    """
+    groups: list[list[Unit]] = []
+    room = 0
+    for unit in units_of(tensors, expert):
+        if not groups or room + unit.room > shard_bytes:
+            groups.append([])
+            room = len(str(metadata)) + ENTRY_BYTES
+        groups[-1].append(unit)
+        room += unit.room
+    return [
+        ShardPlan(
+            f"model-{i:05d}-of-{len(groups):05d}.safetensors",
+            group,
+            Layout.of((slot for unit in group for slot in unit.slots), metadata),
+        )
+        for i, group in enumerate(groups, 1)
+    ]
+
+
+def weights_of(names: Iterable[str]) -> list[str]:
+    """Those of the source's names that have a counterpart of their own: all but the scales."""
+    return [name for name in names if kind(name) != "scale"]
+
+
+def bundle_keys(name: str, expert: dict[str, Any]) -> tuple[str, ...]:
+    """The tensors of a finished bundle that hold the source tensor `name`.
+
+    >>> bundle_keys("head.weight", DEFAULT), bundle_keys("embed.weight", DEFAULT)
+    (('head.weight',), ('embed.weight', 'embed.scales', 'embed.biases'))
+    """
+    what = kind(name)
+    if what == "scale":
+        return ()
+    if what not in ("expert", "affine8"):
+        return (name,)
+    parts = parts_of(expert if what == "expert" else DEFAULT, 1, GROUP)
+    return tuple(f"{name.removesuffix('.weight')}.{part}" for part in parts)

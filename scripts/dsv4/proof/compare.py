@@ -1,0 +1,396 @@
+"""Level 2: one tensor of the bundle against the source.
+
+What a tensor is compared with depends on what it is:
+
+| tensor             | compared with                                                           |
+|--------------------|-------------------------------------------------------------------------|
+| routed expert      | FP4 source: its quantizer's own bytes, and bounds (certificate.py says  |
+|                    | where equal bytes are enough)                                           |
+| 8-bit module       | FP8 or BF16 source: bounds, and MLX's formula                           |
+| control, integers  | the source's bytes                                                      |
+| norms, router, ape | the source rounded to the dtype that the bundle has them in (F16)       |
+"""
+
+from __future__ import annotations
+
+import zlib
+from itertools import pairwise
+
+import numpy as np
+
+from dsv4.model.names import GROUP, parse_expert
+from dsv4.proof import kernels
+from dsv4.proof.certificate import certify, zeros
+from dsv4.proof.headers import quantizer_of
+from dsv4.proof.promises import Promise, promise_of
+from dsv4.proof.survey import Survey
+from dsv4.proof.tasks import Outcome, Task
+from dsv4.storage.reading import Reader, as_float32, element, rounded, shown_element
+from dsv4.storage.shard import FLOATS, ITEMSIZE, Tensor
+from dsv4.weights.affine import BadGroup
+from dsv4.weights.fp4 import UE8M0
+from dsv4.weights.fp8 import E4M3
+from dsv4.weights.imatrix import usable
+from dsv4.weights.quantizer import QUANTIZERS, Quantizer
+
+BLOCK_WEIGHTS = 1 << 17  # weights in a block of rows: 512 KB decoded, which a core's cache holds
+RUN_BLOCKS = 8  # blocks whose bytes are compared at one go
+PIECE_BYTES = 4 << 20
+
+
+class Comparer:
+    """Compares tasks, in any thread; the quantizer's table is made once.
+
+    weighted: the quantizer with the imatrix that the user named, if any.
+    """
+
+    def __init__(self, bundle: Survey, weighted: Quantizer | None = None) -> None:
+        mark = quantizer_of(bundle)
+        self.recorded = mark.get("requantize_quantizer")
+        self.quantizer: Quantizer | None = None
+        if self.recorded in QUANTIZERS:
+            quantizer = weighted or QUANTIZERS[self.recorded]()
+            # Another digest: another MLX's table, or an importance of columns that is not here.
+            if quantizer.digest == mark.get("requantize_table"):
+                self.quantizer = quantizer
+                self.certified, self.worst = certify(quantizer, promise_of(quantizer.name, 0))
+
+    def compare(self, task: Task, reader: Reader) -> Outcome:
+        """Compare one tensor with its source."""
+        how = f"{task.label['mode']} {task.label['bits']}-bit" if task.label else ""
+        outcome = Outcome(task.origin.name, task.what, how or task.parts["weight"].dtype)
+        if task.label is None:
+            compare_plain(task, reader, outcome)
+        elif task.label["mode"] == "mxfp4":
+            compare_mxfp4(task, reader, outcome)
+        else:
+            self._compare_affine(task, reader, outcome)
+        return outcome
+
+    def _compare_affine(self, task: Task, reader: Reader, outcome: Outcome) -> None:
+        """Compare runs of rows by their bytes where that is enough; decode the others, and one
+        block of every tensor in any case.
+        """
+        expert = task.what == "expert"
+        promise = promise_of(self.recorded if expert else None, task.label["bits"])
+        quantizer = self.quantizer
+        if not expert or quantizer is None or quantizer.label != task.label:
+            quantizer = None
+        out, columns = task.origin.shape[0], task.parts["scales"].shape[1] * GROUP
+        rows = max(1, BLOCK_WEIGHTS // columns)
+        sample = zlib.crc32(task.base.encode()) % -(-out // rows) * rows
+        cuts = {*range(0, out, RUN_BLOCKS * rows), sample, min(out, sample + rows), out}
+        for first, last in pairwise(sorted(cuts)):
+            if (
+                first != sample
+                and quantizer
+                and self._same_bytes(task, reader, first, last, outcome)
+            ):
+                continue
+            for row in range(first, last, rows):
+                block = Block(task, reader, row, min(last, row + rows), columns)
+                if not block.source_is_whole(outcome):
+                    return
+                block.bounds(outcome, promise)
+                if quantizer:
+                    block.recompute(outcome, quantizer)
+                else:
+                    block.formula(outcome)
+        finish(outcome, promise)
+
+    def _same_bytes(
+        self, task: Task, reader: Reader, first: int, last: int, outcome: Outcome
+    ) -> bool:
+        """True, and counted, when some rows are what the quantizer makes of certified groups."""
+        exponents = reader.rows(task.scale, first, last)
+        if not self.certified[exponents].all():
+            return False
+        codes = reader.rows(task.origin, first, last)
+        stored = {part: reader.rows(tensor, first, last) for part, tensor in task.parts.items()}
+        made = {part: np.empty_like(data) for part, data in stored.items()}
+        tally = self.quantizer.encode(codes, exponents, made)
+        if not all(np.array_equal(made[part], data) for part, data in stored.items()):
+            return False
+        outcome.recomputed = True
+        outcome.numbers += 2 * len(codes)
+        outcome.groups += len(exponents)
+        outcome.exact += len(exponents)
+        outcome.energy += tally.energy
+        outcome.error += tally.error
+        outcome.zeros += zeros(codes.view(np.int64))
+        if self.worst >= outcome.worst:
+            outcome.worst, outcome.worst_at = self.worst, ""
+        return True
+
+
+def finish(outcome: Outcome, promise: Promise) -> None:
+    """Judge a whole tensor's error, where its bytes were not found right or nothing may err."""
+    sure = outcome.exact == outcome.groups and promise.rms > 0
+    if outcome.what == "expert" and not sure and outcome.relative > promise.rms:
+        outcome.fault(
+            "expert-imprecise",
+            "whole tensor",
+            f"relative RMS {outcome.relative:.3%}",
+            f"at most {promise.rms:.0%}",
+        )
+
+
+class Block:
+    """Some rows of an affine module, decoded: source values, levels, scales and biases."""
+
+    def __init__(self, task: Task, reader: Reader, first: int, last: int, columns: int) -> None:
+        self.task, self.first, self.columns = task, first, columns
+        self.bits = task.label["bits"]
+        number = (last - first) * columns
+        self.codes = reader.rows(task.origin, first, last)
+        self.values = np.empty(number, np.float32)
+        self.stored = {part: reader.rows(t, first, last) for part, t in task.parts.items()}
+        dtype = task.parts["scales"].dtype
+        self.levels = np.empty(number, np.uint8)
+        self.scales = as_float32(self.stored["scales"], dtype)
+        self.biases = as_float32(self.stored["biases"], dtype)
+        self.rounding = kernels.ROUNDING[dtype]
+        self.exponents = np.empty(0, np.uint8)
+        self._decode(reader, last)
+
+    def _decode(self, reader: Reader, last: int) -> None:
+        task = self.task
+        kernels.unpack(self.stored["weight"], self.bits, self.levels)
+        if task.what == "expert":
+            self.exponents = reader.rows(task.scale, self.first, last)
+            kernels.decode_fp4(self.codes, self.exponents, self.values)
+        elif task.origin.dtype == "F8_E4M3":
+            self.exponents = reader.read(task.scale)
+            powers = UE8M0[self.exponents].reshape(task.scale.shape)
+            kernels.decode_fp8(self.codes, E4M3, powers, self.columns, self.first, self.values)
+        else:
+            self.values = as_float32(self.codes, task.origin.dtype)
+
+    def source_is_whole(self, outcome: Outcome) -> bool:
+        """False, with a fault, when the source itself holds NaN."""
+        expert = self.task.what == "expert"  # FP4 has no NaN but its exponent's
+        if (self.exponents == 255).any() or not (expert or np.isfinite(self.values).all()):
+            outcome.fault("source-broken", f"rows from {self.first}", "NaN", "numbers")
+            return False
+        return True
+
+    def place(self, weight: int) -> str:
+        """Where in the tensor the weight with this index in the block lies."""
+        row, column = divmod(weight, self.columns)
+        return f"row {self.first + row}, group {column // GROUP}"
+
+    def bounds(self, outcome: Outcome, promise: Promise) -> None:
+        """Hold every weight to the promise."""
+        counts, energy, error, worst = kernels.bounds(
+            self.values, self.levels, self.scales, self.biases, self.bits, *self.rounding
+        )
+        outcome.numbers += len(self.values)
+        outcome.energy += energy
+        outcome.error += error
+        outcome.zeros += int(counts[kernels.ZEROS])
+        outcome.zeros_lost += int(counts[kernels.LOST_ZEROS])
+        if worst > outcome.worst:
+            outcome.worst, outcome.worst_at = worst, self.place(counts[kernels.WORST_AT])
+        self._blame(outcome, promise, counts, worst)
+
+    def _blame(self, outcome: Outcome, promise: Promise, counts: np.ndarray, worst: float) -> None:
+        prefix = "expert" if outcome.what == "expert" else "module"
+        if counts[kernels.BAD_NUMBER]:
+            group = int(counts[kernels.FIRST_BAD_NUMBER]) // GROUP
+            outcome.fault(
+                "nan-or-inf",
+                self.place(group * GROUP),
+                f"scale {self.scales[group]}, bias {self.biases[group]}",
+                "numbers",
+            )
+        if promise.zeros and counts[kernels.LOST_ZEROS] and prefix == "expert":
+            start = int(counts[kernels.FIRST_LOST])
+            at = start + int(np.argmax((self.values == 0)[start : start + GROUP]))
+            outcome.fault("zeros-lost", self.place(at), f"{self._decoded(at):.4g}", "0")
+        if promise.nearest and counts[kernels.NOT_NEAREST]:
+            at = self._farthest(int(counts[kernels.FIRST_NOT_NEAREST]))
+            name = "expert-level-wrong" if prefix == "expert" else "module-differs"
+            outcome.fault(
+                name,
+                self.place(at),
+                f"level {self.levels[at]} = {self._decoded(at):.4g}",
+                f"the level nearest {self.values[at]:.4g}",
+            )
+        if worst > promise.steps * 1.001:
+            at = self._farthest(int(counts[kernels.WORST_AT]))
+            name = "expert-beyond-bound" if prefix == "expert" else "module-differs"
+            outcome.fault(
+                name,
+                self.place(at),
+                f"{self._decoded(at):.4g}, off by {worst:.2f} steps",
+                f"{self.values[at]:.4g} within {promise.steps:g}",
+            )
+
+    def _decoded(self, at: int) -> float:
+        group = at // GROUP
+        return float(self.levels[at] * self.scales[group] + self.biases[group])
+
+    def _farthest(self, start: int) -> int:
+        """The weight of a group that is farthest from the source."""
+        group = slice(start, start + GROUP)
+        at = start // GROUP
+        decoded = self.levels[group] * self.scales[at] + self.biases[at]
+        return start + int(np.argmax(np.abs(decoded - self.values[group])))
+
+    def formula(self, outcome: Outcome) -> None:
+        """Compare with MLX's formula; what differs is judged over the whole bundle, later."""
+        counts = kernels.formula(
+            self.values, self.levels, self.scales, self.biases, self.bits, *self.rounding
+        )
+        outcome.groups += len(self.scales)
+        outcome.exact += int(counts[kernels.EXACT])
+        outcome.fragile += int(counts[kernels.FRAGILE])
+        outcome.explained += int(counts[kernels.EXPLAINED])
+        outcome.wrong += int(counts[kernels.WRONG])
+        for places, first in (
+            (outcome.wrong_places, kernels.FIRST_WRONG),
+            (outcome.explained_places, kernels.FIRST_EXPLAINED),
+        ):
+            if counts[first] != kernels.NONE and not places:
+                places.append(self._difference(int(counts[first])))
+
+    def _difference(self, group: int) -> tuple[str, str, str]:
+        """(where, found, expected) of a group that is not what the formula gives."""
+        span = slice(GROUP * group, GROUP * (group + 1))
+        scale, bias, levels = kernels.expected_group(self.values[span], self.bits)
+        where = self.place(GROUP * group)
+        dtype = self.task.parts["scales"].dtype
+        for part, given, value in (
+            ("scale", self.scales[group], scale),
+            ("bias", self.biases[group], bias),
+        ):
+            wanted = as_float32(rounded(np.array([value], np.float32), dtype), dtype)[0]
+            if given != wanted:
+                return where, f"{part} {given:.6g}", f"{part} {wanted:.6g}"
+        column = int(np.argmax(levels != self.levels[span]))
+        found = f"level {self.levels[span][column]} in its column {column}"
+        return where, found, f"level {levels[column]}"
+
+    def recompute(self, outcome: Outcome, quantizer: Quantizer) -> None:
+        """Quantize the source rows again and compare bytes."""
+        importance = quantizer.importance.get(self.task.base)
+        if importance is not None:
+            importance = usable(importance, self.task.base)
+        parts = {part: np.empty(len(data), np.uint8) for part, data in self.stored.items()}
+        outcome.recomputed = True
+        outcome.groups += len(self.scales)
+        try:
+            quantizer.encode(self.codes, self.exponents, parts, importance)
+        except BadGroup as bad:
+            outcome.fault("source-broken", self.place(bad.group * GROUP), bad.found, bad.expected)
+            return
+        wrong = np.zeros(len(self.scales), bool)
+        for part, data in self.stored.items():
+            if not np.array_equal(parts[part], data):
+                odd = (parts[part] != data).reshape(len(self.scales), -1).any(axis=1)
+                if not wrong.any():
+                    outcome.wrong_places.append(self._odd(part, int(np.argmax(odd)), parts[part]))
+                wrong |= odd
+        outcome.wrong += int(wrong.sum())
+        outcome.exact += int((~wrong).sum())
+
+    def _odd(self, part: str, group: int, right: np.ndarray) -> tuple[str, str, str]:
+        """(where, found, expected) of a group whose `part` differs from the recomputed one."""
+        where = self.place(group * GROUP)
+        if part != "weight":
+            dtype = self.task.parts[part].dtype
+            values = [as_float32(data, dtype)[group] for data in (self.stored[part], right)]
+            return where, f"{part} {values[0]:.6g}", f"{part} {values[1]:.6g}"
+        levels = np.empty_like(self.levels)
+        kernels.unpack(right, self.bits, levels)
+        span = slice(group * GROUP, (group + 1) * GROUP)
+        column = int(np.argmax(levels[span] != self.levels[span]))
+        found = f"level {self.levels[span][column]} in its column {column}"
+        return where, found, f"level {levels[span][column]}"
+
+
+def compare_mxfp4(task: Task, reader: Reader, outcome: Outcome) -> None:
+    """FP4 codes and exponents kept as they are: every byte is the source's."""
+    outcome.numbers = task.origin.nbytes * 2
+    outcome.groups = task.scale.nbytes
+    outcome.recomputed = True
+    wrong = 0
+    for part, origin in (("weight", task.origin), ("scales", task.scale)):
+        found, expected = reader.read(task.parts[part]), reader.read(origin)
+        odd = np.flatnonzero(found != expected)
+        if len(odd):
+            row, byte = divmod(int(odd[0]), origin.nbytes // origin.shape[0])
+            group = byte // 16 if part == "weight" else byte
+            where = f"row {row}, group {group}"
+            outcome.wrong_places.append(
+                (where, f"{part} byte {found[odd[0]]:#04x}", f"{expected[odd[0]]:#04x}")
+            )
+            wrong += len(odd)
+        if part == "scales" and (found == 255).any():
+            outcome.fault("nan-or-inf", "scales", "exponent 255", "0 to 254")
+    outcome.wrong = min(wrong, outcome.groups)
+    outcome.exact = outcome.groups - outcome.wrong
+
+
+def compare_plain(task: Task, reader: Reader, outcome: Outcome) -> None:
+    """Controls, integers and passthrough: the source in the bundle's dtype, byte for byte."""
+    tensor, origin = task.parts["weight"], task.origin
+    found = reader.read(tensor)
+    outcome.numbers = tensor.nbytes // ITEMSIZE[tensor.dtype]
+    if tensor.dtype in FLOATS:
+        bad = np.flatnonzero(~np.isfinite(as_float32(found, tensor.dtype)))
+        if len(bad):
+            outcome.fault("nan-or-inf", element(tensor, int(bad[0])), "NaN or Inf", "numbers")
+    expected = plain_source(task, reader)
+    if origin.dtype != tensor.dtype or task.scale is not None:
+        if tensor.dtype not in FLOATS or expected.dtype != np.float32:
+            return  # reported by its dtype
+        expected = rounded(expected, tensor.dtype)
+    else:
+        expected = expected.view(np.uint8)
+    odd = np.flatnonzero(found != expected)
+    if len(odd):
+        at = int(odd[0]) // ITEMSIZE[tensor.dtype]
+        shown = [shown_element(data, tensor.dtype, at) for data in (found, expected)]
+        name = {"control": "control-differs", "module": "module-differs"}
+        outcome.fault(name.get(task.what, "passthrough-differs"), element(tensor, at), *shown)
+
+
+def plain_source(task: Task, reader: Reader) -> np.ndarray:
+    """The source tensor: float32 when it must be decoded or rounded, else its bytes."""
+    origin, dtype = task.origin, task.parts["weight"].dtype
+    data = reader.read(origin)
+    if task.scale is not None:
+        values = np.empty(origin.nbytes, np.float32)
+        powers = UE8M0[reader.read(task.scale)].reshape(task.scale.shape)
+        kernels.decode_fp8(data, E4M3, powers, origin.shape[1], 0, values)
+        return values
+    if origin.dtype == dtype or origin.dtype not in FLOATS:
+        return data
+    return as_float32(data, origin.dtype)
+
+
+# --- Without a source ---------------------------------------------------------------------------
+
+
+def look_at(bundle: Survey, tensor: Tensor, reader: Reader) -> Outcome:
+    """Without a source: NaN and Inf, and experts that are nothing but zeros."""
+    expert = parse_expert(tensor.name)
+    what = "expert" if expert else "tensor"
+    outcome = Outcome(tensor.name, what, tensor.dtype)
+    outcome.numbers = tensor.nbytes // ITEMSIZE[tensor.dtype]
+    zero, step = True, PIECE_BYTES
+    for first in range(0, tensor.nbytes, step):
+        data = reader.read(tensor, first, min(step, tensor.nbytes - first))
+        zero = zero and not data.any()
+        if tensor.dtype in FLOATS:
+            bad = np.flatnonzero(~np.isfinite(as_float32(data, tensor.dtype)))
+            if len(bad):
+                at = first // ITEMSIZE[tensor.dtype] + int(bad[0])
+                outcome.fault("nan-or-inf", element(tensor, at), "NaN or Inf", "numbers")
+                break
+        if expert and expert[4] == "scales" and tensor.dtype == "U8" and (data == 255).any():
+            outcome.fault("nan-or-inf", "scales", "exponent 255", "0 to 254")
+    if zero and expert:
+        outcome.fault("experts-zero", "whole tensor", "nothing but zero bytes", "weights")
+    return outcome

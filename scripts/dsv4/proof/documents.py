@@ -1,0 +1,217 @@
+"""Level 1: the JSON and text files that steer a conversation, and the labels in config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from dsv4.model.chat import ASSISTANT, BOS, EOS, STOP_TOKENS, USER
+from dsv4.model.labels import EXPERT
+from dsv4.model.names import GROUP, parse_expert, switch_paths
+from dsv4.model.opening import expert_bases
+from dsv4.proof.findings import Check, Findings
+from dsv4.proof.headers import module_parts, stored
+from dsv4.proof.survey import Survey
+
+ENCODING = "encoding/encoding_dsv4.py"
+RUNTIMES = ("mlx_lm and vMLX 1.3.97", "mlx-vlm", "vMLX 1.6.81")
+LABEL = ("group_size", "bits", "mode")
+
+
+def check_conversation(bundle: Survey, findings: Findings) -> Check:
+    """Encoding, stop tokens, chat template, and jang_config.json's group size."""
+    if ENCODING not in bundle.files:
+        findings.add("encoding-missing", ENCODING, "no such file", "DeepSeek's encoding")
+    elif bundle.files[ENCODING] == 0:
+        findings.add("encoding-missing", ENCODING, "an empty file", "DeepSeek's encoding")
+    check_stop_tokens(bundle, findings)
+    check_template(bundle, findings)
+    jang = bundle.documents.get("jang_config.json")
+    if jang is not None:
+        found = jang.get("quantization")
+        found = found.get("group_size") if isinstance(found, dict) else None
+        if found != GROUP:
+            findings.add(
+                "jang-config-group-size",
+                "jang_config.json: quantization.group_size",
+                f"{found}",
+                f"{GROUP}",
+            )
+    return Check("files that steer a conversation", len(bundle.documents) + 1)
+
+
+def stop_ids(tokenizer: dict[str, Any]) -> list[int] | None:
+    """The ids of STOP_TOKENS in a parsed tokenizer.json, or None when one is not in it."""
+    model = tokenizer.get("model")
+    ids = dict((model.get("vocab") if isinstance(model, dict) else None) or {})
+    for entry in tokenizer.get("added_tokens") or []:
+        ids[entry.get("content")] = entry.get("id")
+    found = [ids.get(token) for token in STOP_TOKENS]
+    return None if None in found else found
+
+
+def check_stop_tokens(bundle: Survey, findings: Findings) -> None:
+    """Both places that runtimes read hold the ids of end of sentence and <｜User｜>."""
+    tokenizer = bundle.documents.get("tokenizer.json")
+    if tokenizer is None:
+        return
+    eos = stop_ids(tokenizer)
+    if eos is None:
+        findings.add(
+            "tokenizer-missing",
+            "tokenizer.json",
+            f"no {' or '.join(STOP_TOKENS)}",
+            "DeepSeek-V4's tokenizer",
+        )
+        return
+    for name in ("config.json", "generation_config.json"):
+        document = bundle.documents.get(name)
+        if document is not None and document.get("eos_token_id") != eos:
+            findings.add(
+                "eos-wrong", f"{name}: eos_token_id", f"{document.get('eos_token_id')}", f"{eos}"
+            )
+
+
+def check_template(bundle: Survey, findings: Findings) -> None:
+    """The chat template renders a conversation as DeepSeek's encoding lays it out."""
+    document = bundle.documents.get("tokenizer_config.json")
+    if document is None:
+        return
+    template = document.get("chat_template")
+    where = "tokenizer_config.json: chat_template"
+    if not isinstance(template, str) or not template:
+        findings.add("chat-template-missing", where, "none", "one")
+        return
+    if fault := template_fault(template):
+        findings.add("chat-template-wrong", where, *fault)
+
+
+def template_fault(template: str) -> tuple[str, str] | None:
+    """(found, expected) when two prompts are not laid out as DeepSeek-V4 learned them, else None.
+
+    A template comes from the bundle, so it runs in jinja2's sandbox.
+    """
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    talk = [("system", "S"), ("user", "A"), ("assistant", "B"), ("user", "C")]
+    messages = [{"role": role, "content": text} for role, text in talk]
+    for thinking, opened in ((False, "</think>"), (True, "<think>")):
+        try:
+            rendered = (
+                ImmutableSandboxedEnvironment()
+                .from_string(template)
+                .render(
+                    messages=messages,
+                    add_generation_prompt=True,
+                    enable_thinking=thinking,
+                    bos_token=BOS,
+                    eos_token=EOS,
+                )
+            )
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+            return f"{type(error).__name__}: {error}", "a template that renders"
+        # Templates differ in how they close an earlier turn's thinking; both are in use.
+        plain = rendered.replace(f"{ASSISTANT}</think>B", f"{ASSISTANT}B")
+        expected = f"{BOS}S{USER}A{ASSISTANT}B{EOS}{USER}C{ASSISTANT}{opened}"
+        if plain != expected:
+            return f"{plain!r:.160}", f"{expected!r}"
+    return None
+
+
+def labels_in_use(bundle: Survey) -> Iterator[tuple[str, str, str]]:
+    """(key in config.json, storage name of a module that is looked up under it, by whom)."""
+    for base in expert_bases(bundle.checkpoint):
+        block, layer, _, matrix, _ = parse_expert(f"{base}.weight") or ("", 0, 0, "w1", "")
+        if block == "layers":
+            yield from zip(switch_paths(layer, matrix), (base, base), RUNTIMES[:2], strict=True)
+        yield base, base, RUNTIMES[2]
+
+
+def check_labels(bundle: Survey, findings: Findings) -> Check:
+    """The label that each runtime finds for a module is the one that its tensors are stored by."""
+    labels = bundle.config.get("quantization")
+    if "quantization_config" in bundle.config:
+        findings.add("label-two-dicts", "config.json", "quantization_config", "quantization alone")
+    if not isinstance(labels, dict):
+        findings.add("label-absent", "config.json", f"quantization {labels!r}", "labels")
+        return Check("labels", 0)
+    top = {key: labels.get(key) for key in LABEL}
+    named = list(labels_in_use(bundle))
+    experts = {base for _, base, _ in named}
+    bases = {n.rpartition(".")[0] for n in bundle.checkpoint.tensors if n.endswith(".scales")}
+    named += [(base, base, "every runtime") for base in sorted(bases - experts)]
+    seen: set[tuple[str, str]] = set()
+    for key, base, runtime in named:
+        found = stored(module_parts(bundle, base))
+        if found and found["mode"] == "mxfp4" and "stock-experts" in findings:
+            found = EXPERT  # what requantize will make of them
+        if found is not None:
+            judge_label(labels, top, key, found, runtime, seen, findings)
+    check_stray(labels, {key for key, _, _ in named}, findings)
+    lost = dropped_by_unpatched_loader(bundle)
+    said = f"jang 2.5.8 and 2.5.9 drop {lost:,} of them unless make patch_loader mends them"
+    return Check("labels that runtimes look up", len(named), said if lost else "")
+
+
+def dropped_by_unpatched_loader(bundle: Survey) -> int:
+    """How many labels jang 2.5.8's and 2.5.9's loader would throw away before using them.
+
+    It infers a label for each triple and keeps the config's own only if they disagree nowhere and
+    are as many (jang_tools.load_jangtq, _patch_quant_config_inplace); 5-bit triples it skips.
+    """
+    labels = bundle.config["quantization"]
+    own = {key: label for key, label in labels.items() if isinstance(label, dict)}
+    inferred = {}
+    for name in bundle.checkpoint.tensors:
+        base, _, part = name.rpartition(".")
+        label = stored(module_parts(bundle, base)) if part == "scales" else None
+        if label and label["mode"] == "affine" and label["bits"] != 5:
+            inferred[base] = label["bits"]
+    agrees = all(
+        own.get(base, labels).get("bits") == bits
+        for base, bits in inferred.items()
+        if base in own or "bits" in labels
+    )
+    if not inferred or (agrees and len(own) == len(inferred)):
+        return 0
+    return len(own.keys() - inferred.keys())
+
+
+def judge_label(
+    labels: dict[str, Any],
+    top: dict[str, Any],
+    key: str,
+    stored_as: dict[str, Any],
+    runtime: str,
+    seen: set[tuple[str, str]],
+    findings: Findings,
+) -> None:
+    """Compare one label with the tensors; a key that 256 experts share is reported once."""
+    label = labels.get(key, top)
+    if label == stored_as or (key, "") in seen:
+        return
+    seen.add((key, ""))
+    where = f"config.json: quantization[{key!r}], which {runtime} looks up"
+    if key not in labels:
+        findings.add("label-missing", where, f"none, so {shown(top)}", shown(stored_as))
+    label = label if isinstance(label, dict) else {}
+    for part, name in (
+        ("bits", "label-bits-wrong"),
+        ("mode", "label-mode-wrong"),
+        ("group_size", "label-group-wrong"),
+    ):
+        if label.get(part) != stored_as[part]:
+            findings.add(name, where, f"{part} {label.get(part)}", f"{part} {stored_as[part]}")
+
+
+def shown(label: dict[str, Any]) -> str:
+    """A label for a reader: '4-bit affine, group 32'."""
+    return f"{label.get('bits')}-bit {label.get('mode')}, group {label.get('group_size')}"
+
+
+def check_stray(labels: dict[str, Any], known: set[str], findings: Findings) -> None:
+    """No label under a name that no module has."""
+    for key in labels:
+        if key not in LABEL and key not in known:
+            findings.add("label-stray", f"config.json: quantization[{key!r}]", "a label", "none")

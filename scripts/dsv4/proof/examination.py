@@ -1,0 +1,194 @@
+"""An examination of a bundle: both levels, what they found, in words and as verify.json has it."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from dsv4.hub.origin import read_record
+from dsv4.model.names import is_control, parse_expert
+from dsv4.model.opening import open_source
+from dsv4.proof import level1, level2, verdict
+from dsv4.proof.findings import Check, Findings
+from dsv4.proof.headers import quantizer_of
+from dsv4.proof.survey import Survey, survey
+from dsv4.runtime.toolchain import probe
+from dsv4.stop import Stop
+from dsv4.storage.checkpoint import Checkpoint
+from dsv4.storage.durable import human
+from dsv4.weights.imatrix import importances, open_imatrix
+from dsv4.weights.quantizer import Optimal
+
+FORMAT = 1  # of verify.json
+
+
+def level_one(
+    args: argparse.Namespace, source: Checkpoint | None, findings: Findings
+) -> tuple[Survey | None, list[Check]]:
+    """Survey the bundle and run level 1."""
+    bundle = survey(args.bundle, findings)
+    if bundle is None:
+        return None, []
+    checks = level1.check_headers(bundle, source, findings)
+    if not args.without_loader:
+        checks += level1.check_toolchain(bundle, args.python, findings)
+    return bundle, checks
+
+
+def level_two(
+    args: argparse.Namespace, bundle: Survey, source: Checkpoint | None, findings: Findings
+) -> tuple[level2.Numbers, list[Check], float]:
+    """Read every number; returns the outcomes, the checks and the seconds that it took."""
+    start = time.perf_counter()
+    weighted = None
+    if args.imatrix and source:
+        imatrix = open_imatrix(args.imatrix)
+        weighted = Optimal(importances(imatrix, source), imatrix.digest)
+    with tqdm(
+        total=bundle.checkpoint.nbytes, unit="B", unit_scale=True, desc="level 2", disable=None
+    ) as bar:
+        result = level2.read_numbers(bundle, source, args.jobs, bar.update, weighted)
+    return result, verdict.judge(result, findings), time.perf_counter() - start
+
+
+def print_findings(findings: Findings) -> None:
+    """Every finding, on stderr: its name, why it matters, where, and what repairs it."""
+    lines = []
+    for finding in findings:
+        fault = finding.fault
+        lines.append(f"\n{fault.severity}: {finding.name} ({finding.count:,}×): {fault.why}")
+        for place in finding.places:
+            said = f"found {place['found']}, expected {place['expected']}"
+            lines.append(f"    {place['where']}: {said}")
+        if finding.count > len(finding.places):
+            lines.append(f"    … and {finding.count - len(finding.places):,} more")
+        lines.append(f"  repair: {fault.repair}")
+    sys.stdout.flush()
+    print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def versions(python: Path | None) -> dict[str, Any]:
+    """This Python and, where there is one, the toolchain's packages."""
+    found: dict[str, Any] = {
+        "verify_python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+    if python is not None:
+        try:
+            toolchain = probe(python)
+        except Stop as stop:
+            return {**found, "toolchain": str(stop)}
+        found |= {"python": toolchain["python"], "metal": toolchain["metal"]}
+        found |= {name: version for name, version in toolchain["packages"].items() if version}
+    return found
+
+
+def origin(folder: Path | None) -> dict[str, Any] | None:
+    """Where the source came from, as download recorded it: repository, revision, commit."""
+    if folder is None:
+        return None
+    record = read_record(folder)
+    known = {key: getattr(record, key, None) for key in ("repo", "revision", "commit")}
+    return {"folder": str(folder), **known}
+
+
+def sizes(bundle: Survey, source: Checkpoint | None) -> dict[str, Any]:
+    """Bytes: the bundle by what its tensors are, and the source."""
+    kinds = {"routed experts": 0, "control tensors": 0, "8-bit modules and the rest": 0}
+    for name, tensor in bundle.checkpoint.tensors.items():
+        what = "routed experts" if parse_expert(name) else "8-bit modules and the rest"
+        kinds["control tensors" if is_control(name) else what] += tensor.nbytes
+    return {
+        "shards": len(bundle.checkpoint.shards),
+        "tensors": len(bundle.checkpoint.tensors),
+        "bundle_bytes": sum(bundle.files[file] for file in level2.visible(bundle.files)),
+        "shard_bytes": bundle.checkpoint.nbytes,
+        "by_kind": kinds,
+        "source_shard_bytes": source.nbytes if source else None,
+    }
+
+
+@dataclass
+class Examination:
+    """What was found, before it is printed; `read` is level 2's part."""
+
+    findings: Findings
+    bundle: Survey | None
+    source: Checkpoint | None
+    first: list[Check]
+    second: list[Check]
+    read: level2.Numbers | None
+    seconds: dict[str, float]
+
+    @property
+    def passed(self) -> bool:
+        """True when something was checked and no error found."""
+        return bool(self.first) and not self.findings.errors
+
+
+def examine(args: argparse.Namespace) -> Examination:
+    """Run the levels that were asked for. Raises Stop when the source itself is not whole."""
+    findings = Findings()
+    source = open_source(args.source) if args.source else None
+    start = time.perf_counter()
+    bundle, first = level_one(args, source, findings)
+    seconds = {"level 1": time.perf_counter() - start}
+    read, second = None, []
+    if bundle is not None and args.level == 2:
+        read, second, seconds["level 2"] = level_two(args, bundle, source, findings)
+    level1.demand_something([*first, *second], findings)
+    return Examination(findings, bundle, source, first, second, read, seconds)
+
+
+def describe(args: argparse.Namespace, done: Examination) -> str:
+    """What was checked, how many of it, and the worst of it."""
+    lines = [f"{args.bundle}", f"level 1, headers and JSON ({done.seconds['level 1']:.1f} s)"]
+    lines += [check.text() for check in done.first]
+    if done.bundle is None:
+        lines.append("nothing more can be checked without config.json and index")
+    elif done.read is not None:
+        took, size = done.seconds["level 2"], done.bundle.checkpoint.nbytes
+        rate = f"{took:.1f} s, {size / took / 1e9:.2f} GB/s of the bundle"
+        lines.append(f"level 2, every number of {human(size)} ({rate})")
+        lines += [check.text() for check in done.second]
+    return "\n".join(lines)
+
+
+def as_json(args: argparse.Namespace, done: Examination) -> dict[str, Any]:
+    """The whole result, for report.py and other programs."""
+    bundle, read = done.bundle, done.read
+    hashes = dict(read.hashes) if read else {}
+    if args.hashes and bundle and not read:
+        hashes = {f: level2.sha256(args.bundle / f) for f in level2.visible(bundle.files)}
+    errors = {}
+    if read and read.compared:
+        errors = {
+            "experts": verdict.by_layer(read.outcomes),
+            "others": verdict.others(read.outcomes),
+        }
+    return {
+        "format": FORMAT,
+        "verdict": "passed" if done.passed else "failed",
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "bundle": str(args.bundle.resolve()),
+        "source": origin(args.source),
+        "levels": [1, 2] if args.level == 2 else [1],
+        "loader_asked": not args.without_loader,
+        "quantizer": quantizer_of(bundle) if bundle else {},
+        "checks": [asdict(check) for check in (*done.first, *done.second)],
+        "findings": [finding.as_json() for finding in done.findings],
+        "sizes": sizes(bundle, done.source) if bundle else {},
+        "versions": versions(None if args.without_loader else args.python),
+        "seconds": done.seconds,
+        "jobs": args.jobs,
+        "errors": errors,
+        "hashes": hashes,
+    }

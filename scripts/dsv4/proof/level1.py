@@ -1,0 +1,45 @@
+"""All checks of level 1 in their order, over a survey of headers and JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dsv4.proof import documents, headers, loading
+from dsv4.proof.findings import Check, Findings
+from dsv4.proof.survey import Survey
+from dsv4.storage.checkpoint import Checkpoint
+
+
+def check_headers(bundle: Survey, source: Checkpoint | None, findings: Findings) -> list[Check]:
+    """Everything that headers and JSON show, without the toolchain: seconds for 180 GB."""
+    fields = headers.check_config(bundle, source, findings)
+    if "config-broken" in findings:
+        return [fields]  # nothing can be counted by a config without counts
+    checks = [
+        fields,
+        headers.check_index(bundle, findings),
+        headers.check_marks(bundle, findings),
+        *headers.check_experts(bundle, findings),
+        headers.check_triples(bundle, findings),
+        headers.check_controls(bundle, findings),
+        documents.check_labels(bundle, findings),
+        documents.check_conversation(bundle, findings),
+    ]
+    if source is not None:
+        checks.append(headers.check_counterparts(bundle, source, findings))
+    return checks
+
+
+def check_toolchain(bundle: Survey, python: Path, findings: Findings) -> list[Check]:
+    """What the installed loaders make of these headers, and whether they are patched."""
+    if "config-broken" in findings:
+        return []
+    loader = loading.check_loader(python, findings)
+    return [loader, *loading.check_loading(bundle, python, findings)]
+
+
+def demand_something(checks: list[Check], findings: Findings) -> None:
+    """A check that found nothing to look at is a fault, but for layers that the model lacks."""
+    for check in checks:
+        if check.number == 0 and not check.optional:
+            findings.add("nothing-checked", check.what, "0", "more")

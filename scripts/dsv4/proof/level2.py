@@ -1,0 +1,153 @@
+"""Level 2: every number of a bundle, and its files' SHA-256.
+
+The work goes shard by shard: each is hashed, and then the tensors whose weight lies in it are
+compared, so that most bytes come from the page cache the second time. Memory stays flat: tensors
+are read in blocks of rows.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import hashlib
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsv4.model.plan import weights_of
+from dsv4.proof.compare import Comparer, look_at
+from dsv4.proof.survey import Survey
+from dsv4.proof.tasks import Outcome, Task, make_tasks
+from dsv4.storage.checkpoint import Checkpoint
+from dsv4.storage.reading import Reader
+from dsv4.storage.shard import Tensor
+from dsv4.weights.quantizer import Quantizer
+
+HASH_BYTES = 4 << 20
+JOB_BYTES = 64 << 20  # of the bundle, compared by one thread before it takes the next job
+
+
+@dataclass
+class Numbers:
+    """Level 2's result: an outcome for each tensor, and the SHA-256 of each file.
+
+    compared: with a source; recorded: the quantizer that the shards name; recomputable: whether it
+    is one whose bytes can be made again here; left_out: source tensors that were not compared.
+    """
+
+    outcomes: list[Outcome]
+    hashes: dict[str, str]
+    compared: bool
+    recorded: str | None = None
+    recomputable: bool = False
+    left_out: tuple[str, ...] = ()
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, 64 hex digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while data := file.read(HASH_BYTES):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+class Worker:
+    """Does jobs in any thread; each thread has files of its own open."""
+
+    def __init__(
+        self, bundle: Survey, weighted: Quantizer | None, progress: Callable[[int], object]
+    ) -> None:
+        self.comparer = Comparer(bundle, weighted)
+        self._bundle, self._progress = bundle, progress
+        self._local = threading.local()
+        self._readers: list[Reader] = []
+
+    def do(self, job: Path | list[Task | Tensor]) -> str | list[Outcome]:
+        """Hash a file, or compare (without a source: look at) some tensors."""
+        if isinstance(job, Path):
+            return sha256(job)
+        outcomes = []
+        for one in job:
+            if isinstance(one, Task):
+                outcomes.append(self.comparer.compare(one, self._reader()))
+            else:
+                outcomes.append(look_at(self._bundle, one, self._reader()))
+            self._progress(one.nbytes)
+        return outcomes
+
+    def _reader(self) -> Reader:
+        if not hasattr(self._local, "reader"):
+            self._local.reader = Reader()
+            self._readers.append(self._local.reader)
+        return self._local.reader
+
+    def close(self) -> None:
+        """Close all files."""
+        for reader in self._readers:
+            reader.close()
+
+
+def read_numbers(
+    bundle: Survey,
+    source: Checkpoint | None,
+    jobs: int,
+    progress: Callable[[int], object],
+    weighted: Quantizer | None = None,
+) -> Numbers:
+    """Compare or look at every tensor and hash every file, shard by shard, with `jobs` threads.
+
+    `progress` is told the bytes of the bundle that were done. weighted: `optimal` with the imatrix
+    that the bundle was made with. Raises Stop for a read that fails.
+    """
+    worker = Worker(bundle, weighted, progress)
+    work = list(cut(bundle, source))
+    outcomes: list[Outcome] = []
+    hashes: dict[str, str] = {}
+    pool = concurrent.futures.ThreadPoolExecutor(jobs)
+    with contextlib.closing(worker), pool:
+        for job, answer in zip(work, pool.map(worker.do, work), strict=True):
+            if isinstance(job, Path):
+                hashes[job.relative_to(bundle.checkpoint.folder).as_posix()] = answer
+            else:
+                outcomes += answer
+    comparer = worker.comparer
+    left_out = not_compared(source, outcomes) if source else ()
+    known = comparer.quantizer is not None
+    return Numbers(outcomes, hashes, source is not None, comparer.recorded, known, left_out)
+
+
+def not_compared(source: Checkpoint, outcomes: list[Outcome]) -> tuple[str, ...]:
+    """Source tensors that no outcome is about."""
+    compared = {outcome.name for outcome in outcomes}
+    return tuple(n for n in weights_of(source.tensors) if n not in compared)
+
+
+def visible(files: Iterable[str]) -> list[str]:
+    """The files that a bundle consists of: nothing hidden, nothing that Python left."""
+    return sorted(
+        file
+        for file in files
+        if not any(part.startswith(".") or part == "__pycache__" for part in file.split("/"))
+    )
+
+
+def cut(bundle: Survey, source: Checkpoint | None) -> Iterator[Path | list[Task | Tensor]]:
+    """The work in order: a file to hash, then the tensors whose weight lies in it, and so on."""
+    work: dict[str, list[tuple[int, Task | Tensor]]] = {}
+    every = make_tasks(bundle, source) if source else bundle.checkpoint.tensors.values()
+    for one in every:
+        tensor = one.parts["weight"] if isinstance(one, Task) else one
+        work.setdefault(tensor.path.name, []).append((tensor.offset, one))
+    for file in visible(bundle.files):
+        yield bundle.checkpoint.folder / file
+        some, size = [], 0
+        for _, one in sorted(work.get(file, []), key=lambda item: item[0]):
+            some.append(one)
+            size += one.nbytes
+            if size >= JOB_BYTES:
+                yield some
+                some, size = [], 0
+        if some:
+            yield some

@@ -1,0 +1,111 @@
+"""Level 1: would the installed loaders give every parameter its tensor? Asked of themselves.
+
+`hollow` writes a folder with the bundle's JSON and shards that have its headers and holes for data:
+a 180 GB bundle takes the size of its headers on disk. replay.py lets the real loaders load
+that, in the toolchain's Python.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from dsv4.proof.findings import Check, Findings
+from dsv4.proof.survey import Survey
+from dsv4.runtime.patches import DEFAULT, read_patch, read_python, state
+from dsv4.runtime.toolchain import probe, with_rooms
+from dsv4.stop import Stop
+from dsv4.storage.checkpoint import INDEX
+from dsv4.storage.shard import Shard, Slot, header_bytes
+
+REPLAY = "dsv4.proof.replay"
+
+
+def hollow(bundle: Survey, folder: Path) -> None:
+    """Write the bundle's JSON, and its shards without their data, into `folder`."""
+    documents = {**bundle.documents, "config.json": bundle.config}
+    documents[INDEX] = {"weight_map": bundle.checkpoint.weight_map}
+    for name, content in documents.items():
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+    for file, shard in bundle.checkpoint.shards.items():
+        write_hollow(folder / file, shard)
+
+
+def write_hollow(path: Path, shard: Shard) -> None:
+    """A shard of the same header and length whose data is a hole."""
+    slots = [Slot(t.name, t.dtype, t.shape) for t in shard.tensors.values()]
+    header = header_bytes(slots, {"format": "mlx"})
+    with path.open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + sum(slot.nbytes for slot in slots))
+
+
+def replay(python: Path, bundle: Survey) -> dict[str, dict[str, Any]]:
+    """Loader → its answer, as replay.py gives it. Raises Stop when it cannot be asked."""
+    with tempfile.TemporaryDirectory(prefix="hollow-") as folder:
+        out = Path(folder) / "answer.json"
+        target = Path(folder) / (bundle.checkpoint.folder.name or "bundle")
+        target.mkdir()
+        hollow(bundle, target)
+        command = [str(python), "-m", REPLAY, "--folder", str(target), "--out", str(out)]
+        result = subprocess.run(command, capture_output=True, text=True, env=with_rooms())
+        if result.returncode or not out.is_file():
+            last = (result.stderr.strip().splitlines() or ["no answer"])[-1]
+            raise Stop(f"{REPLAY} in {python}", last, "an answer", "make check")
+        return json.loads(out.read_text(encoding="utf-8"))
+
+
+def check_loading(bundle: Survey, python: Path, findings: Findings) -> list[Check]:
+    """Every parameter of the module tree that each loader builds receives a tensor that fits."""
+    try:
+        answers = replay(python, bundle)
+    except Stop as stop:
+        findings.add("loader-not-checked", f"{python}", f"{stop}", "jang_tools and mlx_lm")
+        return [Check("parameters replayed", 0)]
+    checks = []
+    for loader, answer in answers.items():
+        if "error" in answer:
+            findings.add("loader-fails", loader, answer["error"], "a loaded model")
+        for name in answer.get("unfed", []):
+            findings.add("loader-parameter-unfed", f"{loader}: {name}", "no tensor", "one")
+        for name in answer.get("unused", []):
+            findings.add("loader-tensor-unused", f"{loader}: {name}", "no parameter", "one")
+        for name, found, expected in answer.get("misfit", []):
+            findings.add("loader-parameter-misfit", f"{loader}: {name}", found, expected)
+        checks.append(Check(f"parameters fed by {loader}", answer.get("parameters", 0)))
+    return checks
+
+
+def loader_states(python: Path) -> dict[str, str]:
+    """Patch target → 'pristine', 'patched', 'not needed' or 'unknown', of the toolchain's files.
+
+    Raises Stop when the toolchain has no jang_tools.
+    """
+    jang = probe(python)["folders"].get("jang_tools")
+    if jang is None:
+        raise Stop(f"{python}", "no jang_tools", "the toolchain", "set TOOLCHAIN_PYTHON")
+    states = {}
+    for patch in map(read_patch, DEFAULT):
+        if not patch.concerns_this_machine:
+            continue
+        file = Path(jang).parent / patch.target
+        states[patch.target] = state(read_python(file), patch) if file.is_file() else "not needed"
+    return states
+
+
+def check_loader(python: Path, findings: Findings) -> Check:
+    """The installed loader is patched, or does not need to be."""
+    try:
+        states = loader_states(python)
+    except Stop as stop:
+        findings.add("loader-not-checked", f"{python}", f"{stop}", "jang_tools")
+        return Check("loader files", 0)
+    for target, found in states.items():
+        if found in ("pristine", "unknown"):
+            name = "loader-unpatched" if found == "pristine" else "loader-unknown"
+            findings.add(name, target, found, "patched, or not needed")
+    said = ", ".join(f"{Path(target).name} {found}" for target, found in states.items())
+    return Check("loader files", len(states), said)

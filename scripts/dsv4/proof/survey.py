@@ -1,0 +1,133 @@
+"""A bundle opened with tolerance: what can be read is read, what cannot is a finding.
+
+The stages open a checkpoint strictly and stop at the first fault; whoever judges a bundle wants to
+see all of them. A `Survey` holds headers and JSON only, so it can be made of a folder (`survey`) or
+of what a hub answers, and every check of level 1 works on either.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dsv4.model.opening import MODEL_TYPE
+from dsv4.proof.findings import Findings
+from dsv4.stop import Stop
+from dsv4.storage.checkpoint import INDEX, Checkpoint
+from dsv4.storage.shard import Shard, read_shard
+
+# The JSON files that runtimes read, and the fault of one that is missing or no JSON object.
+DOCUMENTS = {
+    "config.json": "config-broken",
+    INDEX: "index-broken",
+    "tokenizer.json": "tokenizer-missing",
+    "tokenizer_config.json": "tokenizer-config-broken",
+    "generation_config.json": "generation-config-broken",
+    "jang_config.json": "jang-config-group-size",
+}
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What is known of a bundle without reading a tensor.
+
+    files: relative path → size in bytes, of every file; documents: file name → parsed JSON object,
+    for the readable ones of DOCUMENTS; unread: tensors that the index puts into shards that are
+    missing or broken, so that they are not reported once more.
+    """
+
+    checkpoint: Checkpoint
+    files: dict[str, int]
+    documents: dict[str, dict[str, Any]]
+    unread: frozenset[str] = frozenset()
+    notes: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.json."""
+        return self.checkpoint.config
+
+
+def survey(folder: Path, findings: Findings) -> Survey | None:
+    """Read a folder's JSON and headers. None when there is no config.json or index to go by.
+
+    Raises Stop when there is no such folder.
+    """
+    if not folder.is_dir():
+        raise Stop(f"{folder}", "no such folder", "a bundle", "check BUNDLE")
+    files = {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    documents = read_documents(folder, files, findings)
+    weight_map = check_weight_map(documents.get(INDEX), findings)
+    config = documents.get("config.json")
+    if config is not None and config.get("model_type") != MODEL_TYPE:
+        findings.add(
+            "config-broken",
+            "config.json: model_type",
+            repr(config.get("model_type")),
+            repr(MODEL_TYPE),
+        )
+        config = None
+    if config is None or not weight_map:
+        return None
+    shards = read_shards(folder, set(weight_map.values()), files, findings)
+    unread = frozenset(name for name, file in weight_map.items() if file not in shards)
+    return Survey(Checkpoint(folder, config, weight_map, shards), files, documents, unread)
+
+
+def read_documents(
+    folder: Path, files: dict[str, int], findings: Findings
+) -> dict[str, dict[str, Any]]:
+    """Parse the JSON files that are there and are JSON objects; the others are findings."""
+    documents = {}
+    for name, fault in DOCUMENTS.items():
+        if name not in files:
+            findings.add(fault, name, "no such file", "it")
+            continue
+        try:
+            value = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            findings.add(fault, name, f"no valid JSON ({type(error).__name__})", "JSON")
+            continue
+        if isinstance(value, dict):
+            documents[name] = value
+        else:
+            findings.add(fault, name, f"a {type(value).__name__}", "a JSON object")
+    return documents
+
+
+def check_weight_map(index: dict[str, Any] | None, findings: Findings) -> dict[str, str]:
+    """The index's entries that lead to a file inside the folder; {} when there is none."""
+    weight_map = (index or {}).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        if index is not None:
+            findings.add("index-broken", INDEX, "no weight_map", "tensor names and their shards")
+        return {}
+    safe = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file or "\\" in file or "\0" in file:
+            findings.add("index-unsafe-path", f"{INDEX}: {name}", repr(file), "a file name")
+        else:
+            safe[name] = file
+    return safe
+
+
+def read_shards(
+    folder: Path, wanted: set[str], files: dict[str, int], findings: Findings
+) -> dict[str, Shard]:
+    """The headers of the shards that are there and whole."""
+    shards = {}
+    for file in sorted(wanted):
+        if file not in files:
+            findings.add("shard-missing", INDEX, f"no {file}", "every shard that it names")
+            continue
+        try:
+            shards[file] = read_shard(folder / file)
+        except Stop as stop:
+            findings.add("shard-broken", file, str(stop), "a whole safetensors file")
+    return shards

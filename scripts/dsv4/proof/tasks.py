@@ -1,0 +1,104 @@
+"""What is compared with what, and what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from dsv4.model.names import kind
+from dsv4.proof.headers import module_parts, stored
+from dsv4.proof.survey import Survey
+from dsv4.storage.checkpoint import Checkpoint
+from dsv4.storage.shard import FLOATS, Tensor
+
+
+@dataclass
+class Outcome:
+    """What level 2 found of one tensor.
+
+    what: expert, module, control or passthrough; how: what its values are stored as. energy and
+    error are sums of squares. exact, explained and wrong count groups against the bytes that its
+    quantizer gives; fragile ones could be rounded otherwise by another device. faults are (name,
+    where, found, expected); explained ones count as verdict.py's `judge_groups` says. worst: the
+    largest error in steps, at worst_at; without a place, a bound.
+    """
+
+    name: str
+    what: str
+    how: str
+    numbers: int = 0
+    groups: int = 0
+    exact: int = 0
+    fragile: int = 0
+    explained: int = 0
+    wrong: int = 0
+    energy: float = 0.0
+    error: float = 0.0
+    worst: float = 0.0
+    worst_at: str = ""
+    zeros: int = 0
+    zeros_lost: int = 0
+    recomputed: bool = False
+    faults: list[tuple[str, str, str, str]] = field(default_factory=list)
+    wrong_places: list[tuple[str, str, str]] = field(default_factory=list)
+    explained_places: list[tuple[str, str, str]] = field(default_factory=list)
+
+    @property
+    def relative(self) -> float:
+        """RMS of the error relative to the RMS of the weights."""
+        return float(np.sqrt(self.error / self.energy)) if self.energy else 0.0
+
+    def fault(self, name: str, where: str, found: str, expected: str) -> None:
+        """Note one fault of this tensor."""
+        self.faults.append((name, f"{self.name}: {where}", found, expected))
+
+
+@dataclass(frozen=True)
+class Task:
+    """One source tensor and what the bundle made of it."""
+
+    origin: Tensor
+    scale: Tensor | None
+    parts: dict[str, Tensor]
+    what: str
+    label: dict[str, Any] | None
+
+    @property
+    def base(self) -> str:
+        """Its storage name without the part."""
+        return self.origin.name.removesuffix(".weight")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the bundle that it covers."""
+        return sum(part.nbytes for part in self.parts.values())
+
+
+def make_tasks(bundle: Survey, source: Checkpoint) -> list[Task]:
+    """All source tensors whose counterparts are whole; level 1 has reported the others."""
+    tasks = []
+    for name, origin in source.tensors.items():
+        what = kind(name)
+        if what == "scale" or name not in bundle.checkpoint.tensors:
+            continue
+        base = name.removesuffix(".weight")
+        scale = source.tensors.get(f"{base}.scale")
+        what = "module" if what in ("affine8", "head") else what
+        parts = module_parts(bundle, base) if what in ("expert", "module") else {}
+        label = stored(parts)
+        if label is None and len(parts) > 1:
+            continue
+        if label is None:
+            tensor = bundle.checkpoint.tensors[name]
+            if what == "expert" or (what == "module" and tensor.dtype not in FLOATS):
+                continue
+            task = Task(origin, scale, {"weight": tensor}, what, None)
+            if tensor.shape == origin.shape:
+                tasks.append(task)
+            continue
+        columns = origin.shape[1] * (2 if what == "expert" else 1)
+        if parts["weight"].shape == (origin.shape[0], columns * label["bits"] // 32):
+            tasks.append(Task(origin, scale, parts, what, label))
+    return tasks

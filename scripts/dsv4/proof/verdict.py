@@ -1,0 +1,176 @@
+"""What level 2's outcomes mean for the whole bundle, and what verify.json says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from statistics import median
+from typing import Any
+
+from dsv4.model.names import PROJECTION, parse_expert
+from dsv4.proof.findings import Check, Findings
+from dsv4.proof.level2 import Numbers
+from dsv4.proof.tasks import Outcome
+
+# A tool with another formula gets groups wrong in every tensor; a fault, in one or a few.
+OTHER_FORMULA = 0.01
+# A device that rounds ties otherwise does so often; a fault that happens to hit a tie is alone.
+OTHER_DEVICE = 0.01
+
+
+def judge(numbers: Numbers, findings: Findings) -> list[Check]:
+    """Turn outcomes into findings and checks."""
+    for outcome in numbers.outcomes:
+        for fault in outcome.faults:
+            findings.add(*fault)
+    if not numbers.compared:
+        read = sum(outcome.numbers for outcome in numbers.outcomes)
+        return [Check("numbers without NaN or Inf", read, "no source to compare them with")]
+    groups = {
+        what: [o for o in numbers.outcomes if o.what == what]
+        for what in ("expert", "module", "control", "passthrough")
+    }
+    for what in ("expert", "module"):
+        judge_groups(groups[what], what, findings)
+    for name in numbers.left_out:
+        findings.add("not-compared", name, "no counterpart of its kind and shape", "one")
+    if numbers.recorded and not numbers.recomputable:
+        findings.add("quantizer-unknown", numbers.recorded, "not this project's table", "its bytes")
+    return [
+        *(check_experts(block, groups["expert"]) for block in ("layers", "mtp")),
+        check_modules(groups["module"]),
+        Check("control numbers equal to the source", count(groups["control"])),
+        Check("passthrough numbers equal to the source", count(groups["passthrough"])),
+    ]
+
+
+def count(outcomes: Iterable[Outcome]) -> int:
+    """How many numbers these tensors hold."""
+    return sum(outcome.numbers for outcome in outcomes)
+
+
+def judge_groups(outcomes: list[Outcome], what: str, findings: Findings) -> None:
+    """Groups that are not what the formula gives: a fault, another device, or another formula."""
+    plain = [o for o in outcomes if o.groups and not o.recomputed]
+    other = bool(plain) and median(o.wrong / o.groups for o in plain) > OTHER_FORMULA
+    fragile = sum(o.fragile for o in plain)
+    device = sum(o.explained for o in plain) > OTHER_DEVICE * fragile
+    for outcome in outcomes:
+        if not (other and not outcome.recomputed):
+            for place in outcome.wrong_places:
+                blame(outcome, f"{what}-differs", place, outcome.wrong, findings)
+        name = f"{what}-other-device" if device else f"{what}-differs"
+        for place in outcome.explained_places:
+            blame(outcome, name, place, outcome.explained, findings)
+    if other:
+        findings.add("quantizer-unknown", f"{what}s", "another formula than MLX's", "MLX's")
+
+
+def blame(
+    outcome: Outcome, name: str, place: tuple[str, str, str], groups: int, findings: Findings
+) -> None:
+    """Report a tensor's first differing group, and how many more there are."""
+    where, found, expected = place
+    more = f" and {groups - 1:,} groups more" if groups > 1 else ""
+    findings.add(name, f"{outcome.name}: {where}{more}", found, expected)
+
+
+def check_experts(block: str, outcomes: list[Outcome]) -> Check:
+    """The experts of the main layers, or of MTP: how many, how exact, the worst of them."""
+    mine = [o for o in outcomes if o.name.startswith(f"{block}.")]
+    where = "in the main layers" if block == "layers" else "in MTP layers"
+    what = f"routed-expert weights {where} against FP4"
+    if not mine:
+        return Check(what, 0, optional=block == "mtp")
+    exact, groups = sum(o.exact for o in mine), sum(o.groups for o in mine)
+    worst = max(mine, key=lambda o: o.worst)
+    how = " and ".join(sorted({o.how for o in mine}))
+    note = (
+        f"{len(mine):,} tensors stored as {how}; "
+        f"{exact:,} of {groups:,} groups byte for byte as expected"
+    )
+    rms = f"relative RMS {rms_of(mine):.3%}, worst tensor {max(o.relative for o in mine):.3%}"
+    zeros = f"{sum(o.zeros_lost for o in mine):,} of {sum(o.zeros for o in mine):,} zeros lost"
+    return Check(what, count(mine), f"{note}; {rms}; {zeros}", worst_line(worst))
+
+
+def check_modules(outcomes: list[Outcome]) -> Check:
+    """The 8-bit modules."""
+    if not outcomes:
+        return Check("module weights against FP8 and BF16", 0)
+    exact, groups = sum(o.exact for o in outcomes), sum(o.groups for o in outcomes)
+    note = (
+        f"{len(outcomes):,} tensors, {exact:,} of {groups:,} groups byte for byte as MLX's CPU "
+        f"code; relative RMS {rms_of(outcomes):.3%}"
+    )
+    return Check(
+        "module weights against FP8 and BF16",
+        count(outcomes),
+        note,
+        worst_line(max(outcomes, key=lambda o: o.worst)),
+    )
+
+
+def worst_line(worst: Outcome) -> str:
+    """The worst weight, for a reader."""
+    if worst.worst == 0:
+        return "no weight off by more than rounding"
+    if not worst.worst_at:
+        return f"no weight off by more than {worst.worst:.3f} steps"
+    return f"worst weight off by {worst.worst:.3f} steps ({worst.name}, {worst.worst_at})"
+
+
+def rms_of(outcomes: Iterable[Outcome]) -> float:
+    """Relative RMS error over several tensors."""
+    outcomes = list(outcomes)
+    energy, error = sum(o.energy for o in outcomes), sum(o.error for o in outcomes)
+    return (error / energy) ** 0.5 if energy else 0.0
+
+
+def by_layer(outcomes: list[Outcome]) -> list[dict[str, Any]]:
+    """Routed experts by block, layer and projection, as verify.json holds them."""
+    cells: dict[tuple[str, int, str], list[Outcome]] = {}
+    for outcome in outcomes:
+        expert = parse_expert(outcome.name)
+        if expert and outcome.what == "expert":
+            block, layer, _, matrix, _ = expert
+            cells.setdefault((block, layer, PROJECTION[matrix]), []).append(outcome)
+    return [
+        {
+            "block": block,
+            "layer": layer,
+            "projection": projection,
+            "tensors": len(mine),
+            "weights": count(mine),
+            "relative_rms": rms_of(mine),
+            "worst_tensor_rms": max(o.relative for o in mine),
+            "worst_steps": finite(max(o.worst for o in mine)),
+            "groups": sum(o.groups for o in mine),
+            "groups_as_expected": sum(o.exact for o in mine),
+            "zeros": sum(o.zeros for o in mine),
+            "zeros_lost": sum(o.zeros_lost for o in mine),
+        }
+        for (block, layer, projection), mine in sorted(cells.items())
+    ]
+
+
+def finite(value: float) -> float | None:
+    """JSON has no infinity."""
+    return value if abs(value) < float("inf") else None
+
+
+def others(outcomes: list[Outcome]) -> list[dict[str, Any]]:
+    """Everything but routed experts, tensor by tensor."""
+    return [
+        {
+            "name": o.name,
+            "what": o.what,
+            "stored_as": o.how,
+            "numbers": o.numbers,
+            "relative_rms": o.relative,
+            "worst_steps": finite(o.worst),
+            "groups": o.groups,
+            "groups_as_expected": o.exact,
+        }
+        for o in outcomes
+        if o.what != "expert"
+    ]

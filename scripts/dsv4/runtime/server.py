@@ -1,0 +1,141 @@
+"""vMLX's server: its command line, its life, and what it answers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsv4.runtime.toolchain import environment
+from dsv4.stop import Stop
+
+# vMLX 1.3.97 recognises the model family by the served name.
+NAME = "deepseek-v4-flash-mlx-q4q8"
+HOST = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the server said: visible text, reasoning, and why it stopped."""
+
+    content: str
+    reasoning: str
+    finish_reason: str
+
+    @property
+    def text(self) -> str:
+        return f"{self.reasoning} {self.content}".strip()
+
+
+def command(python: Path, bundle: Path, port: int) -> list[str]:
+    """The server's command line."""
+    return [
+        str(python), "-m", "vmlx_engine.cli", "serve", str(bundle.resolve()),
+        "--host", HOST,
+        "--port", str(port),
+        "--served-model-name", NAME,
+    ]  # fmt: skip
+
+
+def check_free(port: int) -> None:
+    """Raise Stop when something listens on the port already."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise Stop(
+                f"{HOST}:{port}", error.strerror or str(error), "a free port", "choose PORT=…"
+            ) from error
+
+
+def free_port() -> int:
+    """A port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def running(python: Path, bundle: Path, log: Path, patience: float = 180) -> Iterator[str]:
+    """Start the server on a free port, yield its URL once it answers, and stop it at the end.
+
+    Its output goes to `log`. Raises Stop when it ends early or does not answer in `patience` s.
+    """
+    port = free_port()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        server = subprocess.Popen(
+            command(python, bundle, port), stdout=output, stderr=output, env=environment()
+        )
+        try:
+            url = f"http://{HOST}:{port}"
+            _wait_for(server, url, log, patience)
+            yield url
+        finally:
+            server.terminate()
+            try:
+                server.wait(20)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                server.wait()
+
+
+def _wait_for(server: subprocess.Popen, url: str, log: Path, patience: float) -> None:
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            raise Stop(
+                "vmlx_engine serve",
+                f"exit status {server.returncode}: {last_words(log)}",
+                "a server that stays up",
+                f"read {log}",
+            )
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/v1/models", timeout=5):
+            return
+        time.sleep(0.2)
+    raise Stop("vmlx_engine serve", f"no answer in {patience:.0f} s", "an answer", f"read {log}")
+
+
+def last_words(log: Path) -> str:
+    """The last exception that a log shows, else its last line; 300 characters at most."""
+    lines = log.read_text(errors="replace").strip().splitlines() or ["no output"]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception): ", line)]
+    return (errors or lines)[-1][:300]
+
+
+def ask(url: str, question: str, max_tokens: int, timeout: float = 600) -> Answer:
+    """Ask one question at temperature 0. Raises Stop when the server gives no usable answer."""
+    body = {
+        "model": NAME,
+        "messages": [{"role": "user", "content": question}],
+        "max_tokens": max_tokens,
+        "temperature": 0,
+    }
+    request = urllib.request.Request(
+        f"{url}/v1/chat/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            choice = json.load(response)["choices"][0]
+            message = choice["message"]
+    except urllib.error.HTTPError as error:
+        detail = error.read(400).decode(errors="replace")
+        raise Stop(url, f"HTTP {error.code}: {detail}", "200", "read the server's log") from error
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise Stop(url, str(error), "an answer", "start the server with `make serve`") from error
+    return Answer(
+        message.get("content") or "",
+        message.get("reasoning_content") or message.get("reasoning") or "",
+        choice.get("finish_reason") or "",
+    )

@@ -1,0 +1,152 @@
+"""The toolchain that converts and serves: a Python with jang_tools, mlx, mlx_lm and vmlx_engine.
+
+It may lie in this project's .toolchain or inside a vMLX.app, so it is always asked from outside, in
+a process of its own, and never imported here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dsv4.stop import Stop
+
+APP = Path("/Applications/vMLX.app")
+ROOT = Path(__file__).resolve().parents[3]
+SCRIPTS = ROOT / "scripts"
+PACKAGES = ("jang", "vmlx", "mlx", "mlx-lm", "mlx-vlm", "transformers", "torch")
+
+_PROBE = """
+import importlib.metadata as m, importlib.util as u, json, platform, sys
+def version(name):
+    try: return m.version(name)
+    except m.PackageNotFoundError: return None
+def folder(name):
+    spec = u.find_spec(name)
+    return spec.submodule_search_locations[0] if spec else None
+metal = None
+try:
+    import mlx.core as mx
+    metal = bool(mx.metal.is_available())
+except Exception as error:
+    metal = f"{type(error).__name__}: {error}"
+print("\\n" + json.dumps({"python": platform.python_version(), "executable": sys.executable,
+    "packages": {n: version(n) for n in sys.argv[1:]}, "metal": metal,
+    "folders": {n: folder(n) for n in ("jang_tools", "mlx_lm", "vmlx_engine")}}))
+"""
+
+
+def default() -> Path:
+    """What --python means when it is not given: this Python if it has jang_tools, else the
+    toolchain that `make venv` installs.
+    """
+    here = Path(sys.executable)
+    return here if importlib.util.find_spec("jang_tools") else ROOT / ".toolchain/new/bin/python"
+
+
+def probe(python: Path) -> dict[str, Any]:
+    """Ask `python` for its version, packages, whether MLX sees Metal, and where its modules lie.
+
+    Returns {"python", "executable", "packages": {name: version | None}, "metal": bool | str (why
+    mlx does not import), "folders": {module: path | None}}. Raises Stop when it cannot be run.
+    """
+    try:
+        result = subprocess.run(
+            [str(python), "-c", _PROBE, *PACKAGES],
+            capture_output=True,
+            text=True,
+            env=environment(),
+        )
+    except OSError as error:
+        raise Stop(
+            f"toolchain Python {python}",
+            error.strerror or str(error),
+            "a Python that runs",
+            "run `make venv`, or set TOOLCHAIN_PYTHON",
+        ) from error
+    if result.returncode:
+        raise Stop(
+            f"toolchain Python {python}",
+            (result.stderr.strip().splitlines() or ["no answer"])[-1],
+            "a Python that runs",
+            "check TOOLCHAIN_PYTHON",
+        )
+    return json.loads(result.stdout.strip().splitlines()[-1])
+
+
+def app_versions(app: Path = APP) -> dict[str, str | None]:
+    """Versions of PACKAGES inside an app, by its .dist-info folders; None for those without one."""
+    found: dict[str, str | None] = dict.fromkeys(PACKAGES)
+    for folder in sorted(app.rglob("*.dist-info")):
+        name, _, version = folder.name.removesuffix(".dist-info").rpartition("-")
+        if name.replace("_", "-") in found:
+            found[name.replace("_", "-")] = version
+    return found
+
+
+def environment() -> dict[str, str]:
+    """The environment for a toolchain process: no user site, nothing fetched from the hub.
+
+    Without Metal, MLX compiles fused kernels with the machine's C++ compiler, which may be missing
+    and takes over a minute for the first answer; there it interprets them instead.
+    """
+    interpret = {} if has_metal() else {"MLX_DISABLE_COMPILE": "1"}
+    return {**os.environ, "PYTHONNOUSERSITE": "1", "HF_HUB_OFFLINE": "1", **interpret}
+
+
+def with_rooms() -> dict[str, str]:
+    """The same for what runs as `-m dsv4.ROOM.MODULE` there: the rooms are found."""
+    return {**environment(), "PYTHONPATH": str(SCRIPTS)}
+
+
+def call(
+    command: list[str], what: str, todo: str, stdin: str = "", env: Mapping[str, str] = {}
+) -> str:
+    """Run `command` in the toolchain's environment, with `env` added; return its stdout.
+
+    Raises Stop with the last line of its stderr when it fails; `todo` is what to do then.
+    """
+    result = subprocess.run(
+        command, input=stdin, capture_output=True, text=True, env={**environment(), **env}
+    )
+    if result.returncode:
+        last = (result.stderr.strip().splitlines() or ["no output"])[-1]
+        raise Stop(what, last[:300], "exit status 0", todo)
+    return result.stdout
+
+
+def script(python: Path, name: str, *arguments: object) -> list[str]:
+    """The command line of scripts/NAME.py, or of `lab/NAME`, in a Python of one's choice."""
+    return [str(python), str(SCRIPTS / f"{name}.py"), *map(str, arguments)]
+
+
+def module_file(python: Path | None, name: str, app: Path = APP) -> Path:
+    """Find `name` (as `jang_tools/load_jangtq.py`): in the toolchain Python, else in the app.
+
+    Raises Stop when it is in neither place, or more than once in the app.
+    """
+    package, _, rest = name.partition("/")
+    if python is not None:
+        folder = probe(python)["folders"].get(package)
+        if folder is not None and (Path(folder) / rest).is_file():
+            return Path(folder) / rest
+    found = sorted(app.rglob(name)) if app.is_dir() else []
+    if len(found) != 1:
+        raise Stop(
+            name,
+            f"{len(found)} copies under {app} and none in {python}",
+            "one",
+            "name it with --file PATH, or set TOOLCHAIN_PYTHON",
+        )
+    return found[0]
+
+
+def has_metal() -> bool:
+    """True on the machines that MLX runs on with Metal: Macs with Apple silicon."""
+    return sys.platform == "darwin" and os.uname().machine == "arm64"

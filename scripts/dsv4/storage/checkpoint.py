@@ -1,0 +1,111 @@
+"""A folder of safetensors shards with an index and a config.json: the source and the bundle alike.
+
+What stands here is true of any such folder, whatever model it holds. Reading it takes JSON and
+headers only: seconds for 180 GB.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dsv4.stop import Stop
+from dsv4.storage.shard import Shard, Tensor, read_shard
+
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened folder: config.json, the index's weight_map, and every shard's header."""
+
+    folder: Path
+    config: dict[str, Any]
+    weight_map: dict[str, str]
+    shards: dict[str, Shard]
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by name, over all shards."""
+        return {n: t for shard in self.shards.values() for n, t in shard.tensors.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """The size of all shards on disk, in bytes."""
+        return sum(shard.size for shard in self.shards.values())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises Stop when the file is missing, not JSON, or no object."""
+    if not path.is_file():
+        raise Stop(f"{path}", "no such file", "a JSON file", "check the folder")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise Stop(f"{path}", f"no valid JSON ({error})", "JSON", "restore this file") from error
+    if not isinstance(value, dict):
+        raise Stop(f"{path}", f"a {type(value).__name__}", "a JSON object", "restore this file")
+    return value
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """Read the index's weight_map. Raises Stop when an entry leads out of the folder."""
+    path = folder / INDEX
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise Stop(f"{path}", "no weight_map", "tensor names and their shards", "restore the index")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file or "\\" in file or "\0" in file:
+            raise Stop(
+                f"{path}: {name}",
+                f"the file {file!r}",
+                "a file name inside the folder",
+                "do not use this checkpoint",
+            )
+    return weight_map
+
+
+def open_shards(folder: Path, files: set[str]) -> dict[str, Shard]:
+    """The headers of these shards. Raises Stop when one is missing or not whole."""
+    missing = sorted(file for file in files if not (folder / file).is_file())
+    if missing:
+        raise Stop(
+            f"{folder / INDEX}",
+            f"{len(missing)} of {len(files)} shards missing, first {missing[0]}",
+            "every shard that the index names",
+            "fetch or rebuild it",
+        )
+    return {file: read_shard(folder / file) for file in sorted(files)}
+
+
+def check_index(checkpoint: Checkpoint, todo: str) -> None:
+    """Raise Stop unless index and shards name the same tensors in the same shards."""
+    index = checkpoint.folder / INDEX
+    for name, file in checkpoint.weight_map.items():
+        if name not in checkpoint.shards[file].tensors:
+            raise Stop(f"{index}: {name}", f"no such tensor in {file}", "it there", f"{todo} again")
+    for file, shard in checkpoint.shards.items():
+        for name in shard.tensors:
+            if checkpoint.weight_map.get(name) != file:
+                raise Stop(
+                    f"{checkpoint.folder / file}: {name}",
+                    "no entry for it in the index",
+                    f"{name} → {file}",
+                    f"{todo} again",
+                )
+
+
+def check_strangers(checkpoint: Checkpoint, todo: str) -> None:
+    """Raise Stop when the folder holds a shard that the index does not name."""
+    on_disk = {path.name for path in checkpoint.folder.glob("*.safetensors")}
+    strangers = sorted(n for n in on_disk - set(checkpoint.shards) if not n.startswith("."))
+    if strangers:
+        raise Stop(
+            f"{checkpoint.folder / strangers[0]}",
+            "a shard that the index does not name",
+            "only the index's shards",
+            todo,
+        )

@@ -1,0 +1,72 @@
+"""One writer at a time: the lock that every stage takes before it changes a folder.
+
+A whole run holds FOLDER/.lock alone. Parts of one job hold it together, and each of the files that
+it writes alone, so that parts exclude each other exactly where they overlap. The system drops the
+locks of a process that dies. portalocker does the locking (flock).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import portalocker
+
+from dsv4.stop import Stop
+
+LOCK = ".lock"
+
+
+def lock_for(folder: Path, file: str = "") -> Path:
+    """The lock of a whole folder, or of one file in it: hidden."""
+    return folder / f".{file}{LOCK}" if file else folder / LOCK
+
+
+@contextlib.contextmanager
+def held(folder: Path, part: Iterable[str] | None = None) -> Iterator[None]:
+    """Hold `folder` while the body runs; with `part`, only the files of that name in it.
+
+    A run that ends leaves no lock behind but FOLDER/.lock, when other parts may hold it too; a
+    whole run leaves none.
+    Raises Stop when another run holds what is asked for.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_locked(lock_for(folder), alone=part is None))
+        for file in part or ():
+            stack.enter_context(_locked(lock_for(folder, file), alone=True))
+        if part is None:
+            for path in folder.glob(f".?*{LOCK}"):  # of parts that were killed
+                path.unlink()
+        yield
+
+
+@contextlib.contextmanager
+def _locked(path: Path, alone: bool) -> Iterator[None]:
+    """Hold one lock file, and remove it in the end when it is held alone.
+
+    A link in its place is not followed, and nothing is waited for.
+    """
+    how = portalocker.LOCK_EX if alone else portalocker.LOCK_SH
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    handle = os.open(path, flags, 0o666)
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise Stop(f"{path}", "no plain file", "a lock", "remove it")
+        try:
+            portalocker.lock(handle, how | portalocker.LOCK_NB)
+        except portalocker.AlreadyLocked as error:
+            raise Stop(f"{path.parent}", "another run at work on it", "one run on each part",
+                       "wait until it ends") from error  # fmt: skip
+        if not path.exists() or path.stat().st_ino != os.fstat(handle).st_ino:
+            todo = "start it again"
+            raise Stop(f"{path.parent}", "another run that just ended", "one run", todo)
+        try:
+            yield
+        finally:
+            if alone:
+                path.unlink(missing_ok=True)
+    finally:
+        os.close(handle)

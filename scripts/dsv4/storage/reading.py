@@ -1,0 +1,74 @@
+"""Read tensors' bytes by position, and turn F16, BF16 and F32 into each other."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from dsv4.stop import Stop
+from dsv4.storage.shard import FLOATS, ITEMSIZE, NUMPY_DTYPE, REDO, Tensor
+
+
+class Reader:
+    """Positioned reads from shards that stay open; one for each worker."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, int] = {}
+
+    def read(self, tensor: Tensor, first: int = 0, nbytes: int | None = None) -> np.ndarray:
+        """`nbytes` bytes of a tensor's data from byte `first`, uint8. Raises Stop at the end."""
+        if tensor.path not in self._open:
+            self._open[tensor.path] = os.open(tensor.path, os.O_RDONLY)
+        wanted = tensor.nbytes - first if nbytes is None else nbytes
+        data = os.pread(self._open[tensor.path], wanted, tensor.offset + first)
+        while len(data) < wanted:
+            more = os.pread(
+                self._open[tensor.path], wanted - len(data), tensor.offset + first + len(data)
+            )
+            if not more:
+                raise Stop(f"{tensor.path}", "its end", f"{tensor.name} there", REDO)
+            data += more
+        return np.frombuffer(data, np.uint8)
+
+    def rows(self, tensor: Tensor, first: int, last: int) -> np.ndarray:
+        """Rows `first` to `last` - 1 as bytes."""
+        row = tensor.nbytes // tensor.shape[0]
+        return self.read(tensor, first * row, (last - first) * row)
+
+    def close(self) -> None:
+        """Close all files."""
+        for fd in self._open.values():
+            os.close(fd)
+        self._open.clear()
+
+
+def as_float32(data: np.ndarray, dtype: str) -> np.ndarray:
+    """Bytes of F16, BF16 or F32 → float32."""
+    array = data.view(NUMPY_DTYPE[dtype])
+    if dtype == "BF16":
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float32)
+
+
+def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
+    """float32 → the nearest numbers of F16, BF16 or F32, as bytes; ties to even."""
+    if dtype == "BF16":
+        bits = values.view(np.uint32)
+        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16).view(np.uint8)
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(values.astype(NUMPY_DTYPE[dtype])).view(np.uint8)
+
+
+def element(tensor: Tensor, at: int) -> str:
+    """Where element `at` lies, as its indices."""
+    index = np.unravel_index(at, tensor.shape) if tensor.shape else ()
+    return f"element {[int(i) for i in index]}"
+
+
+def shown_element(data: np.ndarray, dtype: str, at: int) -> str:
+    """One element, for a reader."""
+    one = data[at * ITEMSIZE[dtype] : (at + 1) * ITEMSIZE[dtype]]
+    value = as_float32(one, dtype)[0] if dtype in FLOATS else one.view(NUMPY_DTYPE[dtype])[0]
+    return f"{value:.8g}" if dtype in FLOATS else f"{value}"

@@ -1,0 +1,40 @@
+"""Decode the source's routed experts: E2M1 codes with a UE8M0 scale for 32 columns.
+
+A byte holds two codes, the low nibble is the even column. A code's low three bits give the
+magnitude, bit 3 the sign. A scale byte e stands for 2^(e - 127); 255 is NaN and has no business in
+a checkpoint. (OCP Microscaling Formats v1.0, sections 5.3.3 and 5.4.1.)
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dsv4.model.names import GROUP
+from dsv4.stop import Stop
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+UE8M0 = np.append(np.ldexp(np.float32(1), np.arange(255) - 127), np.float32(np.nan))
+
+
+def decode(packed: np.ndarray, scales: np.ndarray, name: str) -> np.ndarray:
+    """Decode one matrix: packed (out, in/2) bytes, scales (out, in/32) bytes → float32 (out, in).
+
+    `name` is the tensor's, for the message. Raises Stop when a scale byte is 255.
+    """
+    check_scales(scales, name)
+    codes = packed.view(np.uint8)
+    pairs = np.stack([codes & 15, codes >> 4], axis=-1).reshape(len(codes), -1)
+    values = E2M1[pairs].reshape(*scales.shape, GROUP)
+    return (values * UE8M0[scales.view(np.uint8)][..., None]).reshape(len(codes), -1)
+
+
+def check_scales(scales: np.ndarray, name: str) -> None:
+    """Raise Stop when a UE8M0 byte is 255, which is NaN."""
+    rows, groups = np.nonzero(scales.view(np.uint8) == 255)
+    if len(rows):
+        raise Stop(
+            f"{name}",
+            f"scale byte 255 (NaN) in row {rows[0]}, group {groups[0]}",
+            "bytes from 0 to 254",
+            "fetch the source shard again",
+        )

@@ -1,0 +1,257 @@
+"""Measure the native converter against the disk, and against upstream's converter with the plan.
+
+Makes synthetic sources in Flash's proportions: routed experts of its shapes and, for each 256 of
+them, the matrices of one layer with its share of embedding and head. Then, turn by turn:
+
+- the large source: reading it and writing as many bytes as the bundle has, in pieces, with an fsync
+  for each shard, by one thread without any arithmetic; and convert.py with all cores;
+- the small one: convert.py, and upstream's converter followed by the plan's method on its bundle.
+
+Before each turn the inputs are put out of the page cache; times are of whole processes.
+
+    .venv/bin/python scripts/bench_convert.py [--folder DIR] [--experts 144] [--small 64] [--runs 3]
+
+Takes about 7 minutes and 8 GB under --folder on two cores; prints a Markdown table.
+Exit status: 0 done; 1 failed; 2 usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import rooms
+from race import SHARD_TENSORS, Times, gaussian_fp4, machine, planned_expert, settle, turn
+
+from dsv4.model.opening import MODEL_TYPE, open_bundle
+from dsv4.runtime.upstream import CONVERTER
+from dsv4.stop import Stop, run
+from dsv4.storage.checkpoint import INDEX
+from dsv4.storage.durable import fsync, human
+from dsv4.storage.shard import Planned, read_array, write_shard
+from dsv4.weights.fp8 import BLOCK
+
+FLASH_SOURCE = 160e9  # bytes
+SHARD_BYTES = 400_000_000  # of the sources that are made
+PIECE = 4 << 20
+# The FP8 matrices of one layer of Flash, for its 256 experts, as (out, in), and its 43rd part of
+# embedding and head, both (129280, 4096), in BF16.
+LAYER = {
+    "attn.wq_a": (1024, 4096), "attn.wq_b": (32768, 1024), "attn.wkv": (512, 4096),
+    "attn.wo_a": (8192, 4096), "attn.wo_b": (4096, 8192),
+    "attn.indexer.wq_b": (8192, 1024), "ffn.shared_experts.w1": (2048, 4096),
+    "ffn.shared_experts.w2": (4096, 2048), "ffn.shared_experts.w3": (2048, 4096),
+}  # fmt: skip
+COMPRESSOR = {"attn.compressor.wkv": (1024, 4096), "attn.compressor.wgate": (1024, 4096)}
+VOCABULARY = 129280 // 43
+
+
+# --- Synthetic sources ----------------------------------------------------------------------------
+
+
+def source_tensors(experts: int) -> Iterator[Planned]:
+    """One layer with so many experts, its other matrices shrunk to the same share of 256."""
+    rng = np.random.default_rng(0)
+    share = experts / 256
+    for name in ("embed.weight", "head.weight"):
+        yield bf16(rng, name, (round(VOCABULARY * share), 4096))
+    for name, (out, columns) in LAYER.items():
+        yield from fp8(rng, f"layers.0.{name}", (blocks(out * share) * BLOCK, columns))
+    for name, (out, columns) in COMPRESSOR.items():
+        yield bf16(rng, f"layers.0.{name}.weight", (round(out * share), columns))
+    matrices = [gaussian_fp4(rng) for _ in range(2)]
+    for i in range(3 * experts):
+        base = f"layers.0.ffn.experts.{i // 3}.w{i % 3 + 1}"
+        yield from planned_expert(base, matrices[i % 2], 128 * i, bundle=False)
+
+
+def blocks(rows: float) -> int:
+    return max(1, round(rows / BLOCK))
+
+
+def bf16(rng: np.random.Generator, name: str, shape: tuple[int, int]) -> Planned:
+    values = rng.standard_normal(shape, dtype=np.float32)
+    return Planned(name, "BF16", shape, lambda: [(values.view(np.uint32) >> 16).astype(np.uint16)])
+
+
+def fp8(rng: np.random.Generator, base: str, shape: tuple[int, int]) -> Iterator[Planned]:
+    """Codes of either sign below 448, and a scale for each block."""
+    codes = rng.integers(0, 120, shape, dtype=np.uint8) | rng.integers(0, 2, shape, np.uint8) << 7
+    scales = rng.integers(112, 118, [-(-n // BLOCK) for n in shape], dtype=np.uint8)
+    yield Planned(f"{base}.weight", "F8_E4M3", shape, lambda: [codes])
+    yield Planned(f"{base}.scale", "F8_E8M0", scales.shape, lambda: [scales])
+
+
+def make_source(folder: Path, experts: int) -> None:
+    """Write such a source in shards of about SHARD_BYTES."""
+    folder.mkdir(parents=True)
+    weight_map, part, number = {}, [], 1
+    tensors = list(source_tensors(experts))
+    for i, tensor in enumerate(tensors, 1):
+        part.append(tensor)
+        if sum(t.nbytes for t in part) < SHARD_BYTES and i < len(tensors):
+            continue
+        file = f"model-{number:05d}.safetensors"
+        write_shard(folder / file, part, {})
+        weight_map |= {t.name: file for t in part}
+        part, number = [], number + 1
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    config = {"model_type": MODEL_TYPE, "num_hidden_layers": 1, "n_routed_experts": experts}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+# --- The contestants ------------------------------------------------------------------------------
+
+
+def read_and_write(source: Path, written: int, target: Path) -> None:
+    """Read the source, and for each piece write its share of `written` bytes; fsync each file."""
+    paths = sorted(source.glob("*.safetensors"))
+    ratio = written / sum(path.stat().st_size for path in paths)
+    buffer = np.random.default_rng(0).integers(0, 256, 2 * PIECE, dtype=np.uint8)
+    target.mkdir()
+    for path in paths:
+        with path.open("rb", buffering=0) as reader, (target / path.name).open("wb", 0) as writer:
+            while n := reader.readinto(buffer[:PIECE]):
+                writer.write(buffer[: round(n * ratio)])
+            fsync(writer.fileno())
+
+
+def native(times: Times, source: Path, bundle: Path) -> None:
+    shutil.rmtree(bundle, ignore_errors=True)
+    settle(source)
+    with turn(times) as call:
+        call(sys.executable, rooms.SCRIPTS / "convert.py", "--source", source, "--bundle", bundle)
+
+
+def disk(times: Times, source: Path, written: int, target: Path) -> None:
+    settle(source)
+    with turn(times) as call:
+        call(sys.executable, __file__, "--read-and-write", source, str(written), target)
+    shutil.rmtree(target)
+
+
+def upstream(convert: Times, plan: Times, source: Path, bundle: Path) -> None:
+    """Upstream's converter, and then the plan's requantize on what it made."""
+    shutil.rmtree(bundle, ignore_errors=True)
+    settle(source)
+    with turn(convert) as call:
+        call(sys.executable, "-m", CONVERTER, "--src", source, "--dst", bundle, "--profile", "4",
+             "--format", "jang")  # fmt: skip
+    settle(source, bundle)
+    with turn(plan) as call:
+        every = str(SHARD_TENSORS * len(list(bundle.glob("*.safetensors"))))
+        call(
+            sys.executable,
+            rooms.SCRIPTS / "lab" / "bench.py",
+            "--plans-method",
+            source,
+            bundle,
+            every,
+        )
+
+
+def same_matrices(ours: Path, theirs: Path) -> bool:
+    """True when the 8-bit tensors are the same, bit for bit: neither experts nor the head."""
+    mine, other = open_bundle(ours).tensors, open_bundle(theirs).tensors
+    names = [name for name in mine if ".experts." not in name and name != "head.weight"]
+    return all(read_array(mine[n]).tobytes() == read_array(other[n]).tobytes() for n in names)
+
+
+# --- The report -----------------------------------------------------------------------------------
+
+
+def row(name: str, tensors: int, times: Times) -> str:
+    return (
+        f"| {name} | {tensors} | {times.median:.2f} | {min(times.wall):.2f}–{max(times.wall):.2f} "
+        f"| {statistics.median(times.cpu):.2f} | {times.peak / 2**20:,.0f} MiB |"
+    )
+
+
+def compete(folder: Path, experts: int, small: int, runs: int) -> str:
+    """Take turns on both sources; returns the report."""
+    large, little = folder / "large", folder / "little"
+    ours, copying, ours_little, convert, plan = (Times(1) for _ in range(5))
+    native(Times(1), large, folder / "bundle")  # also compiles the kernel
+    made = sum(path.stat().st_size for path in (folder / "bundle").glob("*.safetensors"))
+    read = sum(path.stat().st_size for path in large.glob("*.safetensors"))
+    shutil.rmtree(folder / "bundle")
+    for i in range(runs):
+        disk(copying, large, made, folder / "copy")
+        native(ours, large, folder / "bundle")
+        print(f"run {i + 1} of {runs}", file=sys.stderr)
+    shutil.rmtree(folder / "bundle")
+    for i in range(max(1, runs // 2) if small else 0):
+        native(ours_little, little, folder / "bundle")
+        upstream(convert, plan, little, folder / "stock")
+        if not same_matrices(folder / "bundle", folder / "stock"):
+            raise Stop("upstream's converter", "other bytes than ours", "the same", "debug")
+        print(f"against upstream, run {i + 1}", file=sys.stderr)
+    rows = [
+        f"{human(read)} read, {human(made)} written in the large source:", "",
+        "| | experts' matrices | median s | least–most s | CPU s | peak memory |",
+        "|---|---|---|---|---|---|",
+        row("reading and writing as much, fsync", 3 * experts, copying),
+        row("convert, native", 3 * experts, ours),
+    ]  # fmt: skip
+    ends = [
+        f"- against reading and writing: {ours.median / copying.median:.2f} × (target 1.5)",
+        f"- Flash, {human(int(FLASH_SOURCE))}: "
+        f"{ours.median * FLASH_SOURCE / read / 60:.1f} minutes = {ours.median:.1f} s × "
+        f"{FLASH_SOURCE / read:.0f}, this machine and disk going on as measured",
+    ]
+    if small:
+        rows += [
+            row("convert, native", 3 * small, ours_little),
+            row("upstream's convert", 3 * small, convert),
+            row("the plan's requantize after it", 3 * small, plan),
+        ]
+        theirs = convert.median + plan.median
+        ends.append(f"- against upstream and the plan: {theirs / ours_little.median:.0f} × as fast "
+                    "with all start-ups (expected 20)")  # fmt: skip
+    return "\n".join([*rows, "", *ends])
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, default=Path("build"), help="where to work")
+    parser.add_argument("--experts", type=int, default=144, help="of the large source")
+    parser.add_argument("--small", type=int, default=64, help="of the small one; 0 for none")
+    parser.add_argument("--runs", type=int, default=3, help="turns of each")
+    parser.add_argument("--make", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--read-and-write", nargs=3, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run the comparison. Returns 0 whatever it shows."""
+    args = parse_arguments()
+    if args.make:
+        make_source(Path(args.make[0]), int(args.make[1]))
+        return 0
+    if args.read_and_write:
+        source, written, target = args.read_and_write
+        read_and_write(Path(source), int(written), Path(target))
+        return 0
+    args.folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=args.folder) as name:
+        folder = Path(name)
+        for kind, experts in (("large", args.experts), ("little", args.small)):
+            if experts:  # in a process of its own: a child's peak begins at its parent's
+                with turn(Times(1)) as call:
+                    call(sys.executable, __file__, "--make", folder / kind, str(experts))
+        report = compete(folder, args.experts, args.small, args.runs)
+    print(machine(), report, sep="\n\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

@@ -1,0 +1,351 @@
+"""Measure how close to the source each quantizer stays: on weights, and through a real model.
+
+Weights: full-shape synthetic experts (2048 × 4096), normal and Laplace, under both rules for FP4
+scales. The model: the nano source is converted with each quantizer, finalized and patched by the
+stages themselves; then its next-token distribution is compared with the source's at
+every token of held-out additions. So is what another upstream entry, jang_tools.dsv4.
+convert_dsv4_jang --profile 4, makes of the same source. A second source that was trained less
+(--source2) is less sure of itself and shows more.
+
+What this can tell: whether a quantizer does what it says, and how the quantizers rank. What it
+cannot: how large the effect is in the full model. The nano has 2 million parameters, experts of
+128 × 128 and one task; 43 layers, 256 experts and real text are another matter, and everything else
+than the experts is 8-bit in all bundles alike, which is the floor that exact experts reach.
+
+Writes fidelity.md and fidelity.json to --out, the picture to --picture, and bundles, which it makes
+anew, to folders in --out; prints the rows of README's table too. Costs about 7 minutes on two
+cores, and 60 MB.
+
+    .venv/bin/python scripts/fidelity.py --source DIR [--source2 DIR] [--out DIR] [--picture FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import rooms  # noqa: F401
+from pictures import Bar, bars
+from tokenizers import Tokenizer
+
+from dsv4.model.chat import ASSISTANT, BOS, EOS, USER
+from dsv4.model.labels import parts_of
+from dsv4.model.names import GROUP
+from dsv4.runtime.toolchain import call, script
+from dsv4.served.nano import held_out
+from dsv4.stop import run
+from dsv4.storage.durable import write_bytes, write_json
+from dsv4.storage.shard import ITEMSIZE, NUMPY_DTYPE, Slot
+from dsv4.weights.quantizer import QUANTIZERS, Quantizer
+from dsv4.weights.synthetic import RULES, pack, random_weights, to_fp4
+
+OUT, COLUMNS = 2048, 4096
+SEED = 2026
+THINK, END_THINK = "<think>", "</think>"
+JANG = "convert_dsv4_jang"
+# With the source decoded to float32, and as the toolchain's loader runs the bundle.
+HOWS = ("tensors", "loader")
+ALONE = "run it alone to see why"
+
+
+@dataclass(frozen=True)
+class WeightError:
+    """On one synthetic expert: RMS and mean of the error, both relative to the weights' RMS, the
+    share of groups without any error, bits a weight, seconds of one thread."""
+
+    quantizer: str
+    kind: str
+    rule: str
+    bits: float
+    rms: float
+    mean: float
+    exact: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ModelError:
+    """Over held-out additions: KL divergence from the source's next-token distribution in nats, a
+    mean over all tokens and over the answers' tokens; share of tokens with the same most likely
+    successor; share of additions whose every answer token would be chosen greedily."""
+
+    source: str
+    quantizer: str
+    how: str
+    kl: float
+    kl_answers: float
+    agreement: float
+    accuracy: float
+
+
+# --- Weights ------------------------------------------------------------------------------------
+
+
+def encode(
+    quantizer: Quantizer, packed: np.ndarray, exponents: np.ndarray
+) -> tuple[dict[str, np.ndarray], float]:
+    """One whole matrix; returns its parts and the seconds of one thread after a first, short call.
+
+    packed: uint8 (out, in/2); exponents: uint8 (out, in/32).
+    """
+    shapes = parts_of(quantizer.label, len(packed), 2 * packed.shape[1])
+    flat = {part: np.empty(Slot("", *of).nbytes, np.uint8) for part, of in shapes.items()}
+    warm = {part: array[: len(array) // len(packed)] for part, array in flat.items()}
+    quantizer.encode(packed[0], exponents[0], warm)
+    start = time.thread_time()
+    quantizer.encode(packed.reshape(-1), exponents.reshape(-1), flat)
+    seconds = time.thread_time() - start
+    parts = {
+        part: flat[part].view(NUMPY_DTYPE[dtype]).reshape(shape)
+        for part, (dtype, shape) in shapes.items()
+    }
+    return parts, seconds
+
+
+def decode(label: dict, parts: dict[str, np.ndarray]) -> np.ndarray:
+    """The matrix as MLX decodes it, float32; F16 scales and biases are widened first."""
+    import mlx.core as mx
+
+    rest = [parts[part] for part in ("scales", "biases") if part in parts]
+    rest = [array if array.dtype == np.uint8 else array.astype(np.float32) for array in rest]
+    arrays = map(mx.array, [parts["weight"], *rest])
+    return np.array(mx.dequantize(*arrays, **label, stream=mx.cpu).astype(mx.float32))
+
+
+@lru_cache(maxsize=1)
+def expert(kind: str, rule: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A synthetic expert: codes (out, in/2), exponent bytes (out, in/32), values (groups, 32)."""
+    rng = np.random.default_rng(SEED)
+    groups = OUT * COLUMNS // GROUP
+    # Rows differ by up to a factor of two, so that no place between powers of two is preferred.
+    sizes = 0.02 * np.exp2(rng.uniform(0, 1, OUT)).repeat(COLUMNS // GROUP)
+    halves, exponents = to_fp4(sizes[:, None] * random_weights(rng, groups, kind), rule)
+    packed = pack(halves).reshape(OUT, COLUMNS // 2)
+    scale_bytes = (exponents + 127).astype(np.uint8).reshape(OUT, COLUMNS // GROUP)
+    return packed, scale_bytes, np.ldexp(halves.astype(np.float32), exponents[:, None] - 1)
+
+
+def weight_error(name: str, kind: str, rule: str) -> WeightError:
+    """Quantize a synthetic expert, decode it and compare."""
+    packed, scale_bytes, true = expert(kind, rule)
+    groups, quantizer = len(true), QUANTIZERS[name]()
+    parts, seconds = encode(quantizer, packed, scale_bytes)
+    wrong = decode(quantizer.label, parts).reshape(groups, GROUP).astype(np.float64) - true
+    size = np.sqrt((true.astype(np.float64) ** 2).mean())
+    shapes = parts_of(quantizer.label, OUT, COLUMNS)
+    nbytes = sum(ITEMSIZE[dtype] * np.prod(shape) for dtype, shape in shapes.values())
+    return WeightError(
+        name, kind, rule, 8 * nbytes / (OUT * COLUMNS), float(np.sqrt((wrong**2).mean()) / size),
+        float(wrong.mean() / size), float((wrong == 0).all(axis=1).mean()), seconds,
+    )  # fmt: skip
+
+
+# --- The model ----------------------------------------------------------------------------------
+
+
+def stage(name: str, *arguments: object) -> None:
+    """Run one stage's script. Raises Stop when it fails."""
+    command = script(Path(sys.executable), name, *arguments)
+    call(command, f"stage {name}", ALONE)
+
+
+def make_bundles(source: Path, work: Path, python: Path) -> dict[str, Path]:
+    """A bundle for each quantizer, and upstream's other converter's; all anew."""
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    bundles = {}
+    for name in QUANTIZERS:
+        bundle = bundles[name] = work / name
+        stage("convert", "--source", source, "--bundle", bundle, "--quantizer", name)
+        stage("finalize", "--source", source, "--bundle", bundle)
+        stage("patch", "--bundle", bundle)
+    bundles[JANG] = work / "jang"
+    command = [str(python), "-m", f"jang_tools.dsv4.{JANG}", "--src", str(source)]
+    call([*command, "--dst", str(bundles[JANG]), "--profile", "4"], JANG, ALONE)
+    return bundles
+
+
+def lessons(source: Path, record: Path, number: int) -> tuple[list[list[int]], list[int]]:
+    """Token ids of held-out additions with their answers, and where each answer begins."""
+    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+    ids, begins = [], []
+    for a, b in held_out(record, number):
+        prompt = f"{BOS}{USER}What is {a}+{b}?{ASSISTANT}{THINK}"
+        answer = f"{a}+{b}={a + b}{END_THINK}{a + b}{EOS}"
+        begins.append(len(tokenizer.encode(prompt, add_special_tokens=False).ids))
+        ids.append(tokenizer.encode(prompt + answer, add_special_tokens=False).ids)
+    return ids, begins
+
+
+def every_logit(
+    python: Path, folder: Path, how: str, ids: list[list[int]], out: Path
+) -> np.ndarray:
+    """float64 (tokens, vocabulary), the logits after every token, computed by logits.py."""
+    command = script(python, "lab/logits", "--folder", folder, "--how", how)
+    call([*command, "--every", "--out", str(out)], f"logits of {folder}", ALONE, json.dumps(ids))
+    return np.load(out).astype(np.float64)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def model_error(
+    found: np.ndarray, reference: np.ndarray, ids: list[list[int]], begins: list[int]
+) -> tuple[float, float, float, float]:
+    """(KL, KL in answers, agreement, accuracy) of logits (tokens, vocabulary), as ModelError."""
+    ours, theirs = log_softmax(found), log_softmax(reference)
+    kl = (np.exp(theirs) * (theirs - ours)).sum(axis=1)
+    same = found.argmax(axis=1) == reference.argmax(axis=1)
+    right, inside, start = [], np.zeros(len(kl), bool), 0
+    for tokens, begin in zip(ids, begins, strict=True):
+        here = slice(start + begin - 1, start + len(tokens) - 1)  # each predicts the next token
+        right.append((found[here].argmax(axis=1) == tokens[begin:]).all())
+        inside[here] = True
+        start += len(tokens)
+    return float(kl.mean()), float(kl[inside].mean()), float(same.mean()), float(np.mean(right))
+
+
+def measure_model(
+    label: str, source: Path, record: Path, number: int, work: Path, python: Path
+) -> list[ModelError]:
+    """Every bundle of one source against it; the source against itself comes first."""
+    bundles = make_bundles(source, work, python)
+    ids, begins = lessons(source, record, number)
+    reference = every_logit(python, source, "source", ids, work / "source.npy")
+    out = [ModelError(label, "source", "source", *model_error(reference, reference, ids, begins))]
+    for name, bundle in bundles.items():
+        for how in HOWS:
+            print(f"{label}: {name} by {how}", file=sys.stderr, flush=True)
+            found = every_logit(python, bundle, how, ids, work / f"{name}-{how}.npy")
+            out.append(ModelError(label, name, how, *model_error(found, reference, ids, begins)))
+    return out
+
+
+# --- Saying it ----------------------------------------------------------------------------------
+
+
+def weights_table(errors: list[WeightError]) -> str:
+    """A markdown table, one row a quantizer and kind of weights."""
+    lines = [
+        "| quantizer | bits a weight | weights | scale rule | relative RMS | mean error | "
+        "exact groups | ms a tensor |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {e.quantizer} | {e.bits:.2f} | {e.kind} | {e.rule} | {e.rms:.2%} | {e.mean:+.4%} | "
+        f"{e.exact:.0%} | {e.seconds * 1e3:.0f} |"
+        for e in errors
+    ]
+    return "\n".join(lines)
+
+
+def models_table(errors: list[ModelError]) -> str:
+    """A markdown table, one row a source, quantizer and way of running it."""
+    lines = [
+        "| source | quantizer | run by | KL (nats) | KL, answers | same next token | additions |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {e.source} | {e.quantizer} | {e.how} | {e.kl:.5f} | {e.kl_answers:.5f} | "
+        f"{e.agreement:.2%} | {e.accuracy:.1%} |"
+        for e in errors
+    ]
+    return "\n".join(lines)
+
+
+def readme_rows(weights: list[WeightError], models: list[ModelError]) -> str:
+    """The rows of README.md's table of quantizers, to paste: normal weights, scales rounded up, and
+    the last source, which is the less trained one where it was given.
+    """
+    last = models[-1].source
+    through = {e.quantizer: e for e in models if (e.source, e.how) == (last, "tensors")}
+    rows = []
+    for e in weights:
+        if (e.kind, e.rule) == ("normal", "ceil"):
+            name = f"{e.quantizer} (default)" if e.quantizer == "mlx" else e.quantizer
+            rms, model = f"{e.rms:.2%}" if e.rms else "0", through[e.quantizer]
+            kl = f"{model.kl:.5f}".removeprefix("0")
+            rows.append(
+                f"| {name} | {e.bits:.2f} | {rms} | {e.exact:.0%} | {kl} | {model.agreement:.1%} |"
+            )
+    return "\n".join(rows)
+
+
+CAVEAT = """\
+The first table is about the format and holds for every model with such weights. The second is about
+a model of 2 million parameters: it shows the order of the quantizers, not the size of their effect
+in the full one. Everything but the routed experts is 8-bit in every bundle; what exact5 and mxfp4
+leave is that alone. convert_dsv4_jang quantizes the experts as mlx does."""
+
+
+def picture(weights: list[WeightError], models: list[ModelError]) -> str:
+    """An SVG: RMS error of normal weights, and KL by the tensors, a bar for each quantizer."""
+    left = [
+        Bar(f"{e.quantizer} · {e.bits:.2f} bits", e.rms, f"{e.rms:.2%}" if e.rms else "0")
+        for e in weights if (e.kind, e.rule) == ("normal", "ceil")
+    ]  # fmt: skip
+    charts = [("RMS error relative to the RMS of the weights (normal, full shape)", left)]
+    for source in dict.fromkeys(e.source for e in models):
+        mine = [e for e in models if (e.source, e.how) == (source, "tensors")]
+        charts.append((
+            f"KL divergence from the {source} source's next-token distribution (nats)",
+            [Bar(e.quantizer, e.kl, f"{e.kl:.2g}") for e in mine],
+        ))  # fmt: skip
+    return bars(charts)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--source", type=Path, required=True, help="the nano checkpoint")
+    parser.add_argument("--source2", type=Path, help="one that was trained less")
+    parser.add_argument("--out", type=Path, default=Path("build/fidelity"))
+    parser.add_argument("--picture", type=Path, help="default: fidelity.svg in --out")
+    parser.add_argument(
+        "--python",
+        type=Path,
+        default=Path(sys.executable),
+        help="of the old stack, whose model gives the logits of every token",
+    )
+    parser.add_argument("--additions", type=int, default=40, help="held-out ones to go through")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Measure, print the tables, write them. Returns 0."""
+    args = parse_arguments()
+    weights = [
+        weight_error(name, kind, rule)
+        for kind in ("normal", "laplace")
+        for rule in RULES
+        for name in QUANTIZERS
+    ]
+    print(weights_table(weights), flush=True)
+    models = []
+    for label, source in (("nano", args.source), ("early", args.source2)):
+        if source is not None:
+            work = args.out / label
+            models += measure_model(
+                label, source, args.source, args.additions, work, args.python
+            )  # fmt: skip
+    print(f"\n{models_table(models)}\n\n{CAVEAT}\n\nREADME:\n{readme_rows(weights, models)}")
+    text = f"{weights_table(weights)}\n\n{models_table(models)}\n\n{CAVEAT}\n"
+    write_bytes(args.out / "fidelity.md", text.encode())
+    result = {"weights": [asdict(e) for e in weights], "models": [asdict(e) for e in models]}
+    write_json(args.out / "fidelity.json", result)
+    write_bytes(args.picture or args.out / "fidelity.svg", picture(weights, models).encode())
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

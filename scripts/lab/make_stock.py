@@ -1,0 +1,111 @@
+"""Write what upstream's converter makes of a small source: a bundle that loads and talks nonsense.
+
+The same tensors, bytes and labels as `jang_tools.dsv4.convert_dsv4_jangtq`'s (2.5.9, --profile 4
+--format jang; tests/test_native.py compares the two), with neither torch nor jang_tools: routed
+experts are the source's FP4 bytes under a 4-bit affine label, controls are rounded to F16. It is
+what `make demo` and `make matrix` set the right bundle against. One shard, made in memory: for the
+nano model and the sources of make_source.py.
+
+    .venv/bin/python scripts/make_stock.py --source DIR --bundle DIR
+
+Exit status: 0 written, or there already; 1 failed; 2 usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import rooms  # noqa: F401
+
+from dsv4.making.tokenizer_files import finalize
+from dsv4.model import configs, labels
+from dsv4.model.names import PROJECTION, kind, switch_paths
+from dsv4.model.opening import open_source
+from dsv4.stop import run
+from dsv4.storage.checkpoint import INDEX, Checkpoint
+from dsv4.storage.durable import write_json
+from dsv4.storage.reading import as_float32
+from dsv4.storage.shard import FLOATS, Planned, Tensor, read_array, write_shard
+from dsv4.storage.space import workplace_of
+from dsv4.weights import fp8, matrices
+
+SHARD = "model-00001-of-00001.safetensors"
+DTYPES = {"uint8": "U8", "uint32": "U32", "float16": "F16", "int64": "I64", "int32": "I32"}
+
+
+def decode(weight: Tensor, scale: Tensor | None) -> np.ndarray:
+    """An FP8, BF16, F16 or F32 tensor → float32 of its shape."""
+    data = read_array(weight)
+    if weight.dtype == "F8_E4M3":
+        return fp8.decode(data, read_array(scale), scale.name)
+    return as_float32(data.reshape(-1), weight.dtype).reshape(weight.shape)
+
+
+def stored(weight: Tensor, scale: Tensor | None) -> dict[str, np.ndarray]:
+    """What upstream stores for one tensor of the source, by storage name."""
+    base, what = weight.name.removesuffix(".weight"), kind(weight.name)
+    if what == "expert":
+        codes = np.ascontiguousarray(read_array(weight)).view(np.uint32)
+        return {weight.name: codes, f"{base}.scales": read_array(scale).view(np.uint8)}
+    if what in ("affine8", "head"):
+        parts = matrices.quantize(decode(weight, scale))
+        return {f"{base}.{part}": array for part, array in parts.items()}
+    if weight.dtype not in FLOATS:
+        return {weight.name: read_array(weight)}
+    return {weight.name: decode(weight, scale).astype(np.float16)}
+
+
+def planned(source: Checkpoint) -> Iterator[Planned]:
+    """Every tensor of the stock bundle."""
+    for name, tensor in source.tensors.items():
+        if kind(name) == "scale":
+            continue
+        scale = source.tensors.get(name.removesuffix("weight") + "scale")
+        for key, array in stored(tensor, scale).items():
+            data = np.ascontiguousarray(array)
+            yield Planned(key, DTYPES[data.dtype.name], data.shape, lambda data=data: [data])
+
+
+def config_of(source: Checkpoint) -> dict:
+    """config.json with upstream's labels: 8 bits, the stacked experts 4 bits, all affine."""
+    layers = range(source.config["num_hidden_layers"])
+    paths = [switch_paths(layer, matrix)[0] for layer in layers for matrix in PROJECTION]
+    quantization = labels.DEFAULT | {path: dict(labels.EXPERT) for path in paths}
+    return configs.bundle_config(source, labels.EXPERT) | {"quantization": quantization}
+
+
+def make(source: Checkpoint, folder: Path) -> None:
+    """Write the stock bundle into `folder`."""
+    tensors = list(planned(source))
+    write_shard(folder / SHARD, tensors, {})
+    write_json(folder / INDEX, {"weight_map": {tensor.name: SHARD for tensor in tensors}})
+    write_json(folder / "config.json", config_of(source))
+    write_json(folder / "jang_config.json", configs.jang_config(source, labels.EXPERT))
+    finalize(source.folder, folder, keep_edited=False)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--source", type=Path, required=True)
+    parser.add_argument("--bundle", type=Path, required=True)
+    args = parser.parse_args()
+    if (args.bundle / INDEX).is_file():
+        print(f"{args.bundle}: there already")
+        return 0
+    folder = workplace_of(args.bundle)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    make(open_source(args.source), folder)
+    folder.replace(args.bundle)
+    print(f"{args.bundle}: the stock bundle of {args.source}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

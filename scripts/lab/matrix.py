@@ -1,0 +1,240 @@
+"""Which runtime loads which bundle of the nano model, and does it answer rightly there?
+
+Builds a venv for each stack of dsv4/stacks.py from its pinned file (in build/matrix/stacks, 0.4 to
+2 GB each), makes the nano bundle with every quantizer and the stock one, and records for each pair:
+whether it loads or in what words it refuses, the median distance of its logits (prefill, and 4
+tokens decoded with a cache) to the bundle's own tensors run in transformers, exact matches on 50
+held-out additions through the stack's own server or generate call, finish_reason, seconds. A bundle
+of random weights adds what the nano has not: compress ratios 4 and 128, a prompt beyond the window.
+
+Prints a Markdown table and writes build/matrix/matrix.json after each cell, so that an interrupted
+run goes on where it was (--fresh begins again). Runs unattended in under an hour on 2 cores.
+
+    .venv/bin/python scripts/matrix.py [--stack NAME …] [--bundle NAME …] [--fresh]
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rooms import NANO, SCRIPTS
+
+from dsv4.proof.stacks import STACKS, Stack
+from dsv4.runtime.server import ask, running
+from dsv4.runtime.toolchain import call, probe, script
+from dsv4.served import nano
+from dsv4.served.questions import MOON
+from dsv4.stop import Stop, run
+from dsv4.storage.durable import write_json
+
+RIGHT = ("mlx", "optimal", "exact5", "mxfp4")
+# A bundle of random weights with compress ratios 4 and 128: no answers, but logits of prompts that
+# are longer than the sliding window (128) and hold more compressed blocks than are looked at (8).
+RANDOM, LENGTHS = "random", (24, 160)
+DECODE = 4
+# A right runtime stays this near to the bundle's own tensors; 4-bit rounding itself is at .023.
+NEAR = 0.02
+
+
+def run_script(
+    python: Path, name: str, *arguments: object, stdin: Any = None, env: Mapping[str, str] = {}
+) -> str:
+    """Run a script in `python`; return its stdout. Raises Stop with its last line when it fails."""
+    command = script(python, name, *arguments)
+    return call(command, name, "see it", json.dumps(stdin), env)
+
+
+def python_of(stack: Stack, work: Path) -> Path:
+    """The Python of the stack's venv, built when its requirements file is new or has changed."""
+    wanted = SCRIPTS / "stacks" / f"{stack.requirements}.txt"
+    venv = work / "stacks" / stack.requirements
+    mark, python = venv / "installed.txt", venv / "bin" / "python"
+    if not mark.is_file() or mark.read_bytes() != wanted.read_bytes():
+        shutil.rmtree(venv, ignore_errors=True)
+        subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+        quiet = ["--quiet", "--disable-pip-version-check"]
+        install = [str(python), "-m", "pip", "install", *quiet, "--requirement", str(wanted)]
+        if subprocess.run(install).returncode:
+            raise Stop(f"{wanted}", "a pip that fails", "an installation", "read its lines above")
+        shutil.copyfile(wanted, mark)
+    return python
+
+
+def prepare(stack: Stack, python: Path) -> None:
+    """Bring the venv's jang_tools to the patches of this row."""
+    for name in ("load_jangtq.patch", "mlx_model.patch"):
+        undo = [] if name in stack.patches else ["--undo"]
+        if stack.packages.get("jang", "").startswith("2.5.") and "vmlx" in stack.packages:
+            patch = SCRIPTS.parent / "patches" / name
+            run_script(Path(sys.executable), "patch_loader", "--python", python,
+                       "--patch", patch, *undo)  # fmt: skip
+
+
+def bundles(work: Path, names: list[str]) -> dict[str, Path]:
+    """The stock bundle, one by each quantizer, the random one; made where they are not there."""
+    python, out = Path(sys.executable), {}
+    for name in names:
+        out[name] = folder = work / "bundles" / name
+        if folder.is_dir():
+            continue
+        if name == "stock":
+            run_script(python, "lab/make_stock", "--source", NANO, "--bundle", folder)
+            continue
+        making, source = folder.with_name(f".{name}.making"), NANO
+        shutil.rmtree(making, ignore_errors=True)
+        if name == RANDOM:
+            source = folder.with_name(".random.source")
+            shutil.rmtree(source, ignore_errors=True)
+            run_script(python, "lab/make_source", "--source", source, "--seed", 1)
+        both = ("--source", source, "--bundle", making)
+        run_script(python, "convert", *both, "--quantizer", name if name in RIGHT else "mlx")
+        run_script(python, "finalize", *both)
+        run_script(python, "patch", *both)
+        making.rename(folder)
+    return out
+
+
+@functools.cache
+def questions(name: str) -> list[list[int]]:
+    """Token ids of the prompts whose logits are compared for a bundle."""
+    if name == RANDOM:
+        rng = np.random.default_rng(1)
+        return [rng.integers(4, 512, length).tolist() for length in LENGTHS]
+    return nano.prompts(NANO, nano.held_out(NANO, 20))
+
+
+@functools.cache
+def reference(bundle: Path, work: Path) -> np.ndarray:
+    """What transformers says of the bundle's own tensors; of the source's for the stock bundle.
+
+    Once a run for each bundle: it is the same for every stack.
+    """
+    folder = NANO if bundle.name == "stock" else bundle
+    out = work / f"reference-{folder.name}.npy"
+    run_script(Path(sys.executable), "lab/logits", "--folder", folder, "--how", "reference",
+               "--out", out, stdin=questions(bundle.name))  # fmt: skip
+    return np.load(out)
+
+
+def logits_of(stack: Stack, python: Path, bundle: Path, work: Path) -> dict[str, list[float]]:
+    """'prefill' and 'decode': each prompt's relative L2 distance to the reference."""
+    truth, found = reference(bundle, work), {}
+    for what, decode in (("prefill", 0), ("decode", DECODE)):
+        out = work / "logits.npy"
+        run_script(python, "lab/logits", "--folder", bundle, "--how", stack.how, "--out", out,
+                   "--decode", decode, stdin=questions(bundle.name), env=stack.env)  # fmt: skip
+        wrong = np.linalg.norm(np.load(out) - truth, axis=1) / np.linalg.norm(truth, axis=1)
+        found[what] = [round(float(one), 5) for one in wrong]
+    return found
+
+
+def typical(distances: list[float]) -> float:
+    """The median: where two experts score alike, rounding may choose the other for one prompt."""
+    return statistics.median(distances)
+
+
+def answers_of(stack: Stack, python: Path, bundle: Path, work: Path) -> dict[str, Any]:
+    """Exact matches, and how the moon sentence ended."""
+    additions = nano.held_out(NANO, nano.QUESTIONS)
+    asked = [f"What is {a}+{b}?" for a, b in additions]
+    if stack.served:
+        with running(python, bundle, work / "server.log") as url:
+            moon = ask(url, MOON, 60)
+            texts = [ask(url, question, 40).content for question in asked]
+        end = moon.finish_reason
+    else:
+        said = run_script(python, "lab/generate", "--bundle", bundle, "--runtime", stack.how,
+                          stdin=[MOON, *asked], env=stack.env)  # fmt: skip
+        answers = json.loads(said.strip().splitlines()[-1])
+        end = answers[0]["finish_reason"]
+        texts = [answer["text"].rpartition("</think>")[2] for answer in answers[1:]]
+    sums = [str(a + b) for a, b in additions]
+    exact = sum(text.strip() == total for text, total in zip(texts, sums, strict=True))
+    return {"exact": exact, "of": len(sums), "finish_reason": end}
+
+
+def cell(stack: Stack, bundle: Path, work: Path) -> dict[str, Any]:
+    """One cell: what was measured, or in what words it failed."""
+    start = time.monotonic()
+    python = python_of(stack, work)
+    found: dict[str, Any] = {"versions": probe(python)["packages"]}
+    try:
+        prepare(stack, python)
+        found["logits"] = logits_of(stack, python, bundle, work)
+        found["right"] = max(map(typical, found["logits"].values())) <= NEAR
+        if bundle.name != RANDOM:
+            found |= answers_of(stack, python, bundle, work)
+            found["right"] &= found["exact"] >= nano.MIN_EXACT
+    except Stop as stop:
+        found |= {"right": False, "refused": str(stop)}
+    found["seconds"] = round(time.monotonic() - start, 1)
+    return found
+
+
+def show(found: dict[str, Any]) -> str:
+    """A cell for the table."""
+    if "refused" in found:
+        return "**refuses**"
+    distance = "/".join(f"{typical(prompts):.3f}" for prompts in found["logits"].values())
+    text = distance
+    if "exact" in found:
+        text = f"{found['exact']} of {found['of']}, {found['finish_reason']}, {distance}"
+    return text if found["right"] else f"**{text}**"
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Stacks down, bundles across; what is not right is bold."""
+    names = list(dict.fromkeys(name for row in results.values() for name in row))
+    lines = ["| stack | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for stack, row in results.items():
+        cells = [show(row[name]) if name in row else "" for name in names]
+        lines.append(f"| {stack} | " + " | ".join(cells) + " |")
+    refusals = [
+        f"- {stack}, {name}: {found['refused']}"
+        for stack, row in results.items()
+        for name, found in row.items()
+        if "refused" in found
+    ]
+    return "\n".join([*lines, "", *refusals])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--stack", action="append", help="only these rows")
+    parser.add_argument("--bundle", action="append", help="only these columns")
+    parser.add_argument("--work", type=Path, default=Path("build/matrix"))
+    parser.add_argument("--fresh", action="store_true", help="forget earlier results")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    path = args.work / "matrix.json"
+    results = json.loads(path.read_text()) if path.is_file() and not args.fresh else {}
+    stacks = [stack for stack in STACKS if not args.stack or stack.name in args.stack]
+    made = bundles(args.work, args.bundle or ["stock", *RIGHT, RANDOM])
+    for stack in stacks:
+        for name, folder in made.items():
+            row = results.setdefault(stack.name, {})
+            if name not in row:
+                row[name] = cell(stack, folder, args.work)
+                print(f"{stack.name}, {name}: {show(row[name])}", file=sys.stderr)
+                write_json(path, results)
+    print(f"Machine: {os.uname().sysname} {os.uname().machine}, {os.cpu_count()} cores\n")
+    print(table(results))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

@@ -1,0 +1,126 @@
+"""What the benches share: synthetic experts, turns that are timed, and the machine's name."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.metadata
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import rooms  # noqa: F401
+
+from dsv4.model.names import GROUP
+from dsv4.stop import Stop
+from dsv4.storage.durable import human
+from dsv4.storage.shard import Planned
+from dsv4.weights.fp4 import E2M1
+
+WIDE, TALL = (2048, 4096), (4096, 2048)  # Flash's w1 and w3, and w2: (out, in)
+SHARD_TENSORS = 24  # routed experts in a shard of the sources that are made
+GROUPS = WIDE[0] * WIDE[1] // GROUP
+
+
+def gaussian_fp4(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """One matrix of normal weights in FP4, flat: packed codes uint8, exponents uint8."""
+    weights = rng.standard_normal((GROUPS, GROUP), dtype=np.float32)
+    greatest = np.abs(weights).max(axis=1, keepdims=True)
+    weights *= rng.uniform(3.5, 6.9, (GROUPS, 1)).astype(np.float32) / greatest
+    middles = (E2M1[:7] + E2M1[1:8]) / 2
+    codes = np.searchsorted(middles, np.abs(weights)).astype(np.uint8)
+    codes |= (weights < 0).astype(np.uint8) << 3
+    packed = codes[:, 0::2] | codes[:, 1::2] << 4
+    return packed.reshape(-1), rng.integers(116, 122, GROUPS).astype(np.uint8)
+
+
+def planned_expert(
+    base: str, matrix: tuple[np.ndarray, np.ndarray], shift: int, bundle: bool
+) -> list[Planned]:
+    """One expert's weight and scale, as the source or as the stock bundle has them."""
+    out, columns = TALL if base.endswith("w2") else WIDE
+    packed, exponents = matrix
+    first = ("U32", columns // 8, "weight") if bundle else ("I8", columns // 2, "weight")
+    second = (
+        ("U8", columns // GROUP, "scales") if bundle else ("F8_E8M0", columns // GROUP, "scale")
+    )
+    return [
+        Planned(f"{base}.{part}", dtype, (out, width), lambda d=data, s=step: [np.roll(d, s)])
+        for (dtype, width, part), data, step in (
+            (first, packed, 16 * shift),
+            (second, exponents, shift),
+        )
+    ]
+
+
+@dataclass
+class Times:
+    """What the turns of one contestant took: wall seconds, CPU seconds, peak memory in bytes."""
+
+    tensors: int
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    peak: int = 0
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.wall)
+
+    @property
+    def each(self) -> float:
+        """Median seconds for one tensor."""
+        return self.median / self.tensors
+
+
+@contextlib.contextmanager
+def turn(times: Times) -> Iterator[Callable[..., None]]:
+    """Time the body, which is given a function that runs a command; Stop when one fails."""
+    spent = 0.0
+
+    def call(*command: str | Path) -> None:
+        nonlocal spent
+        process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise Stop(f"{command[0]}", f"status {process.returncode}", "0", "see its message")
+        spent += usage.ru_utime + usage.ru_stime
+        unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes there, KiB here
+        times.peak = max(times.peak, usage.ru_maxrss * unit)
+
+    start = time.perf_counter()
+    yield call
+    times.wall.append(time.perf_counter() - start)
+    times.cpu.append(spent)
+
+
+def settle(*folders: Path) -> None:
+    """Write what is dirty, and put the folders' shards out of the page cache (not on macOS)."""
+    os.sync()
+    if hasattr(os, "posix_fadvise"):
+        for path in (path for folder in folders for path in folder.glob("*.safetensors")):
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def machine() -> str:
+    """One line: date, processor, cores, memory, system, versions, load."""
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                processor = line.partition(":")[2].strip()
+                break
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("mlx", "numba"))
+    return (
+        f"{datetime.date.today()}: {processor}, {os.cpu_count()} cores, {human(memory)} memory, "
+        f"{platform.system()} {platform.release()}, {versions}, load {os.getloadavg()[0]:.1f}"
+    )
