@@ -67,7 +67,6 @@ PYTHON := .venv/bin/python
 KEY := $(shell printf '%s\n' '$(SOURCE)' '$(BUNDLE)' | cksum | cut -d ' ' -f 1)
 STAMPS := build/$(KEY)
 FOLDERS = --source '$(SOURCE)' --bundle '$(BUNDLE)'
-module = $(patsubst %,scripts/dsv4/%.py,$(1))
 space := $(subst ,, )
 escaped = $(subst $(space),\ ,$(1))
 ifeq ($(wildcard scripts/stacks/$(STACK).txt),)
@@ -75,7 +74,14 @@ $(error STACK: found $(STACK), expected one of $(patsubst scripts/stacks/%.txt,%
 endif
 TOOLCHAIN := $(patsubst %/bin/python,%/installed,$(filter .toolchain/%,$(TOOLCHAIN_PYTHON)))
 # What every stage uses.
-CORE := .venv/installed $(TOOLCHAIN) $(call module,stop durable shard names fp4 checkpoint) $(STAMPS)/settings
+CORE := .venv/installed $(TOOLCHAIN) $(STAMPS)/settings
+
+# needs_NAME: scripts/NAME.py and all modules that its imports lead to, told by the imports.
+-include build/needs.mk
+build/needs.mk: scripts/lab/depend.py $(wildcard scripts/*.py scripts/dsv4/*.py scripts/dsv4/*/*.py)
+	@mkdir -p build
+	@$(PYTHON3) scripts/lab/depend.py > $@.new
+	@mv $@.new $@
 
 # A bundle or a source that is gone takes its stamp along.
 $(shell test -e '$(BUNDLE)/config.json' || rm -f $(STAMPS)/convert.stamp)
@@ -129,18 +135,18 @@ venv: .venv/installed $(TOOLCHAIN) ## make .venv for the scripts and .toolchain/
 # Can the build succeed? Toolchain, volumes, free space. Writes nothing.
 .PHONY: check
 check: $(STAMPS)/check.stamp ## say whether the build can succeed: toolchain, volumes, free space
-$(STAMPS)/check.stamp: $(CORE) scripts/check.py scripts/patch_loader.py scripts/download.py \
-  $(call module,hub origin transfer space toolchain labels stacks needs) patches/load_jangtq.patch patches/mlx_model.patch
+$(STAMPS)/check.stamp: $(CORE) $(needs_check) patches/load_jangtq.patch patches/mlx_model.patch
 	rm -f $@
 	$(PYTHON) scripts/check.py $(FOLDERS) --python '$(TOOLCHAIN_PYTHON)' \
 	  --repo '$(REPO)' --revision '$(REVISION)' --converter '$(CONVERTER)' --quantizer '$(QUANTIZER)' \
+	  $(if $(SHARD_BYTES),--shard-bytes $(SHARD_BYTES)) $(if $(IMATRIX),--imatrix '$(IMATRIX)') \
 	  $(if $(LOW_DISK),--low-disk)
 	touch $@
 
 # Mends the installed jang_tools. Belongs to the toolchain, not to the bundle.
 .PHONY: patch_loader unpatch_loader
 patch_loader: $(STAMPS)/patch_loader.stamp ## mend the toolchain's loader (undo: unpatch_loader)
-$(STAMPS)/patch_loader.stamp: $(STAMPS)/check.stamp scripts/patch_loader.py \
+$(STAMPS)/patch_loader.stamp: $(STAMPS)/check.stamp $(needs_patch_loader) \
   patches/load_jangtq.patch patches/mlx_model.patch
 	rm -f $@
 	$(PYTHON) scripts/patch_loader.py --python '$(TOOLCHAIN_PYTHON)'
@@ -154,21 +160,18 @@ unpatch_loader: .venv/installed ## put the original loader back, byte for byte
 # LOW_DISK=1 brings the small files and the shards' headers only.
 .PHONY: download
 download: $(STAMPS)/download.stamp ## fetch the source, or recognise a complete one
-$(STAMPS)/download.stamp: $(STAMPS)/patch_loader.stamp scripts/download.py \
-  $(call module,hub origin transfer space remote)
+$(STAMPS)/download.stamp: $(STAMPS)/patch_loader.stamp $(needs_download)
 	rm -f $@
 	$(PYTHON) scripts/download.py --source '$(SOURCE)' --repo '$(REPO)' --revision '$(REVISION)' \
 	  $(if $(VERIFY_HASHES),--verify-hashes) $(if $(LOW_DISK),--low-disk)
 	touch $@
 
 QUANTIZE = --quantizer '$(QUANTIZER)' $(if $(IMATRIX),--imatrix '$(IMATRIX)') $(if $(JOBS),--jobs $(JOBS))
-EXPERTS = labels affine assignments exact imatrix optimal quantizer rewrite walk
 # The bundle's tensors, 180 GB, at about the speed of copying: experts to 4-bit affine, other matrices
 # to 8-bit. CONVERTER=jang: hours, and experts that are FP4 bytes under an affine label.
 .PHONY: convert
 convert: $(STAMPS)/convert.stamp ## convert the source into a new bundle (CONVERTER, LOW_DISK)
-$(STAMPS)/convert.stamp: $(STAMPS)/download.stamp scripts/convert.py scripts/requantize.py scripts/download.py \
-  $(call module,$(EXPERTS) matrices fp8 configs low_disk upstream toolchain) scripts/dsv4/assignments.txt
+$(STAMPS)/convert.stamp: $(STAMPS)/download.stamp $(needs_convert)
 	rm -f $@
 	$(PYTHON) scripts/convert.py $(FOLDERS) --converter '$(CONVERTER)' --python '$(TOOLCHAIN_PYTHON)' \
 	  $(QUANTIZE) $(if $(SHARD_BYTES),--shard-bytes $(SHARD_BYTES)) \
@@ -179,8 +182,7 @@ $(STAMPS)/convert.stamp: $(STAMPS)/download.stamp scripts/convert.py scripts/req
 # After CONVERTER=native it finds nothing to do; with LOW_DISK=1 there is no source left to ask.
 .PHONY: requantize
 requantize: $(STAMPS)/requantize.stamp ## make the routed experts right, from the FP4 source
-$(STAMPS)/requantize.stamp: $(STAMPS)/convert.stamp scripts/requantize.py \
-  $(call module,$(EXPERTS)) scripts/dsv4/assignments.txt
+$(STAMPS)/requantize.stamp: $(STAMPS)/convert.stamp $(needs_requantize)
 	rm -f $@
 	$(if $(LOW_DISK),@echo 'requantize: convert compared every shard with the source before it was freed', \
 	  $(PYTHON) scripts/requantize.py $(FOLDERS) $(QUANTIZE))
@@ -189,7 +191,7 @@ $(STAMPS)/requantize.stamp: $(STAMPS)/convert.stamp scripts/requantize.py \
 # Tokenizer and encoding files.
 .PHONY: finalize
 finalize: $(STAMPS)/finalize.stamp ## copy tokenizer and encoding files into the bundle
-$(STAMPS)/finalize.stamp: $(STAMPS)/requantize.stamp scripts/finalize.py
+$(STAMPS)/finalize.stamp: $(STAMPS)/requantize.stamp $(needs_finalize)
 	rm -f $@
 	$(PYTHON) scripts/finalize.py $(FOLDERS) $(if $(REFERENCE),--reference '$(REFERENCE)')
 	touch $@
@@ -197,15 +199,13 @@ $(STAMPS)/finalize.stamp: $(STAMPS)/requantize.stamp scripts/finalize.py
 # Stop tokens, chat template, labels: what each runtime reads, where it reads it.
 .PHONY: patch
 patch: $(STAMPS)/patch.stamp ## write stop tokens, chat template and labels
-$(STAMPS)/patch.stamp: $(STAMPS)/finalize.stamp scripts/patch.py $(call module,chat labels hub origin)
+$(STAMPS)/patch.stamp: $(STAMPS)/finalize.stamp $(needs_patch)
 	rm -f $@
 	$(PYTHON) scripts/patch.py $(FOLDERS)
 	touch $@
 
 # With LOW_DISK=1 without the source, which is gone: convert compared each shard with it.
 # LEVEL=1: headers and JSON, seconds. 2: every number against the source, at the disk's speed.
-PROOF = survey findings headers documents loading level1 reading tasks judge promises certificate compare \
-  numbers verdict
 VERIFY = $(PYTHON) scripts/verify.py --bundle '$(BUNDLE)' --level $(LEVEL) \
   $(if $(LOW_DISK),,$(if $(wildcard $(call escaped,$(SOURCE))/config.json),--source '$(SOURCE)')) \
   $(if $(IMATRIX),--imatrix '$(IMATRIX)') \
@@ -213,8 +213,7 @@ VERIFY = $(PYTHON) scripts/verify.py --bundle '$(BUNDLE)' --level $(LEVEL) \
 .PHONY: verify report
 verify: $(STAMPS)/patch.stamp ## prove the finished bundle right, or name what is wrong (LEVEL=1: fast)
 	$(VERIFY)
-$(STAMPS)/verify.stamp: $(STAMPS)/patch.stamp scripts/verify.py scripts/replay.py \
-  $(call module,chat labels quantizer affine imatrix fp8 $(PROOF))
+$(STAMPS)/verify.stamp: $(STAMPS)/patch.stamp $(needs_verify)
 	rm -f $@
 	$(VERIFY)
 	touch $@
@@ -275,7 +274,7 @@ NANO_WORK = build/nano
 .PHONY: demo selftest
 demo: ## build, serve and ask the small model that the repository ships (no download)
 	$(MAKE) all MODEL=nano BUNDLE=$(NANO_WORK)/bundle
-	$(PYTHON) scripts/make_stock.py --source $(NANO) --bundle $(NANO_WORK)/stock
+	$(PYTHON) scripts/lab/make_stock.py --source $(NANO) --bundle $(NANO_WORK)/stock
 	$(PYTHON) scripts/demo.py --source $(NANO) --stock $(NANO_WORK)/stock \
 	  --bundle $(NANO_WORK)/bundle --python '$(TOOLCHAIN_PYTHON)'
 
@@ -283,7 +282,7 @@ demo: ## build, serve and ask the small model that the repository ships (no down
 .PHONY: matrix
 matrix: .venv/tests-installed ## which runtime loads which bundle of the small model, and answers rightly?
 	$(PYTHON) scripts/patch_loader.py --python $(PYTHON)
-	$(PYTHON) scripts/matrix.py
+	$(PYTHON) scripts/lab/matrix.py
 
 # The same from nothing each time, for a toolchain of your own: TOOLCHAIN_PYTHON=…
 selftest: ## can this toolchain be trusted with the big model? Convert, load and serve the small one
@@ -296,7 +295,7 @@ SOURCE2 ?=
 .PHONY: fidelity
 fidelity: .venv/tests-installed ## measure every QUANTIZER: tables in build/fidelity, README's picture
 	$(PYTHON) scripts/patch_loader.py --python $(PYTHON)
-	$(PYTHON) scripts/fidelity.py --source scripts/nano/checkpoint \
+	$(PYTHON) scripts/lab/fidelity.py --source scripts/nano/checkpoint \
 	  $(if $(SOURCE2),--source2 '$(SOURCE2)') --out build/fidelity --picture .github/fidelity.svg
 
 # ------------------------------------------------------------------------------------- development
@@ -309,18 +308,19 @@ build/wheels/jang-%-py3-none-any.whl: | .venv/installed
 # requantize against copying and the plan's own method, verify's level 2 against cat, side by side.
 .PHONY: bench bench_convert
 bench: .venv/installed ## measure requantize beside copying and the plan's method, verify beside cat (10 GB)
-	$(PYTHON) scripts/bench.py
+	$(PYTHON) scripts/lab/bench.py
 
 # 8 GB under build/ while it runs, about 7 minutes on two cores.
 bench_convert: .venv/tests-installed ## measure convert against the disk, and against upstream and the plan
-	$(PYTHON) scripts/bench_convert.py
+	$(PYTHON) scripts/lab/bench_convert.py
 
 .PHONY: test lint format clean
 test: .venv/tests-installed .toolchain/new/installed $(patsubst %,build/wheels/jang-%-py3-none-any.whl,2.5.8 2.5.9 2.5.50) ## run the tests
 	$(PYTHON) scripts/patch_loader.py --python $(PYTHON)
-	$(PYTHON) -m pytest -q tests
+	$(PYTHON) -m pytest -q -n auto tests
 
-lint: .venv/tests-installed ## check style and format
+lint: .venv/tests-installed ## check style, format, and that imports go down the stairs only
+	PYTHONPATH=scripts .venv/bin/lint-imports --no-cache --no-logo
 	$(PYTHON) -m ruff check scripts tests
 	$(PYTHON) -m ruff format --check scripts tests
 
