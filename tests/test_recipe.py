@@ -84,8 +84,45 @@ def test_an_edited_script_redoes_its_stage_and_those_after_it(recipe):
 
 
 def test_an_edited_module_redoes_the_first_stage_that_uses_it(recipe):
-    recipe.edit("dsv4/chat.py")
-    assert recipe.stages("all") == ["patch", "verify"]
+    recipe.edit("dsv4/making/tokenizer_files.py")
+    assert recipe.stages("all") == ["finalize", "patch", "verify"]
+
+
+# A module of each room → the first stage that can reach it; None: none can.
+REACHED = {
+    "stop.py": "check",
+    "settings.py": "check",
+    "storage/locks.py": "download",
+    "storage/backup.py": None,
+    "model/configs.py": "convert",
+    "model/plan.py": "check",
+    "hub/transfer.py": "check",
+    "runtime/upstream.py": "convert",
+    "runtime/server.py": None,
+    "weights/optimal.py": "check",
+    "weights/assignments.txt": "check",
+    "weights/brute_force.py": None,
+    "making/conversion.py": "convert",
+    "making/requantization.py": "convert",
+    "making/metadata.py": "patch",
+    "proof/replay.py": "verify",
+    "proof/page.html.j2": None,
+    "served/questions.py": None,
+    "mending/repair.py": None,
+}
+
+
+def test_an_edited_module_redoes_the_stages_that_can_reach_it_and_no_other(recipe):
+    assert recipe.stages("all", "--dry-run") == []
+    for name, first in REACHED.items():
+        path = recipe.folder / "scripts" / "dsv4" / name
+        stat = path.stat()
+        path.touch()
+        wanted = STAGES[STAGES.index(first) :] if first else []
+        assert recipe.stages("all", "--dry-run") == wanted, name
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    rooms = {p.name for p in (ROOT / "scripts" / "dsv4").iterdir() if (p / "__init__.py").is_file()}
+    assert rooms <= {name.partition("/")[0] for name in REACHED}
 
 
 def test_a_changed_setting_redoes_the_stages_and_loses_nothing(recipe):

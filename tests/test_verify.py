@@ -156,7 +156,7 @@ def test_the_loaders_show_what_a_wrong_label_does(good_copy):
 
 def test_an_unpatched_loader_is_told_by_what_it_does(good, monkeypatch, tmp_path):
     monkeypatch.setattr(
-        "dsv4.loading.loader_states", lambda python: {"jang_tools/load_jangtq.py": "pristine"}
+        "dsv4.proof.loading.loader_states", lambda python: {"jang_tools/load_jangtq.py": "pristine"}
     )
     findings = bundles.judge(good, None, loader=True, level=1)
     assert findings.names == {"loader-unpatched"}

@@ -25,16 +25,13 @@ import shutil
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import rooms
+from in_memory import kernel_table
 from race import (
-    GROUPS,
     SHARD_TENSORS,
-    WIDE,
     Times,
     gaussian_fp4,
     machine,
@@ -43,7 +40,6 @@ from race import (
     turn,
 )
 
-from dsv4.model.labels import parts_of
 from dsv4.model.names import GROUP, expert_base, parse_expert
 from dsv4.model.opening import MODEL_TYPE, open_bundle, open_source
 from dsv4.proof import level2, verdict
@@ -52,10 +48,8 @@ from dsv4.proof.survey import survey
 from dsv4.stop import Stop, run
 from dsv4.storage.checkpoint import INDEX
 from dsv4.storage.durable import fsync, fsync_folder
-from dsv4.storage.shard import ITEMSIZE, read_array, write_shard
+from dsv4.storage.shard import read_array, write_shard
 from dsv4.weights.fp4 import E2M1, UE8M0
-from dsv4.weights.quantizer import QUANTIZERS
-from dsv4.weights.synthetic import RULES, pack, random_weights, to_fp4
 
 REQUANTIZE = rooms.SCRIPTS / "requantize.py"
 FLASH_TENSORS = 33_792  # 43 layers × 256 experts × 3, and 1 × 256 × 3 under mtp
@@ -183,56 +177,6 @@ PLAN = "the plan's method"
 CAT = "cat of bundle and source"
 PROOF = "verify's level 2 of them"
 CONTESTANTS = (COPY, COPY_STOCK, OURS, ONE, IDLE, PLAN, CAT, PROOF)
-
-
-# --- Quantizers in memory -----------------------------------------------------------------------
-
-
-def kernel_times(rule: str, runs: int) -> dict[str, float]:
-    """Least CPU milliseconds for one 2048 × 4096 tensor of normal weights, by turns."""
-    import mlx.core as mx
-
-    rng = np.random.default_rng(0)
-    halves, exponents = to_fp4(0.02 * random_weights(rng, GROUPS, "normal"), rule)
-    packed, exponents = pack(halves).reshape(-1), (exponents + 127).astype(np.uint8)
-    decoder = np.stack([E2M1[np.arange(256) & 15], E2M1[np.arange(256) >> 4]], axis=-1)
-
-    def turn_of(name: str) -> Callable[[], None]:
-        quantizer = QUANTIZERS[name]()
-        shapes = parts_of(quantizer.label, *WIDE).items()
-        sizes = {part: ITEMSIZE[kind] * int(np.prod(shape)) for part, (kind, shape) in shapes}
-        parts = {part: np.empty(size, np.uint8) for part, size in sizes.items()}
-        return lambda: quantizer.encode(packed, exponents, parts)
-
-    def plan() -> None:
-        decoded = decoder[packed].reshape(GROUPS, GROUP) * UE8M0[exponents][:, None]
-        mx.eval(mx.quantize(mx.array(decoded), group_size=GROUP, bits=4, stream=mx.cpu))
-
-    turns = {name: turn_of(name) for name in QUANTIZERS} | {PLAN_KERNEL: plan}
-    spent: dict[str, list[float]] = {name: [] for name in turns}
-    for _ in range(runs + 1):  # the first compiles and is not counted
-        for name, act in turns.items():
-            for _ in range(4):  # the one before may have left the caches full of its own
-                start = time.process_time()
-                act()
-                spent[name].append(time.process_time() - start)
-    return {name: 1e3 * min(times[4:]) for name, times in spent.items()}
-
-
-PLAN_KERNEL = "decode, then mx.quantize"
-
-
-def kernel_table(runs: int = 4) -> str:
-    """A markdown table: each quantizer's time for one tensor, and its ratio to mlx's."""
-    by_rule = {rule: kernel_times(rule, runs) for rule in RULES}
-    rows = [
-        "| CPU ms a tensor | " + " | ".join(f"scales by {r} | × mlx" for r in RULES) + " |",
-        "|---" * (1 + 2 * len(RULES)) + "|",
-    ]
-    for name in next(iter(by_rule.values())):
-        cells = (f"{t[name]:.1f} | {t[name] / t['mlx']:.1f}" for t in by_rule.values())
-        rows.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(rows)
 
 
 # --- The report ---------------------------------------------------------------------------------

@@ -25,49 +25,28 @@ import argparse
 import json
 import shutil
 import sys
-import time
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import rooms  # noqa: F401
+from on_weights import WeightError, weight_error
 from pictures import Bar, bars
 from tokenizers import Tokenizer
 
 from dsv4.model.chat import ASSISTANT, BOS, EOS, USER
-from dsv4.model.labels import parts_of
-from dsv4.model.names import GROUP
 from dsv4.runtime.toolchain import call, script
 from dsv4.served.nano import held_out
 from dsv4.stop import run
 from dsv4.storage.durable import write_bytes, write_json
-from dsv4.storage.shard import ITEMSIZE, NUMPY_DTYPE, Slot
-from dsv4.weights.quantizer import QUANTIZERS, Quantizer
-from dsv4.weights.synthetic import RULES, pack, random_weights, to_fp4
+from dsv4.weights.quantizer import QUANTIZERS
+from dsv4.weights.synthetic import RULES
 
-OUT, COLUMNS = 2048, 4096
-SEED = 2026
 THINK, END_THINK = "<think>", "</think>"
 JANG = "convert_dsv4_jang"
 # With the source decoded to float32, and as the toolchain's loader runs the bundle.
 HOWS = ("tensors", "loader")
 ALONE = "run it alone to see why"
-
-
-@dataclass(frozen=True)
-class WeightError:
-    """On one synthetic expert: RMS and mean of the error, both relative to the weights' RMS, the
-    share of groups without any error, bits a weight, seconds of one thread."""
-
-    quantizer: str
-    kind: str
-    rule: str
-    bits: float
-    rms: float
-    mean: float
-    exact: float
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -83,68 +62,6 @@ class ModelError:
     kl_answers: float
     agreement: float
     accuracy: float
-
-
-# --- Weights ------------------------------------------------------------------------------------
-
-
-def encode(
-    quantizer: Quantizer, packed: np.ndarray, exponents: np.ndarray
-) -> tuple[dict[str, np.ndarray], float]:
-    """One whole matrix; returns its parts and the seconds of one thread after a first, short call.
-
-    packed: uint8 (out, in/2); exponents: uint8 (out, in/32).
-    """
-    shapes = parts_of(quantizer.label, len(packed), 2 * packed.shape[1])
-    flat = {part: np.empty(Slot("", *of).nbytes, np.uint8) for part, of in shapes.items()}
-    warm = {part: array[: len(array) // len(packed)] for part, array in flat.items()}
-    quantizer.encode(packed[0], exponents[0], warm)
-    start = time.thread_time()
-    quantizer.encode(packed.reshape(-1), exponents.reshape(-1), flat)
-    seconds = time.thread_time() - start
-    parts = {
-        part: flat[part].view(NUMPY_DTYPE[dtype]).reshape(shape)
-        for part, (dtype, shape) in shapes.items()
-    }
-    return parts, seconds
-
-
-def decode(label: dict, parts: dict[str, np.ndarray]) -> np.ndarray:
-    """The matrix as MLX decodes it, float32; F16 scales and biases are widened first."""
-    import mlx.core as mx
-
-    rest = [parts[part] for part in ("scales", "biases") if part in parts]
-    rest = [array if array.dtype == np.uint8 else array.astype(np.float32) for array in rest]
-    arrays = map(mx.array, [parts["weight"], *rest])
-    return np.array(mx.dequantize(*arrays, **label, stream=mx.cpu).astype(mx.float32))
-
-
-@lru_cache(maxsize=1)
-def expert(kind: str, rule: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A synthetic expert: codes (out, in/2), exponent bytes (out, in/32), values (groups, 32)."""
-    rng = np.random.default_rng(SEED)
-    groups = OUT * COLUMNS // GROUP
-    # Rows differ by up to a factor of two, so that no place between powers of two is preferred.
-    sizes = 0.02 * np.exp2(rng.uniform(0, 1, OUT)).repeat(COLUMNS // GROUP)
-    halves, exponents = to_fp4(sizes[:, None] * random_weights(rng, groups, kind), rule)
-    packed = pack(halves).reshape(OUT, COLUMNS // 2)
-    scale_bytes = (exponents + 127).astype(np.uint8).reshape(OUT, COLUMNS // GROUP)
-    return packed, scale_bytes, np.ldexp(halves.astype(np.float32), exponents[:, None] - 1)
-
-
-def weight_error(name: str, kind: str, rule: str) -> WeightError:
-    """Quantize a synthetic expert, decode it and compare."""
-    packed, scale_bytes, true = expert(kind, rule)
-    groups, quantizer = len(true), QUANTIZERS[name]()
-    parts, seconds = encode(quantizer, packed, scale_bytes)
-    wrong = decode(quantizer.label, parts).reshape(groups, GROUP).astype(np.float64) - true
-    size = np.sqrt((true.astype(np.float64) ** 2).mean())
-    shapes = parts_of(quantizer.label, OUT, COLUMNS)
-    nbytes = sum(ITEMSIZE[dtype] * np.prod(shape) for dtype, shape in shapes.values())
-    return WeightError(
-        name, kind, rule, 8 * nbytes / (OUT * COLUMNS), float(np.sqrt((wrong**2).mean()) / size),
-        float(wrong.mean() / size), float((wrong == 0).all(axis=1).mean()), seconds,
-    )  # fmt: skip
 
 
 # --- The model ----------------------------------------------------------------------------------

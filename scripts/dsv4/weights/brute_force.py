@@ -1,6 +1,6 @@
 """Brute force: the best of any list of assignments for any number of groups, all of them tried.
 
-The walk (dsv4/walk.py) goes through all 4,000 to 6,000 assignments of a range in 2 µs a group.
+The walk (walk.py) goes through all 4,000 to 6,000 assignments of a range in 2 µs a group.
 """
 
 from __future__ import annotations

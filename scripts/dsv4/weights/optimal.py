@@ -2,8 +2,8 @@
 
 `mx.quantize` sees only a group's least and greatest value. This looks at all of them: a group whose
 values lie on a lattice of 16 points (nearly half of them do) gets that lattice and is exact; for
-the others the assignments of values to levels that can be the best (dsv4/assignments.py) are all
-tried with their least-squares scales and biases, sixteen groups at a time (dsv4/walk.py), and the
+the others the assignments of values to levels that can be the best (assignments.py) are all
+tried with their least-squares scales and biases, sixteen groups at a time (walk.py), and the
 winner is rounded to F16. Same format, same size, same speed of inference as mx.quantize; but zeros
 are not promised to stay zeros.
 

@@ -1,0 +1,64 @@
+"""What the quantizers take for one tensor in memory, beside the plan's method."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import rooms  # noqa: F401
+from race import GROUPS, WIDE
+
+from dsv4.model.labels import parts_of
+from dsv4.model.names import GROUP
+from dsv4.storage.shard import ITEMSIZE
+from dsv4.weights.fp4 import E2M1, UE8M0
+from dsv4.weights.quantizer import QUANTIZERS
+from dsv4.weights.synthetic import RULES, pack, random_weights, to_fp4
+
+
+def kernel_times(rule: str, runs: int) -> dict[str, float]:
+    """Least CPU milliseconds for one 2048 × 4096 tensor of normal weights, by turns."""
+    import mlx.core as mx
+
+    rng = np.random.default_rng(0)
+    halves, exponents = to_fp4(0.02 * random_weights(rng, GROUPS, "normal"), rule)
+    packed, exponents = pack(halves).reshape(-1), (exponents + 127).astype(np.uint8)
+    decoder = np.stack([E2M1[np.arange(256) & 15], E2M1[np.arange(256) >> 4]], axis=-1)
+
+    def turn_of(name: str) -> Callable[[], None]:
+        quantizer = QUANTIZERS[name]()
+        shapes = parts_of(quantizer.label, *WIDE).items()
+        sizes = {part: ITEMSIZE[kind] * int(np.prod(shape)) for part, (kind, shape) in shapes}
+        parts = {part: np.empty(size, np.uint8) for part, size in sizes.items()}
+        return lambda: quantizer.encode(packed, exponents, parts)
+
+    def plan() -> None:
+        decoded = decoder[packed].reshape(GROUPS, GROUP) * UE8M0[exponents][:, None]
+        mx.eval(mx.quantize(mx.array(decoded), group_size=GROUP, bits=4, stream=mx.cpu))
+
+    turns = {name: turn_of(name) for name in QUANTIZERS} | {PLAN_KERNEL: plan}
+    spent: dict[str, list[float]] = {name: [] for name in turns}
+    for _ in range(runs + 1):  # the first compiles and is not counted
+        for name, act in turns.items():
+            for _ in range(4):  # the one before may have left the caches full of its own
+                start = time.process_time()
+                act()
+                spent[name].append(time.process_time() - start)
+    return {name: 1e3 * min(times[4:]) for name, times in spent.items()}
+
+
+PLAN_KERNEL = "decode, then mx.quantize"
+
+
+def kernel_table(runs: int = 4) -> str:
+    """A markdown table: each quantizer's time for one tensor, and its ratio to mlx's."""
+    by_rule = {rule: kernel_times(rule, runs) for rule in RULES}
+    rows = [
+        "| CPU ms a tensor | " + " | ".join(f"scales by {r} | × mlx" for r in RULES) + " |",
+        "|---" * (1 + 2 * len(RULES)) + "|",
+    ]
+    for name in next(iter(by_rule.values())):
+        cells = (f"{t[name]:.1f} | {t[name] / t['mlx']:.1f}" for t in by_rule.values())
+        rows.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
