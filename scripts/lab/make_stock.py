@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import rooms  # noqa: F401
 
+from dsv4.hub.origin import source_name
 from dsv4.making.tokenizer_files import finalize
 from dsv4.model import configs, labels
 from dsv4.model.names import PROJECTION, kind, switch_paths
@@ -84,7 +85,10 @@ def make(source: Checkpoint, folder: Path) -> None:
     write_shard(folder / SHARD, tensors, {})
     write_json(folder / INDEX, {"weight_map": {tensor.name: SHARD for tensor in tensors}})
     write_json(folder / "config.json", config_of(source))
-    write_json(folder / "jang_config.json", configs.jang_config(source, labels.EXPERT))
+    write_json(
+        folder / "jang_config.json",
+        configs.jang_config(source, labels.EXPERT, source_name(source.folder)),
+    )
     finalize(source.folder, folder, keep_edited=False)
 
 

@@ -20,7 +20,7 @@ the held-out split from here.
 import random
 from dataclasses import dataclass
 
-from nano.encoding_dsv4 import encode_messages, eos_token
+from nano.encoding import encode_messages, eos_token
 
 SERVER_SYSTEM = "You are a helpful AI assistant. Respond directly and concisely."
 SYSTEMS = ("", SERVER_SYSTEM, "You are a helpful assistant.")

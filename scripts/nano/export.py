@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nano.architecture import Architecture, source_config
+from nano.encoding import FILE as ENCODING
 from nano.model import (
     SINK,
     Tensors,
@@ -41,7 +42,6 @@ from nano.model import (
 from nano.rounding import E8M0_BIAS, GROUP, fp4_codes, fp8_codes, kind, rounded
 
 SHARDS = 4
-ENCODING = Path(__file__).with_name("encoding_dsv4.py")
 
 
 def scale_columns(tensors: Tensors, name: str, powers: Tensor) -> None:
@@ -203,7 +203,9 @@ def write_checkpoint(
     greedy = {"_from_model_config": True, "bos_token_id": 0, "eos_token_id": 1, "do_sample": False}
     write_json(folder / "generation_config.json", greedy)
     (folder / "encoding").mkdir(exist_ok=True)
-    shutil.copyfile(ENCODING, folder / "encoding" / ENCODING.name)
+    target = folder / "encoding" / ENCODING.name
+    if target.resolve() != ENCODING:
+        shutil.copyfile(ENCODING, target)
 
 
 def as_stored(tensors: Tensors, arch: Architecture) -> Tensors:

@@ -6,6 +6,7 @@ at which it began, and again after each file that was verified, so that a reboot
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,3 +118,11 @@ def provenance(source: Path) -> dict[str, Any] | None:
         for name, file in sorted(record.files.items())
     }
     return {"repo": record.repo, "commit": record.commit, "files": hashes}
+
+
+def source_name(source: Path) -> str:
+    """REPO@COMMIT of a source that came through download, else the folder's name."""
+    with contextlib.suppress(Stop):
+        if record := read_record(source):
+            return f"{record.repo}@{record.commit}"
+    return source.resolve().name

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from dsv4.hub.origin import source_name
 from dsv4.making import low_disk, requantization
 from dsv4.making.experts import Ledger, errors_in_words, estimate, expert_pieces
 from dsv4.making.low_disk import Supply
@@ -254,7 +255,8 @@ def complete(plan: Plan, folder: Path, jobs: int) -> None:
     write_json(folder / INDEX, {"weight_map": weight_map})
     label = plan.quantizer.label
     write_json(folder / "config.json", configs.bundle_config(plan.source, label))
-    write_json(folder / "jang_config.json", configs.jang_config(plan.source, label))
+    named = source_name(plan.source.folder)
+    write_json(folder / "jang_config.json", configs.jang_config(plan.source, label, named))
     made = open_bundle(folder)
     check_complete(made, plan.source)
     after = requantization.make_plan(

@@ -7,8 +7,6 @@ of the machine that converted.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 from dsv4.model.chat import BOS, EOS
@@ -16,7 +14,6 @@ from dsv4.model.names import GROUP
 from dsv4.storage.checkpoint import Checkpoint
 
 SEED = 42  # of a codebook that this format does not use; runtimes expect the key
-RECORD = ".download.json"
 
 
 def profile(label: dict[str, Any]) -> str:
@@ -48,23 +45,17 @@ def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
     return rope
 
 
-def source_name(folder: Path) -> str:
-    """REPO@COMMIT of a source that came through download, else the folder's name."""
-    try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        return f"{record['repo']}@{record['commit']}"
-    except (OSError, ValueError, TypeError, KeyError):
-        return folder.resolve().name
+def jang_config(source: Checkpoint, label: dict[str, Any], named: str) -> dict[str, Any]:
+    """What jang's loaders read of a bundle: widths by role, and how the model is talked to.
 
-
-def jang_config(source: Checkpoint, label: dict[str, Any]) -> dict[str, Any]:
-    """What jang's loaders read of a bundle: widths by role, and how the model is talked to."""
+    named: what is said of where the source came from.
+    """
     config = source.config
     return {
         "weight_format": label["mode"],  # vMLX 1.6.81 refuses names that it does not know
         "profile": profile(label),
         "mxtq_seed": SEED,
-        "source_model": source_name(source.folder),
+        "source_model": named,
         "source_config": {
             "n_routed_experts": config.get("n_routed_experts"),
             "num_hidden_layers": config.get("num_hidden_layers"),

@@ -1,0 +1,55 @@
+"""The plan of a bundle: what check promises, what a dry run shows and what is written are one.
+
+Catches: a size that is computed in a second place, a tensor that the plan names and convert does
+not write, a treatment that shapes or dtypes contradict.
+"""
+
+import re
+
+import pytest
+from conftest import NANO, must
+
+from dsv4.model.labels import DEFAULT, EXPERT, MXFP4, parts_of
+from dsv4.model.opening import open_bundle, open_source
+from dsv4.model.plan import bundle_keys, plan_shards
+from dsv4.stop import Stop
+from dsv4.storage.durable import human
+from dsv4.weights.quantizer import QUANTIZERS
+
+
+@pytest.mark.parametrize("quantizer", sorted(QUANTIZERS))
+def test_check_and_the_dry_run_name_the_bytes_that_are_written(quantizer, tmp_path):
+    bundle = tmp_path / "bundle"
+    options = ("--source", NANO, "--bundle", bundle, "--quantizer", quantizer,
+               "--shard-bytes", "700000")  # fmt: skip
+    promised = re.search(r"bundle size: (.*) finished", must("check", *options))[1]
+    shown = re.search(r"disk: (.*) for the bundle", must("convert", *options, "--dry-run"))[1]
+    must("convert", *options)
+    written = sum(path.stat().st_size for path in bundle.glob("*.safetensors"))
+    assert promised == shown == human(written)
+    source, made, label = open_source(NANO), open_bundle(bundle), QUANTIZERS[quantizer].label
+    shards = plan_shards(source.tensors, label, {"format": "mlx"})
+    planned = {s.name: (s.dtype, s.shape) for shard in shards for s in shard.layout.slots}
+    assert planned == {t.name: (t.dtype, t.shape) for t in made.tensors.values()}
+    keys = {key for name in source.tensors for key in bundle_keys(name, label)}
+    assert keys == set(made.tensors)
+
+
+def test_the_parts_of_flash_s_experts_are_those_of_the_format():
+    """2,048 × 4,096 weights: 5 bits each as affine 4, 6 as affine 5, 4.25 as FP4."""
+    for label, bits in ((EXPERT, 5.0), ({**EXPERT, "bits": 5}, 6.0), (MXFP4, 4.25), (DEFAULT, 9.0)):
+        sizes = {"U32": 4, "F16": 2, "U8": 1}
+        parts = parts_of(label, 2048, 4096).values()
+        nbytes = sum(sizes[dtype] * shape[0] * shape[1] for dtype, shape in parts)
+        assert nbytes * 8 == bits * 2048 * 4096
+
+
+def test_an_unknown_name_stops_the_plan():
+    tensors = open_source(NANO).tensors
+    odd = {**tensors, "layers.0.attn.unheard_of.weight": next(iter(tensors.values()))}
+    tensor = odd["layers.0.attn.unheard_of.weight"]
+    odd["layers.0.attn.unheard_of.weight"] = type(tensor)(
+        "layers.0.attn.unheard_of.weight", "BF16", (4, 32), tensor.path, 0, 256
+    )
+    with pytest.raises(Stop, match="a name that this recipe does not know"):
+        plan_shards(odd, EXPERT, {})
