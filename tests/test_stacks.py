@@ -1,4 +1,4 @@
-"""What an installed toolchain means for the user, by the table of scripts/dsv4/stacks.py.
+"""What an installed toolchain means for the user, by the table of scripts/dsv4/proof/stacks.py.
 
 Catches: a version that was never measured called good, a row without its pinned file or a file
 without its row, a loader still to be patched that is called ready.
