@@ -85,7 +85,6 @@ def opened(args: argparse.Namespace) -> Iterator[tuple[Checkpoint, Checkpoint, S
     """The source, the source as far as headers tell, and with --low-disk what supplies shards."""
     if not args.low_disk:
         source = open_source(args.source)
-        check_whole(source)
         yield source, source, None
         return
     record = read_record(args.source)
@@ -95,7 +94,6 @@ def opened(args: argparse.Namespace) -> Iterator[tuple[Checkpoint, Checkpoint, S
     client.quiet()
     supply = Supply(args.source, record, args.patience, args.workers)
     with locks.held(args.source), low_disk.skeleton(args.source, record) as headers:
-        check_whole(headers)
         yield low_disk.at_home(headers, args.source), headers, supply
 
 
@@ -103,6 +101,7 @@ def run_upstream(args: argparse.Namespace, source: Checkpoint) -> str:
     """Upstream's converter; return what to say."""
     if args.dry_run or args.low_disk:
         raise Stop("--converter jang", "--dry-run or --low-disk", "neither", "use native for them")
+    check_whole(source)
     with workplace(args.bundle) as folder:
         upstream.fill(folder, source.folder, args.python)
         check_complete(open_bundle(folder), source)
@@ -114,6 +113,7 @@ def run_native(args: argparse.Namespace, source: Checkpoint, headers: Checkpoint
                supply: Supply | None) -> str:  # fmt: skip
     """The native converter, or its plan; return what to say."""
     plan = make_plan(source, headers, chosen(args, headers), args.shard_bytes)
+    check_whole(source)
     if args.dry_run:
         return "would be made\n" + describe(plan, args.bundle, args.jobs, supply)
     return convert(plan, args.bundle, args.jobs, supply)
