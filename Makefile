@@ -162,7 +162,7 @@ $(STAMPS)/download.stamp: $(STAMPS)/patch_loader.stamp scripts/download.py \
 	touch $@
 
 QUANTIZE = --quantizer '$(QUANTIZER)' $(if $(IMATRIX),--imatrix '$(IMATRIX)') $(if $(JOBS),--jobs $(JOBS))
-EXPERTS = labels affine assignments exact imatrix optimal quantizer rewrite walk
+EXPERTS = labels affine assignments exact imatrix optimal quantizer rewrite vectors walk
 # The bundle's tensors, 180 GB, at about the speed of copying: experts to 4-bit affine, other matrices
 # to 8-bit. CONVERTER=jang: hours, and experts that are FP4 bytes under an affine label.
 .PHONY: convert

@@ -23,10 +23,11 @@ import numba
 import numpy as np
 
 from dsv4 import walk
-from dsv4.affine import ENERGY_BITS, Tally, look_up
+from dsv4.affine import Tally
 from dsv4.assignments import VALUES, exact_step, kept_sections
 from dsv4.exact import bad_exponent
 from dsv4.fp4 import E2M1, UE8M0
+from dsv4.vectors import ENERGY_BITS, look_up
 from dsv4.walk import NEXT, SLACK, SPLIT, ones
 
 N = len(VALUES)
@@ -42,7 +43,7 @@ class Arrays(NamedTuple):
     kinds: int16 (32768,), by mask: the row of the exact lattice, or -1 - range.
     lattices: int64 (rows, 2): (least value, step) of each exact lattice.
     halves: int64 (rows, 3): the F16 bits of step and least value, and -1 if that is not 0, else 0.
-    rows: uint8 (rows, 64), two lookups by code (affine.look_up): the level; the value's square.
+    rows: uint8 (rows, 64), two lookups by code (vectors.look_up): the level; the value's square.
       Exact lattices come first, then two for each step of a walk: upward, and turned.
     levels: float32 (steps, 16), by value: the levels after each step of the walks.
     places, deltas, squares: the steps of all walks (walk.Walk).
@@ -138,7 +139,7 @@ def _walks(
 
 
 def _by_code(levels: np.ndarray) -> np.ndarray:
-    """Rows for affine.look_up, uint8 (n, 64), of levels (n, 15) by value; nobody reads those of
+    """Rows for vectors.look_up, uint8 (n, 64), of levels (n, 15) by value; nobody reads those of
     values that are absent."""
     out = np.zeros((len(levels), 64), np.uint8)
     out[:, :16] = np.clip(np.rint(levels), 0, 15)[:, _PLACES]
