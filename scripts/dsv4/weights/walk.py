@@ -14,7 +14,7 @@ The inner loops run over groups: the compiler makes vectors of them, whatever th
 These loops stand for LLVM code by hand that kept sixteen groups in registers. `optimal` as a whole
 takes 1.22 × its time for one tensor with scales rounded up, 1.28 × with OCP's rule (1.26 to 1.31,
 as others use the machine); compiled for AVX2 alone 1.28 and 1.32, for SSE2 1.13 and 1.15
-(2026-11-25, AMD EPYC, 2 cores, x86-64, shared, numba 0.68.1; the tensor of `scripts/bench.py
+(2026-11-25, AMD EPYC, 2 cores, x86-64, shared, numba 0.68.1; the tensor of `scripts/lab/bench.py
 --kernels`, old and new alternating in one process, 15 pairs, CPU time). What that took: each array
 of a loop is an allocation of its own, or the compiler cannot tell them apart; and telling them
 apart costs some 100 ns a pass, so that a pass takes four steps through 2,048 groups. Two steps
