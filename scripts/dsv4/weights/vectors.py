@@ -22,8 +22,8 @@ counts, which few machines have, and none of Apple's.
 
 Measured on 2026-11-25, AMD EPYC, 2 cores, x86-64, shared, numba 0.68.1: old and new alternating in
 one process, 11 to 15 pairs of two calls, CPU time (time.process_time), on the tensor that
-`.venv/bin/python scripts/lab/bench.py --kernels` makes; that command gives the times of today. The walk
-of `optimal`, once made by hand too, is plain loops now (walk.py).
+`.venv/bin/python scripts/lab/bench.py --kernels` makes; that command gives the times of today. The
+walk of `optimal`, once made by hand too, is plain loops now (walk.py).
 """
 
 from __future__ import annotations
