@@ -16,6 +16,7 @@ from dsv4.model.plan import bundle_keys
 from dsv4.proof.findings import Check, Findings
 from dsv4.proof.survey import Survey
 from dsv4.stop import Stop
+from dsv4.storage.bounds import DOCUMENT
 from dsv4.storage.checkpoint import INDEX, Checkpoint
 from dsv4.storage.durable import TEMPORARY_SUFFIX
 from dsv4.storage.shard import FLOATS, Tensor
@@ -77,6 +78,9 @@ def check_strangers(bundle: Survey, findings: Findings) -> None:
             findings.add("leftover-files", file, f"{bundle.files[file]:,} bytes", "nothing")
         elif "/" not in file and file.endswith(".safetensors") and file not in named:
             findings.add("shard-stranger", file, "not in the index", "only the index's shards")
+        elif bundle.files[file] > DOCUMENT and file not in named and file[0] != ".":
+            found = f"{bundle.files[file]:,} bytes"
+            findings.add("file-unhashed", file, found, f"at most {DOCUMENT:,}")
 
 
 def quantizer_of(bundle: Survey) -> dict[str, str]:

@@ -18,10 +18,13 @@ from dsv4.proof.survey import Survey
 from dsv4.runtime.patches import DEFAULT, read_patch, read_python, state
 from dsv4.runtime.toolchain import probe, with_rooms
 from dsv4.stop import Stop
-from dsv4.storage.checkpoint import INDEX
+from dsv4.storage.checkpoint import INDEX, read_json
 from dsv4.storage.shard import Shard, Slot, header_bytes
 
 REPLAY = "dsv4.proof.replay"
+NAMES = [str]
+PARAMETERS = {"parameters": int, "unfed": NAMES, "unused": NAMES, "misfit": [NAMES]}
+ANSWERS = {str: ({"error": str}, PARAMETERS)}
 
 
 def hollow(bundle: Survey, folder: Path) -> None:
@@ -55,7 +58,7 @@ def replay(python: Path, bundle: Survey) -> dict[str, dict[str, Any]]:
         if result.returncode or not out.is_file():
             last = (result.stderr.strip().splitlines() or ["no answer"])[-1]
             raise Stop(f"{REPLAY} in {python}", last, "an answer", "make check")
-        return json.loads(out.read_text(encoding="utf-8"))
+        return read_json(out, ANSWERS)
 
 
 def check_loading(bundle: Survey, python: Path, findings: Findings) -> list[Check]:
@@ -73,7 +76,8 @@ def check_loading(bundle: Survey, python: Path, findings: Findings) -> list[Chec
             findings.add("loader-parameter-unfed", f"{loader}: {name}", "no tensor", "one")
         for name in answer.get("unused", []):
             findings.add("loader-tensor-unused", f"{loader}: {name}", "no parameter", "one")
-        for name, found, expected in answer.get("misfit", []):
+        for name, *said in answer.get("misfit", []):
+            found, expected = [*said, "", ""][:2]
             findings.add("loader-parameter-misfit", f"{loader}: {name}", found, expected)
         checks.append(Check(f"parameters fed by {loader}", answer.get("parameters", 0)))
     return checks
