@@ -52,6 +52,7 @@ from dsv4.stop import Stop, run
 from dsv4.storage import locks
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.weights.quantizer import add_choice, check_choice, chosen
+from dsv4.words import plain, say
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -73,7 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repo", default="", help="--low-disk: where they come from")
     parser.add_argument("--patience", type=float, default=fetching.PATIENCE, metavar="SECONDS",
                         help="--low-disk: how long to try again while nothing comes")  # fmt: skip
-    parser.add_argument("--workers", type=int, default=fetching.WORKERS,
+    parser.add_argument("--workers", type=parse_jobs, default=fetching.WORKERS,
                         help="--low-disk: files fetched at once")  # fmt: skip
     args = parser.parse_args()
     check_choice(parser, args)
@@ -131,7 +132,7 @@ def main() -> int:
             said = run_upstream(args, source)
         else:
             said = run_native(args, source, headers, supply)
-    print(f"{args.bundle}: {said}")
+    say(f"{plain(args.bundle)}: {said}")
     return 0
 
 

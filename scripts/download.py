@@ -24,6 +24,7 @@ from dsv4.hub.origin import read_record
 from dsv4.making import low_disk
 from dsv4.model.implied import check_whole
 from dsv4.model.opening import open_source
+from dsv4.settings import parse_jobs
 from dsv4.stop import run
 from dsv4.storage import locks
 from dsv4.storage.durable import human
@@ -85,7 +86,7 @@ def main() -> int:
         help="how long to try again while nothing comes (default %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--workers", type=int, default=fetching.WORKERS, help="files fetched at once"
+        "--workers", type=parse_jobs, default=fetching.WORKERS, help="files fetched at once"
     )
     parser.add_argument("--low-disk", action="store_true",
                         help="leave the shards to convert --low-disk")  # fmt: skip

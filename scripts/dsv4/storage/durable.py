@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import filecmp
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+
+from dsv4.stop import naming
 
 TEMPORARY_SUFFIX = ".partial"
 
@@ -31,7 +34,8 @@ def fsync_folder(folder: Path) -> None:
     """Make the names in `folder` durable."""
     fd = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(fd)
+        with naming(folder):
+            os.fsync(fd)
     finally:
         os.close(fd)
 
@@ -54,8 +58,9 @@ class Replacement:
 
     def commit(self) -> None:
         """Make the bytes durable, then the name; `path` never names anything but whole files."""
-        self.file.flush()
-        fsync(self.file.fileno())
+        with naming(self.path):
+            self.file.flush()
+            fsync(self.file.fileno())
         if self.path.exists():
             shutil.copymode(self.path, self.temporary)
         self.temporary.replace(self.path)
@@ -78,7 +83,8 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     """
     replacement = Replacement(path)
     try:
-        yield replacement.file
+        with naming(path):
+            yield replacement.file
         replacement.commit()
     finally:
         replacement.discard()
@@ -86,7 +92,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 def write_bytes(path: Path, data: bytes) -> bool:
     """Give `path` the content `data`; False when it has it already and nothing was written."""
-    if path.is_file() and path.read_bytes() == data:
+    if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data:
         return False
     with replacing(path) as file:
         file.write(data)
@@ -101,8 +107,8 @@ def write_json(path: Path, value: Any) -> bool:
 
 def copy_file(source: Path, target: Path) -> bool:
     """Copy one file durably; False when `target` has the same bytes already."""
-    if target.is_file() and target.stat().st_size == source.stat().st_size:
-        return write_bytes(target, source.read_bytes())
+    if target.is_file() and filecmp.cmp(source, target, shallow=False):
+        return False
     with source.open("rb") as reader, replacing(target) as writer:
         shutil.copyfileobj(reader, writer, 1 << 20)
     return True
