@@ -23,6 +23,7 @@ from dsv4.hub import client, fetching
 from dsv4.hub.origin import read_record
 from dsv4.making import low_disk
 from dsv4.model.opening import open_source
+from dsv4.model.roles import check_no_bundle
 from dsv4.stop import run
 from dsv4.storage import locks
 from dsv4.storage.durable import human
@@ -45,6 +46,7 @@ def download(args: argparse.Namespace) -> str:
             return f"complete already: {len(record.files)} files at {record.commit[:12]}"
         fetching.report_news(record)
     else:
+        check_no_bundle(source)
         record = fetching.pin(source, repo, revision, args.patience)
     with locks.held(source):
         needed = fetching.remaining(source, tuple(record.files.values()))
@@ -62,6 +64,7 @@ def prepare(args: argparse.Namespace) -> str:
     source, repo, revision = args.source, args.repo, args.revision
     record = read_record(source)
     if record is None:
+        check_no_bundle(source)
         record = fetching.pin(source, repo, revision, args.patience)
     fetching.check_pin(source, record, repo, revision)
     with locks.held(source):
