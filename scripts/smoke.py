@@ -32,8 +32,9 @@ def main() -> int:
         fault = judge(answer)
         wrong += fault is not None
         print(f"{'WRONG' if fault else 'right'}  {question}")
-        print(f"       content {shown(answer.content[:200])}, reasoning "
-              f"{shown(answer.reasoning[:200])}, finish_reason {plain(answer.finish_reason)}")  # fmt: skip
+        said = [shown(text[:200]) for text in (answer.content, answer.reasoning)]
+        print(f"       content {said[0]}, reasoning {said[1]}, "
+              f"finish_reason {plain(answer.finish_reason)}")  # fmt: skip
         if fault:
             print(f"       {plain(fault)}")
     if wrong:
