@@ -15,6 +15,7 @@ from pathlib import Path
 from dsv4.making.tokenizer_files import finalize
 from dsv4.model.opening import read_config
 from dsv4.stop import run
+from dsv4.words import plain, say
 
 
 def main() -> int:
@@ -28,7 +29,8 @@ def main() -> int:
     read_config(args.bundle)
     origin = args.reference or args.source
     written = finalize(origin, args.bundle, keep_edited=args.reference is None)
-    print(f"{args.bundle}: {', '.join(written) or 'nothing'} copied from {origin}")
+    said = ", ".join(map(plain, written)) or "nothing"
+    say(f"{plain(args.bundle)}: {said} copied from {plain(origin)}")
     return 0
 
 

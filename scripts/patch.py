@@ -28,6 +28,7 @@ from dsv4.making.metadata import check_json, differences, patched
 from dsv4.model.opening import open_bundle
 from dsv4.stop import run
 from dsv4.storage.durable import write_json
+from dsv4.words import plain, say
 
 
 def main() -> int:
@@ -41,7 +42,7 @@ def main() -> int:
     bundle = open_bundle(args.bundle)
     wanted = patched(bundle, args.source)
     for line in differences(args.bundle, wanted):
-        print(f"{'would set' if args.dry_run else 'set'} {line}")
+        say(f"{'would set' if args.dry_run else 'set'} {plain(line)}")
     if not args.dry_run:
         for name, content in wanted.items():
             check_json(name, content)

@@ -32,8 +32,9 @@ def main() -> int:
         fault = judge(answer)
         wrong += fault is not None
         print(f"{'WRONG' if fault else 'right'}  {question}")
-        print(f"       content {shown(answer.content[:200])}, reasoning "
-              f"{shown(answer.reasoning[:200])}, finish_reason {plain(answer.finish_reason)}")  # fmt: skip
+        content, reasoning = shown(answer.content), shown(answer.reasoning)
+        why = plain(answer.finish_reason)
+        print(f"       content {content}, reasoning {reasoning}, finish_reason {why}")
         if fault:
             print(f"       {plain(fault)}")
     if wrong:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dsv4.stop import Stop
+from dsv4.storage.bounds import DOCUMENT
 from dsv4.storage.durable import copy_file
 
 REQUIRED = ("tokenizer.json", "tokenizer_config.json", "encoding/encoding_dsv4.py")
@@ -37,9 +38,15 @@ def finalize(origin: Path, bundle: Path, keep_edited: bool) -> list[str]:
 
 
 def copy(origin: Path, bundle: Path, names: list[str]) -> list[str]:
-    """Copy these files; return the names of those that were not there or had other bytes."""
+    """Copy these files; return the names of those that were not there or had other bytes.
+
+    Raises Stop for one that is larger than any document.
+    """
     written = []
     for name in names:
+        if (size := (origin / name).stat().st_size) > DOCUMENT:
+            found = f"{size:,} bytes"
+            raise Stop(f"{origin / name}", found, f"at most {DOCUMENT:,}", "do not use this folder")
         (bundle / name).parent.mkdir(parents=True, exist_ok=True)
         if copy_file(origin / name, bundle / name):
             written.append(name)
