@@ -24,8 +24,10 @@ from dsv4.hub.fetching import recorded, remaining
 from dsv4.hub.origin import read_record
 from dsv4.making import low_disk
 from dsv4.making.marks import converted_by
+from dsv4.model.implied import check_whole
 from dsv4.model.opening import open_bundle, open_source
 from dsv4.model.plan import SHARD_BYTES, plan_shards
+from dsv4.model.roles import place_of
 from dsv4.proof import stacks
 from dsv4.runtime import patches, toolchain
 from dsv4.settings import parse_bytes
@@ -155,6 +157,7 @@ def source_need(source: Path, repo: str, revision: str) -> tuple[Line, int]:
     if (source / INDEX).is_file():
         try:
             opened = open_source(source)
+            check_whole(opened)
             known = " as downloaded" if repo and recorded(source, repo, revision) else ""
             return Line(True, "source", f"complete{known}, {human(opened.nbytes)}"), 0
         except Stop as stop:
@@ -255,7 +258,8 @@ def main() -> int:
     add_choice(parser)
     args = parser.parse_args()
     check_choice(parser, args)
-    source, bundle = args.source, args.bundle
+    source, bundle = args.source, place_of(args.bundle, args.source)
+    args.bundle = bundle
     lines = check_toolchain(args.python, args.converter, args.app, args.quantizer)
     lines += [check_patch(args.python, args.app, path) for path in patches.DEFAULT]
     lines += [check_volume("source volume", source), check_volume("bundle volume", bundle)]

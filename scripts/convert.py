@@ -38,12 +38,13 @@ from dsv4.making.conversion import (
     describe,
     is_done,
     make_plan,
-    publish,
-    workplace,
 )
 from dsv4.making.low_disk import Supply
+from dsv4.making.workplace import claim, publish, unmark, workplace
+from dsv4.model.implied import check_whole
 from dsv4.model.opening import open_bundle, open_source
 from dsv4.model.plan import SHARD_BYTES
+from dsv4.model.roles import place_of
 from dsv4.runtime import upstream
 from dsv4.runtime.toolchain import default
 from dsv4.settings import cores, parse_bytes, parse_jobs
@@ -101,7 +102,10 @@ def run_upstream(args: argparse.Namespace, source: Checkpoint) -> str:
     """Upstream's converter; return what to say."""
     if args.dry_run or args.low_disk:
         raise Stop("--converter jang", "--dry-run or --low-disk", "neither", "use native for them")
+    check_whole(source)
     with workplace(args.bundle) as folder:
+        upstream.clear(folder)
+        claim(folder)
         upstream.fill(folder, source.folder, args.python)
         check_complete(open_bundle(folder), source)
         publish(folder, args.bundle)
@@ -112,6 +116,7 @@ def run_native(args: argparse.Namespace, source: Checkpoint, headers: Checkpoint
                supply: Supply | None) -> str:  # fmt: skip
     """The native converter, or its plan; return what to say."""
     plan = make_plan(source, headers, chosen(args, headers), args.shard_bytes)
+    check_whole(source)
     if args.dry_run:
         return "would be made\n" + describe(plan, args.bundle, args.jobs, supply)
     return convert(plan, args.bundle, args.jobs, supply)
@@ -120,9 +125,12 @@ def run_native(args: argparse.Namespace, source: Checkpoint, headers: Checkpoint
 def main() -> int:
     """Convert, or say what would be done. Returns 0."""
     args = parse_arguments()
+    args.bundle = place_of(args.bundle, args.source)
     with opened(args) as (source, headers, supply):
         if is_done(args.bundle, source):
             said = f"holds every tensor of {args.source} already; delete it to convert afresh"
+            if not args.dry_run:
+                unmark(args.bundle)
             if supply and not args.dry_run:
                 supply.keep_only(set())
         elif args.converter == "jang":

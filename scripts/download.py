@@ -22,7 +22,9 @@ from pathlib import Path
 from dsv4.hub import client, fetching
 from dsv4.hub.origin import read_record
 from dsv4.making import low_disk
+from dsv4.model.implied import check_whole
 from dsv4.model.opening import open_source
+from dsv4.model.roles import check_no_bundle
 from dsv4.settings import parse_jobs
 from dsv4.stop import run
 from dsv4.storage import locks
@@ -32,6 +34,7 @@ from dsv4.storage.durable import human
 def check_local(source: Path) -> str:
     """Check a source that did not come from here by its headers; return what to say."""
     opened = open_source(source)
+    check_whole(opened)
     return f"{len(opened.shards)} shards, {human(opened.nbytes)}, whole by their headers"
 
 
@@ -42,10 +45,11 @@ def download(args: argparse.Namespace) -> str:
     if record is not None:
         fetching.check_pin(source, record, repo, revision)
         if record.is_complete(source) and not args.verify_hashes:
-            open_source(source)
+            check_whole(open_source(source))
             return f"complete already: {len(record.files)} files at {record.commit[:12]}"
         fetching.report_news(record)
     else:
+        check_no_bundle(source)
         record = fetching.pin(source, repo, revision, args.patience)
     with locks.held(source):
         needed = fetching.remaining(source, tuple(record.files.values()))
@@ -53,7 +57,7 @@ def download(args: argparse.Namespace) -> str:
         fetching.check_room(source, needed)
         fetching.hash_present(source, record, args.verify_hashes)
         fetching.fetch(source, record, args.patience, args.workers)
-        open_source(source)
+        check_whole(open_source(source))
     said = f"{len(record.files)} files, {human(record.nbytes)}, sizes and hashes as on the hub"
     return f"{said} at {record.commit[:12]}"
 
@@ -63,6 +67,7 @@ def prepare(args: argparse.Namespace) -> str:
     source, repo, revision = args.source, args.repo, args.revision
     record = read_record(source)
     if record is None:
+        check_no_bundle(source)
         record = fetching.pin(source, repo, revision, args.patience)
     fetching.check_pin(source, record, repo, revision)
     with locks.held(source):

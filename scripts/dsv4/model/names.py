@@ -89,6 +89,20 @@ def is_control(name: str) -> bool:
     return _CONTROL.fullmatch(name) is not None
 
 
+def most_zeros(name: str, dtype: str, nbytes: int) -> int | None:
+    """So many zero bytes in a row are a hole in a source tensor, not numbers; None: any may be.
+
+    Codes and scales of FP4 and FP8 never hold a page of them. A BF16 matrix may have rows of zeros
+    (tokens that nobody uses), but no megabyte; no matrix, scale or norm is nothing but zeros.
+    """
+    what = treatment(name)
+    if nbytes < 16 or what in (None, "control") or name.endswith((".tid2eid", ".ape")):
+        return None
+    if dtype in ("I8", "U8", "F8_E4M3", "F8_E8M0"):
+        return min(nbytes, 4096)
+    return nbytes if what == "passthrough" else min(nbytes, 1 << 20)
+
+
 def switch_paths(layer: int, matrix: str) -> tuple[str, str]:
     """Module paths of the stacked experts of one layer: (mlx_lm and vMLX, mlx-vlm)."""
     projection = PROJECTION[matrix]
