@@ -38,6 +38,7 @@ from dsv4.storage.durable import human
 from dsv4.storage.shard import Tensor
 from dsv4.storage.space import workplace_of
 from dsv4.weights.quantizer import QUANTIZERS, add_choice, check_choice, chosen
+from dsv4.words import LINE, plain
 
 NEEDED = {
     "jang": "the model",
@@ -66,7 +67,7 @@ class Line:
     def __str__(self) -> str:
         mark = "NO " if not self.holds else "?? " if self.doubt else "ok "
         todo = "" if self.holds or not self.todo else f"; {self.todo}"
-        return f"{mark} {self.what}: {self.found}{todo}"
+        return plain(f"{mark} {self.what}: {self.found}{todo}", LINE)
 
 
 def check_toolchain(python: Path, converter: str, app: Path, quantizer: str) -> list[Line]:

@@ -31,6 +31,7 @@ from dsv4.model.roles import place_of
 from dsv4.stop import run
 from dsv4.storage import locks
 from dsv4.storage.durable import write_json
+from dsv4.words import plain, say
 
 
 def main() -> int:
@@ -46,7 +47,7 @@ def main() -> int:
     with contextlib.nullcontext() if args.dry_run else locks.held(args.bundle):
         wanted = patched(open_bundle(args.bundle), args.source)
         for line in differences(args.bundle, wanted):
-            print(f"{'would set' if args.dry_run else 'set'} {line}")
+            say(f"{'would set' if args.dry_run else 'set'} {plain(line)}")
         for name, content in wanted.items():
             check_json(name, content)
             if not args.dry_run:

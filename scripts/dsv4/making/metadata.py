@@ -10,6 +10,7 @@ from typing import Any
 from dsv4.hub.origin import provenance
 from dsv4.model.chat import BOS, EOS, TEMPLATE, token_ids
 from dsv4.model.configs import without_code
+from dsv4.model.forms import origin_of
 from dsv4.model.labels import quantization
 from dsv4.model.names import GROUP
 from dsv4.model.opening import expert_bases, expert_label
@@ -71,12 +72,13 @@ def jang_config(folder: Path, source: Path | None) -> dict[str, Any]:
     quantized = content.get("quantization")
     quantized = quantized if isinstance(quantized, dict) else {}
     content = {**content, "quantization": {**quantized, "group_size": GROUP}}
-    origin = content.pop("source", None)
+    origin = origin_of(content)
+    content.pop("source", None)
     if source is not None and source.is_dir():
         origin = provenance(source)
-    if not isinstance(origin, dict):
+    if origin is None:
         return {**content, "source_model": UNRECORDED}
-    named = f"{origin.get('repo')}@{origin.get('commit')}"
+    named = f"{origin['repo']}@{origin['commit']}"
     return {**content, "source_model": named, "source": origin}
 
 
