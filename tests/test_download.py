@@ -333,7 +333,8 @@ def test_a_stalled_server_is_left_after_the_timeout(hub, tmp_path):
 
 
 def test_waiting_doubles_up_to_a_minute_and_obeys_the_server(capsys):
-    from dsv4.hub.client import Short, patiently
+    from dsv4.hub.patience import patiently
+    from dsv4.hub.refusals import Short
 
     class Busy(Short):
         """429 with a Retry-After of 100 seconds."""
@@ -355,7 +356,8 @@ def test_waiting_doubles_up_to_a_minute_and_obeys_the_server(capsys):
 
 
 def test_patience_counts_from_the_last_byte():
-    from dsv4.hub.client import Short, patiently
+    from dsv4.hub.patience import patiently
+    from dsv4.hub.refusals import Short
 
     came, waits = [0], []
 
@@ -385,7 +387,7 @@ def test_a_file_name_that_leads_out_is_refused(hub, files, tmp_path):
 
 
 def test_a_disk_too_small_is_said_before_anything_is_fetched(hub, tmp_path, monkeypatch):
-    import download as stage
+    from dsv4.hub import fetching as stage
 
     record = stage.Record("r", "main", "c", {"big": stage.HubFile("big", 1 << 60, "0" * 64)})
     needed = stage.remaining(tmp_path, tuple(record.files.values()))
