@@ -421,7 +421,7 @@ def test_two_downloads_into_one_folder_do_not_meet(hub, tmp_path):
     deadline = time.monotonic() + 30
     while not sent_of_shards(hub) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert "another download running" in download(hub, source).line
+    assert "another run at work on it" in download(hub, source).line
     hub.faults.clear()
     assert first.wait(60) == 0
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.stop import Stop
-from dsv4.storage.shard import Shard, Tensor, read_shard
+from dsv4.storage.shard import Shard, Tensor, check_pointer, read_shard
 
 INDEX = "model.safetensors.index.json"
 
@@ -39,12 +39,14 @@ class Checkpoint:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises Stop when the file is missing, not JSON, or no object."""
+    """Read a JSON object. Raises Stop when it is missing, a Git LFS pointer, or another thing."""
     if not path.is_file():
         raise Stop(f"{path}", "no such file", "a JSON file", "check the folder")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
+        with path.open("rb") as file:
+            check_pointer(path, file.read(100))
         raise Stop(f"{path}", f"no valid JSON ({error})", "JSON", "restore this file") from error
     if not isinstance(value, dict):
         raise Stop(f"{path}", f"a {type(value).__name__}", "a JSON object", "restore this file")

@@ -44,6 +44,7 @@ FLOATS = ("F16", "BF16", "F32")  # those that NumPy can be brought to compute wi
 
 MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
 REDO = "fetch or rebuild this file"
+POINTER = b"version https://git-lfs.github.com/spec/"  # how Git LFS begins what stands for a file
 SAMPLE_BYTES = 4096
 
 
@@ -72,15 +73,17 @@ class Shard:
 def read_shard(path: Path) -> Shard:
     """Read and check the header of `path`; no tensor data is read.
 
-    Raises Stop when the file is not a whole, well-formed safetensors file: too short, header longer
-    than the file, not JSON, duplicate keys, unknown dtype, shape and byte count that disagree,
-    offsets out of range, overlapping or leaving a gap.
+    Raises Stop when the file is not a whole, well-formed safetensors file: too short, a Git LFS
+    pointer, header longer than the file, not JSON, duplicate keys, unknown dtype, shape and byte
+    count that disagree, offsets out of range, overlapping or leaving a gap.
     """
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         if len(prefix) < 8:
             raise Stop(f"{path}", f"{size} bytes", "a safetensors file", REDO)
+        if POINTER.startswith(prefix):
+            check_pointer(path, prefix + file.read(len(POINTER) - 8))
         length = int.from_bytes(prefix, "little")
         if length > min(size - 8, MAX_HEADER):
             raise Stop(
@@ -97,6 +100,13 @@ def read_shard(path: Path) -> Shard:
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
     _check_coverage(path, tensors, start, size)
     return Shard(path, {tensor.name: tensor for tensor in tensors}, metadata, size)
+
+
+def check_pointer(path: Path, head: bytes) -> None:
+    """Raise Stop when a file that begins with `head` is a Git LFS pointer: a clone without LFS."""
+    if head.startswith(POINTER):
+        raise Stop(f"{path}", "a Git LFS pointer in place of the file", "the file itself",
+                   "fetch it: git lfs pull in its clone, or make download")  # fmt: skip
 
 
 def sample_places(shard: Shard) -> list[tuple[int, int]]:
