@@ -40,7 +40,8 @@ SHARD_BYTES ?=
 # A finished bundle to take tokenizer and encoding files from, instead of the source.
 REFERENCE ?=
 # The toolchain that serves: a file of scripts/stacks, installed into .toolchain/STACK. new is the
-# most faithful to transformers (README); old is the plan's, and has what CONVERTER=jang needs.
+# most faithful to transformers, as the README there shows; old is the plan's, and has what
+# CONVERTER=jang needs.
 STACK ?= new
 # Or any Python of your own that serves, such as the one inside a vMLX.app.
 TOOLCHAIN_PYTHON ?= .toolchain/$(STACK)/bin/python
@@ -293,7 +294,7 @@ selftest: ## can this toolchain be trusted with the big model? Convert, load and
 # SOURCE2 is a source that was trained less, so that differences show (train_nano.py --save-early).
 SOURCE2 ?=
 .PHONY: fidelity
-fidelity: .venv/tests-installed ## measure every QUANTIZER: tables in build/fidelity, README's picture
+fidelity: .venv/tests-installed ## measure every QUANTIZER: tables in build/fidelity, .github/fidelity.svg
 	$(PYTHON) scripts/patch_loader.py --python $(PYTHON)
 	$(PYTHON) scripts/lab/fidelity.py --source scripts/nano/checkpoint \
 	  $(if $(SOURCE2),--source2 '$(SOURCE2)') --out build/fidelity --picture .github/fidelity.svg
@@ -319,8 +320,9 @@ test: .venv/tests-installed .toolchain/new/installed $(patsubst %,build/wheels/j
 	$(PYTHON) scripts/patch_loader.py --python $(PYTHON)
 	$(PYTHON) -m pytest -q -n auto tests
 
-lint: .venv/tests-installed ## check style, format, and that imports go down the stairs only
+lint: .venv/tests-installed ## check style, format, the workflow, and that imports go down the stairs only
 	PYTHONPATH=scripts .venv/bin/lint-imports --no-cache --no-logo
+	.venv/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/ci.yml
 	$(PYTHON) -m ruff check scripts tests
 	$(PYTHON) -m ruff format --check scripts tests
 

@@ -3,10 +3,11 @@
 --converter native does all of it here. Routed experts go through requantize's engine; every other
 matrix is decoded and goes through `mx.quantize` (8 bits, group 32, on the CPU); norms, router and
 tables become F16 or stay integers, controls stay F32. Which tensor gets which treatment stands in
-one table, dsv4/names.py; a name that it does not have stops the run. For all but experts and
+one table, dsv4/model/names.py; a name that it does not have stops the run. For all but experts and
 controls the bytes are those of upstream's converter; requantize finds nothing left to do.
 
---converter jang runs upstream's (dsv4/upstream.py): hours, and experts that requantize must mend.
+--converter jang runs upstream's (dsv4/runtime/upstream.py): hours, and experts that requantize must
+mend.
 
 Both work in a hidden sibling of the bundle, locked, that takes the bundle's name when it is whole.
 The native one writes each shard under a temporary name, makes it durable and renames it, so it can
@@ -14,7 +15,7 @@ be killed at any moment: the same command goes on, with the same bytes in the en
 bundle is never written over: one that holds all of this source counts as done.
 
 With --low-disk the source's shards are fetched from --repo when they are needed, and deleted when
-all that needs them is durable and compared (dsv4/low_disk.py).
+all that needs them is durable and compared (dsv4/making/low_disk.py).
 
     .venv/bin/python scripts/convert.py --source DIR --bundle DIR [--dry-run] [--jobs N]
 

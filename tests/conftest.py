@@ -4,12 +4,16 @@ They are made once a session and never written to; a test that changes one takes
 """
 
 import json
+import os
+import select
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import portalocker
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,7 +48,7 @@ def refusal(name: str, *arguments: object) -> str:
 
 
 class Forks:
-    """Runs of scripts/convert.py that share their imports, for tests that kill many of them.
+    """Runs of scripts/NAME.py that share their imports, for tests that kill many of them.
 
     One process imports what takes long (MLX it must not: it has threads) and forks for each run.
     """
@@ -52,20 +56,21 @@ class Forks:
     CODE = """
 import json, os, sys
 sys.path.insert(0, sys.argv[1])
-import convert, huggingface_hub, numba, tqdm
+import importlib, huggingface_hub, numba, tqdm
+command = importlib.import_module(sys.argv[2])
 for line in sys.stdin:
     pid = os.fork()
     if not pid:
-        sys.argv = ["convert.py", *json.loads(line)]
+        sys.argv = [command.__file__, *json.loads(line)]
         sys.stdout = sys.stderr
-        os._exit(convert.run(convert.main))
+        os._exit(command.run(command.main))
     print(pid, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
-    def __init__(self, env: dict[str, str] | None = None) -> None:
+    def __init__(self, env: dict[str, str] | None = None, name: str = "convert") -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-c", self.CODE, SCRIPTS], env=env, text=True,
+            [sys.executable, "-c", self.CODE, SCRIPTS, name], env=env, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
 
@@ -81,44 +86,69 @@ for line in sys.stdin:
         print(json.dumps([str(a) for a in arguments]), file=self._process.stdin, flush=True)
         return int(self._process.stdout.readline())
 
+    def is_running(self) -> bool:
+        """False when the run has ended; its status is still to be asked for."""
+        return not select.select([self._process.stdout], [], [], 0)[0]
+
     def status(self) -> int:
         """Wait for the run's end; its exit status, negative for a signal."""
         return int(self._process.stdout.readline())
 
 
+def made_once(tmp_path_factory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that the first of the tests' processes makes and the others find."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    (base / "made").mkdir(exist_ok=True)
+    folder = base / "made" / name
+    with portalocker.Lock(base / "made" / f"{name}.making", timeout=300):
+        if not folder.exists():
+            make(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def source(tmp_path_factory) -> Path:
     """A random source with every kind of tensor, in five shards that part weights from scales."""
-    folder = tmp_path_factory.mktemp("made") / "source"
-    must("lab/make_source", "--source", folder, "--seed", 7)
-    return folder
+
+    def make(folder: Path) -> None:
+        must("lab/make_source", "--source", folder, "--seed", 7)
+
+    return made_once(tmp_path_factory, "source", make)
 
 
 @pytest.fixture(scope="session")
 def stock(source, tmp_path_factory) -> Path:
     """That source as upstream's converter leaves it."""
-    folder = tmp_path_factory.mktemp("made") / "stock"
-    must("convert", "--source", source, "--bundle", folder, "--converter", "jang")
-    return folder
+
+    def make(folder: Path) -> None:
+        must("convert", "--source", source, "--bundle", folder, "--converter", "jang")
+
+    return made_once(tmp_path_factory, "stock", make)
 
 
 @pytest.fixture(scope="session")
 def good(source, stock, tmp_path_factory) -> Path:
     """The stock bundle after requantize, finalize and patch."""
-    folder = tmp_path_factory.mktemp("made") / "good"
-    shutil.copytree(stock, folder)
-    must("requantize", "--source", source, "--bundle", folder)
-    must("finalize", "--source", source, "--bundle", folder)
-    must("patch", "--bundle", folder)
-    return folder
+
+    def make(folder: Path) -> None:
+        making = shutil.copytree(stock, folder.with_name("making"))
+        must("requantize", "--source", source, "--bundle", making)
+        must("finalize", "--source", source, "--bundle", making)
+        must("patch", "--bundle", making)
+        making.rename(folder)
+
+    return made_once(tmp_path_factory, "good", make)
 
 
 @pytest.fixture(scope="session")
 def native(source, tmp_path_factory) -> Path:
     """That source converted natively."""
-    folder = tmp_path_factory.mktemp("made") / "native"
-    must("convert", "--source", source, "--bundle", folder)
-    return folder
+
+    def make(folder: Path) -> None:
+        must("convert", "--source", source, "--bundle", folder)
+
+    return made_once(tmp_path_factory, "native", make)
 
 
 @pytest.fixture

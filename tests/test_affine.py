@@ -164,7 +164,7 @@ def test_decoders_agree_on_every_code_and_exponent() -> None:
 def test_the_kernel_without_special_instructions_gives_the_same(tmp_path: Path) -> None:
     """Elsewhere than on x86-64 and arm64 the lookup is sixteen single choices: same bytes."""
     program = (
-        "import hashlib, numpy as np; from dsv4.quantizer import MlxAffine\n"
+        "import hashlib, numpy as np; from dsv4.weights.quantizer import MlxAffine\n"
         "rng = np.random.default_rng(24); n = 5000\n"
         "out = {p: np.empty(k * n, np.uint8) for p, k in"
         " (('weight', 16), ('scales', 2), ('biases', 2))}\n"
@@ -173,7 +173,7 @@ def test_the_kernel_without_special_instructions_gives_the_same(tmp_path: Path) 
         "print(hashlib.sha256(b''.join(out[p].tobytes() for p in sorted(out))).hexdigest(),"
         " round(tally.relative, 9))\n"
     )
-    scripts = Path(affine.__file__).resolve().parents[1]
+    scripts = Path(affine.__file__).resolve().parents[2]
     outputs = [
         subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, check=True,

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import small
+from conftest import Forks
 
 import requantize as script
 from dsv4 import stop
@@ -70,9 +71,9 @@ def temporaries(bundle: Path) -> set[tuple[str, int]]:
     return found
 
 
-def wait_for_work(process: subprocess.Popen[str], bundle: Path, old: set[tuple[str, int]]) -> bool:
+def wait_for_work(is_running: Callable[[], bool], bundle: Path, old: set[tuple[str, int]]) -> bool:
     """Wait until a run writes a file that is not one of the `old` ones; False when it ended."""
-    while process.poll() is None:
+    while is_running():
         if temporaries(bundle) - old:
             return True
         time.sleep(0.0005)
@@ -156,13 +157,13 @@ def whole_run(tmp: Path, sizes: small.Sizes, seed: int) -> tuple[Path, Path, dic
     return source, stock, digests(bundle)
 
 
-def time_of_work(source: Path, stock: Path, bundle: Path) -> float:
+def time_of_work(forks: Forks, source: Path, stock: Path, bundle: Path) -> float:
     """Seconds from a run's first write to its end."""
     shutil.copytree(stock, bundle)
-    process = start(source, bundle)
-    assert wait_for_work(process, bundle, set())
+    forks.start("--source", source, "--bundle", bundle)
+    assert wait_for_work(forks.is_running, bundle, set())
     begin = time.perf_counter()
-    process.communicate(timeout=60)
+    assert forks.status() == 0
     return time.perf_counter() - begin
 
 
@@ -176,34 +177,36 @@ def test_fifty_kills_lose_nothing(tmp_path: Path) -> None:
     rng = random.Random(seed)
     source, stock, expected = whole_run(tmp_path, MANY_SHARDS, seed=4)
     kills, rounds = 0, 0
-    span = time_of_work(source, stock, tmp_path / "timed")
-    while kills < 50:
-        rounds += 1
-        bundle = tmp_path / f"round-{rounds}"
-        shutil.copytree(stock, bundle)
-        while True:
-            old = temporaries(bundle)
-            process = start(source, bundle)
-            if wait_for_work(process, bundle, old):
-                time.sleep(rng.random() * span)
-            process.kill()
-            _, errors = process.communicate(timeout=60)
-            open_bundle(bundle)  # every shard is whole, whatever happened
-            if process.returncode == 0:
-                break
-            assert process.returncode == -signal.SIGKILL, errors
-            kills += 1
-            if kills >= 50:
-                assert requantize(source, bundle).returncode == 0
-                break
-        assert digests(bundle) == expected, f"round {rounds}"
+    with Forks(name="requantize") as forks:
+        span = time_of_work(forks, source, stock, tmp_path / "timed")
+        while kills < 50:
+            rounds += 1
+            bundle = tmp_path / f"round-{rounds}"
+            shutil.copytree(stock, bundle)
+            while True:
+                old = temporaries(bundle)
+                pid = forks.start("--source", source, "--bundle", bundle)
+                if wait_for_work(forks.is_running, bundle, old):
+                    time.sleep(rng.random() * span)
+                with contextlib.suppress(ProcessLookupError):  # it has ended
+                    os.kill(pid, signal.SIGKILL)
+                status = forks.status()
+                open_bundle(bundle)  # every shard is whole, whatever happened
+                if status == 0:
+                    break
+                assert status == -signal.SIGKILL
+                kills += 1
+                if kills >= 50:
+                    assert requantize(source, bundle).returncode == 0
+                    break
+            assert digests(bundle) == expected, f"round {rounds}"
     print(f"{kills} kills in {rounds} rounds, up to {span:.2f} s after the first write")
 
 
 def test_ctrl_c_leaves_no_temporary_and_the_next_run_goes_on(tmp_path: Path) -> None:
     source, bundle, expected = whole_run(tmp_path, MANY_SHARDS, seed=5)
     process = start(source, bundle)
-    assert wait_for_work(process, bundle, set())
+    assert wait_for_work(lambda: process.poll() is None, bundle, set())
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130

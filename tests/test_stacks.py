@@ -1,4 +1,4 @@
-"""What an installed toolchain means for the user, by the table of scripts/dsv4/stacks.py.
+"""What an installed toolchain means for the user, by the table of scripts/dsv4/proof/stacks.py.
 
 Catches: a version that was never measured called good, a row without its pinned file or a file
 without its row, a loader still to be patched that is called ready.
@@ -31,7 +31,7 @@ def test_every_measured_row_works(row):
 
 def test_every_row_has_its_file_and_every_file_its_row():
     assert {f"{row.requirements}.txt" for row in STACKS} == {
-        path.name for path in (SCRIPTS / "stacks").iterdir()
+        path.name for path in (SCRIPTS / "stacks").glob("*.txt")
     }
     assert all(len(row.packages) >= 2 for row in STACKS)
 

@@ -10,7 +10,7 @@ shard. Before each turn the inputs are put out of the page cache and everything 
 alike; times are of whole processes. At the end, or alone with --kernels: what each quantizer takes
 for one tensor in memory, and what decoding and mx.quantize take for it, by turns, in CPU time.
 
-    .venv/bin/python scripts/bench.py [--folder DIR] [--tensors 384] [--runs 5] [--kernels]
+    .venv/bin/python scripts/lab/bench.py [--folder DIR] [--tensors 384] [--runs 5] [--kernels]
 
 Takes about 6 minutes and 10 GB under --folder on two cores; prints a Markdown table.
 Exit status: 0 done; 1 failed; 2 usage.

@@ -9,7 +9,8 @@ them, the matrices of one layer with its share of embedding and head. Then, turn
 
 Before each turn the inputs are put out of the page cache; times are of whole processes.
 
-    .venv/bin/python scripts/bench_convert.py [--folder DIR] [--experts 144] [--small 64] [--runs 3]
+    .venv/bin/python scripts/lab/bench_convert.py [--folder DIR] [--experts 144] [--small 64]
+        [--runs 3]
 
 Takes about 7 minutes and 8 GB under --folder on two cores; prints a Markdown table.
 Exit status: 0 done; 1 failed; 2 usage.

@@ -1,6 +1,6 @@
-"""Derive dsv4/assignments.txt: the assignments of FP4 values to 16 levels that are ever the best.
+"""Derive assignments.txt of dsv4/weights/: which FP4 values to which of 16 levels, ever the best.
 
-For each range of values, all assignments (dsv4/assignments.py) are tried on many groups of 32
+For each range of values, all assignments (assignments.py beside it) are tried on many groups of 32
 weights, and of the best ones so many are kept that none of these groups loses more than 0.2%:
 - plain: groups of normal, Laplace, Student-t and uniform weights under both scale rules, and groups
   with random sets of values in random, very uneven numbers;
@@ -12,7 +12,7 @@ several runs from new groups. That is a search, not a proof.
 Each section is put in an order in which few levels change from one assignment to the next. A
 maintainer's tool: no stage runs it. About 10 minutes of one core, which all cores share.
 
-    .venv/bin/python scripts/derive_assignments.py [--rounds N] [--out FILE]
+    .venv/bin/python scripts/lab/derive_assignments.py [--rounds N] [--out FILE]
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ HEAD = """\
 # Assignments of FP4 values to the levels 0-15 that leave the least squared error for some group of
 # 32 weights. After "range LEAST GREATEST" (in halves), one hexadecimal digit for each value between
 # them in increasing order; then what groups need too whose columns count unequally. Neighbours
-# differ in few digits. Made by scripts/derive_assignments.py.
+# differ in few digits. Made by scripts/lab/derive_assignments.py.
 """
 
 

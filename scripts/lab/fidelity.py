@@ -13,10 +13,11 @@ cannot: how large the effect is in the full model. The nano has 2 million parame
 than the experts is 8-bit in all bundles alike, which is the floor that exact experts reach.
 
 Writes fidelity.md and fidelity.json to --out, the picture to --picture, and bundles, which it makes
-anew, to folders in --out; prints the rows of README's table too. Costs about 7 minutes on two
-cores, and 60 MB.
+anew, to folders in --out; prints the rows of lab/README.md's table too. Costs about 7 minutes on
+two cores, and 60 MB.
 
-    .venv/bin/python scripts/fidelity.py --source DIR [--source2 DIR] [--out DIR] [--picture FILE]
+    .venv/bin/python scripts/lab/fidelity.py --source DIR [--source2 DIR] [--out DIR]
+        [--picture FILE]
 """
 
 from __future__ import annotations
@@ -180,7 +181,7 @@ def models_table(errors: list[ModelError]) -> str:
 
 
 def readme_rows(weights: list[WeightError], models: list[ModelError]) -> str:
-    """The rows of README.md's table of quantizers, to paste: normal weights, scales rounded up, and
+    """The rows of lab/README.md's table, to paste: normal weights, scales rounded up, and
     the last source, which is the less trained one where it was given.
     """
     last = models[-1].source

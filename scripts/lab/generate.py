@@ -3,7 +3,7 @@
 Reads a JSON list of questions from stdin, prints a JSON list of {"text", "finish_reason"}. Runs in
 the stack's Python; the prompt is the bundle's own chat template.
 
-    .venv/bin/python scripts/generate.py --bundle DIR --runtime mlx-lm < questions.json
+    .venv/bin/python scripts/lab/generate.py --bundle DIR --runtime mlx-lm < questions.json
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ Python.
     --how source      the FP4/FP8 source decoded to float32
     --how reference   the bundle's tensors (or the source's) in transformers' DeepseekV4ForCausalLM
 
-    .venv/bin/python scripts/logits.py --folder DIR --how loader --out FILE.npy < prompts.json
+    .venv/bin/python scripts/lab/logits.py --folder DIR --how loader --out FILE.npy < prompts.json
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ attention with compress ratios 0, 4 and 128 (compressor, indexer), shared expert
 BF16, F32 and integers; over several shards that split weights from their scales.
 Its tokenizer and encoding are those of the nano checkpoint. The words that it says are noise.
 
-    .venv/bin/python scripts/make_source.py --source build/random --seed 1
+    .venv/bin/python scripts/lab/make_source.py --source build/random --seed 1
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ experts are the source's FP4 bytes under a 4-bit affine label, controls are roun
 what `make demo` and `make matrix` set the right bundle against. One shard, made in memory: for the
 nano model and the sources of make_source.py.
 
-    .venv/bin/python scripts/make_stock.py --source DIR --bundle DIR
+    .venv/bin/python scripts/lab/make_stock.py --source DIR --bundle DIR
 
 Exit status: 0 written, or there already; 1 failed; 2 usage.
 """

@@ -1,16 +1,17 @@
 """Which runtime loads which bundle of the nano model, and does it answer rightly there?
 
-Builds a venv for each stack of dsv4/stacks.py from its pinned file (in build/matrix/stacks, 0.4 to
-2 GB each), makes the nano bundle with every quantizer and the stock one, and records for each pair:
-whether it loads or in what words it refuses, the median distance of its logits (prefill, and 4
-tokens decoded with a cache) to the bundle's own tensors run in transformers, exact matches on 50
-held-out additions through the stack's own server or generate call, finish_reason, seconds. A bundle
-of random weights adds what the nano has not: compress ratios 4 and 128, a prompt beyond the window.
+Builds a venv for each stack of dsv4/proof/stacks.py from its pinned file (in build/matrix/stacks,
+0.4 to 2 GB each), makes the nano bundle with every quantizer and the stock one, and records for
+each pair: whether it loads or in what words it refuses, the median distance of its logits (prefill,
+and 4 tokens decoded with a cache) to the bundle's own tensors run in transformers, exact matches on
+50 held-out additions through the stack's own server or generate call, finish_reason, seconds. A
+bundle of random weights adds what the nano has not: compress ratios 4 and 128, a prompt beyond the
+window.
 
 Prints a Markdown table and writes build/matrix/matrix.json after each cell, so that an interrupted
 run goes on where it was (--fresh begins again). Runs unattended in under an hour on 2 cores.
 
-    .venv/bin/python scripts/matrix.py [--stack NAME …] [--bundle NAME …] [--fresh]
+    .venv/bin/python scripts/lab/matrix.py [--stack NAME …] [--bundle NAME …] [--fresh]
 """
 
 from __future__ import annotations

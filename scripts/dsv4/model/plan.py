@@ -102,7 +102,8 @@ def check_matrix(weight: Tensor, scale: Tensor | None) -> None:
     """Raise Stop unless the matrix, and its scale when it is FP8, are of a form that we decode."""
     where, shape = f"{weight.path}: {weight.name}", list(weight.shape)
     if weight.dtype not in ("F8_E4M3", *FLOATS):
-        raise Stop(where, weight.dtype, f"F8_E4M3 or one of {', '.join(FLOATS)}", "see the README")
+        forms = f"F8_E4M3 or one of {', '.join(FLOATS)}"
+        raise Stop(where, weight.dtype, forms, "see Converting in scripts/README.md")
     if len(shape) != 2 or shape[1] % GROUP or not shape[1]:
         todo = "this recipe quantizes rows of whole groups only"
         raise Stop(where, f"shape {shape}", f"two axes, columns in groups of {GROUP}", todo)

@@ -1,6 +1,6 @@
 """What a runtime may need of a bundle, judged by its headers and JSON.
 
-Which runtime needs what stands in dsv4/stacks.py. Found by experiment on small bundles, each
+Which runtime needs what stands in dsv4/proof/stacks.py. Found by experiment on small bundles, each
 runtime compared with the bundle's own tensors dequantized and run in transformers. A need returns
 words for what is missing, or "".
 """

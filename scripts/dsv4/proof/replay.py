@@ -8,7 +8,7 @@ no memory is taken), rename and stack, look the labels up and swap modules in. O
 
 Writes one JSON object to --out: loader → {"error"} or {"parameters", "unfed", "unused", "misfit"}.
 
-    .venv/bin/python scripts/replay.py --folder DIR --out FILE.json
+    PYTHONPATH=scripts .venv/bin/python -m dsv4.proof.replay --folder DIR --out FILE.json
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which runtime, in which versions, needs what: the one table of it.
 
-A row is a stack that `make matrix` builds from scripts/stacks/NAME.txt and measures (README, Which
-runtime loads what). From the same rows `make check` tells what an installed toolchain means for the
+A row is a stack that `make matrix` builds from scripts/stacks/NAME.txt and measures (README.md
+there). From the same rows `make check` tells what an installed toolchain means for the
 user, and `make inspect` and the model card tell which runtime will load a bundle. A new version is
 a new requirements file and a new line here.
 """
