@@ -52,6 +52,8 @@ def clear_words(repo: str) -> Iterator[None]:
     """
     try:
         yield
+    except Stop:
+        raise
     except Exception as error:
         explained = explain(error)
         if explained is None:
