@@ -565,6 +565,16 @@ def test_a_refused_upload_shows_the_servers_words(hub, login, step, code, said, 
     assert advice in line(stopped)
 
 
+def test_a_hub_that_is_busy_for_ever_is_left(hub, login):
+    """huggingface_hub itself would ask again at once, without an end."""
+    said = {"error": "Cannot create repo: another conflicting operation is in progress"}
+    hub.faults.append(Fault("api/repos/create", 409, body=json.dumps(said).encode()))
+    with pytest.raises(Stop) as stopped:
+        upload("user/new", MADE, False, 1)
+    assert "another conflicting operation is in progress" in line(stopped)
+    assert len(hub.requests) == 2
+
+
 def test_a_refused_object_shows_the_servers_words(hub, login, tmp_path):
     errors = {"objects": [{"oid": HASH, "size": 1, "error": {"code": 402, "message": "no room"}}]}
     hub.faults.append(Fault("objects/batch", 200, body=json.dumps(errors).encode()))

@@ -215,12 +215,12 @@ def origin(url: str) -> tuple[str, str | None, int]:
 
 
 def is_passing(error: BaseException) -> bool:
-    """True for what may be over in a minute: lost connections, timeouts, 408, 429, 5xx.
+    """True for what may be over in a minute: lost connections, timeouts, 408, 409, 429, 5xx.
 
     And for a store that does not take the hub's link: it has run out, and the next one is new.
     """
     code = status(error)
-    if isinstance(error, Short | Slow) or code in (408, 429) or code >= 500:
+    if isinstance(error, Short | Slow) or code in (408, 409, 429) or code >= 500:
         return True
     if code in OLD_LINK and from_store(error):
         return True

@@ -26,6 +26,7 @@ API_BYTES = 16 << 20  # a listing of 20,000 files has some 6 MB; Python makes 25
 API_SECONDS = 120
 REFUSAL_BYTES = 64 << 10  # of a refusal's body; what comes after is left
 WINDOW, FLOOR = 60, 1000  # a file has to bring so many bytes a second, over so many seconds
+BUSY = "another conflicting operation"  # huggingface_hub would ask again at once, for ever
 FILE = "dsv4.file"  # marks a request for a file, which is bounded by who reads it
 
 
@@ -63,11 +64,12 @@ def bound(response: httpx2.Response) -> None:
     from huggingface_hub.utils import hf_raise_for_status
 
     if response.status_code >= 400:
-        said = server_words(response)
+        said = what_is_said(response)
         response.close()
-        body = json.dumps({"error": said} if said else {}).encode()
+        body = json.dumps(said).encode()
         response.iter_bytes = lambda chunk_size=None: iter((body,))
-        if "Retry-After" in response.headers or asked_wait(Answered(response)):
+        busy = response.status_code == 409 and BUSY in said.get("error", "")
+        if busy or "Retry-After" in response.headers or asked_wait(Answered(response)):
             hf_raise_for_status(response)
         return
     file = response.request.extensions.get(FILE) and response.status_code < 300
@@ -109,19 +111,23 @@ def bounded(
         yield chunk
 
 
-def server_words(response: httpx2.Response) -> str:
-    """What the body of a refusal says, as `words` shows it; '' when it says nothing."""
+def what_is_said(response: httpx2.Response) -> dict[str, str]:
+    """What a refusal's body says, as `words` shows it, and the URL by which create_repo goes on."""
     data = bytearray()
     with contextlib.suppress(Exception):  # a refusal is a refusal, whatever becomes of its body
         for chunk in bounded(response.iter_bytes(), REFUSAL_BYTES, API_SECONDS):
             data += chunk
     text = bytes(data).decode("utf-8", "replace")
+    url = ""
     try:
-        said = spoken(json.loads(text))
+        value = json.loads(text)
+        said = spoken(value)
+        url = value.get("url") if isinstance(value, dict) else ""
     except (ValueError, RecursionError):
         html = "html" in response.headers.get("Content-Type", "").lower()
         said = "" if html else text
-    return words(said, 400)
+    answer = {"error": words(said, 400), "url": words(url, 400) if isinstance(url, str) else ""}
+    return {name: value for name, value in answer.items() if value}
 
 
 def spoken(value: Any) -> str:
