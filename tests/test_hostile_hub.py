@@ -650,6 +650,19 @@ def test_a_setting_that_cannot_work_is_named(monkeypatch, name, value, expected)
     assert expected in line(stopped)
 
 
+@pytest.mark.parametrize("data", [b"\xff\xfe", "hf_sécret".encode(), b"hf_secret\x07secret"])
+def test_a_token_that_none_can_be_is_told_and_not_shown(hub, tmp_path, monkeypatch, data):
+    from huggingface_hub import constants
+
+    (tmp_path / "token").write_bytes(data)
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    with pytest.raises(Stop) as stopped:
+        listing(REPO, "main")
+    assert line(stopped).startswith("the hub's login: found a token ")
+    assert "cret" not in line(stopped)
+
+
 def test_a_proxys_password_is_not_shown(monkeypatch):
     monkeypatch.setenv("HTTPS_PROXY", "ftp://me:secret@p@x:1")
     with pytest.raises(Stop) as stopped:

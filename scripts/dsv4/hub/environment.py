@@ -44,6 +44,21 @@ def check_ways() -> None:
     check_certificates()
 
 
+def check_login() -> None:
+    """Raise Stop for a token that cannot be read, or that no request can carry."""
+    from huggingface_hub import errors, get_token
+
+    todo = "`hf auth login` writes a new one; HF_TOKEN goes before it"
+    try:
+        token = get_token() or ""
+    except (ValueError, errors.OIDCError) as error:
+        found = " ".join(str(error).split())[:100] if isinstance(error, errors.OIDCError) else ""
+        raise Stop("the hub's login", found or "a token file that is no text", "a token",
+                   todo) from None  # fmt: skip
+    if not (token.isascii() and token.isprintable()):
+        raise Stop("the hub's login", "a token with characters that none has", "a token", todo)
+
+
 def check_proxy(name: str, value: str) -> None:
     """Raise Stop for a proxy that the HTTP library does not take."""
     if not is_address(value, ("http", "https", *SOCKS)):

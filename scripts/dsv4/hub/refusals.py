@@ -22,7 +22,7 @@ LOGIN = "`hf auth login`, with an account that has access"
 OTHER = "check HF_ENDPOINT, and whether a proxy answers instead"
 CERTIFICATES = "set SSL_CERT_FILE to this network's certificates, then "
 OLD_LINK = (400, 401, 403, 404, 410)  # what stores answer to a link that has run out
-THEIRS = ("huggingface_hub", "httpx2", "httpcore2", "h11", "json", "idna", "encodings")
+THEIRS = ("huggingface_hub", "httpx2", "httpcore2", "h11", "json", "idna", "encodings", "socket")
 
 
 class Short(Exception):
@@ -61,7 +61,7 @@ def clear_words(repo: str) -> Iterator[None]:
         from huggingface_hub.errors import RevisionNotFoundError
 
         kind = Gone if isinstance(error, RevisionNotFoundError) else Stop
-        raise kind(f"hub: {repo}", *explained) from None
+        raise kind(f"hub: {words(repo)}", *explained) from None
 
 
 def explain(error: BaseException) -> tuple[str, str, str] | None:
@@ -158,18 +158,23 @@ def words(text: object, limit: int = 160) -> str:
 
 def scrubbed(text: str) -> str:
     """`text` without anything that looks like a token, the user's own first."""
-    from huggingface_hub import get_token
-
-    for secret in filter(None, (get_token(),)):
+    if secret := login():
         text = text.replace(secret, "[token]")
     return re.sub(r"(hf_|Bearer )\w+", "[token]", text)
 
 
-def no_login() -> str:
-    """Words to add when the user is not logged in."""
+def login() -> str | None:
+    """The user's token; None where there is none, or none that can be read."""
     from huggingface_hub import get_token
 
-    return "" if get_token() else ", and no login"
+    with contextlib.suppress(Exception):
+        return get_token()
+    return None
+
+
+def no_login() -> str:
+    """Words to add when the user is not logged in."""
+    return "" if login() else ", and no login"
 
 
 # ------------------------------------------------------------------------- what kind of error

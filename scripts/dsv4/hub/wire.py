@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from dsv4.hub.environment import check_settings, check_ways
+from dsv4.hub.environment import check_login, check_settings, check_ways
 from dsv4.hub.refusals import Odd, Slow, asked_wait, words
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def install() -> None:
 def make_client() -> httpx2.Client:
     """A client as huggingface_hub makes it, that bounds answers. Raises Stop as `session` does."""
     check_ways()
+    check_login()
     import httpx2
     from huggingface_hub.utils._http import default_client_factory
 
