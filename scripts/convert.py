@@ -42,6 +42,7 @@ from dsv4.making.conversion import (
     workplace,
 )
 from dsv4.making.low_disk import Supply
+from dsv4.model.implied import check_whole
 from dsv4.model.opening import open_bundle, open_source
 from dsv4.model.plan import SHARD_BYTES
 from dsv4.runtime import upstream
@@ -84,6 +85,7 @@ def opened(args: argparse.Namespace) -> Iterator[tuple[Checkpoint, Checkpoint, S
     """The source, the source as far as headers tell, and with --low-disk what supplies shards."""
     if not args.low_disk:
         source = open_source(args.source)
+        check_whole(source)
         yield source, source, None
         return
     record = read_record(args.source)
@@ -93,6 +95,7 @@ def opened(args: argparse.Namespace) -> Iterator[tuple[Checkpoint, Checkpoint, S
     client.quiet()
     supply = Supply(args.source, record, args.patience, args.workers)
     with locks.held(args.source), low_disk.skeleton(args.source, record) as headers:
+        check_whole(headers)
         yield low_disk.at_home(headers, args.source), headers, supply
 
 

@@ -422,12 +422,14 @@ def test_a_file_name_that_leads_out_is_refused(hub, files, tmp_path):
 
 
 def test_a_disk_too_small_is_said_before_anything_is_fetched(hub, tmp_path, monkeypatch):
-    from dsv4.hub import fetching as stage
+    from dsv4.hub import fetching
+    from dsv4.hub.client import HubFile
+    from dsv4.hub.origin import Record
 
-    record = stage.Record("r", "main", "c", {"big": stage.HubFile("big", 1 << 60, "0" * 64)})
-    needed = stage.remaining(tmp_path, tuple(record.files.values()))
-    with pytest.raises(stage.Stop, match="for what is still to fetch; free space"):
-        stage.check_room(tmp_path, needed)
+    record = Record("r", "main", "c", {"big": HubFile("big", 1 << 60, "0" * 64)})
+    needed = fetching.remaining(tmp_path, tuple(record.files.values()))
+    with pytest.raises(fetching.Stop, match="for what is still to fetch; free space"):
+        fetching.check_room(tmp_path, needed)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full: Linux")
@@ -456,7 +458,7 @@ def test_two_downloads_into_one_folder_do_not_meet(hub, tmp_path):
     deadline = time.monotonic() + 30
     while not sent_of_shards(hub) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert "another run at work on it" in download(hub, source).line
+    assert "another run at work" in download(hub, source).line
     hub.faults.clear()
     assert first.wait(60) == 0
 

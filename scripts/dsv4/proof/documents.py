@@ -6,16 +6,34 @@ from collections.abc import Iterator
 from typing import Any
 
 from dsv4.model.chat import ASSISTANT, BOS, EOS, STOP_TOKENS, USER
+from dsv4.model.configs import code_keys
 from dsv4.model.labels import EXPERT
 from dsv4.model.names import GROUP, parse_expert, switch_paths
 from dsv4.model.opening import expert_bases
 from dsv4.proof.findings import Check, Findings
 from dsv4.proof.headers import module_parts, stored
 from dsv4.proof.survey import Survey
+from dsv4.storage.checkpoint import INDEX, Checkpoint
 
 ENCODING = "encoding/encoding_dsv4.py"
 RUNTIMES = ("mlx_lm and vMLX 1.3.97", "mlx-vlm", "vMLX 1.6.81")
 LABEL = ("group_size", "bits", "mode")
+
+
+def check_code(bundle: Survey, source: Checkpoint | None, findings: Findings) -> Check:
+    """What of the bundle would be run as code when it is loaded or served."""
+    looked = 0
+    for name, document in bundle.documents.items():
+        if name not in (INDEX, "tokenizer.json"):
+            looked += 1
+            for place, value in code_keys(document):
+                findings.add("config-runs-code", f"{name}: {place}", f"{value!r}", "no such key")
+    encoding = bundle.checkpoint.folder / ENCODING
+    if source is not None and bundle.files.get(ENCODING):
+        own = source.folder / ENCODING
+        if own.is_file() and own.read_bytes() != encoding.read_bytes():
+            findings.add("encoding-differs", ENCODING, "other bytes than the source's", "its file")
+    return Check("documents without a key that names code", looked)
 
 
 def check_conversation(bundle: Survey, findings: Findings) -> Check:

@@ -35,6 +35,14 @@ _RESTORE = "fetch this file again, or make the bundle again"
 FAULTS = {
     # Files and what they say.
     "config-broken": Fault("Nothing can load a bundle without a readable config.json.", _RESTORE),
+    "config-runs-code": Fault(
+        "A key names code that loaders import and run; nothing of it was run here.",
+        "do not load this bundle; make repair removes the key",
+    ),
+    "encoding-differs": Fault(
+        "vMLX runs encoding/encoding_dsv4.py when it serves; this is not the source's.",
+        _FROM_SOURCE,
+    ),
     "config-differs": Fault("The model is built by config.json; another model is built.", _CONVERT),
     "index-broken": Fault("Runtimes find tensors by the index.", _REPAIR),
     "tokenizer-missing": Fault("Text cannot become tokens.", _FROM_SOURCE),

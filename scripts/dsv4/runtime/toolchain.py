@@ -91,13 +91,16 @@ def app_versions(app: Path = APP) -> dict[str, str | None]:
 
 
 def environment() -> dict[str, str]:
-    """The environment for a toolchain process: no user site, nothing fetched from the hub.
+    """The environment for a toolchain process: no user site, nothing fetched from the hub, and no
+    module found in the folder that the user happens to stand in, which may be a bundle.
 
     Without Metal, MLX compiles fused kernels with the machine's C++ compiler, which may be missing
     and takes over a minute for the first answer; there it interprets them instead.
     """
     interpret = {} if has_metal() else {"MLX_DISABLE_COMPILE": "1"}
-    return {**os.environ, "PYTHONNOUSERSITE": "1", "HF_HUB_OFFLINE": "1", **interpret}
+    ours = {"PYTHONNOUSERSITE": "1", "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"}
+    inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
+    return {**inherited, **ours, **interpret}
 
 
 def with_rooms() -> dict[str, str]:
@@ -108,12 +111,13 @@ def with_rooms() -> dict[str, str]:
 def call(
     command: list[str], what: str, todo: str, stdin: str = "", env: Mapping[str, str] = {}
 ) -> str:
-    """Run `command` in the toolchain's environment, with `env` added; return its stdout.
+    """Run one of our scripts in the toolchain's environment, with `env` added; return its stdout.
 
     Raises Stop with the last line of its stderr when it fails; `todo` is what to do then.
     """
+    ours = {**environment(), "PYTHONSAFEPATH": ""}  # scripts find what lies beside them
     result = subprocess.run(
-        command, input=stdin, capture_output=True, text=True, env={**environment(), **env}
+        command, input=stdin, capture_output=True, text=True, env={**ours, **env}
     )
     if result.returncode:
         last = (result.stderr.strip().splitlines() or ["no output"])[-1]
