@@ -1,10 +1,10 @@
 """Requests whose answers have an end: huggingface_hub's HTTP client, with bounds.
 
 A server is not trusted to stop. What comes is counted after it is unpacked, so that a gzip bomb is
-no way around; an API's answer also has a time to come in, and a file's bytes a least rate. The body
-of a refusal is read here, and what huggingface_hub gets to see of it is its words alone: it ends in
-a traceback on JSON of another form. A server that says when to come back is not waited for by
-huggingface_hub, which would sleep in silence for however long, but by dsv4.hub.patience.
+no way around; headers and an API's answer have a time to come in, and a file's bytes a least rate.
+The body of a refusal is read here, and what huggingface_hub gets to see of it is its words alone:
+it ends in a traceback on JSON of another form. A server that says when to come back is not waited
+for by huggingface_hub, which would sleep in silence for however long, but by dsv4.hub.patience.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import queue
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -22,12 +24,13 @@ from dsv4.hub.refusals import Odd, Slow, asked_wait, words
 if TYPE_CHECKING:
     import httpx2
 
-API_BYTES = 16 << 20  # a listing of 20,000 files has some 6 MB; Python makes 25 times that of `[],`
+API_BYTES = 8 << 20  # a listing of 20,000 files has some 6 MB; Python makes 30 times that of `[],`
 API_SECONDS = 120
+HEAD_SECONDS = 90  # from the request to the end of an answer's headers
 REFUSAL_BYTES = 64 << 10  # of a refusal's body; what comes after is left
 WINDOW, FLOOR = 60, 1000  # a file has to bring so many bytes a second, over so many seconds
 BUSY = "another conflicting operation"  # huggingface_hub would ask again at once, for ever
-FILE = "dsv4.file"  # marks a request for a file, which is bounded by who reads it
+FILE = "of a file"  # marks a request for a file, which is bounded by who reads it
 
 
 def session() -> httpx2.Client:
@@ -148,17 +151,44 @@ def ask(url: str, params: dict[str, Any]) -> dict[str, Any]:
     client = session()
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
-    response = client.get(url, params=params, headers=build_hf_headers(), timeout=30)
-    hf_raise_for_status(response)
-    if response.status_code != 200:
-        raise Odd(f"HTTP {response.status_code}")
+    request = client.build_request("GET", url, params=params, headers=build_hf_headers(),
+                                   timeout=30)  # fmt: skip
+    with contextlib.closing(sent(client, request)) as response:
+        hf_raise_for_status(response)
+        if response.status_code != 200:
+            raise Odd(f"HTTP {response.status_code}")
+        data = response.read()
     try:
-        value = json.loads(response.content)
+        value = json.loads(data)
     except (ValueError, RecursionError):
         raise Odd("an answer that is no JSON") from None
     if not isinstance(value, dict):
         raise Odd(f"a JSON {type(value).__name__}")
     return value
+
+
+def sent(client: httpx2.Client, request: httpx2.Request) -> httpx2.Response:
+    """The answer's headers; its body is still to be read.
+
+    The client's own timeout begins anew with every byte, so that it is sent by a thread of its own,
+    which is left to itself when the time is up. Raises Slow then.
+    """
+    box: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            box.put(client.send(request, stream=True))
+        except BaseException as error:
+            box.put(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        found = box.get(timeout=HEAD_SECONDS)
+    except queue.Empty:
+        raise Slow(f"an answer that had not begun after {HEAD_SECONDS} s") from None
+    if isinstance(found, BaseException):
+        raise found
+    return found
 
 
 @contextlib.contextmanager
@@ -175,9 +205,9 @@ def opened(repo: str, name: str, commit: str, part: str = "") -> Iterator[httpx2
     headers |= {"Range": part} if part else {}
     url = hf_hub_url(repo, name, revision=commit)
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-    with client.stream(
-        "GET", url, headers=headers, timeout=timeout, extensions={FILE: True}
-    ) as response:
+    marks = {FILE: True}
+    request = client.build_request("GET", url, headers=headers, timeout=timeout, extensions=marks)
+    with contextlib.closing(sent(client, request)) as response:
         hf_raise_for_status(response)
         if response.status_code not in ((200, 206) if part else (200,)):
             raise Odd(f"HTTP {response.status_code} for {name}")
