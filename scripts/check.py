@@ -27,6 +27,7 @@ from dsv4.making.marks import converted_by
 from dsv4.model.implied import check_whole
 from dsv4.model.opening import open_bundle, open_source
 from dsv4.model.plan import SHARD_BYTES, plan_shards
+from dsv4.model.roles import place_of
 from dsv4.proof import stacks
 from dsv4.runtime import patches, toolchain
 from dsv4.settings import parse_bytes
@@ -256,7 +257,8 @@ def main() -> int:
     add_choice(parser)
     args = parser.parse_args()
     check_choice(parser, args)
-    source, bundle = args.source, args.bundle
+    source, bundle = args.source, place_of(args.bundle, args.source)
+    args.bundle = bundle
     lines = check_toolchain(args.python, args.converter, args.app, args.quantizer)
     lines += [check_patch(args.python, args.app, path) for path in patches.DEFAULT]
     lines += [check_volume("source volume", source), check_volume("bundle volume", bundle)]

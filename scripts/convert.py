@@ -38,13 +38,13 @@ from dsv4.making.conversion import (
     describe,
     is_done,
     make_plan,
-    publish,
-    workplace,
 )
 from dsv4.making.low_disk import Supply
+from dsv4.making.workplace import claim, publish, unmark, workplace
 from dsv4.model.implied import check_whole
 from dsv4.model.opening import open_bundle, open_source
 from dsv4.model.plan import SHARD_BYTES
+from dsv4.model.roles import place_of
 from dsv4.runtime import upstream
 from dsv4.runtime.toolchain import default
 from dsv4.settings import cores, parse_bytes, parse_jobs
@@ -52,6 +52,7 @@ from dsv4.stop import Stop, run
 from dsv4.storage import locks
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.weights.quantizer import add_choice, check_choice, chosen
+from dsv4.words import plain, say
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -73,7 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repo", default="", help="--low-disk: where they come from")
     parser.add_argument("--patience", type=float, default=fetching.PATIENCE, metavar="SECONDS",
                         help="--low-disk: how long to try again while nothing comes")  # fmt: skip
-    parser.add_argument("--workers", type=int, default=fetching.WORKERS,
+    parser.add_argument("--workers", type=parse_jobs, default=fetching.WORKERS,
                         help="--low-disk: files fetched at once")  # fmt: skip
     args = parser.parse_args()
     check_choice(parser, args)
@@ -85,7 +86,6 @@ def opened(args: argparse.Namespace) -> Iterator[tuple[Checkpoint, Checkpoint, S
     """The source, the source as far as headers tell, and with --low-disk what supplies shards."""
     if not args.low_disk:
         source = open_source(args.source)
-        check_whole(source)
         yield source, source, None
         return
     record = read_record(args.source)
@@ -95,7 +95,6 @@ def opened(args: argparse.Namespace) -> Iterator[tuple[Checkpoint, Checkpoint, S
     client.quiet()
     supply = Supply(args.source, record, args.patience, args.workers)
     with locks.held(args.source), low_disk.skeleton(args.source, record) as headers:
-        check_whole(headers)
         yield low_disk.at_home(headers, args.source), headers, supply
 
 
@@ -103,7 +102,10 @@ def run_upstream(args: argparse.Namespace, source: Checkpoint) -> str:
     """Upstream's converter; return what to say."""
     if args.dry_run or args.low_disk:
         raise Stop("--converter jang", "--dry-run or --low-disk", "neither", "use native for them")
+    check_whole(source)
     with workplace(args.bundle) as folder:
+        upstream.clear(folder)
+        claim(folder)
         upstream.fill(folder, source.folder, args.python)
         check_complete(open_bundle(folder), source)
         publish(folder, args.bundle)
@@ -114,6 +116,7 @@ def run_native(args: argparse.Namespace, source: Checkpoint, headers: Checkpoint
                supply: Supply | None) -> str:  # fmt: skip
     """The native converter, or its plan; return what to say."""
     plan = make_plan(source, headers, chosen(args, headers), args.shard_bytes)
+    check_whole(source)
     if args.dry_run:
         return "would be made\n" + describe(plan, args.bundle, args.jobs, supply)
     return convert(plan, args.bundle, args.jobs, supply)
@@ -122,16 +125,19 @@ def run_native(args: argparse.Namespace, source: Checkpoint, headers: Checkpoint
 def main() -> int:
     """Convert, or say what would be done. Returns 0."""
     args = parse_arguments()
+    args.bundle = place_of(args.bundle, args.source)
     with opened(args) as (source, headers, supply):
         if is_done(args.bundle, source):
             said = f"holds every tensor of {args.source} already; delete it to convert afresh"
+            if not args.dry_run:
+                unmark(args.bundle)
             if supply and not args.dry_run:
                 supply.keep_only(set())
         elif args.converter == "jang":
             said = run_upstream(args, source)
         else:
             said = run_native(args, source, headers, supply)
-    print(f"{args.bundle}: {said}")
+    say(f"{plain(args.bundle)}: {said}")
     return 0
 
 

@@ -24,6 +24,8 @@ from dsv4.hub.origin import read_record
 from dsv4.making import low_disk
 from dsv4.model.implied import check_whole
 from dsv4.model.opening import open_source
+from dsv4.model.roles import check_no_bundle
+from dsv4.settings import parse_jobs
 from dsv4.stop import run
 from dsv4.storage import locks
 from dsv4.storage.durable import human
@@ -47,6 +49,7 @@ def download(args: argparse.Namespace) -> str:
             return f"complete already: {len(record.files)} files at {record.commit[:12]}"
         fetching.report_news(record)
     else:
+        check_no_bundle(source)
         record = fetching.pin(source, repo, revision, args.patience)
     with locks.held(source):
         needed = fetching.remaining(source, tuple(record.files.values()))
@@ -64,6 +67,7 @@ def prepare(args: argparse.Namespace) -> str:
     source, repo, revision = args.source, args.repo, args.revision
     record = read_record(source)
     if record is None:
+        check_no_bundle(source)
         record = fetching.pin(source, repo, revision, args.patience)
     fetching.check_pin(source, record, repo, revision)
     with locks.held(source):
@@ -85,7 +89,7 @@ def main() -> int:
         help="how long to try again while nothing comes (default %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--workers", type=int, default=fetching.WORKERS, help="files fetched at once"
+        "--workers", type=parse_jobs, default=fetching.WORKERS, help="files fetched at once"
     )
     parser.add_argument("--low-disk", action="store_true",
                         help="leave the shards to convert --low-disk")  # fmt: skip

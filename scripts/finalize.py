@@ -14,7 +14,9 @@ from pathlib import Path
 
 from dsv4.making.tokenizer_files import finalize
 from dsv4.model.opening import read_config
+from dsv4.model.roles import place_of
 from dsv4.stop import run
+from dsv4.storage import locks
 
 
 def main() -> int:
@@ -25,9 +27,11 @@ def main() -> int:
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--reference", type=Path, help="take the files from this bundle instead")
     args = parser.parse_args()
+    place_of(args.bundle, args.source)
     read_config(args.bundle)
     origin = args.reference or args.source
-    written = finalize(origin, args.bundle, keep_edited=args.reference is None)
+    with locks.held(args.bundle):
+        written = finalize(origin, args.bundle, keep_edited=args.reference is None)
     print(f"{args.bundle}: {', '.join(written) or 'nothing'} copied from {origin}")
     return 0
 

@@ -22,11 +22,14 @@ file is replaced whole. Takes seconds. --dry-run says what would change.
 from __future__ import annotations
 
 import argparse
+import contextlib
 from pathlib import Path
 
 from dsv4.making.metadata import check_json, differences, patched
-from dsv4.model.opening import open_bundle
+from dsv4.model.opening import open_bundle, read_config
+from dsv4.model.roles import place_of
 from dsv4.stop import run
+from dsv4.storage import locks
 from dsv4.storage.durable import write_json
 
 
@@ -38,14 +41,16 @@ def main() -> int:
     parser.add_argument("--source", type=Path, help="record where it was downloaded from")
     parser.add_argument("--dry-run", action="store_true", help="say what would change")
     args = parser.parse_args()
-    bundle = open_bundle(args.bundle)
-    wanted = patched(bundle, args.source)
-    for line in differences(args.bundle, wanted):
-        print(f"{'would set' if args.dry_run else 'set'} {line}")
-    if not args.dry_run:
+    place_of(args.bundle, args.source)
+    read_config(args.bundle)
+    with contextlib.nullcontext() if args.dry_run else locks.held(args.bundle):
+        wanted = patched(open_bundle(args.bundle), args.source)
+        for line in differences(args.bundle, wanted):
+            print(f"{'would set' if args.dry_run else 'set'} {line}")
         for name, content in wanted.items():
             check_json(name, content)
-            write_json(args.bundle / name, content)
+            if not args.dry_run:
+                write_json(args.bundle / name, content)
     return 0
 
 

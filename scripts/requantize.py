@@ -36,6 +36,7 @@ from dsv4.making.requantization import (
     summarize,
 )
 from dsv4.model.opening import open_bundle, open_source, read_config
+from dsv4.model.roles import place_of
 from dsv4.settings import cores, parse_jobs
 from dsv4.stop import run
 from dsv4.storage import locks
@@ -70,6 +71,7 @@ def main() -> int:
     """Plan, and unless it is a dry run, write. Returns 0."""
     arguments = parse_arguments()
     start = time.perf_counter()
+    place_of(arguments.bundle, arguments.source)
     source = open_source(arguments.source)
     quantizer = chosen(arguments, source)
     read_config(arguments.bundle)

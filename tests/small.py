@@ -15,6 +15,7 @@ import ml_reference
 import numpy as np
 
 from dsv4.model.implied import BLOCK, MTP, TOP
+from dsv4.model.names import kind
 from dsv4.storage.shard import NUMPY_DTYPE, Planned, write_shard
 
 
@@ -30,6 +31,7 @@ class Sizes:
     source_shard: int = 17
     bundle_shard: int = 23
     metadata: dict = field(default_factory=dict)
+    whole: bool = False  # all that config.json calls for, as download and convert want it
 
 
 Arrays = dict[str, tuple[str, np.ndarray]]  # name → (dtype, array of NUMPY_DTYPE)
@@ -76,7 +78,7 @@ def source_arrays(sizes: Sizes, rng: np.random.Generator) -> Arrays:
                 base = f"{block}.ffn.experts.{expert}.{matrix}"
                 arrays[f"{base}.weight"] = ("I8", packed)
                 arrays[f"{base}.scale"] = ("F8_E8M0", exponents)
-    return arrays | the_rest(arrays, blocks, rng)
+    return arrays | the_rest(arrays, blocks, rng) if sizes.whole else arrays
 
 
 def the_rest(arrays: Arrays, blocks: list[str], rng: np.random.Generator) -> Arrays:
@@ -108,7 +110,7 @@ def stock_arrays(source: Arrays, rng: np.random.Generator) -> Arrays:
             stock[name] = (dtype, array)  # as requantize leaves it
         elif dtype == "F32":
             stock[name] = ("F16", array.astype(np.float16))
-        elif array.ndim == 2 and name.endswith(".weight"):
+        elif array.ndim == 2 and kind(name) == "affine8":
             out, columns = array.shape
             stock[name] = ("U32", rng.integers(0, 1 << 32, (out, columns // 4)).astype(np.uint32))
             for part in ("scales", "biases"):

@@ -33,8 +33,9 @@ def files(tmp_path_factory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("origin")
     config = {"model_type": "deepseek_v4", "num_hidden_layers": 2, "n_routed_experts": 3,
               "num_nextn_predict_layers": 1}  # fmt: skip
-    arrays = source_arrays(Sizes(hidden=512, width=256), np.random.default_rng(5))
-    save(folder, arrays, 17, config)
+    sizes = Sizes(hidden=512, width=256, whole=True)
+    arrays = source_arrays(sizes, np.random.default_rng(5))
+    save(folder, arrays, -(-len(arrays) // 5), config)
     (folder / "encoding").mkdir()
     (folder / "encoding" / "encoding_dsv4.py").write_text("# an encoding\n")
     (folder / "tokenizer.json").write_text("{}")

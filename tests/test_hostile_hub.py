@@ -471,7 +471,7 @@ def test_dripping_bytes_are_no_progress():
 
 def test_hidden_names_are_left_on_the_hub(hub, capsys):
     ours = (".download.json", ".before-repair/repair.json", ".lock", f".{SHARD}.abc.partial",
-            ".x.json", ".headers/" + SHARD, "encoding/.lock", ".gitattributes")  # fmt: skip
+            ".x.json", ".headers/" + SHARD, "encoding/x.partial", ".gitattributes")  # fmt: skip
     hub.repos[REPO].commit(checkpoint() | dict.fromkeys(ours, b"{}"))
     for wanted, more in ((client.WANTED, 4), (("*",), 6)):
         found = listing(REPO, "main", wanted=wanted)

@@ -416,8 +416,8 @@ def test_a_bad_tensor_stops_the_run_by_name(source_copy, tmp_path, name, new, wo
 def test_odd_shapes_and_layers_over_9(tmp_path):
     """FP8 blocks that are begun and not full; experts that are no multiple of anything but 32."""
     for seed, sizes in enumerate([
-        small.Sizes(layers=11, experts=1, mtp=2, source_shard=7),
-        small.Sizes(hidden=160, width=96, source_shard=1),
+        small.Sizes(layers=11, experts=1, mtp=2, source_shard=7, whole=True),
+        small.Sizes(hidden=160, width=96, source_shard=1, whole=True),
     ]):  # fmt: skip
         source, _, expected = small.make(tmp_path / f"{seed}", sizes, seed)
         bundle = tmp_path / f"{seed}" / "native"
@@ -432,7 +432,9 @@ def test_odd_shapes_and_layers_over_9(tmp_path):
 
 def test_memory_does_not_grow_with_the_largest_matrix(tmp_path):
     """An embedding of 96 MB in BF16 would be 192 MB decoded, and as much again in MLX."""
-    source, _, _ = small.make(tmp_path, small.Sizes(layers=1, experts=1, mtp=0, hidden=64), 1)
+    source, _, _ = small.make(
+        tmp_path, small.Sizes(layers=1, experts=1, mtp=0, hidden=64, whole=True), 1
+    )
     peaks = []
     for rows in (64, 768 * 1024):
         change(source, "embed.weight", edit=lambda a, n=rows: np.resize(a, (n, 64)))

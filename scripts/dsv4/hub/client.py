@@ -19,10 +19,11 @@ from dsv4.hub.names import REFUSED, check_apart, check_name, is_hidden
 from dsv4.hub.patience import patiently
 from dsv4.hub.refusals import OTHER, clear_words, words
 from dsv4.stop import Stop
+from dsv4.storage import bounds
+from dsv4.words import shown
 
 # Everything that the build reads; weights in other formats and pictures stay where they are.
 WANTED = ("*.safetensors", "*.json", "encoding/*", "LICENSE*", "README.md", "*.jinja")
-MOST_FILES = 20_000
 LARGEST_FILE = 10**12  # bytes
 
 
@@ -134,8 +135,8 @@ def entries(repo: str, info: dict[str, Any]) -> list[dict[str, Any]]:
     siblings = info.get("siblings")
     if not isinstance(siblings, list):
         raise odd(repo, f"a {type(siblings).__name__} as its files", "a list")
-    if len(siblings) > MOST_FILES:
-        raise Stop(f"hub: {repo}", f"{len(siblings):,} files", f"at most {MOST_FILES:,}", REFUSED)
+    if len(siblings) > bounds.FILES:
+        raise Stop(f"hub: {repo}", f"{len(siblings):,} files", f"at most {bounds.FILES:,}", REFUSED)
     for entry in siblings:
         if not isinstance(entry, dict) or not isinstance(entry.get("rfilename"), str):
             raise odd(repo, f"the file {shown(entry)}", "a name, a size and a hash")
@@ -157,14 +158,6 @@ def file_of(repo: str, entry: dict[str, Any]) -> HubFile:
 
 def is_hash(value: Any, digits: int) -> bool:
     return isinstance(value, str) and re.fullmatch(f"[0-9a-f]{{{digits}}}", value) is not None
-
-
-def shown(value: Any) -> str:
-    """A foreign JSON value for a reader."""
-    try:
-        return words(repr(value), 60)
-    except (ValueError, RecursionError):  # an integer of 5,000 digits
-        return f"a {type(value).__name__}"
 
 
 def odd(repo: str, found: str, expected: str) -> Stop:

@@ -19,7 +19,7 @@ from dsv4.hub.origin import RECORD, Record, read_record
 from dsv4.hub.refusals import Gone
 from dsv4.hub.transfer import Interrupted, Transfer, file_hash, partial_for, size_of
 from dsv4.stop import Stop
-from dsv4.storage import space
+from dsv4.storage import inside, space
 from dsv4.storage.checkpoint import INDEX, read_index
 from dsv4.storage.durable import human
 
@@ -108,8 +108,11 @@ def report_news(record: Record) -> None:
 def hash_present(source: Path, record: Record, again: bool) -> None:
     """Hash every file that is there and not known (with `again`: every file), and record it.
 
-    Raises Stop when some differ from the hub's, after moving them aside.
+    Raises Stop when some differ from the hub's, after moving them aside; before anything is done
+    when a link leads out of the folder on the way to one.
     """
+    for name in record.files:
+        inside.kind(source, name)
     todo = [
         file
         for name, file in record.files.items()
@@ -125,7 +128,7 @@ def hash_present(source: Path, record: Record, again: bool) -> None:
                 record.set_verified(source, file.name)
             else:
                 record.verified.pop(file.name, None)
-                path.replace(path.with_name(path.name + ".bad"))
+                inside.move(source, file.name, file.name + ".bad")
                 wrong.append(file.name)
             record.write(source)
     if wrong:

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from dsv4.hub.refusals import words
 from dsv4.stop import Stop
+from dsv4.storage.durable import TEMPORARY_SUFFIX
 
 LONGEST = 255  # bytes of a part of a name, on every usual file system
 DEEPEST = 16  # folders
@@ -17,11 +18,13 @@ REFUSED = "do not use this repository"
 
 
 def is_hidden(name: str) -> bool:
-    """True for a name of which a part begins with a dot.
+    """True for a name of which a part begins with a dot, or that ends as a temporary's does.
 
     Such are our own: records, backups, locks and temporaries. None of them comes from a hub.
     """
-    return any(part.startswith(".") and part != ".." for part in name.split("/"))
+    return name.endswith(TEMPORARY_SUFFIX) or any(
+        part.startswith(".") and part != ".." for part in name.split("/")
+    )
 
 
 def check_name(repo: str, name: str) -> None:

@@ -7,16 +7,22 @@ at which it began, and again after each file that was verified, so that a reboot
 from __future__ import annotations
 
 import contextlib
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dsv4.hub.client import HubFile, Listing
 from dsv4.stop import Stop
+from dsv4.storage import inside
 from dsv4.storage.checkpoint import read_json
-from dsv4.storage.durable import write_json
+from dsv4.storage.durable import TEMPORARY_SUFFIX, write_json
+from dsv4.storage.inside import FILE, NOTHING
+from dsv4.storage.locks import LOCK
 
 RECORD = ".download.json"
+HEADERS = ".headers"  # with --low-disk: each shard's header, from which the bundle is planned
+OWN = {RECORD, HEADERS, LOCK}
 
 
 @dataclass
@@ -84,25 +90,57 @@ class Record:
 
 
 def read_record(source: Path) -> Record | None:
-    """The record of `source`, None when it has none. Raises Stop when it cannot be read."""
+    """The record of `source`, None when it has none.
+
+    Raises Stop when it cannot be read: the record may have come with the folder, so every name and
+    every type in it is checked before it is believed.
+    """
     path = source / RECORD
-    if not path.is_file():
+    if not source.is_dir() or inside.expect(source, RECORD, FILE, NOTHING) == NOTHING:
         return None
     value = read_json(path)
-    try:
-        files = {
-            name: HubFile(name, int(f["size"]), f.get("sha256"), f.get("git_sha1"))
-            for name, f in value["files"].items()
-        }
-        verified = {n: f["verified_mtime_ns"] for n, f in value["files"].items()
-                    if "verified_mtime_ns" in f}  # fmt: skip
-        low_disk = {n: f["low_disk"] for n, f in value["files"].items() if "low_disk" in f}
-        return Record(value["repo"], value["revision"], value["commit"], files, verified, low_disk)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise Stop(
-            f"{path}", "no record of a download", "one",
-            "delete it; download then hashes what is there",
-        ) from error  # fmt: skip
+    head = [value.get(key) for key in ("repo", "revision", "commit")]
+    entries = value.get("files")
+    if not isinstance(entries, dict) or not all(isinstance(text, str) for text in head):
+        raise no_record(path, "another form")
+    for name, entry in entries.items():
+        check_entry(path, name, entry)
+    files = {
+        name: HubFile(name, entry["size"], entry.get("sha256"), entry.get("git_sha1"))
+        for name, entry in entries.items()
+    }
+    verified, low_disk = (
+        {name: entry[key] for name, entry in entries.items() if key in entry}
+        for key in ("verified_mtime_ns", "low_disk")
+    )
+    return Record(*head, files, verified, low_disk)
+
+
+def check_entry(path: Path, name: str, entry: Any) -> None:
+    """Raise Stop unless a record's entry has the form that `Record.to_json` gives it.
+
+    Files that the stages keep for themselves are nobody's to fetch, and only shards come and go.
+    """
+    inside.check_name(f"{path}", name)
+    if name.split("/")[0] in OWN or name.endswith(TEMPORARY_SUFFIX):
+        raise no_record(path, f"the file {name!r:.100}, which is this recipe's own")
+    entry = entry if isinstance(entry, dict) else {}
+    hashes = [
+        isinstance(entry.get(key), str) and re.fullmatch(f"[0-9a-f]{{{digits}}}", entry[key])
+        for key, digits in (("sha256", 64), ("git_sha1", 40))
+    ]
+    counts = [entry.get("size"), entry.get("verified_mtime_ns", 0)]
+    whole = all(isinstance(count, int) and not isinstance(count, bool) for count in counts)
+    state = entry.get("low_disk", "fetched")
+    if not any(hashes) or not whole or counts[0] < 0 or state not in ("fetched", "freed"):
+        raise no_record(path, f"another form of {name!r:.100}")
+    if "low_disk" in entry and ("/" in name or not name.endswith(".safetensors")):
+        raise no_record(path, f"{name!r:.100} as one that comes and goes")
+
+
+def no_record(path: Path, found: str) -> Stop:
+    todo = "delete it; download then hashes what is there"
+    return Stop(f"{path}", found, "a record of a download", todo)
 
 
 def provenance(source: Path) -> dict[str, Any] | None:

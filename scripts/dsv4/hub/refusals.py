@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from dsv4.stop import Stop
+from dsv4.words import plain
 
 AGAIN = "run the same command again: it resumes"
 LOGIN = "`hf auth login`, with an account that has access"
@@ -150,10 +151,8 @@ def quoted(error: Any) -> str:
 
 
 def words(text: object, limit: int = 160) -> str:
-    """Foreign text as one short line without tokens, whatever is not printable escaped."""
-    line = " ".join(scrubbed(str(text)[: 1 << 16]).split())
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-    return line if len(line) <= limit else line[: limit - 1] + "…"
+    """Foreign text as one short plain line without tokens; blanks and line breaks are one space."""
+    return plain(" ".join(scrubbed(str(text)[: 1 << 16]).split()), limit)
 
 
 def scrubbed(text: str) -> str:

@@ -10,6 +10,7 @@ redirects and the words for errors stay huggingface_hub's.
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,8 @@ from dsv4.hub.client import HubFile
 from dsv4.hub.patience import patiently
 from dsv4.hub.refusals import Short, clear_words
 from dsv4.stop import Stop
-from dsv4.storage.durable import fsync, fsync_folder
+from dsv4.storage import inside
+from dsv4.storage.durable import fsync
 
 CHUNK = 4 << 20
 Advance = Callable[[int], Any]  # told how many bytes came (or, negative, were thrown away)
@@ -77,8 +79,9 @@ class Transfer:
         wrong again.
         """
         path = self.folder / file.name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        inside.expect(self.folder, file.name, inside.FILE, inside.LINK, inside.NOTHING)
         partial = partial_for(path, file)
+        inside.expect(self.folder, self._name(partial), inside.FILE, inside.NOTHING)
         resumed = size_of(partial) > 0
         self._fill(file, partial)
         found = file_hash(partial, file)
@@ -93,20 +96,27 @@ class Transfer:
                 f"{file.digest[:16]}… by the hub's list", "run the same command again; if this "
                 "stays, something on the way changes the bytes",
             )  # fmt: skip
-        with partial.open("rb") as written:
+        with self._open(partial) as written:
             fsync(written.fileno())
-        partial.replace(path)
-        fsync_folder(path.parent)
+        inside.move(self.folder, self._name(partial), file.name)
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.folder).as_posix()
+
+    def _open(self, partial: Path) -> IO[bytes]:
+        """A partial file, to write on at its end. Raises Stop for a link or another's file."""
+        flags = os.O_WRONLY | os.O_APPEND
+        return os.fdopen(inside.open_own(self.folder, self._name(partial), flags), "ab")
 
     def _drop(self, partial: Path) -> None:
         self.advance(-size_of(partial))
-        partial.unlink(missing_ok=True)
+        inside.remove(self.folder, self._name(partial))
 
     def _fill(self, file: HubFile, partial: Path) -> None:
         """Append to `partial` until it has the file's size. Raises Stop when that cannot be."""
         if size_of(partial) > file.size:
             self._drop(partial)
-        partial.touch()
+        self._open(partial).close()
         with clear_words(self.repo):
             patiently(
                 lambda: self._stream(file, partial),
@@ -125,7 +135,7 @@ class Transfer:
         with wire.opened(self.repo, file.name, self.commit, part) as response:
             if have and response.status_code != 206:  # a server that ignores Range
                 self._drop(partial)
-            with partial.open("ab") as out:
+            with self._open(partial) as out:
                 self._write(response, out, file)
 
     def _write(self, response: Any, out: IO[bytes], file: HubFile) -> None:

@@ -7,32 +7,31 @@ killed at any moment: the same command goes on, with the same bytes in the end.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from dsv4.hub.origin import source_name
-from dsv4.making import low_disk, requantization
+from dsv4.making import low_disk, requantization, workplace
 from dsv4.making.experts import Ledger, errors_in_words, estimate, expert_pieces
 from dsv4.making.low_disk import Supply
 from dsv4.making.marks import converted_by
 from dsv4.model import configs
+from dsv4.model.names import most_zeros
 from dsv4.model.opening import open_bundle
 from dsv4.model.plan import ShardPlan, Unit, plan_shards, weights_of
 from dsv4.runtime import upstream
 from dsv4.stop import Stop
-from dsv4.storage import locks
+from dsv4.storage import inside, locks
 from dsv4.storage.checkpoint import INDEX, Checkpoint, check_index
-from dsv4.storage.durable import fsync_folder, human, write_json
+from dsv4.storage.durable import human, write_json
 from dsv4.storage.rewrite import NewShard, Piece, copy_pieces, rewrite
-from dsv4.storage.space import workplace_of
+from dsv4.storage.space import MARK, workplace_of
 from dsv4.weights import matrices
 from dsv4.weights.quantizer import Quantizer
 
@@ -87,7 +86,9 @@ def pieces_of(unit: Unit, places: dict[str, int], plan: Plan, ledger: Ledger) ->
     if unit.treatment == "expert":
         return list(expert_pieces(plan.source, unit.base, parts, plan.quantizer, ledger))
     if unit.slots[0].dtype == weight.dtype:
-        return list(copy_pieces(weight.path, weight.offset, first, weight.nbytes))
+        hole = most_zeros(weight.name, weight.dtype, weight.nbytes)
+        where = (weight.path, weight.offset, first, weight.nbytes)
+        return list(copy_pieces(*where, weight.name, hole))
     return list(matrices.half_pieces(weight, first))
 
 
@@ -129,28 +130,6 @@ def check_complete(bundle: Checkpoint, source: Checkpoint) -> None:
         )
 
 
-@contextlib.contextmanager
-def workplace(bundle: Path) -> Iterator[Path]:
-    """The bundle's workplace, made and locked. Raises Stop when another run has it."""
-    bundle.parent.mkdir(parents=True, exist_ok=True)
-    folder = workplace_of(bundle)
-    folder.mkdir(exist_ok=True)
-    try:
-        with locks.held(folder):
-            yield folder
-    finally:
-        with contextlib.suppress(OSError):  # it is gone, or has work to go on with
-            folder.rmdir()
-
-
-def publish(folder: Path, bundle: Path) -> None:
-    """Give the finished workplace the bundle's name."""
-    locks.lock_for(folder).unlink()
-    fsync_folder(folder)
-    folder.replace(bundle)
-    fsync_folder(bundle.parent)
-
-
 def clear_strangers(folder: Path, plan: Plan) -> list[ShardPlan]:
     """Remove what no shard of the plan is, and return the shards that are still to be made.
 
@@ -159,17 +138,14 @@ def clear_strangers(folder: Path, plan: Plan) -> list[ShardPlan]:
     """
     todo = [shard for shard in plan.shards if not shard.layout.is_at(folder / shard.file)]
     whole = {shard.file for shard in plan.shards} - {shard.file for shard in todo}
-    whole.add(locks.LOCK)
-    others = [path for path in folder.iterdir() if path.name not in whole]
-    for path in others:
-        if path.suffix == ".safetensors" and upstream.is_native(path):
+    for path in folder.glob("*.safetensors"):
+        if path.name not in whole and path.is_file() and upstream.is_native(path):
             raise Stop(
                 f"{path}", "a shard of another source or other settings",
                 "shards of this run's plan",
                 f"go on with those settings, or delete {folder}",
             )  # fmt: skip
-    for path in others:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    inside.empty(folder, {*whole, locks.LOCK, MARK})
     return todo
 
 
@@ -179,8 +155,9 @@ def clear_strangers(folder: Path, plan: Plan) -> list[ShardPlan]:
 def convert(plan: Plan, bundle: Path, jobs: int, supply: Supply | None) -> str:
     """Make the bundle, which appears whole or not at all; return what to say."""
     start = time.perf_counter()
-    with workplace(bundle) as folder:
+    with workplace.workplace(bundle) as folder:
         todo = clear_strangers(folder, plan)
+        workplace.claim(folder)
         check_space(folder, sum(shard.size for shard in todo))
         if supply:
             check_space(supply.folder, most_at_once(plan, todo, supply))
@@ -188,7 +165,7 @@ def convert(plan: Plan, bundle: Path, jobs: int, supply: Supply | None) -> str:
         else:
             ledger = write_shards(plan, todo, folder, jobs)
         complete(plan, folder, jobs)
-        publish(folder, bundle)
+        workplace.publish(folder, bundle)
     return summarize(plan, todo, ledger, time.perf_counter() - start)
 
 

@@ -22,16 +22,16 @@ import numpy as np
 
 from dsv4.hub import remote
 from dsv4.hub.fetching import at_pin, fetch_all
-from dsv4.hub.origin import Record
+from dsv4.hub.origin import HEADERS, Record
 from dsv4.hub.transfer import Transfer, file_hash
 from dsv4.model.opening import open_source
 from dsv4.stop import Stop
+from dsv4.storage import inside
 from dsv4.storage.checkpoint import INDEX, Checkpoint, read_index
 from dsv4.storage.durable import copy_file, write_bytes
 from dsv4.storage.rewrite import Desk, NewShard, Piece, bypass_cache, forget
 from dsv4.storage.shard import read_shard, sample_places
 
-HEADERS = ".headers"
 WORKERS = 8
 AGAIN = "run download again, with LOW_DISK=1"
 
@@ -45,8 +45,7 @@ def fetch_headers(source: Path, record: Record, patience: float) -> int:
     A file in SOURCE/.headers holds a shard's first bytes up to its data, then its samples, which
     requantize's fingerprint of a source wants.
     """
-    folder = source / HEADERS
-    folder.mkdir(exist_ok=True)
+    folder = own_headers(source)
     names = sorted(set(read_index(source).values()))
     missing = [name for name in names if not (folder / name).is_file()]
 
@@ -60,12 +59,18 @@ def fetch_headers(source: Path, record: Record, patience: float) -> int:
         for place, nbytes in places:
             end = place + nbytes
             data.append(remote.read_range(record.repo, record.commit, file, place, end, patience))
-        write_bytes(folder / name, b"".join(data))
+        write_bytes(folder / name, b"".join(data), source)
 
     with at_pin(source, record), ThreadPoolExecutor(WORKERS) as pool:
         for _ in pool.map(bring, missing):
             pass
     return len(missing)
+
+
+def own_headers(source: Path) -> Path:
+    """SOURCE/.headers. Raises Stop when that is a link, or no folder."""
+    inside.expect(source, HEADERS, inside.DIRECTORY, inside.NOTHING)
+    return source / HEADERS
 
 
 def lay(path: Path, head: bytes, size: int) -> Path:
@@ -86,7 +91,7 @@ def skeleton(source: Path, record: Record) -> Iterator[Checkpoint]:
         for name in ("config.json", INDEX):
             copy_file(source / name, Path(work) / name)
         for name in sorted(set(read_index(source).values())):
-            kept = source / HEADERS / name
+            kept = own_headers(source) / name
             if name not in record.files or not kept.is_file():
                 raise Stop(f"{kept}", "no such header", "one for each shard", AGAIN)
             fill(Path(work) / name, kept.read_bytes(), record.files[name].size)
@@ -188,7 +193,7 @@ class Supply:
             self.record.set_verified(self.folder, name)
             self.record.write(self.folder)
             return True
-        path.replace(path.with_name(path.name + ".bad"))
+        inside.move(self.folder, name, name + ".bad")
         return False
 
     def _check_header(self, name: str) -> None:
@@ -211,7 +216,7 @@ class Supply:
         for name, state in self.record.low_disk.items():
             ours = self.has(name) or not (self.folder / name).exists()
             if state == "fetched" and ours and name not in needed:
-                (self.folder / name).unlink(missing_ok=True)
+                inside.remove(self.folder, name)
                 self.record.low_disk[name] = "freed"
                 self.record.verified.pop(name, None)
                 changed = True

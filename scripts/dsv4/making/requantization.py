@@ -18,6 +18,7 @@ from dsv4.model.names import is_control, kind, parse_expert
 from dsv4.model.opening import expert_bases
 from dsv4.model.plan import unit_of
 from dsv4.stop import Stop
+from dsv4.storage import inside
 from dsv4.storage.checkpoint import INDEX, Checkpoint, read_json
 from dsv4.storage.durable import TEMPORARY_SUFFIX, human, temporary_for, write_json
 from dsv4.storage.rewrite import NewShard, Piece, copy_pieces, rewrite
@@ -183,13 +184,17 @@ def pieces_of(fate: Fate, source: Checkpoint, quantizer: Quantizer, ledger: Ledg
 
 
 def remove_leftovers(bundle: Path, files: list[str], part: Part) -> None:
-    """Remove what killed runs left: the temporaries of this part's shards, or all of them."""
+    """Remove what killed runs left: the temporaries of this part's shards, or all of them.
+
+    Links and folders of such a name are not ours and stay.
+    """
     if part.whole:
         leftovers = list(bundle.glob(f".*{TEMPORARY_SUFFIX}"))
     else:
         leftovers = [temporary_for(bundle / file) for file in part.of(files)]
     for path in leftovers:
-        path.unlink(missing_ok=True)
+        if inside.kind(bundle, path.name) == inside.FILE:
+            inside.remove(bundle, path.name)
 
 
 def carry_out(plan: Plan) -> Ledger:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from dsv4.stop import Stop
+from dsv4.storage import inside
 from dsv4.storage.durable import copy_file
+from dsv4.storage.junk import is_junk
 
 REQUIRED = ("tokenizer.json", "tokenizer_config.json", "encoding/encoding_dsv4.py")
 EDITED = ("tokenizer_config.json", "generation_config.json")
@@ -23,7 +25,8 @@ def wanted(origin: Path) -> list[str]:
             "download them, or name a bundle that has them: REFERENCE=DIR",
         )
     encoding = [p for p in sorted((origin / "encoding").rglob("*")) if p.is_file()]
-    names = [str(path.relative_to(origin)) for path in encoding if "__pycache__" not in path.parts]
+    names = [path.relative_to(origin).as_posix() for path in encoding]
+    names = [name for name in names if "__pycache__" not in name and not is_junk(name)]
     names += [name for name in (*REQUIRED, *OPTIONAL) if (origin / name).is_file()]
     return sorted(set(names))
 
@@ -37,10 +40,10 @@ def finalize(origin: Path, bundle: Path, keep_edited: bool) -> list[str]:
 
 
 def copy(origin: Path, bundle: Path, names: list[str]) -> list[str]:
-    """Copy these files; return the names of those that were not there or had other bytes."""
-    written = []
+    """Copy these files; return the names of those that were not there or had other bytes.
+
+    Raises Stop before anything is copied for a link in the place of the bundle's encoding/.
+    """
     for name in names:
-        (bundle / name).parent.mkdir(parents=True, exist_ok=True)
-        if copy_file(origin / name, bundle / name):
-            written.append(name)
-    return written
+        inside.expect(bundle, name, inside.FILE, inside.LINK, inside.NOTHING)
+    return [name for name in names if copy_file(origin / name, bundle / name, bundle)]

@@ -19,11 +19,14 @@ from dsv4.runtime import child
 from dsv4.runtime.patches import DEFAULT, read_patch, read_python, state
 from dsv4.runtime.toolchain import probe, with_rooms
 from dsv4.stop import Stop
-from dsv4.storage.checkpoint import INDEX
+from dsv4.storage.checkpoint import INDEX, read_json
 from dsv4.storage.shard import Shard, Slot, header_bytes
 
 REPLAY = "dsv4.proof.replay"
 LIMIT = 300  # seconds; the headers of 180 GB take some ten
+NAMES = [str]
+PARAMETERS = {"parameters": int, "unfed": NAMES, "unused": NAMES, "misfit": [NAMES]}
+ANSWERS = {str: ({"error": str}, PARAMETERS)}
 
 
 def hollow(bundle: Survey, folder: Path) -> None:
@@ -60,13 +63,9 @@ def replay(python: Path, bundle: Survey) -> dict[str, dict[str, Any]]:
         what = f"{REPLAY} in {python}"
         command = [str(python), "-m", REPLAY, "--folder", str(target), "--out", str(out)]
         status = child.run(command, with_rooms(), log, LIMIT, what)
-        try:
-            answers = json.loads(out.read_text(encoding="utf-8")) if status == 0 else None
-        except (OSError, ValueError):
-            answers = None
-        if not isinstance(answers, dict):
+        if status or not out.is_file():
             raise Stop(what, child.last_line(log), "an answer", "make check")
-        return answers
+        return read_json(out, ANSWERS)
 
 
 def check_loading(bundle: Survey, python: Path, findings: Findings) -> list[Check]:
@@ -84,7 +83,8 @@ def check_loading(bundle: Survey, python: Path, findings: Findings) -> list[Chec
             findings.add("loader-parameter-unfed", f"{loader}: {name}", "no tensor", "one")
         for name in answer.get("unused", []):
             findings.add("loader-tensor-unused", f"{loader}: {name}", "no parameter", "one")
-        for name, found, expected in answer.get("misfit", []):
+        for name, *said in answer.get("misfit", []):
+            found, expected = [*said, "", ""][:2]
             findings.add("loader-parameter-misfit", f"{loader}: {name}", found, expected)
         checks.append(Check(f"parameters fed by {loader}", answer.get("parameters", 0)))
     return checks

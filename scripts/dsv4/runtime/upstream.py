@@ -9,15 +9,16 @@ checked against their indexes around it. Hours for the 160 GB source, and it can
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from dsv4.runtime.toolchain import environment
 from dsv4.stop import Stop
+from dsv4.storage import inside
 from dsv4.storage.durable import fsync_folder
 from dsv4.storage.locks import LOCK
+from dsv4.storage.space import MARK
 
 CONVERTER = "jang_tools.dsv4.convert_dsv4_jangtq"
 
@@ -61,27 +62,19 @@ def is_native(shard: Path) -> bool:
 
 def clear(folder: Path) -> None:
     """Remove what a killed run left. Raises Stop when that is the native converter's work."""
-    if any(is_native(path) for path in folder.glob("*.safetensors")):
+    if any(is_native(path) for path in folder.glob("*.safetensors") if path.is_file()):
         raise Stop(
             f"{folder}", "finished shards of CONVERTER=native", "a folder of this converter's",
             "go on with CONVERTER=native, or delete this folder",
         )  # fmt: skip
-    empty(folder)
-
-
-def empty(folder: Path) -> None:
-    """Remove everything in `folder` but its lock."""
-    for left_over in folder.iterdir():
-        if left_over.name != LOCK:
-            shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+    inside.empty(folder, {LOCK, MARK})
 
 
 def fill(folder: Path, source: Path, python: Path) -> None:
-    """Convert `source` into an empty `folder`, durably; nothing is left of it when that fails."""
-    clear(folder)
+    """Convert `source` into a cleared `folder`, durably; nothing is left of it when that fails."""
     try:
         run_converter(python, source, folder)
         make_durable(folder)
     except BaseException:
-        empty(folder)
+        inside.empty(folder, {LOCK, MARK})
         raise

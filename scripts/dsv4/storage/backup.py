@@ -4,31 +4,46 @@ BUNDLE/.before-repair/files/NAME is the original of NAME under a second name (a 
 it costs nothing until the first name gets other bytes. The original is there, durably, before the
 new file takes its place; the first original is kept, whatever is repaired later. repair.json beside
 them says which files were new, and which work was begun and must be ended.
+
+The folder may have come with the bundle, from anywhere: its record is checked when it is read, and
+nothing is put back or removed outside the bundle (dsv4/storage/inside.py).
 """
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
+from dsv4.stop import Stop
+from dsv4.storage import inside
 from dsv4.storage.checkpoint import read_json
-from dsv4.storage.durable import copy_file, fsync_folder, write_json
+from dsv4.storage.durable import TEMPORARY_SUFFIX, copy_file, fsync_folder, write_json
+from dsv4.storage.inside import DIRECTORY, FILE, LINK, NOTHING
+from dsv4.storage.junk import is_junk
 
 FOLDER = ".before-repair"
+FILES = f"{FOLDER}/files"
+RECORD = f"{FOLDER}/repair.json"
+TODO = f"do not use {FOLDER}: nothing was touched"
 
 
 class Backup:
-    """The originals of one bundle. Nothing is written before `keep` or `begin` is called."""
+    """The originals of one bundle. Nothing is written before `keep`, `take` or `begin` is called.
+
+    Raises Stop for a folder or a record that was not written here: a link, a name that leads out of
+    the bundle, another type.
+    """
 
     def __init__(self, bundle: Path) -> None:
         self.bundle = bundle
         self.folder = bundle / FOLDER
-        self.files = self.folder / "files"
-        self._path = self.folder / "repair.json"
-        self._record = read_json(self._path) if self._path.is_file() else {}
+        self.files = bundle / FILES
+        inside.expect(bundle, FOLDER, DIRECTORY, NOTHING)
+        inside.expect(bundle, FILES, DIRECTORY, NOTHING)
+        there = inside.expect(bundle, RECORD, FILE, NOTHING) == FILE
+        self._record = checked(bundle / RECORD, read_json(bundle / RECORD)) if there else {}
 
     @property
     def created(self) -> list[str]:
@@ -43,8 +58,8 @@ class Backup:
     @property
     def originals(self) -> list[str]:
         """Names of the originals that are kept."""
-        found = [path for path in self.files.rglob("*") if path.is_symlink() or path.is_file()]
-        return sorted(path.relative_to(self.files).as_posix() for path in found)
+        found = inside.files_below(self.bundle, FILES)
+        return [visible(self.files / n, n) for n in found if not is_ours(n) and not is_junk(n)]
 
     @property
     def nbytes(self) -> int:
@@ -62,58 +77,120 @@ class Backup:
             self._write({"unfinished": {}})
 
     def keep(self, names: list[str]) -> None:
-        """Make the originals of `names` durable; note those that are not there as created."""
-        new = [n for n in names if not lies_at(self.bundle / n) and not lies_at(self.files / n)]
-        if set(new) - set(self.created):
+        """Make the originals of `names` durable; note those that are not there as created.
+
+        Raises Stop for a name that leads out of the bundle, and for what is no file.
+        """
+        kinds = {name: inside.expect(self.bundle, name, FILE, LINK, NOTHING) for name in names}
+        new = {n for n in names if kinds[n] == NOTHING and not self._has(n)}
+        if new - set(self.created):
             self._write({"created": sorted({*self.created, *new})})
         for name in names:
-            if lies_at(self.bundle / name) and name not in self.created:
-                self._keep(name)
+            if kinds[name] != NOTHING and name not in self.created and not self._has(name):
+                link(self.bundle, name, f"{FILES}/{name}")
+                self._make_durable(name)
 
-    def _keep(self, name: str) -> None:
+    def take(self, name: str) -> None:
+        """Move a file that is no part of the bundle to the originals; undo brings it back.
+
+        Raises Stop for what is no file, and when an original of that name is kept already.
+        """
+        if self._has(name):
+            raise Stop(f"{self.bundle / name}", f"another {name} in {self.files}", "none",
+                       inside.AWAY)  # fmt: skip
+        inside.move(self.bundle, name, f"{FILES}/{name}", make=True)
+        self._make_durable(name)
+
+    def _has(self, name: str) -> bool:
+        return inside.kind(self.bundle, f"{FILES}/{name}") != NOTHING
+
+    def _make_durable(self, name: str) -> None:
         target = self.files / name
-        if lies_at(target):
-            return
-        target.parent.mkdir(parents=True, exist_ok=True)
-        link(self.bundle / name, target)
         for folder in (target.parent, *target.parent.relative_to(self.bundle).parents):
             fsync_folder(self.bundle / folder)
 
     def undo(self) -> tuple[int, int]:
-        """Put every original back and remove what was created: (files put back, removed)."""
+        """Put every original back and remove what was created: (files put back, removed).
+
+        Raises Stop before anything is touched when a name leads elsewhere. What else lies in
+        .before-repair, and a folder that holds more, stays.
+        """
         originals, created = self.originals, self.created
+        for name in (*originals, *created):
+            inside.expect(self.bundle, name, FILE, LINK, NOTHING)
         for name in originals:
-            source, target = self.files / name, self.bundle / name
-            source.replace(target)
-            source.unlink(missing_ok=True)  # two names of one file: replacing does nothing
-            fsync_folder(target.parent)
+            inside.move(self.bundle, f"{FILES}/{name}", name, make=True)
+            fsync_folder((self.bundle / name).parent)
         for name in created:
-            (self.bundle / name).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # a folder that holds more
-                if "/" in name:
-                    (self.bundle / name).parent.rmdir()
+            inside.remove(self.bundle, name)
+            if "/" in name:
+                inside.remove_folder(self.bundle, name.rpartition("/")[0])
         fsync_folder(self.bundle)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._remove()
         return len(originals), len(created)
+
+    def _remove(self) -> None:
+        """Remove the record, temporaries and folders; never what somebody else put there."""
+        for name in inside.files_below(self.bundle, FOLDER):
+            if f"{FOLDER}/{name}" == RECORD or is_ours(name) or is_junk(name):
+                inside.remove(self.bundle, f"{FOLDER}/{name}")
+        for folder, _, _ in os.walk(self.folder, topdown=False):
+            inside.remove_folder(self.bundle, Path(folder).relative_to(self.bundle).as_posix())
 
     def _write(self, part: dict[str, Any]) -> None:
         self._record = {**self._record, **part}
-        self.folder.mkdir(exist_ok=True)
-        write_json(self._path, self._record)
+        write_json(self.bundle / RECORD, self._record, self.bundle)
         fsync_folder(self.bundle)
 
 
-def lies_at(path: Path) -> bool:
-    """True when something has that name, a symbolic link that leads nowhere too."""
-    return os.path.lexists(path)
+def is_ours(name: str) -> bool:
+    """True for a temporary that a killed run left among the originals."""
+    last = name.rpartition("/")[2]
+    return last.startswith(".") and last.endswith(TEMPORARY_SUFFIX)
 
 
-def link(path: Path, target: Path) -> None:
+def visible(where: Path, name: str) -> str:
+    """A name of one of the bundle's files. Raises Stop when it leads out or is hidden."""
+    if inside.check_name(f"{where}", name).startswith("."):
+        raise Stop(f"{where}", f"the hidden name {name!r:.100}", "a file of the bundle", TODO)
+    return name
+
+
+def checked(path: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """A record as it may be used. Raises Stop for types and names that no repair writes."""
+    created, unfinished = record.get("created", []), record.get("unfinished", {})
+    if not isinstance(created, list) or not isinstance(unfinished, dict):
+        raise Stop(f"{path}", "another form", "what repair writes", TODO)
+    for name in created:
+        if visible(path, name).endswith(".safetensors"):
+            raise Stop(f"{path}", f"{name!r:.100} as created by repair", "no shard", TODO)
+    if not is_work(unfinished.get("experts", []), unfinished.get("mark", {})):
+        raise Stop(f"{path}: unfinished", "another form", "what repair writes", TODO)
+    return {"created": created, "unfinished": unfinished}
+
+
+def is_work(experts: Any, mark: Any) -> bool:
+    """True for a list of names and a map of strings."""
+    right = isinstance(experts, list) and isinstance(mark, dict)
+    return right and all(isinstance(text, str) for text in (*experts, *mark.values()))
+
+
+def link(root: Path, name: str, target: str) -> None:
     """Give a file a second name; a symbolic link is made again, and where none can be, a copy."""
-    if path.is_symlink():  # as the hub's cache has them
-        target.symlink_to(path.readlink())
-        return
-    try:
-        target.hardlink_to(path)
-    except OSError:
-        copy_file(path, target)
+    with (
+        inside.parent(root, name) as (old, first),
+        inside.parent(root, target, make=True) as (
+            new,
+            last,
+        ),
+    ):
+        if inside.kind_at(old, first) == LINK:  # as the hub's cache has them
+            os.symlink(os.readlink(first, dir_fd=old), last, dir_fd=new)
+            return
+        try:
+            os.link(first, last, src_dir_fd=old, dst_dir_fd=new, follow_symlinks=False)
+            return
+        except OSError as error:
+            if error.errno == errno.EEXIST:
+                raise
+    copy_file(root / name, root / target, root)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import filecmp
 import json
 import os
 import shutil
@@ -15,7 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from dsv4.stop import Stop, naming
+from dsv4.storage import inside
+
 TEMPORARY_SUFFIX = ".partial"
+REPLACEABLE = (inside.FILE, inside.LINK, inside.NOTHING)  # a link itself goes, not what it leads to
 
 
 def fsync(fd: int) -> None:
@@ -31,7 +36,8 @@ def fsync_folder(folder: Path) -> None:
     """Make the names in `folder` durable."""
     fd = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(fd)
+        with naming(folder):
+            os.fsync(fd)
     finally:
         os.close(fd)
 
@@ -44,66 +50,84 @@ def temporary_for(path: Path) -> Path:
 class Replacement:
     """A file being written under a temporary name; `commit` gives it its own, `discard` drops it.
 
-    A temporary that a killed run left behind is overwritten.
+    The temporary is a new file in the folder itself: what a killed run left there is removed, and
+    a link is not followed, neither in its place nor, below `root`, on the way to it.
+    Raises Stop for a link or a folder in the temporary's place, and for a folder in `path`'s.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, root: Path | None = None) -> None:
         self.path = path
-        self.temporary = temporary_for(path)
-        self.file = self.temporary.open("w+b")
+        with contextlib.ExitStack() as opening:
+            name = path.relative_to(root).as_posix() if root else path.name
+            way = inside.parent(root or path.parent, name, make=root is not None)
+            self._folder, self._name = opening.enter_context(way)
+            if inside.kind_at(self._folder, self._name) not in REPLACEABLE:
+                raise Stop(f"{path}", "no plain file", "a file, or nothing", inside.AWAY)
+            temporary = temporary_for(path)
+            self._temporary = temporary.name
+            file = inside.create_anew(self._folder, self._temporary, temporary)
+            self.file = os.fdopen(file, "w+b")
+            self._open = opening.pop_all()
 
     def commit(self) -> None:
         """Make the bytes durable, then the name; `path` never names anything but whole files."""
-        self.file.flush()
-        fsync(self.file.fileno())
-        if self.path.exists():
-            shutil.copymode(self.path, self.temporary)
-        self.temporary.replace(self.path)
-        fsync_folder(self.path.parent)
+        with inside.naming(self.path):
+            self.file.flush()
+            fsync(self.file.fileno())
+            with contextlib.suppress(FileNotFoundError):
+                mode = os.stat(self._name, dir_fd=self._folder).st_mode
+                os.fchmod(self.file.fileno(), mode & 0o777)
+            inside.rename(self._folder, self._temporary, self._folder, self._name)
+            os.fsync(self._folder)
         self.file.close()
+        self._open.close()
 
     def discard(self) -> None:
         """Remove the temporary; `path` keeps its old bytes. Does nothing after `commit`."""
         if not self.file.closed:
-            self.temporary.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._temporary, dir_fd=self._folder)
             with contextlib.suppress(OSError):  # a full disk: what is lost was to be dropped
                 self.file.close()
+            self._open.close()
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path, root: Path | None = None) -> Iterator[IO[bytes]]:
     """Open a temporary sibling of `path` for writing; on success it takes `path`'s name.
 
-    When the body raises, the temporary is removed and `path` keeps its old bytes.
+    When the body raises, the temporary is removed and `path` keeps its old bytes. root: the folder
+    that `path` must not lead out of; folders between them are made.
     """
-    replacement = Replacement(path)
+    replacement = Replacement(path, root)
     try:
-        yield replacement.file
+        with naming(path):
+            yield replacement.file
         replacement.commit()
     finally:
         replacement.discard()
 
 
-def write_bytes(path: Path, data: bytes) -> bool:
+def write_bytes(path: Path, data: bytes, root: Path | None = None) -> bool:
     """Give `path` the content `data`; False when it has it already and nothing was written."""
-    if path.is_file() and path.read_bytes() == data:
+    if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data:
         return False
-    with replacing(path) as file:
+    with replacing(path, root) as file:
         file.write(data)
     return True
 
 
-def write_json(path: Path, value: Any) -> bool:
+def write_json(path: Path, value: Any, root: Path | None = None) -> bool:
     """Give `path` the JSON text of `value` (indent 2, UTF-8); False when nothing changed."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    return write_bytes(path, text.encode())
+    return write_bytes(path, text.encode(), root)
 
 
-def copy_file(source: Path, target: Path) -> bool:
+def copy_file(source: Path, target: Path, root: Path | None = None) -> bool:
     """Copy one file durably; False when `target` has the same bytes already."""
-    if target.is_file() and target.stat().st_size == source.stat().st_size:
-        return write_bytes(target, source.read_bytes())
-    with source.open("rb") as reader, replacing(target) as writer:
+    if target.is_file() and filecmp.cmp(source, target, shallow=False):
+        return False
+    with source.open("rb") as reader, replacing(target, root) as writer:
         shutil.copyfileobj(reader, writer, 1 << 20)
     return True
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import portalocker
 
 from dsv4.stop import Stop
+from dsv4.storage import inside
 
 LOCK = ".lock"
 
@@ -38,23 +38,29 @@ def held(folder: Path, part: Iterable[str] | None = None) -> Iterator[None]:
         for file in part or ():
             stack.enter_context(_locked(lock_for(folder, file), alone=True))
         if part is None:
-            for path in folder.glob(f".?*{LOCK}"):  # of parts that were killed
-                path.unlink()
+            remove_stale(folder)
         yield
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove the locks of parts that were killed: empty plain files beside a shard's name."""
+    for path in folder.glob(f".?*.safetensors{LOCK}"):
+        if inside.kind(folder, path.name) == inside.FILE and not path.stat().st_size:
+            path.unlink()
 
 
 @contextlib.contextmanager
 def _locked(path: Path, alone: bool) -> Iterator[None]:
     """Hold one lock file, and remove it in the end when it is held alone.
 
-    A link in its place is not followed, and nothing is waited for.
+    A link in its place is not followed, and nothing is waited for. Raises Stop for a link, for
+    what is no plain file, and for a file with content: that is somebody's, and no lock.
     """
     how = portalocker.LOCK_EX if alone else portalocker.LOCK_SH
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-    handle = os.open(path, flags, 0o666)
+    handle = inside.open_own(path.parent, path.name, os.O_RDWR)
     try:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise Stop(f"{path}", "no plain file", "a lock", "remove it")
+        if os.fstat(handle).st_size:
+            raise Stop(f"{path}", "a file with content", "an empty lock", inside.AWAY)
         try:
             portalocker.lock(handle, how | portalocker.LOCK_NB)
         except portalocker.AlreadyLocked as error:

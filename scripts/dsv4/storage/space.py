@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+MARK = ".converting"  # in a workplace: a converter made this folder, and may empty it
+
 
 def workplace_of(bundle: Path) -> Path:
     """The hidden sibling in which a bundle is made."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+
+from dsv4.stop import Stop
 
 PAGE = 4096
 SAMPLES = 8  # bytes that are looked at in a run of the length that is asked for
@@ -37,3 +41,15 @@ def _around(data: np.ndarray, at: int) -> tuple[int, int]:
     begin = max(0, at - (1 << 20)) + int(before[-1]) + 1 if len(before) else max(0, at - (1 << 20))
     after = np.flatnonzero(data[at : at + (1 << 20)])
     return begin, at + int(after[0]) if len(after) else min(len(data), at + (1 << 20))
+
+
+def check_hole(path: Path, name: str, data: np.ndarray, offset: int, least: int | None) -> None:
+    """Raise Stop when `data`, read at `offset` of `path`, has a run of `least` zeros or more.
+
+    None: the tensor may hold any number of them.
+    """
+    if least is not None and (at := zero_run(data, least)) is not None:
+        raise Stop(
+            f"{path}: {name}", f"{least:,} zero bytes or more from byte {offset + at:,} on",
+            "numbers there: a download left a hole", "fetch this file again",
+        )  # fmt: skip

@@ -1,0 +1,86 @@
+"""The hidden sibling of a bundle in which it is made, and which takes the bundle's name in the end.
+
+A workplace that a killed run left is gone on with; a folder that is somebody's is never emptied.
+Ours has the mark .converting, or holds nothing but what only a converter makes: the native one's
+shards, which say so in their headers, upstream's half-made ones, temporaries, locks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from dsv4.runtime import upstream
+from dsv4.stop import Stop
+from dsv4.storage import inside, locks
+from dsv4.storage.durable import TEMPORARY_SUFFIX, fsync_folder
+from dsv4.storage.space import MARK, workplace_of
+
+UPSTREAMS = re.compile(r"model-\d{5}-of-XXXXX\.safetensors")  # its shards until it counts them
+
+
+@contextlib.contextmanager
+def workplace(bundle: Path) -> Iterator[Path]:
+    """The bundle's workplace, made and locked.
+
+    Raises Stop when another run has it, and when a link or somebody's folder lies in its place.
+    """
+    bundle.parent.mkdir(parents=True, exist_ok=True)
+    folder = workplace_of(bundle)
+    check_ours(folder)
+    folder.mkdir(exist_ok=True)
+    try:
+        with locks.held(folder):
+            yield folder
+    finally:
+        with contextlib.suppress(OSError):  # it is gone, or has work to go on with
+            if [path.name for path in folder.iterdir()] == [MARK]:
+                inside.remove(folder, MARK)
+            folder.rmdir()
+
+
+def check_ours(folder: Path) -> None:
+    """Raise Stop for a link, a file, or a folder that no converter left, in a workplace's place."""
+    kind = inside.expect(folder.parent, folder.name, inside.DIRECTORY, inside.NOTHING)
+    if kind == inside.NOTHING or inside.kind(folder, MARK) == inside.FILE:
+        return
+    strangers = sorted(p.name for p in folder.iterdir() if not is_recognised(folder, p.name))
+    if strangers:
+        raise Stop(
+            f"{folder}", f"{strangers[0]!r:.100} in a folder that no convert left",
+            "no folder, or a killed run's", "move it away: bundles are made under that name",
+        )  # fmt: skip
+
+
+def is_recognised(folder: Path, name: str) -> bool:
+    """True for a plain file that nobody but a converter makes."""
+    if inside.kind(folder, name) != inside.FILE:
+        return False
+    temporary = name.startswith(".") and name.endswith(TEMPORARY_SUFFIX)
+    if temporary or name == locks.LOCK or UPSTREAMS.fullmatch(name):
+        return True
+    return name.endswith(".safetensors") and upstream.is_native(folder / name)
+
+
+def claim(folder: Path) -> None:
+    """Mark the workplace as ours, before the first byte of a bundle is written into it."""
+    os.close(inside.open_own(folder, MARK, os.O_RDWR))
+    fsync_folder(folder)
+
+
+def publish(folder: Path, bundle: Path) -> None:
+    """Give the finished workplace the bundle's name; then it is marked no more."""
+    locks.lock_for(folder).unlink()
+    fsync_folder(folder)
+    folder.replace(bundle)
+    fsync_folder(bundle.parent)
+    unmark(bundle)
+
+
+def unmark(bundle: Path) -> None:
+    """Remove the mark of a workplace from what became a bundle; a killed run may have left it."""
+    if inside.kind(bundle, MARK) == inside.FILE and not (bundle / MARK).stat().st_size:
+        inside.remove(bundle, MARK)
