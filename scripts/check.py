@@ -19,7 +19,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsv4.hub import client
+from dsv4.hub import client, remote
 from dsv4.hub.fetching import recorded, remaining
 from dsv4.hub.origin import read_record
 from dsv4.making import low_disk
@@ -200,7 +200,7 @@ def tensors_of(source: Path, repo: str, revision: str) -> dict[str, Tensor]:
     except Stop:
         if not repo:
             raise
-        return client.tensors(repo, revision)
+        return remote.tensors(repo, revision)
 
 
 def bundle_need(args: argparse.Namespace) -> tuple[Line, int]:

@@ -20,7 +20,7 @@ import pytest
 from hub_server import TOKEN, Fault, Hub
 from small import Sizes, save, source_arrays
 
-from dsv4.hub.origin import provenance
+from dsv4.hub.origin import RECORD, provenance
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "download.py"
 REPO = "deepseek-ai/DeepSeek-V4-Flash"
@@ -213,6 +213,41 @@ def test_a_download_stays_at_the_commit_where_it_began(hub, files, tmp_path):
     assert provenance(source)["commit"] == pinned
 
 
+def test_a_pinned_commit_that_vanished_says_how_to_go_on(hub, files, tmp_path):
+    """A history that was squashed: another commit, most files the same."""
+    source, repo = tmp_path / "s", hub.repos[REPO]
+    hub.faults.append(Fault(FIRST, 404))
+    download(hub, source)
+    had = {path.name for path in source.rglob("*") if path.is_file()}
+    old = repo.refs["main"]
+    hub.faults.clear()
+    repo.commits.clear()
+    repo.commit(files | {"README.md": b"newer"})
+    run = download(hub, source)
+    assert run.code == 1
+    assert f"found the pinned commit {old[:12]} gone from the hub" in run.line
+    assert f"delete {source / RECORD} and run download again" in run.line
+    (source / RECORD).unlink()
+    hub.requests.clear()
+    assert download(hub, source).code == 0
+    assert_whole(source, files | {"README.md": b"newer"})
+    fetched = {request.path.rpartition("/")[2] for request in hub.asked("resolve")}
+    assert FIRST in fetched
+    assert not fetched & had
+
+
+def test_our_own_names_are_not_taken_from_a_hub(hub, files, tmp_path):
+    """.download.json, .before-repair/ and locks of a hub would be believed, or undone, here."""
+    ours = (RECORD, ".before-repair/repair.json", ".lock", ".headers/x.safetensors")
+    hub.repos[REPO].commit(files | dict.fromkeys(ours, b'{"created": ["../x"]}'))
+    run = download(hub, tmp_path / "s")
+    assert (run.code, run.err) == (0, "")
+    assert "hidden files are left alone: .before-repair/repair.json and 2 more" in run.out
+    assert [p.name for p in (tmp_path / "s").glob(".*")] == [RECORD]
+    assert provenance(tmp_path / "s")["repo"] == REPO
+    assert "complete already" in download(hub, tmp_path / "s").out
+
+
 def test_another_revision_needs_another_folder(hub, files, tmp_path):
     download(hub, tmp_path / "s")
     first = hub.repos[REPO].refs["main"]
@@ -334,7 +369,8 @@ def test_a_stalled_server_is_left_after_the_timeout(hub, tmp_path):
 
 
 def test_waiting_doubles_up_to_a_minute_and_obeys_the_server(capsys):
-    from dsv4.hub.client import Short, patiently
+    from dsv4.hub.patience import patiently
+    from dsv4.hub.refusals import Short
 
     class Busy(Short):
         """429 with a Retry-After of 100 seconds."""
@@ -356,7 +392,8 @@ def test_waiting_doubles_up_to_a_minute_and_obeys_the_server(capsys):
 
 
 def test_patience_counts_from_the_last_byte():
-    from dsv4.hub.client import Short, patiently
+    from dsv4.hub.patience import patiently
+    from dsv4.hub.refusals import Short
 
     came, waits = [0], []
 
