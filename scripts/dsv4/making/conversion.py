@@ -185,7 +185,7 @@ def write_in_turn(
     """
     ledger = Ledger()
     free_used(plan, todo, folder, jobs, supply)
-    total = sum(shard.size - len(shard.header) for shard in todo)
+    total = sum(shard.size - len(shard.layout.header) for shard in todo)
     with tqdm(total=total, unit="B", unit_scale=True, desc="convert", disable=None) as bar:
         with supply.coming(sources_of(todo[:1])):
             pass
