@@ -24,6 +24,7 @@ from dsv4.hub.fetching import recorded, remaining
 from dsv4.hub.origin import read_record
 from dsv4.making import low_disk
 from dsv4.making.marks import converted_by
+from dsv4.model.implied import check_whole
 from dsv4.model.opening import open_bundle, open_source
 from dsv4.model.plan import SHARD_BYTES, plan_shards
 from dsv4.model.roles import place_of
@@ -155,6 +156,7 @@ def source_need(source: Path, repo: str, revision: str) -> tuple[Line, int]:
     if (source / INDEX).is_file():
         try:
             opened = open_source(source)
+            check_whole(opened)
             known = " as downloaded" if repo and recorded(source, repo, revision) else ""
             return Line(True, "source", f"complete{known}, {human(opened.nbytes)}"), 0
         except Stop as stop:

@@ -41,6 +41,7 @@ from dsv4.making.conversion import (
 )
 from dsv4.making.low_disk import Supply
 from dsv4.making.workplace import claim, publish, unmark, workplace
+from dsv4.model.implied import check_whole
 from dsv4.model.opening import open_bundle, open_source
 from dsv4.model.plan import SHARD_BYTES
 from dsv4.model.roles import place_of
@@ -51,6 +52,7 @@ from dsv4.stop import Stop, run
 from dsv4.storage import locks
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.weights.quantizer import add_choice, check_choice, chosen
+from dsv4.words import plain, say
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -72,7 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repo", default="", help="--low-disk: where they come from")
     parser.add_argument("--patience", type=float, default=fetching.PATIENCE, metavar="SECONDS",
                         help="--low-disk: how long to try again while nothing comes")  # fmt: skip
-    parser.add_argument("--workers", type=int, default=fetching.WORKERS,
+    parser.add_argument("--workers", type=parse_jobs, default=fetching.WORKERS,
                         help="--low-disk: files fetched at once")  # fmt: skip
     args = parser.parse_args()
     check_choice(parser, args)
@@ -100,6 +102,7 @@ def run_upstream(args: argparse.Namespace, source: Checkpoint) -> str:
     """Upstream's converter; return what to say."""
     if args.dry_run or args.low_disk:
         raise Stop("--converter jang", "--dry-run or --low-disk", "neither", "use native for them")
+    check_whole(source)
     with workplace(args.bundle) as folder:
         upstream.clear(folder)
         claim(folder)
@@ -113,6 +116,7 @@ def run_native(args: argparse.Namespace, source: Checkpoint, headers: Checkpoint
                supply: Supply | None) -> str:  # fmt: skip
     """The native converter, or its plan; return what to say."""
     plan = make_plan(source, headers, chosen(args, headers), args.shard_bytes)
+    check_whole(source)
     if args.dry_run:
         return "would be made\n" + describe(plan, args.bundle, args.jobs, supply)
     return convert(plan, args.bundle, args.jobs, supply)
@@ -133,7 +137,7 @@ def main() -> int:
             said = run_upstream(args, source)
         else:
             said = run_native(args, source, headers, supply)
-    print(f"{args.bundle}: {said}")
+    say(f"{plain(args.bundle)}: {said}")
     return 0
 
 

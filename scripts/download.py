@@ -22,8 +22,10 @@ from pathlib import Path
 from dsv4.hub import client, fetching
 from dsv4.hub.origin import read_record
 from dsv4.making import low_disk
+from dsv4.model.implied import check_whole
 from dsv4.model.opening import open_source
 from dsv4.model.roles import check_no_bundle
+from dsv4.settings import parse_jobs
 from dsv4.stop import run
 from dsv4.storage import locks
 from dsv4.storage.durable import human
@@ -32,6 +34,7 @@ from dsv4.storage.durable import human
 def check_local(source: Path) -> str:
     """Check a source that did not come from here by its headers; return what to say."""
     opened = open_source(source)
+    check_whole(opened)
     return f"{len(opened.shards)} shards, {human(opened.nbytes)}, whole by their headers"
 
 
@@ -42,7 +45,7 @@ def download(args: argparse.Namespace) -> str:
     if record is not None:
         fetching.check_pin(source, record, repo, revision)
         if record.is_complete(source) and not args.verify_hashes:
-            open_source(source)
+            check_whole(open_source(source))
             return f"complete already: {len(record.files)} files at {record.commit[:12]}"
         fetching.report_news(record)
     else:
@@ -54,7 +57,7 @@ def download(args: argparse.Namespace) -> str:
         fetching.check_room(source, needed)
         fetching.hash_present(source, record, args.verify_hashes)
         fetching.fetch(source, record, args.patience, args.workers)
-        open_source(source)
+        check_whole(open_source(source))
     said = f"{len(record.files)} files, {human(record.nbytes)}, sizes and hashes as on the hub"
     return f"{said} at {record.commit[:12]}"
 
@@ -86,7 +89,7 @@ def main() -> int:
         help="how long to try again while nothing comes (default %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--workers", type=int, default=fetching.WORKERS, help="files fetched at once"
+        "--workers", type=parse_jobs, default=fetching.WORKERS, help="files fetched at once"
     )
     parser.add_argument("--low-disk", action="store_true",
                         help="leave the shards to convert --low-disk")  # fmt: skip

@@ -16,6 +16,7 @@ from pathlib import Path
 from dsv4.model.opening import read_config
 from dsv4.runtime.server import check_free, command
 from dsv4.runtime.toolchain import default, environment
+from dsv4.settings import parse_port
 from dsv4.stop import Stop, run
 
 
@@ -24,7 +25,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--bundle", type=Path, required=True)
-    parser.add_argument("--port", type=int, default=8010)
+    parser.add_argument("--port", type=parse_port, default=8010)
     parser.add_argument("--python", type=Path, default=default(), help="toolchain")
     args = parser.parse_args()
     read_config(args.bundle)

@@ -14,14 +14,16 @@ import argparse
 
 from dsv4.runtime.server import HOST, ask
 from dsv4.served.questions import MOON, SUM, sentence_fault, sum_fault
+from dsv4.settings import parse_port
 from dsv4.stop import Stop, run
+from dsv4.words import plain, shown
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--port", type=int, default=8010)
+    parser.add_argument("--port", type=parse_port, default=8010)
     args = parser.parse_args()
     url = f"http://{HOST}:{args.port}"
     wrong = 0
@@ -30,10 +32,11 @@ def main() -> int:
         fault = judge(answer)
         wrong += fault is not None
         print(f"{'WRONG' if fault else 'right'}  {question}")
-        print(f"       content {answer.content[:200]!r}, reasoning {answer.reasoning[:200]!r}, "
-              f"finish_reason {answer.finish_reason}")  # fmt: skip
+        said = [shown(text[:200]) for text in (answer.content, answer.reasoning)]
+        print(f"       content {said[0]}, reasoning {said[1]}, "
+              f"finish_reason {plain(answer.finish_reason)}")  # fmt: skip
         if fault:
-            print(f"       {fault}")
+            print(f"       {plain(fault)}")
     if wrong:
         raise Stop(url, f"{wrong} of 2 answers wrong", "both right", "see above")
     return 0

@@ -14,6 +14,8 @@ from pathlib import Path
 import ml_reference
 import numpy as np
 
+from dsv4.model.implied import BLOCK, MTP, TOP
+from dsv4.model.names import kind
 from dsv4.storage.shard import NUMPY_DTYPE, Planned, write_shard
 
 
@@ -29,6 +31,7 @@ class Sizes:
     source_shard: int = 17
     bundle_shard: int = 23
     metadata: dict = field(default_factory=dict)
+    whole: bool = False  # all that config.json calls for, as download and convert want it
 
 
 Arrays = dict[str, tuple[str, np.ndarray]]  # name → (dtype, array of NUMPY_DTYPE)
@@ -75,7 +78,22 @@ def source_arrays(sizes: Sizes, rng: np.random.Generator) -> Arrays:
                 base = f"{block}.ffn.experts.{expert}.{matrix}"
                 arrays[f"{base}.weight"] = ("I8", packed)
                 arrays[f"{base}.scale"] = ("F8_E8M0", exponents)
-    return arrays
+    return arrays | the_rest(arrays, blocks, rng) if sizes.whole else arrays
+
+
+def the_rest(arrays: Arrays, blocks: list[str], rng: np.random.Generator) -> Arrays:
+    """What a config.json calls for beside: a BF16 matrix, vector or F32 control of each name."""
+    names = [*TOP, "head.weight"]
+    names += [f"{block}.{name}" for block in blocks for name in BLOCK]
+    names += [f"{b}.{name}" for b in blocks if b.startswith("mtp.") for name in MTP]
+    rest: Arrays = {}
+    for name in (name for name in names if name not in arrays):
+        if "hc_" in name:
+            rest[name] = ("F32", rng.standard_normal(3).astype(np.float32))
+        else:
+            shape = 8 if "norm" in name else (4, 32)
+            rest[name] = ("BF16", rng.integers(0x3C00, 0x3F80, shape).astype(np.uint16))
+    return rest
 
 
 def stock_arrays(source: Arrays, rng: np.random.Generator) -> Arrays:
@@ -88,9 +106,11 @@ def stock_arrays(source: Arrays, rng: np.random.Generator) -> Arrays:
         if ".ffn.experts." in name:
             stock[name] = ("U32", np.ascontiguousarray(array).view(np.uint32))
             stock[f"{base}.scales"] = ("U8", source[f"{base}.scale"][1])
+        elif name == "head.weight":
+            stock[name] = (dtype, array)  # as requantize leaves it
         elif dtype == "F32":
             stock[name] = ("F16", array.astype(np.float16))
-        elif array.ndim == 2 and name.endswith(".weight"):
+        elif array.ndim == 2 and kind(name) == "affine8":
             out, columns = array.shape
             stock[name] = ("U32", rng.integers(0, 1 << 32, (out, columns // 4)).astype(np.uint32))
             for part in ("scales", "biases"):

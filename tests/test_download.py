@@ -33,8 +33,9 @@ def files(tmp_path_factory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("origin")
     config = {"model_type": "deepseek_v4", "num_hidden_layers": 2, "n_routed_experts": 3,
               "num_nextn_predict_layers": 1}  # fmt: skip
-    arrays = source_arrays(Sizes(hidden=512, width=256), np.random.default_rng(5))
-    save(folder, arrays, 17, config)
+    sizes = Sizes(hidden=512, width=256, whole=True)
+    arrays = source_arrays(sizes, np.random.default_rng(5))
+    save(folder, arrays, -(-len(arrays) // 5), config)
     (folder / "encoding").mkdir()
     (folder / "encoding" / "encoding_dsv4.py").write_text("# an encoding\n")
     (folder / "tokenizer.json").write_text("{}")
@@ -385,12 +386,14 @@ def test_a_file_name_that_leads_out_is_refused(hub, files, tmp_path):
 
 
 def test_a_disk_too_small_is_said_before_anything_is_fetched(hub, tmp_path, monkeypatch):
-    import download as stage
+    from dsv4.hub import fetching
+    from dsv4.hub.client import HubFile
+    from dsv4.hub.origin import Record
 
-    record = stage.Record("r", "main", "c", {"big": stage.HubFile("big", 1 << 60, "0" * 64)})
-    needed = stage.remaining(tmp_path, tuple(record.files.values()))
-    with pytest.raises(stage.Stop, match="for what is still to fetch; free space"):
-        stage.check_room(tmp_path, needed)
+    record = Record("r", "main", "c", {"big": HubFile("big", 1 << 60, "0" * 64)})
+    needed = fetching.remaining(tmp_path, tuple(record.files.values()))
+    with pytest.raises(fetching.Stop, match="for what is still to fetch; free space"):
+        fetching.check_room(tmp_path, needed)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full: Linux")
@@ -419,7 +422,7 @@ def test_two_downloads_into_one_folder_do_not_meet(hub, tmp_path):
     deadline = time.monotonic() + 30
     while not sent_of_shards(hub) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert "another download running" in download(hub, source).line
+    assert "another run at work" in download(hub, source).line
     hub.faults.clear()
     assert first.wait(60) == 0
 

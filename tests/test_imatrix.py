@@ -6,6 +6,7 @@ import json
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -97,7 +98,7 @@ def test_a_bundle_holds_what_its_imatrix_makes_best(tmp_path: Path) -> None:
 
 
 def test_the_native_converter_weighs_errors_alike(tmp_path: Path) -> None:
-    source, bundle, _ = small.make(tmp_path, SIZES, seed=53)
+    source, bundle, _ = small.make(tmp_path, replace(SIZES, whole=True), seed=53)
     options = ("--quantizer", "optimal", "--imatrix", write(tmp_path / "i.dat", example(4)))
     assert requantize(source, bundle, *options).returncode == 0
     must("convert", "--source", source, "--bundle", tmp_path / "native", *options)

@@ -26,8 +26,9 @@ import small
 from conftest import SCRIPTS, Forks, must, script
 
 from dsv4.model import names
-from dsv4.model.labels import RECORD
+from dsv4.model.labels import EXPERT, RECORD
 from dsv4.model.opening import open_bundle, open_source
+from dsv4.model.plan import bundle_keys
 from dsv4.storage import locks
 from dsv4.storage.checkpoint import INDEX, check_index
 from dsv4.storage.shard import Planned, read_array, read_shard, write_shard
@@ -105,10 +106,10 @@ def test_every_tensor_is_upstreams_or_requantizes(source, stock, good, native):
     assert set(ours) == set(good)
     compared = dict.fromkeys(("expert", "affine8", "passthrough", "control"), 0)
     for name, tensor in origin.items():
-        kept = name == names.HEAD  # as the source has it
+        kept = names.kind(name) == "head"  # as the source has it
         what = "control" if kept else names.kind(name)
         where = {"expert": good, "control": origin}.get(what, stock)
-        for key in (name,) if kept else names.bundle_keys(name):
+        for key in bundle_keys(name, EXPERT):
             mine, theirs = ours[key], where[key]
             assert (mine.dtype, mine.shape) == (theirs.dtype, theirs.shape), key
             assert read_array(mine).tobytes() == read_array(theirs).tobytes(), key
@@ -157,15 +158,18 @@ def test_the_table_is_upstreams_for_every_name(source, monkeypatch):
     for variable in [name for name in os.environ if name.startswith("DSV4_")]:
         monkeypatch.delenv(variable)
     upstream = pytest.importorskip("jang_tools.dsv4.convert_dsv4_jangtq")
-    ours = {"expert": "affine", "affine8": "affine", "passthrough": "passthrough",
-            "control": "passthrough"}  # fmt: skip
+    ours = {"expert": "affine", "affine8": "affine", "head": "affine",
+            "passthrough": "passthrough", "control": "passthrough"}  # fmt: skip
     made = [name for name in open_source(source).tensors if not name.endswith(".scale")]
     for name in (*made, *REAL_NAMES.split()):
         what = names.treatment(name)
         assert what is not None, name
         bits, method, _ = upstream.classify(name, 4)
         assert ours[what] == method, name
-        assert bits == {"expert": 4, "affine8": 8}.get(what, 16) or upstream.FORMAT != "jang"
+        assert (
+            bits == {"expert": 4, "affine8": 8, "head": 8}.get(what, 16)
+            or upstream.FORMAT != "jang"
+        )
 
 
 def test_it_needs_neither_torch_nor_jang(source, native, tmp_path):
@@ -331,7 +335,7 @@ def test_two_runs_at_once_are_refused(source, tmp_path):
 def test_a_dry_run_prints_the_plan_and_writes_nothing(source, tmp_path):
     said = convert(source, tmp_path / "bundle", "--dry-run")
     for words in ("120 routed experts to affine 4 bits", "57 matrices", "45 controls", "1 to write",
-                  "read: 6.1 MB", "time: "):  # fmt: skip
+                  "read: 6.7 MB", "time: "):  # fmt: skip
         assert words in said
     assert not list(tmp_path.iterdir())
 
@@ -412,8 +416,8 @@ def test_a_bad_tensor_stops_the_run_by_name(source_copy, tmp_path, name, new, wo
 def test_odd_shapes_and_layers_over_9(tmp_path):
     """FP8 blocks that are begun and not full; experts that are no multiple of anything but 32."""
     for seed, sizes in enumerate([
-        small.Sizes(layers=11, experts=1, mtp=2, source_shard=7),
-        small.Sizes(hidden=160, width=96, source_shard=1),
+        small.Sizes(layers=11, experts=1, mtp=2, source_shard=7, whole=True),
+        small.Sizes(hidden=160, width=96, source_shard=1, whole=True),
     ]):  # fmt: skip
         source, _, expected = small.make(tmp_path / f"{seed}", sizes, seed)
         bundle = tmp_path / f"{seed}" / "native"
@@ -428,7 +432,9 @@ def test_odd_shapes_and_layers_over_9(tmp_path):
 
 def test_memory_does_not_grow_with_the_largest_matrix(tmp_path):
     """An embedding of 96 MB in BF16 would be 192 MB decoded, and as much again in MLX."""
-    source, _, _ = small.make(tmp_path, small.Sizes(layers=1, experts=1, mtp=0, hidden=64), 1)
+    source, _, _ = small.make(
+        tmp_path, small.Sizes(layers=1, experts=1, mtp=0, hidden=64, whole=True), 1
+    )
     peaks = []
     for rows in (64, 768 * 1024):
         change(source, "embed.weight", edit=lambda a, n=rows: np.resize(a, (n, 64)))

@@ -289,7 +289,7 @@ def test_an_adversary_finds_little_that_the_kept_assignments_lack(low: int, high
 
 
 def test_a_power_of_two_changes_nothing_but_exponents() -> None:
-    """In the middle of F16 sixteen groups are done at once, towards its ends each alone."""
+    """In the middle of F16 many groups are done at once, towards its ends each alone."""
     halves = random_groups(np.random.default_rng(51), 2000, "student", "floor")
     middle = quantize(halves, 120)[0] / 2.0**-8
     for exponent in (114, 115, 139, 140):

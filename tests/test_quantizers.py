@@ -17,7 +17,7 @@ import small
 from conftest import must, script
 
 from dsv4.model import labels
-from dsv4.model.opening import expert_bases, open_bundle, open_source
+from dsv4.model.opening import expert_bases, expert_label, open_bundle, open_source
 from dsv4.stop import Stop
 from dsv4.storage.checkpoint import check_index
 from dsv4.storage.shard import read_array
@@ -43,7 +43,7 @@ def encode(name: str, packed: np.ndarray, exponents: np.ndarray) -> dict[str, np
     """One matrix, packed (out, in/2) and exponents (out, in/32), as the parts of a quantizer."""
     quantizer = QUANTIZERS[name]()
     sizes = {"U32": (4, np.uint32), "F16": (2, np.float16), "U8": (1, np.uint8)}
-    parts = quantizer.parts(len(packed), 2 * packed.shape[1])
+    parts = labels.parts_of(quantizer.label, len(packed), 2 * packed.shape[1])
     flat = {
         p: np.empty(int(np.prod(shape)) * sizes[d][0], np.uint8) for p, (d, shape) in parts.items()
     }
@@ -119,7 +119,7 @@ def assert_made_with(name: str, source: Path, bundle: Path) -> None:
     opened, origin = open_bundle(bundle), open_source(source)
     check_index(opened, "test")
     label = QUANTIZERS[name].label
-    assert labels.expert_label(opened) == label
+    assert expert_label(opened) == label
     assert labels.recorded_quantizer(opened.config) == name
     for base in expert_bases(origin):
         expected = encode(
@@ -213,7 +213,7 @@ def test_mxfp4_stops_at_stock_bytes_of_another_source(tmp_path: Path) -> None:
 def test_fp4_bytes_of_a_stock_bundle_get_no_label(tmp_path: Path) -> None:
     _, bundle, _ = small.make(tmp_path, small.Sizes(), seed=30)
     with pytest.raises(Stop, match="FP4 bytes"):
-        labels.expert_label(open_bundle(bundle))
+        expert_label(open_bundle(bundle))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -141,7 +141,7 @@ def test_new_biases_follow_their_scales(tmp_path: Path) -> None:
     for path in bundle.glob("*.safetensors"):
         names = list(read_shard(path).tensors)
         for i, name in enumerate(names):
-            if name.endswith(".scales"):
+            if parse_expert(name) and name.endswith(".scales"):  # others are not new
                 assert names[i + 1] == name.replace(".scales", ".biases")
 
 
@@ -289,6 +289,7 @@ def test_a_second_run_on_the_same_shards_stops(
     files = sorted(path.name for path in bundle.glob("*.safetensors"))
     with locks.held(bundle, files[first::step] if step else None):
         second = requantize(source, bundle, *options)
+    (bundle / ".lock").unlink(missing_ok=True)  # parts leave it to a whole run
     assert second.returncode == (1 if stops else 0), second.stderr
     assert ("another run" in second.stderr) == stops
     assert (digests(bundle) == before) == stops

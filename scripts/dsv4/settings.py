@@ -9,12 +9,26 @@ import argparse
 import contextlib
 import math
 import os
+import re
+
+from dsv4.words import shown
+
+JOBS = 1024  # threads, beyond which no machine gains
 
 
 def parse_jobs(text: str) -> int:
-    """Read a number of threads: 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of threads")
+    """Read a number of threads: 1 to JOBS."""
+    return _between(text, 1, JOBS, "a number of threads")
+
+
+def parse_port(text: str) -> int:
+    """Read a port of TCP: 1 to 65535."""
+    return _between(text, 1, 65535, "a port")
+
+
+def _between(text: str, least: int, most: int, what: str) -> int:
+    if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not {what}, {least} to {most}")
     return int(text)
 
 
@@ -24,7 +38,7 @@ def parse_bytes(text: str) -> int:
         value = float(text)
         if math.isfinite(value) and value >= 1:
             return int(value)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes")
+    raise argparse.ArgumentTypeError(f"{shown(text)} is not a number of bytes")
 
 
 def cores() -> int:

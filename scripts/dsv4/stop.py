@@ -6,17 +6,41 @@ its traceback, because a bug is ours and not the user's.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from dsv4.words import LINE, plain
+
+FOUND, ELSE = 700, 400  # characters of what was found, and of each other part of a message
 
 
 class Stop(Exception):
-    """Something that the user can act on: what was found, what was expected, what to do."""
+    """Something that the user can act on: what was found, what was expected, what to do.
+
+    Its text is one plain line, whatever its parts are made of.
+    """
 
     def __init__(self, what: str, found: str, expected: str, todo: str) -> None:
-        super().__init__(f"{what}: found {found}, expected {expected}; {todo}")
+        parts = plain(what, ELSE), plain(found, FOUND), plain(expected, ELSE), plain(todo, ELSE)
+        super().__init__("{}: found {}, expected {}; {}".format(*parts))
+
+
+@contextlib.contextmanager
+def naming(path: Path | str) -> Iterator[None]:
+    """Give an operating-system error of the body the path that it is about, if it names none.
+
+    Reading, writing and flushing by a file that is open do not say which file it is.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def run(main: Callable[[], int]) -> int:
@@ -24,22 +48,51 @@ def run(main: Callable[[], int]) -> int:
 
     Returns `main`'s own status, 1 after a `Stop` or an operating-system error, 130 after Ctrl-C.
     """
+    _open_streams()
     try:
-        return main()
+        status = main()
+        with naming("standard output"):
+            sys.stdout.flush()
+        return status
     except Stop as stop:
-        print(f"error: {stop}", file=sys.stderr)
-        return 1
+        return _fail(stop)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        print(f"error: {_io_message(error)}", file=sys.stderr)
-        return 1
+        return _fail(_io_message(error))
     except KeyboardInterrupt:
-        print("error: interrupted; run the same command again to go on", file=sys.stderr)
+        _fail("interrupted; run the same command again to go on")
         return 130
+
+
+def _open_streams() -> None:
+    """Let what is said go nowhere when stdout or stderr is closed (`>&-`).
+
+    Else the next file that is opened would take their place, and receive what children say.
+    """
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, os.fdopen(nowhere, "w" if fd else "r", encoding="utf-8"))
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that knows ASCII only
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _fail(what: object) -> int:
+    """Say one line on stderr, after everything that was said on stdout; the exit status 1."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        print(f"error: {plain(what, LINE)}", file=sys.stderr, flush=True)
+    return 1
 
 
 def _io_message(error: OSError) -> str:
@@ -51,5 +104,5 @@ def _io_message(error: OSError) -> str:
         errno.EROFS: "choose a path on a writable volume",
         errno.EIO: "check the disk, then run the same command again",
     }.get(error.errno or 0, "check that path, then run the same command again")
-    where = f"{error.filename}: " if error.filename else ""
+    where = f"{plain(error.filename, ELSE)}: " if error.filename else ""
     return f"{where}{error.strerror or error}; {todo}"

@@ -22,6 +22,7 @@ from dsv4.making.experts import Ledger, errors_in_words, estimate, expert_pieces
 from dsv4.making.low_disk import Supply
 from dsv4.making.marks import converted_by
 from dsv4.model import configs
+from dsv4.model.names import most_zeros
 from dsv4.model.opening import open_bundle
 from dsv4.model.plan import ShardPlan, Unit, plan_shards, weights_of
 from dsv4.runtime import upstream
@@ -85,7 +86,9 @@ def pieces_of(unit: Unit, places: dict[str, int], plan: Plan, ledger: Ledger) ->
     if unit.treatment == "expert":
         return list(expert_pieces(plan.source, unit.base, parts, plan.quantizer, ledger))
     if unit.slots[0].dtype == weight.dtype:
-        return list(copy_pieces(weight.path, weight.offset, first, weight.nbytes))
+        hole = most_zeros(weight.name, weight.dtype, weight.nbytes)
+        where = (weight.path, weight.offset, first, weight.nbytes)
+        return list(copy_pieces(*where, weight.name, hole))
     return list(matrices.half_pieces(weight, first))
 
 

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from dsv4.model.labels import parts_of
+from dsv4.model.names import most_zeros
 from dsv4.stop import Stop
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.rewrite import Desk, NewShard, Piece, Target
 from dsv4.storage.shard import Slot, Tensor
+from dsv4.storage.zeros import check_hole
 from dsv4.weights.affine import BadGroup, Tally
 from dsv4.weights.imatrix import usable
 from dsv4.weights.quantizer import Quantizer
@@ -58,6 +60,10 @@ class QuantizePiece:
         exponents = desk.buffer("exponents", rows * groups)
         desk.read(self.weight.path, self.weight.offset + self.first * half, packed)
         desk.read(self.scale.path, self.scale.offset + self.first * groups, exponents)
+        for tensor, data in ((self.weight, packed), (self.scale, exponents)):
+            offset = tensor.offset + self.first * (tensor.nbytes // tensor.shape[0])
+            hole = most_zeros(tensor.name, tensor.dtype, tensor.nbytes)
+            check_hole(tensor.path, tensor.name, data, offset, hole)
         parts = {part: desk.buffer(part, rows * n) for part, n in self._row_bytes().items()}
         weights = self.importance
         if weights is not None:

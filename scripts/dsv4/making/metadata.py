@@ -9,6 +9,7 @@ from typing import Any
 
 from dsv4.hub.origin import provenance
 from dsv4.model.chat import BOS, EOS, TEMPLATE, token_ids
+from dsv4.model.configs import without_code
 from dsv4.model.labels import quantization
 from dsv4.model.names import GROUP
 from dsv4.model.opening import expert_bases, expert_label
@@ -21,12 +22,13 @@ UNRECORDED = "not recorded"
 def patched(bundle: Checkpoint, source: Path | None = None) -> dict[str, dict[str, Any]]:
     """File name → content that it should have, for the four JSON files."""
     folder = bundle.folder
-    return {
+    contents = {
         "config.json": config(bundle, expert_label(bundle)),
         "generation_config.json": generation_config(folder),
         "tokenizer_config.json": tokenizer_config(folder),
         "jang_config.json": jang_config(folder, source),
     }
+    return {name: without_code(content) for name, content in contents.items()}
 
 
 def config(bundle: Checkpoint, expert: dict[str, Any] | None) -> dict[str, Any]:

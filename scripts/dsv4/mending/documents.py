@@ -13,7 +13,9 @@ from dsv4.mending.job import NEEDS_SOURCE, Repair, faults, is_broken, set_aside,
 from dsv4.mending.whole import files_of_experts, open_whole, wrong_experts
 from dsv4.model import labels
 from dsv4.model.chat import TEMPLATE
+from dsv4.model.configs import without_code
 from dsv4.model.opening import expert_bases
+from dsv4.proof.documents import ENCODING
 from dsv4.proof.findings import Findings
 from dsv4.stop import Stop
 from dsv4.storage.checkpoint import INDEX, Checkpoint, read_json
@@ -21,7 +23,9 @@ from dsv4.storage.durable import write_json
 from dsv4.weights.quantizer import QUANTIZERS
 
 # Faults, by how their names begin → the files that hold them, for those that patch writes.
+DOCUMENTS = ("config.json", "generation_config.json", "jang_config.json", "tokenizer_config.json")
 METADATA = {
+    "config-runs-code": DOCUMENTS,
     "label-": ("config.json",),
     "eos-": ("config.json", "generation_config.json"),
     "chat-template-": ("tokenizer_config.json",),
@@ -29,7 +33,7 @@ METADATA = {
     "generation-config-": ("generation_config.json",),
     "jang-config-": ("jang_config.json",),
 }
-FILES = {"encoding-missing", "tokenizer-missing", "tokenizer-config-broken"}
+FILES = {"encoding-missing", "encoding-differs", "tokenizer-missing", "tokenizer-config-broken"}
 
 
 def mend_index(repair: Repair) -> None:
@@ -51,6 +55,7 @@ def mend_files(repair: Repair) -> None:
                    f"{NEEDS_SOURCE}, or a bundle that has them: REFERENCE=…")  # fmt: skip
     bad = {n for n in REQUIRED if n.endswith(".json") and is_broken(repair.bundle, n)}
     bad |= {"tokenizer.json"} if "tokenizer-missing" in named else set()
+    bad |= {ENCODING} if "encoding-differs" in named else set()
     names = [n for n in wanted(origin) if n in bad or size_of(repair.bundle / n) == 0]
     if repair.say(", ".join(named), f"copied from {origin}: {', '.join(names)}"):
         repair.backup.keep(names)
@@ -87,7 +92,7 @@ def mend_document(repair: Repair, name: str, make: Callable[[], dict[str, Any]])
     elif is_broken(repair.bundle, name):
         repair.say(f"{name}: no JSON object", "made anew")
         return
-    content = make()
+    content = without_code(make())
     metadata.check_json(name, content)
     changes = metadata.differences(repair.bundle, {name: content})
     keys = [change.removeprefix(f"{name}: ") for change in changes]

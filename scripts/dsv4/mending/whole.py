@@ -40,13 +40,14 @@ def shard_files(folder: Path) -> list[str]:
     on_disk = {path.name for path in folder.glob("*.safetensors") if path.name[0] != "."}
     try:
         named = set(read_index(folder).values())
-        files = named | on_disk & set().union(*map(set_of, named))
+        sets = set(map(set_of, named))
+        files = named | {file for file in on_disk if set_of(file) in sets}
     except Stop as stop:
         sets = {set_of(file) for file in on_disk}
         if len(sets) != 1:
             raise Stop(f"{folder}", f"no index, and {len(sets)} sets of shards", "one set",
                        f"fetch {INDEX} again") from stop  # fmt: skip
-        files = set(sets.pop())
+        files = set(whole_set(sets.pop()))
     missing = sorted(files - on_disk)
     if missing:
         raise Stop(f"{folder}", f"{len(missing)} of {len(files)} shards missing, first "
@@ -54,13 +55,16 @@ def shard_files(folder: Path) -> list[str]:
     return sorted(files)
 
 
-def set_of(file: str) -> frozenset[str]:
-    """The names NAME-00001-of-N to NAME-N-of-N that a shard's own name calls for; else just it."""
-    numbered = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.safetensors", file)
-    if numbered is None:
-        return frozenset({file})
-    name, n = numbered.groups()
-    return frozenset(f"{name}-{k:05d}-of-{n}.safetensors" for k in range(1, int(n) + 1))
+def set_of(file: str) -> tuple[str, str]:
+    """The set that a shard's own name calls for: (NAME, N) of NAME-k-of-N; else (file, "")."""
+    numbered = re.fullmatch(r"(.+)-[0-9]{5}-of-([0-9]{5})\.safetensors", file)
+    return (numbered[1], numbered[2]) if numbered else (file, "")
+
+
+def whole_set(of: tuple[str, str]) -> list[str]:
+    """The names of a whole set: NAME-00001-of-N to NAME-N-of-N."""
+    name, n = of
+    return [f"{name}-{k:05d}-of-{n}.safetensors" for k in range(1, int(n) + 1)] if n else [name]
 
 
 def parts_of(bundle: Checkpoint, base: str) -> dict[str, Tensor]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from dsv4.model.forms import FORMS
 from dsv4.stop import Stop
 from dsv4.storage.checkpoint import read_json
 
@@ -33,15 +35,20 @@ TEMPLATE = (
 )
 
 
+def vocabulary(tokenizer: dict[str, Any]) -> dict[str, int]:
+    """Token → id, of a tokenizer.json that is of its form."""
+    ids = dict((tokenizer.get("model") or {}).get("vocab") or {})
+    ids.update({entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens") or []})
+    return ids
+
+
 def token_ids(folder: Path, tokens: tuple[str, ...] = STOP_TOKENS) -> list[int]:
     """The ids of `tokens` in the folder's tokenizer.json, in that order.
 
     Raises Stop when the tokenizer does not have one of them.
     """
     path = folder / "tokenizer.json"
-    tokenizer = read_json(path)
-    ids = dict((tokenizer.get("model") or {}).get("vocab") or {})
-    ids.update({entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens") or []})
+    ids = vocabulary(read_json(path, FORMS[path.name]))
     missing = [token for token in tokens if token not in ids]
     if missing:
         raise Stop(f"{path}", f"no token {missing[0]}", "DeepSeek-V4's tokenizer", "run finalize")

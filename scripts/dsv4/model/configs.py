@@ -7,11 +7,36 @@ of the machine that converted.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from dsv4.model.chat import BOS, EOS
 from dsv4.model.names import GROUP
 from dsv4.storage.checkpoint import Checkpoint
+
+# The keys of config.json that describe the model, as DeepSeek publishes it, and those that stages,
+# transformers and MLX's converters add. What a loader is shown has no other: some keys name code.
+FIELDS = frozenset((
+    "_name_or_path", "architectures", "attention_bias", "attention_dropout", "bos_token_id",
+    "compress_ratios", "compress_rope_theta", "dtype", "eos_token_id", "expert_dtype",
+    "group_size", "hc_eps", "hc_mult", "hc_sinkhorn_iters", "head_dim", "hidden_act",
+    "hidden_size", "index_head_dim", "index_n_heads", "index_topk", "initializer_range",
+    "intermediate_size", "kv_lora_rank", "max_position_embeddings", "model_type",
+    "moe_intermediate_size", "mxtq_bits", "mxtq_seed", "n_routed_experts", "n_shared_experts",
+    "norm_topk_prob", "num_attention_heads", "num_experts_per_tok", "num_hash_layers",
+    "num_hidden_layers", "num_key_value_heads", "num_nextn_predict_layers", "o_groups",
+    "o_lora_rank", "pad_token_id", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
+    "quantization", "quantization_config", "requantize", "rms_norm_eps", "rope_parameters",
+    "rope_scaling", "rope_theta", "routed_expert_bit_plan", "routed_expert_bits",
+    "routed_scaling_factor", "scoring_func", "sliding_window", "swiglu_limit",
+    "tie_word_embeddings", "topk_method", "torch_dtype", "transformers_version", "use_cache",
+    "v_head_dim", "vocab_size", "weight_format",
+))  # fmt: skip
+# Keys by which a file of the bundle makes a loader run code: mlx_lm's and mlx-vlm's model_file;
+# transformers' auto_map, custom pipelines and generation; the consent that it asks for.
+CODE = frozenset(
+    ("model_file", "auto_map", "custom_pipelines", "custom_generate", "trust_remote_code")
+)
 
 SEED = 42  # of a codebook that this format does not use; runtimes expect the key
 
@@ -107,3 +132,29 @@ def chat(config: dict[str, Any]) -> dict[str, Any]:
         },
         "sampling_defaults": {"temperature": 0.6, "top_p": 0.95, "max_new_tokens": 300},
     }
+
+
+def known_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """A copy with the keys that describe the model, and no other."""
+    return {key: value for key, value in config.items() if key in FIELDS}
+
+
+def code_keys(document: Any, place: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """(place, value) of every key in a JSON document that names code, at any depth up to 20."""
+    if depth > 20:
+        return
+    items = enumerate(document) if isinstance(document, list) else ()
+    items = document.items() if isinstance(document, dict) else items
+    for key, value in items:
+        here = f"{place}.{key}" if place else f"{key}"
+        if key in CODE and value not in (None, False, "", {}, []):
+            yield here, value
+        elif isinstance(value, dict | list):
+            yield from code_keys(value, here, depth + 1)
+
+
+def without_code(document: Any) -> Any:
+    """A copy of a JSON document in which no key names code."""
+    if isinstance(document, dict):
+        return {k: without_code(v) for k, v in document.items() if k not in CODE}
+    return [without_code(one) for one in document] if isinstance(document, list) else document

@@ -16,10 +16,10 @@ BLOCK = 128  # rows and columns that share one in the source's FP8
 PROJECTION = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 # Which source tensor gets which treatment (`kind` says what each means). Read from the top; a name
-# that no line matches is unknown. B stands for a block's prefix: layers.N. or mtp.M.
+# that no line matches is unknown. N stands for a number, B for a block: layers.N. or mtp.N.
 _TABLE = (
     # routed experts, FP4
-    (r"B ffn.experts.\d+.w[123].weight", "expert"),
+    (r"B ffn.experts.N.w[123].weight", "expert"),
     # F32: they steer routing and residual mixing
     (r"(B )?hc_\w+", "control"),
     (r"B attn.attn_sink", "control"),
@@ -39,17 +39,25 @@ _TABLE = (
     (r"B attn.indexer.(wq_b|weights_proj).weight", "affine8"),
     (r"B ffn.shared_experts.w[123].weight", "affine8"),
     # MTP's own: of the first release, and of -0731
-    (r"mtp.\d+.(e_proj|h_proj|main_proj).weight", "affine8"),
-    (r"mtp.\d+.(markov_head.markov_w[12]|confidence_head.proj).weight", "affine8"),
+    (r"mtp.N.(e_proj|h_proj|main_proj).weight", "affine8"),
+    (r"mtp.N.(markov_head.markov_w[12]|confidence_head.proj).weight", "affine8"),
 )
+_NUMBER = r"[0-9]{1,6}"  # a name whose number has more digits is unknown
 TREATMENTS = tuple(
-    (re.compile(line.replace(".", r"\.").replace("B ", r"(layers|mtp)\.\d+\.")), treatment)
+    (
+        re.compile(
+            line.replace(".", r"\.").replace("B ", r"(layers|mtp)\.N\.").replace("N", _NUMBER)
+        ),
+        treatment,
+    )
     for line, treatment in _TABLE
 )
 
-_EXPERT = re.compile(r"(layers|mtp)\.(\d+)\.ffn\.experts\.(\d+)\.(w[123])\.(\w+)")
+_EXPERT = re.compile(
+    rf"(layers|mtp)\.({_NUMBER})\.ffn\.experts\.({_NUMBER})\.(w[123])\.(\w{{1,32}})"
+)
 _CONTROL = re.compile(
-    r"(?:(?:layers|mtp)\.\d+\.)?"
+    rf"(?:(?:layers|mtp)\.{_NUMBER}\.)?"
     r"(?:hc_\w+|attn\.attn_sink|ffn\.gate\.bias)"
 )
 
@@ -79,6 +87,20 @@ def is_control(name: str) -> bool:
     refuses such a bundle.
     """
     return _CONTROL.fullmatch(name) is not None
+
+
+def most_zeros(name: str, dtype: str, nbytes: int) -> int | None:
+    """So many zero bytes in a row are a hole in a source tensor, not numbers; None: any may be.
+
+    Codes and scales of FP4 and FP8 never hold a page of them. A BF16 matrix may have rows of zeros
+    (tokens that nobody uses), but no megabyte; no matrix, scale or norm is nothing but zeros.
+    """
+    what = treatment(name)
+    if nbytes < 16 or what in (None, "control") or name.endswith((".tid2eid", ".ape")):
+        return None
+    if dtype in ("I8", "U8", "F8_E4M3", "F8_E8M0"):
+        return min(nbytes, 4096)
+    return nbytes if what == "passthrough" else min(nbytes, 1 << 20)
 
 
 def switch_paths(layer: int, matrix: str) -> tuple[str, str]:

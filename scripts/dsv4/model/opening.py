@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.model.labels import EXPERT, MXFP4, RECORD, recorded_quantizer, stored_label
-from dsv4.model.names import GROUP, expert_base, parse_expert
+from dsv4.model.names import GROUP, PROJECTION, expert_base, parse_expert
 from dsv4.stop import Stop
+from dsv4.storage.bounds import LAYERS, MATRICES
 from dsv4.storage.checkpoint import (
     Checkpoint,
     check_index,
@@ -21,6 +22,7 @@ from dsv4.storage.checkpoint import (
     read_json,
 )
 from dsv4.storage.shard import Tensor
+from dsv4.words import shown
 
 MODEL_TYPE = "deepseek_v4"
 
@@ -33,7 +35,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if config.get("model_type") != MODEL_TYPE:
         raise Stop(
             f"{folder / 'config.json'}",
-            f"model_type {config.get('model_type')!r}",
+            f"model_type {shown(config.get('model_type'))}",
             f"{MODEL_TYPE!r}",
             "this recipe knows no other model",
         )
@@ -45,9 +47,36 @@ def count(config: dict[str, Any], key: str, folder: Path) -> int:
     value = config.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise Stop(
-            f"{folder / 'config.json'}: {key}", repr(value), "a whole number", "restore config.json"
-        )
+            f"{folder / 'config.json'}: {key}", shown(value), "a whole number",
+            "restore config.json",
+        )  # fmt: skip
     return value
+
+
+def block_counts(checkpoint: Checkpoint) -> dict[str, int]:
+    """How many main and MTP layers config.json and the tensors call for: {"layers", "mtp"}.
+
+    Raises Stop for more layers, or more matrices of experts, than any index could name.
+    """
+    config, folder = checkpoint.config, checkpoint.folder
+    experts = count(config, "n_routed_experts", folder)
+    layers = {"layers": count(config, "num_hidden_layers", folder), "mtp": 0}
+    if "num_nextn_predict_layers" in config:
+        layers["mtp"] = count(config, "num_nextn_predict_layers", folder)
+    for name in checkpoint.tensors:
+        parsed = parse_expert(name)
+        if parsed and parsed[0] == "mtp":
+            layers["mtp"] = max(layers["mtp"], parsed[1] + 1)
+    matrices = sum(layers.values()) * experts * len(PROJECTION)
+    if max(layers.values()) > LAYERS or matrices > MATRICES:
+        raise Stop(
+            f"{folder / 'config.json'}",
+            f"{shown(layers['layers'])} layers, {shown(layers['mtp'])} of MTP by it or by a "
+            f"tensor's name, {shown(experts)} experts",
+            f"at most {LAYERS:,} layers and {MATRICES:,} matrices",
+            "restore config.json",
+        )
+    return layers
 
 
 def open_source(folder: Path) -> Checkpoint:
@@ -97,20 +126,13 @@ def expert_bases(checkpoint: Checkpoint) -> list[str]:
     """Storage names of all routed-expert matrices that config.json and the tensors call for.
 
     Main layers: num_hidden_layers × n_routed_experts × 3. MTP layers: as many as config.json's
-    num_nextn_predict_layers or the tensors' own names say, whichever is more.
+    num_nextn_predict_layers or the tensors' own names say, whichever is more. Raises as
+    `block_counts` does.
     """
-    config, folder = checkpoint.config, checkpoint.folder
-    experts = count(config, "n_routed_experts", folder)
-    layers = {"layers": count(config, "num_hidden_layers", folder), "mtp": 0}
-    if "num_nextn_predict_layers" in config:
-        layers["mtp"] = count(config, "num_nextn_predict_layers", folder)
-    for name in checkpoint.tensors:
-        parsed = parse_expert(name)
-        if parsed and parsed[0] == "mtp":
-            layers["mtp"] = max(layers["mtp"], parsed[1] + 1)
+    experts = count(checkpoint.config, "n_routed_experts", checkpoint.folder)
     return [
         expert_base(block, layer, expert, matrix)
-        for block, n in layers.items()
+        for block, n in block_counts(checkpoint).items()
         for layer in range(n)
         for expert in range(experts)
         for matrix in ("w1", "w2", "w3")

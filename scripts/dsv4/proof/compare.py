@@ -36,6 +36,7 @@ from dsv4.weights.quantizer import QUANTIZERS, Quantizer
 BLOCK_WEIGHTS = 1 << 17  # weights in a block of rows: 512 KB decoded, which a core's cache holds
 RUN_BLOCKS = 8  # blocks whose bytes are compared at one go
 PIECE_BYTES = 4 << 20
+PIECE_NUMBERS = 1 << 20  # of a tensor that is not quantized, compared at one go
 
 
 class Comparer:
@@ -316,17 +317,20 @@ def compare_mxfp4(task: Task, reader: Reader, outcome: Outcome) -> None:
     outcome.recomputed = True
     wrong = 0
     for part, origin in (("weight", task.origin), ("scales", task.scale)):
-        found, expected = reader.read(task.parts[part]), reader.read(origin)
-        odd = np.flatnonzero(found != expected)
-        if len(odd):
-            row, byte = divmod(int(odd[0]), origin.nbytes // origin.shape[0])
-            group = byte // 16 if part == "weight" else byte
-            where = f"row {row}, group {group}"
-            outcome.wrong_places.append(
-                (where, f"{part} byte {found[odd[0]]:#04x}", f"{expected[odd[0]]:#04x}")
-            )
+        before, infinite = wrong, False
+        for first in range(0, origin.nbytes, PIECE_BYTES):
+            count = min(PIECE_BYTES, origin.nbytes - first)
+            found, expected = (reader.read(t, first, count) for t in (task.parts[part], origin))
+            odd = np.flatnonzero(found != expected)
+            if len(odd) and wrong == before:
+                row, byte = divmod(first + int(odd[0]), origin.nbytes // origin.shape[0])
+                where = f"row {row}, group {byte // 16 if part == 'weight' else byte}"
+                outcome.wrong_places.append(
+                    (where, f"{part} byte {found[odd[0]]:#04x}", f"{expected[odd[0]]:#04x}")
+                )
             wrong += len(odd)
-        if part == "scales" and (found == 255).any():
+            infinite |= part == "scales" and bool((found == 255).any())
+        if infinite:
             outcome.fault("nan-or-inf", "scales", "exponent 255", "0 to 254")
     outcome.wrong = min(wrong, outcome.groups)
     outcome.exact = outcome.groups - outcome.wrong
@@ -335,39 +339,59 @@ def compare_mxfp4(task: Task, reader: Reader, outcome: Outcome) -> None:
 def compare_plain(task: Task, reader: Reader, outcome: Outcome) -> None:
     """Controls, integers and passthrough: the source in the bundle's dtype, byte for byte."""
     tensor, origin = task.parts["weight"], task.origin
-    found = reader.read(tensor)
-    outcome.numbers = tensor.nbytes // ITEMSIZE[tensor.dtype]
-    if tensor.dtype in FLOATS:
-        bad = np.flatnonzero(~np.isfinite(as_float32(found, tensor.dtype)))
-        if len(bad):
-            outcome.fault("nan-or-inf", element(tensor, int(bad[0])), "NaN or Inf", "numbers")
-    expected = plain_source(task, reader)
-    if origin.dtype != tensor.dtype or task.scale is not None:
-        if tensor.dtype not in FLOATS or expected.dtype != np.float32:
-            return  # reported by its dtype
-        expected = rounded(expected, tensor.dtype)
-    else:
-        expected = expected.view(np.uint8)
-    odd = np.flatnonzero(found != expected)
-    if len(odd):
-        at = int(odd[0]) // ITEMSIZE[tensor.dtype]
-        shown = [shown_element(data, tensor.dtype, at) for data in (found, expected)]
-        name = {"control": "control-differs", "module": "module-differs"}
-        outcome.fault(name.get(task.what, "passthrough-differs"), element(tensor, at), *shown)
+    size = ITEMSIZE[tensor.dtype]
+    outcome.numbers = tensor.nbytes // size
+    same = origin.dtype == tensor.dtype and task.scale is None
+    decoded = task.scale is not None or origin.dtype in FLOATS
+    comparable = same or (tensor.dtype in FLOATS and decoded)
+    step = PIECE_NUMBERS
+    if task.scale is not None:  # decoded by whole rows
+        step = max(1, step // origin.shape[1]) * origin.shape[1]
+    seen: set[str] = set()  # of each kind of fault the first place is enough
+    for first in range(0, outcome.numbers, step):
+        count = min(step, outcome.numbers - first)
+        found = reader.read(tensor, first * size, count * size)
+        if tensor.dtype in FLOATS and "nan" not in seen:
+            bad = np.flatnonzero(~np.isfinite(as_float32(found, tensor.dtype)))
+            if len(bad):
+                seen.add("nan")
+                where = element(tensor, first + int(bad[0]))
+                outcome.fault("nan-or-inf", where, "NaN or Inf", "numbers")
+        if not comparable or "odd" in seen:
+            continue  # reported by its dtype, or already
+        expected = plain_source(task, reader, first, count)
+        odd = np.flatnonzero(found != expected)
+        if len(odd):
+            seen.add("odd")
+            blame_plain(task, outcome, first, int(odd[0]) // size, (found, expected))
 
 
-def plain_source(task: Task, reader: Reader) -> np.ndarray:
-    """The source tensor: float32 when it must be decoded or rounded, else its bytes."""
+def blame_plain(
+    task: Task, outcome: Outcome, first: int, at: int, both: tuple[np.ndarray, np.ndarray]
+) -> None:
+    """Report element `at` of a slice that begins at element `first`: found and expected bytes."""
+    tensor = task.parts["weight"]
+    name = {"control": "control-differs", "module": "module-differs"}
+    shown = [shown_element(data, tensor.dtype, at) for data in both]
+    where = element(tensor, first + at)
+    outcome.fault(name.get(task.what, "passthrough-differs"), where, *shown)
+
+
+def plain_source(task: Task, reader: Reader, first: int, count: int) -> np.ndarray:
+    """`count` elements of the source from element `first`, as bytes of the bundle's dtype.
+
+    Where there is a scale they are whole rows.
+    """
     origin, dtype = task.origin, task.parts["weight"].dtype
-    data = reader.read(origin)
+    size = ITEMSIZE[origin.dtype]
+    data = reader.read(origin, first * size, count * size)
     if task.scale is not None:
-        values = np.empty(origin.nbytes, np.float32)
+        values = np.empty(count, np.float32)
         powers = UE8M0[reader.read(task.scale)].reshape(task.scale.shape)
-        kernels.decode_fp8(data, E4M3, powers, origin.shape[1], 0, values)
-        return values
-    if origin.dtype == dtype or origin.dtype not in FLOATS:
-        return data
-    return as_float32(data, origin.dtype)
+        columns = origin.shape[1]
+        kernels.decode_fp8(data, E4M3, powers, columns, first // columns, values)
+        return rounded(values, dtype)
+    return data if origin.dtype == dtype else rounded(as_float32(data, origin.dtype), dtype)
 
 
 # --- Without a source ---------------------------------------------------------------------------

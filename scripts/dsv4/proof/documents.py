@@ -5,17 +5,36 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from dsv4.model.chat import ASSISTANT, BOS, EOS, STOP_TOKENS, USER
+from dsv4.model.chat import ASSISTANT, BOS, EOS, STOP_TOKENS, USER, vocabulary
+from dsv4.model.configs import code_keys
 from dsv4.model.labels import EXPERT
 from dsv4.model.names import GROUP, parse_expert, switch_paths
 from dsv4.model.opening import expert_bases
 from dsv4.proof.findings import Check, Findings
 from dsv4.proof.headers import module_parts, stored
 from dsv4.proof.survey import Survey
+from dsv4.storage.checkpoint import INDEX, Checkpoint
+from dsv4.words import plain, shown
 
 ENCODING = "encoding/encoding_dsv4.py"
 RUNTIMES = ("mlx_lm and vMLX 1.3.97", "mlx-vlm", "vMLX 1.6.81")
 LABEL = ("group_size", "bits", "mode")
+
+
+def check_code(bundle: Survey, source: Checkpoint | None, findings: Findings) -> Check:
+    """What of the bundle would be run as code when it is loaded or served."""
+    looked = 0
+    for name, document in bundle.documents.items():
+        if name not in (INDEX, "tokenizer.json"):
+            looked += 1
+            for place, value in code_keys(document):
+                findings.add("config-runs-code", f"{name}: {place}", f"{value!r}", "no such key")
+    encoding = bundle.checkpoint.folder / ENCODING
+    if source is not None and bundle.files.get(ENCODING):
+        own = source.folder / ENCODING
+        if own.is_file() and own.read_bytes() != encoding.read_bytes():
+            findings.add("encoding-differs", ENCODING, "other bytes than the source's", "its file")
+    return Check("documents without a key that names code", looked)
 
 
 def check_conversation(bundle: Survey, findings: Findings) -> Check:
@@ -34,7 +53,7 @@ def check_conversation(bundle: Survey, findings: Findings) -> Check:
             findings.add(
                 "jang-config-group-size",
                 "jang_config.json: quantization.group_size",
-                f"{found}",
+                shown(found),
                 f"{GROUP}",
             )
     return Check("files that steer a conversation", len(bundle.documents) + 1)
@@ -42,10 +61,7 @@ def check_conversation(bundle: Survey, findings: Findings) -> Check:
 
 def stop_ids(tokenizer: dict[str, Any]) -> list[int] | None:
     """The ids of STOP_TOKENS in a parsed tokenizer.json, or None when one is not in it."""
-    model = tokenizer.get("model")
-    ids = dict((model.get("vocab") if isinstance(model, dict) else None) or {})
-    for entry in tokenizer.get("added_tokens") or []:
-        ids[entry.get("content")] = entry.get("id")
+    ids = vocabulary(tokenizer)
     found = [ids.get(token) for token in STOP_TOKENS]
     return None if None in found else found
 
@@ -68,7 +84,7 @@ def check_stop_tokens(bundle: Survey, findings: Findings) -> None:
         document = bundle.documents.get(name)
         if document is not None and document.get("eos_token_id") != eos:
             findings.add(
-                "eos-wrong", f"{name}: eos_token_id", f"{document.get('eos_token_id')}", f"{eos}"
+                "eos-wrong", f"{name}: eos_token_id", shown(document.get("eos_token_id")), f"{eos}"
             )
 
 
@@ -134,7 +150,7 @@ def check_labels(bundle: Survey, findings: Findings) -> Check:
     if "quantization_config" in bundle.config:
         findings.add("label-two-dicts", "config.json", "quantization_config", "quantization alone")
     if not isinstance(labels, dict):
-        findings.add("label-absent", "config.json", f"quantization {labels!r}", "labels")
+        findings.add("label-absent", "config.json", f"quantization {shown(labels)}", "labels")
         return Check("labels", 0)
     top = {key: labels.get(key) for key in LABEL}
     named = list(labels_in_use(bundle))
@@ -192,9 +208,9 @@ def judge_label(
     if label == stored_as or (key, "") in seen:
         return
     seen.add((key, ""))
-    where = f"config.json: quantization[{key!r}], which {runtime} looks up"
+    where = f"config.json: quantization[{shown(key)}], which {runtime} looks up"
     if key not in labels:
-        findings.add("label-missing", where, f"none, so {shown(top)}", shown(stored_as))
+        findings.add("label-missing", where, f"none, so {in_words(top)}", in_words(stored_as))
     label = label if isinstance(label, dict) else {}
     for part, name in (
         ("bits", "label-bits-wrong"),
@@ -202,16 +218,24 @@ def judge_label(
         ("group_size", "label-group-wrong"),
     ):
         if label.get(part) != stored_as[part]:
-            findings.add(name, where, f"{part} {label.get(part)}", f"{part} {stored_as[part]}")
+            found = label.get(part)
+            findings.add(name, where, f"{part} {_short(found)}", f"{part} {stored_as[part]}")
 
 
-def shown(label: dict[str, Any]) -> str:
+def in_words(label: dict[str, Any]) -> str:
     """A label for a reader: '4-bit affine, group 32'."""
-    return f"{label.get('bits')}-bit {label.get('mode')}, group {label.get('group_size')}"
+    bits, mode, size = (plain(_short(label.get(key))) for key in ("bits", "mode", "group_size"))
+    return f"{bits}-bit {mode}, group {size}"
+
+
+def _short(value: Any) -> str:
+    return value if isinstance(value, str) else shown(value)
 
 
 def check_stray(labels: dict[str, Any], known: set[str], findings: Findings) -> None:
     """No label under a name that no module has."""
     for key in labels:
         if key not in LABEL and key not in known:
-            findings.add("label-stray", f"config.json: quantization[{key!r}]", "a label", "none")
+            findings.add(
+                "label-stray", f"config.json: quantization[{shown(key)}]", "a label", "none"
+            )

@@ -26,6 +26,7 @@ from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.durable import human
 from dsv4.weights.imatrix import importances, open_imatrix
 from dsv4.weights.quantizer import Optimal
+from dsv4.words import plain, say
 
 FORMAT = 1  # of verify.json
 
@@ -72,7 +73,7 @@ def print_findings(findings: Findings) -> None:
             lines.append(f"    … and {finding.count - len(finding.places):,} more")
         lines.append(f"  repair: {fault.repair}")
     sys.stdout.flush()
-    print("\n".join(lines), file=sys.stderr, flush=True)
+    say("\n".join(lines), file=sys.stderr, flush=True)
 
 
 def versions(python: Path | None) -> dict[str, Any]:
@@ -150,7 +151,7 @@ def examine(args: argparse.Namespace) -> Examination:
 
 def describe(args: argparse.Namespace, done: Examination) -> str:
     """What was checked, how many of it, and the worst of it."""
-    lines = [f"{args.bundle}", f"level 1, headers and JSON ({done.seconds['level 1']:.1f} s)"]
+    lines = [plain(args.bundle), f"level 1, headers and JSON ({done.seconds['level 1']:.1f} s)"]
     lines += [check.text() for check in done.first]
     if done.bundle is None:
         lines.append("nothing more can be checked without config.json and index")
@@ -167,7 +168,7 @@ def as_json(args: argparse.Namespace, done: Examination) -> dict[str, Any]:
     bundle, read = done.bundle, done.read
     hashes = dict(read.hashes) if read else {}
     if args.hashes and bundle and not read:
-        hashes = {f: level2.sha256(args.bundle / f) for f in level2.visible(bundle.files)}
+        hashes = {f: level2.sha256(args.bundle / f) for f in level2.hashable(bundle)}
     errors = {}
     if read and read.compared:
         errors = {

@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from dsv4.words import plain
+
+SAID = 300  # characters of a place, of what was found there, and of what was expected
 PLACES = 5  # the places that a finding keeps of its kind; the others are counted
 ERROR, WARNING = "error", "warning"
 
@@ -35,6 +38,14 @@ _RESTORE = "fetch this file again, or make the bundle again"
 FAULTS = {
     # Files and what they say.
     "config-broken": Fault("Nothing can load a bundle without a readable config.json.", _RESTORE),
+    "config-runs-code": Fault(
+        "A key names code that loaders import and run; nothing of it was run here.",
+        "do not load this bundle; make repair removes the key",
+    ),
+    "encoding-differs": Fault(
+        "vMLX runs encoding/encoding_dsv4.py when it serves; this is not the source's.",
+        _FROM_SOURCE,
+    ),
     "config-differs": Fault("The model is built by config.json; another model is built.", _CONVERT),
     "index-broken": Fault("Runtimes find tensors by the index.", _REPAIR),
     "tokenizer-missing": Fault("Text cannot become tokens.", _FROM_SOURCE),
@@ -59,6 +70,11 @@ FAULTS = {
     "leftover-files": Fault(
         "A run was killed here; its half-written files take space.",
         "make repair (it removes them)",
+        WARNING,
+    ),
+    "file-unhashed": Fault(
+        "A file that no runtime reads is larger than any document; it was not read.",
+        "move it out of the bundle",
         WARNING,
     ),
     # Index and shards.
@@ -237,7 +253,8 @@ class Findings:
         finding = self._by_name.setdefault(name, Finding(name))
         finding.count += times
         if len(finding.places) < PLACES:
-            finding.places.append({"where": where, "found": found, "expected": expected})
+            said = {"where": where, "found": found, "expected": expected}
+            finding.places.append({key: plain(text, SAID) for key, text in said.items()})
 
     def __iter__(self) -> Iterator[Finding]:
         return iter(self._by_name.values())
@@ -268,6 +285,10 @@ class Check:
     note: str = ""
     worst: str = ""
     optional: bool = False
+
+    def __post_init__(self) -> None:
+        self.what, self.worst = plain(self.what), plain(self.worst, SAID)
+        self.note = plain(self.note, 2 * SAID)
 
     def text(self) -> str:
         """As the terminal shows it: one line, and one for each part of the note."""

@@ -11,13 +11,17 @@ from typing import Any
 
 from dsv4.model.labels import EXPERT, label_of
 from dsv4.model.names import is_control, kind, parse_expert, switch_paths
-from dsv4.model.opening import expert_bases
+from dsv4.model.opening import block_counts, expert_bases
 from dsv4.model.plan import bundle_keys
 from dsv4.proof.findings import Check, Findings
 from dsv4.proof.survey import Survey
+from dsv4.stop import Stop
+from dsv4.storage.bounds import DOCUMENT
 from dsv4.storage.checkpoint import INDEX, Checkpoint
 from dsv4.storage.durable import TEMPORARY_SUFFIX
 from dsv4.storage.shard import FLOATS, Tensor
+from dsv4.storage.typed import misfit
+from dsv4.words import shown
 
 MARKS = ("requantize_layout", "requantize_source", "requantize_quantizer", "requantize_table")
 # What the stages write into config.json; everything else must be the source's.
@@ -74,6 +78,9 @@ def check_strangers(bundle: Survey, findings: Findings) -> None:
             findings.add("leftover-files", file, f"{bundle.files[file]:,} bytes", "nothing")
         elif "/" not in file and file.endswith(".safetensors") and file not in named:
             findings.add("shard-stranger", file, "not in the index", "only the index's shards")
+        elif bundle.files[file] > DOCUMENT and file not in named and file[0] != ".":
+            found = f"{bundle.files[file]:,} bytes"
+            findings.add("file-unhashed", file, found, f"at most {DOCUMENT:,}")
 
 
 def quantizer_of(bundle: Survey) -> dict[str, str]:
@@ -231,6 +238,9 @@ def check_counterpart(bundle: Survey, origin: Tensor, what: str, findings: Findi
         weight = bundle.checkpoint.tensors.get(origin.name)
         if label is None or weight is None:
             return  # missing, reported with the triples, or not quantized
+        if len(origin.shape) != 2:
+            findings.add("shape-wrong", origin.name, f"{weight.shape}", f"{origin.shape}")
+            return
         rows, words = weight.shape
         found = (rows, words * 32 // label["bits"])
         columns = origin.shape[1] * (2 if what == "expert" else 1)
@@ -252,8 +262,13 @@ def check_config(bundle: Survey, source: Checkpoint | None, findings: Findings) 
     config = bundle.config
     for key in COUNTS:
         value = config.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            findings.add("config-broken", f"config.json: {key}", repr(value), "a whole number")
+        if misfit(value, int) or value < 1:
+            findings.add("config-broken", f"config.json: {key}", shown(value), "a whole number")
+    if "config-broken" not in findings:
+        try:
+            block_counts(bundle.checkpoint)
+        except Stop as stop:
+            findings.add("config-broken", "config.json", f"{stop}", "counts of a model")
     if source is None:
         return Check("fields of config.json", len(COUNTS))
     keys = set(source.config) - OURS
@@ -262,7 +277,7 @@ def check_config(bundle: Survey, source: Checkpoint | None, findings: Findings) 
             findings.add(
                 "config-differs",
                 f"config.json: {key}",
-                repr(config.get(key)),
-                f"{source.config[key]!r} as in the source",
+                shown(config.get(key)),
+                f"{shown(source.config[key])} as in the source",
             )
     return Check("fields of config.json as in the source", len(keys))

@@ -22,6 +22,7 @@ def check_headers(bundle: Survey, source: Checkpoint | None, findings: Findings)
         *headers.check_experts(bundle, findings),
         headers.check_triples(bundle, findings),
         headers.check_controls(bundle, findings),
+        documents.check_code(bundle, source, findings),
         documents.check_labels(bundle, findings),
         documents.check_conversation(bundle, findings),
     ]

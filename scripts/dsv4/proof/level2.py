@@ -19,6 +19,8 @@ from dsv4.model.plan import weights_of
 from dsv4.proof.compare import Comparer, look_at
 from dsv4.proof.survey import Survey
 from dsv4.proof.tasks import Outcome, Task, make_tasks
+from dsv4.stop import naming
+from dsv4.storage.bounds import DOCUMENT
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.reading import Reader
 from dsv4.storage.shard import Tensor
@@ -47,7 +49,7 @@ class Numbers:
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, 64 hex digits."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         while data := file.read(HASH_BYTES):
             digest.update(data)
     return digest.hexdigest()
@@ -96,7 +98,7 @@ def read_numbers(
     progress: Callable[[int], object],
     weighted: Quantizer | None = None,
 ) -> Numbers:
-    """Compare or look at every tensor and hash every file, shard by shard, with `jobs` threads.
+    """Compare or look at every tensor and hash the files, shard by shard, with `jobs` threads.
 
     `progress` is told the bytes of the bundle that were done. weighted: `optimal` with the imatrix
     that the bundle was made with. Raises Stop for a read that fails.
@@ -133,6 +135,12 @@ def visible(files: Iterable[str]) -> list[str]:
     )
 
 
+def hashable(bundle: Survey) -> list[str]:
+    """The visible files that are hashed: shards of the index, and what is as small as documents."""
+    shards = bundle.checkpoint.shards
+    return [f for f in visible(bundle.files) if f in shards or bundle.files[f] <= DOCUMENT]
+
+
 def cut(bundle: Survey, source: Checkpoint | None) -> Iterator[Path | list[Task | Tensor]]:
     """The work in order: a file to hash, then the tensors whose weight lies in it, and so on."""
     work: dict[str, list[tuple[int, Task | Tensor]]] = {}
@@ -140,7 +148,7 @@ def cut(bundle: Survey, source: Checkpoint | None) -> Iterator[Path | list[Task 
     for one in every:
         tensor = one.parts["weight"] if isinstance(one, Task) else one
         work.setdefault(tensor.path.name, []).append((tensor.offset, one))
-    for file in visible(bundle.files):
+    for file in hashable(bundle):
         yield bundle.checkpoint.folder / file
         some, size = [], 0
         for _, one in sorted(work.get(file, []), key=lambda item: item[0]):

@@ -8,26 +8,36 @@ that, in the toolchain's Python.
 from __future__ import annotations
 
 import json
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from dsv4.model.configs import known_fields
 from dsv4.proof.findings import Check, Findings
 from dsv4.proof.survey import Survey
+from dsv4.runtime import child
 from dsv4.runtime.patches import DEFAULT, read_patch, read_python, state
 from dsv4.runtime.toolchain import probe, with_rooms
 from dsv4.stop import Stop
-from dsv4.storage.checkpoint import INDEX
+from dsv4.storage.checkpoint import INDEX, read_json
 from dsv4.storage.shard import Shard, Slot, header_bytes
 
 REPLAY = "dsv4.proof.replay"
+LIMIT = 300  # seconds; the headers of 180 GB take some ten
+NAMES = [str]
+PARAMETERS = {"parameters": int, "unfed": NAMES, "unused": NAMES, "misfit": [NAMES]}
+ANSWERS = {str: ({"error": str}, PARAMETERS)}
 
 
 def hollow(bundle: Survey, folder: Path) -> None:
-    """Write the bundle's JSON, and its shards without their data, into `folder`."""
-    documents = {**bundle.documents, "config.json": bundle.config}
+    """Write what loaders read into `folder`: configuration, index, shards without their data.
+
+    Of config.json only the fields that are known: no key that names code reaches a loader.
+    """
+    documents = {"config.json": known_fields(bundle.config)}
     documents[INDEX] = {"weight_map": bundle.checkpoint.weight_map}
+    if "jang_config.json" in bundle.documents:
+        documents["jang_config.json"] = bundle.documents["jang_config.json"]
     for name, content in documents.items():
         (folder / name).write_text(json.dumps(content), encoding="utf-8")
     for file, shard in bundle.checkpoint.shards.items():
@@ -46,16 +56,16 @@ def write_hollow(path: Path, shard: Shard) -> None:
 def replay(python: Path, bundle: Survey) -> dict[str, dict[str, Any]]:
     """Loader → its answer, as replay.py gives it. Raises Stop when it cannot be asked."""
     with tempfile.TemporaryDirectory(prefix="hollow-") as folder:
-        out = Path(folder) / "answer.json"
-        target = Path(folder) / (bundle.checkpoint.folder.name or "bundle")
+        out, log = Path(folder) / "answer.json", Path(folder) / "log"
+        target = Path(folder) / "bundle"
         target.mkdir()
         hollow(bundle, target)
+        what = f"{REPLAY} in {python}"
         command = [str(python), "-m", REPLAY, "--folder", str(target), "--out", str(out)]
-        result = subprocess.run(command, capture_output=True, text=True, env=with_rooms())
-        if result.returncode or not out.is_file():
-            last = (result.stderr.strip().splitlines() or ["no answer"])[-1]
-            raise Stop(f"{REPLAY} in {python}", last, "an answer", "make check")
-        return json.loads(out.read_text(encoding="utf-8"))
+        status = child.run(command, with_rooms(), log, LIMIT, what)
+        if status or not out.is_file():
+            raise Stop(what, child.last_line(log), "an answer", "make check")
+        return read_json(out, ANSWERS)
 
 
 def check_loading(bundle: Survey, python: Path, findings: Findings) -> list[Check]:
@@ -73,7 +83,8 @@ def check_loading(bundle: Survey, python: Path, findings: Findings) -> list[Chec
             findings.add("loader-parameter-unfed", f"{loader}: {name}", "no tensor", "one")
         for name in answer.get("unused", []):
             findings.add("loader-tensor-unused", f"{loader}: {name}", "no parameter", "one")
-        for name, found, expected in answer.get("misfit", []):
+        for name, *said in answer.get("misfit", []):
+            found, expected = [*said, "", ""][:2]
             findings.add("loader-parameter-misfit", f"{loader}: {name}", found, expected)
         checks.append(Check(f"parameters fed by {loader}", answer.get("parameters", 0)))
     return checks

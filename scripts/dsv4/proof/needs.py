@@ -15,6 +15,7 @@ from dsv4.proof.documents import stop_ids as ids_of
 from dsv4.proof.findings import Findings
 from dsv4.proof.headers import check_controls, module_parts, stored
 from dsv4.proof.survey import Survey
+from dsv4.words import plain, shown
 
 Need = Callable[[Survey], str]
 
@@ -29,7 +30,7 @@ def labels_for(runtime: str) -> Need:
         top = {key: labels.get(key) for key in ("group_size", "bits", "mode")}
         for key, base, who in labels_in_use(bundle):
             if who == runtime and labels.get(key, top) != stored(module_parts(bundle, base)):
-                return f"no right label at {key}"
+                return f"no right label at {plain(key)}"
         return ""
 
     return need
@@ -41,7 +42,7 @@ def stop_ids(name: str) -> Need:
     def need(bundle: Survey) -> str:
         eos = ids_of(bundle.documents.get("tokenizer.json", {}))
         found = bundle.documents.get(name, {}).get("eos_token_id")
-        return "" if eos and found == eos else f"stop tokens in {name} {found}"
+        return "" if eos and found == eos else f"stop tokens in {name} {shown(found)}"
 
     return need
 
@@ -64,7 +65,7 @@ def controls(bundle: Survey) -> str:
 def jang_groups(bundle: Survey) -> str:
     found = bundle.documents.get("jang_config.json", {}).get("quantization")
     found = found.get("group_size") if isinstance(found, dict) else None
-    return "" if found == GROUP else f"jang_config.json: group_size {found}"
+    return "" if found == GROUP else f"jang_config.json: group_size {shown(found)}"
 
 
 def plain_head(bundle: Survey) -> str:

@@ -21,6 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dsv4.runtime.child import end_with_parent
+
 
 class Handed(Exception):
     """Raised in place of `load_weights`: the model as built, and the tensors meant for it."""
@@ -95,6 +97,8 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    if not sys.stdin.isatty():
+        end_with_parent(args.folder.parent)
     import mlx.nn as nn
 
     def hand_over(self: Any, weights: Any, strict: bool = True) -> None:

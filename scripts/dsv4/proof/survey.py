@@ -7,16 +7,18 @@ of what a hub answers, and every check of level 1 works on either.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dsv4.model.forms import FORMS
 from dsv4.model.opening import MODEL_TYPE
 from dsv4.proof.findings import Findings
 from dsv4.stop import Stop
-from dsv4.storage.checkpoint import INDEX, Checkpoint
+from dsv4.storage import bounds
+from dsv4.storage.checkpoint import INDEX, Checkpoint, is_file_name, read_json
 from dsv4.storage.shard import Shard, read_shard
+from dsv4.words import shown
 
 # The JSON files that runtimes read, and the fault of one that is missing or no JSON object.
 DOCUMENTS = {
@@ -53,15 +55,11 @@ class Survey:
 def survey(folder: Path, findings: Findings) -> Survey | None:
     """Read a folder's JSON and headers. None when there is no config.json or index to go by.
 
-    Raises Stop when there is no such folder.
+    Raises Stop when there is no such folder, or more in it than a bundle has.
     """
     if not folder.is_dir():
         raise Stop(f"{folder}", "no such folder", "a bundle", "check BUNDLE")
-    files = {
-        path.relative_to(folder).as_posix(): path.stat().st_size
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    files = bounds.files_of(folder)
     documents = read_documents(folder, files, findings)
     weight_map = check_weight_map(documents.get(INDEX), findings)
     config = documents.get("config.json")
@@ -69,7 +67,7 @@ def survey(folder: Path, findings: Findings) -> Survey | None:
         findings.add(
             "config-broken",
             "config.json: model_type",
-            repr(config.get("model_type")),
+            shown(config.get("model_type")),
             repr(MODEL_TYPE),
         )
         config = None
@@ -83,21 +81,16 @@ def survey(folder: Path, findings: Findings) -> Survey | None:
 def read_documents(
     folder: Path, files: dict[str, int], findings: Findings
 ) -> dict[str, dict[str, Any]]:
-    """Parse the JSON files that are there and are JSON objects; the others are findings."""
+    """Parse the JSON files that are there and of their form; the others are findings."""
     documents = {}
     for name, fault in DOCUMENTS.items():
         if name not in files:
             findings.add(fault, name, "no such file", "it")
             continue
         try:
-            value = json.loads((folder / name).read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            findings.add(fault, name, f"no valid JSON ({type(error).__name__})", "JSON")
-            continue
-        if isinstance(value, dict):
-            documents[name] = value
-        else:
-            findings.add(fault, name, f"a {type(value).__name__}", "a JSON object")
+            documents[name] = read_json(folder / name, FORMS[name])
+        except Stop as stop:
+            findings.add(fault, name, f"{stop}", "a JSON object that can be read")
     return documents
 
 
@@ -110,8 +103,8 @@ def check_weight_map(index: dict[str, Any] | None, findings: Findings) -> dict[s
         return {}
     safe = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or "\\" in file or "\0" in file:
-            findings.add("index-unsafe-path", f"{INDEX}: {name}", repr(file), "a file name")
+        if not is_file_name(file):
+            findings.add("index-unsafe-path", f"{INDEX}: {name}", shown(file), "a file name")
         else:
             safe[name] = file
     return safe

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from dsv4.model.names import kind
+from dsv4.model.names import BLOCK, GROUP, kind
 from dsv4.proof.headers import module_parts, stored
 from dsv4.proof.survey import Survey
+from dsv4.storage.bounds import COLUMNS
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.shard import FLOATS, Tensor
 
@@ -76,12 +77,25 @@ class Task:
         return sum(part.nbytes for part in self.parts.values())
 
 
+def readable(source: Checkpoint, origin: Tensor) -> bool:
+    """True for a source tensor that can be decoded row by row: its scale, if any, fits it."""
+    scale = source.tensors.get(f"{origin.name.removesuffix('.weight')}.scale")
+    if scale is None:
+        return origin.dtype != "F8_E4M3"
+    if len(origin.shape) != 2 or not 0 < origin.shape[1] <= COLUMNS:
+        return False
+    out, columns = origin.shape
+    fp4, fp8 = (out, 2 * columns // GROUP), (-(-out // BLOCK), -(-columns // BLOCK))
+    fits = scale.shape == (fp4 if origin.dtype == "I8" else fp8)
+    return fits and scale.dtype in ("F8_E8M0", "U8")
+
+
 def make_tasks(bundle: Survey, source: Checkpoint) -> list[Task]:
     """All source tensors whose counterparts are whole; level 1 has reported the others."""
     tasks = []
     for name, origin in source.tensors.items():
         what = kind(name)
-        if what == "scale" or name not in bundle.checkpoint.tensors:
+        if what == "scale" or name not in bundle.checkpoint.tensors or not readable(source, origin):
             continue
         base = name.removesuffix(".weight")
         scale = source.tensors.get(f"{base}.scale")
@@ -98,7 +112,12 @@ def make_tasks(bundle: Survey, source: Checkpoint) -> list[Task]:
             if tensor.shape == origin.shape:
                 tasks.append(task)
             continue
+        if len(origin.shape) != 2:
+            continue
         columns = origin.shape[1] * (2 if what == "expert" else 1)
-        if parts["weight"].shape == (origin.shape[0], columns * label["bits"] // 32):
+        if columns <= COLUMNS and parts["weight"].shape == (
+            origin.shape[0],
+            columns * label["bits"] // 32,
+        ):
             tasks.append(Task(origin, scale, parts, what, label))
     return tasks

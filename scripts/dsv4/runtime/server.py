@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
+import multiprocessing
 import re
 import socket
 import subprocess
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from dsv4.runtime.toolchain import environment
 from dsv4.stop import Stop
+from dsv4.storage.checkpoint import parse_json
+from dsv4.words import plain
 
 # vMLX 1.3.97 recognises the model family by the served name.
 NAME = "deepseek-v4-flash-mlx-q4q8"
 HOST = "127.0.0.1"
+ANSWER_BYTES = 4 << 20  # of an answer: 1,000 tokens take 10 KB
+LOG_BYTES = 1 << 20  # of a log's end
+TEXT = (str, None)
+MESSAGE = {"content?": TEXT, "reasoning_content?": TEXT, "reasoning?": TEXT}
+ANSWER = {"choices": [{"message": MESSAGE, "finish_reason?": TEXT}]}
 
 
 @dataclass(frozen=True)
@@ -99,15 +107,19 @@ def _wait_for(server: subprocess.Popen, url: str, log: Path, patience: float) ->
                 "a server that stays up",
                 f"read {log}",
             )
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/v1/models", timeout=5):
-            return
+        with contextlib.suppress(Stop):
+            if exchange(url, "GET", "/v1/models", "", 5)[0] == 200:
+                return
         time.sleep(0.2)
     raise Stop("vmlx_engine serve", f"no answer in {patience:.0f} s", "an answer", f"read {log}")
 
 
 def last_words(log: Path) -> str:
     """The last exception that a log shows, else its last line; 300 characters at most."""
-    lines = log.read_text(errors="replace").strip().splitlines() or ["no output"]
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - LOG_BYTES))
+        text = file.read(LOG_BYTES).decode(errors="replace")
+    lines = text.strip().splitlines() or ["no output"]
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception): ", line)]
     return (errors or lines)[-1][:300]
 
@@ -120,22 +132,47 @@ def ask(url: str, question: str, max_tokens: int, timeout: float = 600) -> Answe
         "max_tokens": max_tokens,
         "temperature": 0,
     }
-    request = urllib.request.Request(
-        f"{url}/v1/chat/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=timeout) as response:
-            choice = json.load(response)["choices"][0]
-            message = choice["message"]
-    except urllib.error.HTTPError as error:
-        detail = error.read(400).decode(errors="replace")
-        raise Stop(url, f"HTTP {error.code}: {detail}", "200", "read the server's log") from error
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise Stop(url, str(error), "an answer", "start the server with `make serve`") from error
+    todo = "start the server with `make serve`"
+    status, data = exchange(url, "POST", "/v1/chat/completions", json.dumps(body), timeout)
+    if status != 200:
+        detail = plain(data[:400].decode(errors="replace"), 400)
+        raise Stop(url, f"HTTP {status}: {detail}", "200", "read the server's log")
+    value = parse_json(data, f"{url}: its answer", ANSWER)
+    if not value["choices"]:
+        raise Stop(url, "no choices in its answer", "an answer", todo)
+    choice = value["choices"][0]
+    message = choice["message"]
     return Answer(
         message.get("content") or "",
         message.get("reasoning_content") or message.get("reasoning") or "",
         choice.get("finish_reason") or "",
     )
+
+
+def exchange(url: str, method: str, path: str, body: str, seconds: float) -> tuple[int, bytes]:
+    """One request to a server on this machine, directly: no proxy, and no redirection is followed.
+
+    Returns status and body. Raises Stop when that takes longer than `seconds` in all, whatever
+    the server does meanwhile, or is more than ANSWER_BYTES.
+    """
+    with ThreadPool(1) as pool:  # leaving it does not wait for a thread that is stuck
+        work = pool.apply_async(_exchange, (url, method, path, body, seconds))
+        try:
+            status, data = work.get(seconds)
+        except (TimeoutError, multiprocessing.TimeoutError) as error:
+            raise Stop(url, f"no whole answer in {seconds:g} s", "one", "see its log") from error
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            found = f"{type(error).__name__}: {error}"
+            raise Stop(url, found, "an answer", "start the server with `make serve`") from error
+    if len(data) > ANSWER_BYTES:
+        raise Stop(url, f"more than {ANSWER_BYTES:,} bytes", "an answer", "read the server's log")
+    return status, data
+
+
+def _exchange(url: str, method: str, path: str, body: str, seconds: float) -> tuple[int, bytes]:
+    host = url.removeprefix("http://")
+    connection = http.client.HTTPConnection(host, timeout=seconds)
+    with contextlib.closing(connection):
+        connection.request(method, path, body.encode(), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        return response.status, response.read(ANSWER_BYTES + 1)

@@ -7,20 +7,33 @@ a process of its own, and never imported here.
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dsv4.stop import Stop
+from dsv4.storage.checkpoint import parse_json
+from dsv4.words import shown
 
 APP = Path("/Applications/vMLX.app")
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPTS = ROOT / "scripts"
+PATIENCE = 300  # seconds until a Python has said what it is: importing MLX takes long at first
+HEARD = 4 << 20  # bytes
 PACKAGES = ("jang", "vmlx", "mlx", "mlx-lm", "mlx-vlm", "transformers", "torch")
+
+ANSWER = {
+    "python": str,
+    "executable": str,
+    "packages": dict.fromkeys(PACKAGES, (str, None)),
+    "metal": (bool, str, None),
+    "folders": dict.fromkeys(("jang_tools", "mlx_lm", "vmlx_engine"), (str, None)),
+}
 
 _PROBE = """
 import importlib.metadata as m, importlib.util as u, json, platform, sys
@@ -56,28 +69,55 @@ def probe(python: Path) -> dict[str, Any]:
     Returns {"python", "executable", "packages": {name: version | None}, "metal": bool | str (why
     mlx does not import), "folders": {module: path | None}}. Raises Stop when it cannot be run.
     """
+    what = f"toolchain Python {python}"
     try:
-        result = subprocess.run(
-            [str(python), "-c", _PROBE, *PACKAGES],
-            capture_output=True,
-            text=True,
-            env=environment(),
-        )
+        status, said, errors = hear([str(python), "-c", _PROBE, *PACKAGES], PATIENCE)
     except OSError as error:
         raise Stop(
-            f"toolchain Python {python}",
+            what,
             error.strerror or str(error),
             "a Python that runs",
             "run `make venv`, or set TOOLCHAIN_PYTHON",
         ) from error
-    if result.returncode:
-        raise Stop(
-            f"toolchain Python {python}",
-            (result.stderr.strip().splitlines() or ["no answer"])[-1],
-            "a Python that runs",
-            "check TOOLCHAIN_PYTHON",
-        )
-    return json.loads(result.stdout.strip().splitlines()[-1])
+    if status:
+        last = (errors.decode(errors="replace").strip().splitlines() or ["no answer"])[-1]
+        raise Stop(what, last, "a Python that runs", "check TOOLCHAIN_PYTHON")
+    answer = (said.strip().splitlines() or [b""])[-1]
+    try:
+        return parse_json(answer, what, ANSWER)
+    except Stop as stop:
+        found = f"the answer {shown(answer.decode(errors='replace'))}"
+        raise Stop(what, found, "what a Python says", "check TOOLCHAIN_PYTHON") from stop
+
+
+def hear(command: list[str], seconds: float) -> tuple[int, bytes, bytes]:
+    """Run a child in the toolchain's environment: (exit status, stdout, stderr).
+
+    Of each at most HEARD bytes; who says more, or takes longer than `seconds`, is ended: status
+    -9. Raises OSError when it cannot be run.
+    """
+    pipe = subprocess.PIPE
+    with (
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe,
+                         env=environment()) as child,
+        ThreadPoolExecutor(2) as pool,
+    ):  # fmt: skip
+        alarm = threading.Timer(seconds, child.kill)
+        alarm.start()
+        try:
+            texts = [pool.submit(_hear, child, stream) for stream in (child.stdout, child.stderr)]
+            said, errors = (text.result() for text in texts)
+            return child.wait(), said, errors
+        finally:
+            alarm.cancel()
+            child.kill()
+
+
+def _hear(child: subprocess.Popen, stream: IO[bytes]) -> bytes:
+    text = stream.read(HEARD + 1)
+    if len(text) > HEARD:
+        child.kill()
+    return text[:HEARD]
 
 
 def app_versions(app: Path = APP) -> dict[str, str | None]:
@@ -91,13 +131,16 @@ def app_versions(app: Path = APP) -> dict[str, str | None]:
 
 
 def environment() -> dict[str, str]:
-    """The environment for a toolchain process: no user site, nothing fetched from the hub.
+    """The environment for a toolchain process: no user site, nothing fetched from the hub, and no
+    module found in the folder that the user happens to stand in, which may be a bundle.
 
     Without Metal, MLX compiles fused kernels with the machine's C++ compiler, which may be missing
     and takes over a minute for the first answer; there it interprets them instead.
     """
     interpret = {} if has_metal() else {"MLX_DISABLE_COMPILE": "1"}
-    return {**os.environ, "PYTHONNOUSERSITE": "1", "HF_HUB_OFFLINE": "1", **interpret}
+    ours = {"PYTHONNOUSERSITE": "1", "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"}
+    inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
+    return {**inherited, **ours, **interpret}
 
 
 def with_rooms() -> dict[str, str]:
@@ -108,12 +151,13 @@ def with_rooms() -> dict[str, str]:
 def call(
     command: list[str], what: str, todo: str, stdin: str = "", env: Mapping[str, str] = {}
 ) -> str:
-    """Run `command` in the toolchain's environment, with `env` added; return its stdout.
+    """Run one of our scripts in the toolchain's environment, with `env` added; return its stdout.
 
     Raises Stop with the last line of its stderr when it fails; `todo` is what to do then.
     """
+    ours = {**environment(), "PYTHONSAFEPATH": ""}  # scripts find what lies beside them
     result = subprocess.run(
-        command, input=stdin, capture_output=True, text=True, env={**environment(), **env}
+        command, input=stdin, capture_output=True, text=True, env={**ours, **env}
     )
     if result.returncode:
         last = (result.stderr.strip().splitlines() or ["no output"])[-1]

@@ -1,4 +1,4 @@
-"""Bytes on a disk: safetensors files, folders of them, durable writing, locks.
+"""Bytes on a disk: safetensors files, folders of them, bounded JSON, durable writing, locks.
 Knows neither names nor numbers of the model.
-May import: stop, settings.
+May import: words, stop, settings.
 """

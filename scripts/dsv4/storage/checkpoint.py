@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.stop import Stop
+from dsv4.storage import bounds, typed
 from dsv4.storage.shard import Shard, Tensor, read_shard
+from dsv4.storage.typed import OBJECT, Form
+from dsv4.words import plain, shown
 
 INDEX = "model.safetensors.index.json"
 
@@ -38,17 +41,28 @@ class Checkpoint:
         return sum(shard.size for shard in self.shards.values())
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises Stop when the file is missing, not JSON, or no object."""
+def read_json(path: Path, form: Form = OBJECT) -> dict[str, Any]:
+    """Read a JSON object of a form (see typed.py). Raises Stop when the file is missing, larger
+    than any document here needs to be, not JSON, or of other types.
+    """
     if not path.is_file():
         raise Stop(f"{path}", "no such file", "a JSON file", "check the folder")
+    return parse_json(bounds.read(path), f"{path}", form)
+
+
+def parse_json(data: bytes, where: str, form: Form = OBJECT) -> dict[str, Any]:
+    """The JSON object that `data` is the text of. Raises as `read_json` does."""
+    todo = "restore this file"
+    bounds.check_marks(data, where)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(data.decode("utf-8"))
+        bounds.check_text(data, value)
+        deep = not bounds.is_shallow(value)
     except (ValueError, RecursionError) as error:
-        raise Stop(f"{path}", f"no valid JSON ({error})", "JSON", "restore this file") from error
-    if not isinstance(value, dict):
-        raise Stop(f"{path}", f"a {type(value).__name__}", "a JSON object", "restore this file")
-    return value
+        raise Stop(where, f"no valid JSON ({error})", "JSON", todo) from error
+    if deep:
+        raise Stop(where, f"lists and objects more than {bounds.DEPTH} deep", "fewer", todo)
+    return typed.fit(where, value, form, todo)
 
 
 def read_index(folder: Path) -> dict[str, str]:
@@ -58,14 +72,21 @@ def read_index(folder: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise Stop(f"{path}", "no weight_map", "tensor names and their shards", "restore the index")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or "\\" in file or "\0" in file:
+        if not is_file_name(file):
             raise Stop(
-                f"{path}: {name}",
-                f"the file {file!r}",
+                f"{path}: {plain(name)}",
+                f"the file {shown(file)}",
                 "a file name inside the folder",
                 "do not use this checkpoint",
             )
     return weight_map
+
+
+def is_file_name(file: Any) -> bool:
+    """True for what can name a file inside a folder, and nothing outside it."""
+    if not isinstance(file, str) or not 0 < len(file.encode()) <= 255:
+        return False
+    return Path(file).name == file and "\\" not in file and "\0" not in file
 
 
 def open_shards(folder: Path, files: set[str]) -> dict[str, Shard]:

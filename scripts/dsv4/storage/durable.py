@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import filecmp
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from dsv4.stop import Stop
+from dsv4.stop import Stop, naming
 from dsv4.storage import inside
 
 TEMPORARY_SUFFIX = ".partial"
@@ -35,7 +36,8 @@ def fsync_folder(folder: Path) -> None:
     """Make the names in `folder` durable."""
     fd = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(fd)
+        with naming(folder):
+            os.fsync(fd)
     finally:
         os.close(fd)
 
@@ -69,12 +71,12 @@ class Replacement:
 
     def commit(self) -> None:
         """Make the bytes durable, then the name; `path` never names anything but whole files."""
-        self.file.flush()
-        fsync(self.file.fileno())
-        with contextlib.suppress(FileNotFoundError):
-            mode = os.stat(self._name, dir_fd=self._folder).st_mode
-            os.fchmod(self.file.fileno(), mode & 0o777)
         with inside.naming(self.path):
+            self.file.flush()
+            fsync(self.file.fileno())
+            with contextlib.suppress(FileNotFoundError):
+                mode = os.stat(self._name, dir_fd=self._folder).st_mode
+                os.fchmod(self.file.fileno(), mode & 0o777)
             inside.rename(self._folder, self._temporary, self._folder, self._name)
             os.fsync(self._folder)
         self.file.close()
@@ -99,7 +101,8 @@ def replacing(path: Path, root: Path | None = None) -> Iterator[IO[bytes]]:
     """
     replacement = Replacement(path, root)
     try:
-        yield replacement.file
+        with naming(path):
+            yield replacement.file
         replacement.commit()
     finally:
         replacement.discard()
@@ -122,8 +125,8 @@ def write_json(path: Path, value: Any, root: Path | None = None) -> bool:
 
 def copy_file(source: Path, target: Path, root: Path | None = None) -> bool:
     """Copy one file durably; False when `target` has the same bytes already."""
-    if target.is_file() and target.stat().st_size == source.stat().st_size:
-        return write_bytes(target, source.read_bytes(), root)
+    if target.is_file() and filecmp.cmp(source, target, shallow=False):
+        return False
     with source.open("rb") as reader, replacing(target, root) as writer:
         shutil.copyfileobj(reader, writer, 1 << 20)
     return True

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dsv4.stop import Stop
+from dsv4.stop import Stop, naming
 from dsv4.storage.shard import FLOATS, ITEMSIZE, NUMPY_DTYPE, REDO, Tensor
 
 
@@ -22,14 +22,14 @@ class Reader:
         if tensor.path not in self._open:
             self._open[tensor.path] = os.open(tensor.path, os.O_RDONLY)
         wanted = tensor.nbytes - first if nbytes is None else nbytes
-        data = os.pread(self._open[tensor.path], wanted, tensor.offset + first)
+        data = b""
         while len(data) < wanted:
-            more = os.pread(
-                self._open[tensor.path], wanted - len(data), tensor.offset + first + len(data)
-            )
+            at = tensor.offset + first + len(data)
+            with naming(tensor.path):
+                more = os.pread(self._open[tensor.path], wanted - len(data), at)
             if not more:
                 raise Stop(f"{tensor.path}", "its end", f"{tensor.name} there", REDO)
-            data += more
+            data = data + more if data else more
         return np.frombuffer(data, np.uint8)
 
     def rows(self, tensor: Tensor, first: int, last: int) -> np.ndarray:

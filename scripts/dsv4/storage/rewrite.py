@@ -22,9 +22,10 @@ from typing import Protocol
 
 import numpy as np
 
-from dsv4.stop import Stop
+from dsv4.stop import Stop, naming
 from dsv4.storage.durable import Replacement
 from dsv4.storage.shard import REDO
+from dsv4.storage.zeros import check_hole
 
 COPY_BYTES = 4 << 20
 
@@ -49,10 +50,8 @@ class Desk:
         self._open(path)
         done = 0
         while done < len(view):
-            try:
+            with naming(path):
                 n = os.preadv(self._fd, [view[done:]], offset + done)
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, str(path)) from error
             if n == 0:
                 raise Stop(f"{path}", f"its end at byte {offset + done:,}", "more bytes", REDO)
             done += n
@@ -82,32 +81,25 @@ class Target:
         self._fd = self._replacement.file.fileno()
         bypass_cache(self._fd)
         try:
-            reserve(self._fd, shard.size)
+            with naming(shard.path):
+                reserve(self._fd, shard.size)
             self.write(0, np.frombuffer(shard.header, np.uint8))
-        except OSError as error:
+        except OSError:
             self.discard()
-            raise self._named(error) from error
-
-    def _named(self, error: OSError) -> OSError:
-        return OSError(error.errno, error.strerror, str(self._replacement.path))
+            raise
 
     def write(self, offset: int, data: np.ndarray) -> None:
         """Write contiguous `data` at byte `offset`, and let the disk begin with it."""
         view = memoryview(data).cast("B")
         done = 0
         while done < len(view):
-            try:
+            with naming(self._replacement.path):
                 done += os.pwrite(self._fd, view[done:], offset + done)
-            except OSError as error:
-                raise self._named(error) from error
         forget(self._fd, offset, done)
 
     def commit(self) -> None:
         """Give the whole, durable file its name."""
-        try:
-            self._replacement.commit()
-        except OSError as error:
-            raise self._named(error) from error
+        self._replacement.commit()
 
     def discard(self) -> None:
         """Drop what was written."""
@@ -156,6 +148,8 @@ class CopyPiece:
     offset: int
     place: int
     nbytes: int
+    name: str = ""
+    hole: int | None = None  # so many zeros in a row stop the copy
 
     @property
     def nbytes_read(self) -> int:
@@ -166,13 +160,16 @@ class CopyPiece:
         """Copy through a buffer of at most COPY_BYTES."""
         data = desk.buffer("copy", self.nbytes)
         desk.read(self.path, self.offset, data)
+        check_hole(self.path, self.name, data, self.offset, self.hole)
         target.write(self.place, data)
 
 
-def copy_pieces(path: Path, offset: int, place: int, nbytes: int) -> list[CopyPiece]:
+def copy_pieces(
+    path: Path, offset: int, place: int, nbytes: int, name: str = "", hole: int | None = None
+) -> list[CopyPiece]:
     """Cut a copy of any size into pieces of at most COPY_BYTES."""
     return [
-        CopyPiece(path, offset + done, place + done, min(COPY_BYTES, nbytes - done))
+        CopyPiece(path, offset + done, place + done, min(COPY_BYTES, nbytes - done), name, hole)
         for done in range(0, nbytes, COPY_BYTES)
     ]
 

@@ -5,7 +5,7 @@ of JSON, then the tensors' bytes. JSON maps a name to dtype, shape and data_offs
 end of the header), and `__metadata__` to a dict of strings.
 
 The reader takes nothing on trust, because a truncated download or a hostile file must end in one
-clear line: it never reads more than the header, and never allocates more than the file holds.
+clear line: it never reads more than the header, and never more of that than a model can need.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from dsv4.stop import Stop
+from dsv4.stop import Stop, naming
+from dsv4.storage import bounds
 from dsv4.storage.durable import replacing
+from dsv4.words import plain, shown
 
 # Bytes an element. The 4-bit and 6-bit floats of newer safetensors have no place in this model.
 ITEMSIZE = {
@@ -42,7 +44,7 @@ NUMPY_DTYPE = {
 
 FLOATS = ("F16", "BF16", "F32")  # those that NumPy can be brought to compute with
 
-MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
+MAX_HEADER = bounds.HEADER
 REDO = "fetch or rebuild this file"
 SAMPLE_BYTES = 4096
 
@@ -76,20 +78,8 @@ def read_shard(path: Path) -> Shard:
     than the file, not JSON, duplicate keys, unknown dtype, shape and byte count that disagree,
     offsets out of range, overlapping or leaving a gap.
     """
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        prefix = file.read(8)
-        if len(prefix) < 8:
-            raise Stop(f"{path}", f"{size} bytes", "a safetensors file", REDO)
-        length = int.from_bytes(prefix, "little")
-        if length > min(size - 8, MAX_HEADER):
-            raise Stop(
-                f"{path}",
-                f"a header of {length:,} bytes in a file of {size:,}",
-                f"at most {min(size - 8, MAX_HEADER):,}",
-                REDO,
-            )
-        text = file.read(length)
+    text, size = _read_header(path)
+    length = len(text)
     header = _parse_header(path, text)
     metadata = _check_metadata(path, header.pop("__metadata__", {}))
     start = 8 + length
@@ -107,17 +97,41 @@ def sample_places(shard: Shard) -> list[tuple[int, int]]:
     return [(place, min(SAMPLE_BYTES, shard.size - place)) for place in places]
 
 
+def _read_header(path: Path) -> tuple[bytes, int]:
+    """The header's JSON, and the file's size in bytes."""
+    with naming(path), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise Stop(f"{path}", f"{size} bytes", "a safetensors file", REDO)
+        length = int.from_bytes(prefix, "little")
+        if length > min(size - 8, MAX_HEADER):
+            raise Stop(
+                f"{path}",
+                f"a header of {length:,} bytes in a file of {size:,}",
+                f"at most {min(size - 8, MAX_HEADER):,}",
+                REDO,
+            )
+        text = file.read(length)
+        if len(text) < length:
+            raise Stop(f"{path}", "its end in the header", f"{length:,} bytes of it", REDO)
+        return text, size
+
+
 def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise Stop(f"{path}", f"the key {twice!r} twice in its header", "each key once", REDO)
+            seen: set[str] = set()
+            twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+            found = f"the key {shown(twice)} twice in its header"
+            raise Stop(f"{path}", found, "each key once", REDO)
         return result
 
+    bounds.check_marks(text, f"{path}")
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+        bounds.check_text(text, header)
     except (ValueError, RecursionError) as error:
         raise Stop(f"{path}", f"a header that is not JSON ({type(error).__name__})",
                    "JSON text", REDO) from error  # fmt: skip
@@ -133,24 +147,25 @@ def _check_metadata(path: Path, metadata: Any) -> dict[str, str]:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _parse_tensor(path: Path, name: str, entry: Any, start: int) -> Tensor:
     entry = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    where = f"{path}: {plain(name)}"
     if not isinstance(dtype, str) or dtype not in ITEMSIZE:
-        raise Stop(f"{path}: {name}", f"dtype {dtype!r}", f"one of {', '.join(ITEMSIZE)}", REDO)
-    if not isinstance(shape, list) or not all(_is_count(n) for n in shape):
-        raise Stop(f"{path}: {name}", f"shape {shape!r}", "a list of sizes", REDO)
+        raise Stop(where, f"dtype {shown(dtype)}", f"one of {', '.join(ITEMSIZE)}", REDO)
+    if not isinstance(shape, list) or not all(_is_count(n) for n in shape[: bounds.AXES + 1]):
+        raise Stop(where, f"shape {shown(shape)}", "a list of sizes", REDO)
+    if len(shape) > bounds.AXES:
+        raise Stop(where, f"{len(shape):,} axes", f"at most {bounds.AXES}", REDO)
     if not (isinstance(offsets, list) and len(offsets) == 2 and all(map(_is_count, offsets))):
-        raise Stop(f"{path}: {name}", f"data_offsets {offsets!r}", "[begin, end]", REDO)
+        raise Stop(where, f"data_offsets {shown(offsets)}", "[begin, end]", REDO)
     begin, end = offsets
     nbytes = math.prod(shape) * ITEMSIZE[dtype]
     if end - begin != nbytes:
-        raise Stop(
-            f"{path}: {name}", f"{end - begin:,} bytes", f"{nbytes:,} for {dtype} {shape}", REDO
-        )
+        raise Stop(where, f"{end - begin:,} bytes", f"{nbytes:,} for {dtype} {shape}", REDO)
     return Tensor(name, dtype, tuple(shape), path, start + begin, nbytes)
 
 
@@ -176,7 +191,7 @@ def read_array(tensor: Tensor) -> np.ndarray:
 
     Raises Stop when the file ends early: it was whole when its header was read.
     """
-    with tensor.path.open("rb") as file:
+    with naming(tensor.path), tensor.path.open("rb") as file:
         file.seek(tensor.offset)
         data = file.read(tensor.nbytes)
     if len(data) != tensor.nbytes:

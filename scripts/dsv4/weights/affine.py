@@ -13,19 +13,15 @@ MLX's Metal and CUDA kernels differ from its CPU code for groups without a zero 
 from __future__ import annotations
 
 import hashlib
-import platform
 from dataclasses import dataclass
 
 import numba
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
 from dsv4.model.names import GROUP
 from dsv4.stop import Stop
 from dsv4.weights.fp4 import E2M1, UE8M0
+from dsv4.weights.vectors import ENERGY_BITS, look_up
 
 BITS = 4
 # A code's place among the 15 values -6 … 6; both zeros are number 7.
@@ -33,7 +29,6 @@ RANK = np.array([7, 8, 9, 10, 11, 12, 13, 14, 7, 6, 5, 4, 3, 2, 1, 0])
 
 OK, UNDERFLOW, BAD = 0, 1, 2  # what an entry says of its case
 ERROR_MAX = (1 << 14) - 1  # of a squared error in its row's unit: 32 of them take 19 bits
-ENERGY_BITS = 13  # 32 squares of values × 4, at most 32 × 144
 
 
 @dataclass(frozen=True)
@@ -264,86 +259,6 @@ def _pair(low: int, high: int) -> int:
         7 - _top(minus, fours, twos, ones) if minus != 0 else 14 - _top(plus, ~fours, ~twos, ~ones)
     )
     return least << 4 | greatest
-
-
-_BYTES = ir.VectorType(ir.IntType(8), 16)
-_SHORTS = ir.VectorType(ir.IntType(16), 16)
-_INTS = ir.VectorType(ir.IntType(32), 16)
-_LONG = ir.IntType(64)
-
-
-def _choose(builder: ir.IRBuilder, table: ir.Value, indices: ir.Value) -> ir.Value:
-    """LLVM code for `table[indices]`, all of sixteen bytes, the indices below 16.
-
-    One instruction on x86-64 (pshufb) and on arm64 (tbl); elsewhere what the compiler makes of
-    sixteen single choices.
-    """
-    tuned = numba.config.CPU_NAME or numba.config.CPU_FEATURES  # compile for the CPU at hand only
-    name = None if tuned else {
-        "x86_64": "llvm.x86.ssse3.pshuf.b.128",
-        "arm64": "llvm.aarch64.neon.tbl1.v16i8",
-        "aarch64": "llvm.aarch64.neon.tbl1.v16i8",
-    }.get(platform.machine())  # fmt: skip
-    if name is not None:
-        signature = ir.FunctionType(_BYTES, [_BYTES, _BYTES])
-        return builder.call(
-            cgutils.get_or_insert_function(builder.module, signature, name), [table, indices]
-        )
-    result = ir.Constant(_BYTES, ir.Undefined)
-    for lane in range(16):
-        place = ir.IntType(32)(lane)
-        index = builder.zext(builder.extract_element(indices, place), ir.IntType(32))
-        result = builder.insert_element(result, builder.extract_element(table, index), place)
-    return result
-
-
-@intrinsic
-def look_up(context, packed, group, rows, row, weight):
-    """Look a group's 32 codes up in a row and write its levels.
-
-    Returns the sum of energies | the sum of errors << ENERGY_BITS, 32 bits in all.
-    """
-
-    def generate(context, builder, signature, arguments):
-        def at(array: int, index: ir.Value, stride: int, part: int) -> ir.Value:
-            struct = context.make_array(signature.args[array])(context, builder, arguments[array])
-            data = builder.bitcast(struct.data, ir.IntType(8).as_pointer())
-            offset = builder.add(builder.mul(index, _LONG(stride)), _LONG(16 * part))
-            return builder.bitcast(builder.gep(data, [offset]), _BYTES.as_pointer())
-
-        def load(*place: int | ir.Value) -> ir.Value:
-            value = builder.load(at(*place))
-            value.align = 1
-            return value
-
-        codes = load(0, arguments[1], 16, 0)
-        low = builder.and_(codes, ir.Constant(_BYTES, [15] * 16))
-        high = builder.lshr(codes, ir.Constant(_BYTES, [4] * 16))
-        levels, *others = (load(2, arguments[3], 64, part) for part in range(4))
-        both = builder.or_(
-            _choose(builder, levels, low),
-            builder.shl(_choose(builder, levels, high), ir.Constant(_BYTES, [4] * 16)),
-        )
-        builder.store(both, at(4, arguments[1], 16, 0)).align = 1
-        energies, low_bytes, high_bytes = (
-            builder.add(
-                builder.zext(_choose(builder, table, low), _SHORTS),
-                builder.zext(_choose(builder, table, high), _SHORTS),
-            )
-            for table in others
-        )
-        errors = builder.add(low_bytes, builder.shl(high_bytes, ir.Constant(_SHORTS, [8] * 16)))
-        both = builder.or_(
-            builder.zext(energies, _INTS),
-            builder.shl(builder.zext(errors, _INTS), ir.Constant(_INTS, [ENERGY_BITS] * 16)),
-        )
-        # As energies of two codes fit below ENERGY_BITS, and those of 32 as well, one sum does.
-        signature = ir.FunctionType(ir.IntType(32), [_INTS])
-        name = "llvm.vector.reduce.add.v16i32"
-        add = cgutils.get_or_insert_function(builder.module, signature, name)
-        return builder.zext(builder.call(add, [both]), _LONG)
-
-    return types.int64(packed, group, rows, row, weight), generate
 
 
 @numba.njit(nogil=True, cache=True)

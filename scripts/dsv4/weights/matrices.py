@@ -16,11 +16,12 @@ from functools import cached_property
 import numpy as np
 
 from dsv4.model.labels import DEFAULT, parts_of
-from dsv4.model.names import BLOCK, GROUP
+from dsv4.model.names import BLOCK, GROUP, most_zeros
 from dsv4.stop import Stop
 from dsv4.storage.reading import as_float32
 from dsv4.storage.rewrite import Desk, Target
 from dsv4.storage.shard import ITEMSIZE, Slot, Tensor
+from dsv4.storage.zeros import check_hole
 from dsv4.weights import fp8
 
 PIECE_ELEMENTS = 1 << 20  # decoded at a time: 4 MB of float32
@@ -94,7 +95,10 @@ class MatrixPiece:
         rows, columns = self.last - self.first, self.weight.shape[1]
         stride = columns * ITEMSIZE[self.weight.dtype]
         data = desk.buffer("codes", rows * stride)
-        desk.read(self.weight.path, self.weight.offset + self.first * stride, data)
+        offset = self.weight.offset + self.first * stride
+        desk.read(self.weight.path, offset, data)
+        hole = most_zeros(self.weight.name, self.weight.dtype, self.weight.nbytes)
+        check_hole(self.weight.path, self.weight.name, data, offset, hole)
         if self.scale is None:
             values = as_float32(data, self.weight.dtype).reshape(rows, columns)
         else:
@@ -108,6 +112,8 @@ class MatrixPiece:
         blocks = self.scale.shape[1]
         data = desk.buffer("exponents", (last - first) * blocks)
         desk.read(self.scale.path, self.scale.offset + first * blocks, data)
+        hole = most_zeros(self.scale.name, self.scale.dtype, self.scale.nbytes)
+        check_hole(self.scale.path, self.scale.name, data, self.scale.offset, hole)
         return data.reshape(last - first, blocks)
 
     def write(self, target: Target, desk: Desk) -> None:
@@ -165,6 +171,8 @@ class HalfPiece:
         data = desk.buffer("codes", self.nbytes_read)
         offset = self.tensor.offset + ITEMSIZE[self.tensor.dtype] * self.first
         desk.read(self.tensor.path, offset, data)
+        hole = most_zeros(self.tensor.name, self.tensor.dtype, self.tensor.nbytes)
+        check_hole(self.tensor.path, self.tensor.name, data, offset, hole)
         with np.errstate(over="ignore"):
             values = as_float32(data, self.tensor.dtype).astype(np.float16)
         if not np.isfinite(values).all():

@@ -3,7 +3,7 @@
 `mx.quantize` sees only a group's least and greatest value. This looks at all of them: a group whose
 values lie on a lattice of 16 points (nearly half of them do) gets that lattice and is exact; for
 the others the assignments of values to levels that can be the best (assignments.py) are all
-tried with their least-squares scales and biases, sixteen groups at a time (walk.py), and the
+tried with their least-squares scales and biases, many groups at a time (walk.py), and the
 winner is rounded to F16. Same format, same size, same speed of inference as mx.quantize; but zeros
 are not promised to stay zeros.
 
@@ -21,15 +21,14 @@ from typing import NamedTuple
 
 import numba
 import numpy as np
-from numba import types
-from numba.extending import intrinsic
 
 from dsv4.weights import walk
-from dsv4.weights.affine import ENERGY_BITS, Tally, look_up
+from dsv4.weights.affine import Tally
 from dsv4.weights.assignments import VALUES, exact_step, kept_sections
 from dsv4.weights.exact import bad_exponent
 from dsv4.weights.fp4 import E2M1, UE8M0
-from dsv4.weights.walk import NEXT, SLACK, SPLIT
+from dsv4.weights.vectors import ENERGY_BITS, look_up
+from dsv4.weights.walk import NEXT, SLACK, SPLIT, ones
 
 N = len(VALUES)
 LANES = 512  # assignments of one range, at most
@@ -44,7 +43,7 @@ class Arrays(NamedTuple):
     kinds: int16 (32768,), by mask: the row of the exact lattice, or -1 - range.
     lattices: int64 (rows, 2): (least value, step) of each exact lattice.
     halves: int64 (rows, 3): the F16 bits of step and least value, and -1 if that is not 0, else 0.
-    rows: uint8 (rows, 64), two lookups by code (affine.look_up): the level; the value's square.
+    rows: uint8 (rows, 64), two lookups by code (vectors.look_up): the level; the value's square.
       Exact lattices come first, then two for each step of a walk: upward, and turned.
     levels: float32 (steps, 16), by value: the levels after each step of the walks.
     places, deltas, squares: the steps of all walks (walk.Walk).
@@ -105,7 +104,7 @@ def build_table() -> Table:
         np.append(UE8M0[:255].astype(np.float64) / 2, 0),
     )  # fmt: skip
     digest = hashlib.sha256(b"2")
-    for array in arrays:
+    for array in arrays._replace(places=2 * arrays.places):  # bundles bear digests made like this
         digest.update(np.ascontiguousarray(array).tobytes())
     return Table(arrays, digest.hexdigest()[:16])
 
@@ -140,7 +139,7 @@ def _walks(
 
 
 def _by_code(levels: np.ndarray) -> np.ndarray:
-    """Rows for affine.look_up, uint8 (n, 64), of levels (n, 15) by value; nobody reads those of
+    """Rows for vectors.look_up, uint8 (n, 64), of levels (n, 15) by value; nobody reads those of
     values that are absent."""
     out = np.zeros((len(levels), 64), np.uint8)
     out[:, :16] = np.clip(np.rint(levels), 0, 15)[:, _PLACES]
@@ -184,16 +183,6 @@ _PLACES = np.array([7, 8, 9, 10, 11, 12, 13, 14, 7, 6, 5, 4, 3, 2, 1, 0])  # cod
 _VALUES = np.array(VALUES, np.float64)
 
 
-@intrinsic
-def _ones(typing_context, word):
-    """The number of bits that are set in an int64."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.ctpop(arguments[0])
-
-    return types.int64(types.int64), generate
-
-
 @numba.njit(inline="always")
 def _plane(low, high, bit):
     """Bit `bit` of each of the 32 codes in two words, gathered in one."""
@@ -223,8 +212,8 @@ def _count(low, high, counts, at):
     for magnitude in range(1, 8):
         these = (four if magnitude & 4 else ~four) & (two if magnitude & 2 else ~two)
         these &= (one if magnitude & 1 else ~one) & _PLANE
-        below = _ones(these & minus)
-        above = _ones(these) - below
+        below = np.int32(ones(np.uint64(these & minus)))
+        above = np.int32(ones(np.uint64(these))) - below
         counts[at, 7 - magnitude], counts[at, 7 + magnitude] = below, above
         zeros -= below + above
     counts[at, 7] = zeros
@@ -472,8 +461,7 @@ def _on_lattice(arrays, kind, group, exponent, packed, weights, counts, weight, 
 
 # --- All groups ---------------------------------------------------------------------------------
 
-_BLOCK = 1 << 14
-_G = walk.GROUPS
+_BLOCK = 1 << 15
 _ENERGY = (1 << ENERGY_BITS) - 1
 
 
@@ -482,7 +470,7 @@ def _quantize(arrays, packed, exponents, weight, scales, biases):
     """(first bad group or -1, underflows, sum of squares, sum of squared errors).
 
     Block by block: groups with an exact lattice at once, the others sorted by range and then
-    sixteen at a time.
+    walk.GROUPS at a time.
     """
     bad, underflows, energy, error = len(exponents), 0, 0.0, 0.0
     keys = len(arrays.walks)
@@ -551,18 +539,17 @@ def _exact(arrays, start, mine, kinds, packed, exponents, weight, scales, biases
 def _walked(arrays, start, mine, key, packed, exponents, weight, scales, biases):
     """Groups start + mine, all of one range, through its walk; returns as _exact."""
     bad, underflows, energy, error = len(exponents), 0, 0.0, 0.0
-    steps = arrays.walks[key]
-    first, begin, stop, row = steps[0], steps[1], steps[2], steps[3]
-    codes, numbers = np.zeros((2, _G), np.int64), np.zeros((1, 16), np.int32)
-    whole, real = np.empty((5, _G), np.int32), np.empty((7, _G))
-    for at in range(0, len(mine), _G):
-        here = min(_G, len(mine) - at)
+    first, begin, stop, row, last = arrays.walks[key]
+    numbers = np.zeros((1, 16), np.int32)
+    for at in range(0, len(mine), walk.GROUPS):
+        here = min(walk.GROUPS, len(mine) - at)
+        codes = np.empty((2, here), np.int64)
         for i in range(here):
             group = start + np.int64(mine[at + i])
             codes[0, i], codes[1, i] = packed[2 * group], packed[2 * group + 1]
-        walk.go(
+        whole, real = walk.go(
             codes, arrays.levels, arrays.places, arrays.deltas, arrays.squares,
-            first, begin, stop, whole, real,
+            first, begin, stop, last,
         )  # fmt: skip
         for i in range(here):
             group, step = start + np.int64(mine[at + i]), np.int64(whole[0, i])
@@ -591,7 +578,7 @@ def _walked(arrays, start, mine, key, packed, exponents, weight, scales, biases)
 
 @numba.njit(error_model="numpy")
 def _look_further(whole, real, i):
-    """Replace lane i's scale, bias, turned and error (walk.go) by those of _fit."""
+    """Replace scale, bias, turned and error of group i (walk.go) by those of _fit."""
     sums = 32.0, real[0, i], real[1, i], real[2, i], real[3, i], real[4, i]
     error, scale, bias, turned = _fit(sums, real[5, i], 1.0)
     single = np.empty(1, np.float32)

@@ -1,0 +1,64 @@
+"""A child process that cannot outlive its use: a time limit, and an end when its parent ends.
+
+The child is handed a pipe as its standard input on which nothing is ever written. When the parent
+dies, however it dies, the pipe closes, and `end_with_parent` in the child ends it and all that it
+began.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+from dsv4.stop import Stop
+
+
+def run(command: list[str], env: Mapping[str, str], log: Path, limit: float, what: str) -> int:
+    """Run `command`, its output in `log`; returns its exit status.
+
+    Raises Stop when it does not end within `limit` seconds, or cannot be started.
+    """
+    with log.open("wb") as output:
+        try:
+            child = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=output, stderr=output, env=env,
+                start_new_session=True,
+            )  # fmt: skip
+        except OSError as error:
+            words = error.strerror or str(error)
+            raise Stop(what, words, "a program that runs", "check TOOLCHAIN_PYTHON") from error
+        try:
+            return child.wait(limit)
+        except subprocess.TimeoutExpired:
+            raise Stop(what, f"no answer in {limit:.0f} s", "an answer", "see its input") from None
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+            child.stdin.close()
+
+
+def end_with_parent(folder: Path) -> None:
+    """In the child: when the parent ends, remove `folder` and end at once."""
+
+    def watch() -> None:
+        os.read(sys.stdin.fileno(), 1)  # returns when the pipe closes
+        shutil.rmtree(folder, ignore_errors=True)
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def last_line(log: Path) -> str:
+    """The last line of what a child said, 300 characters at most."""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 4096))
+        lines = file.read(4096).decode("utf-8", "replace").strip().splitlines()
+    return (lines or ["no answer"])[-1][:300]

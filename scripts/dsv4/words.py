@@ -1,0 +1,69 @@
+"""What is said of foreign values, so that they cannot say anything themselves.
+
+A name, a dtype, a label, an answer of a server or of a child comes from a file or a process that
+somebody else made. It may hold escape sequences that rewrite the terminal, marks that turn a line
+around, line breaks that forge an `error:` or `passed:` of their own, or a megabyte. Whatever is
+printed, and whatever a model card or a page shows, goes through `plain` first.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from typing import Any
+
+PART = 200  # characters of one foreign value
+LINE = 2000  # characters of a whole line
+
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxlist, _short.maxtuple, _short.maxdict = 2, 8, 8, 4
+_short.maxstring = _short.maxother = _short.maxlong = PART
+
+
+def plain(text: object, limit: int = PART) -> str:
+    r"""One line of at most `limit` printable characters; what is longer is cut in its middle.
+
+    Escaped, as Python writes them: control characters (C0, C1, NUL, line breaks), marks that turn
+    or hide text, blanks other than the space, half of a surrogate pair, code points without a
+    character. What is plain already stays as it is.
+
+    >>> plain("mlx\x1b[2K\npassed: all good")
+    'mlx\\x1b[2K\\npassed: all good'
+    """
+    text = _cut(str(text), limit)  # before anything is escaped: a megabyte costs nothing
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return _cut(text, limit)
+
+
+def _cut(text: str, limit: int) -> str:
+    if len(text) <= limit:
+        return text
+    head = (limit - 1) // 2
+    return f"{text[:head]}…{text[len(text) - (limit - 1 - head) :]}"
+
+
+def shown(value: Any) -> str:
+    """A value of any type, as Python writes it: strings in quotes, long lists and strings cut.
+
+    >>> shown([1, "a", None]), shown("a\\nb")
+    ("[1, 'a', None]", "'a\\\\nb'")
+    """
+    return plain(_short.repr(value))
+
+
+def several(names: Any, most: int = 8) -> str:
+    """Some names in one line, the first of them and how many more there are.
+
+    >>> several(["a", "b", "c"], 2)
+    'a, b and 1 more'
+    """
+    names = list(names)
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(plain(name) for name in names[:most]) + more
+
+
+def say(text: object, **options: Any) -> None:
+    """Print the lines of a text, each of them plain. Its parts must be plain before they are
+    joined: a line break in one of them would still begin a line.
+    """
+    print("\n".join(plain(line, LINE) for line in str(text).split("\n")), **options)
