@@ -19,7 +19,7 @@ from dsv4.model.opening import expert_bases
 from dsv4.model.plan import unit_of
 from dsv4.stop import Stop
 from dsv4.storage import inside
-from dsv4.storage.checkpoint import INDEX, Checkpoint, read_json
+from dsv4.storage.checkpoint import INDEX, Checkpoint, check_strangers, read_json
 from dsv4.storage.durable import TEMPORARY_SUFFIX, human, temporary_for, write_json
 from dsv4.storage.rewrite import NewShard, Piece, copy_pieces, rewrite
 from dsv4.storage.shard import Layout, Shard, Slot, Tensor
@@ -97,6 +97,8 @@ def make_plan(
     (None: all are made). mark: metadata of the shards that are written (None: who made them).
     """
     check_bundle(source, bundle)
+    if only is None:  # repair moves strangers away itself
+        check_strangers(bundle, "move it away: MLX loads every shard that it finds; or make repair")
     mark = made_by(source, quantizer) if mark is None else mark
     have_biases = {n.rpartition(".")[0] for n in bundle.tensors if n.endswith(".biases")}
     fates = {}

@@ -37,8 +37,10 @@ FILES = {"encoding-missing", "encoding-differs", "tokenizer-missing", "tokenizer
 
 
 def mend_index(repair: Repair) -> None:
-    """The index names what the shards hold."""
-    named = [finding.name for finding in faults(repair) if finding.name.startswith("index-")]
+    """The index names what the shards hold. What it calls missing is another checkpoint's: the
+    bundle's own shards are there, or no step had begun."""
+    found = faults(repair).names
+    named = [n for n in sorted(found) if n.startswith("index-") or n == "shard-missing"]
     if named and repair.say(", ".join(named), f"rebuilt: {INDEX}"):
         repair.backup.keep([INDEX])
         write_index(repair)

@@ -82,7 +82,7 @@ FAULTS = {
     "shard-broken": Fault("The file is cut, or its header is not safetensors'.", _RESTORE),
     "shard-stranger": Fault(
         "MLX loads every model*.safetensors that it finds, over the right tensors.",
-        "move that file out of the bundle",
+        "make repair (it moves a file there to .before-repair; a folder: move it out)",
     ),
     "index-unsafe-path": Fault("An entry leads out of the folder.", "do not use this bundle"),
     "index-entry-dangling": Fault("The index names a tensor that is not there.", _REPAIR),

@@ -7,6 +7,7 @@ to the `Findings` and returns how much it looked at. None stops at the first fau
 from __future__ import annotations
 
 from collections import Counter
+from itertools import filterfalse
 from typing import Any
 
 from dsv4.model.labels import EXPERT, label_of
@@ -19,9 +20,10 @@ from dsv4.stop import Stop
 from dsv4.storage.bounds import DOCUMENT
 from dsv4.storage.checkpoint import INDEX, Checkpoint
 from dsv4.storage.durable import TEMPORARY_SUFFIX
+from dsv4.storage.junk import is_junk
 from dsv4.storage.shard import FLOATS, Tensor
 from dsv4.storage.typed import misfit
-from dsv4.words import shown
+from dsv4.words import several, shown
 
 MARKS = ("requantize_layout", "requantize_source", "requantize_quantizer", "requantize_table")
 # What the stages write into config.json; everything else must be the source's.
@@ -67,13 +69,16 @@ def check_index(bundle: Survey, findings: Findings) -> Check:
         if len(at) > 1:
             findings.add("tensor-twice", name, " and ".join(at), "one shard")
     check_strangers(bundle, findings)
-    return Check("tensors where the index says", len(holders), f"{len(checkpoint.shards)} shards")
+    note = f"{len(checkpoint.shards)} shards"
+    if junk := [file for file in bundle.files if is_junk(file)]:
+        note += f"; ignored, as runtimes do: {several(junk)}"
+    return Check("tensors where the index says", len(holders), note)
 
 
 def check_strangers(bundle: Survey, findings: Findings) -> None:
     """No safetensors file that the index does not name, and nothing half-written."""
     named = set(bundle.checkpoint.weight_map.values())
-    for file in bundle.files:
+    for file in filterfalse(is_junk, bundle.files):
         if file.startswith(".") and file.endswith(TEMPORARY_SUFFIX):
             findings.add("leftover-files", file, f"{bundle.files[file]:,} bytes", "nothing")
         elif "/" not in file and file.endswith(".safetensors") and file not in named:
