@@ -12,14 +12,20 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from conftest import ROOT
+
 Talk = dict[str, Any]  # what a template is rendered with
+# DeepSeek's own encoding, of the release -0731, as the pinned vMLX of the default stack has it.
+LOADERS = "lib/python3.*/site-packages/vmlx_engine/loaders"
+(OFFICIAL,) = (ROOT / ".toolchain" / "new").glob(f"{LOADERS}/encoding_dsv4_0731.py")
 
 # FACTS: the two releases differ in this table alone. A nano adds nothing, whatever it is told.
 RELEASES = ("first", "0731")
 
 WORDS = (
-    "What is 17+28?", "", " ", "\n", "Übersetze:\n\n{% raw %} {{ 'x' }} 你好 👋\n", "mit  Leer ",
-    "<think>no</think>", "<｜User｜>", "</tool_result>", 'a "quoted" \\ word', "a\u2028b\u00a0c\x85",
+    "What is 17+28?", "", " ", "\n", "Übersetze:\n\n{% raw %} {{ 'x' }} 你好 👋\n",
+    "mit  Leerzeichen ", "<think>no</think>", "<｜User｜>", "</tool_result>",
+    'a "quoted" \\ word', "a\u2028b\u00a0c\x85",
     "\x00\x01\x02", "%s {content} {0}", "None", "'single' <b>&amp;</b>", "tab\there",
 )  # fmt: skip
 KEYS = (

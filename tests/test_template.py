@@ -18,6 +18,7 @@ import pytest
 import random_talk
 from conftest import NANO, ROOT
 from jinja2 import StrictUndefined, TemplateError
+from random_talk import OFFICIAL
 
 from dsv4.model import rendering
 from dsv4.model.template import (
@@ -33,8 +34,6 @@ from dsv4.model.template import (
 
 SEED = "2026-11-25"
 TALKS = 2000
-WHEEL = ROOT / ".toolchain/new/lib"
-(OFFICIAL,) = WHEEL.glob("python3.*/site-packages/vmlx_engine/loaders/encoding_dsv4_0731.py")
 OURS = json.loads((ROOT / "tests" / "conversations.json").read_text(encoding="utf-8"))
 
 

@@ -31,6 +31,9 @@ DIGESTS = {
     "abc0d26120250dda0ae077dc64aa28836026e61e970854aaeb792445e6a0dde6": "0731",
     "68ba6b13de5573bf47f0b5d34c2ab4ce3c1a20ca78cfc236517465b7c0d9a7a2": "nano",
 }
+# The template that this project wrote into bundles before: 15 lines, and nothing with tools.
+EARLIER = "d58d60fe1ad797462b902cd78b44f0805692adf7f9094042417e6296dcb9cd7e"
+ENCODING = "encoding/encoding_dsv4.py"
 RELEASE_LINE = "{%- set release = '0731' -%}"
 KEPT_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 WALL_SECONDS = 15  # rendering.py ends itself before
@@ -70,6 +73,20 @@ def template(release: str) -> str:
     before, line, after = text.partition(RELEASE_LINE)
     assert line, f"chat_template.jinja: no line {RELEASE_LINE}"
     return before + line.replace("0731", release) + after
+
+
+def template_for(folder: Path) -> str:
+    """The template for the release that the folder's encoding file is of; the first for another."""
+    path = folder / ENCODING
+    return template((release_of(path.read_bytes()) if path.is_file() else None) or "first")
+
+
+def is_own(text: object) -> bool:
+    """Whether a template is this project's, of today or of before, and for any release."""
+    if not isinstance(text, str):
+        return False
+    earlier = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() == EARLIER
+    return earlier or text in map(template, RELEASES)
 
 
 @cache
