@@ -44,37 +44,45 @@ def config(bundle: Checkpoint, expert: dict[str, Any] | None) -> dict[str, Any]:
         content.pop("quantization_config", None)
         content["quantization"] = quantization(expert_bases(bundle), expert)
     content["eos_token_id"] = token_ids(bundle.folder)
+    if "bos_token_id" in content:
+        content["bos_token_id"] = token_ids(bundle.folder, (BOS,))[0]
     return content
 
 
 def generation_config(folder: Path) -> dict[str, Any]:
-    eos = token_ids(folder)
+    """generation_config.json with the ids of BOS and of the stop tokens."""
     path = folder / "generation_config.json"
-    content = read_json(path) if path.is_file() else {"bos_token_id": token_ids(folder, (BOS,))[0]}
-    return {**content, "eos_token_id": eos}
+    content = read_json(path) if path.is_file() else {}
+    bos = token_ids(folder, (BOS,))[0]
+    return {**content, "bos_token_id": bos, "eos_token_id": token_ids(folder)}
 
 
 def tokenizer_config(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json with its special tokens and a template."""
     content = read_json(folder / "tokenizer_config.json")
     for key, token in (("bos_token", BOS), ("eos_token", EOS)):
-        if not content.get(key):
+        if (content[key]["content"] if is_added(content.get(key)) else content.get(key)) != token:
             content[key] = token
     content["chat_template"] = chat_templates(folder)[1]
     return content
 
 
-def chat_templates(folder: Path, refused: object = None) -> tuple[str, Any]:
+def is_added(token: Any) -> bool:
+    """True for a token that is written as an object with a content."""
+    return isinstance(token, dict) and "content" in token
+
+
+def chat_templates(folder: Path) -> tuple[str, Any]:
     """(text of chat_template.jinja, chat_template of tokenizer_config.json) as they should be.
 
     This recipe's, unless somebody else's is there: that stays, and serves in the other place too
-    when nobody else's is there. `refused`: a template that was found wrong and does not stay.
+    when nobody else's is there.
     """
     in_file = template_file(folder)
     in_config = read_json(folder / "tokenizer_config.json").get("chat_template")
     own = template_for(folder)
     in_file, in_config = (
-        text if text and text != refused and not is_own(text) else None
-        for text in (in_file, in_config)
+        text if text and not is_own(text) else None for text in (in_file, in_config)
     )
     shared = in_config if isinstance(in_config, str) else None
     return in_file or shared or own, in_config or in_file or own

@@ -64,6 +64,46 @@ FAULTS = {
         "The model was trained on another layout of turns; answers go astray.",
         _REPAIR,
     ),
+    "chat-template-file-missing": Fault(
+        "mlx-vlm reads chat_template.jinja and nothing else; transformers and mlx_lm prefer it.",
+        _REPAIR,
+    ),
+    "chat-templates-differ": Fault(
+        "Some runtimes take chat_template.jinja, others tokenizer_config.json: they differ in what "
+        "they say to the model.",
+        _REPAIR,
+    ),
+    "chat-template-incomplete": Fault(
+        "Tools, thinking or efforts do not reach the model as it learned them; an agent gets a "
+        "model without tools, and no error.",
+        _REPAIR,
+    ),
+    "encoding-unknown": Fault(
+        "vMLX runs encoding/encoding_dsv4.py when it serves: code that is none of DeepSeek's known "
+        "files.",
+        "read that file before you serve, or make repair SOURCE=…",
+        WARNING,
+    ),
+    "tokenizer-differs": Fault(
+        "Text becomes other tokens than those that the model learned.", _FROM_SOURCE
+    ),
+    "tokenizer-config-differs": Fault(
+        "Runtimes take special tokens and what is added to a prompt from it.", _FROM_SOURCE
+    ),
+    "special-tokens-differ": Fault(
+        "transformers takes special tokens from special_tokens_map.json.", _FROM_SOURCE
+    ),
+    "special-token-wrong": Fault(
+        "Runtimes begin and end a prompt by these tokens; files contradict one another.",
+        _FROM_SOURCE,
+    ),
+    "generation-config-differs": Fault(
+        "Runtimes sample by generation_config.json; this is not the source's.", _FROM_SOURCE
+    ),
+    "token-out-of-range": Fault(
+        "A token's id lies beyond the embedding: reading it gives garbage, or stops the server.",
+        _FROM_SOURCE,
+    ),
     "jang-config-group-size": Fault(
         "vMLX 1.6.81 assumes groups of 64 unless jang_config.json says 32.", _REPAIR
     ),

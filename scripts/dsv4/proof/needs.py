@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dsv4.model.names import GROUP
-from dsv4.proof.documents import ENCODING, labels_in_use
+from dsv4.model.template import ENCODING
+from dsv4.proof.documents import labels_in_use
 from dsv4.proof.documents import stop_ids as ids_of
 from dsv4.proof.findings import Findings
 from dsv4.proof.headers import check_controls, module_parts, stored
