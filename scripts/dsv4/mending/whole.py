@@ -82,9 +82,7 @@ def is_model(folder: Path, files: list[str]) -> bool:
     parsed = [one[:4] for name in tensors if (one := parse_expert(name)) and one[4] == "weight"]
     main = {one[1:] for one in parsed if one[0] == "layers"}
     layers, experts = (1 + max((one[axis] for one in main), default=-1) for axis in (0, 1))
-    whole = len(main) == 3 * layers * experts > 0 and {"embed.weight", "norm.weight"} <= set(
-        tensors
-    )
+    whole = len(main) == 3 * layers * experts > 0 and "embed.weight" in tensors
     return whole and any(tensor.dtype == "U32" for tensor in tensors.values())
 
 

@@ -65,7 +65,7 @@ def check_text(data: bytes, value: Any) -> None:
 
 def is_shallow(value: Any) -> bool:
     """True when lists and objects lie at most DEPTH deep inside one another."""
-    level = [value]
+    level = [value] if isinstance(value, (dict, list)) else []
     for _ in range(DEPTH):
         level = [
             part
