@@ -19,7 +19,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsv4.hub import client
+from dsv4.hub import client, remote
 from dsv4.hub.fetching import recorded, remaining
 from dsv4.hub.origin import read_record
 from dsv4.making import low_disk
@@ -38,6 +38,7 @@ from dsv4.storage.durable import human
 from dsv4.storage.shard import Tensor
 from dsv4.storage.space import workplace_of
 from dsv4.weights.quantizer import QUANTIZERS, add_choice, check_choice, chosen
+from dsv4.words import LINE, plain
 
 NEEDED = {
     "jang": "the model",
@@ -66,7 +67,7 @@ class Line:
     def __str__(self) -> str:
         mark = "NO " if not self.holds else "?? " if self.doubt else "ok "
         todo = "" if self.holds or not self.todo else f"; {self.todo}"
-        return f"{mark} {self.what}: {self.found}{todo}"
+        return plain(f"{mark} {self.what}: {self.found}{todo}", LINE)
 
 
 def check_toolchain(python: Path, converter: str, app: Path, quantizer: str) -> list[Line]:
@@ -199,7 +200,7 @@ def tensors_of(source: Path, repo: str, revision: str) -> dict[str, Tensor]:
     except Stop:
         if not repo:
             raise
-        return client.tensors(repo, revision)
+        return remote.tensors(repo, revision)
 
 
 def bundle_need(args: argparse.Namespace) -> tuple[Line, int]:

@@ -17,6 +17,7 @@ from dsv4.model.opening import read_config
 from dsv4.model.roles import place_of
 from dsv4.stop import run
 from dsv4.storage import locks
+from dsv4.words import plain, say
 
 
 def main() -> int:
@@ -32,7 +33,8 @@ def main() -> int:
     origin = args.reference or args.source
     with locks.held(args.bundle):
         written = finalize(origin, args.bundle, keep_edited=args.reference is None)
-    print(f"{args.bundle}: {', '.join(written) or 'nothing'} copied from {origin}")
+    said = ", ".join(map(plain, written)) or "nothing"
+    say(f"{plain(args.bundle)}: {said} copied from {plain(origin)}")
     return 0
 
 

@@ -27,6 +27,7 @@ from dsv4.proof.stacks import runtimes
 from dsv4.proof.survey import survey
 from dsv4.stop import Stop, run
 from dsv4.storage.durable import human
+from dsv4.words import plain, say
 
 PATIENCE = 30  # seconds without an answer, after which it gives up
 SHOWN = 2  # places of each fault
@@ -51,23 +52,23 @@ def mending(findings: Findings) -> str:
 
 def show(skeleton: Skeleton, checks: list[Check], findings: Findings) -> None:
     """What was looked at, and what was found."""
-    print(
-        f"{skeleton.repo} at {skeleton.commit[:12]}: {len(skeleton.files)} files, "
+    say(
+        f"{plain(skeleton.repo)} at {plain(skeleton.commit[:12])}: {len(skeleton.files)} files, "
         f"{human(skeleton.nbytes)}; {human(skeleton.read)} of it read"
     )
     for check in checks:
-        print(f"{check.number:>9,} {check.what}{'; ' + check.note if check.note else ''}")
+        say(f"{check.number:>9,} {check.what}{'; ' + check.note if check.note else ''}")
     for finding in findings:
         print(f"{finding.fault.severity}: {finding.name}, {finding.count:,}×: {finding.fault.why}")
         for place in finding.places[:SHOWN]:
-            print(f"    {place['where']}: found {place['found']}, expected {place['expected']}")
+            say(f"    {place['where']}: found {place['found']}, expected {place['expected']}")
         print(f"    repair: {finding.fault.repair}")
 
 
 def show_runtimes(loads: dict[str, str]) -> None:
     print("will it load, by what is known of each runtime:")
     for name, fault in loads.items():
-        print(f"  {'no ' if fault else 'yes'} {name}{': ' + fault if fault else ''}")
+        say(f"  {'no ' if fault else 'yes'} {name}{': ' + fault if fault else ''}")
 
 
 def inspect(args: argparse.Namespace, work: Path) -> int:

@@ -30,12 +30,16 @@ from dsv4.hub.client import HubFile
 from dsv4.hub.origin import provenance
 from dsv4.hub.transfer import file_hash
 from dsv4.hub.upload import Item, check_login, made, upload
+from dsv4.model.forms import origin_of
 from dsv4.proof.card import Facts, card, licence_of
 from dsv4.proof.findings import Findings
+from dsv4.proof.result import read_result
 from dsv4.proof.survey import Survey, survey
 from dsv4.stop import Stop, run
-from dsv4.storage.checkpoint import INDEX, read_json
+from dsv4.storage import bounds
+from dsv4.storage.checkpoint import INDEX
 from dsv4.storage.durable import human
+from dsv4.words import plain, say, several, shown
 
 FILES = (
     "config.json", "generation_config.json", "jang_config.json", "tokenizer.json",
@@ -54,16 +58,14 @@ def read_report(path: Path) -> dict[str, Any]:
     todo = "make verify, then make publish"
     if not path.is_file():
         raise Stop(f"{path}", "no report", "verify's, on this bundle", todo)
-    report = read_json(path)
+    report = read_result(path)
     expected = "a bundle whose every number passed"
-    if report.get("format") != 1:
-        raise Stop(f"{path}", f"format {report.get('format')!r}", "format 1", todo)
-    if report.get("verdict") != "passed":
-        names = ", ".join(f.get("name", "?") for f in report.get("findings") or [])
-        raise Stop(f"{path}", f"verdict {report.get('verdict')} ({names})", expected, todo)
-    if 2 not in (report.get("levels") or []):
+    if report["verdict"] != "passed":
+        names = several(finding["name"] for finding in report["findings"])
+        raise Stop(f"{path}", f"verdict {plain(report['verdict'])} ({names})", expected, todo)
+    if 2 not in report["levels"]:
         raise Stop(f"{path}", "level 1 only", expected, f"{todo} (LEVEL=2)")
-    if not (report.get("errors") or {}).get("experts"):
+    if not report["errors"].get("experts") or not report["sizes"]:
         raise Stop(f"{path}", "numbers that were compared with no source", expected, todo)
     return report
 
@@ -100,7 +102,7 @@ def hashed(folder: Path, names: list[str], sizes: dict[str, int], known: dict[st
 
 def public(report: dict[str, Any], to: str) -> str:
     """verify.json without this machine's paths."""
-    source = {k: v for k, v in (report.get("source") or {}).items() if k != "folder"}
+    source = {k: v for k, v in (report["source"] or {}).items() if k != "folder"}
     return json.dumps({**report, "bundle": to, "source": source}, indent=2) + "\n"
 
 
@@ -110,18 +112,27 @@ def attachments(args: argparse.Namespace, report: dict[str, Any], text: str) -> 
     if args.page and args.page.is_file():
         if args.page.stat().st_mtime < args.report.stat().st_mtime:
             raise Stop(f"{args.page}", "a page older than the report", "one of it", "make report")
-        page = args.page.read_text(encoding="utf-8").replace(report["bundle"], args.to)
-        folder = (report.get("source") or {}).get("folder")
+        page = text_of(args.page)
+        page = page.replace(report["bundle"], args.to) if report["bundle"] else page
+        folder = (report["source"] or {}).get("folder")
         items.append(made("verify.html", page.replace(folder, "the source") if folder else page))
     for path in sorted(args.source.glob("LICENSE*")) if args.source else []:
-        items.append(made(path.name, path.read_text(encoding="utf-8")))
+        items.append(made(path.name, text_of(path)))
     return items
+
+
+def text_of(path: Path) -> str:
+    """A text file. Raises Stop when it is larger than any document, or no UTF-8."""
+    try:
+        return bounds.read(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Stop(f"{path}", f"no UTF-8 ({error})", "text", "restore this file") from error
 
 
 def check_secrets(items: list[Item], bundle: Survey, places: list[str]) -> None:
     """Raise Stop when something that goes up holds a token or a path of this machine."""
     texts = {
-        item.name: item.data.decode("utf-8") if item.path is None else item.path.read_text("utf-8")
+        item.name: item.data.decode("utf-8") if item.path is None else text_of(item.path)
         for item in items
         if not item.name.endswith(".safetensors")
     }
@@ -148,9 +159,9 @@ def prepare(args: argparse.Namespace) -> tuple[list[Item], str, list[str]]:
     findings = Findings()
     bundle = survey(args.bundle, findings)
     if bundle is None or findings.errors:
-        raise Stop(f"{args.bundle}", ", ".join(findings.names), "no fault", "make verify")
+        raise Stop(f"{args.bundle}", several(sorted(findings.names)), "no fault", "make verify")
     origin = provenance(args.source) if args.source else None
-    origin = origin or bundle.documents.get("jang_config.json", {}).get("source")
+    origin = origin or origin_of(bundle.documents.get("jang_config.json", {}))
     text = card(Facts(args.to, bundle, report, origin, licence_of(args.source)))
     names = wanted(bundle)
     extra = attachments(args, report, text)
@@ -163,18 +174,19 @@ def prepare(args: argparse.Namespace) -> tuple[list[Item], str, list[str]]:
 
 def publish(args: argparse.Namespace) -> int:
     """Prepare, show or upload."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", args.to):
-        raise Stop("TO", repr(args.to), "user/name", "make publish TO=user/name")
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+", args.to):
+        raise Stop("TO", shown(args.to), "user/name", "make publish TO=user/name")
     if not args.dry_run:
         check_login(args.to)
     items, text, left = prepare(args)
     total = human(sum(item.file.size for item in items))
     if args.dry_run:
-        print(text)
+        say(text)
         for item in items:
-            print(f"would go up: {item.name}  {item.file.size:,} bytes  {item.file.sha256}")
+            said = f"{item.file.size:,} bytes  {plain(item.file.sha256)}"
+            say(f"would go up: {plain(item.name)}  {said}")
     for name in left:
-        print(f"stays here: {name}")
+        say(f"stays here: {plain(name)}")
     if args.dry_run:
         print(f"{len(items)} files, {total}; nothing was uploaded")
         return 0

@@ -45,6 +45,7 @@ from dsv4.stop import Stop, run
 from dsv4.storage import locks
 from dsv4.storage.backup import Backup
 from dsv4.weights.quantizer import add_choice
+from dsv4.words import say
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -80,7 +81,7 @@ def main() -> int:
             remove_leftovers(args.bundle, files, Part())
         mend(repair)
     for line in repair.left:
-        print(f"left: {line}", file=sys.stderr)
+        say(f"left: {line}", file=sys.stderr)
     wrong = [] if args.dry_run else judge(repair)
     if wrong or repair.left:
         raise Stop(f"{args.bundle}", ", ".join(wrong) or f"{len(repair.left)} not mended",

@@ -14,9 +14,10 @@ import argparse
 from pathlib import Path
 
 from dsv4.proof.page import page
+from dsv4.proof.result import read_result
 from dsv4.stop import Stop, run
-from dsv4.storage.checkpoint import read_json
 from dsv4.storage.durable import write_bytes
+from dsv4.words import say
 
 
 def main() -> int:
@@ -29,8 +30,8 @@ def main() -> int:
     if not args.json.is_file():
         raise Stop(f"{args.json}", "no such file", "verify's result", "make verify")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(args.out, page(read_json(args.json)).encode())
-    print(args.out)
+    write_bytes(args.out, page(read_result(args.json)).encode())
+    say(args.out)
     return 0
 
 

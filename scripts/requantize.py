@@ -42,6 +42,7 @@ from dsv4.stop import run
 from dsv4.storage import locks
 from dsv4.storage.checkpoint import read_index
 from dsv4.weights.quantizer import add_choice, check_choice, chosen
+from dsv4.words import say
 
 
 def parse_part(text: str) -> Part:
@@ -85,12 +86,12 @@ def main() -> int:
         bundle = open_bundle(arguments.bundle)
         plan = make_plan(source, bundle, quantizer, arguments.part, arguments.jobs)
         if arguments.dry_run:
-            print(describe(plan))
+            say(describe(plan))
             return 0
         ledger = carry_out(plan) if plan.todo else Ledger()
         changed = complete(plan) if arguments.part.whole else False
     if plan.todo:
-        print(summarize(plan, ledger, time.perf_counter() - start))
+        say(summarize(plan, ledger, time.perf_counter() - start))
     elif changed:
         print("every shard was requantized already; index and config completed")
     else:

@@ -32,9 +32,9 @@ def main() -> int:
         fault = judge(answer)
         wrong += fault is not None
         print(f"{'WRONG' if fault else 'right'}  {question}")
-        said = [shown(text[:200]) for text in (answer.content, answer.reasoning)]
-        print(f"       content {said[0]}, reasoning {said[1]}, "
-              f"finish_reason {plain(answer.finish_reason)}")  # fmt: skip
+        content, reasoning = shown(answer.content), shown(answer.reasoning)
+        why = plain(answer.finish_reason)
+        print(f"       content {content}, reasoning {reasoning}, finish_reason {why}")
         if fault:
             print(f"       {plain(fault)}")
     if wrong:

@@ -24,6 +24,7 @@ from dsv4.runtime.toolchain import default
 from dsv4.settings import cores, parse_jobs
 from dsv4.stop import run
 from dsv4.storage.durable import write_json
+from dsv4.words import say
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -49,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     args = parse_arguments()
     done = examine(args)
-    print(describe(args, done))
+    say(describe(args, done))
     print_findings(done.findings)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,7 @@ from conftest import NANO, SCRIPTS, must, refusal, script
 from dsv4.making.marks import made_by
 from dsv4.model.names import parse_expert
 from dsv4.model.opening import expert_bases, open_bundle, open_source
+from dsv4.model.template import template_for
 from dsv4.storage.backup import FOLDER, Backup
 from dsv4.storage.checkpoint import INDEX
 from dsv4.storage.shard import read_array, read_shard
@@ -223,6 +224,23 @@ def test_without_a_source_shards_are_not_written(case, plant):
     where = {n: i for n, i in inodes(bundle).items() if n.endswith(".safetensors")}
     assert "level 1 holds" in repair(bundle)
     assert {n: i for n, i in inodes(bundle).items() if n.endswith(".safetensors")} == where
+
+
+@pytest.mark.parametrize("in_file", [None, "{{ mine }}"])
+def test_a_wrong_template_is_replaced_wherever_it_stands(case, in_file):
+    bundle, _ = case
+    path = bundle / "chat_template.jinja"
+    path.unlink(missing_ok=True)
+    if in_file:
+        path.write_text(in_file)
+    other_template(bundle, bundle)
+    before = digests(bundle)
+    repair(bundle)
+    own = template_for(bundle)
+    written = json.loads((bundle / "tokenizer_config.json").read_text())["chat_template"]
+    assert (path.read_bytes().decode(), written) == (own, own)
+    undo(bundle)
+    assert digests(bundle) == before
 
 
 def test_all_faults_at_once(case):

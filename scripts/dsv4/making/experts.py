@@ -19,6 +19,7 @@ from dsv4.storage.zeros import check_hole
 from dsv4.weights.affine import BadGroup, Tally
 from dsv4.weights.imatrix import usable
 from dsv4.weights.quantizer import Quantizer
+from dsv4.words import plain
 
 PIECE_BYTES = 2 << 20  # of packed source codes: few system calls, still near a core's own cache
 
@@ -145,7 +146,7 @@ def errors_in_words(ledger: Ledger) -> str:
         # About 8.5% for weights of a normal distribution: that is what mx.quantize makes of FP4.
         line += (
             f"; relative RMS error mean {sum(errors.values()) / len(errors):.2%}, "
-            f"worst {errors[worst]:.2%} ({worst})"
+            f"worst {errors[worst]:.2%} ({plain(worst)})"
         )
     lost = sum(tally.underflows for tally in ledger.tallies.values())
     if lost:

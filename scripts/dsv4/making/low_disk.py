@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from dsv4.hub import remote
-from dsv4.hub.fetching import fetch_all
+from dsv4.hub.fetching import at_pin, fetch_all
 from dsv4.hub.origin import HEADERS, Record
 from dsv4.hub.transfer import Transfer, file_hash
 from dsv4.model.opening import open_source
@@ -61,7 +61,7 @@ def fetch_headers(source: Path, record: Record, patience: float) -> int:
             data.append(remote.read_range(record.repo, record.commit, file, place, end, patience))
         write_bytes(folder / name, b"".join(data), source)
 
-    with ThreadPoolExecutor(WORKERS) as pool:
+    with at_pin(source, record), ThreadPoolExecutor(WORKERS) as pool:
         for _ in pool.map(bring, missing):
             pass
     return len(missing)

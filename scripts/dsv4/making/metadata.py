@@ -1,4 +1,4 @@
-"""What runtimes read of a bundle's JSON files: stop tokens, chat template, labels, origin."""
+"""What runtimes read of a bundle's small files: stop tokens, chat template, labels, origin."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.hub.origin import provenance
-from dsv4.model.chat import BOS, EOS, TEMPLATE, token_ids
+from dsv4.model.chat import BOS, EOS, token_ids
 from dsv4.model.configs import without_code
+from dsv4.model.forms import origin_of
 from dsv4.model.labels import quantization
 from dsv4.model.names import GROUP
 from dsv4.model.opening import expert_bases, expert_label
+from dsv4.model.template import is_own, template_for
 from dsv4.stop import Stop
 from dsv4.storage.checkpoint import Checkpoint, read_json
 
 UNRECORDED = "not recorded"
+CHAT_TEMPLATE = "chat_template.jinja"
 
 
 def patched(bundle: Checkpoint, source: Path | None = None) -> dict[str, dict[str, Any]]:
@@ -56,9 +59,34 @@ def tokenizer_config(folder: Path) -> dict[str, Any]:
     for key, token in (("bos_token", BOS), ("eos_token", EOS)):
         if not content.get(key):
             content[key] = token
-    if not content.get("chat_template"):
-        content["chat_template"] = TEMPLATE
+    content["chat_template"] = chat_templates(folder)[1]
     return content
+
+
+def chat_templates(folder: Path, refused: object = None) -> tuple[str, Any]:
+    """(text of chat_template.jinja, chat_template of tokenizer_config.json) as they should be.
+
+    This recipe's, unless somebody else's is there: that stays, and serves in the other place too
+    when nobody else's is there. `refused`: a template that was found wrong and does not stay.
+    """
+    in_file = template_file(folder)
+    in_config = read_json(folder / "tokenizer_config.json").get("chat_template")
+    own = template_for(folder)
+    in_file, in_config = (
+        text if text and text != refused and not is_own(text) else None
+        for text in (in_file, in_config)
+    )
+    shared = in_config if isinstance(in_config, str) else None
+    return in_file or shared or own, in_config or in_file or own
+
+
+def template_file(folder: Path) -> str | None:
+    """The text of chat_template.jinja; None when there is none, or none that anybody can read."""
+    path = folder / CHAT_TEMPLATE
+    try:
+        return path.read_bytes().decode("utf-8") if path.is_file() else None
+    except UnicodeDecodeError:
+        return None
 
 
 def jang_config(folder: Path, source: Path | None) -> dict[str, Any]:
@@ -71,12 +99,13 @@ def jang_config(folder: Path, source: Path | None) -> dict[str, Any]:
     quantized = content.get("quantization")
     quantized = quantized if isinstance(quantized, dict) else {}
     content = {**content, "quantization": {**quantized, "group_size": GROUP}}
-    origin = content.pop("source", None)
+    origin = origin_of(content)
+    content.pop("source", None)
     if source is not None and source.is_dir():
         origin = provenance(source)
-    if not isinstance(origin, dict):
+    if origin is None:
         return {**content, "source_model": UNRECORDED}
-    named = f"{origin.get('repo')}@{origin.get('commit')}"
+    named = f"{origin['repo']}@{origin['commit']}"
     return {**content, "source_model": named, "source": origin}
 
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from dsv4.stop import Stop
 from dsv4.storage import inside
+from dsv4.storage.bounds import DOCUMENT
 from dsv4.storage.durable import copy_file
 from dsv4.storage.junk import is_junk
 
 REQUIRED = ("tokenizer.json", "tokenizer_config.json", "encoding/encoding_dsv4.py")
-EDITED = ("tokenizer_config.json", "generation_config.json")
+EDITED = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 OPTIONAL = ("generation_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -42,8 +43,12 @@ def finalize(origin: Path, bundle: Path, keep_edited: bool) -> list[str]:
 def copy(origin: Path, bundle: Path, names: list[str]) -> list[str]:
     """Copy these files; return the names of those that were not there or had other bytes.
 
-    Raises Stop before anything is copied for a link in the place of the bundle's encoding/.
+    Raises Stop before anything is copied for a link in the place of the bundle's encoding/, and for
+    a file that is larger than any document.
     """
     for name in names:
         inside.expect(bundle, name, inside.FILE, inside.LINK, inside.NOTHING)
+        if (size := (origin / name).stat().st_size) > DOCUMENT:
+            found = f"{size:,} bytes"
+            raise Stop(f"{origin / name}", found, f"at most {DOCUMENT:,}", "do not use this folder")
     return [name for name in names if copy_file(origin / name, bundle / name, bundle)]

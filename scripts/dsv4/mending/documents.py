@@ -12,14 +12,13 @@ from dsv4.making.tokenizer_files import REQUIRED, copy, wanted
 from dsv4.mending.job import NEEDS_SOURCE, Repair, faults, is_broken, set_aside, write_index
 from dsv4.mending.whole import files_of_experts, open_whole, wrong_experts
 from dsv4.model import labels
-from dsv4.model.chat import TEMPLATE
 from dsv4.model.configs import without_code
 from dsv4.model.opening import expert_bases
 from dsv4.proof.documents import ENCODING
 from dsv4.proof.findings import Findings
 from dsv4.stop import Stop
 from dsv4.storage.checkpoint import INDEX, Checkpoint, read_json
-from dsv4.storage.durable import write_json
+from dsv4.storage.durable import write_bytes, write_json
 from dsv4.weights.quantizer import QUANTIZERS
 
 # Faults, by how their names begin → the files that hold them, for those that patch writes.
@@ -83,8 +82,27 @@ def mend_metadata(repair: Repair) -> None:
     }
     if repair.expert or recorded(bundle) != bundle.config.get(labels.RECORD):
         files.add("config.json")
+    if any(name.startswith("chat-template-") for name in found.names):
+        repair.attempt(mend_template, found)
     for name in sorted(files):
         repair.attempt(mend_document, name, makers[name])
+
+
+def mend_template(repair: Repair, found: Findings) -> None:
+    """Write chat_template.jinja as it is to go with tokenizer_config.json, if that changes it."""
+    name = metadata.CHAT_TEMPLATE
+    path = repair.bundle / name
+    text = metadata.chat_templates(repair.bundle, refused(repair, found))[0].encode()
+    same = path.is_file() and path.read_bytes() == text
+    if not same and repair.say(f"{name}: another template than runtimes need", "written"):
+        repair.backup.keep([name])
+        write_bytes(path, text)
+
+
+def refused(repair: Repair, found: Findings) -> object:
+    """The chat_template of tokenizer_config.json when it was found wrong, else None."""
+    wrong = "chat-template-wrong" in found
+    return read_json(repair.bundle / "tokenizer_config.json")["chat_template"] if wrong else None
 
 
 def mend_document(repair: Repair, name: str, make: Callable[[], dict[str, Any]]) -> None:
@@ -130,7 +148,10 @@ def recorded(bundle: Checkpoint) -> dict[str, str] | None:
 def tokenizer_config(repair: Repair, found: Findings) -> dict[str, Any]:
     """tokenizer_config.json with this recipe's template where the file's own is wrong."""
     content = metadata.tokenizer_config(repair.bundle)
-    return {**content, "chat_template": TEMPLATE} if "chat-template-wrong" in found else content
+    return {
+        **content,
+        "chat_template": metadata.chat_templates(repair.bundle, refused(repair, found))[1],
+    }
 
 
 def jang_config(repair: Repair) -> dict[str, Any]:

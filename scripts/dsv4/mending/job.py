@@ -17,6 +17,7 @@ from dsv4.proof.survey import survey
 from dsv4.stop import Stop
 from dsv4.storage.backup import Backup
 from dsv4.storage.checkpoint import INDEX, Checkpoint, read_json
+from dsv4.words import LINE, plain, say
 
 NEEDS_SOURCE = "name the FP4/FP8 source: make repair SOURCE=…"
 
@@ -42,7 +43,8 @@ class Repair:
     def say(self, found: str, done: str) -> bool:
         """Report one step; True when it is to be taken, False in a dry run."""
         self.steps += 1
-        print(f"{found}; {'would be ' if self.args.dry_run else ''}{done}")
+        would = "would be " if self.args.dry_run else ""
+        say(f"{plain(found, LINE)}; {would}{plain(done, LINE)}")
         return not self.args.dry_run
 
     def attempt(self, step: Callable[..., None], *arguments: object) -> None:

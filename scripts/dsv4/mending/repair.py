@@ -14,6 +14,7 @@ from dsv4.proof import examination
 from dsv4.storage import inside, locks
 from dsv4.storage.backup import FOLDER, Backup
 from dsv4.storage.durable import human
+from dsv4.words import say
 
 # Of the toolchain, not of the bundle: named, but nothing that is left to repair.
 TOOLCHAIN = {"loader-unpatched", "loader-unknown", "loader-not-checked"}
@@ -55,7 +56,7 @@ def judge(repair: Repair) -> list[str]:
     """verify's level 1 on the result, printed; the names of what is still wrong with the bundle."""
     args = argparse.Namespace(**vars(repair.args), level=1)
     done = examination.examine(args)
-    print(examination.describe(args, done))
+    say(examination.describe(args, done))
     examination.print_findings(done.findings)
     names = [f.name for f in done.findings.errors if f.name not in TOOLCHAIN]
     return names if done.first else names or ["nothing-checked"]

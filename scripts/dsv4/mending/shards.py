@@ -15,6 +15,7 @@ from dsv4.stop import Stop
 from dsv4.storage.checkpoint import INDEX, Checkpoint
 from dsv4.storage.durable import human
 from dsv4.weights.quantizer import Quantizer, chosen
+from dsv4.words import plain
 
 
 def mend_shards(repair: Repair) -> None:
@@ -99,9 +100,8 @@ def was_requantized(bundle: Checkpoint, file: str) -> bool:
 def shown(mark: dict[str, str]) -> str:
     """A mark for a reader."""
     name, table = mark.get("requantize_quantizer"), mark.get("requantize_table", "")
-    return (
-        f"QUANTIZER={name} (table {table[:8]}) and source {mark.get('requantize_source', '')[:8]}"
-    )
+    source = mark.get("requantize_source", "")
+    return f"QUANTIZER={plain(name)} (table {table[:8]}) and source {source[:8]}"
 
 
 def rewrite(repair: Repair, plan: requantization.Plan, work: dict[str, Any], size: int) -> None:

@@ -5,6 +5,8 @@ What is not known is said to be not known; nothing is promised that was not meas
 
 from __future__ import annotations
 
+import html
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,9 @@ from typing import Any
 from dsv4.proof.findings import Findings
 from dsv4.proof.stacks import runtimes
 from dsv4.proof.survey import Survey
+from dsv4.storage import bounds
 from dsv4.storage.durable import human
+from dsv4.words import plain
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -52,8 +56,10 @@ def licence_of(source: Path | None) -> str | None:
     path = source / "README.md" if source else None
     if path is None or not path.is_file():
         return None
-    head = re.match(r"---\n(.*?)\n---", path.read_text(encoding="utf-8"), re.DOTALL)
-    found = re.search(r"^license:\s*([\w.-]+)\s*$", head[1], re.MULTILINE) if head else None
+    text = bounds.read(path).decode("utf-8", errors="replace")
+    head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    pattern = r"^license:[ \t]*([A-Za-z0-9_.-]{1,64})[ \t]*$"
+    found = re.search(pattern, head[1], re.MULTILINE) if head else None
     return found[1] if found else None
 
 
@@ -63,19 +69,36 @@ def card(facts: Facts) -> str:
     return "\n\n".join(section(facts) for section in sections) + "\n"
 
 
+def cell(text: str) -> str:
+    """Foreign text for Markdown: plain, no HTML, no mark of Markdown but code's."""
+    return re.sub(r"([\\|\[\]*_#!])", r"\\\1", html.escape(plain(text), quote=False))
+
+
+def yaml(text: str) -> str:
+    """Foreign text as a value of the front matter: one that means itself, else in quotes."""
+    text = plain(text)
+    return text if re.fullmatch(r"[A-Za-z][A-Za-z0-9_./-]*", text) else json.dumps(text)
+
+
+def code(text: str) -> str:
+    """Foreign text as code, which it cannot end."""
+    return f"`{html.escape(plain(text).replace('`', chr(39)), quote=False)}`"
+
+
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
+    """A table; every cell is made plain, and cannot end its cell or its row."""
+    lines = [head, ("---",) * len(head), *(tuple(map(cell, row)) for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def front(facts: Facts) -> str:
     """The hub's metadata, the name, and what this is."""
-    lines = ["---", *([f"license: {facts.licence}"] if facts.licence else [])]
+    lines = ["---", *([f"license: {yaml(facts.licence)}"] if facts.licence else [])]
     if facts.origin:
-        lines += [f"base_model: {facts.origin['repo']}", "base_model_relation: quantized"]
+        lines += [f"base_model: {yaml(facts.origin['repo'])}", "base_model_relation: quantized"]
     lines += ["library_name: mlx", "pipeline_tag: text-generation", "tags:", "- mlx",
               "- deepseek_v4", "---", "", f"# {facts.name}", ""]  # fmt: skip
-    how = sorted({f"{e['stored_as']}" for e in facts.report["errors"]["others"]})
+    how = sorted({cell(e["stored_as"]) for e in facts.report["errors"].get("others") or []})
     experts = bits_of_experts(facts)
     lines.append(
         f"DeepSeek-V4 as an MLX bundle: routed experts in {experts:.2f} bits a weight, scales and "
@@ -86,8 +109,8 @@ def front(facts: Facts) -> str:
 
 def bits_of_experts(facts: Facts) -> float:
     """Bits a routed-expert weight, with its share of scales and biases."""
-    weights = sum(cell["weights"] for cell in facts.report["errors"]["experts"])
-    return facts.report["sizes"]["by_kind"]["routed experts"] * 8 / weights
+    weights = sum(one["weights"] for one in facts.report["errors"]["experts"])
+    return facts.report["sizes"]["by_kind"].get("routed experts", 0) * 8 / max(1, weights)
 
 
 def origin(facts: Facts) -> str:
@@ -95,11 +118,8 @@ def origin(facts: Facts) -> str:
     if facts.origin is None:
         text = "Its repository and commit were not recorded: it was not downloaded by this recipe."
         return f"## Source\n\n{text}"
-    repo, commit = facts.origin["repo"], facts.origin["commit"]
-    rows = [
-        (name, next(iter(hashes)), f"`{next(iter(hashes.values()))}`")
-        for name, hashes in facts.origin["files"].items()
-    ]
+    repo, commit = plain(facts.origin["repo"]), plain(facts.origin["commit"])
+    rows = [(name, *next(iter(hashes.items()))) for name, hashes in facts.origin["files"].items()]
     return (
         f"## Source\n\n[{repo}](https://huggingface.co/{repo}/tree/{commit}) at commit `{commit}`, "
         f"{len(rows)} files:\n\n<details><summary>their hashes</summary>\n\n"
@@ -118,12 +138,14 @@ def exactness(facts: Facts) -> str:
         (f"{block}.{layer}", *(percent(cells.get((block, layer, p))) for p in PROJECTIONS))
         for block, layer in layers
     ]
-    worst = max(cell["worst_tensor_rms"] for cell in cells.values())
-    modules = [o["relative_rms"] for o in report["errors"]["others"] if o["what"] == "module"]
+    worst = max(one["worst_tensor_rms"] for one in cells.values())
+    others = report["errors"].get("others") or []
+    modules = [o["relative_rms"] for o in others if o["what"] == "module"]
+    day = cell(report["time"][:10])
     return (
-        f"## How exact it is\n\nQuantizer of the routed experts: `{quantizer}`. Every number of "
-        f"the bundle was read and compared with the source on {report['time'][:10]}; the whole "
-        "result is verify.json beside this card, with the SHA-256 of every file.\n\n"
+        f"## How exact it is\n\nQuantizer of the routed experts: {code(quantizer)}. Every "
+        f"number of the bundle was read and compared with the source on {day}; "
+        "the whole result is verify.json beside this card, with the SHA-256 of every file.\n\n"
         "Relative RMS error of the routed experts against the FP4 source:\n\n"
         f"{table(('block and layer', *PROJECTIONS), rows)}\n\n"
         f"Worst single expert matrix: {worst:.2%}. Worst 8-bit module against FP8 or BF16: "
@@ -131,8 +153,8 @@ def exactness(facts: Facts) -> str:
     )  # fmt: skip
 
 
-def percent(cell: dict[str, Any] | None) -> str:
-    return f"{cell['relative_rms']:.2%}" if cell else "–"
+def percent(found: dict[str, Any] | None) -> str:
+    return f"{found['relative_rms']:.2%}" if found else "–"
 
 
 def sizes(facts: Facts) -> str:
@@ -169,14 +191,15 @@ def untested(facts: Facts) -> str:
     """What nobody should take from the above."""
     report = facts.report
     where = report["versions"].get("system", "an unknown system")
-    lines = [f"The numbers were compared on {where}."]
+    lines = [f"The numbers were compared on {cell(where)}."]
     if not report["versions"].get("metal"):
         lines.append("Nothing of it was run on Metal.")
     lines.append("The runtimes' rows are judged by headers; this bundle was not served for them.")
     lines.append("No benchmark of its answers was made.")
     if not report["loader_asked"]:
         lines.append("The toolchain's own loaders were not asked.")
-    lines += [f"Warning by verify: {f['name']}: {f['why']}" for f in report["findings"]]
+    warned = [(cell(f["name"]), cell(f["why"])) for f in report["findings"]]
+    lines += [f"Warning by verify: {name}: {why}" for name, why in warned]
     return "## What was not tested\n\n" + "\n".join(f"- {line}" for line in lines)
 
 
@@ -192,5 +215,5 @@ def licence(facts: Facts) -> str:
     if facts.licence is None:
         text = "The source's model card was not at hand; the licence of the source applies."
     else:
-        text = f"The model's: `{facts.licence}`, as the source's model card declares it."
+        text = f"The model's: {code(facts.licence)}, as the source's model card declares it."
     return f"## Licence\n\n{text}"

@@ -10,6 +10,7 @@ from dsv4.model.configs import code_keys
 from dsv4.model.labels import EXPERT
 from dsv4.model.names import GROUP, parse_expert, switch_paths
 from dsv4.model.opening import expert_bases
+from dsv4.model.template import TemplateFault, render_all
 from dsv4.proof.findings import Check, Findings
 from dsv4.proof.headers import module_parts, stored
 from dsv4.proof.survey import Survey
@@ -105,31 +106,19 @@ def check_template(bundle: Survey, findings: Findings) -> None:
 def template_fault(template: str) -> tuple[str, str] | None:
     """(found, expected) when two prompts are not laid out as DeepSeek-V4 learned them, else None.
 
-    A template comes from the bundle, so it runs in jinja2's sandbox.
+    A template comes from the bundle, so it is rendered in a process of its own, within bounds.
     """
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    talk = [("system", "S"), ("user", "A"), ("assistant", "B"), ("user", "C")]
-    messages = [{"role": role, "content": text} for role, text in talk]
-    for thinking, opened in ((False, "</think>"), (True, "<think>")):
-        try:
-            rendered = (
-                ImmutableSandboxedEnvironment()
-                .from_string(template)
-                .render(
-                    messages=messages,
-                    add_generation_prompt=True,
-                    enable_thinking=thinking,
-                    bos_token=BOS,
-                    eos_token=EOS,
-                )
-            )
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-            return f"{type(error).__name__}: {error}", "a template that renders"
+    said = [("system", "S"), ("user", "A"), ("assistant", "B"), ("user", "C")]
+    messages = [{"role": role, "content": text} for role, text in said]
+    asked = {"add_generation_prompt": True, "bos_token": BOS, "eos_token": EOS}
+    talks = [{**asked, "messages": messages, "enable_thinking": on} for on in (False, True)]
+    opened = ("</think>", "<think>")
+    for told, opening in zip(render_all(template, talks), opened, strict=True):
+        if isinstance(told, TemplateFault):
+            return f"{told}", "a template that renders"
         # Templates differ in how they close an earlier turn's thinking; both are in use.
-        plain = rendered.replace(f"{ASSISTANT}</think>B", f"{ASSISTANT}B")
-        expected = f"{BOS}S{USER}A{ASSISTANT}B{EOS}{USER}C{ASSISTANT}{opened}"
+        plain = told.replace(f"{ASSISTANT}</think>B", f"{ASSISTANT}B")
+        expected = f"{BOS}S{USER}A{ASSISTANT}B{EOS}{USER}C{ASSISTANT}{opening}"
         if plain != expected:
             return f"{plain!r:.160}", f"{expected!r}"
     return None

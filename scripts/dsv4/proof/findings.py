@@ -128,6 +128,10 @@ FAULTS = {
         "Experts full of zeros give no output; the answer is garbage without an error.",
         _REQUANTIZE,
     ),
+    "zeros-run": Fault(
+        "Zeros where no model has any: a hole that a download left, in this file or its source.",
+        "make download VERIFY_HASHES=1, then convert again",
+    ),
     "nan-or-inf": Fault("One NaN reaches every logit.", _REQUANTIZE),
     # Labels.
     "label-absent": Fault("Without `quantization` 2 bits × 64 are assumed.", _REPAIR),

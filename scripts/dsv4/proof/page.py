@@ -9,23 +9,25 @@ import math
 from pathlib import Path
 from typing import Any
 
-from dsv4.proof.examination import FORMAT
-from dsv4.stop import Stop
+from dsv4.proof.result import checked
 from dsv4.storage.durable import human
+from dsv4.words import plain
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
+SHOWN = 1000  # characters of one value
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # The drawing, in pixels.
 LEFT, RIGHT, PANEL, GAP, TOP, BOTTOM = 64, 16, 110, 34, 22, 40
 
 
 def page(result: dict[str, Any]) -> str:
-    """The whole page. Raises Stop for a verify.json of another format."""
+    """The whole page. Raises Stop for a verify.json of another format, or of other types."""
     from jinja2 import Environment  # here: importing it takes longer than a page
 
-    if result.get("format") != FORMAT:
-        raise Stop("verify.json", f"format {result.get('format')}", f"{FORMAT}", "verify again")
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    checked(result)
+    environment = Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=visible
+    )
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     cells = result["errors"].get("experts") or []
     return template.render(
@@ -33,6 +35,11 @@ def page(result: dict[str, Any]) -> str:
         drawing=drawing(cells) if cells else None, experts=experts(cells), others=others(result),
         checks=checks(result), sizes=sizes(result), **provenance(result),
     )  # fmt: skip
+
+
+def visible(value: Any) -> Any:
+    """What the page shows of a value: text made plain; jinja2 then escapes it for HTML."""
+    return plain(value, SHOWN) if type(value) is str else value
 
 
 def verdict(result: dict[str, Any]) -> str:

@@ -22,6 +22,9 @@ def judge(numbers: Numbers, findings: Findings) -> list[Check]:
     for outcome in numbers.outcomes:
         for fault in outcome.faults:
             findings.add(*fault)
+    for tensor, at in numbers.holes.items():
+        where = f"{tensor.path}: {tensor.name}"
+        findings.add("zeros-run", where, f"zeros from byte {at:,} of the file on", "numbers")
     if not numbers.compared:
         read = sum(outcome.numbers for outcome in numbers.outcomes)
         return [Check("numbers without NaN or Inf", read, "no source to compare them with")]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import multiprocessing
+import queue
 import re
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from dsv4.runtime.toolchain import environment
@@ -155,15 +155,25 @@ def exchange(url: str, method: str, path: str, body: str, seconds: float) -> tup
     Returns status and body. Raises Stop when that takes longer than `seconds` in all, whatever
     the server does meanwhile, or is more than ANSWER_BYTES.
     """
-    with ThreadPool(1) as pool:  # leaving it does not wait for a thread that is stuck
-        work = pool.apply_async(_exchange, (url, method, path, body, seconds))
+    answers: queue.SimpleQueue[tuple[int, bytes] | Exception] = queue.SimpleQueue()
+
+    def work() -> None:
         try:
-            status, data = work.get(seconds)
-        except (TimeoutError, multiprocessing.TimeoutError) as error:
-            raise Stop(url, f"no whole answer in {seconds:g} s", "one", "see its log") from error
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            found = f"{type(error).__name__}: {error}"
-            raise Stop(url, found, "an answer", "start the server with `make serve`") from error
+            answers.put(_exchange(url, method, path, body, seconds))
+        except Exception as error:
+            answers.put(error)
+
+    threading.Thread(target=work, daemon=True).start()  # one that is stuck ends with this process
+    try:
+        answer = answers.get(timeout=seconds)
+    except queue.Empty as error:
+        raise Stop(url, f"no whole answer in {seconds:g} s", "one", "see its log") from error
+    if isinstance(answer, (OSError, ValueError, http.client.HTTPException)):
+        todo = "start the server with `make serve`"
+        raise Stop(url, f"{type(answer).__name__}: {answer}", "an answer", todo) from answer
+    if isinstance(answer, Exception):
+        raise answer
+    status, data = answer
     if len(data) > ANSWER_BYTES:
         raise Stop(url, f"more than {ANSWER_BYTES:,} bytes", "an answer", "read the server's log")
     return status, data

@@ -74,9 +74,9 @@ class Shard:
 def read_shard(path: Path) -> Shard:
     """Read and check the header of `path`; no tensor data is read.
 
-    Raises Stop when the file is not a whole, well-formed safetensors file: too short, header longer
-    than the file, not JSON, duplicate keys, unknown dtype, shape and byte count that disagree,
-    offsets out of range, overlapping or leaving a gap.
+    Raises Stop when the file is not a whole, well-formed safetensors file: too short, a Git LFS
+    pointer, header longer than the file, not JSON, duplicate keys, unknown dtype, shape and byte
+    count that disagree, offsets out of range, overlapping or leaving a gap.
     """
     text, size = _read_header(path)
     length = len(text)
@@ -106,6 +106,7 @@ def _read_header(path: Path) -> tuple[bytes, int]:
             raise Stop(f"{path}", f"{size} bytes", "a safetensors file", REDO)
         length = int.from_bytes(prefix, "little")
         if length > min(size - 8, MAX_HEADER):
+            bounds.check_pointer(prefix + file.read(len(bounds.POINTER)), f"{path}")
             raise Stop(
                 f"{path}",
                 f"a header of {length:,} bytes in a file of {size:,}",

@@ -28,7 +28,9 @@ import numpy as np
 from dsv4.model.names import parse_expert
 from dsv4.model.opening import expert_bases
 from dsv4.stop import Stop
+from dsv4.storage.bounds import IMATRIX
 from dsv4.storage.checkpoint import Checkpoint
+from dsv4.words import plain
 
 GGUF_NAME = {"w1": "ffn_gate_exps", "w2": "ffn_down_exps", "w3": "ffn_up_exps"}
 MAX_NAME = 4096
@@ -101,6 +103,8 @@ def open_imatrix(path: Path) -> Imatrix:
     """
     if not path.is_file() or path.stat().st_size == 0:
         raise Stop(f"{path}", "no such file, or an empty one", "an imatrix (.dat)", REDO)
+    if path.stat().st_size > IMATRIX:
+        raise Stop(f"{path}", f"{path.stat().st_size:,} bytes", f"at most {IMATRIX:,}", REDO)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if data[:4] == b"GGUF":
             raise Stop(
@@ -198,4 +202,4 @@ def coverage(found: dict[str, np.ndarray], imatrix: Imatrix, source: Checkpoint)
         line += f"; {even:,} of them were never reached: all columns alike"
     if unused:
         line += f"; {unused:,} entries are for other tensors"
-    return f"{line}; data set {imatrix.dataset or 'unknown'}"
+    return f"{line}; data set {plain(imatrix.dataset or 'unknown')}"

@@ -18,6 +18,7 @@ from dsv4.storage.checkpoint import Checkpoint
 from dsv4.weights import affine, exact, optimal
 from dsv4.weights.affine import Tally
 from dsv4.weights.imatrix import coverage, importances, open_imatrix
+from dsv4.words import say
 
 
 class Quantizer(Protocol):
@@ -174,5 +175,5 @@ def chosen(args: argparse.Namespace, source: Checkpoint) -> Quantizer:
         return QUANTIZERS[args.quantizer]()
     imatrix = open_imatrix(args.imatrix)
     found = importances(imatrix, source)
-    print(coverage(found, imatrix, source))
+    say(coverage(found, imatrix, source))
     return Optimal(found, imatrix.digest)
