@@ -38,7 +38,7 @@ from dsv4.mending.job import Repair
 from dsv4.mending.repair import judge, mend, undo
 from dsv4.mending.whole import shard_files
 from dsv4.model.opening import open_source
-from dsv4.model.roles import place_of
+from dsv4.model.roles import check_named, place_of
 from dsv4.runtime.toolchain import default
 from dsv4.settings import cores, parse_jobs
 from dsv4.stop import Stop, run
@@ -68,6 +68,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_arguments()
+    check_named(args.bundle)
     if args.undo:
         return undo(args.bundle)
     place_of(args.bundle, args.source)

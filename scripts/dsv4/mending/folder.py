@@ -11,7 +11,7 @@ from typing import Any
 from dsv4.making.requantization import record_of
 from dsv4.mending.documents import recorded
 from dsv4.mending.job import NEEDS_SOURCE, Repair
-from dsv4.mending.whole import is_model, on_disk, open_with, shard_files
+from dsv4.mending.whole import on_disk, open_whole, open_with, shard_files
 from dsv4.model import configs, labels
 from dsv4.model.opening import block_counts, count, expert_bases, read_config
 from dsv4.model.plan import weights_of
@@ -85,7 +85,8 @@ def mend_strangers(repair: Repair) -> None:
     if not strangers:
         return
     named = f"shard-stranger: {several(strangers)}"
-    if not is_model(repair.bundle, files):
+    bundle = open_whole(repair.bundle)
+    if not all(f"{base}.weight" in bundle.tensors for base in expert_bases(bundle)):
         raise Stop(f"{repair.bundle}", named, "the index's shards alone to hold every expert",
                    "see what else is named, then move them away")  # fmt: skip
     if repair.say(named, f"moved to {repair.backup.files}"):

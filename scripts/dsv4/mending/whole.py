@@ -63,9 +63,10 @@ def shard_files(folder: Path) -> list[str]:
     if files and not missing:
         return sorted(files)
     models = [whole_set(one) for one in sorted(sets) if int(one[1] or 1) <= len(there)]
-    models = [whole for whole in models if there.issuperset(whole) and is_model(folder, whole)]
-    if len(models) == 1:
-        return sorted(models[0])
+    names = [model_of(folder, whole) if there.issuperset(whole) else set() for whole in models]
+    most = max(names, key=len, default=set())
+    if most and all(one < most for one in names if one is not most):  # one shard may look like one
+        return sorted(models[names.index(most)])
     if not files:
         raise Stop(f"{folder}", f"no index, and {len(sets)} sets of shards", "one set",
                    f"fetch {INDEX} again")  # fmt: skip
@@ -73,19 +74,19 @@ def shard_files(folder: Path) -> list[str]:
                f"{missing[0]}", "all of them", "fetch it again, then make repair")  # fmt: skip
 
 
-def is_model(folder: Path, files: list[str]) -> bool:
-    """True when these shards, all readable, hold MLX's words and every expert that they count."""
+def model_of(folder: Path, files: list[str]) -> set[str]:
+    """The tensors of these shards, when all can be read and together they hold an MLX model: its
+    embedding, and all experts of as many layers as they name; else nothing."""
     try:
         tensors = {n: t for file in files for n, t in read_shard(folder / file).tensors.items()}
     except Stop:
-        return False
+        return set()
     parsed = [one[:4] for name in tensors if (one := parse_expert(name)) and one[4] == "weight"]
     main = {one[1:] for one in parsed if one[0] == "layers"}
     layers, experts = (1 + max((one[axis] for one in main), default=-1) for axis in (0, 1))
-    whole = len(main) == 3 * layers * experts > 0 and {"embed.weight", "norm.weight"} <= set(
-        tensors
-    )
-    return whole and any(tensor.dtype == "U32" for tensor in tensors.values())
+    whole = len(main) == 3 * layers * experts > 0 and "embed.weight" in tensors
+    packed = any(tensor.dtype == "U32" for tensor in tensors.values())
+    return set(tensors) if whole and packed else set()
 
 
 def set_of(file: str) -> tuple[str, str]:
