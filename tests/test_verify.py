@@ -20,7 +20,16 @@ import pytest
 from conftest import SCRIPTS, must, refusal, script
 
 from dsv4.model.opening import open_bundle, open_source
-from dsv4.proof import certificate, compare, conversation, kernels, level1, level2, verdict
+from dsv4.proof import (
+    certificate,
+    compare,
+    conversation,
+    documents,
+    kernels,
+    level1,
+    level2,
+    verdict,
+)
 from dsv4.proof.findings import FAULTS, Findings
 from dsv4.proof.promises import promise_of
 from dsv4.proof.survey import survey

@@ -169,7 +169,8 @@ def nearest(versions: Versions) -> str:
 
 # Faults that a row's needs judge for each runtime; any other error stops them all.
 BY_RUNTIME = (
-    "label-", "eos-", "chat-template", "special-token", "encoding-", "controls-", "jang-config-", "generation-",
+    "label-", "eos-", "chat-template", "special-token", "encoding-", "controls-", "jang-config-",
+    "generation-",
 )  # fmt: skip
 
 
