@@ -213,7 +213,7 @@ def bundle_need(args: argparse.Namespace) -> tuple[Line, int]:
         quantizer = chosen(args, open_source(args.source)) if args.imatrix else None
         quantizer = quantizer or QUANTIZERS[args.quantizer]()
         mark = converted_by(None, quantizer)
-        shards = plan_shards(tensors, quantizer.label, mark, args.shard_bytes)
+        shards = plan_shards(tensors, quantizer.form, mark, args.shard_bytes)
     except Stop as stop:
         return Line(False, "bundle size", f"unknown ({stop})"), 0
     final = sum(shard.size for shard in shards)

@@ -39,7 +39,7 @@ def config(bundle: Checkpoint, expert: dict[str, Any] | None) -> dict[str, Any]:
     content = copy.deepcopy(bundle.config)
     if expert is not None:
         content.pop("quantization_config", None)
-        content["quantization"] = quantization(expert_bases(bundle), expert)
+        content["quantization"] = quantization(expert_bases(bundle), expert, bundle.tensors)
     content["eos_token_id"] = token_ids(bundle.folder)
     return content
 

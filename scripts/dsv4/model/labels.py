@@ -15,7 +15,7 @@ the two module paths that names.py gives it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from dsv4.model.names import GROUP, PROJECTION, module_paths, parse_expert, switch_paths
@@ -32,19 +32,22 @@ COPYING = ("mxfp4", "lossless")
 
 
 def quantization(
-    bases: list[str], expert: dict[str, Any] = EXPERT, fp8: Iterable[str] = ()
+    bases: list[str],
+    expert: dict[str, Any] = EXPERT,
+    tensors: Mapping[str, Slot | Tensor] | None = None,
 ) -> dict[str, Any]:
     """The whole `quantization` value for a bundle whose routed experts are stored as `expert` says.
 
-    `bases` are the storage names of all routed-expert matrices, as `expert_bases` gives them; `fp8`
-    those of the matrices that are stored as mxfp8. MTP's get their storage name only: no runtime
-    builds modules for them. Where there are such matrices nothing is 8-bit affine, so the top level
-    says mxfp8: a runtime that misses a label is right with it, or refuses an expert's shape.
+    `bases` are the storage names of all routed-expert matrices, as `expert_bases` gives them;
+    `tensors` are the bundle's, for those that are stored as mxfp8. MTP's get their storage name
+    only: no runtime builds modules for them. Where nothing is 8-bit affine the top level says
+    mxfp8: a runtime that misses a matrix's label is right with it.
     """
     parsed = (parse_expert(f"{base}.weight") for base in bases)
     layers = sorted({one[1] for one in parsed if one and one[0] == "layers"})
-    fp8 = list(fp8)
-    labels: dict[str, Any] = dict(MXFP8 if fp8 else DEFAULT)
+    fp8 = fp8_bases(tensors or {})
+    affine = any(n.endswith(".biases") and not parse_expert(n) for n in tensors or ())
+    labels: dict[str, Any] = dict(MXFP8 if fp8 and not affine else DEFAULT)
     for which in (0, 1):
         for layer in layers:
             for matrix in PROJECTION:
