@@ -103,7 +103,7 @@ def check_toolchain(python: Path, converter: str, app: Path, quantizer: str) -> 
 def meaning(what: str, versions: stacks.Versions, lacking: tuple[str, ...], quantizer: str) -> Line:
     """What the installed versions mean for the user, by the rows of dsv4/proof/stacks.py."""
     works, line = stacks.recognise(versions, lacking, toolchain.has_metal(), quantizer)
-    return Line(True, what, line, doubt=not works)
+    return Line(not stacks.refused(versions, quantizer), what, line, doubt=not works)
 
 
 def pending(python: Path | None, app: Path) -> tuple[str, ...]:

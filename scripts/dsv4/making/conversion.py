@@ -24,7 +24,7 @@ from dsv4.making.marks import converted_by
 from dsv4.making.pieces import pieces_of
 from dsv4.model import configs
 from dsv4.model.opening import open_bundle
-from dsv4.model.plan import ShardPlan, Unit, plan_shards, weights_of
+from dsv4.model.plan import ShardPlan, plan_shards, weights_of
 from dsv4.runtime import upstream
 from dsv4.stop import Stop
 from dsv4.storage import inside, locks
@@ -220,7 +220,9 @@ def complete(plan: Plan, folder: Path, jobs: int) -> None:
     label = plan.quantizer.label
     write_json(folder / "config.json", configs.bundle_config(plan.source, label))
     named = source_name(plan.source.folder)
-    write_json(folder / "jang_config.json", configs.jang_config(plan.source, plan.quantizer.form, named))
+    write_json(
+        folder / "jang_config.json", configs.jang_config(plan.source, plan.quantizer.form, named)
+    )
     made = open_bundle(folder)
     check_complete(made, plan.source)
     after = requantization.make_plan(

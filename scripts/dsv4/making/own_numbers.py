@@ -30,7 +30,9 @@ from dsv4.storage.zeros import check_hole
 from dsv4.weights.fp8 import spread
 from dsv4.weights.quantizer import Lossless, Quantizer
 
-RECORD = ".bfloats.json"  # beside the shards that are being made: what was found of the BF16 tensors
+RECORD = (
+    ".bfloats.json"  # beside the shards that are being made: what was found of the BF16 tensors
+)
 SLICE_BYTES = 16 << 20
 PIECE_BYTES = 2 << 20  # of FP8 codes
 # Runtimes that decode to BF16 round what has a smaller scale byte and overflow with a larger one.
@@ -169,9 +171,7 @@ class Fp8Piece:
         check_hole(tensor.path, tensor.name, data, tensor.offset + offset, hole)
         return data
 
-    def _check(
-        self, bad: np.ndarray, data: np.ndarray, what: str, width: int, first: int
-    ) -> None:
+    def _check(self, bad: np.ndarray, data: np.ndarray, what: str, width: int, first: int) -> None:
         """Raise Stop when there is a NaN among codes or scales, `width` of them a row."""
         if bad.any():
             at = int(np.argmax(bad))

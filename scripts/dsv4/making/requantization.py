@@ -26,7 +26,6 @@ from dsv4.storage.rewrite import NewShard, Piece, copy_pieces, rewrite
 from dsv4.storage.shard import Layout, Shard, Slot, Tensor
 from dsv4.weights.quantizer import Lossless, Quantizer
 
-
 JANG = "jang_config.json"
 
 

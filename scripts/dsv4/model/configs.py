@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from dsv4.model.chat import BOS, EOS
-from dsv4.model.labels import EXPERT
 from dsv4.model.names import GROUP
 from dsv4.model.plan import Form
 from dsv4.storage.checkpoint import Checkpoint
@@ -84,7 +83,7 @@ def jang_config(source: Checkpoint, form: Form, named: str) -> dict[str, Any]:
     """
     config, label = source.config, form.expert
     kept = 16 if form.as_source else 8  # embedding and head
-    content = {
+    return {
         "weight_format": label["mode"],  # vMLX 1.6.81 refuses names that it does not know
         "profile": profile(label),
         "mxtq_seed": SEED,
@@ -103,15 +102,12 @@ def jang_config(source: Checkpoint, form: Form, named: str) -> dict[str, Any]:
         "model_family": "deepseek_v4",
         "chat": chat(config),
     }
-    if label != EXPERT:  # exact: vMLX 1.6.81 is not to round what attention pools, its default
-        content["cache"] = {"pool_quant_default": False}
-    return content
 
 
 def restamped(old: dict[str, Any], source: Checkpoint, form: Form) -> dict[str, Any]:
     """A native bundle's jang_config.json after its numbers have got another form."""
     new = jang_config(source, form, old.get("source_model", ""))
-    return new | {key: value for key, value in old.items() if key not in (*new, "cache")}
+    return new | {key: value for key, value in old.items() if key not in new}
 
 
 def chat(config: dict[str, Any]) -> dict[str, Any]:

@@ -40,7 +40,16 @@ def judge(numbers: Numbers, findings: Findings) -> list[Check]:
         check_modules(groups["module"]),
         Check("control numbers equal to the source", count(groups["control"])),
         Check("passthrough numbers equal to the source", count(groups["passthrough"])),
+        *lossless(numbers),
     ]
+
+
+def lossless(numbers: Numbers) -> list[Check]:
+    """The certificate of a bundle that claims to be lossless, when every number is the source's."""
+    odd = [o for o in numbers.outcomes if o.faults or o.wrong or o.explained or o.error]
+    if numbers.recorded != "lossless" or odd or numbers.left_out:
+        return []
+    return [Check("numbers in all, lossless: each one is the source's", count(numbers.outcomes))]
 
 
 def count(outcomes: Iterable[Outcome]) -> int:
