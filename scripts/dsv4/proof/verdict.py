@@ -107,9 +107,12 @@ def check_modules(outcomes: list[Outcome]) -> Check:
     if not outcomes:
         return Check("module weights against FP8 and BF16", 0)
     exact, groups = sum(o.exact for o in outcomes), sum(o.groups for o in outcomes)
+    copied = all(o.recomputed for o in outcomes if o.groups)
+    like = "in the source" if copied else "MLX's CPU code"
     note = (
-        f"{len(outcomes):,} tensors, {exact:,} of {groups:,} groups byte for byte as MLX's CPU "
-        f"code; relative RMS {rms_of(outcomes):.3%}"
+        f"{len(outcomes):,} tensors, {exact:,} of {groups:,} groups byte for byte as "
+        f"{like}; "
+        f"relative RMS {rms_of(outcomes):.3%}"
     )
     return Check(
         "module weights against FP8 and BF16",
