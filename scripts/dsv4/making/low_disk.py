@@ -30,7 +30,7 @@ from dsv4.storage import inside
 from dsv4.storage.checkpoint import INDEX, Checkpoint, read_index
 from dsv4.storage.durable import copy_file, write_bytes
 from dsv4.storage.rewrite import Desk, NewShard, Piece, bypass_cache, forget
-from dsv4.storage.shard import read_shard, sample_places
+from dsv4.storage.shard import Tensor, read_shard, sample_places
 
 WORKERS = 8
 AGAIN = "run download again, with LOW_DISK=1"
@@ -139,6 +139,12 @@ class Supply:
     def has(self, name: str) -> bool:
         """True when the shard lies there, verified and untouched."""
         return self.record.is_verified(self.folder, name)
+
+    def read(self, tensor: Tensor, first: int, nbytes: int) -> np.ndarray:
+        """Some bytes of a tensor, from the hub: for what must be known before any shard comes."""
+        file, begin = self.record.files[tensor.path.name], tensor.offset + first
+        place = (self.record.repo, self.record.commit, file, begin, begin + nbytes)
+        return np.frombuffer(remote.read_range(*place, self.patience), np.uint8)
 
     def size(self, names: set[str]) -> int:
         """Bytes of these shards."""

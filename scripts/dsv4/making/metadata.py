@@ -42,7 +42,7 @@ def config(bundle: Checkpoint, expert: dict[str, Any] | None) -> dict[str, Any]:
     content = copy.deepcopy(bundle.config)
     if expert is not None:
         content.pop("quantization_config", None)
-        content["quantization"] = quantization(expert_bases(bundle), expert)
+        content["quantization"] = quantization(expert_bases(bundle), expert, bundle.tensors)
     content["eos_token_id"] = token_ids(bundle.folder)
     if "bos_token_id" in content:
         content["bos_token_id"] = token_ids(bundle.folder, (BOS,))[0]

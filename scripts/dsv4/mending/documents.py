@@ -28,6 +28,7 @@ DOCUMENTS = ("config.json", "generation_config.json", "jang_config.json", "token
 METADATA = {
     "config-runs-code": DOCUMENTS,
     "label-": ("config.json",),
+    "scales-without-label": ("config.json",),
     "eos-": ("config.json", "generation_config.json"),
     "special-token-": ("config.json", "generation_config.json", "tokenizer_config.json"),
     "chat-template": ("tokenizer_config.json",),

@@ -122,7 +122,7 @@ def wrong_experts(bundle: Checkpoint) -> dict[str, str]:
         findings, has = Findings(), parts_of(bundle, base)
         check_triple(base, has, bundle.config, findings)
         if labels.stored_label(bundle.tensors, base) == labels.MXFP4:
-            if "mxfp4" not in {*meant, labelled(bundle.config, base).get("mode")}:
+            if not {"mxfp4", "lossless"} & {*meant, labelled(bundle.config, base).get("mode")}:
                 wrong[base] = "stock-experts"
         elif findings.names:
             wrong[base] = min(findings.names)

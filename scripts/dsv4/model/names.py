@@ -114,6 +114,28 @@ def switch_paths(layer: int, matrix: str) -> tuple[str, str]:
     )
 
 
+def module_paths(base: str) -> tuple[str, ...]:
+    """Module paths of a matrix that is no routed expert: (mlx_lm and vMLX, mlx-vlm); () in MTP.
+
+    >>> module_paths("layers.0.attn.indexer.wq_b")[0]
+    'model.layers.0.self_attn.indexer.wq_b'
+    >>> module_paths("layers.3.ffn.shared_experts.w1")[1]
+    'language_model.model.layers.3.ffn.shared_experts.gate_proj'
+    """
+    found = re.fullmatch(r"layers\.(\d+)\.(attn|ffn)\.(.+)", base)
+    if found is None:
+        return ()
+    layer, part, rest = found.groups()
+    owner, _, last = rest.rpartition(".")
+    if owner == "shared_experts":
+        rest = f"{owner}.{PROJECTION.get(last, last)}"
+    renamed = {"attn": "self_attn", "ffn": "mlp"}[part]
+    return (
+        f"model.layers.{layer}.{renamed}.{rest}",
+        f"language_model.model.layers.{layer}.{part}.{rest}",
+    )
+
+
 def treatment(name: str) -> str | None:
     """What `kind` says, from the table above; None for a name that it does not have.
 

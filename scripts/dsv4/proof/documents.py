@@ -7,8 +7,8 @@ from typing import Any
 
 from dsv4.model.chat import STOP_TOKENS, vocabulary
 from dsv4.model.configs import code_keys
-from dsv4.model.labels import EXPERT
-from dsv4.model.names import GROUP, parse_expert, switch_paths
+from dsv4.model.labels import EXPERT, fp8_bases
+from dsv4.model.names import GROUP, module_paths, parse_expert, switch_paths
 from dsv4.model.opening import expert_bases
 from dsv4.proof.findings import Check, Findings
 from dsv4.proof.headers import module_parts, stored
@@ -84,6 +84,10 @@ def labels_in_use(bundle: Survey) -> Iterator[tuple[str, str, str]]:
         if block == "layers":
             yield from zip(switch_paths(layer, matrix), (base, base), RUNTIMES[:2], strict=True)
         yield base, base, RUNTIMES[2]
+    for base in fp8_bases(bundle.checkpoint.tensors):
+        names = module_paths(base)
+        yield from zip(names, [base] * len(names), RUNTIMES, strict=False)
+        yield base, base, RUNTIMES[2]
 
 
 def check_labels(bundle: Survey, findings: Findings) -> Check:
@@ -147,10 +151,18 @@ def judge_label(
 ) -> None:
     """Compare one label with the tensors; a key that 256 experts share is reported once."""
     label = labels.get(key, top)
-    if label == stored_as or (key, "") in seen:
+    copied = stored_as["mode"] != "affine"
+    by_top = copied and label == stored_as and key not in labels
+    if (label == stored_as and not by_top) or (key, "") in seen:
         return
     seen.add((key, ""))
     where = f"config.json: quantization[{shown(key)}], which {runtime} looks up"
+    if by_top:
+        findings.add("label-at-top-only", where, "none", in_words(stored_as))
+        return
+    if copied and (not isinstance(label, dict) or label.get("mode") != stored_as["mode"]):
+        found = in_words(label) if key in labels and isinstance(label, dict) else "none"
+        findings.add("scales-without-label", where, found, in_words(stored_as))
     if key not in labels:
         findings.add("label-missing", where, f"none, so {in_words(top)}", in_words(stored_as))
     label = label if isinstance(label, dict) else {}

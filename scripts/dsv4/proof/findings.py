@@ -186,6 +186,17 @@ FAULTS = {
     "label-missing": Fault(
         "A runtime that finds no label for a module falls back to the top level.", _REPAIR
     ),
+    "scales-without-label": Fault(
+        "FP4 or FP8 codes with U8 scales, and no right mode under a name that a runtime looks up: "
+        "vMLX 1.6.81 answers garbage without a word, others refuse.",
+        _REPAIR,
+    ),
+    "label-at-top-only": Fault(
+        "The top level alone says how a module is stored; every known runtime reads it there, and "
+        "one without that would read noise.",
+        _REPAIR,
+        WARNING,
+    ),
     "label-stray": Fault("A label for a module that no tensor belongs to.", _REPAIR, WARNING),
     # The real loader on this bundle's headers.
     "loader-unpatched": Fault(
@@ -226,6 +237,9 @@ FAULTS = {
         "Zeros of the source are not zero any more (scale = (max - min)/15, as in "
         "mxfp4_to_affine.py).",
         _REQUANTIZE,
+    ),
+    "rounded": Fault(
+        "The bundle says that it is lossless, and a number of the source was rounded.", _REQUANTIZE
     ),
     "module-differs": Fault("An 8-bit module does not hold the source's weights.", _CONVERT),
     "module-other-device": Fault(

@@ -10,8 +10,8 @@ from collections import Counter
 from itertools import filterfalse
 from typing import Any
 
-from dsv4.model.labels import EXPERT, label_of
-from dsv4.model.names import is_control, kind, parse_expert, switch_paths
+from dsv4.model.labels import EXPERT, MXFP8, label_of
+from dsv4.model.names import is_control, kind, module_paths, parse_expert, switch_paths
 from dsv4.model.opening import block_counts, expert_bases
 from dsv4.model.plan import bundle_keys
 from dsv4.proof.findings import Check, Findings
@@ -165,7 +165,7 @@ def check_triple(
         if label.get("mode") == "affine" and parse_expert(f"{base}.weight"):
             findings.add("stock-experts", base, shown, "F16 scales and biases, or mode mxfp4")
         elif stored(has) is None:
-            findings.add("triple-misfit", base, shown, "4 bits × 32 columns a scale")
+            findings.add("triple-misfit", base, shown, "4 or 8 bits × 32 columns a scale")
     elif weight is None or scales is None or biases is None:
         findings.add("triple-incomplete", base, shown or "nothing", "weight, scales and biases")
     elif stored(has) is None:
@@ -177,7 +177,7 @@ def labelled(config: dict[str, Any], base: str) -> dict[str, Any]:
     labels = config.get("quantization")
     labels = labels if isinstance(labels, dict) else {}
     expert = parse_expert(f"{base}.weight")
-    paths = [base, *(switch_paths(expert[1], expert[3]) if expert else ())]
+    paths = [base, *(switch_paths(expert[1], expert[3]) if expert else module_paths(base))]
     found = next((labels[path] for path in paths if isinstance(labels.get(path), dict)), None)
     return found or {key: labels.get(key) for key in ("group_size", "bits", "mode")}
 
@@ -220,6 +220,8 @@ def check_counterparts(bundle: Survey, source: Checkpoint, findings: Findings) -
         elif what in ("affine8", "head"):  # other tools quantize the head, or leave a matrix
             plain = name in tensors and tensors[name].dtype in FLOATS
             keys = (name,) if plain else quantized_keys(name)
+            fp8 = stored(module_parts(bundle, name.removesuffix(".weight"))) == MXFP8
+            keys = keys[:2] if fp8 else keys
         wanted |= set(keys)
         for key in keys:
             if key not in tensors and key not in bundle.unread:
