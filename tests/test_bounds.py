@@ -240,8 +240,10 @@ def peak_of(source: Path, bundle: Path) -> int:
     """Peak memory of level 2, in bytes; whatever it finds."""
     code = ("import resource, subprocess, sys; subprocess.run(sys.argv[1:]); "
             "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")  # fmt: skip
-    command = [sys.executable, "-c", code, sys.executable, SCRIPTS / "verify.py",
-               "--source", source, "--bundle", bundle, "--without-loader", "--jobs", "2"]  # fmt: skip
+    command = [
+        sys.executable, "-c", code, sys.executable, SCRIPTS / "verify.py", "--source", source,
+        "--bundle", bundle, "--without-loader", "--jobs", "2",
+    ]  # fmt: skip
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return int(said.splitlines()[-1]) * (1 if sys.platform == "darwin" else 1024)
 
