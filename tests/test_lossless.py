@@ -60,7 +60,7 @@ def copy(lossless, tmp_path) -> Path:
     return shutil.copytree(lossless, tmp_path / "bundle")
 
 
-# --- A decoder of its own, number by number ---------------------------------------------------
+# --- A decoder of its own, number by number -----------------------------------------------------
 
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
 
@@ -151,7 +151,7 @@ def test_sizes_do_not_depend_on_what_the_values_decide(source, lossless):
         assert sum(shard.size for shard in shards) == size
 
 
-# --- verify -----------------------------------------------------------------------------------
+# --- verify ------------------------------------------------------------
 
 
 def test_verify_finds_nothing_and_certifies(source, lossless, tmp_path):
@@ -235,7 +235,7 @@ def test_old_vmlx_is_refused_and_no_other(lossless):
     assert "crashes" in loads["vMLX 1.3.97, loader patched"]
 
 
-# --- What stops a run -------------------------------------------------------------------------
+# --- What stops a run ------------------------------------------------------------
 
 
 def poke(source: Path, name: str, byte: int, value: int) -> None:
@@ -270,7 +270,7 @@ def test_scale_bytes_that_bf16_rounds_are_named(source_copy, tmp_path):
     assert f"(1 in {FP8}.scale)" in said
 
 
-# --- There and back ---------------------------------------------------------------------------
+# --- There and back ------------------------------------------------------------
 
 
 def test_requantize_leads_to_it_and_back_to_the_same_bytes(source, lossless, tmp_path):
@@ -346,7 +346,7 @@ def test_low_disk_makes_the_same_bundle(origin, hub, tmp_path):  # noqa: F811
         assert (place.bundle / path.name).read_bytes() == path.read_bytes()
 
 
-# --- The table of mlx is the same on every machine --------------------------------------------
+# --- The table of mlx is the same on every machine ----------------------------------------------
 
 
 def test_the_sign_of_a_nan_does_not_enter_the_digest(monkeypatch):
