@@ -28,8 +28,9 @@ from dsv4.words import LINE, plain, several, shown
 
 OWNED = "mlx\x1b]0;OWNED\x07\x1b[2K\rpassed: all good"
 HOSTILE = [
-    OWNED, "a\nerror: b", "a\r\npassed: c", "\x00", "\x85\x9b31m", "\u202edlog\u2066", "\u200f\ufeff",
-    "\u2028\u2029", "\ud800", "\U000e0041", "\x7f", "x" * 1_000_000, "\x1b" * 1_000_000,
+    OWNED, "a\nerror: b", "a\r\npassed: c", "\x00", "\x85\x9b31m", "\u202edlog\u2066",
+    "\u200f\ufeff", "\u2028\u2029", "\ud800", "\U000e0041", "\x7f",
+    "x" * 1_000_000, "\x1b" * 1_000_000,
 ]  # fmt: skip
 
 
@@ -85,8 +86,9 @@ ORIGIN = {"repo": "user/name", "commit": "0a" * 20, "files": {"a": {"sha256": "a
 @pytest.mark.parametrize(
     "change",
     [
-        {"repo": "user/name\nlicense: mit"}, {"repo": "user/name\n"}, {"repo": 5}, {"commit": "x y"},
-        {"commit": ["a"]}, {"files": []}, {"files": {"a": {}}}, {"files": {"a": {"sha256": "`"}}},
+        {"repo": "user/name\nlicense: mit"}, {"repo": "user/name\n"}, {"repo": 5},
+        {"commit": "x y"}, {"commit": ["a"]}, {"files": []}, {"files": {"a": {}}},
+        {"files": {"a": {"sha256": "`"}}},
         {"files": {"a": {"sha256": 1}}}, {"files": None},
     ],
 )  # fmt: skip
