@@ -48,8 +48,9 @@ TOOLCHAIN_PYTHON ?= .toolchain/$(STACK)/bin/python
 # Where the server listens, on this machine only.
 PORT ?= 8010
 # How routed experts are stored: mlx (as mx.quantize does, 5 bits a weight), optimal (5 bits, least
-# error), exact5 (6 bits, exact), mxfp4 (4.25 bits, exact; not every runtime). Changing it on a
-# finished bundle requantizes from the source.
+# error), exact5 (6 bits, exact), mxfp4 (4.25 bits, exact; not every runtime), lossless (mxfp4, and
+# everything else as the source has it too, FP8 as mxfp8; STACK=new). Changing it on a finished
+# bundle requantizes from the source.
 QUANTIZER ?= mlx
 # With optimal: a llama.cpp/ds4 importance matrix (.dat) that weighs the error; empty for none.
 IMATRIX ?=

@@ -19,7 +19,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsv4.hub import client
+from dsv4.hub import client, remote
 from dsv4.hub.fetching import recorded, remaining
 from dsv4.hub.origin import read_record
 from dsv4.making import low_disk
@@ -104,7 +104,7 @@ def check_toolchain(python: Path, converter: str, app: Path, quantizer: str) -> 
 def meaning(what: str, versions: stacks.Versions, lacking: tuple[str, ...], quantizer: str) -> Line:
     """What the installed versions mean for the user, by the rows of dsv4/proof/stacks.py."""
     works, line = stacks.recognise(versions, lacking, toolchain.has_metal(), quantizer)
-    return Line(True, what, line, doubt=not works)
+    return Line(not stacks.refused(versions, quantizer), what, line, doubt=not works)
 
 
 def pending(python: Path | None, app: Path) -> tuple[str, ...]:
@@ -200,7 +200,7 @@ def tensors_of(source: Path, repo: str, revision: str) -> dict[str, Tensor]:
     except Stop:
         if not repo:
             raise
-        return client.tensors(repo, revision)
+        return remote.tensors(repo, revision)
 
 
 def bundle_need(args: argparse.Namespace) -> tuple[Line, int]:
@@ -214,7 +214,7 @@ def bundle_need(args: argparse.Namespace) -> tuple[Line, int]:
         quantizer = chosen(args, open_source(args.source)) if args.imatrix else None
         quantizer = quantizer or QUANTIZERS[args.quantizer]()
         mark = converted_by(None, quantizer)
-        shards = plan_shards(tensors, quantizer.label, mark, args.shard_bytes)
+        shards = plan_shards(tensors, quantizer.form, mark, args.shard_bytes)
     except Stop as stop:
         return Line(False, "bundle size", f"unknown ({stop})"), 0
     final = sum(shard.size for shard in shards)

@@ -31,7 +31,7 @@ from pathlib import Path
 
 from dsv4.hub import client, fetching
 from dsv4.hub.origin import read_record
-from dsv4.making import low_disk
+from dsv4.making import low_disk, own_numbers
 from dsv4.making.conversion import (
     check_complete,
     convert,
@@ -51,7 +51,9 @@ from dsv4.settings import cores, parse_bytes, parse_jobs
 from dsv4.stop import Stop, run
 from dsv4.storage import locks
 from dsv4.storage.checkpoint import Checkpoint
-from dsv4.weights.quantizer import add_choice, check_choice, chosen
+from dsv4.storage.reading import Reader
+from dsv4.storage.space import workplace_of
+from dsv4.weights.quantizer import Lossless, add_choice, check_choice, chosen
 from dsv4.words import plain, say
 
 
@@ -115,11 +117,30 @@ def run_upstream(args: argparse.Namespace, source: Checkpoint) -> str:
 def run_native(args: argparse.Namespace, source: Checkpoint, headers: Checkpoint,
                supply: Supply | None) -> str:  # fmt: skip
     """The native converter, or its plan; return what to say."""
-    plan = make_plan(source, headers, chosen(args, headers), args.shard_bytes)
     check_whole(source)
+    quantizer = chosen(args, headers)
+    if quantizer.form.as_source:
+        quantizer = survey(args, source, headers, supply)
+        say(own_numbers.said(quantizer, headers))
+    plan = make_plan(source, headers, quantizer, args.shard_bytes)
     if args.dry_run:
         return "would be made\n" + describe(plan, args.bundle, args.jobs, supply)
     return convert(plan, args.bundle, args.jobs, supply)
+
+
+def survey(
+    args: argparse.Namespace, source: Checkpoint, headers: Checkpoint, supply: Supply | None
+) -> Lossless:
+    """The quantizer lossless, which knows the source's BF16 values: read here, or from the hub."""
+    if supply is None:
+        record = workplace_of(args.bundle) / own_numbers.RECORD
+        with contextlib.closing(Reader()) as reader:
+            return own_numbers.planned(source, reader.read, record, 1)
+    record = low_disk.own_headers(args.source) / own_numbers.RECORD
+    quantizer = own_numbers.planned(headers, supply.read, record, args.workers)
+    if not args.dry_run:
+        own_numbers.keep(record, headers, quantizer)
+    return quantizer
 
 
 def main() -> int:

@@ -21,10 +21,10 @@ from pathlib import Path
 from dsv4.hub import client
 from dsv4.hub.remote import Skeleton, fetch_skeleton
 from dsv4.model.opening import open_source
-from dsv4.proof import level1
+from dsv4.proof import conversation, level1
 from dsv4.proof.findings import Check, Findings
 from dsv4.proof.stacks import runtimes
-from dsv4.proof.survey import survey
+from dsv4.proof.survey import Survey, survey
 from dsv4.stop import Stop, run
 from dsv4.storage.durable import human
 from dsv4.words import plain, say
@@ -71,6 +71,12 @@ def show_runtimes(loads: dict[str, str]) -> None:
         say(f"  {'no ' if fault else 'yes'} {name}{': ' + fault if fault else ''}")
 
 
+def show_conversation(bundle: Survey) -> None:
+    print("what of a conversation reaches the model:")
+    for name, kept in conversation.per_runtime(bundle).items():
+        say(f"  {name}: {kept}")
+
+
 def inspect(args: argparse.Namespace, work: Path) -> int:
     """Read, judge, print. Raises Stop when something is wrong with the bundle."""
     findings = Findings()
@@ -84,6 +90,8 @@ def inspect(args: argparse.Namespace, work: Path) -> int:
     level1.demand_something(checks, findings)
     show(skeleton, checks, findings)
     show_runtimes(runtimes(bundle, findings))
+    if bundle:
+        show_conversation(bundle)
     if findings.errors:
         names = ", ".join(finding.name for finding in findings.errors)
         raise Stop(args.repo, names, "a bundle without faults", mending(findings))

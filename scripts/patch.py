@@ -7,14 +7,17 @@ Each runtime reads other files (found by experiment), so all are told:
 | config.json            | quantization labels under every name in use         | all              |
 | config.json            | eos_token_id: end of sentence and <｜User｜>        | vMLX 1.3.97      |
 | generation_config.json | the same list                                       | mlx_lm, mlx-vlm  |
-| tokenizer_config.json  | bos_token, eos_token; a chat_template if none is    | vMLX 1.3.97      |
+| tokenizer_config.json  | bos_token, eos_token; chat_template                 | vMLX 1.3.97      |
+| chat_template.jinja    | the same template                                   | mlx-vlm, mlx_lm  |
 | jang_config.json       | quantization.group_size 32 (else 64 is assumed)     | vMLX 1.6.81      |
 | jang_config.json       | source_model, source: repo, commit, files' hashes   | readers          |
 
 The converter writes the source's local path into source_model; a bundle that may be published names
 the repository and commit instead, as download recorded them, or says that they were not recorded.
-Ids come from the bundle's tokenizer, labels from the tensors as they lie on disk. Idempotent; each
-file is replaced whole. Takes seconds. --dry-run says what would change.
+The template makes the prompts of encoding/encoding_dsv4.py, with the efforts of the release that
+this file is of; somebody else's template stays. Ids come from the bundle's tokenizer, labels from
+the tensors as they lie on disk. Idempotent; each file is replaced whole. Takes seconds. --dry-run
+says what would change.
 
     .venv/bin/python scripts/patch.py --bundle DIR [--source DIR] [--dry-run]
 """
@@ -25,12 +28,18 @@ import argparse
 import contextlib
 from pathlib import Path
 
-from dsv4.making.metadata import check_json, differences, patched
+from dsv4.making.metadata import (
+    CHAT_TEMPLATE,
+    chat_templates,
+    check_json,
+    differences,
+    patched,
+)
 from dsv4.model.opening import open_bundle, read_config
 from dsv4.model.roles import place_of
 from dsv4.stop import run
 from dsv4.storage import locks
-from dsv4.storage.durable import write_json
+from dsv4.storage.durable import write_bytes, write_json
 from dsv4.words import plain, say
 
 
@@ -46,12 +55,18 @@ def main() -> int:
     read_config(args.bundle)
     with contextlib.nullcontext() if args.dry_run else locks.held(args.bundle):
         wanted = patched(open_bundle(args.bundle), args.source)
-        for line in differences(args.bundle, wanted):
+        template, text = args.bundle / CHAT_TEMPLATE, chat_templates(args.bundle)[0].encode()
+        changes = differences(args.bundle, wanted)
+        if not template.is_file() or template.read_bytes() != text:
+            changes.append(CHAT_TEMPLATE)
+        for line in changes:
             say(f"{'would set' if args.dry_run else 'set'} {plain(line)}")
         for name, content in wanted.items():
             check_json(name, content)
             if not args.dry_run:
                 write_json(args.bundle / name, content)
+        if not args.dry_run:
+            write_bytes(template, text)
     return 0
 
 

@@ -4,8 +4,11 @@ verify's level 1 says what is wrong; from that each step decides whether it has 
 
 | step     | what it mends                                                          | needs      |
 |----------|------------------------------------------------------------------------|------------|
+| config   | a config.json that is missing or broken                                | the source |
+| others   | shards that are none of the bundle's are moved to the originals        |            |
 | shards   | routed experts that headers prove wrong, controls not in F32, the head | the source |
-| index    | entries that are missing, wrong or too many; an index that is gone     |            |
+| index    | entries that are missing, wrong or too many; an index that is gone, or |            |
+|          | another checkpoint's                                                   |            |
 | files    | tokenizer and encoding files that are missing or no JSON               | the source |
 | metadata | labels, stop tokens, chat template, jang_config.json's group size      |            |
 
@@ -35,6 +38,7 @@ from dsv4.mending.job import Repair
 from dsv4.mending.repair import judge, mend, undo
 from dsv4.mending.whole import shard_files
 from dsv4.model.opening import open_source
+from dsv4.model.roles import check_named, place_of
 from dsv4.runtime.toolchain import default
 from dsv4.settings import cores, parse_jobs
 from dsv4.stop import Stop, run
@@ -64,9 +68,11 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_arguments()
-    files = shard_files(args.bundle) if not args.undo else []
+    check_named(args.bundle)
     if args.undo:
         return undo(args.bundle)
+    place_of(args.bundle, args.source)
+    files = shard_files(args.bundle)
     source = open_source(args.source) if args.source else None
     repair = Repair(args, source, Backup(args.bundle))
     lock = locks.held(args.bundle)

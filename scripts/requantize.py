@@ -25,6 +25,7 @@ import contextlib
 import time
 from pathlib import Path
 
+from dsv4.making import own_numbers
 from dsv4.making.experts import Ledger
 from dsv4.making.requantization import (
     Part,
@@ -39,8 +40,9 @@ from dsv4.model.opening import open_bundle, open_source, read_config
 from dsv4.model.roles import place_of
 from dsv4.settings import cores, parse_jobs
 from dsv4.stop import run
-from dsv4.storage import locks
+from dsv4.storage import inside, locks
 from dsv4.storage.checkpoint import read_index
+from dsv4.storage.reading import Reader
 from dsv4.weights.quantizer import add_choice, check_choice, chosen
 from dsv4.words import say
 
@@ -74,8 +76,12 @@ def main() -> int:
     start = time.perf_counter()
     place_of(arguments.bundle, arguments.source)
     source = open_source(arguments.source)
-    quantizer = chosen(arguments, source)
+    quantizer, record = chosen(arguments, source), arguments.bundle / own_numbers.RECORD
     read_config(arguments.bundle)
+    if quantizer.form.as_source:
+        with contextlib.closing(Reader()) as reader:
+            quantizer = own_numbers.planned(source, reader.read, record, 1)
+        print(own_numbers.said(quantizer, source))
     files = sorted(set(read_index(arguments.bundle).values()))
     lock = contextlib.nullcontext()
     if not arguments.dry_run:
@@ -88,8 +94,12 @@ def main() -> int:
         if arguments.dry_run:
             say(describe(plan))
             return 0
+        if plan.todo:
+            own_numbers.keep(record, source, quantizer)
         ledger = carry_out(plan) if plan.todo else Ledger()
         changed = complete(plan) if arguments.part.whole else False
+        if arguments.part.whole:
+            inside.remove(arguments.bundle, own_numbers.RECORD)
     if plan.todo:
         say(summarize(plan, ledger, time.perf_counter() - start))
     elif changed:

@@ -12,12 +12,25 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
+from dsv4.model.labels import recorded_quantizer
 from dsv4.model.opening import read_config
+from dsv4.proof.stacks import FAILURES, refused
 from dsv4.runtime.server import check_free, command
-from dsv4.runtime.toolchain import default, environment
+from dsv4.runtime.toolchain import default, environment, probe
 from dsv4.settings import parse_port
 from dsv4.stop import Stop, run
+
+
+def check_loads(python: Path, config: dict[str, Any]) -> None:
+    """Raise Stop for a runtime that is known to crash on bundles of this quantizer."""
+    quantizer = recorded_quantizer(config) or ""
+    if any(failure.fatal and failure.quantizer == quantizer for failure in FAILURES):
+        versions = probe(python)["packages"]
+        if because := refused(versions, quantizer):
+            found = f"vmlx {versions['vmlx']} and QUANTIZER={quantizer}"
+            raise Stop("serve", found, "a runtime that loads it", because)
 
 
 def main() -> int:
@@ -28,7 +41,7 @@ def main() -> int:
     parser.add_argument("--port", type=parse_port, default=8010)
     parser.add_argument("--python", type=Path, default=default(), help="toolchain")
     args = parser.parse_args()
-    read_config(args.bundle)
+    check_loads(args.python, read_config(args.bundle))
     check_free(args.port)
     try:
         os.execvpe(args.python, command(args.python, args.bundle, args.port), environment())

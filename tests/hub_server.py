@@ -56,7 +56,9 @@ class Fault:
 
     status: answer with it. break_after: cut the connection after that many bytes of the body.
     corrupt: change a byte. delay: seconds before each 16 KiB. no_range: ignore Range. text: answer
-    200 with this instead (a proxy's page).
+    200 with this instead (a proxy's page). body: the refusal's, instead of {"error": …}. endless:
+    answer with the status and then the body again and again, as long as it is taken. drip: seconds
+    before each byte of headers that do not end.
     """
 
     path: str
@@ -69,6 +71,9 @@ class Fault:
     text: str = ""
     method: str = ""
     headers: dict[str, str] = field(default_factory=dict)
+    body: bytes | None = None
+    endless: bool = False
+    drip: float = 0
 
 
 @dataclass
@@ -164,7 +169,11 @@ class Handler(BaseHTTPRequestHandler):
         self.login = login == f"Bearer {TOKEN}"
         self.now = self.hub.fault(self.route, self.command) or Fault("")
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            if self.now.status:
+            if self.now.drip:
+                self.drip_headers()
+            elif self.now.endless:
+                self.pour()
+            elif self.now.status:
                 self.refuse(self.now.status, **self.now.headers)
             elif self.now.text:
                 self.answer(200, self.now.text.encode(), {"Content-Type": "text/html"})
@@ -185,7 +194,30 @@ class Handler(BaseHTTPRequestHandler):
     # ------------------------------------------------------------------------------- answers
 
     def refuse(self, code: int, **headers: str) -> None:
-        self.answer(code, json.dumps({"error": f"refused {code}"}).encode(), headers)
+        body = json.dumps({"error": f"refused {code}"}).encode()
+        self.answer(code, body if self.now.body is None else self.now.body, headers)
+
+    def drip_headers(self) -> None:
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Long: ")
+        self.close_connection = True
+        for _ in range(1000):
+            self.wfile.write(b"x")
+            self.wfile.flush()
+            time.sleep(self.now.drip)
+
+    def pour(self) -> None:
+        """Answer without end, up to 2 GB."""
+        self.note.status = self.now.status or 200
+        self.send_response(self.note.status)
+        for key, value in self.now.headers.items():
+            self.send_header(key, value)
+        self.end_headers()
+        self.close_connection = True
+        while self.note.sent < 2 << 30:
+            time.sleep(self.now.delay)
+            self.wfile.write(self.now.body)
+            self.wfile.flush()
+            self.note.sent += len(self.now.body)
 
     def reply(self, value: object) -> None:
         self.answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import pytest
 from hub_server import TOKEN, Fault, Hub
 from small import Sizes, save, source_arrays
 
-from dsv4.hub.origin import provenance
+from dsv4.hub.origin import RECORD, provenance
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "download.py"
 REPO = "deepseek-ai/DeepSeek-V4-Flash"
@@ -213,6 +214,41 @@ def test_a_download_stays_at_the_commit_where_it_began(hub, files, tmp_path):
     assert provenance(source)["commit"] == pinned
 
 
+def test_a_pinned_commit_that_vanished_says_how_to_go_on(hub, files, tmp_path):
+    """A history that was squashed: another commit, most files the same."""
+    source, repo = tmp_path / "s", hub.repos[REPO]
+    hub.faults.append(Fault(FIRST, 404))
+    download(hub, source)
+    had = {path.name for path in source.rglob("*") if path.is_file()}
+    old = repo.refs["main"]
+    hub.faults.clear()
+    repo.commits.clear()
+    repo.commit(files | {"README.md": b"newer"})
+    run = download(hub, source)
+    assert run.code == 1
+    assert f"found the pinned commit {old[:12]} gone from the hub" in run.line
+    assert f"delete {source / RECORD} and run download again" in run.line
+    (source / RECORD).unlink()
+    hub.requests.clear()
+    assert download(hub, source).code == 0
+    assert_whole(source, files | {"README.md": b"newer"})
+    fetched = {request.path.rpartition("/")[2] for request in hub.asked("resolve")}
+    assert FIRST in fetched
+    assert not fetched & had
+
+
+def test_our_own_names_are_not_taken_from_a_hub(hub, files, tmp_path):
+    """.download.json, .before-repair/ and locks of a hub would be believed, or undone, here."""
+    ours = (RECORD, ".before-repair/repair.json", ".lock", ".headers/x.safetensors")
+    hub.repos[REPO].commit(files | dict.fromkeys(ours, b'{"created": ["../x"]}'))
+    run = download(hub, tmp_path / "s")
+    assert (run.code, run.err) == (0, "")
+    assert "hidden files are left alone: .before-repair/repair.json and 2 more" in run.out
+    assert [p.name for p in (tmp_path / "s").glob(".*")] == [RECORD]
+    assert provenance(tmp_path / "s")["repo"] == REPO
+    assert "complete already" in download(hub, tmp_path / "s").out
+
+
 def test_another_revision_needs_another_folder(hub, files, tmp_path):
     download(hub, tmp_path / "s")
     first = hub.repos[REPO].refs["main"]
@@ -334,7 +370,8 @@ def test_a_stalled_server_is_left_after_the_timeout(hub, tmp_path):
 
 
 def test_waiting_doubles_up_to_a_minute_and_obeys_the_server(capsys):
-    from dsv4.hub.client import Short, patiently
+    from dsv4.hub.patience import patiently
+    from dsv4.hub.refusals import Short
 
     class Busy(Short):
         """429 with a Retry-After of 100 seconds."""
@@ -356,7 +393,8 @@ def test_waiting_doubles_up_to_a_minute_and_obeys_the_server(capsys):
 
 
 def test_patience_counts_from_the_last_byte():
-    from dsv4.hub.client import Short, patiently
+    from dsv4.hub.patience import patiently
+    from dsv4.hub.refusals import Short
 
     came, waits = [0], []
 
@@ -396,19 +434,21 @@ def test_a_disk_too_small_is_said_before_anything_is_fetched(hub, tmp_path, monk
         fetching.check_room(tmp_path, needed)
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full: Linux")
 def test_a_full_disk_has_one_clear_line_and_loses_nothing(hub, files, tmp_path):
+    """A file-size limit stands for the disk that fills while a shard comes."""
     source = tmp_path / "s"
-    hub.faults.append(Fault(FIRST, break_after=0))
-    download(hub, source)
-    hub.faults.clear()
-    (partial,) = source.glob(f".{FIRST}.*.partial")
-    partial.unlink()
-    partial.symlink_to("/dev/full")
-    run = download(hub, source, "--workers", "1")
+    limit = max(len(data) for data in files.values()) // 2
+
+    def lower() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    done = subprocess.run(
+        command(hub, source, "--workers", "1"), env=environment(hub, source),
+        capture_output=True, text=True, timeout=60, check=False, preexec_fn=lower,
+    )  # fmt: skip
+    run = Run(done.returncode, done.stdout, done.stderr)
     assert run.code == 1
-    assert "found a full volume (No space left on device)" in run.line
-    partial.unlink()
+    assert "found a full volume (File too large)" in run.line
     assert download(hub, source).code == 0
     assert_whole(source, files)
 

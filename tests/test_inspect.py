@@ -48,7 +48,7 @@ def test_a_good_bundle_passes_and_only_headers_are_read(hub, good):
     assert (run.returncode, run.stderr) == (0, "")
     assert "yes vMLX 1.6.81" in run.stdout
     assert "yes mlx-vlm 0.7.10" in run.stdout
-    texts = sum(len(d) for n, d in files.items() if n.endswith((".json", ".py")))
+    texts = sum(len(d) for n, d in files.items() if n.endswith((".json", ".py", ".jinja")))
     shards = [d for n, d in files.items() if n.endswith(".safetensors")]
     sent = sum(r.sent for r in hub.asked("resolve|^[0-9a-f]{64}/"))
     assert sent == texts + sum(min(len(d), max(64 << 10, header_bytes(d))) for d in shards)

@@ -4,14 +4,29 @@ Catches: an EOS list that a runtime does not read, a template that renders anoth
 encoding file, labels that disagree with the tensors, a second run that changes something.
 """
 
+import hashlib
 import importlib.util
 import json
 
 import pytest
 from conftest import must, refusal
-from jinja2 import Environment
+from random_talk import OFFICIAL
 
-from dsv4.model.chat import TEMPLATE
+from dsv4.model import rendering
+from dsv4.model.template import EARLIER, is_own, template
+
+# What this project wrote until November 2026.
+BEFORE = (
+    "{{- '<｜begin▁of▁sentence｜>' -}}{%- for message in messages -%}"
+    "{%- if message.role == 'system' -%}{{- message.content -}}"
+    "{%- elif message.role in ['user', 'developer'] -%}{{- '<｜User｜>' + message.content -}}"
+    "{%- elif message.role == 'tool' -%}"
+    "{{- '<｜User｜><tool_result>' + message.content + '</tool_result>' -}}"
+    "{%- elif message.role == 'assistant' -%}"
+    "{{- '<｜Assistant｜></think>' + (message.content or '') + '<｜end▁of▁sentence｜>' -}}"
+    "{%- endif -%}{%- endfor -%}{%- if add_generation_prompt -%}{{- '<｜Assistant｜>' -}}"
+    "{{- '<think>' if enable_thinking | default(false) else '</think>' -}}{%- endif -%}"
+)
 
 
 def read(folder, name):
@@ -62,11 +77,66 @@ def test_a_dry_run_says_what_would_change_and_changes_nothing(source, stock_copy
     assert contents(stock_copy) == before
 
 
-def test_a_template_that_is_there_is_kept(good_copy):
-    path = good_copy / "tokenizer_config.json"
-    path.write_text(json.dumps(read(good_copy, path.name) | {"chat_template": "{{ mine }}"}))
+def templates(folder):
+    """What stands in chat_template.jinja and in tokenizer_config.json."""
+    file = folder / "chat_template.jinja"
+    text = file.read_bytes().decode() if file.is_file() else None
+    return text, read(folder, "tokenizer_config.json").get("chat_template")
+
+
+def give_templates(folder, in_file, in_config):
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(read(folder, path.name) | {"chat_template": in_config}))
+    (folder / "chat_template.jinja").write_text(in_file, newline="")
+
+
+def test_one_template_stands_where_each_runtime_reads_it(good):
+    assert templates(good) == (template("nano"), template("nano"))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (("", "{{ mine }}"), ("{{ mine }}", "{{ mine }}")),
+        (("{{ mine }}", ""), ("{{ mine }}", "{{ mine }}")),
+        (("{{ one }}\n", "{{ another }}"), ("{{ one }}\n", "{{ another }}")),
+        ((template("first"), "{{ mine }}"), ("{{ mine }}", "{{ mine }}")),
+        ((template("0731"), template("first")), (template("nano"), template("nano"))),
+        (("", [{"name": "default", "template": "x"}]),
+         (template("nano"), [{"name": "default", "template": "x"}])),
+    ],
+)  # fmt: skip
+def test_somebody_elses_template_is_kept_and_ours_is_renewed(good_copy, before, after):
+    give_templates(good_copy, *before)
     must("patch", "--bundle", good_copy)
-    assert read(good_copy, path.name)["chat_template"] == "{{ mine }}"
+    assert templates(good_copy) == after
+
+
+def test_the_template_of_before_is_renewed(good_copy):
+    assert hashlib.sha256(BEFORE.encode()).hexdigest() == EARLIER
+    assert is_own(BEFORE)
+    assert not is_own(BEFORE + " ")
+    give_templates(good_copy, BEFORE, BEFORE)
+    must("patch", "--bundle", good_copy)
+    assert templates(good_copy) == (template("nano"), template("nano"))
+
+
+@pytest.mark.parametrize(("encoding", "release"), [(OFFICIAL, "0731"), (None, "first")])
+def test_the_template_is_made_for_the_release_of_the_encoding(good_copy, encoding, release):
+    unknown = b"def encode_messages(): ..."
+    program = encoding.read_bytes() if encoding else unknown
+    (good_copy / "encoding" / "encoding_dsv4.py").write_bytes(program)
+    must("patch", "--bundle", good_copy)
+    assert templates(good_copy) == (template(release), template(release))
+
+
+def test_finalize_keeps_the_template_that_patch_wrote(source_copy, good_copy):
+    (source_copy / "chat_template.jinja").write_text("{{ the_sources }}")
+    must("finalize", "--source", source_copy, "--bundle", good_copy)
+    assert templates(good_copy)[0] == template("nano")
+    (good_copy / "chat_template.jinja").unlink()
+    must("finalize", "--source", source_copy, "--bundle", good_copy)
+    assert templates(good_copy)[0] == "{{ the_sources }}"
 
 
 def test_labels_are_refused_to_a_stock_bundle(stock_copy):
@@ -115,7 +185,7 @@ def test_the_template_renders_what_the_encoding_file_renders(source, system, thi
         {"role": "assistant", "content": "45"},
         {"role": "user", "content": "And 1+1?"},
     ]
-    rendered = Environment().from_string(TEMPLATE).render(
+    rendered = rendering.environment().from_string(template("nano")).render(
         messages=messages, add_generation_prompt=True, enable_thinking=thinking
     )  # fmt: skip
     mode = "thinking" if thinking else "chat"

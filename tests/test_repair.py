@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import bundles
+import here
 import numpy as np
 import pytest
 import small
@@ -25,6 +26,7 @@ from conftest import NANO, SCRIPTS, must, refusal, script
 from dsv4.making.marks import made_by
 from dsv4.model.names import parse_expert
 from dsv4.model.opening import expert_bases, open_bundle, open_source
+from dsv4.model.template import template_for
 from dsv4.storage.backup import FOLDER, Backup
 from dsv4.storage.checkpoint import INDEX
 from dsv4.storage.shard import read_array, read_shard
@@ -222,6 +224,23 @@ def test_without_a_source_shards_are_not_written(case, plant):
     where = {n: i for n, i in inodes(bundle).items() if n.endswith(".safetensors")}
     assert "level 1 holds" in repair(bundle)
     assert {n: i for n, i in inodes(bundle).items() if n.endswith(".safetensors")} == where
+
+
+@pytest.mark.parametrize("in_file", [None, "{{ mine }}"])
+def test_a_wrong_template_is_replaced_wherever_it_stands(case, in_file):
+    bundle, _ = case
+    path = bundle / "chat_template.jinja"
+    path.unlink(missing_ok=True)
+    if in_file:
+        path.write_text(in_file)
+    other_template(bundle, bundle)
+    before = digests(bundle)
+    repair(bundle)
+    own = template_for(bundle)
+    written = json.loads((bundle / "tokenizer_config.json").read_text())["chat_template"]
+    assert (path.read_bytes().decode(), written) == (own, own)
+    undo(bundle)
+    assert digests(bundle) == before
 
 
 def test_all_faults_at_once(case):
@@ -486,3 +505,159 @@ def test_a_killed_run_is_ended_by_the_next(tmp_path, marks):
         undo(bundle)
         assert digests(bundle) == before
     assert unfinished
+
+
+# --- What lies in the folder --------------------------------------------------------------------
+
+
+def test_the_sources_index_is_made_anew(case):
+    """mlx-vlm's convert leaves the source's index in the bundle (mlx-vlm#624)."""
+    bundle, source = case
+    shutil.copyfile(source / INDEX, bundle / INDEX)
+    before, where = digests(bundle), inodes(bundle)
+    dry = here.must("repair", "--bundle", bundle, *FAST, "--dry-run")
+    assert f"would be rebuilt: {INDEX}" in dry
+    assert inodes(bundle) == where
+    assert "level 1 holds" in here.must("repair", "--bundle", bundle, *FAST)
+    assert {n for n, i in inodes(bundle).items() if where.get(n) != i} == {INDEX}
+    assert not bundles.judge(bundle, source).errors
+    here.must("repair", "--bundle", bundle, "--undo")
+    assert digests(bundle) == before
+
+
+@pytest.mark.parametrize("index", ["right", "gone", "the source's"])
+def test_a_stray_shard_moves_to_the_originals_and_comes_back(case, index):
+    bundle, source = case
+    shutil.copyfile(sorted(bundle.glob("*.safetensors"))[0], bundle / "model.safetensors")
+    shutil.copyfile(sorted(source.glob("*.safetensors"))[0], bundle / "model-old.safetensors")
+    (bundle / "other-00001-of-00003.safetensors").write_bytes(b"broken")
+    if index == "gone":
+        (bundle / INDEX).unlink()
+    elif index == "the source's":
+        shutil.copyfile(source / INDEX, bundle / INDEX)
+    before, where = digests(bundle), inodes(bundle)
+    here.must("repair", "--bundle", bundle, *FAST, "--dry-run")
+    assert inodes(bundle) == where
+    said = here.must("repair", "--bundle", bundle, "--source", source, *FAST)
+    assert "model-old.safetensors, model.safetensors, other-00001-of-00003.safetensors" in said
+    assert not bundles.judge(bundle, source).errors
+    assert len(list((bundle / FOLDER / "files").glob("*.safetensors"))) == 3
+    assert "nothing to repair" in here.must("repair", "--bundle", bundle, *FAST)
+    here.must("repair", "--bundle", bundle, "--undo")
+    assert digests(bundle) == before
+    assert {n: i for n, i in inodes(bundle).items() if n in where} == where
+
+
+def test_strays_and_shards_to_write_in_one_run(case):
+    bundle, source = case
+    f16_controls(bundle, source)
+    (bundle / "model.safetensors").write_bytes(b"stray")
+    before = digests(bundle)
+    here.must("repair", "--bundle", bundle, "--source", source, *FAST, "--dry-run")
+    assert digests(bundle) == before
+    here.must("repair", "--bundle", bundle, "--source", source, *FAST)
+    assert not bundles.judge(bundle, source).errors
+    here.must("repair", "--bundle", bundle, "--undo")
+    assert digests(bundle) == before
+
+
+def test_a_shard_beside_the_index_that_holds_what_lacks_stays(case):
+    bundle, source = case
+    shard = sorted(bundle.glob("*.safetensors"))[1]
+    shard.rename(bundle / "model.safetensors")
+    before = digests(bundle)
+    line = here.refusal("repair", "--bundle", bundle, "--source", source, *FAST)
+    assert "1 of" in line
+    assert digests(bundle) == before
+
+
+JUNK = ("._model-00001-of-00007.safetensors", ".DS_Store", "._config.json", "Thumbs.db",
+        "encoding/._encoding_dsv4.py", "encoding/.DS_Store", ".Trashes/a")  # fmt: skip
+
+
+def test_the_systems_own_files_are_ignored_and_listed(case):
+    bundle, source = case
+    for name in JUNK:
+        (bundle / name).parent.mkdir(exist_ok=True)
+        (bundle / name).write_bytes(b"\0\5\x16\7" * 20)
+    before = digests(bundle)
+    assert not bundles.judge(bundle, source).names
+    said = here.must("repair", "--bundle", bundle, *FAST)
+    assert "left alone: ._config.json" in said or "left alone: .DS_Store" in said
+    assert "nothing to repair" in said
+    assert digests(bundle) == before
+    status = here.here("verify", "--bundle", bundle, "--level", 1, "--without-loader")
+    assert "ignored, as runtimes do:" in status[1]
+
+
+@pytest.mark.parametrize("name", ["model-x.safetensors", "model-00001-of-00002.safetensors"])
+@pytest.mark.parametrize("kind", ["folder", "dangling link"])
+def test_what_only_has_a_shards_name_is_found_and_left(case, kind, name):
+    """mlx_lm and vMLX load whatever has such a name, and stop at a folder."""
+    bundle, source = case
+    if kind == "folder":
+        (bundle / name).mkdir()
+        (bundle / name / "mine").write_text("mine")
+    else:
+        (bundle / name).symlink_to("nowhere")
+    assert "shard-stranger" in bundles.judge(bundle, source, level=1).names
+    status, _, err = here.here("repair", "--bundle", bundle, *FAST)
+    if kind == "folder":
+        assert status == 1
+        assert f"left: {bundle / name}: found a folder" in err
+        assert (bundle / name / "mine").read_text() == "mine"
+    else:  # a link is moved as it is
+        assert status == 0
+        here.must("repair", "--bundle", bundle, "--undo")
+        assert (bundle / name).is_symlink()
+
+
+BROKEN = {
+    "cut": lambda path: path.write_text("{ cut"),
+    "gone": lambda path: path.unlink(),
+    "a list": lambda path: path.write_text("[]"),
+    "another model's": lambda path: edit_json(path, lambda c: c.update(model_type="llama")),
+    "no experts": lambda path: edit_json(path, lambda c: c.update(n_routed_experts="8")),
+    "no layers": lambda path: edit_json(path, lambda c: c.pop("num_hidden_layers")),
+    "no size": lambda path: edit_json(path, lambda c: c.update(hidden_size=0)),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_config_that_cannot_be_used_is_made_of_the_sources(case, how):
+    bundle, source = case
+    right = json.loads((bundle / "config.json").read_text())
+    BROKEN[how](bundle / "config.json")
+    before, where = digests(bundle), inodes(bundle)
+    if how != "no size":  # which no step counts by
+        assert "name the FP4/FP8 source" in here.here("repair", "--bundle", bundle, *FAST)[2]
+        assert digests(bundle) == before
+    here.must("repair", "--bundle", bundle, "--source", source, *FAST, "--dry-run")
+    assert inodes(bundle) == where
+    said = here.must("repair", "--bundle", bundle, "--source", source, *FAST)
+    assert "made anew from the source's config.json" in said
+    assert json.loads((bundle / "config.json").read_text()) == right
+    assert not bundles.judge(bundle, source).errors
+    here.must("repair", "--bundle", bundle, "--undo")
+    assert digests(bundle) == before
+
+
+def test_without_a_config_stock_experts_are_known_and_made_right(stock, source, tmp_path):
+    bundle = by_name(stock, tmp_path / "bundle", 6, marks=False)
+    (bundle / "config.json").unlink()
+    before = digests(bundle)
+    here.must("repair", "--bundle", bundle, "--source", source, *FAST)
+    assert not bundles.judge(bundle, source).errors
+    here.must("repair", "--bundle", bundle, "--undo")
+    assert digests(bundle) == before
+
+
+def test_a_config_is_not_made_of_another_models_source(case, tmp_path):
+    bundle, _ = case
+    other, _, _ = small.make(tmp_path / "other", small.Sizes(layers=9), seed=3)
+    (bundle / "config.json").unlink()
+    before = digests(bundle)
+    status, _, err = here.here("repair", "--bundle", bundle, "--source", other, *FAST)
+    assert status == 1
+    assert "expected every tensor of the source" in err
+    assert digests(bundle) == before

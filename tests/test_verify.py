@@ -20,7 +20,16 @@ import pytest
 from conftest import SCRIPTS, must, refusal, script
 
 from dsv4.model.opening import open_bundle, open_source
-from dsv4.proof import certificate, compare, documents, kernels, level1, level2, verdict
+from dsv4.proof import (
+    certificate,
+    compare,
+    conversation,
+    documents,
+    kernels,
+    level1,
+    level2,
+    verdict,
+)
 from dsv4.proof.findings import FAULTS, Findings
 from dsv4.proof.promises import promise_of
 from dsv4.proof.survey import survey
@@ -425,15 +434,17 @@ def test_rounding_to_a_dtype_is_numpys(dtype):
 # --- Templates ----------------------------------------------------------------------------------
 
 
-def test_upstreams_own_template_is_right():
+def test_upstreams_own_template_renders_plain_turns_and_loses_the_rest():
     converter = pytest.importorskip("jang_tools.dsv4.convert_dsv4_jangtq")
-    template = converter.DSV4_CHAT_TEMPLATE_JINJA
-    assert documents.template_fault(template) is None
+    wrong = {name for _, name, _, _ in conversation.judge(converter.DSV4_CHAT_TEMPLATE_JINJA, "")}
+    assert "a question" not in wrong
+    assert {"tools in the system message", "a call, its result, an answer, a question"} <= wrong
 
 
 def test_a_hostile_template_is_not_run():
-    found, _ = documents.template_fault("{{ ''.__class__.__mro__[1].__subclasses__() }}")
-    assert "SecurityError" in found
+    faults = conversation.judge("{{ ''.__class__.__mro__[1].__subclasses__() }}", "first")
+    assert len(faults) == 30
+    assert all("unsafe" in found or "SecurityError" in found for _, _, found, _ in faults)
 
 
 def test_level_one_takes_headers_alone(good):

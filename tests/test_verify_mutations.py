@@ -532,7 +532,7 @@ def no_chat_template(config: dict) -> None:
     del config["chat_template"]
 
 
-@on_json("tokenizer_config.json", "chat-template-wrong", "<think>")
+@on_json("tokenizer_config.json", "chat-template-incomplete", "<think>")
 def template_that_never_thinks(config: dict) -> None:
     config["chat_template"] = config["chat_template"].replace("'<think>'", "''")
 

@@ -13,9 +13,13 @@ import numpy as np
 import pytest
 from conftest import NANO, must, refusal, script
 
-from dsv4.model.opening import open_source
+from dsv4.model.opening import open_bundle, open_source
+from dsv4.proof.findings import Findings
+from dsv4.proof.level2 import read_numbers
+from dsv4.proof.survey import survey
+from dsv4.proof.verdict import judge
 from dsv4.storage.checkpoint import INDEX
-from dsv4.storage.shard import Planned, read_array, write_shard
+from dsv4.storage.shard import Planned, Tensor, read_array, write_shard
 from dsv4.storage.zeros import zero_run
 
 
@@ -51,11 +55,7 @@ def edited(tmp_path):
     source = shutil.copytree(NANO, tmp_path / "source")
 
     def zero(name: str, first: int = 0, last: int | None = None) -> Path:
-        tensor = open_source(source).tensors[name]
-        last = tensor.nbytes if last is None else last
-        with tensor.path.open("r+b") as file:
-            file.seek(tensor.offset + first)
-            file.write(bytes(last - first))
+        fill_with_zeros(open_source(source).tensors[name], first, last)
         return source
 
     return zero
@@ -117,3 +117,53 @@ def drop(source: Path, name: str) -> None:
             write_shard(source / file, kept, shard.metadata)
     index = {"weight_map": {n: f for n, f in opened.weight_map.items() if n not in gone}}
     (source / INDEX).write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("with_source", [True, False])
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("layers.1.attn.wq_b.weight", (4000, 9000)),
+        ("layers.2.ffn.experts.5.w2.weight", (100, 4300)),
+        ("layers.2.ffn.experts.5.w2.scales", ()),
+        ("head.weight", ()),
+        ("embed.weight", ()),
+    ],
+)
+def test_verify_finds_a_hole_in_a_bundle(nano_bundle, tmp_path, name, part, with_source):
+    bundle = shutil.copytree(nano_bundle, tmp_path / "bundle")
+    fill_with_zeros(open_bundle(bundle).tensors[name], *part)
+    assert "zeros-run" in level_two(bundle, NANO if with_source else None).names
+
+
+@pytest.mark.parametrize("name", ["layers.1.attn.wq_b.weight", "layers.2.ffn.experts.5.w2.weight"])
+def test_verify_finds_a_hole_that_source_and_bundle_share(nano_bundle, edited, name):
+    assert "zeros-run" in level_two(nano_bundle, edited(name, 0, 5000)).names
+
+
+def test_a_right_bundle_has_no_hole(nano_bundle):
+    assert not level_two(nano_bundle, NANO).errors
+    assert not level_two(nano_bundle, None).errors
+
+
+@pytest.fixture(scope="module")
+def nano_bundle(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("holes") / "bundle"
+    must("convert", "--source", NANO, "--bundle", folder)
+    return folder
+
+
+def level_two(bundle: Path, source: Path | None) -> Findings:
+    """What level 2 alone finds."""
+    findings = Findings()
+    opened = survey(bundle, Findings())
+    done = read_numbers(opened, open_source(source) if source else None, 2, lambda n: None)
+    judge(done, findings)
+    return findings
+
+
+def fill_with_zeros(tensor: Tensor, first: int = 0, last: int | None = None) -> None:
+    last = tensor.nbytes if last is None else last
+    with tensor.path.open("r+b") as file:
+        file.seek(tensor.offset + first)
+        file.write(bytes(last - first))

@@ -85,8 +85,8 @@ def decode_bundle(bundle: Checkpoint) -> dict[str, np.ndarray]:
 
 
 def parts_of(label: dict) -> tuple[str, ...]:
-    """What belongs to a module's weight: exponents alone for FP4, else scales and biases."""
-    return ("scales",) if label["mode"] == "mxfp4" else ("scales", "biases")
+    """What belongs to a module's weight: scales and biases, or FP4's and FP8's exponents alone."""
+    return ("scales", "biases") if label["mode"] == "affine" else ("scales",)
 
 
 def plain_model(config: dict, weights: dict[str, np.ndarray]):

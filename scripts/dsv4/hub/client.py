@@ -1,36 +1,30 @@
-"""What the hub says of a repository, through huggingface_hub, in clear words.
+"""What the hub says of a repository, taken for no more than it is.
 
-The login is the user's own (`hf auth login` or HF_TOKEN); huggingface_hub puts it into the headers.
-It is never printed, stored or passed on here, and `scrubbed` keeps it out of other people's words.
+The JSON is read here and not by huggingface_hub, which believes in its form: each name, size and
+hash that is taken from it is checked first.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import re
 import sys
-import time
-from collections.abc import Callable, Iterator
+import warnings
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
+from urllib.parse import quote
 
-from tqdm import tqdm
-
+from dsv4.hub import wire
+from dsv4.hub.names import REFUSED, check_apart, check_name, is_hidden
+from dsv4.hub.patience import patiently
+from dsv4.hub.refusals import OTHER, clear_words, words
 from dsv4.stop import Stop
-from dsv4.storage.shard import Tensor
-
-T = TypeVar("T")
+from dsv4.storage import bounds
+from dsv4.words import shown
 
 # Everything that the build reads; weights in other formats and pictures stay where they are.
 WANTED = ("*.safetensors", "*.json", "encoding/*", "LICENSE*", "README.md", "*.jinja")
-
-AGAIN = "run the same command again: it resumes"
-LOGIN = "`hf auth login`, with an account that has access"
-LONGEST_WAIT = 60  # seconds between two attempts
-WORTH_SAYING = 8  # a wait of so many seconds is told
+LARGEST_FILE = 10**12  # bytes
 
 
 @dataclass(frozen=True)
@@ -60,226 +54,112 @@ class Listing:
     files: tuple[HubFile, ...]
 
 
-class Short(Exception):
-    """The server ended an answer before all of its bytes had come."""
-
-
-# ------------------------------------------------------------------------------ errors, in words
-
-
-@contextlib.contextmanager
-def clear_words(repo: str) -> Iterator[None]:
-    """Turn huggingface_hub's and its transport's exceptions into a Stop of one line each."""
-    try:
-        yield
-    except Exception as error:
-        explained = explain(error)
-        if explained is None:
-            raise
-        found, expected, todo = explained
-        raise Stop(f"hub: {repo}", found, expected, todo) from None
-
-
-def explain(error: Exception) -> tuple[str, str, str] | None:
-    """(found, expected, what to do) for an error of the hub or the network, else None."""
-    from huggingface_hub import errors
-
-    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
-        return explain(error.__cause__)  # how huggingface_hub wraps a failed upload
-    if isinstance(error, errors.GatedRepoError):
-        todo = f"accept its conditions on its page, then {LOGIN}"
-        return f"a gated repository{no_login()}", "access to it", todo
-    if isinstance(error, errors.RepositoryNotFoundError):
-        found = f"no such repository, or a private one{no_login()}"
-        return found, "a readable repository", f"check its name, or {LOGIN}"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return "no such revision", "a commit hash, tag or branch of it", "check REVISION"
-    if isinstance(error, errors.HFValidationError):
-        return "no repository's name", "user/name", "check its name"
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE set", "leave to use the network", f"unset it, then {AGAIN}"
-    if isinstance(error, errors.HfHubHTTPError):
-        return explain_status(error)
-    if isinstance(error, Short):
-        return f"{error}", "the whole file", AGAIN
-    if isinstance(error, json.JSONDecodeError):
-        todo = "check HF_ENDPOINT, and whether a proxy answers instead"
-        return "an answer that is no JSON", "the hub's API", todo
-    if is_transport(error) or isinstance(error, ConnectionError | TimeoutError):
-        words = scrubbed(" ".join(str(error).split())[:160]) or type(error).__name__
-        return f"no connection ({words})", "the hub", f"check the network, then {AGAIN}"
-    if isinstance(error, RuntimeError):  # hf_xet's own words, or huggingface_hub's
-        words = scrubbed(" ".join(str(error).split())[:160])
-        return f"a failed transfer ({words})", "an answer", AGAIN
-    return None
-
-
-def explain_status(error: Any) -> tuple[str, str, str]:
-    """The same for an answer with an HTTP status that says no."""
-    code = status(error)
-    if code == 401:
-        return f"HTTP 401{no_login() or ': the login is rejected'}", "a valid login", LOGIN
-    if code == 403:
-        return "HTTP 403: this login may not do that", "access to it", LOGIN
-    if code == 404:
-        return "HTTP 404: no such file there", "the file", "check the repository's page"
-    if code == 429:
-        return "HTTP 429: too many requests", "an answer", f"wait some minutes, then {AGAIN}"
-    if code >= 500:
-        return f"HTTP {code}: the hub has a fault", "an answer", f"wait, then {AGAIN}"
-    return f"HTTP {code}", "an answer", AGAIN
-
-
-def status(error: Exception) -> int:
-    """The HTTP status that an error carries, or 0."""
-    return getattr(getattr(error, "response", None), "status_code", 0)
-
-
-def is_transport(error: Exception) -> bool:
-    """True for an error of the HTTP library itself: no connection, a timeout, a broken answer.
-
-    hf_xet raises Python's own ConnectionError and TimeoutError instead.
-    """
-    return type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2")
-
-
-def no_login() -> str:
-    """Words to add when the user is not logged in."""
-    from huggingface_hub import get_token
-
-    return "" if get_token() else ", and no login"
-
-
-def scrubbed(text: str) -> str:
-    """`text` without anything that looks like a token, the user's own first."""
-    from huggingface_hub import get_token
-
-    for secret in filter(None, (get_token(),)):
-        text = text.replace(secret, "[token]")
-    return re.sub(r"(hf_|Bearer )\w+", "[token]", text)
-
-
-# ---------------------------------------------------------------------------------- with patience
-
-
-def is_passing(error: Exception) -> bool:
-    """True for what may be over in a minute: lost connections, timeouts, 408, 429, 5xx."""
-    code = status(error)
-    if isinstance(error, Short) or code in (408, 429) or code >= 500:
-        return True
-    if isinstance(error, ConnectionError | TimeoutError):
-        return True
-    lasting = ("LocalProtocolError", "UnsupportedProtocol", "ProxyError", "InvalidURL")
-    return is_transport(error) and not code and type(error).__name__ not in lasting
-
-
-def retry_after(error: Exception) -> float:
-    """The seconds that the server asks to wait, or 0."""
-    response = getattr(error, "response", None)
-    value = response.headers.get("Retry-After", "") if response is not None else ""
-    return float(value) if value.isdigit() else 0.0
-
-
-def say(error: Exception, seconds: float) -> None:
-    """Tell, without breaking a progress bar, what is waited for."""
-    found = (explain(error) or (type(error).__name__,))[0]
-    tqdm.write(f"note: {found}; trying again in {seconds:.0f} s")
-
-
-def patiently(
-    attempt: Callable[[], T],
-    patience: float,
-    progress: Callable[[], int] = lambda: 0,
-    pause: Callable[[float], Any] = time.sleep,
-) -> T:
-    """Call `attempt` until it succeeds; between failures that pass, wait 1, 2, 4 … 60 seconds.
-
-    Gives up, with the last error, when `progress` has stood still for `patience` seconds.
-    """
-    wait, waited, before = 1.0, 0.0, progress()
-    while True:
-        try:
-            return attempt()
-        except Exception as error:
-            if progress() != before:
-                wait, waited, before = 1.0, 0.0, progress()
-            now = max(wait, retry_after(error))
-            if not is_passing(error) or waited + now > patience:
-                raise
-            if now >= WORTH_SAYING:
-                say(error, now)
-        pause(now)
-        wait, waited = min(wait * 2, LONGEST_WAIT), waited + now
-
-
-# -------------------------------------------------------------------------------------- questions
-
-
 def quiet(bars: bool = False) -> None:
     """Stop huggingface_hub's own warnings, and its bars: what they say is said here, in one line.
 
     With `bars` its progress bars stay, where stderr is a terminal.
+    Raises Stop for settings in the environment with which it cannot work.
     """
+    wire.install()
     from huggingface_hub.utils import disable_progress_bars, logging
 
     logging.set_verbosity_error()
     if not (bars and sys.stderr.isatty()):
-        disable_progress_bars()
+        with warnings.catch_warnings(action="ignore"):  # of HF_HUB_DISABLE_PROGRESS_BARS=0
+            disable_progress_bars()
 
 
-def model_info(repo: str, revision: str, files: bool, patience: float = 0) -> Any:
-    """huggingface_hub's ModelInfo. Raises Stop when the hub does not give it."""
-    from huggingface_hub import HfApi
+def model_info(repo: str, revision: str, files: bool, patience: float = 0) -> dict[str, Any]:
+    """The hub's JSON object on a revision, unchecked. Raises Stop when the hub does not give it."""
 
-    def ask() -> Any:
-        return HfApi().model_info(repo, revision=revision, files_metadata=files, timeout=30)
+    def ask() -> dict[str, Any]:
+        wire.session()
+        from huggingface_hub import constants
+        from huggingface_hub.utils import validate_repo_id
+
+        validate_repo_id(repo)
+        url = f"{constants.ENDPOINT}/api/models/{repo}/revision/{quote(revision, safe='')}"
+        return wire.ask(url, {"blobs": True} if files else {})
 
     with clear_words(repo):
         return patiently(ask, patience)
 
 
 def commit_of(repo: str, revision: str, patience: float = 0) -> str:
-    """The commit hash that `revision` stands for now."""
-    return model_info(repo, revision, False, patience).sha or ""
+    """The commit hash that `revision` stands for now. Raises Stop when the hub does not say it."""
+    return checked_commit(repo, model_info(repo, revision, False, patience))
+
+
+def checked_commit(repo: str, info: dict[str, Any]) -> str:
+    commit = info.get("sha")
+    if not is_hash(commit, 40):
+        raise odd(repo, f"the commit {shown(commit)}", "40 hexadecimal digits")
+    return commit
 
 
 def listing(
     repo: str, revision: str, patience: float = 0, wanted: tuple[str, ...] = WANTED
 ) -> Listing:
-    """The wanted files of `repo` at `revision`. Raises Stop when the hub does not give them."""
-    info = model_info(repo, revision, True, patience)
-    files = []
-    for sibling in info.siblings or []:
-        name = sibling.rfilename
-        if any(fnmatch(name, pattern) for pattern in wanted):
-            check_name(repo, name)
-            sha256 = sibling.lfs.sha256 if sibling.lfs else None
-            files.append(HubFile(name, sibling.size or 0, sha256, sibling.blob_id))
-    if not files or not info.sha:
-        raise Stop(f"hub: {repo}", "no file that the build reads", "a checkpoint", "check its name")
-    return Listing(info.sha, tuple(files))
+    """The wanted files of `repo` at `revision`, but for hidden ones, which are told and left.
 
-
-def check_name(repo: str, name: str) -> None:
-    """Raise Stop for a file name that would lead out of the folder it is meant for."""
-    parts = PurePosixPath(name).parts
-    if name.startswith("/") or ".." in parts or "\\" in name or "\0" in name or ":" in name:
-        raise Stop(f"hub: {repo}", f"the file {name!r}", "a path inside a folder", "do not use it")
-
-
-def tensors(repo: str, revision: str) -> dict[str, Tensor]:
-    """Every tensor by name, read from the shards' headers by ranged requests.
-
-    Paths are the shards' names; offsets count from the end of a shard's header.
+    Raises Stop when the hub does not give them, and for names, sizes or hashes that are none.
     """
-    from huggingface_hub import HfApi
+    info = model_info(repo, revision, True, patience)
+    commit, hidden, files = checked_commit(repo, info), [], []
+    for entry in entries(repo, info):
+        name = entry["rfilename"]
+        if not any(fnmatch(name, pattern) for pattern in wanted):
+            continue
+        if is_hidden(name):
+            hidden.append(name)
+            continue
+        check_name(repo, name)
+        files.append(file_of(repo, entry))
+    check_apart(repo, (file.name for file in files))
+    report_hidden(repo, hidden)
+    if not files and "*" not in wanted:
+        raise Stop(f"hub: {repo}", "no file that the build reads", "a checkpoint", "check its name")
+    return Listing(commit, tuple(files))
 
-    with clear_words(repo):
-        metadata = HfApi().get_safetensors_metadata(repo, revision=revision)
-    found = {}
-    for file, of in metadata.files_metadata.items():
-        for name, tensor in of.tensors.items():
-            begin, end = tensor.data_offsets
-            found[name] = Tensor(name, tensor.dtype, tuple(tensor.shape), Path(file), begin,
-                                 end - begin)  # fmt: skip
-    return found
+
+def report_hidden(repo: str, names: list[str]) -> None:
+    """Say which files stay on the hub because their names are our own records' kind."""
+    told = [name for name in names if name != ".gitattributes"]
+    if told:
+        more = f" and {len(told) - 1:,} more" if len(told) > 1 else ""
+        print(f"note: {repo}: hidden files are left alone: {words(told[0], 80)}{more}")
+
+
+def entries(repo: str, info: dict[str, Any]) -> list[dict[str, Any]]:
+    """The listing's entries, each with a name. Raises Stop for another form, or too many."""
+    siblings = info.get("siblings")
+    if not isinstance(siblings, list):
+        raise odd(repo, f"a {type(siblings).__name__} as its files", "a list")
+    if len(siblings) > bounds.FILES:
+        raise Stop(f"hub: {repo}", f"{len(siblings):,} files", f"at most {bounds.FILES:,}", REFUSED)
+    for entry in siblings:
+        if not isinstance(entry, dict) or not isinstance(entry.get("rfilename"), str):
+            raise odd(repo, f"the file {shown(entry)}", "a name, a size and a hash")
+    return siblings
+
+
+def file_of(repo: str, entry: dict[str, Any]) -> HubFile:
+    """One file of the listing. Raises Stop for a size or a hash that is none."""
+    name, size, lfs, git = (entry.get(key) for key in ("rfilename", "size", "lfs", "blobId"))
+    what = words(name)
+    if type(size) is not int or not 0 <= size <= LARGEST_FILE:
+        raise odd(repo, f"{what} with the size {shown(size)}", f"bytes, at most {LARGEST_FILE:,}")
+    if lfs is not None and not (isinstance(lfs, dict) and is_hash(lfs.get("sha256"), 64)):
+        raise odd(repo, f"{what} with the hash {shown(lfs)}", "64 hexadecimal digits")
+    if (lfs is None or git is not None) and not is_hash(git, 40):
+        raise odd(repo, f"{what} with the hash {shown(git)}", "40 hexadecimal digits")
+    return HubFile(name, size, lfs["sha256"] if lfs else None, git)
+
+
+def is_hash(value: Any, digits: int) -> bool:
+    return isinstance(value, str) and re.fullmatch(f"[0-9a-f]{{{digits}}}", value) is not None
+
+
+def odd(repo: str, found: str, expected: str) -> Stop:
+    """What to raise for a listing that no hub gives."""
+    return Stop(f"hub: {repo}", found, expected, OTHER)

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import re
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from tqdm import tqdm
 
 from dsv4.hub import client
 from dsv4.hub.client import HubFile
+from dsv4.hub.names import check_case
 from dsv4.hub.origin import RECORD, Record, read_record
+from dsv4.hub.refusals import Gone
 from dsv4.hub.transfer import Interrupted, Transfer, file_hash, partial_for, size_of
 from dsv4.stop import Stop
 from dsv4.storage import inside, space
@@ -68,9 +71,24 @@ def pin(source: Path, repo: str, revision: str, patience: float) -> Record:
     """Ask the hub what `revision` stands for and write that down before anything is fetched."""
     record = Record.pinned(repo, revision, client.listing(repo, revision, patience))
     source.mkdir(parents=True, exist_ok=True)
+    check_case(repo, record.files, source)
     record.write(source)
     print(f"{source}: pinned to {repo} at {record.commit}")
     return record
+
+
+@contextlib.contextmanager
+def at_pin(source: Path, record: Record) -> Iterator[None]:
+    """Say, when the pinned commit is no longer on the hub, what stays and how to go on."""
+    try:
+        yield
+    except Gone:
+        raise Stop(
+            f"hub: {record.repo}", f"the pinned commit {record.commit[:12]} gone from the hub",
+            "it there, as when this download began",
+            f"what is verified stays; to take what {record.revision} is by now, delete "
+            f"{source / RECORD} and run download again: files whose hashes agree are kept",
+        ) from None  # fmt: skip
 
 
 def report_news(record: Record) -> None:
@@ -175,7 +193,7 @@ def fetch_all(transfer: Transfer, record: Record, files: list[HubFile], workers:
 
     Raises Stop for a failure of the hub, the network or the disk.
     """
-    with ThreadPoolExecutor(max_workers=workers) as pool:
+    with at_pin(transfer.folder, record), ThreadPoolExecutor(max_workers=workers) as pool:
         running = {pool.submit(transfer.fetch, file): file for file in files}
         try:
             for done in as_completed(running):

@@ -19,6 +19,7 @@ from dsv4.storage.checkpoint import read_json
 from dsv4.storage.durable import TEMPORARY_SUFFIX, write_json
 from dsv4.storage.inside import FILE, NOTHING
 from dsv4.storage.locks import LOCK
+from dsv4.words import shown
 
 RECORD = ".download.json"
 HEADERS = ".headers"  # with --low-disk: each shard's header, from which the bundle is planned
@@ -123,7 +124,7 @@ def check_entry(path: Path, name: str, entry: Any) -> None:
     """
     inside.check_name(f"{path}", name)
     if name.split("/")[0] in OWN or name.endswith(TEMPORARY_SUFFIX):
-        raise no_record(path, f"the file {name!r:.100}, which is this recipe's own")
+        raise no_record(path, f"the file {shown(name)}, which is this recipe's own")
     entry = entry if isinstance(entry, dict) else {}
     hashes = [
         isinstance(entry.get(key), str) and re.fullmatch(f"[0-9a-f]{{{digits}}}", entry[key])
@@ -133,9 +134,9 @@ def check_entry(path: Path, name: str, entry: Any) -> None:
     whole = all(isinstance(count, int) and not isinstance(count, bool) for count in counts)
     state = entry.get("low_disk", "fetched")
     if not any(hashes) or not whole or counts[0] < 0 or state not in ("fetched", "freed"):
-        raise no_record(path, f"another form of {name!r:.100}")
+        raise no_record(path, f"another form of {shown(name)}")
     if "low_disk" in entry and ("/" in name or not name.endswith(".safetensors")):
-        raise no_record(path, f"{name!r:.100} as one that comes and goes")
+        raise no_record(path, f"{shown(name)} as one that comes and goes")
 
 
 def no_record(path: Path, found: str) -> Stop:

@@ -16,7 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from dsv4.hub.client import HubFile, Short, clear_words, patiently
+from dsv4.hub import wire
+from dsv4.hub.client import HubFile
+from dsv4.hub.patience import patiently
+from dsv4.hub.refusals import Short, clear_words
 from dsv4.stop import Stop
 from dsv4.storage import inside
 from dsv4.storage.durable import fsync
@@ -124,33 +127,28 @@ class Transfer:
 
     def _stream(self, file: HubFile, partial: Path) -> None:
         """One request for what is missing."""
-        from huggingface_hub import constants, hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
-
         have = size_of(partial)
         if have == file.size:
             return
-        headers = build_hf_headers() | {"Accept-Encoding": "identity"}
-        if have:
-            headers["Range"] = f"bytes={have}-"
-        url = hf_hub_url(self.repo, file.name, revision=self.commit)
-        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        part = f"bytes={have}-" if have else ""
         self._go_on()
-        with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
-            hf_raise_for_status(response)
+        with wire.opened(self.repo, file.name, self.commit, part) as response:
             if have and response.status_code != 206:  # a server that ignores Range
                 self._drop(partial)
             with self._open(partial) as out:
                 self._write(response, out, file)
 
     def _write(self, response: Any, out: IO[bytes], file: HubFile) -> None:
+        """Append what comes, and leave a server that goes on past the file's size."""
         position = out.tell()
         for chunk in response.iter_bytes():
             self._go_on()
-            chunk = chunk[: file.size - position]
-            out.write(chunk)
-            position += len(chunk)
-            self.advance(len(chunk))
+            kept = chunk[: file.size - position]
+            out.write(kept)
+            position += len(kept)
+            self.advance(len(kept))
+            if len(kept) < len(chunk):
+                break
         if position < file.size:
             raise Short(f"{file.name} ending after {position:,} of {file.size:,} bytes")
 

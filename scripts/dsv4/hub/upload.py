@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsv4.hub import client
-from dsv4.hub.client import AGAIN, LOGIN, HubFile, clear_words, patiently
+from dsv4.hub.client import HubFile
+from dsv4.hub.patience import patiently
+from dsv4.hub.refusals import AGAIN, LOGIN, clear_words, is_limited
 from dsv4.hub.transfer import bytes_hash
 from dsv4.stop import Stop
 
@@ -84,10 +86,14 @@ def upload(to: str, items: list[Item], private: bool, patience: float) -> str:
             patiently(lambda some=batch: api.preupload_lfs_files(to, some), patience)
             print(f"{min(start + BATCH, len(shards))} of {len(shards)} shards are up")
         operations = [*adds, *(CommitOperationDelete(name) for name in stale)]
-        api.create_commit(
-            to, operations, commit_message=f"Publish {len(items)} verified files",
-            parent_commit=remote.commit,
-        )  # fmt: skip
+        message = f"Publish {len(items)} verified files"
+        patiently(
+            lambda: api.create_commit(
+                to, operations, commit_message=message, parent_commit=remote.commit
+            ),
+            patience,
+            passing=is_limited,  # after any other failure it may stand there already
+        )
     return check_published(to, items, patience)
 
 

@@ -17,22 +17,21 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dsv4.hub.origin import source_name
-from dsv4.making import low_disk, requantization, workplace
-from dsv4.making.experts import Ledger, errors_in_words, estimate, expert_pieces
+from dsv4.making import low_disk, own_numbers, requantization, workplace
+from dsv4.making.experts import Ledger, errors_in_words, estimate
 from dsv4.making.low_disk import Supply
 from dsv4.making.marks import converted_by
+from dsv4.making.pieces import pieces_of
 from dsv4.model import configs
-from dsv4.model.names import most_zeros
 from dsv4.model.opening import open_bundle
-from dsv4.model.plan import ShardPlan, Unit, plan_shards, weights_of
+from dsv4.model.plan import ShardPlan, plan_shards, weights_of
 from dsv4.runtime import upstream
 from dsv4.stop import Stop
 from dsv4.storage import inside, locks
 from dsv4.storage.checkpoint import INDEX, Checkpoint, check_index
 from dsv4.storage.durable import human, write_json
-from dsv4.storage.rewrite import NewShard, Piece, copy_pieces, rewrite
+from dsv4.storage.rewrite import NewShard, Piece, rewrite
 from dsv4.storage.space import MARK, workplace_of
-from dsv4.weights import matrices
 from dsv4.weights.quantizer import Quantizer
 
 # --- The plan: which bytes go where -------------------------------------------------------------
@@ -61,7 +60,7 @@ def make_plan(
 ) -> Plan:
     """The shards of a bundle of `source`. Raises Stop for a tensor that we do not know."""
     metadata = converted_by(headers, quantizer)
-    shards = plan_shards(source.tensors, quantizer.label, metadata, shard_bytes)
+    shards = plan_shards(source.tensors, quantizer.form, metadata, shard_bytes)
     return Plan(source, headers, quantizer, shards)
 
 
@@ -74,22 +73,8 @@ def new_shard(shard: ShardPlan, folder: Path, plan: Plan, ledger: Ledger) -> New
 def shard_pieces(shard: ShardPlan, plan: Plan, ledger: Ledger) -> list[Piece]:
     """Where every byte of a shard comes from, in the order of the source."""
     places = shard.layout.places
-    return [piece for unit in shard.units for piece in pieces_of(unit, places, plan, ledger)]
-
-
-def pieces_of(unit: Unit, places: dict[str, int], plan: Plan, ledger: Ledger) -> list[Piece]:
-    """The pieces of one unit's tensors; `places` are by name."""
-    weight, first = unit.weight, places[unit.slots[0].name]
-    parts = {slot.name.rpartition(".")[2]: places[slot.name] for slot in unit.slots}
-    if unit.treatment == "affine8":
-        return list(matrices.matrix_pieces(weight, unit.scale, parts))
-    if unit.treatment == "expert":
-        return list(expert_pieces(plan.source, unit.base, parts, plan.quantizer, ledger))
-    if unit.slots[0].dtype == weight.dtype:
-        hole = most_zeros(weight.name, weight.dtype, weight.nbytes)
-        where = (weight.path, weight.offset, first, weight.nbytes)
-        return list(copy_pieces(*where, weight.name, hole))
-    return list(matrices.half_pieces(weight, first))
+    of = (plan.source, plan.quantizer, ledger)
+    return [piece for unit in shard.units for piece in pieces_of(unit, places, *of)]
 
 
 # --- The workplace ------------------------------------------------------------------------------
@@ -145,7 +130,7 @@ def clear_strangers(folder: Path, plan: Plan) -> list[ShardPlan]:
                 "shards of this run's plan",
                 f"go on with those settings, or delete {folder}",
             )  # fmt: skip
-    inside.empty(folder, {*whole, locks.LOCK, MARK})
+    inside.empty(folder, {*whole, locks.LOCK, MARK, own_numbers.RECORD})
     return todo
 
 
@@ -163,8 +148,10 @@ def convert(plan: Plan, bundle: Path, jobs: int, supply: Supply | None) -> str:
             check_space(supply.folder, most_at_once(plan, todo, supply))
             ledger = write_in_turn(plan, todo, folder, jobs, supply)
         else:
+            own_numbers.keep(folder / own_numbers.RECORD, plan.headers, plan.quantizer)
             ledger = write_shards(plan, todo, folder, jobs)
         complete(plan, folder, jobs)
+        inside.remove(folder, own_numbers.RECORD)
         workplace.publish(folder, bundle)
     return summarize(plan, todo, ledger, time.perf_counter() - start)
 
@@ -233,7 +220,9 @@ def complete(plan: Plan, folder: Path, jobs: int) -> None:
     label = plan.quantizer.label
     write_json(folder / "config.json", configs.bundle_config(plan.source, label))
     named = source_name(plan.source.folder)
-    write_json(folder / "jang_config.json", configs.jang_config(plan.source, label, named))
+    write_json(
+        folder / "jang_config.json", configs.jang_config(plan.source, plan.quantizer.form, named)
+    )
     made = open_bundle(folder)
     check_complete(made, plan.source)
     after = requantization.make_plan(
@@ -268,8 +257,7 @@ def describe(plan: Plan, bundle: Path, jobs: int, supply: Supply | None) -> str:
     label = plan.quantizer.label
     lines = [
         f"tensors: {counts['expert']:,} routed experts to {label['mode']} {label['bits']} bits, "
-        f"{counts['affine8']:,} matrices to affine 8 bits, {counts['passthrough']:,} to F16 or as "
-        f"integers, {counts['control']:,} controls in F32, {counts['head']:,} head as it is",
+        + rest_in_words(counts, plan.quantizer),
         f"shards: {len(todo):,} to write, {len(plan.shards):,} in the bundle",
         f"read: {human(read)}; written: {human(written)}",
         f"disk: {human(plan.nbytes)} for the bundle, "
@@ -278,6 +266,17 @@ def describe(plan: Plan, bundle: Path, jobs: int, supply: Supply | None) -> str:
         estimate(first, written, jobs) if not supply else "time: as the network has it",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def rest_in_words(counts: Counter[str], quantizer: Quantizer) -> str:
+    """What becomes of everything but the routed experts."""
+    if quantizer.form.as_source:
+        rest = counts.total() - counts["expert"] - counts["fp8"]
+        return f"{counts['fp8']:,} FP8 matrices to mxfp8, {rest:,} others as the source has them"
+    return (
+        f"{counts['affine8']:,} matrices to affine 8 bits, {counts['passthrough']:,} to F16 or as "
+        f"integers, {counts['control']:,} controls in F32, {counts['head']:,} head as it is"
+    )
 
 
 def summarize(plan: Plan, todo: list[ShardPlan], ledger: Ledger, seconds: float) -> str:

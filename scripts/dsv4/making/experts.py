@@ -96,10 +96,16 @@ class Ledger:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.tallies: dict[str, Tally] = {}
+        self.scales: dict[str, int] = {}  # FP8 scale bytes with which some runtimes round
 
     def add(self, name: str, tally: Tally) -> None:
         with self._lock:
             self.tallies.setdefault(name, Tally()).add(tally)
+
+    def note_scales(self, name: str, number: int) -> None:
+        if number:
+            with self._lock:
+                self.scales[name] = self.scales.get(name, 0) + number
 
 
 def expert_pieces(
@@ -151,4 +157,10 @@ def errors_in_words(ledger: Ledger) -> str:
     lost = sum(tally.underflows for tally in ledger.tallies.values())
     if lost:
         line += f"; {lost:,} groups with a scale or bias that is 0 in F16"
+    if ledger.scales:
+        name, number = next(iter(ledger.scales.items()))
+        line += (
+            f"; FP8 scale bytes below 3 or above 246 in {len(ledger.scales):,} tensors ({number:,} "
+            f"in {name}): a runtime that decodes to BF16 rounds or overflows there"
+        )
     return line

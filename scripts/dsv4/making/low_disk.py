@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from dsv4.hub import remote
-from dsv4.hub.fetching import fetch_all
+from dsv4.hub.fetching import at_pin, fetch_all
 from dsv4.hub.origin import HEADERS, Record
 from dsv4.hub.transfer import Transfer, file_hash
 from dsv4.model.opening import open_source
@@ -30,7 +30,7 @@ from dsv4.storage import inside
 from dsv4.storage.checkpoint import INDEX, Checkpoint, read_index
 from dsv4.storage.durable import copy_file, write_bytes
 from dsv4.storage.rewrite import Desk, NewShard, Piece, bypass_cache, forget
-from dsv4.storage.shard import read_shard, sample_places
+from dsv4.storage.shard import Tensor, read_shard, sample_places
 
 WORKERS = 8
 AGAIN = "run download again, with LOW_DISK=1"
@@ -61,7 +61,7 @@ def fetch_headers(source: Path, record: Record, patience: float) -> int:
             data.append(remote.read_range(record.repo, record.commit, file, place, end, patience))
         write_bytes(folder / name, b"".join(data), source)
 
-    with ThreadPoolExecutor(WORKERS) as pool:
+    with at_pin(source, record), ThreadPoolExecutor(WORKERS) as pool:
         for _ in pool.map(bring, missing):
             pass
     return len(missing)
@@ -139,6 +139,12 @@ class Supply:
     def has(self, name: str) -> bool:
         """True when the shard lies there, verified and untouched."""
         return self.record.is_verified(self.folder, name)
+
+    def read(self, tensor: Tensor, first: int, nbytes: int) -> np.ndarray:
+        """Some bytes of a tensor, from the hub: for what must be known before any shard comes."""
+        file, begin = self.record.files[tensor.path.name], tensor.offset + first
+        place = (self.record.repo, self.record.commit, file, begin, begin + nbytes)
+        return np.frombuffer(remote.read_range(*place, self.patience), np.uint8)
 
     def size(self, names: set[str]) -> int:
         """Bytes of these shards."""

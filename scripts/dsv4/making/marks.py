@@ -58,6 +58,11 @@ def was_made_by(shard: Shard, mark: dict[str, str]) -> bool:
     return all(shard.metadata.get(key) == value for key, value in mark.items())
 
 
+def with_matrices(quantizer: Quantizer) -> dict[str, str]:
+    """The part of a native shard's mark that says by which MLX its 8-bit matrices were made."""
+    return {} if quantizer.form.as_source else {"convert_matrices": matrices.digest()}
+
+
 def converted_by(source: Checkpoint | None, quantizer: Quantizer) -> dict[str, str]:
     """The metadata of a shard that was converted natively; requantize's own part included.
 

@@ -1,4 +1,4 @@
-"""What runtimes read of a bundle's JSON files: stop tokens, chat template, labels, origin."""
+"""What runtimes read of a bundle's small files: stop tokens, chat template, labels, origin."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.hub.origin import provenance
-from dsv4.model.chat import BOS, EOS, TEMPLATE, token_ids
+from dsv4.model.chat import BOS, EOS, token_ids
 from dsv4.model.configs import without_code
 from dsv4.model.forms import origin_of
 from dsv4.model.labels import quantization
 from dsv4.model.names import GROUP
 from dsv4.model.opening import expert_bases, expert_label
+from dsv4.model.template import is_own, template_for
 from dsv4.stop import Stop
 from dsv4.storage.checkpoint import Checkpoint, read_json
 
 UNRECORDED = "not recorded"
+CHAT_TEMPLATE = "chat_template.jinja"
 
 
 def patched(bundle: Checkpoint, source: Path | None = None) -> dict[str, dict[str, Any]]:
@@ -40,26 +42,59 @@ def config(bundle: Checkpoint, expert: dict[str, Any] | None) -> dict[str, Any]:
     content = copy.deepcopy(bundle.config)
     if expert is not None:
         content.pop("quantization_config", None)
-        content["quantization"] = quantization(expert_bases(bundle), expert)
+        content["quantization"] = quantization(expert_bases(bundle), expert, bundle.tensors)
     content["eos_token_id"] = token_ids(bundle.folder)
+    if "bos_token_id" in content:
+        content["bos_token_id"] = token_ids(bundle.folder, (BOS,))[0]
     return content
 
 
 def generation_config(folder: Path) -> dict[str, Any]:
-    eos = token_ids(folder)
+    """generation_config.json with the ids of BOS and of the stop tokens."""
     path = folder / "generation_config.json"
-    content = read_json(path) if path.is_file() else {"bos_token_id": token_ids(folder, (BOS,))[0]}
-    return {**content, "eos_token_id": eos}
+    content = read_json(path) if path.is_file() else {}
+    bos = token_ids(folder, (BOS,))[0]
+    return {**content, "bos_token_id": bos, "eos_token_id": token_ids(folder)}
 
 
 def tokenizer_config(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json with its special tokens and a template."""
     content = read_json(folder / "tokenizer_config.json")
     for key, token in (("bos_token", BOS), ("eos_token", EOS)):
-        if not content.get(key):
+        if (content[key]["content"] if is_added(content.get(key)) else content.get(key)) != token:
             content[key] = token
-    if not content.get("chat_template"):
-        content["chat_template"] = TEMPLATE
+    content["chat_template"] = chat_templates(folder)[1]
     return content
+
+
+def is_added(token: Any) -> bool:
+    """True for a token that is written as an object with a content."""
+    return isinstance(token, dict) and "content" in token
+
+
+def chat_templates(folder: Path) -> tuple[str, Any]:
+    """(text of chat_template.jinja, chat_template of tokenizer_config.json) as they should be.
+
+    This recipe's, unless somebody else's is there: that stays, and serves in the other place too
+    when nobody else's is there.
+    """
+    in_file = template_file(folder)
+    in_config = read_json(folder / "tokenizer_config.json").get("chat_template")
+    own = template_for(folder)
+    in_file, in_config = (
+        text if text and not is_own(text) else None for text in (in_file, in_config)
+    )
+    shared = in_config if isinstance(in_config, str) else None
+    return in_file or shared or own, in_config or in_file or own
+
+
+def template_file(folder: Path) -> str | None:
+    """The text of chat_template.jinja; None when there is none, or none that anybody can read."""
+    path = folder / CHAT_TEMPLATE
+    try:
+        return path.read_bytes().decode("utf-8") if path.is_file() else None
+    except UnicodeDecodeError:
+        return None
 
 
 def jang_config(folder: Path, source: Path | None) -> dict[str, Any]:

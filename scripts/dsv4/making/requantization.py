@@ -11,19 +11,22 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dsv4.making.belonging import check_bundle, check_samples, is_copy
-from dsv4.making.experts import Ledger, errors_in_words, estimate, expert_pieces
-from dsv4.making.marks import made_by, was_made_by
-from dsv4.model import labels
+from dsv4.making.experts import Ledger, errors_in_words, estimate
+from dsv4.making.marks import made_by, was_made_by, with_matrices
+from dsv4.making.pieces import pieces_of as unit_pieces
+from dsv4.model import configs, labels
 from dsv4.model.names import is_control, kind, parse_expert
 from dsv4.model.opening import expert_bases
-from dsv4.model.plan import unit_of
+from dsv4.model.plan import Unit, as_long, unit_of
 from dsv4.stop import Stop
 from dsv4.storage import inside
-from dsv4.storage.checkpoint import INDEX, Checkpoint, read_json
+from dsv4.storage.checkpoint import INDEX, Checkpoint, check_strangers, read_json
 from dsv4.storage.durable import TEMPORARY_SUFFIX, human, temporary_for, write_json
 from dsv4.storage.rewrite import NewShard, Piece, copy_pieces, rewrite
 from dsv4.storage.shard import Layout, Shard, Slot, Tensor
-from dsv4.weights.quantizer import Quantizer
+from dsv4.weights.quantizer import Lossless, Quantizer
+
+JANG = "jang_config.json"
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class Fate:
 
     shard: Shard
     layout: Layout
-    kinds: dict[str, str]  # tensor → "expert", "control", "head" or "copy"
+    kinds: dict[str, str]  # tensor → "expert", "control", "head", "own" or "copy"
+    units: dict[str, Unit]  # tensor → what it is a part of, for those that come from the source
     done: bool
 
     @property
@@ -97,11 +101,13 @@ def make_plan(
     (None: all are made). mark: metadata of the shards that are written (None: who made them).
     """
     check_bundle(source, bundle)
+    if only is None:  # repair moves strangers away itself
+        check_strangers(bundle, "move it away: MLX loads every shard that it finds; or make repair")
     mark = made_by(source, quantizer) if mark is None else mark
-    have_biases = {n.rpartition(".")[0] for n in bundle.tensors if n.endswith(".biases")}
+    present = frozenset(bundle.tensors)
     fates = {}
     for file, shard in bundle.shards.items():
-        fates[file] = fate_of(shard, source, quantizer, have_biases, mark, only)
+        fates[file] = fate_of(shard, source, quantizer, present, mark, only)
     mine = part.of(list(fates))
     todo = [file for file in mine if not fates[file].done]
     for file in todo:
@@ -113,51 +119,93 @@ def fate_of(
     shard: Shard,
     source: Checkpoint,
     quantizer: Quantizer,
-    have_biases: set[str],
+    present: frozenset[str],
     mark: dict[str, str],
     only: frozenset[str] | None = None,
 ) -> Fate:
-    """The new layout of one shard. New `.biases` come right after the `.scales` they belong to."""
-    slots, kinds = [], {}
+    """The new layout of one shard. What is not `present` in the bundle, and wanted, comes right
+    after the scales that it belongs to, or after the weight.
+
+    All of it is made anew where the source's own numbers are wanted, or where they are: then no
+    byte of the bundle tells whether its weight or its scales were rewritten already.
+    """
+    own = shard.metadata.get("requantize_quantizer") == Lossless.name
+    anew = only is None and (own or quantizer.form.as_source)
+    slots, kinds, units = [], {}, {}
     for tensor in shard.tensors.values():
-        what, new = _slots_of(tensor, source, quantizer, have_biases, only)
+        weight, what = _origin(tensor, source, only, anew)
+        new = [Slot(tensor.name, tensor.dtype, tensor.shape)]
+        if what != "copy":
+            unit = units.get(weight.name) or _unit(weight, source, quantizer)
+            units[weight.name] = unit
+            new = _slots_of(tensor, unit, present)
+            units.update({slot.name: unit for slot in new})
         slots += new
         kinds.update({slot.name: what for slot in new})
-    layout = Layout.of(slots, shard.metadata | {"format": "mlx"} | mark)
-    wanted = [(slot.name, slot.dtype, slot.shape) for slot in layout.slots]
-    found = [(t.name, t.dtype, t.shape) for t in shard.tensors.values()]
+    metadata = shard.metadata | {"format": "mlx"} | mark
+    if is_native(shard):
+        slots = _in_order(slots, source)
+        metadata |= with_matrices(quantizer) if anew else {}
+    layout = Layout.of(slots, metadata, as_long(quantizer.form) if only is None else {})
+    wanted = sorted((slot.name, slot.dtype, slot.shape) for slot in layout.slots)
+    found = sorted((t.name, t.dtype, t.shape) for t in shard.tensors.values())
     ours = was_made_by(shard, mark) and wanted == found
-    untouched = sorted(wanted) == sorted(found) and (
-        "expert" not in kinds.values() or is_copy(shard, source, quantizer)
+    untouched = wanted == found and (
+        not {"expert", "own"} & set(kinds.values()) or is_copy(shard, source, quantizer)
     )
-    return Fate(shard, layout, kinds, ours or untouched)
+    return Fate(shard, layout, kinds, units, ours or untouched)
 
 
-def _slots_of(
-    tensor: Tensor,
-    source: Checkpoint,
-    quantizer: Quantizer,
-    have_biases: set[str],
-    only: frozenset[str] | None,
-) -> tuple[str, list[Slot]]:
-    """What one tensor of the bundle becomes: its kind, and no, one or two new tensors."""
+def _origin(
+    tensor: Tensor, source: Checkpoint, only: frozenset[str] | None, anew: bool
+) -> tuple[Tensor | None, str]:
+    """The source's weight that a tensor of the bundle comes from, and the tensor's kind."""
     base, _, part = tensor.name.rpartition(".")
-    origin = source.tensors.get(f"{base}.weight" if part != "weight" else tensor.name)
+    of_module = part in ("weight", "scales", "biases")
+    weight = source.tensors.get(f"{base}.weight" if of_module else tensor.name)
     if parse_expert(tensor.name):
-        if only is not None and base not in only:
-            return "copy", [Slot(tensor.name, tensor.dtype, tensor.shape)]
-        slots = {slot.name: slot for slot in unit_of(origin, None, quantizer.label).slots}
-        names = [tensor.name]
-        if part == "scales" and base not in have_biases:
-            names.append(f"{base}.biases")
-        return "expert", [slots[name] for name in names if name in slots]
-    if origin is not None and kind(origin.name) == "head":
-        slots = unit_of(origin, None, quantizer.label).slots
-        return "head", [slot for slot in slots if slot.name == tensor.name]
-    origin = source.tensors.get(tensor.name)
-    if origin is not None and is_control(tensor.name) and origin.dtype == "F32":
-        return "control", [Slot(tensor.name, "F32", tensor.shape)]
-    return "copy", [Slot(tensor.name, tensor.dtype, tensor.shape)]
+        return weight, "expert" if only is None or base in only else "copy"
+    if weight is None:
+        return None, "copy"
+    if anew:
+        return weight, "own"
+    if kind(weight.name) == "head":
+        return weight, "head"
+    control = is_control(tensor.name) and weight.dtype == "F32"
+    return weight, "control" if control else "copy"
+
+
+def _unit(weight: Tensor, source: Checkpoint, quantizer: Quantizer) -> Unit:
+    scale = source.tensors.get(weight.name.removesuffix(".weight") + ".scale")
+    return unit_of(weight, scale, quantizer.form)
+
+
+def _slots_of(tensor: Tensor, unit: Unit, present: frozenset[str]) -> list[Slot]:
+    """What one tensor of the bundle becomes: no tensor, the one of its name, new ones after it."""
+    slots = [slot for slot in unit.slots if slot.name == tensor.name]
+    scales = f"{unit.base}.scales"
+    if tensor.name == (scales if scales in present else unit.weight.name):
+        slots += [slot for slot in unit.slots if slot.name not in present]
+    return slots
+
+
+def is_native(shard: Shard) -> bool:
+    """True for a shard that `convert` wrote."""
+    return "convert_layout" in shard.metadata
+
+
+def _in_order(slots: list[Slot], source: Checkpoint) -> list[Slot]:
+    """The slots in the order in which `convert` writes them, so that the bytes are the same."""
+    parts = {"weight": 0, "scales": 1, "biases": 2}
+
+    def place(slot: Slot) -> tuple[str, int, str, int]:
+        base, _, part = slot.name.rpartition(".")
+        weight = source.tensors.get(f"{base}.weight" if part in parts else slot.name)
+        if weight is None:
+            return "", 0, slot.name, 0
+        return weight.path.name, weight.offset, weight.name, parts.get(part, 0)
+
+    return sorted(slots, key=place)
 
 
 def new_shard(fate: Fate, source: Checkpoint, quantizer: Quantizer, ledger: Ledger) -> NewShard:
@@ -167,19 +215,18 @@ def new_shard(fate: Fate, source: Checkpoint, quantizer: Quantizer, ledger: Ledg
 
 
 def pieces_of(fate: Fate, source: Checkpoint, quantizer: Quantizer, ledger: Ledger) -> list[Piece]:
-    """Where every byte of a new shard comes from: copies in file order, then the experts."""
+    """Where every byte of a new shard comes from: copies in file order, then from the source."""
     pieces: list[Piece] = []
-    experts: dict[str, dict[str, int]] = {}
+    made: dict[str, Unit] = {}
     for slot in fate.layout.slots:
-        what, place = fate.kinds[slot.name], fate.layout.places[slot.name]
-        if what == "expert":
-            base, _, part = slot.name.rpartition(".")
-            experts.setdefault(base, {})[part] = place
-        else:
-            tensor = (source if what in ("control", "head") else fate.shard).tensors[slot.name]
+        if fate.kinds[slot.name] == "copy":
+            tensor, place = fate.shard.tensors[slot.name], fate.layout.places[slot.name]
             pieces += copy_pieces(tensor.path, tensor.offset, place, slot.nbytes)
-    for base, places in experts.items():
-        pieces += expert_pieces(source, base, places, quantizer, ledger)
+        else:
+            unit = fate.units[slot.name]
+            made[unit.weight.name] = unit
+    for unit in made.values():
+        pieces += unit_pieces(unit, fate.layout.places, source, quantizer, ledger)
     return pieces
 
 
@@ -227,11 +274,23 @@ def complete(plan: Plan) -> bool:
     changed = write_index(folder, {file: fate.layout.slots for file, fate in plan.fates.items()})
     config = dict(plan.bundle.config)
     config.pop("quantization_config", None)
-    config["quantization"] = labels.quantization(expert_bases(plan.source), plan.quantizer.label)
+    slots = {slot.name: slot for fate in plan.fates.values() for slot in fate.layout.slots}
+    label = plan.quantizer.label
+    config["quantization"] = labels.quantization(expert_bases(plan.source), label, slots)
     config[labels.RECORD] = record_of(plan.quantizer)
+    if any(map(is_native, plan.bundle.shards.values())) and (folder / JANG).is_file():
+        config |= configs.width(label)
+        changed |= restamp(folder / JANG, plan)
     if config != plan.bundle.config:
         changed |= write_json(folder / "config.json", config)
     return changed
+
+
+def restamp(path: Path, plan: Plan) -> bool:
+    """Write jang_config.json as the new form has it; True if it changed."""
+    old = read_json(path)
+    new = configs.restamped(old, plan.source, plan.quantizer.form)
+    return old != new and write_json(path, new)
 
 
 def write_index(folder: Path, shards: Mapping[str, Iterable[Slot | Tensor]]) -> bool:
@@ -255,7 +314,7 @@ def record_of(quantizer: Quantizer) -> dict[str, str]:
 
 def describe(plan: Plan) -> str:
     """The plan for a reader: shards, tensors by kind, bytes, disk, an estimate of the time."""
-    kinds = {"expert": 0, "control": 0, "head": 0, "copy": 0}
+    kinds = dict.fromkeys(("expert", "control", "head", "own", "copy"), 0)
     for fate in plan.work:
         for what in fate.kinds.values():
             kinds[what] += 1
@@ -267,7 +326,7 @@ def describe(plan: Plan) -> str:
         f"shards: {len(plan.todo):,} to write, {len(plan.fates):,} in the bundle",
         f"tensors: {kinds['expert']:,} parts of routed experts from FP4, "
         f"{kinds['control']:,} controls to F32, {kinds['head']:,} head as in the source, "
-        f"{kinds['copy']:,} copied",
+        f"{kinds['own']:,} others from the source, {kinds['copy']:,} copied",
         f"read: {human(read)}; written: {human(written)}",
         f"extra disk: {human(growth)} for good, {human(at_once)} while it runs",
         estimate(shards, written, plan.jobs),

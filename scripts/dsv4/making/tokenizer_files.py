@@ -11,7 +11,7 @@ from dsv4.storage.durable import copy_file
 from dsv4.storage.junk import is_junk
 
 REQUIRED = ("tokenizer.json", "tokenizer_config.json", "encoding/encoding_dsv4.py")
-EDITED = ("tokenizer_config.json", "generation_config.json")
+EDITED = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 OPTIONAL = ("generation_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 

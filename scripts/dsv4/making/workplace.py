@@ -18,6 +18,7 @@ from dsv4.stop import Stop
 from dsv4.storage import inside, locks
 from dsv4.storage.durable import TEMPORARY_SUFFIX, fsync_folder
 from dsv4.storage.space import MARK, workplace_of
+from dsv4.words import shown
 
 UPSTREAMS = re.compile(r"model-\d{5}-of-XXXXX\.safetensors")  # its shards until it counts them
 
@@ -50,7 +51,7 @@ def check_ours(folder: Path) -> None:
     strangers = sorted(p.name for p in folder.iterdir() if not is_recognised(folder, p.name))
     if strangers:
         raise Stop(
-            f"{folder}", f"{strangers[0]!r:.100} in a folder that no convert left",
+            f"{folder}", f"{shown(strangers[0])} in a folder that no convert left",
             "no folder, or a killed run's", "move it away: bundles are made under that name",
         )  # fmt: skip
 

@@ -12,14 +12,15 @@ from dsv4.making.tokenizer_files import REQUIRED, copy, wanted
 from dsv4.mending.job import NEEDS_SOURCE, Repair, faults, is_broken, set_aside, write_index
 from dsv4.mending.whole import files_of_experts, open_whole, wrong_experts
 from dsv4.model import labels
-from dsv4.model.chat import TEMPLATE
 from dsv4.model.configs import without_code
 from dsv4.model.opening import expert_bases
-from dsv4.proof.documents import ENCODING
+from dsv4.model.template import ENCODING, release_of, template_for
+from dsv4.proof import conversation
 from dsv4.proof.findings import Findings
 from dsv4.stop import Stop
+from dsv4.storage import bounds
 from dsv4.storage.checkpoint import INDEX, Checkpoint, read_json
-from dsv4.storage.durable import write_json
+from dsv4.storage.durable import write_bytes, write_json
 from dsv4.weights.quantizer import QUANTIZERS
 
 # Faults, by how their names begin → the files that hold them, for those that patch writes.
@@ -27,18 +28,34 @@ DOCUMENTS = ("config.json", "generation_config.json", "jang_config.json", "token
 METADATA = {
     "config-runs-code": DOCUMENTS,
     "label-": ("config.json",),
+    "scales-without-label": ("config.json",),
     "eos-": ("config.json", "generation_config.json"),
-    "chat-template-": ("tokenizer_config.json",),
+    "special-token-": ("config.json", "generation_config.json", "tokenizer_config.json"),
+    "chat-template": ("tokenizer_config.json",),
     "tokenizer-config-": ("tokenizer_config.json",),
     "generation-config-": ("generation_config.json",),
     "jang-config-": ("jang_config.json",),
 }
-FILES = {"encoding-missing", "encoding-differs", "tokenizer-missing", "tokenizer-config-broken"}
+# Faults that a file of the source cures → that file; "" where only absence or JSON was at fault.
+FILES = {
+    "encoding-missing": "",
+    "encoding-differs": ENCODING,
+    "tokenizer-missing": "tokenizer.json",
+    "tokenizer-differs": "tokenizer.json",
+    "token-out-of-range": "tokenizer.json",
+    "tokenizer-config-broken": "",
+    "tokenizer-config-differs": "tokenizer_config.json",
+    "special-token-wrong": "tokenizer_config.json",
+    "special-tokens-differ": conversation.SPECIAL,
+    "generation-config-differs": "generation_config.json",
+}
 
 
 def mend_index(repair: Repair) -> None:
-    """The index names what the shards hold."""
-    named = [finding.name for finding in faults(repair) if finding.name.startswith("index-")]
+    """The index names what the shards hold. What it calls missing is another checkpoint's: the
+    bundle's own shards are there, or no step had begun."""
+    found = faults(repair).names
+    named = [n for n in sorted(found) if n.startswith("index-") or n == "shard-missing"]
     if named and repair.say(", ".join(named), f"rebuilt: {INDEX}"):
         repair.backup.keep([INDEX])
         write_index(repair)
@@ -46,7 +63,7 @@ def mend_index(repair: Repair) -> None:
 
 def mend_files(repair: Repair) -> None:
     """Tokenizer and encoding files that are missing, empty or broken: from source or reference."""
-    named = sorted(faults(repair).names & FILES)
+    named = sorted(faults(repair).names & set(FILES))
     if not named:
         return
     origin = repair.args.reference or repair.args.source
@@ -54,12 +71,16 @@ def mend_files(repair: Repair) -> None:
         raise Stop(f"{repair.bundle}", ", ".join(named), "tokenizer and encoding files",
                    f"{NEEDS_SOURCE}, or a bundle that has them: REFERENCE=…")  # fmt: skip
     bad = {n for n in REQUIRED if n.endswith(".json") and is_broken(repair.bundle, n)}
-    bad |= {"tokenizer.json"} if "tokenizer-missing" in named else set()
-    bad |= {ENCODING} if "encoding-differs" in named else set()
+    bad |= {FILES[name] for name in named}
+    bad |= {conversation.SPECIAL} if "special-token-wrong" in named else set()
     names = [n for n in wanted(origin) if n in bad or size_of(repair.bundle / n) == 0]
-    if repair.say(", ".join(named), f"copied from {origin}: {', '.join(names)}"):
-        repair.backup.keep(names)
+    stale = {conversation.SPECIAL} & bad - set(wanted(origin))  # the source does without it
+    done = f"copied from {origin}: {', '.join(names)}" if names else "moved away"
+    if repair.say(", ".join(named), done):
+        repair.backup.keep([*names, *sorted(stale)])
         copy(origin, repair.bundle, names)
+        for name in stale:
+            (repair.bundle / name).unlink(missing_ok=True)
 
 
 def size_of(path: Path) -> int:
@@ -81,8 +102,33 @@ def mend_metadata(repair: Repair) -> None:
     }
     if repair.expert or recorded(bundle) != bundle.config.get(labels.RECORD):
         files.add("config.json")
+    if any(name.startswith("chat-template") for name in found.names):
+        repair.attempt(mend_template)
     for name in sorted(files):
         repair.attempt(mend_document, name, makers[name])
+
+
+def mend_template(repair: Repair) -> None:
+    """Write chat_template.jinja as it is to go with tokenizer_config.json, if that changes it."""
+    name = metadata.CHAT_TEMPLATE
+    path = repair.bundle / name
+    text = template(repair).encode()
+    same = path.is_file() and path.read_bytes() == text
+    if not same and repair.say(f"{name}: another template than runtimes need", "written"):
+        repair.backup.keep([name])
+        write_bytes(path, text)
+
+
+def template(repair: Repair) -> str:
+    """The text for both places: one that is there and right, else this recipe's."""
+    folder = repair.bundle
+    encoding = folder / ENCODING
+    release = (release_of(bounds.read(encoding)) if encoding.is_file() else None) or ""
+    in_config = read_json(folder / "tokenizer_config.json").get("chat_template")
+    for text in (metadata.template_file(folder), in_config):
+        if isinstance(text, str) and text and not conversation.judge(text, release):
+            return text
+    return template_for(folder)
 
 
 def mend_document(repair: Repair, name: str, make: Callable[[], dict[str, Any]]) -> None:
@@ -128,7 +174,9 @@ def recorded(bundle: Checkpoint) -> dict[str, str] | None:
 def tokenizer_config(repair: Repair, found: Findings) -> dict[str, Any]:
     """tokenizer_config.json with this recipe's template where the file's own is wrong."""
     content = metadata.tokenizer_config(repair.bundle)
-    return {**content, "chat_template": TEMPLATE} if "chat-template-wrong" in found else content
+    if any(name.startswith("chat-template") for name in found.names):
+        content["chat_template"] = template(repair)
+    return content
 
 
 def jang_config(repair: Repair) -> dict[str, Any]:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from dsv4.making.requantization import Part, remove_leftovers
 from dsv4.mending.documents import mend_files, mend_index, mend_metadata
+from dsv4.mending.folder import config_fault, list_junk, mend_config, mend_strangers
 from dsv4.mending.job import Repair
 from dsv4.mending.shards import mend_shards
 from dsv4.proof import examination
-from dsv4.storage import locks
+from dsv4.storage import inside, locks
 from dsv4.storage.backup import FOLDER, Backup
 from dsv4.storage.durable import human
 from dsv4.words import say
@@ -21,8 +22,13 @@ TOOLCHAIN = {"loader-unpatched", "loader-unknown", "loader-not-checked"}
 
 def mend(repair: Repair) -> None:
     """All steps, in the order in which one needs the other."""
-    for step in (mend_shards, mend_index, mend_files, mend_metadata):
-        repair.attempt(step)
+    list_junk(repair.bundle)
+    repair.attempt(mend_config)
+    if config_fault(repair):
+        print("what else is to be done shows when config.json can be used")
+    else:
+        for step in (mend_strangers, mend_shards, mend_index, mend_files, mend_metadata):
+            repair.attempt(step)
     if not repair.steps and not repair.left:
         print("nothing to repair")
     names = repair.backup.originals
@@ -33,12 +39,15 @@ def mend(repair: Repair) -> None:
 
 def undo(bundle: Path) -> int:
     """Put every original back."""
-    if not (bundle / FOLDER).is_dir():
+    if inside.kind(bundle, FOLDER) == inside.NOTHING:
         print(f"{bundle}: not repaired, nothing to undo")
         return 0
     with locks.held(bundle):
+        backup = Backup(bundle)
         remove_leftovers(bundle, [], Part())
-        back, removed = Backup(bundle).undo()
+        back, removed = backup.undo()
+    if backup.folder.exists():
+        print(f"left alone: {backup.folder}, which holds what repair did not put there")
     print(f"{bundle}: {back} files put back, {removed} that repair made removed")
     return 0
 

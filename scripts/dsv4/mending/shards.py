@@ -47,6 +47,9 @@ def all_fp4(bundle: Checkpoint) -> bool:
 def from_source(repair: Repair, bundle: Checkpoint, wrong: dict[str, str], found: str) -> None:
     """Rewrite the shards that need it. Raises Stop when source and bundle do not fit."""
     quantizer = chosen(repair.args, repair.source)
+    if quantizer.form.as_source and labels.recorded_quantizer(bundle.config) != quantizer.name:
+        raise Stop(f"{repair.bundle}", "a bundle that is not lossless", "another QUANTIZER",
+                   "make requantize QUANTIZER=lossless, which makes every tensor anew")  # fmt: skip
     made = marks.made_by(repair.source, quantizer)
     begun = repair.backup.unfinished.get("mark", made)
     if begun != made:

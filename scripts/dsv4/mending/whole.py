@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from dsv4.model import labels
 from dsv4.model.names import is_control, parse_expert
@@ -20,7 +21,11 @@ def open_whole(folder: Path) -> Checkpoint:
 
     Raises Stop for an unreadable config.json, a missing or broken shard, a tensor in two of them.
     """
-    config = read_config(folder)
+    return open_with(folder, read_config(folder))
+
+
+def open_with(folder: Path, config: dict[str, Any]) -> Checkpoint:
+    """The same with another config.json than the folder's. Raises Stop as `open_whole` does."""
     shards = {file: read_shard(folder / file) for file in shard_files(folder)}
     weight_map: dict[str, str] = {}
     for file, shard in shards.items():
@@ -32,27 +37,56 @@ def open_whole(folder: Path) -> Checkpoint:
     return Checkpoint(folder, config, weight_map, shards)
 
 
-def shard_files(folder: Path) -> list[str]:
-    """The shards that the index names, and others of their set; without an index the whole set.
+def on_disk(folder: Path) -> set[str]:
+    """What has a shard's name in a bundle; hidden files are no shards, a folder may be one's."""
+    return {path.name for path in folder.glob("*.safetensors") if path.name[0] != "."}
 
-    Raises Stop when one of them is not there.
+
+def shard_files(folder: Path) -> list[str]:
+    """The shards that the index names, and others of their set. When one of these is missing, or
+    there is no index to go by: the one whole set that is there and holds a model.
+
+    An index can be another checkpoint's: mlx-vlm's convert leaves the source's (mlx-vlm#624).
+    Raises Stop when no set is whole.
     """
-    on_disk = {path.name for path in folder.glob("*.safetensors") if path.name[0] != "."}
+    there = {file for file in on_disk(folder) if (folder / file).is_file()}
+    sets = {set_of(file) for file in there}
     try:
         named = set(read_index(folder).values())
-        sets = set(map(set_of, named))
-        files = named | {file for file in on_disk if set_of(file) in sets}
-    except Stop as stop:
-        sets = {set_of(file) for file in on_disk}
-        if len(sets) != 1:
-            raise Stop(f"{folder}", f"no index, and {len(sets)} sets of shards", "one set",
-                       f"fetch {INDEX} again") from stop  # fmt: skip
-        files = set(whole_set(sets.pop()))
-    missing = sorted(files - on_disk)
-    if missing:
-        raise Stop(f"{folder}", f"{len(missing)} of {len(files)} shards missing, first "
-                   f"{missing[0]}", "all of them", "fetch it again, then make repair")  # fmt: skip
-    return sorted(files)
+    except Stop:
+        named = set()
+    of = set(map(set_of, named))
+    files = named | {file for file in there if set_of(file) in of}
+    if not named and len(sets) == 1:
+        files = set(whole_set(*sets))
+    missing = sorted(files - there)
+    if files and not missing:
+        return sorted(files)
+    models = [whole_set(one) for one in sorted(sets) if int(one[1] or 1) <= len(there)]
+    names = [model_of(folder, whole) if there.issuperset(whole) else set() for whole in models]
+    most = max(names, key=len, default=set())
+    if most and all(one < most for one in names if one is not most):  # one shard may look like one
+        return sorted(models[names.index(most)])
+    if not files:
+        raise Stop(f"{folder}", f"no index, and {len(sets)} sets of shards", "one set",
+                   f"fetch {INDEX} again")  # fmt: skip
+    raise Stop(f"{folder}", f"{len(missing)} of {len(files)} shards missing, first "
+               f"{missing[0]}", "all of them", "fetch it again, then make repair")  # fmt: skip
+
+
+def model_of(folder: Path, files: list[str]) -> set[str]:
+    """The tensors of these shards, when all can be read and together they hold an MLX model: its
+    embedding, and all experts of as many layers as they name; else nothing."""
+    try:
+        tensors = {n: t for file in files for n, t in read_shard(folder / file).tensors.items()}
+    except Stop:
+        return set()
+    parsed = [one[:4] for name in tensors if (one := parse_expert(name)) and one[4] == "weight"]
+    main = {one[1:] for one in parsed if one[0] == "layers"}
+    layers, experts = (1 + max((one[axis] for one in main), default=-1) for axis in (0, 1))
+    whole = len(main) == 3 * layers * experts > 0 and "embed.weight" in tensors
+    packed = any(tensor.dtype == "U32" for tensor in tensors.values())
+    return set(tensors) if whole and packed else set()
 
 
 def set_of(file: str) -> tuple[str, str]:
@@ -88,7 +122,7 @@ def wrong_experts(bundle: Checkpoint) -> dict[str, str]:
         findings, has = Findings(), parts_of(bundle, base)
         check_triple(base, has, bundle.config, findings)
         if labels.stored_label(bundle.tensors, base) == labels.MXFP4:
-            if "mxfp4" not in {*meant, labelled(bundle.config, base).get("mode")}:
+            if not {"mxfp4", "lossless"} & {*meant, labelled(bundle.config, base).get("mode")}:
                 wrong[base] = "stock-experts"
         elif findings.names:
             wrong[base] = min(findings.names)

@@ -1,4 +1,4 @@
-"""What a runtime must know to hold a conversation: stop tokens and a chat template."""
+"""What a runtime must know to hold a conversation: its markers and stop tokens."""
 
 from __future__ import annotations
 
@@ -12,27 +12,6 @@ from dsv4.storage.checkpoint import read_json
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
 STOP_TOKENS = (EOS, USER)  # a model that opens the user's turn has finished its own
-
-# The layout of DeepSeek's own encoding, for runtimes that do not read encoding/encoding_dsv4.py:
-# text of system messages bare, turns behind their markers, an answer closed by EOS, and the
-# thinking block opened or closed where the answer begins.
-TEMPLATE = (
-    "{{- '" + BOS + "' -}}"
-    "{%- for message in messages -%}"
-    "{%- if message.role == 'system' -%}{{- message.content -}}"
-    "{%- elif message.role in ['user', 'developer'] -%}"
-    "{{- '" + USER + "' + message.content -}}"
-    "{%- elif message.role == 'tool' -%}"
-    "{{- '" + USER + "<tool_result>' + message.content + '</tool_result>' -}}"
-    "{%- elif message.role == 'assistant' -%}"
-    "{{- '" + ASSISTANT + "</think>' + (message.content or '') + '" + EOS + "' -}}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}"
-    "{{- '" + ASSISTANT + "' -}}"
-    "{{- '<think>' if enable_thinking | default(false) else '</think>' -}}"
-    "{%- endif -%}"
-)
 
 
 def vocabulary(tokenizer: dict[str, Any]) -> dict[str, int]:

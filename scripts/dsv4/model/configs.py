@@ -12,6 +12,7 @@ from typing import Any
 
 from dsv4.model.chat import BOS, EOS
 from dsv4.model.names import GROUP
+from dsv4.model.plan import Form
 from dsv4.storage.checkpoint import Checkpoint
 
 # The keys of config.json that describe the model, as DeepSeek publishes it, and those that stages,
@@ -46,11 +47,16 @@ def profile(label: dict[str, Any]) -> str:
     return f"JANG_{label['bits']}L"
 
 
+def width(label: dict[str, Any]) -> dict[str, Any]:
+    """What config.json says of the experts' width, beside their labels."""
+    named = f"DSV4-Flash-{profile(label)}"
+    return {"_name_or_path": named, "routed_expert_bits": label["bits"]}
+
+
 def bundle_config(source: Checkpoint, label: dict[str, Any]) -> dict[str, Any]:
     """The source's config.json without its own quantization; requantize adds the bundle's."""
     config = {k: v for k, v in source.config.items() if k != "quantization_config"}
-    config["_name_or_path"] = f"DSV4-Flash-{profile(label)}"
-    config["routed_expert_bits"] = label["bits"]
+    config |= width(label)
     config["group_size"] = GROUP
     config["mxtq_seed"] = SEED
     config.setdefault("rope_parameters", rope_parameters(config))
@@ -70,12 +76,13 @@ def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
     return rope
 
 
-def jang_config(source: Checkpoint, label: dict[str, Any], named: str) -> dict[str, Any]:
+def jang_config(source: Checkpoint, form: Form, named: str) -> dict[str, Any]:
     """What jang's loaders read of a bundle: widths by role, and how the model is talked to.
 
     named: what is said of where the source came from.
     """
-    config = source.config
+    config, label = source.config, form.expert
+    kept = 16 if form.as_source else 8  # embedding and head
     return {
         "weight_format": label["mode"],  # vMLX 1.6.81 refuses names that it does not know
         "profile": profile(label),
@@ -88,12 +95,19 @@ def jang_config(source: Checkpoint, label: dict[str, Any], named: str) -> dict[s
         },
         "mxtq_bits": {
             "routed_expert": label["bits"],
-            **dict.fromkeys(("attention", "shared_expert", "embed_tokens", "lm_head"), 8),
+            **dict.fromkeys(("attention", "shared_expert"), 8),
+            **dict.fromkeys(("embed_tokens", "lm_head"), kept),
             "norms_router_hc": 16,
         },
         "model_family": "deepseek_v4",
         "chat": chat(config),
     }
+
+
+def restamped(old: dict[str, Any], source: Checkpoint, form: Form) -> dict[str, Any]:
+    """A native bundle's jang_config.json after its numbers have got another form."""
+    new = jang_config(source, form, old.get("source_model", ""))
+    return new | {key: value for key, value in old.items() if key not in new}
 
 
 def chat(config: dict[str, Any]) -> dict[str, Any]:

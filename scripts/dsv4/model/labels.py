@@ -8,37 +8,60 @@ the top level without a word. So the experts' label stands under all of them:
 | mlx_lm, vMLX 1.3.97     | model.layers.N.mlp.switch_mlp.{gate,up,down}_proj           |
 | mlx-vlm                 | language_model.model.layers.N.ffn.switch_mlp.…              |
 | vMLX 1.6.81             | layers.N.ffn.experts.E.wK, mtp.M.ffn.experts.E.wK (storage) |
+
+An FP8 matrix that was kept as it is (mxfp8) is labelled likewise: under its storage name, and under
+the two module paths that names.py gives it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from dsv4.model.names import GROUP, PROJECTION, parse_expert, switch_paths
-from dsv4.storage.shard import Tensor
+from dsv4.model.names import GROUP, PROJECTION, module_paths, parse_expert, switch_paths
+from dsv4.storage.shard import Slot, Tensor
 
 DEFAULT = {"group_size": GROUP, "bits": 8, "mode": "affine"}
 EXPERT = {"group_size": GROUP, "bits": 4, "mode": "affine"}
 MXFP4 = {"group_size": GROUP, "bits": 4, "mode": "mxfp4"}
+MXFP8 = {"group_size": GROUP, "bits": 8, "mode": "mxfp8"}
 # Where config.json says which quantizer made the routed experts. No runtime looks at the key.
 RECORD = "requantize"
+# The quantizers that keep the source's FP4 bytes.
+COPYING = ("mxfp4", "lossless")
 
 
-def quantization(bases: list[str], expert: dict[str, Any] = EXPERT) -> dict[str, Any]:
+def quantization(
+    bases: list[str],
+    expert: dict[str, Any] = EXPERT,
+    tensors: Mapping[str, Slot | Tensor] | None = None,
+) -> dict[str, Any]:
     """The whole `quantization` value for a bundle whose routed experts are stored as `expert` says.
 
-    `bases` are the storage names of all routed-expert matrices, as `expert_bases` gives them. MTP
-    experts get their storage name only: no runtime builds modules for them.
+    `bases` are the storage names of all routed-expert matrices, as `expert_bases` gives them;
+    `tensors` are the bundle's, for those that are stored as mxfp8. MTP's get their storage name
+    only: no runtime builds modules for them. Where nothing is 8-bit affine the top level says
+    mxfp8: a runtime that misses a matrix's label is right with it.
     """
     parsed = (parse_expert(f"{base}.weight") for base in bases)
     layers = sorted({one[1] for one in parsed if one and one[0] == "layers"})
-    labels: dict[str, Any] = dict(DEFAULT)
+    fp8 = fp8_bases(tensors or {})
+    affine = any(n.endswith(".biases") and not parse_expert(n) for n in tensors or ())
+    labels: dict[str, Any] = dict(MXFP8 if fp8 and not affine else DEFAULT)
     for which in (0, 1):
         for layer in layers:
             for matrix in PROJECTION:
                 labels[switch_paths(layer, matrix)[which]] = dict(expert)
     labels.update({base: dict(expert) for base in bases})
+    for base in fp8:
+        labels.update({name: dict(MXFP8) for name in (*module_paths(base), base)})
     return labels
+
+
+def fp8_bases(tensors: Mapping[str, Slot | Tensor]) -> list[str]:
+    """Storage names of the matrices that are stored as mxfp8, in the order of the tensors."""
+    bases = [n.removesuffix(".scales") for n, t in tensors.items() if t.dtype == "U8"]
+    return [base for base in bases if stored_label(tensors, base) == MXFP8]
 
 
 def parts_of(
@@ -56,19 +79,20 @@ def parts_of(
     return {**weight, "scales": ("U8", groups)}
 
 
-def stored_label(tensors: dict[str, Tensor], base: str) -> dict[str, Any] | None:
+def stored_label(tensors: Mapping[str, Slot | Tensor], base: str) -> dict[str, Any] | None:
     """`label_of` the tensors `base`.{weight,scales,biases}."""
     return label_of(*(tensors.get(f"{base}.{part}") for part in ("weight", "scales", "biases")))
 
 
 def label_of(
-    weight: Tensor | None, scales: Tensor | None, biases: Tensor | None
+    weight: Slot | Tensor | None, scales: Slot | Tensor | None, biases: Slot | Tensor | None
 ) -> dict[str, Any] | None:
     """The label that fits a module's parts as they lie on disk, or None if none does.
 
     Groups are 32 columns wide here, so the bits of an affine triple follow from the widths:
     weight (out, in · bits / 32) U32, scales and biases (out, in / 32) of one float dtype.
-    Without biases: FP4 codes U32 (out, in / 8) and their exponents U8 (out, in / 32).
+    Without biases: FP4 codes U32 (out, in / 8) or FP8 codes U32 (out, in / 4), and their exponents
+    U8 (out, in / 32).
     """
     if weight is None or scales is None or weight.dtype != "U32":
         return None
@@ -78,7 +102,8 @@ def label_of(
         return None
     bits = weight.shape[1] // scales.shape[1]
     if biases is None:
-        return dict(MXFP4) if bits == 4 and scales.dtype in ("U8", "F8_E8M0") else None
+        label = {4: MXFP4, 8: MXFP8}.get(bits) if scales.dtype in ("U8", "F8_E8M0") else None
+        return dict(label) if label else None
     fits = scales.dtype in ("F16", "BF16", "F32") and bits in (2, 3, 4, 5, 6, 8)
     same = (biases.dtype, biases.shape) == (scales.dtype, scales.shape)
     return {**DEFAULT, "bits": bits} if fits and same else None

@@ -90,15 +90,17 @@ def is_control(name: str) -> bool:
 
 
 def most_zeros(name: str, dtype: str, nbytes: int) -> int | None:
-    """So many zero bytes in a row are a hole in a source tensor, not numbers; None: any may be.
+    """So many zero bytes in a row are a hole in a tensor, not numbers; None: any may be.
 
     Codes and scales of FP4 and FP8 never hold a page of them. A BF16 matrix may have rows of zeros
     (tokens that nobody uses), but no megabyte; no matrix, scale or norm is nothing but zeros.
     """
-    what = treatment(name)
+    base = name.removesuffix("s") if name.endswith(".scales") else name  # a bundle's, too
+    what = treatment(base)
     if nbytes < 16 or what in (None, "control") or name.endswith((".tid2eid", ".ape")):
         return None
-    if dtype in ("I8", "U8", "F8_E4M3", "F8_E8M0"):
+    packed = dtype in ("I8", "U8", "F8_E4M3", "F8_E8M0", "U32") or name.endswith(".scales")
+    if packed and not name.startswith(("embed.", "head.")):
         return min(nbytes, 4096)
     return nbytes if what == "passthrough" else min(nbytes, 1 << 20)
 
@@ -109,6 +111,28 @@ def switch_paths(layer: int, matrix: str) -> tuple[str, str]:
     return (
         f"model.layers.{layer}.mlp.switch_mlp.{projection}",
         f"language_model.model.layers.{layer}.ffn.switch_mlp.{projection}",
+    )
+
+
+def module_paths(base: str) -> tuple[str, ...]:
+    """Module paths of a matrix that is no routed expert: (mlx_lm and vMLX, mlx-vlm); () in MTP.
+
+    >>> module_paths("layers.0.attn.indexer.wq_b")[0]
+    'model.layers.0.self_attn.indexer.wq_b'
+    >>> module_paths("layers.3.ffn.shared_experts.w1")[1]
+    'language_model.model.layers.3.ffn.shared_experts.gate_proj'
+    """
+    found = re.fullmatch(r"layers\.(\d+)\.(attn|ffn)\.(.+)", base)
+    if found is None:
+        return ()
+    layer, part, rest = found.groups()
+    owner, _, last = rest.rpartition(".")
+    if owner == "shared_experts":
+        rest = f"{owner}.{PROJECTION.get(last, last)}"
+    renamed = {"attn": "self_attn", "ffn": "mlp"}[part]
+    return (
+        f"model.layers.{layer}.{renamed}.{rest}",
+        f"language_model.model.layers.{layer}.{part}.{rest}",
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dsv4.model.labels import EXPERT, MXFP4, RECORD, recorded_quantizer, stored_label
+from dsv4.model.labels import COPYING, EXPERT, MXFP4, RECORD, recorded_quantizer, stored_label
 from dsv4.model.names import GROUP, PROJECTION, expert_base, parse_expert
 from dsv4.stop import Stop
 from dsv4.storage.bounds import LAYERS, MATRICES
@@ -192,7 +192,7 @@ def expert_label(bundle: Checkpoint) -> dict[str, Any]:
     """The one label that all routed experts of the bundle are stored by.
 
     Raises Stop when one of them fits no label or another one, and for FP4 bytes in a bundle that
-    was not made with the quantizer mxfp4: those are a stock bundle's, and still to be requantized.
+    was not made with mxfp4 or lossless: those are a stock bundle's, and still to be requantized.
     """
     bases = expert_bases(bundle)
     found = {base: stored_label(bundle.tensors, base) for base in bases}
@@ -205,10 +205,10 @@ def expert_label(bundle: Checkpoint) -> dict[str, Any]:
             f"{first or EXPERT} for every expert",
             "run requantize",
         )
-    if first == MXFP4 and recorded_quantizer(bundle.config) != "mxfp4":
+    if first == MXFP4 and recorded_quantizer(bundle.config) not in COPYING:
         raise Stop(
             f"{bundle.folder}: {bases[0]}",
-            f"FP4 bytes, and no {RECORD}.quantizer mxfp4 in config.json",
+            f"FP4 bytes, and no {RECORD}.quantizer {' or '.join(COPYING)} in config.json",
             "what requantize makes of them",
             "run requantize",
         )

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dsv4.model.labels import DEFAULT, parts_of
+from dsv4.model.labels import DEFAULT, MXFP8, parts_of
 from dsv4.model.names import BLOCK, GROUP, kind, treatment
 from dsv4.stop import Stop
 from dsv4.storage.shard import FLOATS, Layout, Slot, Tensor
@@ -20,6 +20,21 @@ from dsv4.storage.shard import FLOATS, Layout, Slot, Tensor
 SHARD_BYTES = 5_000_000_000  # the largest shard, unless another size is asked for
 ENTRY_BYTES = 110  # what a tensor takes in a header at most, beside its name
 TABLE = "scripts/dsv4/model/names.py"
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a bundle stores its numbers.
+
+    expert: the label of the routed experts. as_source: everything else keeps the source's numbers
+    too: FP8 matrices as mxfp8, BF16 tensors in F16 or, where that would lose anything, in BF16:
+    those are `bfloats`, which values tell and headers do not. Both dtypes take the same bytes, so
+    sizes are known without them.
+    """
+
+    expert: dict[str, Any]
+    as_source: bool = False
+    bfloats: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -66,8 +81,8 @@ class ShardPlan:
         return {tensor.path.name for unit in self.units for tensor in unit.tensors}
 
 
-def unit_of(weight: Tensor, scale: Tensor | None, expert: dict[str, Any]) -> Unit:
-    """What becomes of one weight; `expert` is the label that routed experts are stored by.
+def unit_of(weight: Tensor, scale: Tensor | None, form: Form) -> Unit:
+    """What becomes of one weight in a bundle of that form.
 
     Raises Stop for a name, dtype or shape that has no treatment.
     """
@@ -75,7 +90,13 @@ def unit_of(weight: Tensor, scale: Tensor | None, expert: dict[str, Any]) -> Uni
     base = weight.name.removesuffix(".weight")
     if what == "expert":
         out, half = weight.shape
-        parts = parts_of(expert, out, 2 * half)
+        parts = parts_of(form.expert, out, 2 * half)
+    elif form.as_source and weight.dtype == "F8_E4M3":
+        check_matrix(weight, scale)
+        parts, what = parts_of(MXFP8, *weight.shape), "fp8"
+    elif form.as_source:
+        dtype = own_dtype(weight, form)
+        return Unit(what, weight, None, (Slot(weight.name, dtype, weight.shape),))
     elif what == "affine8":
         check_matrix(weight, scale)
         parts = parts_of(DEFAULT, *weight.shape)
@@ -127,20 +148,32 @@ def plain_dtype(tensor: Tensor, what: str) -> str:
     )  # fmt: skip
 
 
-def units_of(tensors: Mapping[str, Tensor], expert: dict[str, Any]) -> list[Unit]:
+def own_dtype(tensor: Tensor, form: Form) -> str:
+    """The dtype in which a tensor that is no FP8 keeps its numbers. Raises Stop for others."""
+    if tensor.dtype == "BF16":
+        return "BF16" if tensor.name in form.bfloats else "F16"
+    if tensor.dtype in FLOATS or tensor.dtype[0] in "IU":
+        return tensor.dtype
+    raise Stop(
+        f"{tensor.path}: {tensor.name}", tensor.dtype, f"one of {', '.join(FLOATS)}",
+        "fetch the source again",
+    )  # fmt: skip
+
+
+def units_of(tensors: Mapping[str, Tensor], form: Form) -> list[Unit]:
     """A unit for each weight, in the order in which the source has them. Raises as `unit_of`."""
     ordered = sorted(tensors.values(), key=lambda t: (t.path.name, t.offset, t.name))
     units = []
     for tensor in ordered:
         if known_treatment(tensor) != "scale":
             scale = tensors.get(tensor.name.removesuffix(".weight") + ".scale")
-            units.append(unit_of(tensor, scale, expert))
+            units.append(unit_of(tensor, scale, form))
     return units
 
 
 def plan_shards(
     tensors: Mapping[str, Tensor],
-    expert: dict[str, Any],
+    form: Form,
     metadata: dict[str, str],
     shard_bytes: int = SHARD_BYTES,
 ) -> list[ShardPlan]:
@@ -150,7 +183,7 @@ def plan_shards(
     """
     groups: list[list[Unit]] = []
     room = 0
-    for unit in units_of(tensors, expert):
+    for unit in units_of(tensors, form):
         if not groups or room + unit.room > shard_bytes:
             groups.append([])
             room = len(str(metadata)) + ENTRY_BYTES
@@ -160,10 +193,15 @@ def plan_shards(
         ShardPlan(
             f"model-{i:05d}-of-{len(groups):05d}.safetensors",
             group,
-            Layout.of((slot for unit in group for slot in unit.slots), metadata),
+            Layout.of((slot for unit in group for slot in unit.slots), metadata, as_long(form)),
         )
         for i, group in enumerate(groups, 1)
     ]
+
+
+def as_long(form: Form) -> dict[str, str]:
+    """Dtypes whose entries in a header take the room of another's, so that sizes are the same."""
+    return {"F16": "BF16"} if form.as_source else {}
 
 
 def weights_of(names: Iterable[str]) -> list[str]:

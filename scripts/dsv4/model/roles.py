@@ -21,8 +21,7 @@ def place_of(bundle: Path, source: Path | None = None) -> Path:
     Raises Stop for '', '.', '/', a link that leads nowhere, a folder that holds a source, and when
     it is the source's folder, lies in it, or holds it.
     """
-    if bundle == Path() or bundle == Path(bundle.root):
-        raise Stop("BUNDLE", f"{bundle}", "a folder of the bundle's own", "name it: BUNDLE=DIR")
+    check_named(bundle)
     place = resolved(bundle)
     if source is not None:
         check_apart(place, bundle, source)
@@ -30,6 +29,12 @@ def place_of(bundle: Path, source: Path | None = None) -> Path:
         raise Stop(f"{bundle}", SOURCE, f"{BUNDLE}, or no folder yet",
                    "check SOURCE and BUNDLE: a source is never written to")  # fmt: skip
     return place if bundle.is_symlink() and is_empty(place) else bundle
+
+
+def check_named(bundle: Path) -> None:
+    """Raise Stop for '', '.' and '/': a setting that is empty, or slipped."""
+    if bundle in (Path(), Path(bundle.root)):
+        raise Stop("BUNDLE", f"{bundle}", "a folder of the bundle's own", "name it: BUNDLE=DIR")
 
 
 def resolved(path: Path) -> Path:

@@ -7,6 +7,7 @@ What a tensor is compared with depends on what it is:
 | routed expert      | FP4 source: its quantizer's own bytes, and bounds (certificate.py says  |
 |                    | where equal bytes are enough)                                           |
 | 8-bit module       | FP8 or BF16 source: bounds, and MLX's formula                           |
+| FP8 kept as mxfp8  | the source's codes, and its block's scale in each row and group         |
 | control, integers  | the source's bytes                                                      |
 | norms, router, ape | the source rounded to the dtype that the bundle has them in (F16)       |
 """
@@ -18,7 +19,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from dsv4.model.names import GROUP, parse_expert
+from dsv4.model.names import BLOCK, GROUP, parse_expert
 from dsv4.proof import kernels
 from dsv4.proof.certificate import certify, zeros
 from dsv4.proof.headers import quantizer_of
@@ -31,7 +32,7 @@ from dsv4.weights.affine import BadGroup
 from dsv4.weights.fp4 import UE8M0
 from dsv4.weights.fp8 import E4M3
 from dsv4.weights.imatrix import usable
-from dsv4.weights.quantizer import QUANTIZERS, Quantizer
+from dsv4.weights.quantizer import QUANTIZERS, Lossless, Quantizer
 
 BLOCK_WEIGHTS = 1 << 17  # weights in a block of rows: 512 KB decoded, which a core's cache holds
 RUN_BLOCKS = 8  # blocks whose bytes are compared at one go
@@ -60,10 +61,13 @@ class Comparer:
         """Compare one tensor with its source."""
         how = f"{task.label['mode']} {task.label['bits']}-bit" if task.label else ""
         outcome = Outcome(task.origin.name, task.what, how or task.parts["weight"].dtype)
+        if self.recorded == Lossless.name and task.label and task.label["mode"] == "affine":
+            outcome.fault("rounded", "whole tensor", "affine", "the source's own numbers")
         if task.label is None:
-            compare_plain(task, reader, outcome)
-        elif task.label["mode"] == "mxfp4":
-            compare_mxfp4(task, reader, outcome)
+            compare_plain(task, reader, outcome, self.recorded == Lossless.name)
+        elif task.label["mode"] in ("mxfp4", "mxfp8"):
+            if task.what == "expert" or task.origin.dtype == "F8_E4M3":
+                compare_copies(task, reader, outcome)
         else:
             self._compare_affine(task, reader, outcome)
         return outcome
@@ -310,34 +314,56 @@ class Block:
         return where, found, f"level {levels[span][column]}"
 
 
-def compare_mxfp4(task: Task, reader: Reader, outcome: Outcome) -> None:
-    """FP4 codes and exponents kept as they are: every byte is the source's."""
-    outcome.numbers = task.origin.nbytes * 2
-    outcome.groups = task.scale.nbytes
+def compare_copies(task: Task, reader: Reader, outcome: Outcome) -> None:
+    """Codes and exponents kept as they are, FP4's or FP8's: every byte is the source's."""
+    fp8 = task.label["mode"] == "mxfp8"
+    outcome.numbers = task.origin.nbytes * (1 if fp8 else 2)
+    outcome.groups = task.parts["scales"].nbytes
     outcome.recomputed = True
     wrong = 0
-    for part, origin in (("weight", task.origin), ("scales", task.scale)):
+    for part, tensor in task.parts.items():
         before, infinite = wrong, False
-        for first in range(0, origin.nbytes, PIECE_BYTES):
-            count = min(PIECE_BYTES, origin.nbytes - first)
-            found, expected = (reader.read(t, first, count) for t in (task.parts[part], origin))
+        row_bytes = tensor.nbytes // tensor.shape[0]
+        rows = max(1, PIECE_BYTES // row_bytes)
+        for first in range(0, tensor.shape[0], rows):
+            last = min(first + rows, tensor.shape[0])
+            found = reader.rows(tensor, first, last)
+            expected = copied(task, part, reader, first, last)
             odd = np.flatnonzero(found != expected)
             if len(odd) and wrong == before:
-                row, byte = divmod(first + int(odd[0]), origin.nbytes // origin.shape[0])
-                where = f"row {row}, group {byte // 16 if part == 'weight' else byte}"
+                row, byte = divmod(int(odd[0]), row_bytes)
+                in_group = GROUP * task.label["bits"] // 8 if part == "weight" else 1
+                where = f"row {first + row}, group {byte // in_group}"
+                if fp8:
+                    where = f"row {first + row}, {'column' if part == 'weight' else 'group'} {byte}"
                 outcome.wrong_places.append(
                     (where, f"{part} byte {found[odd[0]]:#04x}", f"{expected[odd[0]]:#04x}")
                 )
             wrong += len(odd)
-            infinite |= part == "scales" and bool((found == 255).any())
+            nan = found == 255 if part == "scales" else (found & 127) == 127
+            infinite |= (fp8 or part == "scales") and bool(nan.any())
         if infinite:
-            outcome.fault("nan-or-inf", "scales", "exponent 255", "0 to 254")
+            what = ("exponent 255", "0 to 254") if part == "scales" else ("NaN", "numbers")
+            outcome.fault("nan-or-inf", part, *what)
     outcome.wrong = min(wrong, outcome.groups)
     outcome.exact = outcome.groups - outcome.wrong
 
 
-def compare_plain(task: Task, reader: Reader, outcome: Outcome) -> None:
-    """Controls, integers and passthrough: the source in the bundle's dtype, byte for byte."""
+def copied(task: Task, part: str, reader: Reader, first: int, last: int) -> np.ndarray:
+    """What some rows of a part are where the source's codes and scales were kept: bytes."""
+    if part == "weight" or task.label["mode"] == "mxfp4":
+        return reader.rows(task.origin if part == "weight" else task.scale, first, last)
+    blocks = reader.read(task.scale).reshape(task.scale.shape)
+    rows = np.arange(first, last) // BLOCK
+    columns = np.arange(task.origin.shape[1] // GROUP) * GROUP // BLOCK
+    return blocks[rows[:, None], columns[None, :]].reshape(-1)
+
+
+def compare_plain(task: Task, reader: Reader, outcome: Outcome, exact: bool = False) -> None:
+    """Controls, integers and passthrough: the source in the bundle's dtype, byte for byte.
+
+    exact: not even the rounding to that dtype may change a value.
+    """
     tensor, origin = task.parts["weight"], task.origin
     size = ITEMSIZE[tensor.dtype]
     outcome.numbers = tensor.nbytes // size
@@ -360,6 +386,14 @@ def compare_plain(task: Task, reader: Reader, outcome: Outcome) -> None:
         if not comparable or "odd" in seen:
             continue  # reported by its dtype, or already
         expected = plain_source(task, reader, first, count)
+        if exact and not same and task.scale is None and "lossy" not in seen:
+            item = ITEMSIZE[origin.dtype]
+            given = as_float32(reader.read(origin, first * item, count * item), origin.dtype)
+            lost = np.flatnonzero(as_float32(expected, tensor.dtype) != given)
+            if len(lost):
+                seen.add("lossy")
+                where = element(tensor, first + int(lost[0]))
+                outcome.fault("rounded", where, tensor.dtype, f"{given[lost[0]]:.8g}")
         odd = np.flatnonzero(found != expected)
         if len(odd):
             seen.add("odd")

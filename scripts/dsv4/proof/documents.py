@@ -5,46 +5,35 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from dsv4.model.chat import ASSISTANT, BOS, EOS, STOP_TOKENS, USER, vocabulary
+from dsv4.model.chat import STOP_TOKENS, vocabulary
 from dsv4.model.configs import code_keys
-from dsv4.model.labels import EXPERT
-from dsv4.model.names import GROUP, parse_expert, switch_paths
+from dsv4.model.labels import EXPERT, fp8_bases
+from dsv4.model.names import GROUP, module_paths, parse_expert, switch_paths
 from dsv4.model.opening import expert_bases
 from dsv4.proof.findings import Check, Findings
 from dsv4.proof.headers import module_parts, stored
 from dsv4.proof.survey import Survey
-from dsv4.storage.checkpoint import INDEX, Checkpoint
+from dsv4.storage.checkpoint import INDEX
 from dsv4.words import plain, shown
 
-ENCODING = "encoding/encoding_dsv4.py"
 RUNTIMES = ("mlx_lm and vMLX 1.3.97", "mlx-vlm", "vMLX 1.6.81")
 LABEL = ("group_size", "bits", "mode")
 
 
-def check_code(bundle: Survey, source: Checkpoint | None, findings: Findings) -> Check:
-    """What of the bundle would be run as code when it is loaded or served."""
+def check_code(bundle: Survey, findings: Findings) -> Check:
+    """No key of a JSON file names code that a loader would run."""
     looked = 0
     for name, document in bundle.documents.items():
         if name not in (INDEX, "tokenizer.json"):
             looked += 1
             for place, value in code_keys(document):
                 findings.add("config-runs-code", f"{name}: {place}", f"{value!r}", "no such key")
-    encoding = bundle.checkpoint.folder / ENCODING
-    if source is not None and bundle.files.get(ENCODING):
-        own = source.folder / ENCODING
-        if own.is_file() and own.read_bytes() != encoding.read_bytes():
-            findings.add("encoding-differs", ENCODING, "other bytes than the source's", "its file")
     return Check("documents without a key that names code", looked)
 
 
-def check_conversation(bundle: Survey, findings: Findings) -> Check:
-    """Encoding, stop tokens, chat template, and jang_config.json's group size."""
-    if ENCODING not in bundle.files:
-        findings.add("encoding-missing", ENCODING, "no such file", "DeepSeek's encoding")
-    elif bundle.files[ENCODING] == 0:
-        findings.add("encoding-missing", ENCODING, "an empty file", "DeepSeek's encoding")
+def check_stops(bundle: Survey, findings: Findings) -> Check:
+    """Stop tokens, and jang_config.json's group size."""
     check_stop_tokens(bundle, findings)
-    check_template(bundle, findings)
     jang = bundle.documents.get("jang_config.json")
     if jang is not None:
         found = jang.get("quantization")
@@ -56,7 +45,7 @@ def check_conversation(bundle: Survey, findings: Findings) -> Check:
                 shown(found),
                 f"{GROUP}",
             )
-    return Check("files that steer a conversation", len(bundle.documents) + 1)
+    return Check("files that steer a conversation", len(bundle.documents))
 
 
 def stop_ids(tokenizer: dict[str, Any]) -> list[int] | None:
@@ -88,59 +77,16 @@ def check_stop_tokens(bundle: Survey, findings: Findings) -> None:
             )
 
 
-def check_template(bundle: Survey, findings: Findings) -> None:
-    """The chat template renders a conversation as DeepSeek's encoding lays it out."""
-    document = bundle.documents.get("tokenizer_config.json")
-    if document is None:
-        return
-    template = document.get("chat_template")
-    where = "tokenizer_config.json: chat_template"
-    if not isinstance(template, str) or not template:
-        findings.add("chat-template-missing", where, "none", "one")
-        return
-    if fault := template_fault(template):
-        findings.add("chat-template-wrong", where, *fault)
-
-
-def template_fault(template: str) -> tuple[str, str] | None:
-    """(found, expected) when two prompts are not laid out as DeepSeek-V4 learned them, else None.
-
-    A template comes from the bundle, so it runs in jinja2's sandbox.
-    """
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    talk = [("system", "S"), ("user", "A"), ("assistant", "B"), ("user", "C")]
-    messages = [{"role": role, "content": text} for role, text in talk]
-    for thinking, opened in ((False, "</think>"), (True, "<think>")):
-        try:
-            rendered = (
-                ImmutableSandboxedEnvironment()
-                .from_string(template)
-                .render(
-                    messages=messages,
-                    add_generation_prompt=True,
-                    enable_thinking=thinking,
-                    bos_token=BOS,
-                    eos_token=EOS,
-                )
-            )
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-            return f"{type(error).__name__}: {error}", "a template that renders"
-        # Templates differ in how they close an earlier turn's thinking; both are in use.
-        plain = rendered.replace(f"{ASSISTANT}</think>B", f"{ASSISTANT}B")
-        expected = f"{BOS}S{USER}A{ASSISTANT}B{EOS}{USER}C{ASSISTANT}{opened}"
-        if plain != expected:
-            return f"{plain!r:.160}", f"{expected!r}"
-    return None
-
-
 def labels_in_use(bundle: Survey) -> Iterator[tuple[str, str, str]]:
     """(key in config.json, storage name of a module that is looked up under it, by whom)."""
     for base in expert_bases(bundle.checkpoint):
         block, layer, _, matrix, _ = parse_expert(f"{base}.weight") or ("", 0, 0, "w1", "")
         if block == "layers":
             yield from zip(switch_paths(layer, matrix), (base, base), RUNTIMES[:2], strict=True)
+        yield base, base, RUNTIMES[2]
+    for base in fp8_bases(bundle.checkpoint.tensors):
+        names = module_paths(base)
+        yield from zip(names, [base] * len(names), RUNTIMES, strict=False)
         yield base, base, RUNTIMES[2]
 
 
@@ -205,10 +151,18 @@ def judge_label(
 ) -> None:
     """Compare one label with the tensors; a key that 256 experts share is reported once."""
     label = labels.get(key, top)
-    if label == stored_as or (key, "") in seen:
+    copied = stored_as["mode"] != "affine"
+    by_top = copied and label == stored_as and key not in labels
+    if (label == stored_as and not by_top) or (key, "") in seen:
         return
     seen.add((key, ""))
     where = f"config.json: quantization[{shown(key)}], which {runtime} looks up"
+    if by_top:
+        findings.add("label-at-top-only", where, "none", in_words(stored_as))
+        return
+    if copied and (not isinstance(label, dict) or label.get("mode") != stored_as["mode"]):
+        found = in_words(label) if key in labels and isinstance(label, dict) else "none"
+        findings.add("scales-without-label", where, found, in_words(stored_as))
     if key not in labels:
         findings.add("label-missing", where, f"none, so {in_words(top)}", in_words(stored_as))
     label = label if isinstance(label, dict) else {}

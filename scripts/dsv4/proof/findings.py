@@ -64,6 +64,46 @@ FAULTS = {
         "The model was trained on another layout of turns; answers go astray.",
         _REPAIR,
     ),
+    "chat-template-file-missing": Fault(
+        "mlx-vlm reads chat_template.jinja and nothing else; transformers and mlx_lm prefer it.",
+        _REPAIR,
+    ),
+    "chat-templates-differ": Fault(
+        "Some runtimes take chat_template.jinja, others tokenizer_config.json: they differ in what "
+        "they say to the model.",
+        _REPAIR,
+    ),
+    "chat-template-incomplete": Fault(
+        "Tools, thinking or efforts do not reach the model as it learned them; an agent gets a "
+        "model without tools, and no error.",
+        _REPAIR,
+    ),
+    "encoding-unknown": Fault(
+        "vMLX runs encoding/encoding_dsv4.py when it serves: code that is none of DeepSeek's known "
+        "files.",
+        "read that file before you serve, or make repair SOURCE=…",
+        WARNING,
+    ),
+    "tokenizer-differs": Fault(
+        "Text becomes other tokens than those that the model learned.", _FROM_SOURCE
+    ),
+    "tokenizer-config-differs": Fault(
+        "Runtimes take special tokens and what is added to a prompt from it.", _FROM_SOURCE
+    ),
+    "special-tokens-differ": Fault(
+        "transformers takes special tokens from special_tokens_map.json.", _FROM_SOURCE
+    ),
+    "special-token-wrong": Fault(
+        "Runtimes begin and end a prompt by these tokens; files contradict one another.",
+        _FROM_SOURCE,
+    ),
+    "generation-config-differs": Fault(
+        "Runtimes sample by generation_config.json; this is not the source's.", _FROM_SOURCE
+    ),
+    "token-out-of-range": Fault(
+        "A token's id lies beyond the embedding: reading it gives garbage, or stops the server.",
+        _FROM_SOURCE,
+    ),
     "jang-config-group-size": Fault(
         "vMLX 1.6.81 assumes groups of 64 unless jang_config.json says 32.", _REPAIR
     ),
@@ -82,7 +122,7 @@ FAULTS = {
     "shard-broken": Fault("The file is cut, or its header is not safetensors'.", _RESTORE),
     "shard-stranger": Fault(
         "MLX loads every model*.safetensors that it finds, over the right tensors.",
-        "move that file out of the bundle",
+        "make repair (it moves a file there to .before-repair; a folder: move it out)",
     ),
     "index-unsafe-path": Fault("An entry leads out of the folder.", "do not use this bundle"),
     "index-entry-dangling": Fault("The index names a tensor that is not there.", _REPAIR),
@@ -128,6 +168,10 @@ FAULTS = {
         "Experts full of zeros give no output; the answer is garbage without an error.",
         _REQUANTIZE,
     ),
+    "zeros-run": Fault(
+        "Zeros where no model has any: a hole that a download left, in this file or its source.",
+        "make download VERIFY_HASHES=1, then convert again",
+    ),
     "nan-or-inf": Fault("One NaN reaches every logit.", _REQUANTIZE),
     # Labels.
     "label-absent": Fault("Without `quantization` 2 bits × 64 are assumed.", _REPAIR),
@@ -141,6 +185,17 @@ FAULTS = {
     "label-group-wrong": Fault("The label's group size is not the tensors'.", _REPAIR),
     "label-missing": Fault(
         "A runtime that finds no label for a module falls back to the top level.", _REPAIR
+    ),
+    "scales-without-label": Fault(
+        "FP4 or FP8 codes with U8 scales, and no right mode under a name that a runtime looks up: "
+        "vMLX 1.6.81 answers garbage without a word, others refuse.",
+        _REPAIR,
+    ),
+    "label-at-top-only": Fault(
+        "The top level alone says how a module is stored; every known runtime reads it there, and "
+        "one without that would read noise.",
+        _REPAIR,
+        WARNING,
     ),
     "label-stray": Fault("A label for a module that no tensor belongs to.", _REPAIR, WARNING),
     # The real loader on this bundle's headers.
@@ -182,6 +237,9 @@ FAULTS = {
         "Zeros of the source are not zero any more (scale = (max - min)/15, as in "
         "mxfp4_to_affine.py).",
         _REQUANTIZE,
+    ),
+    "rounded": Fault(
+        "The bundle says that it is lossless, and a number of the source was rounded.", _REQUANTIZE
     ),
     "module-differs": Fault("An 8-bit module does not hold the source's weights.", _CONVERT),
     "module-other-device": Fault(

@@ -7,10 +7,11 @@ to the `Findings` and returns how much it looked at. None stops at the first fau
 from __future__ import annotations
 
 from collections import Counter
+from itertools import filterfalse
 from typing import Any
 
-from dsv4.model.labels import EXPERT, label_of
-from dsv4.model.names import is_control, kind, parse_expert, switch_paths
+from dsv4.model.labels import EXPERT, MXFP8, label_of
+from dsv4.model.names import is_control, kind, module_paths, parse_expert, switch_paths
 from dsv4.model.opening import block_counts, expert_bases
 from dsv4.model.plan import bundle_keys
 from dsv4.proof.findings import Check, Findings
@@ -19,9 +20,10 @@ from dsv4.stop import Stop
 from dsv4.storage.bounds import DOCUMENT
 from dsv4.storage.checkpoint import INDEX, Checkpoint
 from dsv4.storage.durable import TEMPORARY_SUFFIX
+from dsv4.storage.junk import is_junk
 from dsv4.storage.shard import FLOATS, Tensor
 from dsv4.storage.typed import misfit
-from dsv4.words import shown
+from dsv4.words import several, shown
 
 MARKS = ("requantize_layout", "requantize_source", "requantize_quantizer", "requantize_table")
 # What the stages write into config.json; everything else must be the source's.
@@ -67,13 +69,16 @@ def check_index(bundle: Survey, findings: Findings) -> Check:
         if len(at) > 1:
             findings.add("tensor-twice", name, " and ".join(at), "one shard")
     check_strangers(bundle, findings)
-    return Check("tensors where the index says", len(holders), f"{len(checkpoint.shards)} shards")
+    note = f"{len(checkpoint.shards)} shards"
+    if junk := [file for file in bundle.files if is_junk(file)]:
+        note += f"; ignored, as runtimes do: {several(junk)}"
+    return Check("tensors where the index says", len(holders), note)
 
 
 def check_strangers(bundle: Survey, findings: Findings) -> None:
     """No safetensors file that the index does not name, and nothing half-written."""
     named = set(bundle.checkpoint.weight_map.values())
-    for file in bundle.files:
+    for file in filterfalse(is_junk, bundle.files):
         if file.startswith(".") and file.endswith(TEMPORARY_SUFFIX):
             findings.add("leftover-files", file, f"{bundle.files[file]:,} bytes", "nothing")
         elif "/" not in file and file.endswith(".safetensors") and file not in named:
@@ -160,7 +165,7 @@ def check_triple(
         if label.get("mode") == "affine" and parse_expert(f"{base}.weight"):
             findings.add("stock-experts", base, shown, "F16 scales and biases, or mode mxfp4")
         elif stored(has) is None:
-            findings.add("triple-misfit", base, shown, "4 bits × 32 columns a scale")
+            findings.add("triple-misfit", base, shown, "4 or 8 bits × 32 columns a scale")
     elif weight is None or scales is None or biases is None:
         findings.add("triple-incomplete", base, shown or "nothing", "weight, scales and biases")
     elif stored(has) is None:
@@ -172,7 +177,7 @@ def labelled(config: dict[str, Any], base: str) -> dict[str, Any]:
     labels = config.get("quantization")
     labels = labels if isinstance(labels, dict) else {}
     expert = parse_expert(f"{base}.weight")
-    paths = [base, *(switch_paths(expert[1], expert[3]) if expert else ())]
+    paths = [base, *(switch_paths(expert[1], expert[3]) if expert else module_paths(base))]
     found = next((labels[path] for path in paths if isinstance(labels.get(path), dict)), None)
     return found or {key: labels.get(key) for key in ("group_size", "bits", "mode")}
 
@@ -215,6 +220,8 @@ def check_counterparts(bundle: Survey, source: Checkpoint, findings: Findings) -
         elif what in ("affine8", "head"):  # other tools quantize the head, or leave a matrix
             plain = name in tensors and tensors[name].dtype in FLOATS
             keys = (name,) if plain else quantized_keys(name)
+            fp8 = stored(module_parts(bundle, name.removesuffix(".weight"))) == MXFP8
+            keys = keys[:2] if fp8 else keys
         wanted |= set(keys)
         for key in keys:
             if key not in tensors and key not in bundle.unread:

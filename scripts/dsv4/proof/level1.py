@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dsv4.proof import documents, headers, loading
+from dsv4.proof import conversation, documents, headers, loading
 from dsv4.proof.findings import Check, Findings
 from dsv4.proof.survey import Survey
 from dsv4.storage.checkpoint import Checkpoint
@@ -22,9 +22,10 @@ def check_headers(bundle: Survey, source: Checkpoint | None, findings: Findings)
         *headers.check_experts(bundle, findings),
         headers.check_triples(bundle, findings),
         headers.check_controls(bundle, findings),
-        documents.check_code(bundle, source, findings),
+        documents.check_code(bundle, findings),
         documents.check_labels(bundle, findings),
-        documents.check_conversation(bundle, findings),
+        documents.check_stops(bundle, findings),
+        *conversation.check(bundle, source, findings),
     ]
     if source is not None:
         checks.append(headers.check_counterparts(bundle, source, findings))

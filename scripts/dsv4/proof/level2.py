@@ -12,9 +12,10 @@ import contextlib
 import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from dsv4.model.names import most_zeros
 from dsv4.model.plan import weights_of
 from dsv4.proof.compare import Comparer, look_at
 from dsv4.proof.survey import Survey
@@ -24,6 +25,7 @@ from dsv4.storage.bounds import DOCUMENT
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.reading import Reader
 from dsv4.storage.shard import Tensor
+from dsv4.storage.zeros import Watch
 from dsv4.weights.quantizer import Quantizer
 
 HASH_BYTES = 4 << 20
@@ -35,7 +37,8 @@ class Numbers:
     """Level 2's result: an outcome for each tensor, and the SHA-256 of each file.
 
     compared: with a source; recorded: the quantizer that the shards name; recomputable: whether it
-    is one whose bytes can be made again here; left_out: source tensors that were not compared.
+    is one whose bytes can be made again here; left_out: source tensors that were not compared;
+    holes: tensors with zeros where no model has any, and the byte of their file from which on.
     """
 
     outcomes: list[Outcome]
@@ -44,6 +47,7 @@ class Numbers:
     recorded: str | None = None
     recomputable: bool = False
     left_out: tuple[str, ...] = ()
+    holes: dict[Tensor, int] = field(default_factory=dict)
 
 
 def sha256(path: Path) -> str:
@@ -65,6 +69,12 @@ class Worker:
         self._bundle, self._progress = bundle, progress
         self._local = threading.local()
         self._readers: list[Reader] = []
+        self._watches: list[Watch] = []
+
+    @property
+    def holes(self) -> dict[Tensor, int]:
+        """Tensors of source and bundle with zeros where no model has any → from which byte on."""
+        return {tensor: at for watch in self._watches for tensor, at in watch.holes.items()}
 
     def do(self, job: Path | list[Task | Tensor]) -> str | list[Outcome]:
         """Hash a file, or compare (without a source: look at) some tensors."""
@@ -81,7 +91,8 @@ class Worker:
 
     def _reader(self) -> Reader:
         if not hasattr(self._local, "reader"):
-            self._local.reader = Reader()
+            self._watches.append(Watch(most_zeros))
+            self._local.reader = Reader(self._watches[-1])
             self._readers.append(self._local.reader)
         return self._local.reader
 
@@ -117,7 +128,9 @@ def read_numbers(
     comparer = worker.comparer
     left_out = not_compared(source, outcomes) if source else ()
     known = comparer.quantizer is not None
-    return Numbers(outcomes, hashes, source is not None, comparer.recorded, known, left_out)
+    return Numbers(
+        outcomes, hashes, source is not None, comparer.recorded, known, left_out, worker.holes
+    )
 
 
 def not_compared(source: Checkpoint, outcomes: list[Outcome]) -> tuple[str, ...]:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from dsv4.model.labels import fp8_bases
 from dsv4.model.names import GROUP
-from dsv4.proof.documents import ENCODING, labels_in_use
+from dsv4.model.template import ENCODING
+from dsv4.proof.documents import labels_in_use
 from dsv4.proof.documents import stop_ids as ids_of
 from dsv4.proof.findings import Findings
 from dsv4.proof.headers import check_controls, module_parts, stored
@@ -70,4 +72,11 @@ def jang_groups(bundle: Survey) -> str:
 
 def plain_head(bundle: Survey) -> str:
     head = bundle.checkpoint.tensors.get("head.weight")
-    return "" if head and head.dtype == "BF16" else "head.weight is quantized"
+    return "" if head and head.dtype in ("BF16", "F16") else "head.weight is quantized"
+
+
+def no_fp8(bundle: Survey) -> str:
+    """Of vMLX 1.3.97, which takes every 8-bit module for affine and stops at its biases."""
+    return (
+        "FP8 matrices as mxfp8, which it crashes on" if fp8_bases(bundle.checkpoint.tensors) else ""
+    )

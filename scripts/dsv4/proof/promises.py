@@ -35,6 +35,7 @@ PROMISES = {
     "optimal": Promise(steps=2.0, zeros=False),
     "exact5": Promise(steps=0.0, rms=0.0),
     "mxfp4": Promise(steps=0.0, rms=0.0),
+    "lossless": Promise(steps=0.0, rms=0.0),
 }
 
 # Relative RMS by bits, for any other quantizer: mx.quantize's own error, with room above it.

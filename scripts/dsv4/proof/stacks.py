@@ -22,6 +22,7 @@ from dsv4.proof.needs import (
     encoding,
     jang_groups,
     labels_for,
+    no_fp8,
     plain_head,
     stop_ids,
 )
@@ -62,7 +63,7 @@ class Stack:
         return {name: pins[name] for name in names if name in pins}
 
 
-OLD = (labels_for(RUNTIMES[0]), stop_ids("config.json"), chat_template)
+OLD = (labels_for(RUNTIMES[0]), stop_ids("config.json"), chat_template, no_fp8)
 NEW = (labels_for(RUNTIMES[2]), controls, encoding, jang_groups)
 VLM = (labels_for(RUNTIMES[1]), stop_ids("generation_config.json"), plain_head)
 LM = (labels_for(RUNTIMES[0]), stop_ids("generation_config.json"))
@@ -90,12 +91,16 @@ STACKS = (
 
 @dataclass(frozen=True)
 class Failure:
-    """Versions that are known not to work; `quantizer` and `metal` narrow it where they are set."""
+    """Versions that are known not to work; `quantizer` and `metal` narrow it where they are set.
+
+    fatal: no doubt about it, so that nothing is begun with them.
+    """
 
     packages: Versions
     because: str
     quantizer: str = ""
     metal: bool | None = None
+    fatal: bool = False
 
     def holds(self, versions: Versions, metal: bool, quantizer: str) -> bool:
         return (
@@ -108,6 +113,8 @@ class Failure:
 FAILURES = (
     Failure({"vmlx": "1.3.97"}, "experts in MXFP4 are reported as broken there on Metal; set "
             "another QUANTIZER", "mxfp4", True),
+    Failure({"vmlx": "1.3.97"}, "it takes every 8-bit matrix for affine and crashes on FP8's; set "
+            "another QUANTIZER, or STACK=new", "lossless", fatal=True),
     Failure({"vmlx": "1.6.81", "mlx-lm": "0.32.2"}, "vmlx imports a name that this mlx-lm lacks; "
             "install mlx-lm 0.31.3"),
     Failure({"vmlx": None, "mlx-vlm": None, "jang": None}, "no mlx-lm has DeepSeek-V4 of its own; "
@@ -137,6 +144,12 @@ def recognise(
     after = " after patch_loader" if set(pending) & set(row.patches) else ""
     but = f", but {row.but}" if row.but else ""
     return True, f"{row.runtime.partition(',')[0]}: works{after}{but}"
+
+
+def refused(versions: Versions, quantizer: str) -> str:
+    """Why these versions are not to be tried with that quantizer's bundles; "" when they may be."""
+    failures = (f for f in FAILURES if f.fatal and f.holds(versions, False, quantizer))
+    return next((f.because for f in failures), "")
 
 
 def identity(versions: Versions, row: Stack | None = None) -> dict[str, str]:
@@ -169,7 +182,8 @@ def nearest(versions: Versions) -> str:
 
 # Faults that a row's needs judge for each runtime; any other error stops them all.
 BY_RUNTIME = (
-    "label-", "eos-", "chat-template-", "encoding-", "controls-", "jang-config-", "generation-",
+    "label-", "scales-without-label", "eos-", "chat-template", "special-token", "encoding-",
+    "controls-", "jang-config-", "generation-",
 )  # fmt: skip
 
 

@@ -61,6 +61,7 @@ def survey(folder: Path, findings: Findings) -> Survey | None:
         raise Stop(f"{folder}", "no such folder", "a bundle", "check BUNDLE")
     known = any((folder / name).exists() for name in ("config.json", INDEX))
     files = bounds.files_of(folder) if known else {}  # `/` is not listed
+    check_kinds(folder, files, findings)
     documents = read_documents(folder, files, findings)
     weight_map = check_weight_map(documents.get(INDEX), findings)
     config = documents.get("config.json")
@@ -77,6 +78,14 @@ def survey(folder: Path, findings: Findings) -> Survey | None:
     shards = read_shards(folder, set(weight_map.values()), files, findings)
     unread = frozenset(name for name, file in weight_map.items() if file not in shards)
     return Survey(Checkpoint(folder, config, weight_map, shards), files, documents, unread)
+
+
+def check_kinds(folder: Path, files: dict[str, int], findings: Findings) -> None:
+    """What has a shard's name is a file: loaders that find it by its name stop at a folder."""
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name not in files and path.name[0] != ".":
+            what = "a folder" if path.is_dir() else "a link that leads nowhere, or a device"
+            findings.add("shard-stranger", path.name, what, "a file, or nothing")
 
 
 def read_documents(

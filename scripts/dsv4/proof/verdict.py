@@ -22,6 +22,9 @@ def judge(numbers: Numbers, findings: Findings) -> list[Check]:
     for outcome in numbers.outcomes:
         for fault in outcome.faults:
             findings.add(*fault)
+    for tensor, at in numbers.holes.items():
+        where = f"{tensor.path}: {tensor.name}"
+        findings.add("zeros-run", where, f"zeros from byte {at:,} of the file on", "numbers")
     if not numbers.compared:
         read = sum(outcome.numbers for outcome in numbers.outcomes)
         return [Check("numbers without NaN or Inf", read, "no source to compare them with")]
@@ -40,7 +43,16 @@ def judge(numbers: Numbers, findings: Findings) -> list[Check]:
         check_modules(groups["module"]),
         Check("control numbers equal to the source", count(groups["control"])),
         Check("passthrough numbers equal to the source", count(groups["passthrough"])),
+        *lossless(numbers),
     ]
+
+
+def lossless(numbers: Numbers) -> list[Check]:
+    """The certificate of a bundle that claims to be lossless, when every number is the source's."""
+    odd = [o for o in numbers.outcomes if o.faults or o.wrong or o.explained or o.error]
+    if numbers.recorded != "lossless" or odd or numbers.left_out:
+        return []
+    return [Check("numbers in all, lossless: each one is the source's", count(numbers.outcomes))]
 
 
 def count(outcomes: Iterable[Outcome]) -> int:
@@ -98,9 +110,12 @@ def check_modules(outcomes: list[Outcome]) -> Check:
     if not outcomes:
         return Check("module weights against FP8 and BF16", 0)
     exact, groups = sum(o.exact for o in outcomes), sum(o.groups for o in outcomes)
+    copied = all(o.recomputed for o in outcomes if o.groups)
+    like = "in the source" if copied else "MLX's CPU code"
     note = (
-        f"{len(outcomes):,} tensors, {exact:,} of {groups:,} groups byte for byte as MLX's CPU "
-        f"code; relative RMS {rms_of(outcomes):.3%}"
+        f"{len(outcomes):,} tensors, {exact:,} of {groups:,} groups byte for byte as "
+        f"{like}; "
+        f"relative RMS {rms_of(outcomes):.3%}"
     )
     return Check(
         "module weights against FP8 and BF16",

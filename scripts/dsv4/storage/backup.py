@@ -22,6 +22,7 @@ from dsv4.storage.checkpoint import read_json
 from dsv4.storage.durable import TEMPORARY_SUFFIX, copy_file, fsync_folder, write_json
 from dsv4.storage.inside import DIRECTORY, FILE, LINK, NOTHING
 from dsv4.storage.junk import is_junk
+from dsv4.words import shown
 
 FOLDER = ".before-repair"
 FILES = f"{FOLDER}/files"
@@ -152,7 +153,7 @@ def is_ours(name: str) -> bool:
 def visible(where: Path, name: str) -> str:
     """A name of one of the bundle's files. Raises Stop when it leads out or is hidden."""
     if inside.check_name(f"{where}", name).startswith("."):
-        raise Stop(f"{where}", f"the hidden name {name!r:.100}", "a file of the bundle", TODO)
+        raise Stop(f"{where}", f"the hidden name {shown(name)}", "a file of the bundle", TODO)
     return name
 
 
@@ -163,7 +164,7 @@ def checked(path: Path, record: dict[str, Any]) -> dict[str, Any]:
         raise Stop(f"{path}", "another form", "what repair writes", TODO)
     for name in created:
         if visible(path, name).endswith(".safetensors"):
-            raise Stop(f"{path}", f"{name!r:.100} as created by repair", "no shard", TODO)
+            raise Stop(f"{path}", f"{shown(name)} as created by repair", "no shard", TODO)
     if not is_work(unfinished.get("experts", []), unfinished.get("mark", {})):
         raise Stop(f"{path}: unfinished", "another form", "what repair writes", TODO)
     return {"created": created, "unfinished": unfinished}

@@ -27,6 +27,7 @@ FILES = 20_000  # in a folder
 LAYERS = 1_000  # main or MTP
 MATRICES = DOCUMENT // 64  # of routed experts: an index names each, in 64 bytes at least
 IMATRIX = 16 << 30  # bytes
+POINTER = b"version https://git-lfs.github.com/spec/"  # how Git LFS begins what stands for a file
 
 
 def read(path: Path, most: int = DOCUMENT) -> bytes:
@@ -55,6 +56,13 @@ def check_marks(data: bytes, where: str) -> None:
         raise Stop(where, f"{marks:,} commas and brackets", f"at most {MARKS:,}", todo)
 
 
+def check_pointer(data: bytes, where: str) -> None:
+    """Raise Stop when a file that begins with `data` is a Git LFS pointer: a clone without LFS."""
+    if data.startswith(POINTER):
+        raise Stop(where, "a Git LFS pointer in place of the file", "the file itself",
+                   "fetch it: git lfs pull in its clone, or make download")  # fmt: skip
+
+
 def check_text(data: bytes, value: Any) -> None:
     """Raise UnicodeEncodeError when a string of `value`, which `data` is the JSON text of, has half
     of a surrogate pair: it is no text, and could not be written again.
@@ -65,7 +73,7 @@ def check_text(data: bytes, value: Any) -> None:
 
 def is_shallow(value: Any) -> bool:
     """True when lists and objects lie at most DEPTH deep inside one another."""
-    level = [value]
+    level = [value] if isinstance(value, (dict, list)) else []
     for _ in range(DEPTH):
         level = [
             part

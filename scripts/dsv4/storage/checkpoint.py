@@ -43,7 +43,7 @@ class Checkpoint:
 
 def read_json(path: Path, form: Form = OBJECT) -> dict[str, Any]:
     """Read a JSON object of a form (see typed.py). Raises Stop when the file is missing, larger
-    than any document here needs to be, not JSON, or of other types.
+    than any document here needs to be, a Git LFS pointer, not JSON, or of other types.
     """
     if not path.is_file():
         raise Stop(f"{path}", "no such file", "a JSON file", "check the folder")
@@ -59,6 +59,7 @@ def parse_json(data: bytes, where: str, form: Form = OBJECT) -> dict[str, Any]:
         bounds.check_text(data, value)
         deep = not bounds.is_shallow(value)
     except (ValueError, RecursionError) as error:
+        bounds.check_pointer(data, where)
         raise Stop(where, f"no valid JSON ({error})", "JSON", todo) from error
     if deep:
         raise Stop(where, f"lists and objects more than {bounds.DEPTH} deep", "fewer", todo)

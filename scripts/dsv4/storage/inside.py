@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dsv4.stop import Stop
+from dsv4.words import shown
 
 FILE, DIRECTORY, LINK = "a file", "a folder", "a symbolic link"
 OTHER, NOTHING = "neither file nor folder", "nothing"
@@ -27,7 +28,7 @@ def check_name(where: str, name: object) -> str:
     """`name`, when it is a path that stays inside a folder. Raises Stop for any other value."""
     parts = name.split("/") if isinstance(name, str) else [""]
     if {"", ".", ".."} & set(parts) or any(mark in f"{name}" for mark in ("\\", "\0")):
-        raise Stop(where, f"the name {name!r:.100}", "a path inside the folder",
+        raise Stop(where, f"the name {shown(name)}", "a path inside the folder",
                    "do not use that file: nothing was touched")  # fmt: skip
     return str(name)
 

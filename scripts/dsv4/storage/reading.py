@@ -9,13 +9,18 @@ import numpy as np
 
 from dsv4.stop import Stop, naming
 from dsv4.storage.shard import FLOATS, ITEMSIZE, NUMPY_DTYPE, REDO, Tensor
+from dsv4.storage.zeros import Watch
 
 
 class Reader:
-    """Positioned reads from shards that stay open; one for each worker."""
+    """Positioned reads from shards that stay open; one for each worker.
 
-    def __init__(self) -> None:
+    watch: sees what is read, to find holes of zeros.
+    """
+
+    def __init__(self, watch: Watch | None = None) -> None:
         self._open: dict[Path, int] = {}
+        self._watch = watch
 
     def read(self, tensor: Tensor, first: int = 0, nbytes: int | None = None) -> np.ndarray:
         """`nbytes` bytes of a tensor's data from byte `first`, uint8. Raises Stop at the end."""
@@ -30,7 +35,10 @@ class Reader:
             if not more:
                 raise Stop(f"{tensor.path}", "its end", f"{tensor.name} there", REDO)
             data = data + more if data else more
-        return np.frombuffer(data, np.uint8)
+        array = np.frombuffer(data, np.uint8)
+        if self._watch:
+            self._watch.see(tensor, first, array)
+        return array
 
     def rows(self, tensor: Tensor, first: int, last: int) -> np.ndarray:
         """Rows `first` to `last` - 1 as bytes."""

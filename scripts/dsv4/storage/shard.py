@@ -14,7 +14,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -74,9 +74,9 @@ class Shard:
 def read_shard(path: Path) -> Shard:
     """Read and check the header of `path`; no tensor data is read.
 
-    Raises Stop when the file is not a whole, well-formed safetensors file: too short, header longer
-    than the file, not JSON, duplicate keys, unknown dtype, shape and byte count that disagree,
-    offsets out of range, overlapping or leaving a gap.
+    Raises Stop when the file is not a whole, well-formed safetensors file: too short, a Git LFS
+    pointer, header longer than the file, not JSON, duplicate keys, unknown dtype, shape and byte
+    count that disagree, offsets out of range, overlapping or leaving a gap.
     """
     text, size = _read_header(path)
     length = len(text)
@@ -106,6 +106,7 @@ def _read_header(path: Path) -> tuple[bytes, int]:
             raise Stop(f"{path}", f"{size} bytes", "a safetensors file", REDO)
         length = int.from_bytes(prefix, "little")
         if length > min(size - 8, MAX_HEADER):
+            bounds.check_pointer(prefix + file.read(len(bounds.POINTER)), f"{path}")
             raise Stop(
                 f"{path}",
                 f"a header of {length:,} bytes in a file of {size:,}",
@@ -249,16 +250,29 @@ class Layout:
 
     slots: tuple[Slot, ...]
     metadata: Mapping[str, str]
+    as_long: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, slots: Iterable[Slot], metadata: Mapping[str, str]) -> Layout:
-        """The layout of a shard with these tensors."""
-        return cls(tuple(sorted(slots, key=lambda slot: -ITEMSIZE[slot.dtype])), metadata)
+    def of(
+        cls, slots: Iterable[Slot], metadata: Mapping[str, str], as_long: Mapping[str, str] = {}
+    ) -> Layout:
+        """The layout of a shard with these tensors.
+
+        as_long: dtype → another of its size, in whose place it stands: the header is as long as
+        with the other, so that the file's size does not tell which it is.
+        """
+        ordered = tuple(sorted(slots, key=lambda slot: -ITEMSIZE[slot.dtype]))
+        return cls(ordered, metadata, as_long)
 
     @cached_property
     def header(self) -> bytes:
         """Length prefix and JSON."""
-        return header_bytes(self.slots, self.metadata)
+        header = header_bytes(self.slots, self.metadata)
+        if not self.as_long:
+            return header
+        other = [replace(s, dtype=self.as_long.get(s.dtype, s.dtype)) for s in self.slots]
+        text = header[8:].ljust(len(header_bytes(other, self.metadata)) - 8)
+        return len(text).to_bytes(8, "little") + text
 
     @cached_property
     def places(self) -> dict[str, int]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from dsv4.stop import Stop
+from dsv4.storage.shard import Tensor
 
 PAGE = 4096
 SAMPLES = 8  # bytes that are looked at in a run of the length that is asked for
@@ -41,6 +43,32 @@ def _around(data: np.ndarray, at: int) -> tuple[int, int]:
     begin = max(0, at - (1 << 20)) + int(before[-1]) + 1 if len(before) else max(0, at - (1 << 20))
     after = np.flatnonzero(data[at : at + (1 << 20)])
     return begin, at + int(after[0]) if len(after) else min(len(data), at + (1 << 20))
+
+
+class Watch:
+    """Looks for holes in what is read of tensors, each from its beginning, in pieces of any size.
+
+    most: (name, dtype, bytes of a tensor) → how many zero bytes in a row are a hole, or None.
+    """
+
+    def __init__(self, most: Callable[[str, str, int], int | None]) -> None:
+        self._most = most
+        self._zeros: dict[Tensor, int] = {}  # at the end of what was read so far
+        self.holes: dict[Tensor, int] = {}  # tensor → the byte of the file from which on
+
+    def see(self, tensor: Tensor, first: int, data: np.ndarray) -> None:
+        """Look at the bytes of a tensor from byte `first` on."""
+        least = self._most(tensor.name, tensor.dtype, tensor.nbytes)
+        if least is None or tensor in self.holes:
+            return
+        before = self._zeros.pop(tensor, 0)
+        if not data.any():
+            if before + len(data) >= least:
+                self.holes[tensor] = tensor.offset + first - before
+            else:
+                self._zeros[tensor] = before + len(data)
+        elif (at := zero_run(data, least)) is not None:
+            self.holes[tensor] = tensor.offset + first + at
 
 
 def check_hole(path: Path, name: str, data: np.ndarray, offset: int, least: int | None) -> None:

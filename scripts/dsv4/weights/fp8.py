@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dsv4.model.names import BLOCK
+from dsv4.model.names import BLOCK, GROUP
 from dsv4.weights.fp4 import UE8M0, check_scales
 
 
@@ -35,3 +35,9 @@ def decode(codes: np.ndarray, scales: np.ndarray, name: str) -> np.ndarray:
         rows = values[row * BLOCK : (row + 1) * BLOCK]
         rows *= blocks.repeat(BLOCK)[: values.shape[1]]
     return values
+
+
+def spread(scales: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """Scales (⌈rows/128⌉, ⌈columns/128⌉) of blocks as mxfp8 has them: uint8 (rows, columns/32)."""
+    by_group = scales.view(np.uint8).repeat(BLOCK // GROUP, axis=1)[:, : columns // GROUP]
+    return np.ascontiguousarray(by_group.repeat(BLOCK, axis=0)[:rows])

@@ -83,7 +83,7 @@ class MatrixPiece:
     @property
     def nbytes(self) -> int:
         """The bytes that it writes."""
-        return (self.last - self.first) * sum(self._row_bytes.values())
+        return (self.last - self.first) * sum(self._row_bytes[part] for part in self.places)
 
     @property
     def nbytes_read(self) -> int:
@@ -149,12 +149,16 @@ def matrix_pieces(
 
 @dataclass(frozen=True)
 class HalfPiece:
-    """`count` elements of a tensor from element `first`, rounded to F16 (ties to even)."""
+    """`count` elements of a tensor from element `first`, rounded to F16 (ties to even).
+
+    exact: nothing may be lost.
+    """
 
     tensor: Tensor
     first: int
     count: int
     place: int  # where the tensor's first element lies in the new shard
+    exact: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -174,19 +178,25 @@ class HalfPiece:
         hole = most_zeros(self.tensor.name, self.tensor.dtype, self.tensor.nbytes)
         check_hole(self.tensor.path, self.tensor.name, data, offset, hole)
         with np.errstate(over="ignore"):
-            values = as_float32(data, self.tensor.dtype).astype(np.float16)
+            given = as_float32(data, self.tensor.dtype)
+            values = given.astype(np.float16)
         if not np.isfinite(values).all():
             raise Stop(
                 f"{self.tensor.path}: {self.tensor.name}", "a value that F16 cannot hold",
                 "values up to 65,504", "fetch the source again",
             )  # fmt: skip
+        if self.exact and not np.array_equal(values, given):
+            raise Stop(
+                f"{self.tensor.path}: {self.tensor.name}", "values that are no F16 numbers",
+                "those that were there when the run was planned", "check the disk, begin again",
+            )  # fmt: skip
         target.write(self.place + 2 * self.first, values)
 
 
-def half_pieces(tensor: Tensor, place: int) -> list[HalfPiece]:
+def half_pieces(tensor: Tensor, place: int, exact: bool = False) -> list[HalfPiece]:
     """Cut a tensor of any size into pieces of PIECE_ELEMENTS."""
     elements = tensor.nbytes // ITEMSIZE[tensor.dtype]
     return [
-        HalfPiece(tensor, first, min(PIECE_ELEMENTS, elements - first), place)
+        HalfPiece(tensor, first, min(PIECE_ELEMENTS, elements - first), place, exact)
         for first in range(0, elements, PIECE_ELEMENTS)
     ]

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from dsv4.model import labels
+from dsv4.model.plan import Form
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.weights import affine, exact, optimal
 from dsv4.weights.affine import Tally
@@ -22,11 +23,15 @@ from dsv4.words import say
 
 
 class Quantizer(Protocol):
-    """`digest` changes when the same source would give other bytes; `label` is config.json's."""
+    """`digest` changes when the same source would give other bytes; `label` is config.json's.
+
+    `form` says what becomes of everything else.
+    """
 
     name: str
     digest: str
     label: dict[str, Any]
+    form: Form
     importance: Mapping[str, np.ndarray]  # by an expert's storage name, as in an imatrix
 
     def encode(
@@ -49,6 +54,7 @@ class MlxAffine:
 
     name = "mlx"
     label = labels.EXPERT
+    form = Form(label)
     importance: Mapping[str, np.ndarray] = {}
 
     def __init__(self) -> None:
@@ -77,6 +83,7 @@ class Optimal:
 
     name = "optimal"
     label = labels.EXPERT
+    form = Form(label)
 
     def __init__(
         self, importance: Mapping[str, np.ndarray] | None = None, imatrix: str = ""
@@ -109,6 +116,7 @@ class Exact5:
 
     name = "exact5"
     label = labels.EXPERT | {"bits": exact.BITS}
+    form = Form(label)
     importance: Mapping[str, np.ndarray] = {}
     digest = "1"
 
@@ -133,6 +141,7 @@ class Mxfp4:
 
     name = "mxfp4"
     label = labels.MXFP4
+    form = Form(label)
     importance: Mapping[str, np.ndarray] = {}
     digest = "1"
 
@@ -146,11 +155,26 @@ class Mxfp4:
         return exact.copy(packed, exponents, parts["weight"], parts["scales"])
 
 
+class Lossless(Mxfp4):
+    """All of the source's own numbers: beside the experts FP8 as mxfp8, BF16 as F16 or BF16."""
+
+    name = "lossless"
+
+    def __init__(self, beyond: Mapping[str, int] | None = None) -> None:
+        """beyond: BF16 tensor → how many of its values are no F16 numbers; it stays BF16.
+
+        Without it sizes are right, and dtypes may not be.
+        """
+        self.beyond = beyond or {}
+        self.form = Form(self.label, True, frozenset(self.beyond))
+
+
 QUANTIZERS: dict[str, Callable[[], Quantizer]] = {
     "mlx": MlxAffine,
     "optimal": Optimal,
     "exact5": Exact5,
     "mxfp4": Mxfp4,
+    "lossless": Lossless,
 }
 
 

@@ -1,0 +1,33 @@
+"""Where the bytes of a unit's tensors come from: by its treatment, in pieces of any shard."""
+
+from __future__ import annotations
+
+from dsv4.making.experts import Ledger, expert_pieces
+from dsv4.making.own_numbers import fp8_pieces
+from dsv4.model.names import most_zeros
+from dsv4.model.plan import Unit
+from dsv4.storage.checkpoint import Checkpoint
+from dsv4.storage.rewrite import Piece, copy_pieces
+from dsv4.weights import matrices
+from dsv4.weights.quantizer import Quantizer
+
+
+def pieces_of(
+    unit: Unit, places: dict[str, int], source: Checkpoint, quantizer: Quantizer, ledger: Ledger
+) -> list[Piece]:
+    """The pieces of those of a unit's tensors that a shard holds; `places` are by name."""
+    weight = unit.weight
+    mine = {slot.name: places[slot.name] for slot in unit.slots if slot.name in places}
+    parts = {name.rpartition(".")[2]: place for name, place in mine.items()}
+    if unit.treatment == "expert":
+        return list(expert_pieces(source, unit.base, parts, quantizer, ledger))
+    if unit.treatment == "fp8":
+        return list(fp8_pieces(weight, unit.scale, parts, ledger))
+    if len(unit.slots) > 1:
+        return list(matrices.matrix_pieces(weight, unit.scale, parts))
+    place = mine[weight.name]
+    if unit.slots[0].dtype == weight.dtype:
+        hole = most_zeros(weight.name, weight.dtype, weight.nbytes)
+        where = (weight.path, weight.offset, place, weight.nbytes)
+        return list(copy_pieces(*where, weight.name, hole))
+    return list(matrices.half_pieces(weight, place, exact=quantizer.form.as_source))

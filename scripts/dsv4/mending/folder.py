@@ -1,0 +1,105 @@
+"""repair's first steps: config.json, and the files beside the bundle's own.
+
+The other steps count by config.json, and MLX loads every shard that it finds, so both come first.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dsv4.making.requantization import record_of
+from dsv4.mending.documents import recorded
+from dsv4.mending.job import NEEDS_SOURCE, Repair
+from dsv4.mending.whole import on_disk, open_whole, open_with, shard_files
+from dsv4.model import configs, labels
+from dsv4.model.opening import block_counts, count, expert_bases, read_config
+from dsv4.model.plan import weights_of
+from dsv4.proof.headers import COUNTS
+from dsv4.stop import Stop
+from dsv4.storage.bounds import files_of
+from dsv4.storage.checkpoint import Checkpoint
+from dsv4.storage.durable import write_json
+from dsv4.storage.junk import is_junk
+from dsv4.weights.quantizer import QUANTIZERS
+from dsv4.words import several
+
+
+def config_fault(repair: Repair) -> str:
+    """Why config.json cannot be used; '' when it can. It has every count that the source has."""
+    folder = repair.bundle
+    try:
+        config = read_config(folder)
+        block_counts(Checkpoint(folder, config, {}, {}))
+        for key in COUNTS:
+            if repair.source and repair.source.config.get(key) and not count(config, key, folder):
+                raise Stop(f"{folder / 'config.json'}: {key}", "0", "1 or more", "restore it")
+    except Stop as stop:
+        return f"{stop}"
+    return ""
+
+
+def mend_config(repair: Repair) -> None:
+    """A config.json that cannot be used is made anew, from the source's and the shards."""
+    if not (fault := config_fault(repair)):
+        return
+    if repair.source is None:
+        raise Stop(fault, "no source", "its config.json", NEEDS_SOURCE)
+    content = config(repair, open_with(repair.bundle, repair.source.config))
+    if repair.say(f"config-broken: {fault}", "made anew from the source's config.json"):
+        repair.backup.keep(["config.json"])
+        write_json(repair.bundle / "config.json", content)
+
+
+def config(repair: Repair, bundle: Checkpoint) -> dict[str, Any]:
+    """The source's config.json as a bundle has it, with labels as the experts lie there.
+
+    FP4 bytes are labelled as what they are when the shards or --quantizer say that they were meant
+    so; else they are a stock bundle's, and to be made anew. Raises Stop for another model's shards.
+    """
+    missing = [n for n in weights_of(repair.source.tensors) if n not in bundle.tensors]
+    if missing:
+        raise Stop(f"{bundle.folder}", f"no {missing[0]} ({len(missing):,} tensors missing)",
+                   "every tensor of the source", "check SOURCE and BUNDLE")  # fmt: skip
+    bases = expert_bases(bundle)
+    forms = [labels.stored_label(bundle.tensors, base) for base in bases]
+    label = forms[0] if forms and forms.count(forms[0]) == len(forms) else None
+    record = recorded(bundle)
+    name = record["quantizer"] if record else repair.args.quantizer
+    if label is None or (label == labels.MXFP4 and name != "mxfp4"):
+        label = labels.EXPERT
+    content = configs.bundle_config(repair.source, label)
+    content["quantization"] = labels.quantization(bases, label)
+    if label == labels.MXFP4:
+        record = record or record_of(QUANTIZERS["mxfp4"]())
+    return {**content, labels.RECORD: record} if record else content
+
+
+def mend_strangers(repair: Repair) -> None:
+    """Shards that are none of the bundle's are moved to the originals, whence undo brings them.
+
+    Raises Stop when the bundle's own do not hold a whole model: then they may be what lacks.
+    """
+    files = shard_files(repair.bundle)
+    strangers = sorted(on_disk(repair.bundle) - set(files))
+    if not strangers:
+        return
+    named = f"shard-stranger: {several(strangers)}"
+    bundle = open_whole(repair.bundle)
+    if not all(f"{base}.weight" in bundle.tensors for base in expert_bases(bundle)):
+        raise Stop(f"{repair.bundle}", named, "the index's shards alone to hold every expert",
+                   "see what else is named, then move them away")  # fmt: skip
+    if repair.say(named, f"moved to {repair.backup.files}"):
+        for name in strangers:
+            repair.attempt(take, name)
+
+
+def take(repair: Repair, name: str) -> None:
+    repair.backup.take(name)
+
+
+def list_junk(bundle: Path) -> None:
+    """Name what a system left in the folder: it stays, and no runtime reads it."""
+    files = [name for name in files_of(bundle) if is_junk(name)]
+    if files:
+        print(f"left alone: {several(files)}; the system's own, which no runtime reads")

@@ -1,0 +1,291 @@
+"""Level 1: does a message reach the model as DeepSeek's own encoder writes it, in every runtime?
+
+What is read by whom: vMLX runs encoding/encoding_dsv4.py; mlx-vlm reads chat_template.jinja and
+nothing else; transformers and mlx_lm prefer it and fall back on tokenizer_config.json, which alone
+vMLX 1.3.97 reads. All of them turn text into tokens by tokenizer.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+from dsv4.model.chat import BOS, EOS, vocabulary
+from dsv4.model.forms import FORMS
+from dsv4.model.template import (
+    ENCODING,
+    RELEASES,
+    Talk,
+    TemplateFault,
+    conversations,
+    release_of,
+    render_all,
+)
+from dsv4.proof.findings import Check, Findings
+from dsv4.proof.survey import Survey
+from dsv4.stop import Stop
+from dsv4.storage import bounds
+from dsv4.storage.checkpoint import Checkpoint, read_json
+from dsv4.words import plain, shown
+
+TEMPLATE_FILE = "chat_template.jinja"
+IN_CONFIG = "tokenizer_config.json: chat_template"
+SPECIAL = "special_tokens_map.json"
+# What steers the tokenizer; what stages and converters add beside it may differ.
+TOKENIZER_KEYS = (
+    "bos_token", "eos_token", "pad_token", "unk_token", "add_bos_token", "add_eos_token",
+    "tokenizer_class", "clean_up_tokenization_spaces", "added_tokens_decoder", "legacy",
+)  # fmt: skip
+OURS = {"eos_token_id", "transformers_version", "_from_model_config", "bos_token_id"}
+
+
+def check(bundle: Survey, source: Checkpoint | None, findings: Findings) -> list[Check]:
+    """Every check of the conversation; with a source its files are compared with it."""
+    release = check_encoding(bundle, source, findings)
+    checks = [check_tokens(bundle, findings), check_templates(bundle, release, findings)]
+    if source is not None:
+        checks.append(check_against_source(bundle, source, findings))
+    return checks
+
+
+# ------------------------------------------------------------------------------------ the program
+
+
+def check_encoding(bundle: Survey, source: Checkpoint | None, findings: Findings) -> str:
+    """The file that vMLX runs: the source's, or one that is known; returns which release's it is.
+
+    "" when it is unknown or not there.
+    """
+    data = read_file(bundle, ENCODING)
+    if not data:
+        found = "no such file" if data is None else "an empty file"
+        findings.add("encoding-missing", ENCODING, found, "DeepSeek's encoding")
+        return ""
+    own = source.folder / ENCODING if source is not None else None
+    if own is not None and own.is_file():
+        if own.read_bytes() != data:
+            findings.add("encoding-differs", ENCODING, "other bytes than the source's", "its file")
+    elif release_of(data) is None:
+        findings.add("encoding-unknown", ENCODING, f"{len(data):,} bytes of unknown code that vMLX "
+                     "will run", "a file of DeepSeek's releases")  # fmt: skip
+    return release_of(data) or ""
+
+
+def read_file(bundle: Survey, name: str) -> bytes | None:
+    """A small file of the bundle; None when it is not there, or not to be read."""
+    if name not in bundle.files:
+        return None
+    try:
+        return bounds.read(bundle.checkpoint.folder / name)
+    except (Stop, OSError):
+        return None
+
+
+# ------------------------------------------------------------------------------------- the tokens
+
+
+def check_tokens(bundle: Survey, findings: Findings) -> Check:
+    """Token ids lie within the embedding, and all files mean the same by a special token."""
+    tokenizer = bundle.documents.get("tokenizer.json")
+    if tokenizer is None:
+        return Check("tokens within the vocabulary", 0, optional=True)
+    ids = vocabulary(tokenizer)
+    size = bundle.config.get("vocab_size")
+    if isinstance(size, int):
+        beyond = [(name, number) for name, number in ids.items() if not 0 <= number < size]
+        for name, number in beyond:
+            where = f"tokenizer.json: {plain(name, 60)}"
+            findings.add("token-out-of-range", where, f"id {shown(number)}", f"below {size:,}")
+    check_special(bundle, ids, findings)
+    return Check("tokens within the vocabulary", len(ids), optional=True)
+
+
+def check_special(bundle: Survey, ids: dict[str, int], findings: Findings) -> None:
+    """BOS and EOS are the same in tokenizer_config.json, special_tokens_map.json and by id."""
+    for name in ("tokenizer_config.json", SPECIAL):
+        document = document_of(bundle, name) or {}
+        for key, token in (("bos_token", BOS), ("eos_token", EOS)):
+            found = content(document.get(key))
+            if found is not None and found != token:
+                findings.add("special-token-wrong", f"{name}: {key}", shown(found), repr(token))
+    for name in ("config.json", "generation_config.json"):
+        found = bundle.documents.get(name, {}).get("bos_token_id")
+        if found is not None and found != ids.get(BOS):
+            where = f"{name}: bos_token_id"
+            findings.add("special-token-wrong", where, shown(found), f"{ids.get(BOS)}")
+
+
+def content(token: Any) -> Any:
+    """A special token's text: written as it is, or as an object with a content."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def document_of(bundle: Survey, name: str) -> dict[str, Any] | None:
+    """A JSON object of the bundle, also one that no runtime needs; None when there is none."""
+    if name in bundle.documents or name not in bundle.files:
+        return bundle.documents.get(name)
+    try:
+        return read_json(bundle.checkpoint.folder / name)
+    except Stop:
+        return None
+
+
+# ---------------------------------------------------------------------------------- the templates
+
+
+def check_templates(bundle: Survey, release: str, findings: Findings) -> Check:
+    """Both templates are there, are one, and make the encoder's prompts of built-in talks."""
+    texts = templates(bundle)
+    if TEMPLATE_FILE not in texts:
+        findings.add("chat-template-file-missing", TEMPLATE_FILE, "none", "one")
+    if IN_CONFIG not in texts and "tokenizer_config.json" in bundle.documents:
+        findings.add("chat-template-missing", IN_CONFIG, "none", "one")
+    if len(set(texts.values())) == 2:
+        findings.add("chat-templates-differ", f"{TEMPLATE_FILE} and {IN_CONFIG}", "two", "one text")
+    number = 0
+    for where, text in texts.items():
+        faults = judge(text, release)
+        number = len(conversations(release or "first"))
+        for name in ("chat-template-wrong", "chat-template-incomplete"):
+            mine = [fault for fault in faults if fault[0] == name]
+            if mine:
+                _, talk, found, expected = mine[0]
+                said = f"{where}, {talk!r} ({len(mine)} of {number} conversations so)"
+                findings.add(name, said, found, expected)
+    return Check("conversations rendered by the templates", number * len(texts), optional=True)
+
+
+def templates(bundle: Survey) -> dict[str, str]:
+    """Where a template stands → its text, of the two places that runtimes read."""
+    texts = {}
+    data = read_file(bundle, TEMPLATE_FILE)
+    if data:
+        texts[TEMPLATE_FILE] = data.decode("utf-8", "replace")
+    found = bundle.documents.get("tokenizer_config.json", {}).get("chat_template")
+    if isinstance(found, list):  # transformers' several templates: one is called default
+        named = [one for one in found if isinstance(one, dict) and one.get("name") == "default"]
+        found = named[0].get("template") if named else None
+    if isinstance(found, str) and found:
+        texts[IN_CONFIG] = found
+    return texts
+
+
+@lru_cache(maxsize=64)
+def judge(text: str, release: str) -> tuple[tuple[str, str, str, str], ...]:
+    """(finding, talk, found, expected) of each built-in talk that a template renders otherwise.
+
+    Without a release, those of the one that fits better. A template comes from the bundle: it is
+    rendered in a process of its own, within bounds.
+    """
+    if not release:
+        return min((judge(text, one) for one in RELEASES), key=len)
+    talks = conversations(release)
+    faults = []
+    told = render_all(text, [talk for _, talk, _ in talks])
+    for (name, talk, prompt), found in zip(talks, told, strict=True):
+        if isinstance(found, TemplateFault):
+            said = plain(found)
+        elif found != prompt:
+            said = difference(found, prompt)
+        else:
+            continue
+        kind = "chat-template-incomplete" if kinds(talk) else "chat-template-wrong"
+        faults.append((kind, name, said, shown(prompt)))
+    return tuple(faults)
+
+
+def difference(found: str, prompt: str) -> str:
+    """Where a rendered prompt leaves the right one, for a reader."""
+    pairs = enumerate(zip(found, prompt, strict=False))
+    at = next((i for i, (a, b) in pairs if a != b), min(len(found), len(prompt)))
+    return f"{shown(found[max(0, at - 20) : at + 60])} at character {at:,}"
+
+
+def kinds(talk: Talk) -> set[str]:
+    """What a talk asks of a template beyond plain turns: 'tools', 'thinking', 'efforts'."""
+    messages = talk["messages"]
+    found = set()
+    if "tools" in talk or any("tools" in m or "tool_calls" in m or m.get("role") == "tool"
+                              for m in messages):  # fmt: skip
+        found.add("tools")
+    if (
+        talk.get("enable_thinking")
+        or talk.get("thinking")
+        or any(m.get("reasoning_content") for m in messages)
+    ):
+        found.add("thinking")
+    if talk.get("reasoning_effort") is not None:
+        found.add("efforts")
+    return found
+
+
+def per_runtime(bundle: Survey) -> dict[str, str]:
+    """Runtime → what of a conversation reaches the model there as the encoder writes it."""
+    data, texts = read_file(bundle, ENCODING), templates(bundle)
+    release = release_of(data) if data else None
+    preferred = texts.get(TEMPLATE_FILE) or texts.get(IN_CONFIG)
+    said = "DeepSeek's own program" if release else "unknown code of the bundle"
+    return {
+        "vMLX 1.6.81": said if data else "nothing: no encoding file",
+        "vMLX 1.3.97": survives(texts.get(IN_CONFIG), release or ""),
+        "mlx_lm, transformers": survives(preferred, release or ""),
+        "mlx-vlm": survives(texts.get(TEMPLATE_FILE), release or ""),
+    }
+
+
+def survives(text: str | None, release: str) -> str:
+    """What a template keeps of the built-in talks: plain turns, tools, thinking, efforts."""
+    if text is None:
+        return "nothing: no template"
+    lost = {name for _, name, _, _ in judge(text, release)}
+    talks = conversations(release or "first")
+    kept = {kind: True for _, talk, _ in talks for kind in kinds(talk) or {"plain turns"}}
+    for name, talk, _ in talks:
+        if name in lost:
+            kept.update(dict.fromkeys(kinds(talk) or {"plain turns"}, False))
+    words = ", ".join(f"{kind} {'yes' if yes else 'no'}" for kind, yes in kept.items())
+    right = len(talks) - len(lost)
+    return f"{words} ({right} of {len(talks)} conversations as the encoder writes them)"
+
+
+# ------------------------------------------------------------------------------------- the source
+
+
+def check_against_source(bundle: Survey, source: Checkpoint, findings: Findings) -> Check:
+    """The files that make tokens of text are the source's, as far as they steer anything."""
+    pairs = list(both(bundle, source))
+    for name, own, theirs in pairs:
+        if name == "tokenizer.json" and own != theirs:
+            findings.add("tokenizer-differs", name, "another tokenizer", "the source's")
+        elif name == "tokenizer_config.json":
+            for key in TOKENIZER_KEYS:
+                if key in theirs and content(own.get(key)) != content(theirs[key]):
+                    differs("tokenizer-config-differs", name, key, own, theirs, findings)
+        elif name == SPECIAL:
+            for key in {**own, **theirs}:
+                if content(own.get(key)) != content(theirs.get(key)):
+                    differs("special-tokens-differ", name, key, own, theirs, findings)
+        elif name == "generation_config.json":
+            for key in set(theirs) - OURS:
+                if own.get(key) != theirs[key]:
+                    differs("generation-config-differs", name, key, own, theirs, findings)
+    return Check("files of the conversation as in the source", len(pairs), optional=True)
+
+
+def both(
+    bundle: Survey, source: Checkpoint
+) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """(file, the bundle's content, the source's) of the JSON files that both have."""
+    for name in ("tokenizer.json", "tokenizer_config.json", SPECIAL, "generation_config.json"):
+        own = document_of(bundle, name)
+        if own is not None and (source.folder / name).is_file():
+            yield name, own, read_json(source.folder / name, FORMS.get(name, {}))
+
+
+def differs(
+    fault: str, name: str, key: str, own: dict[str, Any], theirs: dict[str, Any], findings: Findings
+) -> None:
+    """Report one key that is not the source's."""
+    where = f"{name}: {plain(key, 60)}"
+    findings.add(fault, where, shown(own.get(key)), f"{shown(theirs.get(key))} as in the source")
