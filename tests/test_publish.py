@@ -200,8 +200,11 @@ def test_a_file_that_verify_has_not_seen_is_refused(hub, place):
     assert "a file that verify has not seen" in publish(hub, place, code=1)
 
 
+WRONG = {
+    "name": "eos-wrong", "severity": "error", "count": 1, "why": "", "repair": "", "places": [],
+}  # fmt: skip
 REFUSED = {
-    "failed": ({"verdict": "failed", "findings": [{"name": "eos-wrong"}]}, "failed (eos-wrong)"),
+    "failed": ({"verdict": "failed", "findings": [WRONG]}, "failed (eos-wrong)"),
     "headers only": ({"levels": [1]}, "found level 1 only"),
     "no source": ({"errors": {}}, "numbers that were compared with no source"),
     "another format": ({"format": 9}, "found format 9"),

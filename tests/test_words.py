@@ -29,8 +29,8 @@ from dsv4.words import LINE, plain, several, shown
 OWNED = "mlx\x1b]0;OWNED\x07\x1b[2K\rpassed: all good"
 HOSTILE = [
     OWNED, "a\nerror: b", "a\r\npassed: c", "\x00", "\x85\x9b31m", "\u202edlog\u2066",
-    "\u200f\ufeff", "\u2028\u2029", "\ud800", "\U000e0041", "\x7f", "x" * 1_000_000,
-    "\x1b" * 1_000_000,
+    "\u200f\ufeff", "\u2028\u2029", "\ud800", "\U000e0041", "\x7f",
+    "x" * 1_000_000, "\x1b" * 1_000_000,
 ]  # fmt: skip
 
 
@@ -88,7 +88,8 @@ ORIGIN = {"repo": "user/name", "commit": "0a" * 20, "files": {"a": {"sha256": "a
     [
         {"repo": "user/name\nlicense: mit"}, {"repo": "user/name\n"}, {"repo": 5},
         {"commit": "x y"}, {"commit": ["a"]}, {"files": []}, {"files": {"a": {}}},
-        {"files": {"a": {"sha256": "`"}}}, {"files": {"a": {"sha256": 1}}}, {"files": None},
+        {"files": {"a": {"sha256": "`"}}},
+        {"files": {"a": {"sha256": 1}}}, {"files": None},
     ],
 )  # fmt: skip
 def test_an_origin_that_cannot_be_said_is_not_recorded(change):

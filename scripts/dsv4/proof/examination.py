@@ -21,7 +21,7 @@ from dsv4.proof.findings import Check, Findings
 from dsv4.proof.headers import quantizer_of
 from dsv4.proof.survey import Survey, survey
 from dsv4.runtime.toolchain import probe
-from dsv4.stop import Stop
+from dsv4.stop import Stop, naming
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.durable import human
 from dsv4.weights.imatrix import importances, open_imatrix
@@ -72,7 +72,8 @@ def print_findings(findings: Findings) -> None:
         if finding.count > len(finding.places):
             lines.append(f"    … and {finding.count - len(finding.places):,} more")
         lines.append(f"  repair: {fault.repair}")
-    sys.stdout.flush()
+    with naming("standard output"):
+        sys.stdout.flush()
     say("\n".join(lines), file=sys.stderr, flush=True)
 
 

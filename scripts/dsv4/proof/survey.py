@@ -59,7 +59,8 @@ def survey(folder: Path, findings: Findings) -> Survey | None:
     """
     if not folder.is_dir():
         raise Stop(f"{folder}", "no such folder", "a bundle", "check BUNDLE")
-    files = bounds.files_of(folder)
+    known = any((folder / name).exists() for name in ("config.json", INDEX))
+    files = bounds.files_of(folder) if known else {}  # `/` is not listed
     check_kinds(folder, files, findings)
     documents = read_documents(folder, files, findings)
     weight_map = check_weight_map(documents.get(INDEX), findings)

@@ -6,8 +6,10 @@ a process of its own, and never imported here.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -99,10 +101,10 @@ def hear(command: list[str], seconds: float) -> tuple[int, bytes, bytes]:
     pipe = subprocess.PIPE
     with (
         subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe,
-                         env=environment()) as child,
+                         env=environment(), start_new_session=True) as child,
         ThreadPoolExecutor(2) as pool,
     ):  # fmt: skip
-        alarm = threading.Timer(seconds, child.kill)
+        alarm = threading.Timer(seconds, _end, (child,))
         alarm.start()
         try:
             texts = [pool.submit(_hear, child, stream) for stream in (child.stdout, child.stderr)]
@@ -110,13 +112,19 @@ def hear(command: list[str], seconds: float) -> tuple[int, bytes, bytes]:
             return child.wait(), said, errors
         finally:
             alarm.cancel()
-            child.kill()
+            _end(child)
+
+
+def _end(child: subprocess.Popen) -> None:
+    """End a child and all that it began, which may hold its pipes open."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.pid, signal.SIGKILL)
 
 
 def _hear(child: subprocess.Popen, stream: IO[bytes]) -> bytes:
     text = stream.read(HEARD + 1)
     if len(text) > HEARD:
-        child.kill()
+        _end(child)
     return text[:HEARD]
 
 

@@ -41,7 +41,7 @@ def read(path: Path, most: int = DOCUMENT) -> bytes:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
                 raise Stop(f"{path}", "no plain file", "one", "do not use this folder")
-            data = b"" if status.st_size > most else file.read(most + 1)
+            data = b"" if status.st_size > most else file.read(min(status.st_size, most) + 1)
     if max(status.st_size, len(data)) > most:
         size = max(status.st_size, len(data))
         raise Stop(f"{path}", f"{size:,} bytes", f"at most {most:,}", "do not use this file")
