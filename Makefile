@@ -319,7 +319,7 @@ bench_convert: .venv/tests-installed ## measure convert against the disk, and ag
 .PHONY: test lint format clean
 test: .venv/tests-installed .toolchain/new/installed $(patsubst %,build/wheels/jang-%-py3-none-any.whl,2.5.8 2.5.9 2.5.50) ## run the tests
 	$(PYTHON) scripts/patch_loader.py --python $(PYTHON)
-	$(PYTHON) -m pytest -q -n auto tests
+	$(PYTHON) -m pytest -q -n auto --dist loadfile tests
 
 lint: .venv/tests-installed ## check style, format, the workflow, and that imports go down the stairs only
 	PYTHONPATH=scripts .venv/bin/lint-imports --no-cache --no-logo
