@@ -10,10 +10,9 @@ import contextlib
 import errno
 import os
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
-from dsv4.words import LINE, plain
+from dsv4.words import LINE, naming, plain
 
 FOUND, ELSE = 700, 400  # characters of what was found, and of each other part of a message
 
@@ -27,20 +26,6 @@ class Stop(Exception):
     def __init__(self, what: str, found: str, expected: str, todo: str) -> None:
         parts = plain(what, ELSE), plain(found, FOUND), plain(expected, ELSE), plain(todo, ELSE)
         super().__init__("{}: found {}, expected {}; {}".format(*parts))
-
-
-@contextlib.contextmanager
-def naming(path: Path | str) -> Iterator[None]:
-    """Give an operating-system error of the body the path that it is about, if it names none.
-
-    Reading, writing and flushing by a file that is open do not say which file it is.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None or error.errno is None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def run(main: Callable[[], int]) -> int:

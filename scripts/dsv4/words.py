@@ -8,7 +8,10 @@ printed, and whatever a model card or a page shows, goes through `plain` first.
 
 from __future__ import annotations
 
+import contextlib
 import reprlib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 PART = 200  # characters of one foreign value
@@ -62,8 +65,23 @@ def several(names: Any, most: int = 8) -> str:
     return ", ".join(plain(name) for name in names[:most]) + more
 
 
+@contextlib.contextmanager
+def naming(path: Path | str) -> Iterator[None]:
+    """Give an operating-system error of the body the path that it is about, if it names none.
+
+    Reading, writing and flushing by a file that is open do not say which file it is.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def say(text: object, **options: Any) -> None:
     """Print the lines of a text, each of them plain. Its parts must be plain before they are
     joined: a line break in one of them would still begin a line.
     """
-    print("\n".join(plain(line, LINE) for line in str(text).split("\n")), **options)
+    with naming("standard output"):
+        print("\n".join(plain(line, LINE) for line in str(text).split("\n")), **options)
