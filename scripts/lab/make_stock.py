@@ -26,6 +26,7 @@ from dsv4.making.tokenizer_files import finalize
 from dsv4.model import configs, labels
 from dsv4.model.names import PROJECTION, kind, switch_paths
 from dsv4.model.opening import open_source
+from dsv4.model.plan import Form
 from dsv4.stop import run
 from dsv4.storage.checkpoint import INDEX, Checkpoint
 from dsv4.storage.durable import write_json
@@ -87,7 +88,7 @@ def make(source: Checkpoint, folder: Path) -> None:
     write_json(folder / "config.json", config_of(source))
     write_json(
         folder / "jang_config.json",
-        configs.jang_config(source, labels.EXPERT, source_name(source.folder)),
+        configs.jang_config(source, Form(labels.EXPERT), source_name(source.folder)),
     )
     finalize(source.folder, folder, keep_edited=False)
 
