@@ -117,12 +117,12 @@ def run_upstream(args: argparse.Namespace, source: Checkpoint) -> str:
 def run_native(args: argparse.Namespace, source: Checkpoint, headers: Checkpoint,
                supply: Supply | None) -> str:  # fmt: skip
     """The native converter, or its plan; return what to say."""
-    check_whole(source)
     quantizer = chosen(args, headers)
     if quantizer.form.as_source:
         quantizer = survey(args, source, headers, supply)
         say(own_numbers.said(quantizer, headers))
     plan = make_plan(source, headers, quantizer, args.shard_bytes)
+    check_whole(source)
     if args.dry_run:
         return "would be made\n" + describe(plan, args.bundle, args.jobs, supply)
     return convert(plan, args.bundle, args.jobs, supply)
