@@ -29,7 +29,6 @@ import contextlib
 from pathlib import Path
 
 from dsv4.making.metadata import (
-    CHAT_TEMPLATE,
     chat_templates,
     check_json,
     differences,
@@ -37,6 +36,7 @@ from dsv4.making.metadata import (
 )
 from dsv4.model.opening import open_bundle, read_config
 from dsv4.model.roles import place_of
+from dsv4.model.template import CHAT_TEMPLATE
 from dsv4.stop import run
 from dsv4.storage import locks
 from dsv4.storage.durable import write_bytes, write_json

@@ -14,12 +14,11 @@ from dsv4.model.forms import origin_of
 from dsv4.model.labels import quantization
 from dsv4.model.names import GROUP
 from dsv4.model.opening import expert_bases, expert_label
-from dsv4.model.template import is_own, template_for
+from dsv4.model.template import CHAT_TEMPLATE, is_own, template_for
 from dsv4.stop import Stop
 from dsv4.storage.checkpoint import Checkpoint, read_json
 
 UNRECORDED = "not recorded"
-CHAT_TEMPLATE = "chat_template.jinja"
 
 
 def patched(bundle: Checkpoint, source: Path | None = None) -> dict[str, dict[str, Any]]:

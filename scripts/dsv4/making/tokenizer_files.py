@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dsv4.model.template import CHAT_TEMPLATE, ENCODING
 from dsv4.stop import Stop
 from dsv4.storage import inside
 from dsv4.storage.bounds import DOCUMENT
 from dsv4.storage.durable import copy_file
 from dsv4.storage.junk import is_junk
 
-REQUIRED = ("tokenizer.json", "tokenizer_config.json", "encoding/encoding_dsv4.py")
-EDITED = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja")
-OPTIONAL = ("generation_config.json", "special_tokens_map.json", "chat_template.jinja")
+REQUIRED = ("tokenizer.json", "tokenizer_config.json", ENCODING)
+EDITED = ("tokenizer_config.json", "generation_config.json", CHAT_TEMPLATE)
+OPTIONAL = ("generation_config.json", "special_tokens_map.json", CHAT_TEMPLATE)
 
 
 def wanted(origin: Path) -> list[str]:

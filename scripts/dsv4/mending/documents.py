@@ -14,7 +14,7 @@ from dsv4.mending.whole import files_of_experts, open_whole, wrong_experts
 from dsv4.model import labels
 from dsv4.model.configs import without_code
 from dsv4.model.opening import expert_bases
-from dsv4.model.template import ENCODING, release_of, template_for
+from dsv4.model.template import CHAT_TEMPLATE, ENCODING, release_of, template_for
 from dsv4.proof import conversation
 from dsv4.proof.findings import Findings
 from dsv4.stop import Stop
@@ -110,7 +110,7 @@ def mend_metadata(repair: Repair) -> None:
 
 def mend_template(repair: Repair) -> None:
     """Write chat_template.jinja as it is to go with tokenizer_config.json, if that changes it."""
-    name = metadata.CHAT_TEMPLATE
+    name = CHAT_TEMPLATE
     path = repair.bundle / name
     text = template(repair).encode()
     same = path.is_file() and path.read_bytes() == text

@@ -34,6 +34,7 @@ DIGESTS = {
 # The template that this project wrote into bundles before: 15 lines, and nothing with tools.
 EARLIER = "d58d60fe1ad797462b902cd78b44f0805692adf7f9094042417e6296dcb9cd7e"
 ENCODING = "encoding/encoding_dsv4.py"
+CHAT_TEMPLATE = "chat_template.jinja"
 RELEASE_LINE = "{%- set release = '0731' -%}"
 KEPT_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 WALL_SECONDS = 15  # rendering.py ends itself before

@@ -14,6 +14,7 @@ from typing import Any
 from dsv4.model.chat import BOS, EOS, vocabulary
 from dsv4.model.forms import FORMS
 from dsv4.model.template import (
+    CHAT_TEMPLATE,
     ENCODING,
     RELEASES,
     Talk,
@@ -29,7 +30,6 @@ from dsv4.storage import bounds
 from dsv4.storage.checkpoint import Checkpoint, read_json
 from dsv4.words import plain, shown
 
-TEMPLATE_FILE = "chat_template.jinja"
 IN_CONFIG = "tokenizer_config.json: chat_template"
 SPECIAL = "special_tokens_map.json"
 # What steers the tokenizer; what stages and converters add beside it may differ.
@@ -137,12 +137,12 @@ def document_of(bundle: Survey, name: str) -> dict[str, Any] | None:
 def check_templates(bundle: Survey, release: str, findings: Findings) -> Check:
     """Both templates are there, are one, and make the encoder's prompts of built-in talks."""
     texts = templates(bundle)
-    if TEMPLATE_FILE not in texts:
-        findings.add("chat-template-file-missing", TEMPLATE_FILE, "none", "one")
+    if CHAT_TEMPLATE not in texts:
+        findings.add("chat-template-file-missing", CHAT_TEMPLATE, "none", "one")
     if IN_CONFIG not in texts and "tokenizer_config.json" in bundle.documents:
         findings.add("chat-template-missing", IN_CONFIG, "none", "one")
     if len(set(texts.values())) == 2:
-        findings.add("chat-templates-differ", f"{TEMPLATE_FILE} and {IN_CONFIG}", "two", "one text")
+        findings.add("chat-templates-differ", f"{CHAT_TEMPLATE} and {IN_CONFIG}", "two", "one text")
     number = 0
     for where, text in texts.items():
         faults = judge(text, release)
@@ -159,9 +159,9 @@ def check_templates(bundle: Survey, release: str, findings: Findings) -> Check:
 def templates(bundle: Survey) -> dict[str, str]:
     """Where a template stands → its text, of the two places that runtimes read."""
     texts = {}
-    data = read_file(bundle, TEMPLATE_FILE)
+    data = read_file(bundle, CHAT_TEMPLATE)
     if data:
-        texts[TEMPLATE_FILE] = data.decode("utf-8", "replace")
+        texts[CHAT_TEMPLATE] = data.decode("utf-8", "replace")
     found = bundle.documents.get("tokenizer_config.json", {}).get("chat_template")
     if isinstance(found, list):  # transformers' several templates: one is called default
         named = [one for one in found if isinstance(one, dict) and one.get("name") == "default"]
@@ -224,13 +224,13 @@ def per_runtime(bundle: Survey) -> dict[str, str]:
     """Runtime → what of a conversation reaches the model there as the encoder writes it."""
     data, texts = read_file(bundle, ENCODING), templates(bundle)
     release = release_of(data) if data else None
-    preferred = texts.get(TEMPLATE_FILE) or texts.get(IN_CONFIG)
+    preferred = texts.get(CHAT_TEMPLATE) or texts.get(IN_CONFIG)
     said = "DeepSeek's own program" if release else "unknown code of the bundle"
     return {
         "vMLX 1.6.81": said if data else "nothing: no encoding file",
         "vMLX 1.3.97": survives(texts.get(IN_CONFIG), release or ""),
         "mlx_lm, transformers": survives(preferred, release or ""),
-        "mlx-vlm": survives(texts.get(TEMPLATE_FILE), release or ""),
+        "mlx-vlm": survives(texts.get(CHAT_TEMPLATE), release or ""),
     }
 
 
