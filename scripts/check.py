@@ -37,7 +37,7 @@ from dsv4.storage.checkpoint import INDEX
 from dsv4.storage.durable import human
 from dsv4.storage.shard import Tensor
 from dsv4.storage.space import workplace_of
-from dsv4.weights.quantizer import QUANTIZERS, add_choice, check_choice, chosen
+from dsv4.weights.quantizer import add_choice, check_choice, chosen, named
 from dsv4.words import LINE, plain
 
 NEEDED = {
@@ -211,8 +211,8 @@ def bundle_need(args: argparse.Namespace) -> tuple[Line, int]:
     """
     try:
         tensors = tensors_of(args.source, args.repo, args.revision)
-        quantizer = chosen(args, open_source(args.source)) if args.imatrix else None
-        quantizer = quantizer or QUANTIZERS[args.quantizer]()
+        fitted = args.imatrix or args.plan
+        quantizer = chosen(args, open_source(args.source)) if fitted else named(args.quantizer)
         mark = converted_by(None, quantizer)
         shards = plan_shards(tensors, quantizer.form, mark, args.shard_bytes)
     except Stop as stop:

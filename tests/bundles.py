@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from dsv4.proof.examination import examine
 from dsv4.proof.findings import Findings
 from dsv4.storage.checkpoint import INDEX
 from dsv4.storage.shard import NUMPY_DTYPE, Planned, read_array, read_shard, write_shard
-from dsv4.weights.quantizer import QUANTIZERS
+from dsv4.weights.quantizer import QUANTIZERS, named
 
 Arrays = dict[str, tuple[str, np.ndarray]]  # name → (safetensors dtype, array)
 
@@ -29,14 +30,18 @@ def quantizer(name: str):
     return QUANTIZERS[name]()
 
 
+def shared(name: str, *others: Any):
+    """The same for those that have a table, which no imatrix or plan changes here."""
+    return quantizer(name) if name in QUANTIZERS else named(name, *others)
+
+
 def judge(bundle: Path, source: Path | None, loader: bool = False, level: int = 2) -> Findings:
     """What verify finds in `bundle`; without `loader` the toolchain is not asked.
 
     In small blocks, so that also of these small tensors most rows are compared by their bytes.
     """
-    shared = {name: functools.partial(quantizer, name) for name in QUANTIZERS}
-    before = compare.QUANTIZERS, compare.BLOCK_WEIGHTS
-    compare.QUANTIZERS, compare.BLOCK_WEIGHTS = shared, 1 << 11
+    before = compare.named, compare.BLOCK_WEIGHTS
+    compare.named, compare.BLOCK_WEIGHTS = shared, 1 << 11
     args = argparse.Namespace(
         bundle=bundle, source=source, level=level, python=Path(sys.executable),
         without_loader=not loader, hashes=False, jobs=2, json=None, imatrix=None,
@@ -44,7 +49,7 @@ def judge(bundle: Path, source: Path | None, loader: bool = False, level: int = 
     try:
         return examine(args).findings
     finally:
-        compare.QUANTIZERS, compare.BLOCK_WEIGHTS = before
+        compare.named, compare.BLOCK_WEIGHTS = before
 
 
 def places(findings: Findings, name: str) -> str:

@@ -70,7 +70,7 @@ def decode_bundle(bundle: Checkpoint) -> dict[str, np.ndarray]:
     tensors, out = bundle.tensors, {}
     for name, tensor in tensors.items():
         base, _, part = name.rpartition(".")
-        label = stored_label(tensors, base)
+        label = stored_label(tensors, base, bundle.config)
         if part in ("scales", "biases") and label is None:
             raise Stop(f"{bundle.folder}: {name}", "no whole module", "one", "run requantize")
         if label is None:

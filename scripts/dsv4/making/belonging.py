@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from dsv4.making.marks import CONVERT
+from dsv4.model.labels import SIZES, WIDTHS
 from dsv4.model.names import GROUP, is_control, parse_expert
 from dsv4.model.opening import expert_bases
 from dsv4.stop import Stop
@@ -104,11 +105,11 @@ def _check_part(source: Checkpoint, tensor: Tensor) -> None:
             CONVERT,
         )
     out, half = source.tensors[f"{base}.weight"].shape
-    groups = 2 * half // GROUP
-    if part != "weight":
-        _expect_shape(tensor, (out, groups))
-    elif tensor.shape != (out, 5 * groups):  # 5 bits; else 4
-        _expect_shape(tensor, (out, 4 * groups))
+    fits = [2 * half // size for size in SIZES] if part != "weight" else [
+        2 * half * bits // 32 for bits in WIDTHS
+    ]  # fmt: skip
+    if tensor.shape not in [(out, width) for width in fits]:
+        _expect_shape(tensor, (out, 2 * half // (GROUP if part != "weight" else 8)))
 
 
 def _check_eight_bits(source: Checkpoint, bundle: Checkpoint, scales: Tensor) -> None:

@@ -275,11 +275,12 @@ def complete(plan: Plan) -> bool:
     config = dict(plan.bundle.config)
     config.pop("quantization_config", None)
     slots = {slot.name: slot for fate in plan.fates.values() for slot in fate.layout.slots}
-    label = plan.quantizer.label
-    config["quantization"] = labels.quantization(expert_bases(plan.source), label, slots)
+    form = plan.quantizer.form
+    experts = {base: form.label(base) for base in expert_bases(plan.source)}
+    config["quantization"] = labels.quantization(experts, slots)
     config[labels.RECORD] = record_of(plan.quantizer)
     if any(map(is_native, plan.bundle.shards.values())) and (folder / JANG).is_file():
-        config |= configs.width(label)
+        config |= configs.width(form.expert)
         changed |= restamp(folder / JANG, plan)
     if config != plan.bundle.config:
         changed |= write_json(folder / "config.json", config)

@@ -11,7 +11,7 @@ from typing import Any
 from dsv4.making.requantization import record_of
 from dsv4.mending.documents import recorded
 from dsv4.mending.job import NEEDS_SOURCE, Repair
-from dsv4.mending.whole import on_disk, open_whole, open_with, shard_files
+from dsv4.mending.whole import forms, on_disk, open_whole, open_with, shard_files
 from dsv4.model import configs, labels
 from dsv4.model.opening import block_counts, count, expert_bases, read_config
 from dsv4.model.plan import weights_of
@@ -61,16 +61,16 @@ def config(repair: Repair, bundle: Checkpoint) -> dict[str, Any]:
     if missing:
         raise Stop(f"{bundle.folder}", f"no {missing[0]} ({len(missing):,} tensors missing)",
                    "every tensor of the source", "check SOURCE and BUNDLE")  # fmt: skip
-    bases = expert_bases(bundle)
-    forms = [labels.stored_label(bundle.tensors, base) for base in bases]
-    label = forms[0] if forms and forms.count(forms[0]) == len(forms) else None
     record = recorded(bundle)
     name = record["quantizer"] if record else repair.args.quantizer
-    if label is None or (label == labels.MXFP4 and name != "mxfp4"):
-        label = labels.EXPERT
+    experts = forms(bundle)
+    stock = labels.MXFP4 in experts.values() and name not in ("mxfp4", "mixture")
+    if stock or not labels.in_stacks(experts, name in labels.MIXTURES):
+        experts = dict.fromkeys(experts, labels.EXPERT)
+    label = labels.usual(experts)
     content = configs.bundle_config(repair.source, label)
-    content["quantization"] = labels.quantization(bases, label)
-    if label == labels.MXFP4:
+    content["quantization"] = labels.quantization(experts)
+    if all(one == labels.MXFP4 for one in experts.values()):
         record = record or record_of(QUANTIZERS["mxfp4"]())
     return {**content, labels.RECORD: record} if record else content
 

@@ -8,6 +8,8 @@ Upstream's first bug is a confusion of the two, so no other module spells them o
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 GROUP = 32  # columns that share a scale, in the source's FP4 and in every label of a bundle
 BLOCK = 128  # rows and columns that share one in the source's FP8
@@ -78,6 +80,23 @@ def parse_expert(name: str) -> tuple[str, int, int, str, str] | None:
 def expert_base(block: str, layer: int, expert: int, matrix: str) -> str:
     """Storage name of a routed expert's matrix, without the part (`.weight`, `.scale`, …)."""
     return f"{block}.{layer}.ffn.experts.{expert}.{matrix}"
+
+
+def stack_of(base: str) -> str:
+    """What the runtimes stack an expert's matrix into, as a plan names it.
+
+    >>> stack_of("layers.3.ffn.experts.7.w2")
+    'layers.3.down_proj'
+    """
+    block, layer, _, matrix, _ = parse_expert(f"{base}.weight") or ("", 0, 0, "", "")
+    return f"{block}.{layer}.{PROJECTION[matrix]}"
+
+
+def columns_of(base: str, config: Mapping[str, Any]) -> int | None:
+    """The columns of a routed expert's matrix, from config.json; None when it does not say."""
+    expert = parse_expert(f"{base}.weight")
+    found = config.get("moe_intermediate_size" if expert and expert[3] == "w2" else "hidden_size")
+    return found if expert and isinstance(found, int) and found > 0 else None
 
 
 def is_control(name: str) -> bool:

@@ -16,13 +16,15 @@ from __future__ import annotations
 
 import zlib
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
-from dsv4.model.names import BLOCK, GROUP, parse_expert
+from dsv4.model.names import BLOCK, GROUP, parse_expert, stack_of
+from dsv4.model.opening import expert_bases
 from dsv4.proof import kernels
 from dsv4.proof.certificate import certify, zeros
-from dsv4.proof.headers import quantizer_of
+from dsv4.proof.headers import quantizer_of, stored
 from dsv4.proof.promises import Promise, promise_of
 from dsv4.proof.survey import Survey
 from dsv4.proof.tasks import Outcome, Task
@@ -31,8 +33,8 @@ from dsv4.storage.shard import FLOATS, ITEMSIZE, Tensor
 from dsv4.weights.affine import BadGroup
 from dsv4.weights.fp4 import UE8M0
 from dsv4.weights.fp8 import E4M3
-from dsv4.weights.imatrix import usable
-from dsv4.weights.quantizer import QUANTIZERS, Lossless, Quantizer
+from dsv4.weights.imatrix import EVEN, Importance, usable
+from dsv4.weights.quantizer import Lossless, Quantizer, is_known, named
 
 BLOCK_WEIGHTS = 1 << 17  # weights in a block of rows: 512 KB decoded, which a core's cache holds
 RUN_BLOCKS = 8  # blocks whose bytes are compared at one go
@@ -43,19 +45,19 @@ PIECE_NUMBERS = 1 << 20  # of a tensor that is not quantized, compared at one go
 class Comparer:
     """Compares tasks, in any thread; the quantizer's table is made once.
 
-    weighted: the quantizer with the imatrix that the user named, if any.
+    importance: of the imatrix that the user named, if any.
     """
 
-    def __init__(self, bundle: Survey, weighted: Quantizer | None = None) -> None:
+    def __init__(self, bundle: Survey, importance: Importance = EVEN) -> None:
         mark = quantizer_of(bundle)
         self.recorded = mark.get("requantize_quantizer")
         self.quantizer: Quantizer | None = None
-        if self.recorded in QUANTIZERS:
-            quantizer = weighted or QUANTIZERS[self.recorded]()
+        if is_known(self.recorded):
+            quantizer = named(self.recorded, importance, stacks_of(bundle))
             # Another digest: another MLX's table, or an importance of columns that is not here.
             if quantizer.digest == mark.get("requantize_table"):
                 self.quantizer = quantizer
-                self.certified, self.worst = certify(quantizer, promise_of(quantizer.name, 0))
+                self.certified, self.worst = certify(quantizer, promise_of(quantizer.name, 4))
 
     def compare(self, task: Task, reader: Reader) -> Outcome:
         """Compare one tensor with its source."""
@@ -78,10 +80,11 @@ class Comparer:
         """
         expert = task.what == "expert"
         promise = promise_of(self.recorded if expert else None, task.label["bits"])
-        quantizer = self.quantizer
-        if not expert or quantizer is None or quantizer.label != task.label:
+        quantizer = self.quantizer.of(task.base) if expert and self.quantizer else None
+        if quantizer is not None and quantizer.label != task.label:
             quantizer = None
-        out, columns = task.origin.shape[0], task.parts["scales"].shape[1] * GROUP
+        out = task.origin.shape[0]
+        columns = task.parts["scales"].shape[1] * task.label["group_size"]
         rows = max(1, BLOCK_WEIGHTS // columns)
         sample = zlib.crc32(task.base.encode()) % -(-out // rows) * rows
         cuts = {*range(0, out, RUN_BLOCKS * rows), sample, min(out, sample + rows), out}
@@ -98,7 +101,7 @@ class Comparer:
                     return
                 block.bounds(outcome, promise)
                 if quantizer:
-                    block.recompute(outcome, quantizer)
+                    block.recompute(outcome, quantizer, self.quantizer.importance.get(task.base))
                 else:
                     block.formula(outcome)
         finish(outcome, promise)
@@ -118,14 +121,24 @@ class Comparer:
             return False
         outcome.recomputed = True
         outcome.numbers += 2 * len(codes)
-        outcome.groups += len(exponents)
-        outcome.exact += len(exponents)
+        groups = stored["scales"].size // 2
+        outcome.groups += groups
+        outcome.exact += groups
         outcome.energy += tally.energy
         outcome.error += tally.error
         outcome.zeros += zeros(codes.view(np.int64))
         if self.worst >= outcome.worst:
             outcome.worst, outcome.worst_at = self.worst, ""
         return True
+
+
+def stacks_of(bundle: Survey) -> dict[str, dict[str, Any]]:
+    """Stack → the label by which its first expert is stored: what a mixture's plan said."""
+    found: dict[str, dict[str, Any]] = {}
+    for base in expert_bases(bundle.checkpoint):
+        if (stack := stack_of(base)) not in found and (label := stored(bundle, base)):
+            found[stack] = label
+    return found
 
 
 def finish(outcome: Outcome, promise: Promise) -> None:
@@ -145,15 +158,19 @@ class Block:
 
     def __init__(self, task: Task, reader: Reader, first: int, last: int, columns: int) -> None:
         self.task, self.first, self.columns = task, first, columns
-        self.bits = task.label["bits"]
+        self.bits, self.size = task.label["bits"], task.label["group_size"]
         number = (last - first) * columns
         self.codes = reader.rows(task.origin, first, last)
         self.values = np.empty(number, np.float32)
         self.stored = {part: reader.rows(t, first, last) for part, t in task.parts.items()}
         dtype = task.parts["scales"].dtype
         self.levels = np.empty(number, np.uint8)
-        self.scales = as_float32(self.stored["scales"], dtype)
-        self.biases = as_float32(self.stored["biases"], dtype)
+        self.groups = len(self.stored["scales"]) // ITEMSIZE[dtype]
+        # A wider group is looked at as groups of 32 columns with the same scale and bias.
+        wide = self.size // GROUP
+        self.scales, self.biases = (
+            as_float32(self.stored[part], dtype).repeat(wide) for part in ("scales", "biases")
+        )
         self.rounding = kernels.ROUNDING[dtype]
         self.exponents = np.empty(0, np.uint8)
         self._decode(reader, last)
@@ -182,7 +199,7 @@ class Block:
     def place(self, weight: int) -> str:
         """Where in the tensor the weight with this index in the block lies."""
         row, column = divmod(weight, self.columns)
-        return f"row {self.first + row}, group {column // GROUP}"
+        return f"row {self.first + row}, group {column // self.size}"
 
     def bounds(self, outcome: Outcome, promise: Promise) -> None:
         """Hold every weight to the promise."""
@@ -276,23 +293,24 @@ class Block:
         found = f"level {self.levels[span][column]} in its column {column}"
         return where, found, f"level {levels[column]}"
 
-    def recompute(self, outcome: Outcome, quantizer: Quantizer) -> None:
+    def recompute(
+        self, outcome: Outcome, quantizer: Quantizer, importance: np.ndarray | None
+    ) -> None:
         """Quantize the source rows again and compare bytes."""
-        importance = quantizer.importance.get(self.task.base)
         if importance is not None:
             importance = usable(importance, self.task.base)
         parts = {part: np.empty(len(data), np.uint8) for part, data in self.stored.items()}
         outcome.recomputed = True
-        outcome.groups += len(self.scales)
+        outcome.groups += self.groups
         try:
             quantizer.encode(self.codes, self.exponents, parts, importance)
         except BadGroup as bad:
             outcome.fault("source-broken", self.place(bad.group * GROUP), bad.found, bad.expected)
             return
-        wrong = np.zeros(len(self.scales), bool)
+        wrong = np.zeros(self.groups, bool)
         for part, data in self.stored.items():
             if not np.array_equal(parts[part], data):
-                odd = (parts[part] != data).reshape(len(self.scales), -1).any(axis=1)
+                odd = (parts[part] != data).reshape(self.groups, -1).any(axis=1)
                 if not wrong.any():
                     outcome.wrong_places.append(self._odd(part, int(np.argmax(odd)), parts[part]))
                 wrong |= odd
@@ -301,14 +319,14 @@ class Block:
 
     def _odd(self, part: str, group: int, right: np.ndarray) -> tuple[str, str, str]:
         """(where, found, expected) of a group whose `part` differs from the recomputed one."""
-        where = self.place(group * GROUP)
+        where = self.place(group * self.size)
         if part != "weight":
             dtype = self.task.parts[part].dtype
             values = [as_float32(data, dtype)[group] for data in (self.stored[part], right)]
             return where, f"{part} {values[0]:.6g}", f"{part} {values[1]:.6g}"
         levels = np.empty_like(self.levels)
         kernels.unpack(right, self.bits, levels)
-        span = slice(group * GROUP, (group + 1) * GROUP)
+        span = slice(group * self.size, (group + 1) * self.size)
         column = int(np.argmax(levels[span] != self.levels[span]))
         found = f"level {self.levels[span][column]} in its column {column}"
         return where, found, f"level {levels[span][column]}"

@@ -11,7 +11,7 @@ from dsv4.model.labels import EXPERT, fp8_bases
 from dsv4.model.names import GROUP, module_paths, parse_expert, switch_paths
 from dsv4.model.opening import expert_bases
 from dsv4.proof.findings import Check, Findings
-from dsv4.proof.headers import module_parts, stored
+from dsv4.proof.headers import stored
 from dsv4.proof.survey import Survey
 from dsv4.storage.checkpoint import INDEX
 from dsv4.words import plain, shown
@@ -105,7 +105,7 @@ def check_labels(bundle: Survey, findings: Findings) -> Check:
     named += [(base, base, "every runtime") for base in sorted(bases - experts)]
     seen: set[tuple[str, str]] = set()
     for key, base, runtime in named:
-        found = stored(module_parts(bundle, base))
+        found = stored(bundle, base)
         if found and found["mode"] == "mxfp4" and "stock-experts" in findings:
             found = EXPERT  # what requantize will make of them
         if found is not None:
@@ -127,7 +127,7 @@ def dropped_by_unpatched_loader(bundle: Survey) -> int:
     inferred = {}
     for name in bundle.checkpoint.tensors:
         base, _, part = name.rpartition(".")
-        label = stored(module_parts(bundle, base)) if part == "scales" else None
+        label = stored(bundle, base) if part == "scales" else None
         if label and label["mode"] == "affine" and label["bits"] != 5:
             inferred[base] = label["bits"]
     agrees = all(

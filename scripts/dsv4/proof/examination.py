@@ -24,8 +24,7 @@ from dsv4.runtime.toolchain import probe
 from dsv4.stop import Stop, naming
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.durable import human
-from dsv4.weights.imatrix import importances, open_imatrix
-from dsv4.weights.quantizer import Optimal
+from dsv4.weights.imatrix import EVEN, importances, open_imatrix
 from dsv4.words import plain, say
 
 FORMAT = 1  # of verify.json
@@ -49,14 +48,13 @@ def level_two(
 ) -> tuple[level2.Numbers, list[Check], float]:
     """Read every number; returns the outcomes, the checks and the seconds that it took."""
     start = time.perf_counter()
-    weighted = None
+    importance = EVEN
     if args.imatrix and source:
-        imatrix = open_imatrix(args.imatrix)
-        weighted = Optimal(importances(imatrix, source), imatrix.digest)
+        importance = importances(open_imatrix(args.imatrix), source)
     with tqdm(
         total=bundle.checkpoint.nbytes, unit="B", unit_scale=True, desc="level 2", disable=None
     ) as bar:
-        result = level2.read_numbers(bundle, source, args.jobs, bar.update, weighted)
+        result = level2.read_numbers(bundle, source, args.jobs, bar.update, importance)
     return result, verdict.judge(result, findings), time.perf_counter() - start
 
 

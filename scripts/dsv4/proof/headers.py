@@ -10,8 +10,8 @@ from collections import Counter
 from itertools import filterfalse
 from typing import Any
 
-from dsv4.model.labels import EXPERT, MXFP8, label_of
-from dsv4.model.names import is_control, kind, module_paths, parse_expert, switch_paths
+from dsv4.model.labels import EXPERT, MXFP8, label_of, stored_label
+from dsv4.model.names import columns_of, is_control, kind, module_paths, parse_expert, switch_paths
 from dsv4.model.opening import block_counts, expert_bases
 from dsv4.model.plan import bundle_keys
 from dsv4.proof.findings import Check, Findings
@@ -164,12 +164,13 @@ def check_triple(
         label = labelled(config, base)
         if label.get("mode") == "affine" and parse_expert(f"{base}.weight"):
             findings.add("stock-experts", base, shown, "F16 scales and biases, or mode mxfp4")
-        elif stored(has) is None:
+        elif label_of(weight, scales, biases) is None:
             findings.add("triple-misfit", base, shown, "4 or 8 bits × 32 columns a scale")
     elif weight is None or scales is None or biases is None:
         findings.add("triple-incomplete", base, shown or "nothing", "weight, scales and biases")
-    elif stored(has) is None:
-        findings.add("triple-misfit", base, shown, "U32 weight, F16 scales and biases, group 32")
+    elif label_of(weight, scales, biases, columns_of(base, config)) is None:
+        expected = "U32 weight, F16 scales and biases, whole groups"
+        findings.add("triple-misfit", base, shown, expected)
 
 
 def labelled(config: dict[str, Any], base: str) -> dict[str, Any]:
@@ -182,9 +183,9 @@ def labelled(config: dict[str, Any], base: str) -> dict[str, Any]:
     return found or {key: labels.get(key) for key in ("group_size", "bits", "mode")}
 
 
-def stored(has: dict[str, Tensor]) -> dict[str, Any] | None:
+def stored(bundle: Survey, base: str) -> dict[str, Any] | None:
     """The label that fits a module's parts on disk, or None when none does."""
-    return label_of(*(has.get(part) for part in ("weight", "scales", "biases")))
+    return stored_label(bundle.checkpoint.tensors, base, bundle.config)
 
 
 def module_parts(bundle: Survey, base: str) -> dict[str, Tensor]:
@@ -220,7 +221,7 @@ def check_counterparts(bundle: Survey, source: Checkpoint, findings: Findings) -
         elif what in ("affine8", "head"):  # other tools quantize the head, or leave a matrix
             plain = name in tensors and tensors[name].dtype in FLOATS
             keys = (name,) if plain else quantized_keys(name)
-            fp8 = stored(module_parts(bundle, name.removesuffix(".weight"))) == MXFP8
+            fp8 = stored(bundle, name.removesuffix(".weight")) == MXFP8
             keys = keys[:2] if fp8 else keys
         wanted |= set(keys)
         for key in keys:
@@ -241,7 +242,7 @@ def check_counterpart(bundle: Survey, origin: Tensor, what: str, findings: Findi
     """Shape and dtype of what a bundle makes of one source tensor."""
     base = origin.name.removesuffix(".weight")
     if what in ("expert", "affine8", "head"):
-        label = stored(module_parts(bundle, base))
+        label = stored(bundle, base)
         weight = bundle.checkpoint.tensors.get(origin.name)
         if label is None or weight is None:
             return  # missing, reported with the triples, or not quantized

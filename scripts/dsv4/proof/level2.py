@@ -26,7 +26,7 @@ from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.reading import Reader
 from dsv4.storage.shard import Tensor
 from dsv4.storage.zeros import Watch
-from dsv4.weights.quantizer import Quantizer
+from dsv4.weights.imatrix import EVEN, Importance
 
 HASH_BYTES = 4 << 20
 JOB_BYTES = 64 << 20  # of the bundle, compared by one thread before it takes the next job
@@ -63,9 +63,9 @@ class Worker:
     """Does jobs in any thread; each thread has files of its own open."""
 
     def __init__(
-        self, bundle: Survey, weighted: Quantizer | None, progress: Callable[[int], object]
+        self, bundle: Survey, importance: Importance, progress: Callable[[int], object]
     ) -> None:
-        self.comparer = Comparer(bundle, weighted)
+        self.comparer = Comparer(bundle, importance)
         self._bundle, self._progress = bundle, progress
         self._local = threading.local()
         self._readers: list[Reader] = []
@@ -107,14 +107,14 @@ def read_numbers(
     source: Checkpoint | None,
     jobs: int,
     progress: Callable[[int], object],
-    weighted: Quantizer | None = None,
+    importance: Importance = EVEN,
 ) -> Numbers:
     """Compare or look at every tensor and hash the files, shard by shard, with `jobs` threads.
 
-    `progress` is told the bytes of the bundle that were done. weighted: `optimal` with the imatrix
-    that the bundle was made with. Raises Stop for a read that fails.
+    `progress` is told the bytes of the bundle that were done. importance: of the imatrix that
+    the bundle was made with. Raises Stop for a read that fails.
     """
-    worker = Worker(bundle, weighted, progress)
+    worker = Worker(bundle, importance, progress)
     work = list(cut(bundle, source))
     outcomes: list[Outcome] = []
     hashes: dict[str, str] = {}

@@ -15,7 +15,7 @@ from dsv4.model.template import ENCODING
 from dsv4.proof.documents import labels_in_use
 from dsv4.proof.documents import stop_ids as ids_of
 from dsv4.proof.findings import Findings
-from dsv4.proof.headers import check_controls, module_parts, stored
+from dsv4.proof.headers import check_controls, stored
 from dsv4.proof.survey import Survey
 from dsv4.words import plain, shown
 
@@ -31,7 +31,7 @@ def labels_for(runtime: str) -> Need:
             return "no labels"
         top = {key: labels.get(key) for key in ("group_size", "bits", "mode")}
         for key, base, who in labels_in_use(bundle):
-            if who == runtime and labels.get(key, top) != stored(module_parts(bundle, base)):
+            if who == runtime and labels.get(key, top) != stored(bundle, base):
                 return f"no right label at {plain(key)}"
         return ""
 

@@ -6,7 +6,10 @@ bundle that another tool made has none; its promise follows from the bits that i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+from dsv4.model.labels import MIXTURES
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,9 @@ PROMISES = {
     "lossless": Promise(steps=0.0, rms=0.0),
 }
 
+# By least squares ends are clipped, and how far depends on the weights: each weight's level is the
+# nearest all the same, and the bytes can be made again.
+CLIPPED = math.inf
 # Relative RMS by bits, for any other quantizer: mx.quantize's own error, with room above it.
 CEILING = {2: 1.2, 3: 0.5, 4: 0.12, 5: 0.06, 6: 0.03, 8: 0.01}
 
@@ -49,6 +55,8 @@ def promise_of(quantizer: str | None, bits: int) -> Promise:
     """
     if quantizer in PROMISES:
         return PROMISES[quantizer]
-    if quantizer is None:
+    if quantizer is None or quantizer.endswith("-mx"):
         return Promise(rms=CEILING[bits])
+    if quantizer.startswith("affine") or quantizer in MIXTURES:
+        return Promise(steps=CLIPPED, zeros=False, rms=CEILING[bits])
     return Promise(steps=2.0, zeros=False, rms=CEILING[bits])

@@ -101,7 +101,7 @@ def make_tasks(bundle: Survey, source: Checkpoint) -> list[Task]:
         scale = source.tensors.get(f"{base}.scale")
         what = "module" if what in ("affine8", "head") else what
         parts = module_parts(bundle, base) if what in ("expert", "module") else {}
-        label = stored(parts)
+        label = stored(bundle, base) if parts else None
         if label is None and len(parts) > 1:
             continue
         if label is None:

@@ -20,7 +20,8 @@ import hashlib
 import math
 import mmap
 import struct
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,22 @@ class Imatrix:
     entries: dict[str, Entry]
     digest: str
     dataset: str
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Of each input column, float32 (columns,), by an expert's storage name; the file's digest."""
+
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    digest: str = ""
+
+    @property
+    def suffix(self) -> str:
+        """What a quantizer's digest says of it."""
+        return f"-imatrix-{self.digest[:16]}" if self.digest else ""
+
+
+EVEN = Importance()  # all columns count the same
 
 
 class _Reader:
@@ -147,8 +164,8 @@ def entry_name(base: str, layers: int) -> str:
     return f"blk.{layer + layers * (block == 'mtp')}.{GGUF_NAME[matrix]}.weight"
 
 
-def importances(imatrix: Imatrix, source: Checkpoint) -> dict[str, np.ndarray]:
-    """Importance of the input columns, float32 (columns,), by an expert's storage name.
+def importances(imatrix: Imatrix, source: Checkpoint) -> Importance:
+    """Importance of the input columns of the source's experts.
 
     The arrays are views of the mapped file. MTP experts without an entry are left out.
     Raises Stop when the entry of a main layer is missing, or any has the wrong size.
@@ -172,7 +189,7 @@ def importances(imatrix: Imatrix, source: Checkpoint) -> dict[str, np.ndarray]:
         expert = (parse_expert(f"{base}.weight") or ("", 0, 0))[2]
         start = entry.offset + 4 * expert * columns
         out[base] = values[start : start + 4 * columns].view("<f4")
-    return out
+    return Importance(out, imatrix.digest)
 
 
 def usable(importance: np.ndarray, name: str) -> np.ndarray:
