@@ -41,6 +41,28 @@ def parse_bytes(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{shown(text)} is not a number of bytes")
 
 
+def parse_size(text: str) -> int:
+    """Read a size in decimal units: 88GB, 500MB, or bytes."""
+    found = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,3})?)(GB|MB)", text)
+    if found:
+        return int(float(found[1]) * {"GB": 1e9, "MB": 1e6}[found[2]])
+    return parse_bytes(text)
+
+
+def parse_memory(text: str) -> int:
+    """Read a Mac's memory, which is sold in GB and counted in GiB: 96GB."""
+    found = re.fullmatch(r"([1-9][0-9]{0,4})(GB)?", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a Mac's memory, such as 96GB")
+    return int(found[1]) << 30
+
+
+def parse_tokens(text: str) -> int:
+    """Read a number of tokens: 32768, or 32k."""
+    many = re.fullmatch("([1-9][0-9]{0,3})k", text)
+    return _between(str(1024 * int(many[1])) if many else text, 1, 1 << 24, "a number of tokens")
+
+
 def cores() -> int:
     """The cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):

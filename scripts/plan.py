@@ -1,0 +1,138 @@
+"""Plan the bundle that fits a Mac: fewer bits for the routed experts, where they lose least.
+
+Measures on a sample of the source's experts what each form costs in each layer (dsv4/weights/
+sampling.py), chooses so that the summed error is least within the size (dsv4/making/fitting.py), and
+writes the choice to a JSON file, which may be edited; convert, requantize and verify take it with
+--quantizer mixture --plan FILE. Everything but the routed experts is 8-bit affine, as ever.
+
+--fit 96GB is a Mac's memory: the rule from there to the bundle's size is in dsv4/model/memory.py.
+--size 88GB is the bundle's own. Where the size allows, layers get the shape for which vMLX has fused
+kernels, or stay exact; --any-shape takes the least error instead. A plan that is there already, for
+the same size, source and imatrix, is kept, edited or not.
+
+    .venv/bin/python scripts/plan.py --source DIR --plan FILE (--fit 96GB | --size 88GB)
+        [--imatrix FILE] [--context TOKENS] [--any-shape] [--dry-run]
+
+Reads 0.6 GB of Flash, takes minutes. With --low-disk what it reads comes from the hub.
+Exit status: 0 written, or there already; 1 failed; 2 usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from dsv4.hub import client, fetching
+from dsv4.hub.origin import read_record
+from dsv4.making import fitting, low_disk
+from dsv4.making.low_disk import Supply
+from dsv4.making.marks import fingerprint
+from dsv4.model import memory
+from dsv4.model.opening import open_source
+from dsv4.model.plan import SHARD_BYTES
+from dsv4.settings import cores, parse_bytes, parse_jobs, parse_memory, parse_size, parse_tokens
+from dsv4.stop import Stop, run
+from dsv4.storage import locks
+from dsv4.storage.checkpoint import Checkpoint, read_json
+from dsv4.storage.durable import human, write_json
+from dsv4.storage.reading import Reader
+from dsv4.weights import sampling
+from dsv4.weights.imatrix import EVEN, Importance, coverage, importances, open_imatrix
+from dsv4.words import say
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--source", type=Path, required=True)
+    parser.add_argument("--plan", type=Path, required=True, help="the file to write")
+    goal = parser.add_mutually_exclusive_group(required=True)
+    goal.add_argument("--fit", type=parse_memory, metavar="96GB", help="a Mac's memory")
+    goal.add_argument("--size", type=parse_size, metavar="88GB", help="the bundle's size")
+    parser.add_argument("--context", type=parse_tokens, default=memory.CONTEXT, metavar="TOKENS")
+    parser.add_argument("--imatrix", type=Path, help="importance of columns (.dat)")
+    parser.add_argument("--any-shape", action="store_true", help="not only what vMLX has fused")
+    parser.add_argument("--shard-bytes", type=parse_bytes, default=SHARD_BYTES)
+    parser.add_argument("--low-disk", action="store_true", help="read from the hub")
+    parser.add_argument("--dry-run", action="store_true", help="write nothing")
+    parser.add_argument("--jobs", type=parse_jobs, default=cores())
+    return parser.parse_args()
+
+
+@contextlib.contextmanager
+def opened(args: argparse.Namespace) -> Iterator[tuple[Checkpoint, sampling.Read]]:
+    """The source and what reads it: its files, or with --low-disk the hub."""
+    if not args.low_disk:
+        with contextlib.closing(Reader()) as reader:
+            yield open_source(args.source), reader.read
+        return
+    if (record := read_record(args.source)) is None:
+        raise Stop(f"{args.source}", "no download prepared", "one", low_disk.AGAIN)
+    client.quiet()
+    supply = Supply(args.source, record, fetching.PATIENCE, fetching.WORKERS)
+    with locks.held(args.source), low_disk.skeleton(args.source, record) as headers:
+        yield headers, supply.read
+
+
+def importance_of(args: argparse.Namespace, source: Checkpoint) -> Importance:
+    """The imatrix, if any; says how far it reaches. Raises Stop when it is another model's."""
+    if args.imatrix is None:
+        return EVEN
+    imatrix = open_imatrix(args.imatrix)
+    found = importances(imatrix, source)
+    say(coverage(found.columns, imatrix, source))
+    return found
+
+
+def asked(args: argparse.Namespace, source: Checkpoint, importance: Importance) -> dict[str, Any]:
+    """What the plan is for, and how its errors are measured: the head of the file."""
+    return {
+        "source": fingerprint(source),
+        "imatrix": importance.digest,
+        "fit": args.fit,
+        "size": wanted(args, source),
+        "context": args.context,
+        "any_shape": args.any_shape,
+        "sample": {"experts": sampling.EXPERTS, "weights": sampling.WEIGHTS},
+    }
+
+
+def wanted(args: argparse.Namespace, source: Checkpoint) -> int:
+    """The bytes that the bundle may have."""
+    if args.size:
+        return args.size
+    return max(0, memory.room(source.config, args.fit, args.context))
+
+
+def main() -> int:
+    """Plan, or recognise the plan that is there. Returns 0."""
+    args = parse_arguments()
+    with opened(args) as (source, read):
+        importance = importance_of(args, source)
+        head = asked(args, source, importance)
+        there = read_json(args.plan) if args.plan.is_file() else {}
+        if head.items() <= there.items():
+            say(f"{args.plan}: there already, for {human(head['size'])}; delete it to plan afresh")
+            return 0
+        stacks = sampling.sampled(source)
+        with tqdm(total=len(stacks), unit="stack", desc="plan", disable=None) as bar:
+            errors = sampling.errors(source, read, importance, args.jobs, bar.update)
+    planner = fitting.Planner(source, errors, args.shard_bytes)
+    fit = planner.fit(head["size"], args.any_shape)
+    say(fitting.describe(fit))
+    say(memory.fit_in_words(source.config, fit.nbytes, args.context, args.fit or 0))
+    if not args.dry_run:
+        args.plan.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.plan, fitting.document(fit, errors, head))
+        say(f"{args.plan}: written; {human(fit.nbytes)} with QUANTIZER=mixture PLAN={args.plan}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))
