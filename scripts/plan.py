@@ -1,19 +1,19 @@
 """Plan the bundle that fits a Mac: fewer bits for the routed experts, where they lose least.
 
 Measures on a sample of the source's experts what each form costs in each layer (dsv4/weights/
-sampling.py), chooses so that the summed error is least within the size (dsv4/making/fitting.py), and
-writes the choice to a JSON file, which may be edited; convert, requantize and verify take it with
+sampling.py), chooses so that the summed error is least within the size (dsv4/making/fitting.py),
+and writes the choice to a JSON file, which may be edited; convert and requantize take it with
 --quantizer mixture --plan FILE. Everything but the routed experts is 8-bit affine, as ever.
 
 --fit 96GB is a Mac's memory: the rule from there to the bundle's size is in dsv4/model/memory.py.
---size 88GB is the bundle's own. Where the size allows, layers get the shape for which vMLX has fused
-kernels, or stay exact; --any-shape takes the least error instead. A plan that is there already, for
-the same size, source and imatrix, is kept, edited or not.
+--size 88GB is the bundle's own. Where the size allows, layers get the shape for which vMLX has
+fused kernels, or stay exact; --any-shape takes the least error instead. A plan that is there
+already, for the same size, source and imatrix, is kept, edited or not.
 
     .venv/bin/python scripts/plan.py --source DIR --plan FILE (--fit 96GB | --size 88GB)
         [--imatrix FILE] [--context TOKENS] [--any-shape] [--dry-run]
 
-Reads 0.6 GB of Flash, takes minutes. With --low-disk what it reads comes from the hub.
+Reads 0.3 GB of Flash, takes minutes. With --low-disk what it reads comes from the hub.
 Exit status: 0 written, or there already; 1 failed; 2 usage.
 """
 

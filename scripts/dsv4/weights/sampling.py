@@ -33,6 +33,8 @@ CHOICES = (
 
 Read = Callable[[Tensor, int, int], np.ndarray]  # (tensor, first byte, bytes) → uint8
 
+Run = tuple[str, np.ndarray, np.ndarray, np.ndarray | None]
+
 
 def sampled(source: Checkpoint) -> dict[str, list[str]]:
     """Stack → the storage names of those of its matrices that are looked at."""
@@ -71,9 +73,7 @@ def forms_of(source: Checkpoint, base: str) -> list[str]:
     return [form for form in CHOICES if columns % _label(form)["group_size"] == 0]
 
 
-def run_of(
-    source: Checkpoint, read: Read, base: str, which: int, importance: Importance
-) -> tuple[str, np.ndarray, np.ndarray, np.ndarray | None]:
+def run_of(source: Checkpoint, read: Read, base: str, which: int, importance: Importance) -> Run:
     """(storage name, codes, exponents, importance) of some rows, the arrays flat uint8."""
     weight, scale = source.tensors[f"{base}.weight"], source.tensors[f"{base}.scale"]
     out, half = weight.shape
@@ -90,9 +90,7 @@ def _label(form: str) -> Mapping[str, Any]:
     return label_named(form) or MXFP4
 
 
-def _relative(
-    runs: list[tuple[str, np.ndarray, np.ndarray, np.ndarray | None]], form: str
-) -> float:
+def _relative(runs: list[Run], form: str) -> float:
     label, energy, error = _label(form), 0.0, 0.0
     if label == MXFP4:
         return 0.0
