@@ -55,6 +55,17 @@ PORT ?= 8010
 QUANTIZER ?= mlx
 # With optimal, affineBgG or small: a llama.cpp/ds4 importance matrix (.dat) that weighs the error; empty for none.
 IMATRIX ?=
+# The bundle that fits your Mac: FIT=96GB (its memory, with CONTEXT tokens) or SIZE=88GB (the bundle's
+# own) plan a mixture of forms by layer. PLAN: the file that holds it, which you may edit, or your own.
+# ANY_SHAPE=1: the least error, and not the shape for which vMLX has fused kernels.
+FIT ?=
+SIZE ?=
+CONTEXT ?=
+ANY_SHAPE ?=
+PLAN ?= $(if $(FIT)$(SIZE),$(BUNDLE).plan.json)
+ifneq ($(PLAN),)
+QUANTIZER = mixture
+endif
 # Processors that requantize uses; empty for all.
 JOBS ?=
 # What verify looks at: 1 for headers and JSON, 2 for every number too.
@@ -97,7 +108,7 @@ all: $(STAMPS)/verify.stamp ## build the bundle: every stage from check to verif
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z_]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "Settings (make NAME=value, or config.mk): MODEL REPO REVISION SOURCE BUNDLE REFERENCE"
-	@echo "  CONVERTER QUANTIZER IMATRIX LOW_DISK SHARD_BYTES STACK TOOLCHAIN_PYTHON PORT JOBS LEVEL"
+	@echo "  CONVERTER QUANTIZER IMATRIX FIT SIZE CONTEXT ANY_SHAPE PLAN LOW_DISK SHARD_BYTES STACK TOOLCHAIN_PYTHON PORT JOBS LEVEL"
 	@echo "  VERIFY_HASHES PYTHON3; README.md tells what they mean."
 
 # The values that stages depend on. Rewritten only when one of them changes.
@@ -105,7 +116,8 @@ $(STAMPS)/settings: FORCE
 	@mkdir -p $(STAMPS)
 	@printf '%s\n' 'SOURCE=$(SOURCE)' 'BUNDLE=$(BUNDLE)' 'REPO=$(REPO)' 'REVISION=$(REVISION)' \
 	  'REFERENCE=$(REFERENCE)' 'TOOLCHAIN_PYTHON=$(TOOLCHAIN_PYTHON)' 'CONVERTER=$(CONVERTER)' \
-	  'QUANTIZER=$(QUANTIZER)' 'IMATRIX=$(IMATRIX)' > $@.new
+	  'QUANTIZER=$(QUANTIZER)' 'IMATRIX=$(IMATRIX)' 'FIT=$(FIT)' 'SIZE=$(SIZE)' 'CONTEXT=$(CONTEXT)' \
+  'ANY_SHAPE=$(ANY_SHAPE)' 'PLAN=$(PLAN)' > $@.new
 	@cmp -s $@.new $@ || cp $@.new $@
 	@rm -f $@.new
 
@@ -136,6 +148,8 @@ venv: .venv/installed $(TOOLCHAIN) ## make .venv for the scripts and .toolchain/
 # -------------------------------------------------------------------------------------- stages
 
 # Can the build succeed? Toolchain, volumes, free space. Writes nothing.
+GOAL = $(if $(FIT),--fit '$(FIT)') $(if $(SIZE),--size '$(SIZE)') $(if $(CONTEXT),--context '$(CONTEXT)')
+PLANNED = $(if $(PLAN),--plan '$(PLAN)')
 .PHONY: check
 check: $(STAMPS)/check.stamp ## say whether the build can succeed: toolchain, volumes, free space
 $(STAMPS)/check.stamp: $(CORE) $(needs_check) patches/load_jangtq.patch patches/mlx_model.patch
@@ -143,7 +157,7 @@ $(STAMPS)/check.stamp: $(CORE) $(needs_check) patches/load_jangtq.patch patches/
 	$(PYTHON) scripts/check.py $(FOLDERS) --python '$(TOOLCHAIN_PYTHON)' \
 	  --repo '$(REPO)' --revision '$(REVISION)' --converter '$(CONVERTER)' --quantizer '$(QUANTIZER)' \
 	  $(if $(SHARD_BYTES),--shard-bytes $(SHARD_BYTES)) $(if $(IMATRIX),--imatrix '$(IMATRIX)') \
-	  $(if $(LOW_DISK),--low-disk)
+	  $(if $(LOW_DISK),--low-disk) $(PLANNED) $(GOAL)
 	touch $@
 
 # Mends the installed jang_tools. Belongs to the toolchain, not to the bundle.
@@ -169,12 +183,28 @@ $(STAMPS)/download.stamp: $(STAMPS)/patch_loader.stamp $(needs_download)
 	  $(if $(VERIFY_HASHES),--verify-hashes) $(if $(LOW_DISK),--low-disk)
 	touch $@
 
-QUANTIZE = --quantizer '$(QUANTIZER)' $(if $(IMATRIX),--imatrix '$(IMATRIX)') $(if $(JOBS),--jobs $(JOBS))
+# A sample of the experts, 0.3 GB of Flash: which form each layer gets. A plan that is there is kept.
+.PHONY: plan
+plan: $(STAMPS)/plan.stamp ## plan which layer gets how many bits, to FIT=96GB or SIZE=88GB
+$(STAMPS)/plan.stamp: $(STAMPS)/download.stamp $(needs_plan)
+	rm -f $@
+	$(if $(FIT)$(SIZE),$(PYTHON) scripts/plan.py --source '$(SOURCE)' $(PLANNED) $(GOAL) \
+	  $(if $(IMATRIX),--imatrix '$(IMATRIX)') $(if $(JOBS),--jobs $(JOBS)) \
+	  $(if $(SHARD_BYTES),--shard-bytes $(SHARD_BYTES)) $(if $(LOW_DISK),--low-disk) \
+	  $(if $(ANY_SHAPE),--any-shape), @echo 'plan: none asked for; $(if $(PLAN),$(PLAN),QUANTIZER=$(QUANTIZER))')
+	touch $@
+
+# What the plan says; changed when the plan was edited.
+$(STAMPS)/plan: $(STAMPS)/plan.stamp FORCE
+	@$(if $(PLAN),cmp -s '$(PLAN)' $@ || cp '$(PLAN)' $@,test -e $@ || touch $@)
+
+QUANTIZE = --quantizer '$(QUANTIZER)' $(if $(IMATRIX),--imatrix '$(IMATRIX)') $(if $(JOBS),--jobs $(JOBS)) \
+  $(PLANNED)
 # The bundle's tensors, 180 GB, at about the speed of copying: experts to 4-bit affine, other matrices
 # to 8-bit. CONVERTER=jang: hours, and experts that are FP4 bytes under an affine label.
 .PHONY: convert
 convert: $(STAMPS)/convert.stamp ## convert the source into a new bundle (CONVERTER, LOW_DISK)
-$(STAMPS)/convert.stamp: $(STAMPS)/download.stamp $(needs_convert)
+$(STAMPS)/convert.stamp: $(STAMPS)/plan.stamp $(STAMPS)/plan $(needs_convert)
 	rm -f $@
 	$(PYTHON) scripts/convert.py $(FOLDERS) --converter '$(CONVERTER)' --python '$(TOOLCHAIN_PYTHON)' \
 	  $(QUANTIZE) $(if $(SHARD_BYTES),--shard-bytes $(SHARD_BYTES)) \

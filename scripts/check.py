@@ -5,8 +5,8 @@ and its packages; at what these versions mean for the user, and those inside /Ap
 (works, works after patch_loader, known to fail because …, unknown); at the loader patches, the
 volumes, and the free space against what is really needed: the hub's file sizes for the download,
 and for the bundle its exact size, computed from the source's safetensors headers (the hub's by
-ranged requests when the source is not there yet). Writes nothing. Exit 1 when the build could not
-succeed; a line with ?? does not stop it.
+ranged requests when the source is not there yet); and which Mac that size fits. Writes nothing.
+Exit 1 when the build could not succeed; a line with ?? does not stop it.
 
     .venv/bin/python scripts/check.py --source DIR --bundle DIR [--python PYTHON] [--repo REPO]
 """
@@ -24,9 +24,10 @@ from dsv4.hub.fetching import recorded, remaining
 from dsv4.hub.origin import read_record
 from dsv4.making import low_disk
 from dsv4.making.marks import converted_by
+from dsv4.model import memory
 from dsv4.model.implied import check_whole
-from dsv4.model.opening import open_bundle, open_source
-from dsv4.model.plan import SHARD_BYTES, plan_shards
+from dsv4.model.opening import open_bundle, open_source, read_config
+from dsv4.model.plan import SHARD_BYTES, ShardPlan, plan_shards
 from dsv4.model.roles import place_of
 from dsv4.proof import stacks
 from dsv4.runtime import patches, toolchain
@@ -37,6 +38,7 @@ from dsv4.storage.checkpoint import INDEX
 from dsv4.storage.durable import human
 from dsv4.storage.shard import Tensor
 from dsv4.storage.space import workplace_of
+from dsv4.weights import sampling
 from dsv4.weights.quantizer import add_choice, check_choice, chosen, named
 from dsv4.words import LINE, plain
 
@@ -203,21 +205,20 @@ def tensors_of(source: Path, repo: str, revision: str) -> dict[str, Tensor]:
         return remote.tensors(repo, revision)
 
 
-def bundle_need(args: argparse.Namespace) -> tuple[Line, int]:
-    """The bundle's final size, and the bytes that its volume must still take for it.
+def bundle_need(args: argparse.Namespace) -> tuple[list[Line], int]:
+    """The bundle's final size, the Mac that it fits, and the bytes that its volume must still take.
 
     The size is that of the plan by which convert writes the shards; what is there already, of a
     bundle or a killed run, is taken off, and one shard is made room for.
     """
     try:
-        tensors = tensors_of(args.source, args.repo, args.revision)
-        fitted = args.imatrix or args.plan
-        quantizer = chosen(args, open_source(args.source)) if fitted else named(args.quantizer)
-        mark = converted_by(None, quantizer)
-        shards = plan_shards(tensors, quantizer.form, mark, args.shard_bytes)
+        shards, goal = planned(args)
     except Stop as stop:
-        return Line(False, "bundle size", f"unknown ({stop})"), 0
-    final = sum(shard.size for shard in shards)
+        return [Line(False, "bundle size", f"unknown ({stop})")], 0
+    final = goal or sum(shard.size for shard in shards)
+    if goal and sum(shard.size for shard in shards) > goal:
+        least = f"{human(goal)} asked for, {human(sum(shard.size for shard in shards))} at least"
+        return [Line(False, "bundle size", least, "ask for a larger one, or a larger Mac")], 0
     try:
         have = open_bundle(args.bundle).nbytes
     except Stop:
@@ -225,7 +226,34 @@ def bundle_need(args: argparse.Namespace) -> tuple[Line, int]:
     largest = max(shard.size for shard in shards)
     spare = largest if have or args.converter == "jang" else 0  # rewritten by requantize
     needed = max(0, final - have) + spare
-    return Line(True, "bundle size", f"{human(final)} finished, {human(have)} there"), needed
+    about = "at most " * bool(goal)
+    size = Line(True, "bundle size", f"{about}{human(final)} finished, {human(have)} there")
+    return [size, *memory_line(args, final)], needed
+
+
+def planned(args: argparse.Namespace) -> tuple[list[ShardPlan], int]:
+    """The bundle's shards, and 0; before a plan of its mixture is there the smallest shards that a
+    mixture can have, and the bytes that were asked for.
+    """
+    tensors = tensors_of(args.source, args.repo, args.revision)
+    if args.quantizer == "mixture" and (args.fit or args.size) and not args.plan.is_file():
+        config = read_config(args.source) if args.fit else {}
+        goal, smallest = memory.goal_of(args, config), named(sampling.CHOICES[0])
+        mark = converted_by(None, smallest)
+        return plan_shards(tensors, smallest.form, mark, args.shard_bytes), max(1, goal)
+    fitted = args.imatrix or args.plan
+    quantizer = chosen(args, open_source(args.source)) if fitted else named(args.quantizer)
+    mark = converted_by(None, quantizer)
+    return plan_shards(tensors, quantizer.form, mark, args.shard_bytes), 0
+
+
+def memory_line(args: argparse.Namespace, final: int) -> list[Line]:
+    """Which Mac the bundle fits; nothing while there is no config.json to tell the cache."""
+    if not (args.source / "config.json").is_file():
+        return []
+    config = read_config(args.source)
+    said = memory.fit_in_words(config, final, args.context, args.fit or 0)
+    return [Line(True, "memory", said, doubt="does not" in said)]
 
 
 def check_space(source: Path, bundle: Path, fetch: int, build: int) -> list[Line]:
@@ -256,6 +284,7 @@ def main() -> int:
     parser.add_argument("--shard-bytes", type=parse_bytes, default=SHARD_BYTES)
     parser.add_argument("--low-disk", action="store_true")
     add_choice(parser)
+    memory.add_goal(parser, required=False)
     args = parser.parse_args()
     check_choice(parser, args)
     source, bundle = args.source, place_of(args.bundle, args.source)
@@ -265,8 +294,8 @@ def main() -> int:
     lines += [check_volume("source volume", source), check_volume("bundle volume", bundle)]
     need = low_disk_need if args.low_disk else source_need
     source_line, fetch = need(source, args.repo, args.revision)
-    bundle_line, build = bundle_need(args)
-    lines += [source_line, bundle_line, *check_space(source, bundle, fetch, build)]
+    bundle_lines, build = bundle_need(args)
+    lines += [source_line, *bundle_lines, *check_space(source, bundle, fetch, build)]
     print(*lines, sep="\n")
     failed = [line for line in lines if not line.holds]
     if failed:

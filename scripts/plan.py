@@ -35,7 +35,7 @@ from dsv4.making.marks import fingerprint
 from dsv4.model import memory
 from dsv4.model.opening import open_source
 from dsv4.model.plan import SHARD_BYTES
-from dsv4.settings import cores, parse_bytes, parse_jobs, parse_memory, parse_size, parse_tokens
+from dsv4.settings import cores, parse_bytes, parse_jobs
 from dsv4.stop import Stop, run
 from dsv4.storage import locks
 from dsv4.storage.checkpoint import Checkpoint, read_json
@@ -52,10 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--source", type=Path, required=True)
     parser.add_argument("--plan", type=Path, required=True, help="the file to write")
-    goal = parser.add_mutually_exclusive_group(required=True)
-    goal.add_argument("--fit", type=parse_memory, metavar="96GB", help="a Mac's memory")
-    goal.add_argument("--size", type=parse_size, metavar="88GB", help="the bundle's size")
-    parser.add_argument("--context", type=parse_tokens, default=memory.CONTEXT, metavar="TOKENS")
+    memory.add_goal(parser, required=True)
     parser.add_argument("--imatrix", type=Path, help="importance of columns (.dat)")
     parser.add_argument("--any-shape", action="store_true", help="not only what vMLX has fused")
     parser.add_argument("--shard-bytes", type=parse_bytes, default=SHARD_BYTES)
@@ -96,18 +93,11 @@ def asked(args: argparse.Namespace, source: Checkpoint, importance: Importance) 
         "source": fingerprint(source),
         "imatrix": importance.digest,
         "fit": args.fit,
-        "size": wanted(args, source),
+        "size": memory.goal_of(args, source.config),
         "context": args.context,
         "any_shape": args.any_shape,
         "sample": {"experts": sampling.EXPERTS, "weights": sampling.WEIGHTS},
     }
-
-
-def wanted(args: argparse.Namespace, source: Checkpoint) -> int:
-    """The bytes that the bundle may have."""
-    if args.size:
-        return args.size
-    return max(0, memory.room(source.config, args.fit, args.context))
 
 
 def main() -> int:

@@ -18,13 +18,29 @@ prompt and MLX's own cache; it was not measured on a Mac.
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
+
+from dsv4.settings import parse_memory, parse_size, parse_tokens
 
 GIB = 1 << 30
 MACS = tuple(n * GIB for n in (64, 96, 128, 192, 256, 512))
 SERVER = 3 * GIB
 LEFT = 4 * GIB
 CONTEXT = 32768  # tokens, unless another number is asked for
+
+
+def add_goal(parser: argparse.ArgumentParser, required: bool) -> None:
+    """The options by which a command is told what a bundle is to fit."""
+    goal = parser.add_mutually_exclusive_group(required=required)
+    goal.add_argument("--fit", type=parse_memory, metavar="96GB", help="a Mac's memory")
+    goal.add_argument("--size", type=parse_size, metavar="88GB", help="the bundle's size")
+    parser.add_argument("--context", type=parse_tokens, default=CONTEXT, metavar="TOKENS")
+
+
+def goal_of(args: argparse.Namespace, config: dict[str, Any]) -> int:
+    """The bytes that the bundle may have, by these options."""
+    return args.size or max(0, room(config, args.fit, args.context))
 
 
 def wired_by_default(memory: int) -> int:

@@ -18,6 +18,7 @@ import numpy as np
 from dsv4.model import labels
 from dsv4.model.names import GROUP
 from dsv4.model.plan import Form
+from dsv4.stop import Stop
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.weights import affine, exact, fp4, least_squares, matrices, optimal
 from dsv4.weights.affine import Tally
@@ -338,5 +339,8 @@ def chosen(args: argparse.Namespace, source: Checkpoint) -> Quantizer:
         imatrix = open_imatrix(args.imatrix)
         importance = importances(imatrix, source)
         say(coverage(importance.columns, imatrix, source))
+    if args.quantizer == "mixture" and args.plan is None:
+        raise Stop("--quantizer mixture", "no plan", "the one that the bundle was made by",
+                   "name it: PLAN=FILE")  # fmt: skip
     stacks = read_plan(args.plan, source) if args.plan else None
     return named(args.quantizer, importance, stacks)
