@@ -23,11 +23,11 @@ from dsv4.hub import client, remote
 from dsv4.hub.fetching import recorded, remaining
 from dsv4.hub.origin import read_record
 from dsv4.making import low_disk
-from dsv4.making.marks import converted_by
+from dsv4.making.fitting import planned
 from dsv4.model import memory
 from dsv4.model.implied import check_whole
 from dsv4.model.opening import open_bundle, open_source, read_config
-from dsv4.model.plan import SHARD_BYTES, ShardPlan, plan_shards
+from dsv4.model.plan import SHARD_BYTES
 from dsv4.model.roles import place_of
 from dsv4.proof import stacks
 from dsv4.runtime import patches, toolchain
@@ -38,8 +38,7 @@ from dsv4.storage.checkpoint import INDEX
 from dsv4.storage.durable import human
 from dsv4.storage.shard import Tensor
 from dsv4.storage.space import workplace_of
-from dsv4.weights import sampling
-from dsv4.weights.quantizer import add_choice, check_choice, chosen, named
+from dsv4.weights.quantizer import add_choice, check_choice
 from dsv4.words import LINE, plain
 
 NEEDED = {
@@ -212,12 +211,13 @@ def bundle_need(args: argparse.Namespace) -> tuple[list[Line], int]:
     bundle or a killed run, is taken off, and one shard is made room for.
     """
     try:
-        shards, goal = planned(args)
+        shards, goal = planned(args, tensors_of(args.source, args.repo, args.revision))
     except Stop as stop:
         return [Line(False, "bundle size", f"unknown ({stop})")], 0
-    final = goal or sum(shard.size for shard in shards)
-    if goal and sum(shard.size for shard in shards) > goal:
-        least = f"{human(goal)} asked for, {human(sum(shard.size for shard in shards))} at least"
+    total = sum(shard.size for shard in shards)
+    final = goal or total
+    if total > final:
+        least = f"{human(goal)} asked for, {human(total)} at least"
         return [Line(False, "bundle size", least, "ask for a larger one, or a larger Mac")], 0
     try:
         have = open_bundle(args.bundle).nbytes
@@ -229,22 +229,6 @@ def bundle_need(args: argparse.Namespace) -> tuple[list[Line], int]:
     about = "at most " * bool(goal)
     size = Line(True, "bundle size", f"{about}{human(final)} finished, {human(have)} there")
     return [size, *memory_line(args, final)], needed
-
-
-def planned(args: argparse.Namespace) -> tuple[list[ShardPlan], int]:
-    """The bundle's shards, and 0; before a plan of its mixture is there the smallest shards that a
-    mixture can have, and the bytes that were asked for.
-    """
-    tensors = tensors_of(args.source, args.repo, args.revision)
-    if args.quantizer == "mixture" and (args.fit or args.size) and not args.plan.is_file():
-        config = read_config(args.source) if args.fit else {}
-        goal, smallest = memory.goal_of(args, config), named(sampling.CHOICES[0])
-        mark = converted_by(None, smallest)
-        return plan_shards(tensors, smallest.form, mark, args.shard_bytes), max(1, goal)
-    fitted = args.imatrix or args.plan
-    quantizer = chosen(args, open_source(args.source)) if fitted else named(args.quantizer)
-    mark = converted_by(None, quantizer)
-    return plan_shards(tensors, quantizer.form, mark, args.shard_bytes), 0
 
 
 def memory_line(args: argparse.Namespace, final: int) -> list[Line]:

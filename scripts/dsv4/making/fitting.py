@@ -8,6 +8,7 @@ weights can tell. The choice itself is exact (knapsack.py).
 
 from __future__ import annotations
 
+import argparse
 import itertools
 from collections import Counter
 from collections.abc import Mapping
@@ -15,17 +16,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsv4.making.marks import converted_by
+from dsv4.model import memory
 from dsv4.model.labels import MXFP4, parts_of
 from dsv4.model.names import PROJECTION, stack_of
-from dsv4.model.opening import expert_bases
-from dsv4.model.plan import Form, plan_shards
+from dsv4.model.opening import expert_bases, open_source, read_config
+from dsv4.model.plan import Form, ShardPlan, plan_shards
 from dsv4.stop import Stop
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.durable import human
-from dsv4.storage.shard import Slot
+from dsv4.storage.shard import Slot, Tensor
 from dsv4.weights import knapsack
 from dsv4.weights.mixture import label_named
-from dsv4.weights.quantizer import Mixture
+from dsv4.weights.quantizer import Mixture, Quantizer, chosen, named
+from dsv4.weights.sampling import CHOICES
 
 PROJECTIONS = tuple(PROJECTION.values())  # gate, down, up
 # The shapes of a layer for which vMLX 1.6.81 has fused Metal kernels (affine_moe_decode), and the
@@ -158,3 +161,23 @@ def describe(fit: Fit) -> str:
             f"that the error could be {least:.1%}: --any-shape"
         )
     return "\n".join(lines)
+
+
+def planned(args: argparse.Namespace, tensors: Mapping[str, Tensor]) -> tuple[list[ShardPlan], int]:
+    """The bundle's shards by its options, and 0; before a plan of a mixture is there the smallest
+    shards that it can have, and the bytes that it may take: those asked for, or all exact.
+
+    Raises Stop as `chosen` and `plan_shards` do.
+    """
+
+    def shards(quantizer: Quantizer) -> list[ShardPlan]:
+        mark = converted_by(None, quantizer)
+        return plan_shards(tensors, quantizer.form, mark, args.shard_bytes)
+
+    if args.quantizer == "mixture" and (args.fit or args.size) and not args.plan.is_file():
+        there = (args.source / "config.json").is_file()
+        goal = memory.goal_of(args, read_config(args.source) if there else {})
+        most = sum(shard.size for shard in shards(named(CHOICES[-1])))
+        return shards(named(CHOICES[0])), max(1, min(goal, most))
+    fitted = args.imatrix or args.plan
+    return shards(chosen(args, open_source(args.source)) if fitted else named(args.quantizer)), 0

@@ -54,10 +54,9 @@ def wired_at_most(memory: int) -> int:
 
 
 def cache_bytes(config: dict[str, Any], tokens: int) -> int:
-    """What the cache of a context of so many tokens takes."""
-    ratios = config.get("compress_ratios") or []
-    ratios = ratios[: config["num_hidden_layers"]]
-    window, head = config.get("sliding_window", 0), config["head_dim"]
+    """What the cache of a context of so many tokens takes; 0 while there is no config.json."""
+    ratios = (config.get("compress_ratios") or [])[: config.get("num_hidden_layers", 0)]
+    window, head = config.get("sliding_window", 0), config.get("head_dim", 0)
     numbers = 0
     for ratio in ratios:
         numbers += window * head
