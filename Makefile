@@ -190,7 +190,7 @@ $(STAMPS)/plan.stamp: $(STAMPS)/download.stamp $(needs_plan)
 	rm -f $@
 	$(if $(FIT)$(SIZE),$(PYTHON) scripts/plan.py --source '$(SOURCE)' $(PLANNED) $(GOAL) \
 	  $(if $(IMATRIX),--imatrix '$(IMATRIX)') $(if $(JOBS),--jobs $(JOBS)) \
-	  $(if $(SHARD_BYTES),--shard-bytes $(SHARD_BYTES)) $(if $(LOW_DISK),--low-disk) \
+	  $(if $(SHARD_BYTES),--shard-bytes $(SHARD_BYTES)) $(if $(LOW_DISK),--low-disk --repo '$(REPO)') \
 	  $(if $(ANY_SHAPE),--any-shape), @echo 'plan: none asked for; $(if $(PLAN),$(PLAN),QUANTIZER=$(QUANTIZER))')
 	touch $@
 

@@ -21,23 +21,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from dsv4.hub import client, fetching
-from dsv4.hub.origin import read_record
 from dsv4.making import fitting, low_disk
-from dsv4.making.low_disk import Supply
 from dsv4.making.marks import fingerprint
 from dsv4.model import memory
-from dsv4.model.opening import open_source
 from dsv4.model.plan import SHARD_BYTES
 from dsv4.settings import cores, parse_bytes, parse_jobs
-from dsv4.stop import Stop, run
-from dsv4.storage import locks
+from dsv4.stop import run
 from dsv4.storage.checkpoint import Checkpoint, read_json
 from dsv4.storage.durable import human, write_json
 from dsv4.storage.reading import Reader
@@ -56,25 +50,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--imatrix", type=Path, help="importance of columns (.dat)")
     parser.add_argument("--any-shape", action="store_true", help="not only what vMLX has fused")
     parser.add_argument("--shard-bytes", type=parse_bytes, default=SHARD_BYTES)
-    parser.add_argument("--low-disk", action="store_true", help="read from the hub")
+    low_disk.add_options(parser)
     parser.add_argument("--dry-run", action="store_true", help="write nothing")
     parser.add_argument("--jobs", type=parse_jobs, default=cores())
     return parser.parse_args()
-
-
-@contextlib.contextmanager
-def opened(args: argparse.Namespace) -> Iterator[tuple[Checkpoint, sampling.Read]]:
-    """The source and what reads it: its files, or with --low-disk the hub."""
-    if not args.low_disk:
-        with contextlib.closing(Reader()) as reader:
-            yield open_source(args.source), reader.read
-        return
-    if (record := read_record(args.source)) is None:
-        raise Stop(f"{args.source}", "no download prepared", "one", low_disk.AGAIN)
-    client.quiet()
-    supply = Supply(args.source, record, fetching.PATIENCE, fetching.WORKERS)
-    with locks.held(args.source), low_disk.skeleton(args.source, record) as headers:
-        yield headers, supply.read
 
 
 def importance_of(args: argparse.Namespace, source: Checkpoint) -> Importance:
@@ -103,7 +82,7 @@ def asked(args: argparse.Namespace, source: Checkpoint, importance: Importance) 
 def main() -> int:
     """Plan, or recognise the plan that is there. Returns 0."""
     args = parse_arguments()
-    with opened(args) as (source, read):
+    with low_disk.opened(args) as (_, source, supply), contextlib.closing(Reader()) as reader:
         importance = importance_of(args, source)
         head = asked(args, source, importance)
         there = read_json(args.plan) if args.plan.is_file() else {}
@@ -112,6 +91,7 @@ def main() -> int:
             return 0
         stacks = sampling.sampled(source)
         with tqdm(total=len(stacks), unit="stack", desc="plan", disable=None) as bar:
+            read = supply.read if supply else reader.read
             errors = sampling.errors(source, read, importance, args.jobs, bar.update)
     planner = fitting.Planner(source, errors, args.shard_bytes)
     fit = planner.fit(head["size"], args.any_shape)
