@@ -60,7 +60,7 @@ def curves(some: list[Curve], marks: dict[str, float], axes_names: tuple[str, st
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fixed", "font.size": 9}):
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         axes = figure.subplots()
-        for curve in some:
+        for curve in filter(lambda one: one.points, some):
             x, y, names = zip(*sorted(curve.points), strict=True)
             axes.plot(x, y, "o-" if curve.joined else "o", label=curve.name, markersize=4)
             for point in zip(x, y, names, strict=True):
