@@ -84,7 +84,7 @@ def make(name: str, bundle: Path) -> None:
     """A bundle of the nano; a mixture's name is its bits and, with "any", that shapes are free."""
     options: tuple[object, ...] = ("--quantizer", name)
     if name.startswith("mixture"):
-        plan, bits = bundle.with_suffix(".json"), float(name.split()[1])
+        plan, bits = bundle.with_name(f"{bundle.name}.json"), float(name.split()[1])
         options = ("--quantizer", "mixture", "--plan", plan)
         size = NANO_REST + int(NANO_BITS * bits)
         shape = ["--any-shape"] * name.endswith("any")
