@@ -3,6 +3,8 @@
 They are made once a session and never written to; a test that changes one takes a copy.
 """
 
+import atexit
+import functools
 import json
 import os
 import select
@@ -10,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,10 +27,68 @@ sys.path[:0] = [str(SCRIPTS), str(SCRIPTS / "lab")]
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+class Commands:
+    """Runs of the scripts that share the import of other people's packages, half their time.
+
+    One process imports these (MLX it must not: it has threads) and forks for each run, which then
+    imports our own modules and runs the script as `python scripts/NAME.py` would.
+    """
+
+    CODE = """
+import json, os, runpy, sys
+import huggingface_hub, jinja2, numba, portalocker, tokenizers, tqdm
+for line in sys.stdin:
+    argv, cwd, *files = json.loads(line)
+    pid = os.fork()
+    if not pid:
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+else:
+    sys.exit()
+os.chdir(cwd)
+for number, path in enumerate((os.devnull, *files)):
+    os.dup2(os.open(path, os.O_RDWR), number)
+sys.argv[:], sys.path[0] = argv, os.path.dirname(argv[0])
+runpy.run_path(argv[0], run_name="__main__")
+"""
+
+    def __init__(self) -> None:
+        self.environ = environ()
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", self.CODE], text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        atexit.register(self._process.communicate)
+
+    def run(self, argv: list[str]) -> subprocess.CompletedProcess:
+        """As subprocess.run does it, stdout and stderr captured as text."""
+        with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as err:
+            order = json.dumps([argv, str(Path.cwd()), out.name, err.name])
+            print(order, file=self._process.stdin, flush=True)
+            status = int(self._process.stdout.readline())
+            said = [Path(file.name).read_text() for file in (out, err)]
+        return subprocess.CompletedProcess([sys.executable, *argv], status, *said)
+
+
+def environ() -> dict[str, str]:
+    """The environment, without what pytest puts there for each test."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+
+
+@functools.cache
+def commands() -> Commands:
+    return Commands()
+
+
 def script(name: str, *arguments: object, **options: object) -> subprocess.CompletedProcess:
-    """Run scripts/NAME.py, or `lab/NAME`, as a user does; stdout and stderr are captured."""
-    command = [sys.executable, str(SCRIPTS / f"{name}.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, **options)
+    """Run scripts/NAME.py, or `lab/NAME`, as a user does; stdout and stderr are captured.
+
+    With options of subprocess.run, or in another environment, in a Python of its own.
+    """
+    argv = [str(SCRIPTS / f"{name}.py"), *map(str, arguments)]
+    if not options and environ() == commands().environ:
+        return commands().run(argv)
+    return subprocess.run([sys.executable, *argv], capture_output=True, text=True, **options)
 
 
 def must(name: str, *arguments: object) -> str:
