@@ -10,15 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from dsv4.model.labels import parts_of
-from dsv4.model.names import most_zeros
 from dsv4.stop import Stop
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.rewrite import Desk, NewShard, Piece, Target
 from dsv4.storage.shard import Slot, Tensor
-from dsv4.storage.zeros import check_hole
 from dsv4.weights.affine import BadGroup, Tally
 from dsv4.weights.imatrix import usable
 from dsv4.weights.quantizer import Quantizer
+from dsv4.weights.source import read_bytes
 from dsv4.words import plain
 
 PIECE_BYTES = 2 << 20  # of packed source codes: few system calls, still near a core's own cache
@@ -57,14 +56,8 @@ class QuantizePiece:
         """Read and quantize the rows. Raises Stop for a group without such a form."""
         rows, half = self.last - self.first, self.weight.shape[1]
         groups = self.scale.shape[1]
-        packed = desk.buffer("packed", rows * half)
-        exponents = desk.buffer("exponents", rows * groups)
-        desk.read(self.weight.path, self.weight.offset + self.first * half, packed)
-        desk.read(self.scale.path, self.scale.offset + self.first * groups, exponents)
-        for tensor, data in ((self.weight, packed), (self.scale, exponents)):
-            offset = tensor.offset + self.first * (tensor.nbytes // tensor.shape[0])
-            hole = most_zeros(tensor.name, tensor.dtype, tensor.nbytes)
-            check_hole(tensor.path, tensor.name, data, offset, hole)
+        packed = read_bytes(desk, self.weight, self.first * half, rows * half, "packed")
+        exponents = read_bytes(desk, self.scale, self.first * groups, rows * groups, "exponents")
         parts = {part: desk.buffer(part, rows * n) for part, n in self._row_bytes().items()}
         weights = self.importance
         if weights is not None:

@@ -25,7 +25,6 @@ import numpy as np
 from dsv4.stop import Stop, naming
 from dsv4.storage.durable import Replacement
 from dsv4.storage.shard import REDO
-from dsv4.storage.zeros import check_hole
 
 COPY_BYTES = 4 << 20
 
@@ -148,8 +147,6 @@ class CopyPiece:
     offset: int
     place: int
     nbytes: int
-    name: str = ""
-    hole: int | None = None  # so many zeros in a row stop the copy
 
     @property
     def nbytes_read(self) -> int:
@@ -160,16 +157,13 @@ class CopyPiece:
         """Copy through a buffer of at most COPY_BYTES."""
         data = desk.buffer("copy", self.nbytes)
         desk.read(self.path, self.offset, data)
-        check_hole(self.path, self.name, data, self.offset, self.hole)
         target.write(self.place, data)
 
 
-def copy_pieces(
-    path: Path, offset: int, place: int, nbytes: int, name: str = "", hole: int | None = None
-) -> list[CopyPiece]:
+def copy_pieces(path: Path, offset: int, place: int, nbytes: int) -> list[CopyPiece]:
     """Cut a copy of any size into pieces of at most COPY_BYTES."""
     return [
-        CopyPiece(path, offset + done, place + done, min(COPY_BYTES, nbytes - done), name, hole)
+        CopyPiece(path, offset + done, place + done, min(COPY_BYTES, nbytes - done))
         for done in range(0, nbytes, COPY_BYTES)
     ]
 
