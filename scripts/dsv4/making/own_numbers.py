@@ -28,7 +28,7 @@ from dsv4.storage.rewrite import Desk, Target
 from dsv4.storage.shard import Tensor
 from dsv4.weights.fp8 import spread
 from dsv4.weights.quantizer import Lossless, Quantizer
-from dsv4.weights.source import read_bytes
+from dsv4.weights.source import blocks, read_bytes
 
 RECORD = (
     ".bfloats.json"  # beside the shards that are being made: what was found of the BF16 tensors
@@ -151,15 +151,17 @@ class Fp8Piece:
         """Copy codes, repeat scales. Raises Stop for a NaN among either."""
         rows, columns = self.last - self.first, self.weight.shape[1]
         if "weight" in self.places:
-            codes = read_bytes(desk, self.weight, self.first * columns, rows * columns, "codes")
-            self._check((codes & 127) == 127, codes, "code", columns, self.first)
-            target.write(self.places["weight"] + self.first * columns, codes)
+            for at, codes in blocks(
+                desk, self.weight, self.first * columns, rows * columns, columns
+            ):
+                self._check((codes & 127) == 127, codes, "code", columns, at // columns)
+                target.write(self.places["weight"] + at, codes)
         if "scales" in self.places:
-            blocks = self.scale.shape[1]
+            across = self.scale.shape[1]
             top, bottom = self.first // BLOCK, -(-self.last // BLOCK)
-            data = read_bytes(desk, self.scale, top * blocks, (bottom - top) * blocks, "exponents")
-            self._check(data == 255, data, "scale byte", blocks, top)
-            groups = spread(data.reshape(-1, blocks), rows, columns)
+            data = read_bytes(desk, self.scale, top * across, (bottom - top) * across, "exponents")
+            self._check(data == 255, data, "scale byte", across, top)
+            groups = spread(data.reshape(-1, across), rows, columns)
             target.write(self.places["scales"] + self.first * (columns // GROUP), groups)
             odd = int(((data < LEAST) | (data > GREATEST)).sum())
             self.ledger.note_scales(self.scale.name, odd)

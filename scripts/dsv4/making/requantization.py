@@ -66,7 +66,7 @@ class Plan:
         """Bytes by which the bundle grows for good, and bytes of the shards open at one time."""
         sizes = sorted((fate.size for fate in self.work), reverse=True)
         growth = sum(fate.size - fate.shard.size for fate in self.work)
-        return max(growth, 0), sum(sizes[: self.jobs])
+        return max(growth, 0), sum(sizes[: self.jobs + 1])
 
 
 @dataclass(frozen=True)
