@@ -71,7 +71,7 @@ class Replacement:
 
     def commit(self) -> None:
         """Make the bytes durable, then the name; `path` never names anything but whole files."""
-        with inside.naming(self.path):
+        with inside.naming_whole(self.path):
             self.file.flush()
             fsync(self.file.fileno())
             with contextlib.suppress(FileNotFoundError):

@@ -53,19 +53,19 @@ def parent(root: Path, name: str, make: bool = False) -> Iterator[tuple[int, str
 def _descend(handle: int, part: str, path: Path, make: bool) -> int:
     """Open a folder in an open folder, which is closed then."""
     if make and kind_at(handle, part) == NOTHING:
-        with contextlib.suppress(FileExistsError), naming(path):
+        with contextlib.suppress(FileExistsError), naming_whole(path):
             os.mkdir(part, dir_fd=handle)
             os.fsync(handle)
     if (found := kind_at(handle, part)) not in (DIRECTORY, NOTHING):
         raise Stop(f"{path}", found, f"a folder inside {path.parent}", AWAY)
-    with naming(path):
+    with naming_whole(path):
         below = os.open(part, _FOLDER_FLAGS | os.O_NOFOLLOW, dir_fd=handle)
     os.close(handle)
     return below
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
+def naming_whole(path: Path) -> Iterator[None]:
     """Give an operating-system error the whole path; relative to a descriptor it has a part."""
     try:
         yield
@@ -105,7 +105,7 @@ def open_own(root: Path, name: str, flags: int) -> int:
 
     Raises Stop for anything else: a link, or a file that lies elsewhere too.
     """
-    with parent(root, name, make=True) as (handle, last), naming(root / name):
+    with parent(root, name, make=True) as (handle, last), naming_whole(root / name):
         if (found := kind_at(handle, last)) in (FILE, NOTHING):
             how = flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             file = os.open(last, how, 0o666, dir_fd=handle)
@@ -123,7 +123,7 @@ def create_anew(handle: int, last: str, path: Path) -> int:
     found = kind_at(handle, last)
     if found not in (FILE, NOTHING):
         raise Stop(f"{path}", found, "no file, or what a killed run left", AWAY)
-    with naming(path):
+    with naming_whole(path):
         if found == FILE:
             os.unlink(last, dir_fd=handle)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -140,7 +140,7 @@ def move(root: Path, name: str, target: str, make: bool = False) -> None:
     with (
         parent(root, name) as (old, source),
         parent(root, target, make) as (new, last),
-        naming(root / target),
+        naming_whole(root / target),
     ):
         rename(old, source, new, last)
         os.fsync(new)
@@ -158,7 +158,7 @@ def remove(root: Path, name: str) -> bool:
     """Remove a plain file or a link itself; False when nothing is there. Raises Stop else."""
     if expect(root, name, FILE, LINK, NOTHING) == NOTHING:
         return False
-    with parent(root, name) as (handle, last), naming(root / name):
+    with parent(root, name) as (handle, last), naming_whole(root / name):
         os.unlink(last, dir_fd=handle)
         os.fsync(handle)
     return True
