@@ -36,8 +36,9 @@ from dsv4.model.implied import TOP
 from dsv4.model.opening import MODEL_TYPE, open_bundle
 from dsv4.runtime.upstream import CONVERTER
 from dsv4.stop import Stop, run
+from dsv4.storage import volume
 from dsv4.storage.checkpoint import INDEX
-from dsv4.storage.durable import fsync, human
+from dsv4.storage.durable import human
 from dsv4.storage.shard import Planned, read_array, write_shard
 from dsv4.weights.fp8 import BLOCK
 
@@ -129,7 +130,7 @@ def read_and_write(source: Path, written: int, target: Path) -> None:
         with path.open("rb", buffering=0) as reader, (target / path.name).open("wb", 0) as writer:
             while n := reader.readinto(buffer[:PIECE]):
                 writer.write(buffer[: round(n * ratio)])
-            fsync(writer.fileno())
+            volume.flush(writer.fileno(), target / path.name)
 
 
 def native(times: Times, source: Path, bundle: Path) -> None:

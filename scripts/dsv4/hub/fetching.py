@@ -19,9 +19,8 @@ from dsv4.hub.origin import RECORD, Record, read_record
 from dsv4.hub.refusals import Gone
 from dsv4.hub.transfer import Interrupted, Transfer, file_hash, partial_for, size_of
 from dsv4.stop import Stop
-from dsv4.storage import inside, space
+from dsv4.storage import inside
 from dsv4.storage.checkpoint import INDEX, read_index
-from dsv4.storage.durable import human
 
 PATIENCE = 300  # seconds without a byte, after which a transfer gives up
 WORKERS = 4  # files at once: one HTTP stream seldom fills a fast line
@@ -138,16 +137,6 @@ def hash_present(source: Path, record: Record, again: bool) -> None:
             f"the bytes of {record.commit[:12]}",
             "moved aside as .bad; run the same command again to fetch the right ones",
         )
-
-
-def check_room(source: Path, needed: int) -> None:
-    """Raise Stop when the volume cannot hold what is still to be fetched."""
-    free = space.free(source)
-    if needed > free:
-        raise Stop(
-            f"{source}", f"{human(free)} free", f"{human(needed)} for what is still to fetch",
-            "free space, or set SOURCE to another volume",
-        )  # fmt: skip
 
 
 def check_listing(source: Path, record: Record) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dsv4.stop import Stop
+from dsv4.storage import volume
 from dsv4.words import shown
 
 FILE, DIRECTORY, LINK = "a file", "a folder", "a symbolic link"
@@ -55,7 +56,7 @@ def _descend(handle: int, part: str, path: Path, make: bool) -> int:
     if make and kind_at(handle, part) == NOTHING:
         with contextlib.suppress(FileExistsError), naming_whole(path):
             os.mkdir(part, dir_fd=handle)
-            os.fsync(handle)
+            volume.flush_folder(handle, path.parent)
     if (found := kind_at(handle, part)) not in (DIRECTORY, NOTHING):
         raise Stop(f"{path}", found, f"a folder inside {path.parent}", AWAY)
     with naming_whole(path):
@@ -87,7 +88,7 @@ def kind_at(handle: int, last: str) -> str:
 def kind(root: Path, name: str) -> str:
     """What lies under a name inside `root`. Raises Stop for a link on the way to it."""
     try:
-        with parent(root, name) as (handle, last):
+        with parent(root, name) as (handle, last), naming_whole(root / name):
             return kind_at(handle, last)
     except FileNotFoundError:
         return NOTHING
@@ -110,7 +111,7 @@ def open_own(root: Path, name: str, flags: int) -> int:
             how = flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             file = os.open(last, how, 0o666, dir_fd=handle)
             status = os.fstat(file)
-            if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
+            if stat.S_ISREG(status.st_mode) and status.st_nlink <= 1:
                 return file
             os.close(file)
             found = "a file that has another name too"
@@ -143,10 +144,10 @@ def move(root: Path, name: str, target: str, make: bool = False) -> None:
         naming_whole(root / target),
     ):
         rename(old, source, new, last)
-        os.fsync(new)
+        volume.flush_folder(new, (root / target).parent)
         if kind_at(old, source) != NOTHING:  # replacing a file by itself does nothing
             os.unlink(source, dir_fd=old)
-        os.fsync(old)
+        volume.flush_folder(old, (root / name).parent)
 
 
 def rename(old: int, source: str, new: int, last: str) -> None:
@@ -160,7 +161,7 @@ def remove(root: Path, name: str) -> bool:
         return False
     with parent(root, name) as (handle, last), naming_whole(root / name):
         os.unlink(last, dir_fd=handle)
-        os.fsync(handle)
+        volume.flush_folder(handle, (root / name).parent)
     return True
 
 

@@ -24,6 +24,7 @@ from typing import Protocol
 import numpy as np
 
 from dsv4.stop import Stop, naming
+from dsv4.storage import volume
 from dsv4.storage.durable import Replacement
 from dsv4.storage.shard import REDO
 
@@ -114,21 +115,27 @@ def reserve(fd: int, size: int) -> None:
             os.posix_fallocate(fd, 0, size)
             return
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+            if error.errno not in volume.UNKNOWN:
                 raise
-    os.ftruncate(fd, size)
+    try:
+        os.ftruncate(fd, size)
+    except OSError as error:
+        if error.errno not in {*volume.UNKNOWN, errno.EPERM}:  # then it grows as it is written
+            raise
 
 
 def bypass_cache(fd: int) -> None:
     """On macOS keep a file's bytes out of the page cache; `forget` does it elsewhere."""
     if hasattr(fcntl, "F_NOCACHE"):
-        fcntl.fcntl(fd, fcntl.F_NOCACHE, 1)
+        with contextlib.suppress(OSError):  # advice, which need not be taken
+            fcntl.fcntl(fd, fcntl.F_NOCACHE, 1)
 
 
 def forget(fd: int, offset: int, nbytes: int) -> None:
     """Tell the system that these bytes are not needed again; Linux starts writing dirty ones."""
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+        with contextlib.suppress(OSError):  # advice, which need not be taken
+            os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def pass_by(fd: int, offset: int, nbytes: int) -> None:
