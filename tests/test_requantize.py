@@ -180,7 +180,7 @@ def test_fifty_kills_lose_nothing(tmp_path: Path) -> None:
     rng = random.Random(seed)
     source, stock, expected = whole_run(tmp_path, MANY_SHARDS, seed=4)
     kills, rounds = 0, 0
-    with Forks(name="requantize") as forks:
+    with Forks("requantize") as forks:
         span = time_of_work(forks, source, stock, tmp_path / "timed")
         while kills < 50:
             rounds += 1
