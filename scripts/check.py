@@ -223,6 +223,7 @@ def bundle_need(args: argparse.Namespace) -> tuple[Line, int]:
     bundle or a killed run, is taken off, and one shard is made room for.
     """
     try:
+        space.check_own(args.bundle)
         tensors = tensors_of(args.source, args.repo, args.revision)
         quantizer = chosen(args, open_source(args.source)) if args.imatrix else None
         quantizer = quantizer or QUANTIZERS[args.quantizer]()

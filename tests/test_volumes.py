@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, Forks
-from here import must
+from here import must, refusal
 from small import save
 from test_repair import digests
 
@@ -162,6 +162,17 @@ def test_a_volume_that_does_not_say_what_is_free_is_not_full(tmp_path, monkeypat
 
 
 # ------------------------------------------------------------------------------ what stops
+
+
+def test_a_volumes_root_is_no_bundle(source, tmp_path, monkeypatch):
+    """Its workplace would lie beside the mount, on another volume: hours, and then EXDEV."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == mount)
+    line = refusal("convert", "--source", source, "--bundle", mount)
+    assert f"{mount}: found a volume's own root" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["disk"]
+
 
 FAILURES = {
     "flock": ("EIO",),

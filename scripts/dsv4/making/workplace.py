@@ -18,7 +18,7 @@ from dsv4.stop import Stop
 from dsv4.storage import inside, locks
 from dsv4.storage.durable import TEMPORARY_SUFFIX, fsync_folder
 from dsv4.storage.junk import is_junk
-from dsv4.storage.space import MARK, workplace_of
+from dsv4.storage.space import MARK, check_own, workplace_of
 from dsv4.words import shown
 
 UPSTREAMS = re.compile(r"model-\d{5}-of-XXXXX\.safetensors")  # its shards until it counts them
@@ -30,6 +30,7 @@ def workplace(bundle: Path, part: tuple[int, int, str] | None = None) -> Iterato
 
     Raises Stop when another run has it, and when a link or somebody's folder lies in its place.
     """
+    check_own(bundle)
     bundle.parent.mkdir(parents=True, exist_ok=True)
     folder = workplace_of(bundle)
     check_ours(folder)

@@ -36,6 +36,13 @@ def free(path: Path) -> int | None:
     return stat.f_bavail * stat.f_frsize if stat.f_blocks else None  # some FUSE: all is 0
 
 
+def check_own(bundle: Path) -> None:
+    """Raise Stop for the root of a volume: what is made beside it would lie on another one, and
+    could not take its name."""
+    if bundle.is_mount():
+        raise Stop(f"{bundle}", "a volume's own root", "a folder on it", f"BUNDLE={bundle}/NAME")
+
+
 def check_room(path: Path, need: int, why: str, todo: str) -> None:
     """Raise Stop when the volume of `path` says that it lacks room for `need` bytes."""
     there = free(path)

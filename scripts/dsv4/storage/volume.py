@@ -13,14 +13,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import portalocker
 
+from dsv4.stop import Stop
 from dsv4.words import naming, plain, say
 
 LOCKS = "no locks here: one run at a time is up to you"
@@ -98,6 +101,27 @@ def lacks(folder: Path) -> list[str]:
                 return [what for what, errnos, call in trials if not _tried(call, place, errnos)]
             finally:
                 os.close(here)
+
+
+def check_case(where: str, names: Iterable[str], folder: Path) -> None:
+    """Raise Stop when two names are one to the volume of `folder`, which need not tell A from a."""
+    for first, second in itertools.pairwise(sorted(names, key=folded)):
+        if folded(first) == folded(second) and is_blind(folder):
+            found = f"the files '{plain(first)}' and '{plain(second)}'"
+            expected = f"names that the volume of {folder} tells apart"
+            raise Stop(where, found, expected, "use another volume")
+
+
+def folded(name: str) -> str:
+    """What a volume that tells neither A from a nor one spelling of ä from another makes of it."""
+    return unicodedata.normalize("NFD", name).casefold()
+
+
+def is_blind(folder: Path) -> bool:
+    """True when the volume of `folder` does not tell A from a."""
+    with tempfile.NamedTemporaryFile(prefix=".Aa", dir=folder) as probe:
+        path = Path(probe.name)
+        return path.with_name(path.name.swapcase()).exists()
 
 
 def _lock(fd: int, alone: bool) -> None:
