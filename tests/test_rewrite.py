@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dsv4.stop import Stop
-from dsv4.storage import durable
+from dsv4.storage import volume
 from dsv4.storage.rewrite import Desk, NewShard, Target, copy_pieces, rewrite
 from dsv4.storage.shard import Slot, header_bytes, read_array, read_shard
 
@@ -87,7 +87,7 @@ def test_workers_go_on_while_a_shard_is_flushed(tmp_path: Path, monkeypatch) -> 
     shards = [copying(tmp_path / name, tmp_path / "origin", 1000) for name in "ab"]
     named, done, written, begun = [], [], threading.Event(), threading.Event()
 
-    def flush(fd: int) -> None:
+    def flush(fd: int, path: Path) -> None:
         begun.set()
         assert written.wait(5), "the worker waits for the flush"
         named.append(sorted(path.name for path in tmp_path.glob("[ab]")))
@@ -97,7 +97,7 @@ def test_workers_go_on_while_a_shard_is_flushed(tmp_path: Path, monkeypatch) -> 
         if len(done) == 2 and begun.wait(5):
             written.set()
 
-    monkeypatch.setattr(durable, "fsync", flush)
+    monkeypatch.setattr(volume, "flush", flush)
     rewrite(shards, 1, progress)
     assert named == [[], ["a"]]
 
@@ -110,13 +110,13 @@ def test_a_flush_that_fails_names_nothing_and_can_be_done_again(
     shards = [copying(tmp_path / name, tmp_path / "origin", 1000) for name in "abcd"]
     flushed = []
 
-    def flush(fd: int) -> None:
+    def flush(fd: int, path: Path) -> None:
         flushed.append(fd)
         if len(flushed) == 2:
             raise OSError(error, os.strerror(error))
 
     with monkeypatch.context() as patched:
-        patched.setattr(durable, "fsync", flush)
+        patched.setattr(volume, "flush", flush)
         with pytest.raises(OSError, match=os.strerror(error)) as raised:
             rewrite(shards, 1, lambda _: None)
     assert raised.value.filename == str(tmp_path / "b")
@@ -131,7 +131,7 @@ def test_a_kill_during_a_flush_leaves_no_name(tmp_path: Path) -> None:
     (tmp_path / "origin").write_bytes(bytes(2000))
     child = os.fork()
     if not child:
-        durable.fsync = lambda fd: os.kill(os.getpid(), signal.SIGKILL)
+        volume.flush = lambda fd, path: os.kill(os.getpid(), signal.SIGKILL)
         rewrite([copying(tmp_path / name, tmp_path / "origin", 900) for name in "ab"], 1, print)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
