@@ -134,7 +134,7 @@ venv: .venv/installed $(TOOLCHAIN) ## make .venv for the scripts and .toolchain/
 
 # -------------------------------------------------------------------------------------- stages
 
-# Can the build succeed? Toolchain, volumes, free space. Writes nothing.
+# Can the build succeed? Toolchain, volumes, free space. Leaves nothing.
 .PHONY: check
 check: $(STAMPS)/check.stamp ## say whether the build can succeed: toolchain, volumes, free space
 $(STAMPS)/check.stamp: $(CORE) $(needs_check) patches/load_jangtq.patch patches/mlx_model.patch

@@ -5,7 +5,8 @@ and its packages; at what these versions mean for the user, and those inside /Ap
 (works, works after patch_loader, known to fail because …, unknown); at the loader patches, the
 volumes, and the free space against what is really needed: the hub's file sizes for the download,
 and for the bundle its exact size, computed from the source's safetensors headers (the hub's by
-ranged requests when the source is not there yet). Writes nothing. Exit 1 when the build could not
+ranged requests when the source is not there yet). What a volume lacks (locks, flushing, links) is
+tried in a hidden folder that goes again; nothing else is written. Exit 1 when the build could not
 succeed; a line with ?? does not stop it.
 
     .venv/bin/python scripts/check.py --source DIR --bundle DIR [--python PYTHON] [--repo REPO]
@@ -32,7 +33,7 @@ from dsv4.proof import stacks
 from dsv4.runtime import patches, toolchain
 from dsv4.settings import parse_bytes
 from dsv4.stop import Stop, run
-from dsv4.storage import space
+from dsv4.storage import space, volume
 from dsv4.storage.checkpoint import INDEX
 from dsv4.storage.durable import human
 from dsv4.storage.shard import Tensor
@@ -140,16 +141,28 @@ def check_patch(python: Path, app: Path, path: Path) -> Line:
     return Line(state != "unknown", what, found[state], "reinstall jang, or adapt the patch")
 
 
-def check_volume(what: str, folder: Path) -> Line:
-    """Is the volume of `folder` mounted and writable? /Volumes/NAME must exist for a path on it."""
+def check_volume(what: str, folder: Path, written: bool) -> list[Line]:
+    """Is the volume of `folder` mounted, and, if it is written to, writable; and what lacks on it?
+
+    /Volumes/NAME must exist for a path on it.
+    """
     parts = folder.absolute().parts
     mount = Path(*parts[:3]) if parts[:2] == ("/", "Volumes") else None
     if mount is not None and not mount.is_dir():
-        return Line(False, what, f"{mount} is not mounted", "attach that disk, or set another path")
+        todo = "attach that disk, or set another path"
+        return [Line(False, what, f"{mount} is not mounted", todo)]
     parent = space.existing_parent(folder)
     writable = parent.is_dir() and os.access(parent, os.W_OK)
-    return Line(writable, what, f"{folder} on {parent}, {human(space.free(folder))} free",
+    line = Line(writable or not written, what, f"{folder} on {parent}, {room(folder)} free",
                 f"{parent} is not writable: choose another path")  # fmt: skip
+    lacks = volume.lacks(parent) if writable and written else []
+    return [line, *(Line(True, what, one, doubt=True) for one in lacks)]
+
+
+def room(folder: Path) -> str:
+    """What is free on the volume of `folder`, for a reader."""
+    there = space.free(folder)
+    return "an unknown number of bytes" if there is None else human(there)
 
 
 def source_need(source: Path, repo: str, revision: str) -> tuple[Line, int]:
@@ -210,6 +223,7 @@ def bundle_need(args: argparse.Namespace) -> tuple[Line, int]:
     bundle or a killed run, is taken off, and one shard is made room for.
     """
     try:
+        space.check_own(args.bundle)
         tensors = tensors_of(args.source, args.repo, args.revision)
         quantizer = chosen(args, open_source(args.source)) if args.imatrix else None
         quantizer = quantizer or QUANTIZERS[args.quantizer]()
@@ -235,9 +249,9 @@ def check_space(source: Path, bundle: Path, fetch: int, build: int) -> list[Line
     else:
         needs = [("space for the source", source, fetch), ("space for the bundle", bundle, build)]
     return [
-        Line(space.free(folder) >= need, what,
-             f"{human(space.free(folder))} free, {human(need)} needed",
-             "free some, or move SOURCE or BUNDLE to another volume")
+        Line((there := space.free(folder)) is None or there >= need, what,
+             f"{room(folder)} free, {human(need)} needed",
+             "free some, or move SOURCE or BUNDLE to another volume", doubt=there is None)
         for what, folder, need in needs
     ]  # fmt: skip
 
@@ -262,10 +276,11 @@ def main() -> int:
     args.bundle = bundle
     lines = check_toolchain(args.python, args.converter, args.app, args.quantizer)
     lines += [check_patch(args.python, args.app, path) for path in patches.DEFAULT]
-    lines += [check_volume("source volume", source), check_volume("bundle volume", bundle)]
     need = low_disk_need if args.low_disk else source_need
     source_line, fetch = need(source, args.repo, args.revision)
     bundle_line, build = bundle_need(args)
+    lines += check_volume("source volume", source, written=fetch > 0 or args.low_disk)
+    lines += check_volume("bundle volume", bundle, written=True)
     lines += [source_line, bundle_line, *check_space(source, bundle, fetch, build)]
     print(*lines, sep="\n")
     failed = [line for line in lines if not line.holds]

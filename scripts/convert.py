@@ -14,10 +14,15 @@ The native one writes each shard under a temporary name, makes it durable and re
 be killed at any moment: the same command goes on, with the same bytes in the end. An existing
 bundle is never written over: one that holds all of this source counts as done.
 
+--part K/N makes the K-th of N disjoint sets of shards, for a job array: N processes, here or on
+machines that share the folders; any of them can be killed and run again. A last run without --part
+makes what is missing, completes index and config, and gives the bundle its name.
+
 With --low-disk the source's shards are fetched from --repo when they are needed, and deleted when
 all that needs them is durable and compared (dsv4/making/low_disk.py).
 
     .venv/bin/python scripts/convert.py --source DIR --bundle DIR [--dry-run] [--jobs N]
+        [--part K/N]
 
 Costs about the time of copying the source. Exit status: 0 done, or already done; 1 failed; 2 usage.
 """
@@ -40,6 +45,7 @@ from dsv4.making.conversion import (
     make_plan,
 )
 from dsv4.making.low_disk import Supply
+from dsv4.making.part import Part, parse_part
 from dsv4.making.workplace import claim, publish, unmark, workplace
 from dsv4.model.implied import check_whole
 from dsv4.model.opening import open_bundle, open_source
@@ -70,6 +76,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--jobs", type=parse_jobs, default=cores(), help="threads (all cores)")
     parser.add_argument("--shard-bytes", type=parse_bytes, default=SHARD_BYTES,
                         help="the largest shard (5e9)")  # fmt: skip
+    parser.add_argument(
+        "--part", type=parse_part, default=Part(), help="K/N: a share of the shards"
+    )
     add_choice(parser)
     parser.add_argument("--low-disk", action="store_true",
                         help="fetch and free the source's shards as it goes")  # fmt: skip
@@ -80,6 +89,8 @@ def parse_arguments() -> argparse.Namespace:
                         help="--low-disk: files fetched at once")  # fmt: skip
     args = parser.parse_args()
     check_choice(parser, args)
+    if not args.part.whole and (args.low_disk or args.converter == "jang"):
+        parser.error("--part: not with --low-disk or --converter jang")
     return args
 
 
@@ -124,8 +135,9 @@ def run_native(args: argparse.Namespace, source: Checkpoint, headers: Checkpoint
     plan = make_plan(source, headers, quantizer, args.shard_bytes)
     check_whole(source)
     if args.dry_run:
-        return "would be made\n" + describe(plan, args.bundle, args.jobs, supply)
-    return convert(plan, args.bundle, args.jobs, supply)
+        return "would be made\n" + describe(plan, args.bundle, args.jobs, args.part, supply)
+    said = convert(plan, args.bundle, args.jobs, args.part, supply)
+    return said if args.part.whole else f"{said}\n{args.part.said}"
 
 
 def survey(

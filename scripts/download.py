@@ -29,6 +29,7 @@ from dsv4.settings import parse_jobs
 from dsv4.stop import run
 from dsv4.storage import locks
 from dsv4.storage.durable import human
+from dsv4.storage.space import check_room
 
 
 def check_local(source: Path) -> str:
@@ -54,7 +55,8 @@ def download(args: argparse.Namespace) -> str:
     with locks.held(source):
         needed = fetching.remaining(source, tuple(record.files.values()))
         print(f"{source}: {human(record.nbytes)} in all, {human(needed)} still to fetch")
-        fetching.check_room(source, needed)
+        todo = "free space, or set SOURCE to another volume"
+        check_room(source, needed, " for what is still to fetch", todo)
         fetching.hash_present(source, record, args.verify_hashes)
         fetching.fetch(source, record, args.patience, args.workers)
         check_whole(open_source(source))

@@ -38,7 +38,7 @@ from dsv4.model.opening import open_bundle, read_config
 from dsv4.model.roles import place_of
 from dsv4.model.template import CHAT_TEMPLATE
 from dsv4.stop import run
-from dsv4.storage import locks
+from dsv4.storage import bounds, locks
 from dsv4.storage.durable import write_bytes, write_json
 from dsv4.words import plain, say
 
@@ -57,7 +57,7 @@ def main() -> int:
         wanted = patched(open_bundle(args.bundle), args.source)
         template, text = args.bundle / CHAT_TEMPLATE, chat_templates(args.bundle)[0].encode()
         changes = differences(args.bundle, wanted)
-        if not template.is_file() or template.read_bytes() != text:
+        if not template.is_file() or bounds.read(template) != text:
             changes.append(CHAT_TEMPLATE)
         for line in changes:
             say(f"{'would set' if args.dry_run else 'set'} {plain(line)}")

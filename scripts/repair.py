@@ -33,7 +33,8 @@ import contextlib
 import sys
 from pathlib import Path
 
-from dsv4.making.requantization import Part, remove_leftovers
+from dsv4.making.part import Part
+from dsv4.making.requantization import remove_leftovers
 from dsv4.mending.job import Repair
 from dsv4.mending.repair import judge, mend, undo
 from dsv4.mending.whole import shard_files

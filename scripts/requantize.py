@@ -27,8 +27,9 @@ from pathlib import Path
 
 from dsv4.making import own_numbers
 from dsv4.making.experts import Ledger
+from dsv4.making.marks import made_by
+from dsv4.making.part import Part, parse_part
 from dsv4.making.requantization import (
-    Part,
     carry_out,
     complete,
     describe,
@@ -45,14 +46,6 @@ from dsv4.storage.checkpoint import read_index
 from dsv4.storage.reading import Reader
 from dsv4.weights.quantizer import add_choice, check_choice, chosen
 from dsv4.words import say
-
-
-def parse_part(text: str) -> Part:
-    """Read K/N. Raises argparse.ArgumentTypeError unless 1 ≤ K ≤ N."""
-    k, slash, n = text.partition("/")
-    if not (slash and k.isdecimal() and n.isdecimal() and 1 <= int(k) <= int(n)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not K/N with 1 ≤ K ≤ N")
-    return Part(int(k), int(n), whole=False)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -85,7 +78,8 @@ def main() -> int:
     files = sorted(set(read_index(arguments.bundle).values()))
     lock = contextlib.nullcontext()
     if not arguments.dry_run:
-        lock = locks.held(arguments.bundle, arguments.part.to_hold(files))
+        work = f"{made_by(source, quantizer)}"
+        lock = locks.held(arguments.bundle, arguments.part.to_hold(work))
     with lock:
         if not arguments.dry_run:
             remove_leftovers(arguments.bundle, files, arguments.part)
@@ -94,7 +88,7 @@ def main() -> int:
         if arguments.dry_run:
             say(describe(plan))
             return 0
-        if plan.todo:
+        if plan.todo and arguments.part.whole:  # parts would write it at once
             own_numbers.keep(record, source, quantizer)
         ledger = carry_out(plan) if plan.todo else Ledger()
         changed = complete(plan) if arguments.part.whole else False
@@ -107,7 +101,7 @@ def main() -> int:
     else:
         print(f"already requantized: {len(plan.fates):,} shards, nothing to do")
     if not arguments.part.whole:
-        print("when all parts are done, run once without --part: it completes index and config")
+        print(arguments.part.said)
     return 0
 
 

@@ -109,7 +109,7 @@ def refusal(name: str, *arguments: object) -> str:
 
 
 class Forks:
-    """Runs of scripts/NAME.py that share their imports, for tests that kill many of them.
+    """Runs of scripts that share their imports, for tests that kill or trouble many of them.
 
     One process imports what takes long (MLX it must not: it has threads) and forks for each run.
     """
@@ -118,21 +118,31 @@ class Forks:
 import json, os, sys
 sys.path.insert(0, sys.argv[1])
 import importlib, huggingface_hub, numba, tqdm
-command = importlib.import_module(sys.argv[2])
+commands = {name: importlib.import_module(name) for name in sys.argv[2:]}
 for line in sys.stdin:
     pid = os.fork()
     if not pid:
-        sys.argv = [command.__file__, *json.loads(line)]
+        name, arguments, environment, log = json.loads(line)
+        os.environ.update(environment)
+        sys.argv = [commands[name].__file__, *arguments]
         sys.stdout = sys.stderr
-        os._exit(command.run(command.main))
+        if log:
+            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        os._exit(commands[name].run(commands[name].main))
     print(pid, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
-    def __init__(self, env: dict[str, str] | None = None, name: str = "convert") -> None:
+    def __init__(
+        self,
+        *names: str,
+        env: dict[str, str] | None = None,
+        before: Callable[[], object] | None = None,
+    ) -> None:
+        self.names = names or ("convert",)
         self._process = subprocess.Popen(
-            [sys.executable, "-c", self.CODE, SCRIPTS, name], env=env, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [sys.executable, "-c", self.CODE, SCRIPTS, *self.names], env=env, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=before,
         )  # fmt: skip
 
     def __enter__(self) -> "Forks":
@@ -143,8 +153,12 @@ for line in sys.stdin:
         self._process.wait()
 
     def start(self, *arguments: object) -> int:
-        """Begin a run; returns its process id."""
-        print(json.dumps([str(a) for a in arguments]), file=self._process.stdin, flush=True)
+        """Begin a run of the first script; returns its process id."""
+        return self._start(self.names[0], arguments, {}, None)
+
+    def _start(self, name: str, arguments: tuple, env: dict[str, str], log: Path | None) -> int:
+        line = [name, [str(a) for a in arguments], env, log and str(log)]
+        print(json.dumps(line), file=self._process.stdin, flush=True)
         return int(self._process.stdout.readline())
 
     def is_running(self) -> bool:
@@ -154,6 +168,11 @@ for line in sys.stdin:
     def status(self) -> int:
         """Wait for the run's end; its exit status, negative for a signal."""
         return int(self._process.stdout.readline())
+
+    def said(self, log: Path, name: str, *arguments: object, **env: str) -> tuple[int, str]:
+        """Run a script to its end: exit status, and all that it said, which goes through `log`."""
+        self._start(name, arguments, env, log)
+        return self.status(), log.read_text()
 
 
 def made_once(tmp_path_factory, name: str, make: Callable[[Path], object]) -> Path:

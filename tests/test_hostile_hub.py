@@ -25,12 +25,13 @@ from conftest import script
 from hub_server import TOKEN, Fault, Hub
 from test_download import environment
 
-from dsv4.hub import client, names, patience, refusals, remote, wire
+from dsv4.hub import client, patience, refusals, remote, wire
 from dsv4.hub import environment as settings
 from dsv4.hub.client import listing
 from dsv4.hub.transfer import Transfer
 from dsv4.hub.upload import made, upload
 from dsv4.stop import Stop
+from dsv4.storage import volume
 from dsv4.storage.checkpoint import read_json
 from dsv4.storage.shard import read_shard
 
@@ -166,6 +167,7 @@ FORMS = {
     "a name of 1,000 folders": of(entry(rfilename="a/" * 1000 + "b.json")),
     "a name with NUL": of(entry(rfilename="a\0.json")),
     "a name of another system": of(entry(rfilename="C:\\a.json")),
+    "a name that another system cuts": of(entry(rfilename="a. /b.json")),
 }  # fmt: skip
 TEXTS = {
     "size 1e400": json.dumps(of(entry(size=111))).replace("111", "1e400"),
@@ -483,18 +485,18 @@ def test_hidden_names_are_left_on_the_hub(hub, capsys):
 
 def test_names_that_differ_in_case_need_a_volume_that_tells(hub, tmp_path, monkeypatch):
     hub.repos[REPO].commit(checkpoint() | {"CONFIG.json": b"[]"})
-    monkeypatch.setattr(names, "is_blind", lambda folder: True)
+    monkeypatch.setattr(volume, "is_blind", lambda folder: True)
     with pytest.raises(Stop) as stopped:
         remote.fetch_skeleton(REPO, "main", tmp_path / "s", 0)
     assert "'CONFIG.json' and 'config.json'" in line(stopped)
-    monkeypatch.setattr(names, "is_blind", lambda folder: False)
-    names.check_case(REPO, ["A", "a"], tmp_path)
+    monkeypatch.setattr(volume, "is_blind", lambda folder: False)
+    volume.check_case(REPO, ["A", "a"], tmp_path)
 
 
 def test_one_name_in_two_spellings_needs_such_a_volume_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(names, "is_blind", lambda folder: True)
+    monkeypatch.setattr(volume, "is_blind", lambda folder: True)
     with pytest.raises(Stop, match="names that the volume"):
-        names.check_case(REPO, ["\u00e4.json", "a\u0308.json"], tmp_path)
+        volume.check_case(REPO, ["\u00e4.json", "a\u0308.json"], tmp_path)
 
 
 # ------------------------------------------------------------------------------- skeletons

@@ -10,15 +10,17 @@ import contextlib
 import math
 import os
 import re
+import resource
 
 from dsv4.words import shown
 
 JOBS = 1024  # threads, beyond which no machine gains
+OPEN, EACH = 24, 5  # files open in a process, and by each of its threads, at the most
 
 
 def parse_jobs(text: str) -> int:
-    """Read a number of threads: 1 to JOBS."""
-    return _between(text, 1, JOBS, "a number of threads")
+    """Read a number of threads: 1 to JOBS; fewer where the system lets few files be open."""
+    return min(_between(text, 1, JOBS, "a number of threads"), _affordable())
 
 
 def parse_port(text: str) -> int:
@@ -42,7 +44,13 @@ def parse_bytes(text: str) -> int:
 
 
 def cores() -> int:
-    """The cores that this process may use."""
+    """The cores that this process may use; fewer where the system lets few files be open."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return min(len(os.sched_getaffinity(0)), _affordable())
+    return min(os.cpu_count() or 1, _affordable())
+
+
+def _affordable() -> int:
+    """The threads that can work within the limit of open files (`ulimit -n`); at least one."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return JOBS if soft == resource.RLIM_INFINITY else max(1, (soft - OPEN) // EACH)

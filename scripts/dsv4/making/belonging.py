@@ -7,7 +7,7 @@ import numpy as np
 from dsv4.making.marks import CONVERT
 from dsv4.model.names import GROUP, is_control, parse_expert
 from dsv4.model.opening import expert_bases
-from dsv4.stop import Stop
+from dsv4.stop import Stop, naming
 from dsv4.storage.checkpoint import INDEX, Checkpoint
 from dsv4.storage.shard import FLOATS, NUMPY_DTYPE, SAMPLE_BYTES, Shard, Tensor
 from dsv4.weights.quantizer import Quantizer
@@ -159,7 +159,7 @@ def check_samples(source: Checkpoint, shard: Shard) -> None:
 
 def _head(tensor: Tensor) -> np.ndarray:
     """The first SAMPLE_BYTES of a tensor, flat."""
-    with tensor.path.open("rb") as file:
+    with naming(tensor.path), tensor.path.open("rb") as file:
         file.seek(tensor.offset)
         data = file.read(min(SAMPLE_BYTES, tensor.nbytes))
     return np.frombuffer(data, NUMPY_DTYPE[tensor.dtype])
@@ -191,6 +191,6 @@ def is_copy(shard: Shard, source: Checkpoint, quantizer: Quantizer) -> bool:
 
 def _middle(tensor: Tensor) -> np.ndarray:
     """SAMPLE_BYTES bytes from the middle of a tensor, or all of it when it is smaller."""
-    with tensor.path.open("rb", buffering=0) as file:
+    with naming(tensor.path), tensor.path.open("rb", buffering=0) as file:
         file.seek(tensor.offset + max(0, tensor.nbytes - SAMPLE_BYTES) // 2)
         return np.frombuffer(file.read(min(SAMPLE_BYTES, tensor.nbytes)), np.uint8)

@@ -113,7 +113,7 @@ def mend_template(repair: Repair) -> None:
     name = CHAT_TEMPLATE
     path = repair.bundle / name
     text = template(repair).encode()
-    same = path.is_file() and path.read_bytes() == text
+    same = path.is_file() and bounds.read(path) == text
     if not same and repair.say(f"{name}: another template than runtimes need", "written"):
         repair.backup.keep([name])
         write_bytes(path, text)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from typing import Any
 
 from dsv4.making import marks, requantization
+from dsv4.making.part import Part
 from dsv4.mending.job import NEEDS_SOURCE, Repair, write_index
 from dsv4.mending.whole import has_quantized_head, open_whole, parts_of, rounded, wrong_experts
 from dsv4.model import labels
@@ -14,6 +14,7 @@ from dsv4.model.opening import expert_bases
 from dsv4.stop import Stop
 from dsv4.storage.checkpoint import INDEX, Checkpoint
 from dsv4.storage.durable import human
+from dsv4.storage.space import check_room
 from dsv4.weights.quantizer import Quantizer, chosen
 from dsv4.words import plain
 
@@ -60,7 +61,7 @@ def from_source(repair: Repair, bundle: Checkpoint, wrong: dict[str, str], found
         repair.source,
         bundle,
         quantizer,
-        requantization.Part(),
+        Part(),
         repair.args.jobs,
         frozenset(wrong),
         mark,
@@ -109,13 +110,14 @@ def shown(mark: dict[str, str]) -> str:
 
 def rewrite(repair: Repair, plan: requantization.Plan, work: dict[str, Any], size: int) -> None:
     """Keep the originals, write the new shards, then the index. Raises Stop without the room."""
-    free = shutil.disk_usage(repair.bundle).free
-    if size > free:
-        raise Stop(f"{repair.bundle}", f"{human(free)} free", f"{human(size)}",
-                   "free space on that volume, where the originals stay too")  # fmt: skip
+    kept = [*plan.todo, INDEX]
+    copies = repair.backup.cost(kept)
+    why = f", {human(copies)} of it for copies of the originals" if copies else ""
+    todo = "free space on that volume, where the originals stay too"
+    check_room(repair.bundle, size + copies, why, todo)
     if plan.todo:
         repair.backup.begin(work)
-        repair.backup.keep([*plan.todo, INDEX])
+        repair.backup.keep(kept)
         requantization.carry_out(plan)
         write_index(repair)
         repair.backup.finish()

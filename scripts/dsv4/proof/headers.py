@@ -6,6 +6,7 @@ to the `Findings` and returns how much it looked at. None stops at the first fau
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from itertools import filterfalse
 from typing import Any
@@ -89,10 +90,14 @@ def check_strangers(bundle: Survey, findings: Findings) -> None:
 
 
 def quantizer_of(bundle: Survey) -> dict[str, str]:
-    """What the shards' metadata say of the requantization: MARKS → value; {} for a stock bundle."""
-    for shard in bundle.checkpoint.shards.values():
-        if MARKS[0] in shard.metadata:
-            return {key: shard.metadata.get(key, "") for key in MARKS}
+    """What the shards' metadata say of the requantization: MARKS → value; {} for a stock bundle.
+
+    A shard without experts may keep the mark of an earlier quantizer: it was not written again.
+    """
+    marked = [s for s in bundle.checkpoint.shards.values() if MARKS[0] in s.metadata]
+    with_experts = (s for s in marked if any(map(parse_expert, s.tensors)))
+    for shard in itertools.chain(with_experts, marked):
+        return {key: shard.metadata.get(key, "") for key in MARKS}
     return {}
 
 

@@ -292,7 +292,7 @@ class Layout:
         """True when `path` is this very shard: one takes its name only when it is complete."""
         if not path.is_file() or path.stat().st_size != self.size:
             return False
-        with path.open("rb") as file:
+        with naming(path), path.open("rb") as file:
             return file.read(len(self.header)) == self.header
 
 
