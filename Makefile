@@ -240,7 +240,7 @@ unrepair: .venv/installed ## put back every file that repair changed, byte for b
 # ------------------------------------------------------------------------------- using the bundle
 
 .PHONY: serve smoke
-serve: .venv/installed $(TOOLCHAIN) ## serve the bundle with vMLX on 127.0.0.1:PORT
+serve: .venv/installed $(TOOLCHAIN) ## serve the bundle with STACK's server on 127.0.0.1:PORT
 	$(PYTHON) scripts/serve.py --bundle '$(BUNDLE)' --port $(PORT) --python '$(TOOLCHAIN_PYTHON)'
 
 smoke: .venv/installed ## ask the running server two questions and judge the answers

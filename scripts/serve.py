@@ -1,8 +1,8 @@
-"""Serve the bundle with vMLX's own server, on this machine only.
+"""Serve the bundle with the toolchain's own server, on this machine only.
 
-Runs `vmlx_engine.cli serve` of the toolchain's Python under the name deepseek-v4-flash-mlx-q4q8.
-The name matters: vMLX 1.3.97 recognises the model family by it. Stays in the foreground; Ctrl-C
-stops it.
+Which one that is, the toolchain tells: vMLX's where it has vmlx, else mlx-vlm's, else mlx_lm's with
+jang's model. vMLX gets the name deepseek-v4-flash-mlx-q4q8, by which 1.3.97 recognises the model
+family. Stays in the foreground; Ctrl-C stops it.
 
     .venv/bin/python scripts/serve.py --bundle DIR [--port 8010] [--python PYTHON]
 """
@@ -16,21 +16,19 @@ from typing import Any
 
 from dsv4.model.labels import recorded_quantizer
 from dsv4.model.opening import read_config
-from dsv4.proof.stacks import FAILURES, refused
-from dsv4.runtime.server import check_free, command
-from dsv4.runtime.toolchain import default, environment, probe
+from dsv4.proof.stacks import Versions, refused
+from dsv4.runtime.server import check_free, command, kind_of, surroundings
+from dsv4.runtime.toolchain import default, probe
 from dsv4.settings import parse_port
 from dsv4.stop import Stop, run
 
 
-def check_loads(python: Path, config: dict[str, Any]) -> None:
+def check_loads(versions: Versions, config: dict[str, Any]) -> None:
     """Raise Stop for a runtime that is known to crash on bundles of this quantizer."""
     quantizer = recorded_quantizer(config) or ""
-    if any(failure.fatal and failure.quantizer == quantizer for failure in FAILURES):
-        versions = probe(python)["packages"]
-        if because := refused(versions, quantizer):
-            found = f"vmlx {versions['vmlx']} and QUANTIZER={quantizer}"
-            raise Stop("serve", found, "a runtime that loads it", because)
+    if because := refused(versions, quantizer):
+        found = f"vmlx {versions['vmlx']} and QUANTIZER={quantizer}"
+        raise Stop("serve", found, "a runtime that loads it", because)
 
 
 def main() -> int:
@@ -41,10 +39,14 @@ def main() -> int:
     parser.add_argument("--port", type=parse_port, default=8010)
     parser.add_argument("--python", type=Path, default=default(), help="toolchain")
     args = parser.parse_args()
-    check_loads(args.python, read_config(args.bundle))
+    config = read_config(args.bundle)
+    versions = probe(args.python)["packages"]
+    check_loads(versions, config)
     check_free(args.port)
+    kind = kind_of(versions)
+    words = command(args.python, args.bundle, args.port, kind)
     try:
-        os.execvpe(args.python, command(args.python, args.bundle, args.port), environment())
+        os.execvpe(args.python, words, surroundings(kind))
     except OSError as error:
         raise Stop(
             f"{args.python}", error.strerror or str(error), "a Python", "set TOOLCHAIN_PYTHON"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 
-from dsv4.runtime.server import HOST, ask
+from dsv4.runtime.server import HOST, ask, served_name
 from dsv4.served.questions import MOON, SUM, sentence_fault, sum_fault
 from dsv4.settings import parse_port
 from dsv4.stop import Stop, run
@@ -26,9 +26,9 @@ def main() -> int:
     parser.add_argument("--port", type=parse_port, default=8010)
     args = parser.parse_args()
     url = f"http://{HOST}:{args.port}"
-    wrong = 0
+    name, wrong = served_name(url), 0
     for question, limit, judge in ((MOON, 400, sentence_fault), (SUM, 200, sum_fault)):
-        answer = ask(url, question, limit)
+        answer = ask(url, question, limit, model=name)
         fault = judge(answer)
         wrong += fault is not None
         print(f"{'WRONG' if fault else 'right'}  {question}")

@@ -1,15 +1,22 @@
 """The stack that `make demo` and TOOLCHAIN_PYTHON take by default, in its own venv.
 
 `make test` installs it into .toolchain/new. Catches: a bundle that the newest vMLX refuses or reads
-otherwise than transformers does, with compress ratios 4 and 128 and beyond the sliding window too.
+otherwise than transformers does, with compress ratios 4 and 128 and beyond the sliding window too;
+a server of vMLX, mlx-vlm or mlx_lm in which tools, thinking or efforts are lost on the way.
 """
+
+import json
+import shutil
 
 import matrix
 import pytest
-from conftest import NANO, ROOT
+import random_talk
+from conftest import NANO, ROOT, must
+from tokenizers import Tokenizer
 
+from dsv4.model.template import ENCODING
 from dsv4.proof.stacks import STACKS
-from dsv4.runtime.server import ask, running
+from dsv4.runtime.server import SERVERS, ask, complete, running, served_name
 from dsv4.served.nano import held_out
 from dsv4.served.questions import MOON, sentence_fault
 
@@ -38,3 +45,59 @@ def test_it_answers(bundles, tmp_path):
         for a, b in additions:
             answer = ask(url, f"What is {a}+{b}?", 20)
             assert (answer.content.strip(), answer.finish_reason) == (str(a + b), "stop")
+
+
+# The keys of the tool stand in the order of the alphabet, into which mlx-vlm brings them.
+TOOL = {"description": "Returns a file.", "name": "read",
+        "parameters": {"properties": {"path": {"type": "string"}}, "type": "object"}}  # fmt: skip
+CALL = {"type": "function", "function": {"name": "read", "arguments": '{"path": "a.txt"}'}}
+TALKS = {
+    "plain": {"messages": [{"role": "user", "content": "17+28?"}], "enable_thinking": False},
+    "tools, thinking and an effort": {
+        "messages": [
+            {"role": "user", "content": "Read a.txt"},
+            {"role": "assistant", "content": "", "tool_calls": [{**CALL, "id": "1"}]},
+            {"role": "tool", "tool_call_id": "1", "content": "eleven"},
+        ],
+        "tools": [{"type": "function", "function": TOOL}],
+        "enable_thinking": True,
+        "reasoning_effort": "high",
+    },
+}
+
+
+# One layer, one expert a token: on a CPU the nano takes half a minute for a prompt with tools. The
+# layer has a compressor, as mlx_lm batches models without, and jang's cannot be batched.
+SMALLEST = {
+    "hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 1, "o_groups": 1,
+    "o_lora_rank": 128, "n_routed_experts": 2, "num_experts_per_tok": 1, "num_hash_layers": 0,
+    "num_nextn_predict_layers": 0, "compress_ratios": [128],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def talking(tmp_path_factory):
+    """A bundle with DeepSeek's own encoding of -0731, as the nano's knows no tools."""
+    source = tmp_path_factory.mktemp("talking") / "source"
+    must("lab/make_source", "--source", source, "--shards", 1, "--sizes", json.dumps(SMALLEST))
+    shutil.copyfile(random_talk.OFFICIAL, source / ENCODING)
+    folders = ("--source", source, "--bundle", source.with_name("bundle"))
+    for stage in ("convert", "finalize", "patch"):
+        must(stage, *folders)
+    return source.with_name("bundle")
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+def test_a_request_reaches_the_model_as_the_encoder_s_prompt(kind, talking, tmp_path):
+    encoding = random_talk.encoder(random_talk.OFFICIAL, "0731")
+    tokenizer = Tokenizer.from_file(str(talking / "tokenizer.json"))
+    found, expected = {}, {}
+    with running(PYTHON, talking, tmp_path / "server.log", kind=kind) as url:
+        model = served_name(url)
+        for name, talk in TALKS.items():
+            prompt = random_talk.official(encoding, {**talk, "add_generation_prompt": True})
+            expected[name] = len(tokenizer.encode(prompt, add_special_tokens=False).ids)
+            options = {key: talk[key] for key in talk if key not in ("messages", "tools")}
+            body = {**talk, "model": model, "chat_template_kwargs": options}
+            found[name] = json.loads(complete(url, body, 1))["usage"]["prompt_tokens"]
+    assert found == expected

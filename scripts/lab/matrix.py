@@ -6,7 +6,9 @@ each pair: whether it loads or in what words it refuses, the median distance of 
 and 4 tokens decoded with a cache) to the bundle's own tensors run in transformers, exact matches on
 50 held-out additions through the stack's own server or generate call, finish_reason, seconds. A
 bundle of random weights adds what the nano has not: compress ratios 4 and 128, a prompt beyond the
-window.
+window. The column "conversation" is of the nano with the encoding of DeepSeek's release -0731: how
+many of the built-in conversations (dsv4/model/conversations.json) become the encoder's prompt in
+that runtime, letter for letter (prompts.py).
 
 Prints a Markdown table and writes build/matrix/matrix.json after each cell, so that an interrupted
 run goes on where it was (--fresh begins again). Runs unattended in under an hour on 2 cores.
@@ -25,16 +27,17 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rooms import NANO, SCRIPTS
 
+from dsv4.model.template import ENCODING, conversations
 from dsv4.proof.stacks import STACKS, Stack
 from dsv4.runtime.server import ask, running
-from dsv4.runtime.toolchain import call, probe, script
+from dsv4.runtime.toolchain import call, module_file, probe, script
 from dsv4.served import nano
 from dsv4.served.questions import MOON
 from dsv4.stop import Stop, run
@@ -44,6 +47,11 @@ RIGHT = ("mlx", "optimal", "exact5", "mxfp4", "lossless")
 # A bundle of random weights with compress ratios 4 and 128: no answers, but logits of prompts that
 # are longer than the sliding window (128) and hold more compressed blocks than are looked at (8).
 RANDOM, LENGTHS = "random", (24, 160)
+RANDOM_LOSSLESS = "random-lossless"
+# The nano under another encoding, as its own knows no tools: that of -0731, which vMLX ships.
+TALKS, RELEASE = "conversation", "0731"
+ENCODER = "vmlx_engine/loaders/encoding_dsv4_0731.py"
+COLUMNS = ("stock", *RIGHT, RANDOM, RANDOM_LOSSLESS, TALKS)
 DECODE = 4
 # A right runtime stays this near to the bundle's own tensors; 4-bit rounding itself is at .023.
 NEAR = 0.02
@@ -83,7 +91,7 @@ def prepare(stack: Stack, python: Path) -> None:
                        "--patch", patch, *undo)  # fmt: skip
 
 
-def bundles(work: Path, names: list[str]) -> dict[str, Path]:
+def bundles(work: Path, names: Iterable[str]) -> dict[str, Path]:
     """The stock bundle, one by each quantizer, the random one; made where they are not there."""
     python, out = Path(sys.executable), {}
     for name in names:
@@ -93,24 +101,36 @@ def bundles(work: Path, names: list[str]) -> dict[str, Path]:
         if name == "stock":
             run_script(python, "lab/make_stock", "--source", NANO, "--bundle", folder)
             continue
-        making, source = folder.with_name(f".{name}.making"), NANO
+        making, source = folder.with_name(f".{name}.making"), source_of(name, work)
         shutil.rmtree(making, ignore_errors=True)
-        if name == RANDOM:
-            source = folder.with_name(".random.source")
-            shutil.rmtree(source, ignore_errors=True)
-            run_script(python, "lab/make_source", "--source", source, "--seed", 1)
         both = ("--source", source, "--bundle", making)
-        run_script(python, "convert", *both, "--quantizer", name if name in RIGHT else "mlx")
+        quantizer = {RANDOM: "mlx", RANDOM_LOSSLESS: "lossless", TALKS: "mlx"}.get(name, name)
+        run_script(python, "convert", *both, "--quantizer", quantizer)
         run_script(python, "finalize", *both)
         run_script(python, "patch", *both)
         making.rename(folder)
     return out
 
 
+def source_of(name: str, work: Path) -> Path:
+    """What the bundle of a column is made from: the nano, a random source, a nano with tools."""
+    if name in RIGHT:
+        return NANO
+    source = work / "bundles" / f".{name}.source"
+    shutil.rmtree(source, ignore_errors=True)
+    if name == TALKS:
+        newest = python_of(next(stack for stack in STACKS if stack.name == "new"), work)
+        shutil.copytree(NANO, source)
+        shutil.copyfile(module_file(newest, ENCODER), source / ENCODING)
+    else:
+        run_script(Path(sys.executable), "lab/make_source", "--source", source, "--seed", 1)
+    return source
+
+
 @functools.cache
 def questions(name: str) -> list[list[int]]:
     """Token ids of the prompts whose logits are compared for a bundle."""
-    if name == RANDOM:
+    if name.startswith(RANDOM):
         rng = np.random.default_rng(1)
         return [rng.integers(4, 512, length).tolist() for length in LENGTHS]
     return nano.prompts(NANO, nano.held_out(NANO, 20))
@@ -166,6 +186,16 @@ def answers_of(stack: Stack, python: Path, bundle: Path, work: Path) -> dict[str
     return {"exact": exact, "of": len(sums), "finish_reason": end}
 
 
+def talks_of(stack: Stack, python: Path, bundle: Path) -> dict[str, Any]:
+    """How many of the built-in conversations the runtime writes as the encoder does."""
+    wanted = conversations(RELEASE)
+    said = run_script(python, "lab/prompts", "--folder", bundle, "--how", stack.how,
+                      stdin=[talk for _, talk, _ in wanted], env=stack.env)  # fmt: skip
+    pairs = zip(wanted, json.loads(said.strip().splitlines()[-1]), strict=True)
+    others = [name for (name, _, prompt), found in pairs if found != prompt]
+    return {"others": others, "talks": len(wanted), "right": not others}
+
+
 def cell(stack: Stack, bundle: Path, work: Path) -> dict[str, Any]:
     """One cell: what was measured, or in what words it failed."""
     start = time.monotonic()
@@ -173,14 +203,23 @@ def cell(stack: Stack, bundle: Path, work: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"versions": probe(python)["packages"]}
     try:
         prepare(stack, python)
-        found["logits"] = logits_of(stack, python, bundle, work)
-        found["right"] = max(map(typical, found["logits"].values())) <= NEAR
-        if bundle.name != RANDOM:
-            found |= answers_of(stack, python, bundle, work)
-            found["right"] &= found["exact"] >= nano.MIN_EXACT
+        if bundle.name == TALKS:
+            found |= talks_of(stack, python, bundle)
+        else:
+            found |= numbers_of(stack, python, bundle, work)
     except Stop as stop:
         found |= {"right": False, "refused": str(stop)}
     found["seconds"] = round(time.monotonic() - start, 1)
+    return found
+
+
+def numbers_of(stack: Stack, python: Path, bundle: Path, work: Path) -> dict[str, Any]:
+    """Logits and answers, and whether they are right."""
+    found: dict[str, Any] = {"logits": logits_of(stack, python, bundle, work)}
+    found["right"] = max(map(typical, found["logits"].values())) <= NEAR
+    if not bundle.name.startswith(RANDOM):
+        found |= answers_of(stack, python, bundle, work)
+        found["right"] &= found["exact"] >= nano.MIN_EXACT
     return found
 
 
@@ -188,6 +227,9 @@ def show(found: dict[str, Any]) -> str:
     """A cell for the table."""
     if "refused" in found:
         return "**refuses**"
+    if "talks" in found:
+        text = f"{found['talks'] - len(found['others'])} of {found['talks']}"
+        return text if found["right"] else f"**{text}**"
     distance = "/".join(f"{typical(prompts):.3f}" for prompts in found["logits"].values())
     text = distance
     if "exact" in found:
@@ -216,7 +258,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--stack", action="append", help="only these rows")
-    parser.add_argument("--bundle", action="append", help="only these columns")
+    parser.add_argument("--bundle", action="append", choices=COLUMNS, help="only these columns")
     parser.add_argument("--work", type=Path, default=Path("build/matrix"))
     parser.add_argument("--fresh", action="store_true", help="forget earlier results")
     args = parser.parse_args()
@@ -224,7 +266,7 @@ def main() -> int:
     path = args.work / "matrix.json"
     results = json.loads(path.read_text()) if path.is_file() and not args.fresh else {}
     stacks = [stack for stack in STACKS if not args.stack or stack.name in args.stack]
-    made = bundles(args.work, args.bundle or ["stock", *RIGHT, RANDOM])
+    made = bundles(args.work, args.bundle or COLUMNS)
     for stack in stacks:
         for name, folder in made.items():
             row = results.setdefault(stack.name, {})

@@ -27,6 +27,7 @@ from dsv4.proof.needs import (
     stop_ids,
 )
 from dsv4.proof.survey import Survey
+from dsv4.runtime.server import SERVERS
 from dsv4.runtime.toolchain import ROOT
 
 FOLDER = ROOT / "scripts" / "stacks"
@@ -84,7 +85,7 @@ STACKS = (
     Stack("new", "vMLX 1.6.81", "new", "loader", True, (), NEW),
     # Without the variable its cache is one for short prompts: decoding was off by up to .40.
     Stack("lm", "mlx-lm 0.32.2 with jang 2.5.50's model", "lm", "mlx-lm", False, (), LM,
-          {"DSV4_LONG_CTX": "1"}),
+          SERVERS["mlx-lm"].env),
     Stack("vlm", "mlx-vlm 0.7.10", "vlm", "mlx-vlm", False, (), VLM, but=BLOCKS),
 )  # fmt: skip
 

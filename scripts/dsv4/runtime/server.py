@@ -1,4 +1,8 @@
-"""vMLX's server: its command line, its life, and what it answers."""
+"""The servers of the runtimes: their command lines, their life, and what they answer.
+
+vMLX, mlx-vlm and mlx_lm speak the same protocol, OpenAI's chat completions, each from a command of
+its own; SERVERS has a row for each.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,10 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dsv4.runtime.toolchain import environment
 from dsv4.stop import Stop
@@ -22,10 +27,12 @@ from dsv4.words import plain
 
 # vMLX 1.3.97 recognises the model family by the served name.
 NAME = "deepseek-v4-flash-mlx-q4q8"
+LM_NAME = "default_model"  # what mlx_lm calls the model that it was started with
 HOST = "127.0.0.1"
 ANSWER_BYTES = 4 << 20  # of an answer: 1,000 tokens take 10 KB
 LOG_BYTES = 1 << 20  # of a log's end
 TEXT = (str, None)
+MODELS = {"data": [{"id": str}]}
 MESSAGE = {"content?": TEXT, "reasoning_content?": TEXT, "reasoning?": TEXT}
 ANSWER = {"choices": [{"message": MESSAGE, "finish_reason?": TEXT}]}
 
@@ -43,14 +50,56 @@ class Answer:
         return f"{self.reasoning} {self.content}".strip()
 
 
-def command(python: Path, bundle: Path, port: int) -> list[str]:
-    """The server's command line."""
-    return [
-        str(python), "-m", "vmlx_engine.cli", "serve", str(bundle.resolve()),
-        "--host", HOST,
-        "--port", str(port),
-        "--served-model-name", NAME,
-    ]  # fmt: skip
+@dataclass(frozen=True)
+class Server:
+    """How a runtime's server is started: the words between Python and the bundle, those after the
+    bundle, and the variables that it needs."""
+
+    start: tuple[str, ...]
+    options: tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+# By the package that tells a toolchain of the kind; of those that lie in one, the first serves.
+SERVERS = {
+    "vmlx": Server(
+        ("-m", "vmlx_engine.cli", "serve"),
+        ("--served-model-name", NAME),
+    ),
+    # Text needs no torchvision, and one that was built for another torch keeps it from starting.
+    "mlx-vlm": Server(
+        ("-c", "import sys; sys.modules['torchvision'] = None; "
+               "from mlx_vlm.server import main; main()", "--model"),
+    ),
+    # No mlx-lm has DeepSeek-V4 of its own: it is taught jang's model, whose cache is one for short
+    # prompts without the variable. With it, no prompt's cache can be copied for the next prompt.
+    "mlx-lm": Server(
+        ("-c", "import jang_tools.dsv4.mlx_register; from mlx_lm.server import main; main()",
+         "--model"),
+        ("--prompt-cache-size", "0"),
+        {"DSV4_LONG_CTX": "1"},
+    ),
+}  # fmt: skip
+
+
+def kind_of(packages: Mapping[str, str | None]) -> str:
+    """Which of SERVERS a toolchain with these packages has. Raises Stop when it has none."""
+    found = [kind for kind in SERVERS if packages.get(kind)]
+    if not found:
+        raise Stop("serve", "a toolchain without a server", " or ".join(SERVERS), "set STACK")
+    return found[0]
+
+
+def command(python: Path, bundle: Path, port: int, kind: str = "vmlx") -> list[str]:
+    """The command line of one of SERVERS."""
+    server = SERVERS[kind]
+    where = (str(bundle.resolve()), "--host", HOST, "--port", str(port))
+    return [str(python), *server.start, *where, *server.options]
+
+
+def surroundings(kind: str) -> dict[str, str]:
+    """The environment in which it is started."""
+    return {**environment(), **SERVERS[kind].env}
 
 
 def check_free(port: int) -> None:
@@ -73,8 +122,10 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running(python: Path, bundle: Path, log: Path, patience: float = 180) -> Iterator[str]:
-    """Start the server on a free port, yield its URL once it answers, and stop it at the end.
+def running(
+    python: Path, bundle: Path, log: Path, patience: float = 180, kind: str = "vmlx"
+) -> Iterator[str]:
+    """Start one of SERVERS on a free port, yield its URL once it answers, and stop it at the end.
 
     Its output goes to `log`. Raises Stop when it ends early or does not answer in `patience` s.
     """
@@ -82,8 +133,9 @@ def running(python: Path, bundle: Path, log: Path, patience: float = 180) -> Ite
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         server = subprocess.Popen(
-            command(python, bundle, port), stdout=output, stderr=output, env=environment()
-        )
+            command(python, bundle, port, kind), stdout=output, stderr=output,
+            env=surroundings(kind),
+        )  # fmt: skip
         try:
             url = f"http://{HOST}:{port}"
             _wait_for(server, url, log, patience)
@@ -102,16 +154,16 @@ def _wait_for(server: subprocess.Popen, url: str, log: Path, patience: float) ->
     while time.monotonic() < deadline:
         if server.poll() is not None:
             raise Stop(
-                "vmlx_engine serve",
+                "the server",
                 f"exit status {server.returncode}: {last_words(log)}",
                 "a server that stays up",
                 f"read {log}",
             )
         with contextlib.suppress(Stop):
-            if exchange(url, "GET", "/v1/models", "", 5)[0] == 200:
+            if exchange(url, "GET", "/health", "", 5)[0] == 200:
                 return
         time.sleep(0.2)
-    raise Stop("vmlx_engine serve", f"no answer in {patience:.0f} s", "an answer", f"read {log}")
+    raise Stop("the server", f"no answer in {patience:.0f} s", "an answer", f"read {log}")
 
 
 def last_words(log: Path) -> str:
@@ -124,22 +176,46 @@ def last_words(log: Path) -> str:
     return (errors or lines)[-1][:300]
 
 
-def ask(url: str, question: str, max_tokens: int, timeout: float = 600) -> Answer:
+def served_name(url: str) -> str:
+    """What a request must call the model: vMLX is told NAME, mlx-vlm goes by the bundle's path.
+
+    mlx_lm lists its model last, or nothing where the hub has no cache; it takes any of the names.
+    """
+    _, data = exchange(url, "GET", "/v1/models", "", 60)
+    try:
+        names = [one["id"] for one in parse_json(data, f"{url}: its models", MODELS)["data"]]
+    except Stop:
+        names = []
+    return next((name for name in names if name == NAME or Path(name).is_absolute()), LM_NAME)
+
+
+def ask(
+    url: str, question: str, max_tokens: int, timeout: float = 600, model: str = NAME
+) -> Answer:
     """Ask one question at temperature 0. Raises Stop when the server gives no usable answer."""
-    body = {
-        "model": NAME,
-        "messages": [{"role": "user", "content": question}],
-        "max_tokens": max_tokens,
-        "temperature": 0,
-    }
-    todo = "start the server with `make serve`"
-    status, data = exchange(url, "POST", "/v1/chat/completions", json.dumps(body), timeout)
+    messages = [{"role": "user", "content": question}]
+    return read_answer(
+        complete(url, {"model": model, "messages": messages}, max_tokens, timeout), url
+    )
+
+
+def complete(url: str, talk: dict[str, Any], max_tokens: int, timeout: float = 600) -> bytes:
+    """What a server answers to a talk at temperature 0. Raises Stop for another status than 200."""
+    body = json.dumps({**talk, "max_tokens": max_tokens, "temperature": 0})
+    status, data = exchange(url, "POST", "/v1/chat/completions", body, timeout)
     if status != 200:
         detail = plain(data[:400].decode(errors="replace"), 400)
         raise Stop(url, f"HTTP {status}: {detail}", "200", "read the server's log")
+    return data
+
+
+def read_answer(data: bytes, url: str) -> Answer:
+    """What the server at `url` said. Raises Stop when it is of another form, or nothing."""
     value = parse_json(data, f"{url}: its answer", ANSWER)
     if not value["choices"]:
-        raise Stop(url, "no choices in its answer", "an answer", todo)
+        raise Stop(
+            url, "no choices in its answer", "an answer", "start the server with `make serve`"
+        )
     choice = value["choices"][0]
     message = choice["message"]
     return Answer(
