@@ -99,7 +99,7 @@ TARGETS = {
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_setting_arrives_as_it_was_written_and_nothing_of_it_runs(copy, target):
     for value in (ODD, TOUCH, "x'; touch ran; '", "a\ntouch ran\n"):
-        said = {name: value for name in TARGETS[target]}
+        said = dict.fromkeys(TARGETS[target], value)
         environ = copy.given(target, *(f"{name}={text}" for name, text in said.items()))[1]
         assert said.items() <= handed(environ).items()
         # REPO's origin tells inspect whether it was meant
