@@ -19,6 +19,7 @@ SHELL = /bin/sh
 as_said = $(if $(filter file,$(origin $(1))),$($(1)),$(value $(1)))
 value_of = $(subst $(begin),,$(subst $(begin)~/,$(value HOME)/,$(begin)$(as_said)))
 begin := <|>
+on_command_line = $(filter command,$(firstword $(origin $(1))))
 # The value if it is one of the names $(2), else something that it is not.
 one_of = $(or $(filter $(2),$(firstword $(as_said))),no $(as_said))
 
@@ -91,7 +92,7 @@ SOURCE2 ?=
 SETTINGS := REPO REVISION SOURCE BUNDLE CONVERTER LOW_DISK SHARD_BYTES REFERENCE TOOLCHAIN_PYTHON PORT \
   QUANTIZER IMATRIX JOBS LEVEL VERIFY_HASHES PYTHON3 AGAINST TO PRIVATE DRY_RUN SOURCE2
 $(foreach name,$(SETTINGS),$(eval export RECIPE_$(name) = $$(call value_of,$(name))))
-unexport $(SETTINGS) MODEL STACK
+unexport $(foreach name,$(SETTINGS) MODEL STACK,$(if $(call on_command_line,$(name)),$(name)))
 # Nor does another Python's environment reach ours.
 unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP PYTHONUSERBASE __PYVENV_LAUNCHER__
 export PYTHONNOUSERSITE := 1
@@ -107,7 +108,6 @@ TOOLCHAIN := $(filter $(STACKS:%=.toolchain/%/installed), \
 # What every stage uses.
 CORE := .venv/installed $(TOOLCHAIN) $(STAMPS)/settings
 on = $(filter-out 0 no false off,$(call as_said,$(1)))
-on_command_line = $(filter command,$(firstword $(origin $(1))))
 
 # needs_NAME: scripts/NAME.py and all modules that its imports lead to, told by the imports.
 -include build/needs.mk
@@ -138,12 +138,9 @@ $(STAMPS)/settings: FORCE
 	@rm -f $@.new
 
 # Newer than every stamp while there is no source, or no bundle: the stage that makes it is redone.
-$(STAMPS)/no_source: FORCE
+$(STAMPS)/no_SOURCE $(STAMPS)/no_BUNDLE: FORCE
 	@mkdir -p $(STAMPS)
-	@test -e "$$RECIPE_SOURCE/config.json" && test -e $@ || touch $@
-$(STAMPS)/no_bundle: FORCE
-	@mkdir -p $(STAMPS)
-	@test -e "$$RECIPE_BUNDLE/config.json" && test -e $@ || touch $@
+	@test -e "$$RECIPE_$(@F:no_%=%)/config.json" && test -e $@ || touch $@
 
 # -------------------------------------------------------------------------------------- set-up
 
@@ -200,7 +197,7 @@ unpatch_loader: .venv/installed ## put the original loader back, byte for byte
 # LOW_DISK=1 brings the small files and the shards' headers only.
 .PHONY: download
 download: $(STAMPS)/download.stamp ## fetch the source, or recognise a complete one
-$(STAMPS)/download.stamp: $(STAMPS)/patch_loader.stamp $(STAMPS)/no_source $(needs_download)
+$(STAMPS)/download.stamp: $(STAMPS)/patch_loader.stamp $(STAMPS)/no_SOURCE $(needs_download)
 	rm -f $@
 	$(PYTHON) scripts/download.py
 	touch $@
@@ -209,7 +206,7 @@ $(STAMPS)/download.stamp: $(STAMPS)/patch_loader.stamp $(STAMPS)/no_source $(nee
 # to 8-bit. CONVERTER=jang: hours, and experts that are FP4 bytes under an affine label.
 .PHONY: convert
 convert: $(STAMPS)/convert.stamp ## convert the source into a new bundle (CONVERTER, LOW_DISK)
-$(STAMPS)/convert.stamp: $(STAMPS)/download.stamp $(STAMPS)/no_bundle $(needs_convert)
+$(STAMPS)/convert.stamp: $(STAMPS)/download.stamp $(STAMPS)/no_BUNDLE $(needs_convert)
 	rm -f $@
 	$(PYTHON) scripts/convert.py
 	touch $@

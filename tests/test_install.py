@@ -64,7 +64,7 @@ def test_a_python_that_will_not_do_is_one_line(monkeypatch):
             install.check_python()
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "ensurepip", None)
-    with pytest.raises(SystemExit, match="without venv or ensurepip.*apt install python3-venv"):
+    with pytest.raises(SystemExit, match=r"without venv or ensurepip.*apt install python3-venv"):
         install.check_python()
 
 

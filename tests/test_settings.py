@@ -230,3 +230,18 @@ def test_a_source_that_make_names_and_that_is_gone_is_noted(monkeypatch, tmp_pat
     settings.add_setting(parser, "SOURCE", if_there=True)
     assert parser.parse_args([]).source is None
     assert "SOURCE: nothing lies at" in capsys.readouterr().err
+
+
+def test_a_make_within_make_is_told_the_same(copy):
+    """demo and selftest run `make all`; what the command line or the environment says goes on."""
+    within = copy.folder / "within.mk"
+    within.write_text("include Makefile\nwithin: ; $(MAKE) -f within.mk serve\n")
+    try:
+        said = {"QUANTIZER": "opt'imal", "JOBS": "$(shell touch ran)2", "STACK": "old"}
+        for way in ({"env": said}, {"line": [f"{k}={v}" for k, v in said.items()]}):
+            line = ["-f", "within.mk", "within", *way.get("line", [])]
+            given = handed(copy.given(*line, **way.get("env", {}))[1])
+            assert given["TOOLCHAIN_PYTHON"] == ".toolchain/old/bin/python"
+            assert {name: given[name] for name in ("QUANTIZER", "JOBS")}.items() <= said.items()
+    finally:
+        within.unlink()
