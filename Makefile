@@ -18,7 +18,7 @@ SHELL = /bin/sh
 # environment says is taken as it stands. ~/ at its beginning is the home folder.
 as_said = $(if $(filter file,$(origin $(1))),$($(1)),$(value $(1)))
 value_of = $(subst $(begin),,$(subst $(begin)~/,$(value HOME)/,$(begin)$(as_said)))
-begin := <|>
+begin := <the value begins here>
 on_command_line = $(filter command,$(firstword $(origin $(1))))
 # The value if it is one of the names $(2), else something that it is not.
 one_of = $(or $(filter $(2),$(firstword $(as_said))),no $(as_said))

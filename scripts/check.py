@@ -260,7 +260,7 @@ def main() -> int:
     add_setting(parser, "LOW_DISK")
     add_choice(parser)
     args = parser.parse_args()
-    check_choice(parser, args)
+    check_choice(args)
     source, bundle = args.source, place_of(args.bundle, args.source)
     args.bundle = bundle
     lines = check_toolchain(args.python, args.converter, args.app, args.quantizer)

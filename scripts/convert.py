@@ -77,7 +77,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=parse_jobs, default=fetching.WORKERS,
                         help="--low-disk: files fetched at once")  # fmt: skip
     args = parser.parse_args()
-    check_choice(parser, args)
+    check_choice(args)
     return args
 
 

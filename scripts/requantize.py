@@ -65,7 +65,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--part", type=parse_part, default=Part(), help="K/N: a share of the work")
     add_choice(parser)
     arguments = parser.parse_args()
-    check_choice(parser, arguments)
+    check_choice(arguments)
     return arguments
 
 

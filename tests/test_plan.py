@@ -54,7 +54,9 @@ def test_the_parts_of_flash_s_experts_are_those_of_the_format():
 def test_more_shards_than_a_folder_may_have_stop_the_plan(monkeypatch):
     monkeypatch.setattr("dsv4.storage.bounds.FILES", 8)
     form = QUANTIZERS["mlx"]().form
-    with pytest.raises(Stop, match=r"SHARD_BYTES: found 1 bytes, [0-9]+ shards, expected at most 4"):
+    with pytest.raises(
+        Stop, match=r"SHARD_BYTES: found 1 bytes, [0-9]+ shards, expected at most 4"
+    ):
         plan_shards(open_source(NANO).tensors, form, {}, 1)
 
 

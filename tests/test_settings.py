@@ -221,7 +221,12 @@ def test_an_option_wins_over_makes_setting_and_a_stray_variable_is_none(monkeypa
     assert (port(), port("--port", "3")) == (2, 3)
     monkeypatch.setenv("RECIPE_PORT", "")
     assert port() == 8010
-    assert not [name for name in environment() if name.startswith(settings.PREFIX)]
+    for name in ("PYTHONPATH", "PYTHONHOME"):
+        monkeypatch.setenv(name, "/evil")
+    children = environment()
+    assert not [
+        name for name in children if name.startswith((settings.PREFIX, "PYTHONP", "PYTHONH"))
+    ]
 
 
 def test_a_source_that_make_names_and_that_is_gone_is_noted(monkeypatch, tmp_path, capsys):

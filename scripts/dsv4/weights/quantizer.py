@@ -15,6 +15,7 @@ import numpy as np
 from dsv4.model import labels
 from dsv4.model.plan import Form
 from dsv4.settings import add_setting
+from dsv4.stop import Stop
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.weights import affine, exact, optimal
 from dsv4.weights.affine import Tally
@@ -184,10 +185,11 @@ def add_choice(parser: argparse.ArgumentParser) -> None:
     add_setting(parser, "IMATRIX", help="importance of columns, for optimal (.dat)")
 
 
-def check_choice(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with a usage error when the options do not go together."""
+def check_choice(args: argparse.Namespace) -> None:
+    """Raise Stop when the options do not go together."""
     if args.imatrix and args.quantizer != "optimal":
-        parser.error("--imatrix needs --quantizer optimal: no other quantizer weighs errors")
+        raise Stop("IMATRIX", f"QUANTIZER={args.quantizer}", "optimal: no other one weighs errors",
+                   "leave IMATRIX out, or choose optimal")  # fmt: skip
 
 
 def chosen(args: argparse.Namespace, source: Checkpoint) -> Quantizer:
