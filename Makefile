@@ -239,16 +239,15 @@ $(STAMPS)/patch.stamp: $(STAMPS)/finalize.stamp $(needs_patch)
 
 # With LOW_DISK=1 without the source, which is gone: convert compared each shard with it.
 # LEVEL=1: headers and JSON, seconds. 2: every number against the source, at the disk's speed.
-# A SOURCE of the command line must be there; any other is compared with if it is.
-THIS_SOURCE = $(if $(call on_command_line,SOURCE),--source "$$RECIPE_SOURCE")
-VERIFY = $(if $(call on,LOW_DISK),RECIPE_SOURCE= )$(PYTHON) scripts/verify.py \
-  $(if $(call on,LOW_DISK),,$(THIS_SOURCE)) --json $(STAMPS)/verify.json
+# A SOURCE of the command line must be there and goes as an option; any other counts if it is there.
+WITH_SOURCE = $(if $(call on_command_line,SOURCE),RECIPE_SOURCE= $(1) --source="$$RECIPE_SOURCE",$(1))
+VERIFY = $(if $(call on,LOW_DISK),RECIPE_SOURCE= $(1),$(WITH_SOURCE)) --json $(STAMPS)/verify.json
 .PHONY: verify report
 verify: $(STAMPS)/patch.stamp ## prove the finished bundle right, or name what is wrong (LEVEL=1: fast)
-	$(VERIFY)
+	$(call VERIFY,$(PYTHON) scripts/verify.py)
 $(STAMPS)/verify.stamp: $(STAMPS)/patch.stamp $(needs_verify)
 	rm -f $@
-	$(VERIFY)
+	$(call VERIFY,$(PYTHON) scripts/verify.py)
 	touch $@
 
 # What the last verify found, as one page to put beside a published bundle.
@@ -261,7 +260,7 @@ report: .venv/installed ## write the last verify's result as one HTML page, buil
 # Rewritten shards cost disk twice while BUNDLE/.before-repair keeps the originals.
 .PHONY: repair unrepair
 repair: .venv/installed $(TOOLCHAIN) ## mend a bundle made elsewhere, or damaged: BUNDLE=… SOURCE=… (DRY_RUN=1 first)
-	$(PYTHON) scripts/repair.py $(THIS_SOURCE)
+	$(call WITH_SOURCE,$(PYTHON) scripts/repair.py)
 
 unrepair: .venv/installed ## put back every file that repair changed, byte for byte
 	$(PYTHON) scripts/repair.py --undo

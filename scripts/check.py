@@ -30,7 +30,7 @@ from dsv4.model.plan import SHARD_BYTES, plan_shards
 from dsv4.model.roles import place_of
 from dsv4.proof import stacks
 from dsv4.runtime import patches, toolchain
-from dsv4.settings import add_setting, check_settings, parse_path
+from dsv4.settings import add_setting, parse_path
 from dsv4.stop import Stop, run
 from dsv4.storage import space
 from dsv4.storage.checkpoint import INDEX
@@ -243,7 +243,6 @@ def check_space(source: Path, bundle: Path, fetch: int, build: int) -> list[Line
 
 
 def main() -> int:
-    check_settings()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -50,7 +50,9 @@ class Recipe:
         """Run make, which must succeed; the stages that it ran, in order."""
         result = self.make(*arguments)
         assert result.returncode == 0, result.stdout + result.stderr
-        return re.findall(r"^\.venv/bin/python scripts/(\w+)\.py", result.stdout, re.MULTILINE)
+        return re.findall(
+            r"^(?:\w+= )?\.venv/bin/python scripts/(\w+)\.py", result.stdout, re.MULTILINE
+        )
 
     def edit(self, name: str) -> None:
         """Change a script, later than every stamp."""

@@ -88,7 +88,7 @@ def parse_path(text: str) -> Path:
         raise Unfit(text, "a path; nobody's home folder is known by that name") from None
 
 
-# Of every setting of make that a command takes; its other names are those of the Makefile.
+# Every setting of the Makefile that a command takes, and how its value is read.
 TYPES: dict[str, Callable[[str], Any]] = {
     "SOURCE": parse_path, "BUNDLE": parse_path, "REFERENCE": parse_path, "IMATRIX": parse_path,
     "TOOLCHAIN_PYTHON": parse_path, "SOURCE2": parse_path,
@@ -104,8 +104,12 @@ def add_setting(parser: argparse.ArgumentParser, name: str, *, option: str = "",
     """Add the option of one of make's settings; `how` is as for add_argument.
 
     if_there: a path from make is left out, with a note, when nothing lies there.
-    Raises Stop for a value from make that the option does not take.
+    Raises Stop for a value from make that the option does not take, and for any that no command
+    could: what a later stage would refuse is refused by the first.
     """
+    for each in TYPES:
+        if text := os.environ.get(PREFIX + each):
+            read(each, text)
     how |= {"action": "store_true"} if TYPES[name] is parse_switch else {"type": TYPES[name]}
     action = parser.add_argument(option or "--" + name.lower().replace("_", "-"), **how)
     text = os.environ.get(PREFIX + name)
@@ -120,21 +124,12 @@ def add_setting(parser: argparse.ArgumentParser, name: str, *, option: str = "",
     action.default, action.required = value, False
 
 
-def check_settings() -> None:
-    """Raise Stop for any value from make that no command could take."""
-    for name in TYPES:
-        if text := os.environ.get(PREFIX + name):
-            read(name, text)
-
-
 def read(name: str, text: str) -> Any:
     """The value of the setting `name`. Raises Stop when it cannot be one."""
     if not text:
         raise _wrong(name, text, "a value")
     if text != text.strip():
-        todo = (
-            "in config.mk a comment needs a line of its own: the blanks before it are the value's"
-        )
+        todo = "in config.mk put comments on lines of their own: blanks before them are kept"
         raise Stop(name, shown(text), "no blanks at its ends", todo)
     if "\n" in text or "\r" in text:
         raise _wrong(name, text, "one line")
