@@ -31,7 +31,7 @@ from dsv4.model.plan import SHARD_BYTES, plan_shards
 from dsv4.model.roles import place_of
 from dsv4.proof import stacks
 from dsv4.runtime import patches, toolchain
-from dsv4.settings import parse_bytes
+from dsv4.settings import add_setting, parse_path
 from dsv4.stop import Stop, run
 from dsv4.storage import space, volume
 from dsv4.storage.checkpoint import INDEX
@@ -260,18 +260,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--source", type=Path, required=True)
-    parser.add_argument("--bundle", type=Path, required=True)
-    parser.add_argument("--python", type=Path, default=toolchain.default(), help="toolchain")
-    parser.add_argument("--app", type=Path, default=toolchain.APP)
-    parser.add_argument("--repo", default="", help="where the source can be fetched from")
-    parser.add_argument("--revision", default="main")
-    parser.add_argument("--converter", choices=("native", "jang"), default="native")
-    parser.add_argument("--shard-bytes", type=parse_bytes, default=SHARD_BYTES)
-    parser.add_argument("--low-disk", action="store_true")
+    add_setting(parser, "SOURCE", required=True)
+    add_setting(parser, "BUNDLE", required=True)
+    add_setting(
+        parser, "TOOLCHAIN_PYTHON", option="--python", default=toolchain.default(), help="toolchain"
+    )
+    parser.add_argument("--app", type=parse_path, default=toolchain.APP)
+    add_setting(parser, "REPO", default="", help="where the source can be fetched from")
+    add_setting(parser, "REVISION", default="main")
+    add_setting(parser, "CONVERTER", choices=("native", "jang"), default="native")
+    add_setting(parser, "SHARD_BYTES", default=SHARD_BYTES)
+    add_setting(parser, "LOW_DISK")
     add_choice(parser)
     args = parser.parse_args()
-    check_choice(parser, args)
+    check_choice(args)
     source, bundle = args.source, place_of(args.bundle, args.source)
     args.bundle = bundle
     lines = check_toolchain(args.python, args.converter, args.app, args.quantizer)

@@ -32,7 +32,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 
 from dsv4.hub import client, fetching
 from dsv4.hub.origin import read_record
@@ -53,7 +52,7 @@ from dsv4.model.plan import SHARD_BYTES
 from dsv4.model.roles import place_of
 from dsv4.runtime import upstream
 from dsv4.runtime.toolchain import default
-from dsv4.settings import cores, parse_bytes, parse_jobs
+from dsv4.settings import add_setting, cores, parse_jobs, parse_seconds
 from dsv4.stop import Stop, run
 from dsv4.storage import locks
 from dsv4.storage.checkpoint import Checkpoint
@@ -67,28 +66,27 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--source", type=Path, required=True, help="the FP4/FP8 checkpoint")
-    parser.add_argument("--bundle", type=Path, required=True, help="the folder to make")
-    parser.add_argument("--converter", choices=("native", "jang"), default="native")
-    parser.add_argument("--python", type=Path, default=default(),
-                        help="jang: the toolchain")  # fmt: skip
+    add_setting(parser, "SOURCE", required=True, help="the FP4/FP8 checkpoint")
+    add_setting(parser, "BUNDLE", required=True, help="the folder to make")
+    add_setting(parser, "CONVERTER", choices=("native", "jang"), default="native")
+    add_setting(parser, "TOOLCHAIN_PYTHON", option="--python", default=default(),
+                help="jang: the toolchain")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
-    parser.add_argument("--jobs", type=parse_jobs, default=cores(), help="threads (all cores)")
-    parser.add_argument("--shard-bytes", type=parse_bytes, default=SHARD_BYTES,
-                        help="the largest shard (5e9)")  # fmt: skip
+    add_setting(parser, "JOBS", default=cores(), help="threads (all cores)")
+    add_setting(parser, "SHARD_BYTES", default=SHARD_BYTES, help="the largest shard (5e9)")
     parser.add_argument(
         "--part", type=parse_part, default=Part(), help="K/N: a share of the shards"
     )
     add_choice(parser)
-    parser.add_argument("--low-disk", action="store_true",
-                        help="fetch and free the source's shards as it goes")  # fmt: skip
-    parser.add_argument("--repo", default="", help="--low-disk: where they come from")
-    parser.add_argument("--patience", type=float, default=fetching.PATIENCE, metavar="SECONDS",
+    add_setting(parser, "LOW_DISK", help="fetch and free the source's shards as it goes")
+    add_setting(parser, "REPO", default="", help="--low-disk: where they come from")
+    parser.add_argument("--patience", type=parse_seconds, default=fetching.PATIENCE,
+                        metavar="SECONDS",
                         help="--low-disk: how long to try again while nothing comes")  # fmt: skip
     parser.add_argument("--workers", type=parse_jobs, default=fetching.WORKERS,
                         help="--low-disk: files fetched at once")  # fmt: skip
     args = parser.parse_args()
-    check_choice(parser, args)
+    check_choice(args)
     if not args.part.whole and (args.low_disk or args.converter == "jang"):
         parser.error("--part: not with --low-disk or --converter jang")
     return args

@@ -25,6 +25,7 @@ from dsv4.proof import conversation, level1
 from dsv4.proof.findings import Check, Findings
 from dsv4.proof.stacks import runtimes
 from dsv4.proof.survey import Survey, survey
+from dsv4.settings import add_setting, parse_seconds
 from dsv4.stop import Stop, run
 from dsv4.storage.durable import human
 from dsv4.words import plain, say
@@ -103,11 +104,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--repo", required=True, help="user/bundle on the hub")
-    parser.add_argument("--revision", default="main", help="commit hash, tag or branch")
-    parser.add_argument("--against", default="", metavar="REPO", help="its FP4/FP8 source")
+    add_setting(parser, "REPO", required=True, help="user/bundle on the hub")
+    add_setting(parser, "REVISION", default="main", help="commit hash, tag or branch")
+    add_setting(parser, "AGAINST", default="", metavar="REPO", help="its FP4/FP8 source")
     parser.add_argument(
-        "--patience", type=float, default=PATIENCE, metavar="SECONDS",
+        "--patience", type=parse_seconds, default=PATIENCE, metavar="SECONDS",
         help="how long to try again while nothing comes (default %(default)s)",
     )  # fmt: skip
     args = parser.parse_args()

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from pathlib import Path
 
 from dsv4.making.metadata import (
     chat_templates,
@@ -37,6 +36,7 @@ from dsv4.making.metadata import (
 from dsv4.model.opening import open_bundle, read_config
 from dsv4.model.roles import place_of
 from dsv4.model.template import CHAT_TEMPLATE
+from dsv4.settings import add_setting
 from dsv4.stop import run
 from dsv4.storage import bounds, locks
 from dsv4.storage.durable import write_bytes, write_json
@@ -47,8 +47,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--bundle", type=Path, required=True)
-    parser.add_argument("--source", type=Path, help="record where it was downloaded from")
+    add_setting(parser, "BUNDLE", required=True)
+    add_setting(parser, "SOURCE", help="record where it was downloaded from")
     parser.add_argument("--dry-run", action="store_true", help="say what would change")
     args = parser.parse_args()
     place_of(args.bundle, args.source)

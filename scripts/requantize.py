@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import time
-from pathlib import Path
 
 from dsv4.making import own_numbers
 from dsv4.making.experts import Ledger
@@ -39,7 +38,7 @@ from dsv4.making.requantization import (
 )
 from dsv4.model.opening import open_bundle, open_source, read_config
 from dsv4.model.roles import place_of
-from dsv4.settings import cores, parse_jobs
+from dsv4.settings import add_setting, cores
 from dsv4.stop import run
 from dsv4.storage import inside, locks
 from dsv4.storage.checkpoint import read_index
@@ -52,14 +51,14 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--source", type=Path, required=True, help="the FP4/FP8 checkpoint")
-    parser.add_argument("--bundle", type=Path, required=True, help="the converted bundle")
+    add_setting(parser, "SOURCE", required=True, help="the FP4/FP8 checkpoint")
+    add_setting(parser, "BUNDLE", required=True, help="the converted bundle")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
-    parser.add_argument("--jobs", type=parse_jobs, default=cores(), help="threads (all cores)")
+    add_setting(parser, "JOBS", default=cores(), help="threads (all cores)")
     parser.add_argument("--part", type=parse_part, default=Part(), help="K/N: a share of the work")
     add_choice(parser)
     arguments = parser.parse_args()
-    check_choice(parser, arguments)
+    check_choice(arguments)
     return arguments
 
 

@@ -23,6 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "scripts"
 NANO = SCRIPTS / "nano" / "checkpoint"
 sys.path[:0] = [str(SCRIPTS), str(SCRIPTS / "lab")]
+for name in [name for name in os.environ if name.startswith("RECIPE_")]:
+    del os.environ[name]  # what make hands to every script, of whoever runs `make test`
 # A job in the background ignores Ctrl-C, and so would the runs that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -30,6 +30,7 @@ from dsv4.hub import environment as settings
 from dsv4.hub.client import listing
 from dsv4.hub.transfer import Transfer
 from dsv4.hub.upload import made, upload
+from dsv4.runtime import server
 from dsv4.stop import Stop
 from dsv4.storage import volume
 from dsv4.storage.checkpoint import read_json
@@ -648,6 +649,7 @@ SETTINGS = [
     ("SSL_CERT_FILE", "/dev/null", "a file of certificates"),
     ("SSL_CERT_FILE", "/", "a file of certificates"),
     ("SSL_CERT_DIR", "/nonexistent", "a folder of certificates"),
+    ("SSL_CERT_DIR", "/nonexistent:/dev/null", "a folder of certificates"),
     ("REQUESTS_CA_BUNDLE", "/nonexistent/ca.pem", "a file of certificates"),
     ("CURL_CA_BUNDLE", "/nonexistent/ca.pem", "a file of certificates"),
 ]
@@ -768,12 +770,40 @@ def socks():
 
 
 def test_a_listing_and_a_file_come_through_a_socks_proxy(hub, socks, tmp_path, monkeypatch):
-    pytest.importorskip("socksio")
+    from huggingface_hub import constants
+
+    there = hub.url.replace("127.0.0.1", "hub.invalid")  # what is here is asked for directly
+    monkeypatch.setattr(constants, "ENDPOINT", there)
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(hub.url, there)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setenv("ALL_PROXY", socks.url)
     monkeypatch.setenv("NO_PROXY", "")
     fetch(tmp_path)
     assert (tmp_path / SHARD).read_bytes() == checkpoint()[SHARD]
-    assert {f"http://{host}" for host in socks.asked} == {hub.url, hub.store_url}
+    assert {f"http://{host}" for host in socks.asked} == {there}
+
+
+def test_no_proxy_is_asked_for_this_machine(hub, tmp_path, monkeypatch):
+    """Neither for a hub, nor for the server that demo, selftest and smoke ask."""
+    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "")
+    fetch(tmp_path)
+    assert (tmp_path / SHARD).read_bytes() == checkpoint()[SHARD]
+    status, data = server.exchange(hub.url, "GET", f"/api/models/{REPO}/revision/main", "", 20)
+    assert (status, json.loads(data)["id"]) == (200, REPO)
+
+
+def test_a_login_that_cannot_be_read_is_one_line(hub, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path))
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(Stop) as stopped:
+        listing(REPO, "main")
+    assert f"the hub's login: found {tmp_path}: Is a directory" in line(stopped)
+    assert "HF_HOME" in line(stopped)
 
 
 def test_socks_without_its_package_is_one_line(hub, monkeypatch):

@@ -40,8 +40,9 @@ def config(bundle: Checkpoint, expert: dict[str, Any] | None) -> dict[str, Any]:
     None: the labels stay as they are.
     """
     content = copy.deepcopy(bundle.config)
-    if expert is not None:
+    if expert is not None or content.get("quantization_config") == content.get("quantization"):
         content.pop("quantization_config", None)
+    if expert is not None:
         content["quantization"] = quantization(expert_bases(bundle), expert, bundle.tensors)
     content["eos_token_id"] = token_ids(bundle.folder)
     if "bos_token_id" in content:

@@ -94,7 +94,9 @@ def check_labels(bundle: Survey, findings: Findings) -> Check:
     """The label that each runtime finds for a module is the one that its tensors are stored by."""
     labels = bundle.config.get("quantization")
     if "quantization_config" in bundle.config:
-        findings.add("label-two-dicts", "config.json", "quantization_config", "quantization alone")
+        same = bundle.config["quantization_config"] == labels
+        name = "label-twice" if same else "label-two-dicts"
+        findings.add(name, "config.json", "quantization_config", "quantization alone")
     if not isinstance(labels, dict):
         findings.add("label-absent", "config.json", f"quantization {shown(labels)}", "labels")
         return Check("labels", 0)

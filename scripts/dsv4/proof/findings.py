@@ -178,6 +178,11 @@ FAULTS = {
     "label-two-dicts": Fault(
         "quantization_config beside quantization: runtimes differ in which they read.", _REPAIR
     ),
+    "label-twice": Fault(
+        "quantization_config repeats quantization, as mlx_lm writes it: two copies that can part.",
+        _REPAIR,
+        WARNING,
+    ),
     "label-bits-wrong": Fault(
         "The label's bits are not the tensors': 4-bit codes read as 8-bit are noise.", _REPAIR
     ),

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from dsv4.model import labels
 from dsv4.model.plan import Form
+from dsv4.settings import add_setting
+from dsv4.stop import Stop
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.weights import affine, exact, optimal
 from dsv4.weights.affine import Tally
@@ -180,14 +181,15 @@ QUANTIZERS: dict[str, Callable[[], Quantizer]] = {
 
 def add_choice(parser: argparse.ArgumentParser) -> None:
     """The options by which a command is told its quantizer."""
-    parser.add_argument("--quantizer", choices=sorted(QUANTIZERS), default="mlx")
-    parser.add_argument("--imatrix", type=Path, help="importance of columns, for optimal (.dat)")
+    add_setting(parser, "QUANTIZER", choices=sorted(QUANTIZERS), default="mlx")
+    add_setting(parser, "IMATRIX", help="importance of columns, for optimal (.dat)")
 
 
-def check_choice(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with a usage error when the options do not go together."""
+def check_choice(args: argparse.Namespace) -> None:
+    """Raise Stop when the options do not go together."""
     if args.imatrix and args.quantizer != "optimal":
-        parser.error("--imatrix needs --quantizer optimal: no other quantizer weighs errors")
+        raise Stop("IMATRIX", f"QUANTIZER={args.quantizer}", "optimal: no other one weighs errors",
+                   "leave IMATRIX out, or choose optimal")  # fmt: skip
 
 
 def chosen(args: argparse.Namespace, source: Checkpoint) -> Quantizer:
