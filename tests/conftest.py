@@ -55,9 +55,8 @@ runpy.run_path(argv[0], run_name="__main__")
 """
 
     def __init__(self) -> None:
-        self.environ = environ()
         self._process = subprocess.Popen(
-            [sys.executable, "-c", self.CODE], text=True,
+            [sys.executable, "-c", self.CODE], env=ENVIRON, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
         atexit.register(self._process.communicate)
@@ -77,6 +76,9 @@ def environ() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
 
 
+ENVIRON = environ()
+
+
 @functools.cache
 def commands() -> Commands:
     return Commands()
@@ -88,7 +90,7 @@ def script(name: str, *arguments: object, **options: object) -> subprocess.Compl
     With options of subprocess.run, or in another environment, in a Python of its own.
     """
     argv = [str(SCRIPTS / f"{name}.py"), *map(str, arguments)]
-    if not options and environ() == commands().environ:
+    if not options and environ() == ENVIRON:
         return commands().run(argv)
     return subprocess.run([sys.executable, *argv], capture_output=True, text=True, **options)
 
