@@ -97,7 +97,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z_]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "Settings (make NAME=value, or config.mk): MODEL REPO REVISION SOURCE BUNDLE REFERENCE"
 	@echo "  CONVERTER QUANTIZER IMATRIX LOW_DISK SHARD_BYTES STACK TOOLCHAIN_PYTHON PORT JOBS LEVEL"
-	@echo "  VERIFY_HASHES PYTHON3; README.md tells what they mean."
+	@echo "  VERIFY_HASHES PYTHON3 BUNDLES TEXT TOKENS DEVICE RUNTIME FLOAT32; README.md tells more."
 
 # The values that stages depend on. Rewritten only when one of them changes.
 $(STAMPS)/settings: FORCE
@@ -237,6 +237,28 @@ repair: .venv/installed $(TOOLCHAIN) ## mend a bundle made elsewhere, or damaged
 unrepair: .venv/installed ## put back every file that repair changed, byte for byte
 	$(PYTHON) scripts/repair.py --bundle '$(BUNDLE)' --undo
 
+# ----------------------------------------------------------------------- measuring the real model
+
+# Source and bundle over one text, layer by layer, so that one layer's memory is enough; 7 GB of disk
+# meanwhile. DEVICE=cpu, gpu or both; RUNTIME=vlm for mlx-vlm's model; FLOAT32=1 computes the bundle
+# in float32. Paths in BUNDLES="a b" have no blanks.
+BUNDLES ?=
+TEXT ?=
+TOKENS ?=
+DEVICE ?=
+RUNTIME ?=
+FLOAT32 ?=
+PASS = --python '$(TOOLCHAIN_PYTHON)' $(if $(TEXT),--text '$(TEXT)') $(if $(TOKENS),--tokens $(TOKENS)) \
+  $(if $(DEVICE),--device '$(DEVICE)')
+.PHONY: evaluate imatrix
+evaluate: .venv/installed $(TOOLCHAIN) ## how far is the bundle from its source? (BUNDLES="a b", TEXT, TOKENS, DEVICE)
+	$(PYTHON) scripts/evaluate.py --source '$(SOURCE)' --bundle $(or $(BUNDLES),'$(BUNDLE)') $(PASS) \
+	  $(if $(RUNTIME),--runtime '$(RUNTIME)') $(if $(FLOAT32),--float32) --out $(STAMPS)/evaluate
+
+# For QUANTIZER=optimal. Reads the source once.
+imatrix: .venv/installed $(TOOLCHAIN) ## measure how much each column of each expert matters, for IMATRIX (TEXT, DEVICE)
+	$(PYTHON) scripts/imatrix.py --source '$(SOURCE)' $(PASS) --out $(STAMPS)/imatrix.dat
+
 # ------------------------------------------------------------------------------- using the bundle
 
 .PHONY: serve smoke
@@ -332,4 +354,5 @@ format: .venv/tests-installed ## format the code
 
 clean: ## remove stamps and reports; never a bundle or a source
 	rm -f build/*/*.stamp build/*/settings build/*/verify.json build/*/verify.html
+	rm -f build/*/evaluate.json build/*/evaluate.md build/*/evaluate.html
 	rm -f build/matrix/matrix.json build/fidelity/fidelity.*

@@ -26,6 +26,11 @@ def parse_port(text: str) -> int:
     return _between(text, 1, 65535, "a port")
 
 
+def parse_tokens(text: str) -> int:
+    """Read a number of tokens: 3, which is BOS and two more, to a million."""
+    return _between(text, 3, 1 << 20, "a number of tokens")
+
+
 def _between(text: str, least: int, most: int, what: str) -> int:
     if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
         raise argparse.ArgumentTypeError(f"{shown(text)} is not {what}, {least} to {most}")

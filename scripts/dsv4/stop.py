@@ -20,10 +20,12 @@ FOUND, ELSE = 700, 400  # characters of what was found, and of each other part o
 class Stop(Exception):
     """Something that the user can act on: what was found, what was expected, what to do.
 
-    Its text is one plain line, whatever its parts are made of.
+    Its text is one plain line, whatever its parts are made of; `parts` are what it was made of, for
+    another process to raise it again.
     """
 
     def __init__(self, what: str, found: str, expected: str, todo: str) -> None:
+        self.parts = what, found, expected, todo
         parts = plain(what, ELSE), plain(found, FOUND), plain(expected, ELSE), plain(todo, ELSE)
         super().__init__("{}: found {}, expected {}; {}".format(*parts))
 
