@@ -255,6 +255,7 @@ def test_what_cannot_be_compared_is_refused(bundles, settings, tmp_path):
     tokenizer["added_tokens"][0]["content"] = "<another>"
     (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
     stops(asked(settings, copy, text), "another tokenizer")
+    assert not list(settings.work.iterdir())
 
 
 def test_a_device_that_is_not_there_is_refused(bundles, settings, tmp_path):
@@ -304,9 +305,8 @@ def test_a_changed_input_is_another_pass(bundles, settings, tmp_path):
     keys.append(key())
     assert len(set(keys)) == len(keys)
     assert key(work="b") == keys[-1]
-    old, new = settings.work / "pass-old", settings.work / "pass-new"
-    for folder in (old, new):
+    old, new, other = (tmp_path / f"pass-{n}" for n in ("0" * 16, "1" * 16, "port"))
+    for folder in (old, new, other):
         folder.mkdir()
-    passes.drop_others(settings.work, [new])
-    assert new.is_dir()
-    assert not old.exists()
+    passes.drop_others(tmp_path, [new])
+    assert [path.is_dir() for path in (old, new, other)] == [False, True, True]

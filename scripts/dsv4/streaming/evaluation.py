@@ -20,7 +20,7 @@ from dsv4.storage.locks import held
 from dsv4.streaming import pairing, passes, states
 from dsv4.streaming.comparison import compare
 from dsv4.streaming.passes import Engine, Settings
-from dsv4.words import say
+from dsv4.words import plain, say
 
 VERSION = 1  # of the result's form
 
@@ -56,7 +56,6 @@ def evaluate(asked: Asked, settings: Settings) -> dict[str, Any]:
     The source is computed once, in float32, on the first device. Raises Stop for what cannot be
     compared, and for a pass that stops.
     """
-    settings.work.mkdir(parents=True, exist_ok=True)
     source = open_source(asked.source)
     pairing.check_counts(source)
     bundles = [open_bundle(folder) for folder in asked.bundles]
@@ -64,6 +63,7 @@ def evaluate(asked: Asked, settings: Settings) -> dict[str, Any]:
         pairing.check_pair(bundle, source)
     ids = pairing.tokens_of(asked.source, asked.text, asked.tokens)
     layers = count(source.config, "num_hidden_layers", asked.source)
+    settings.work.mkdir(parents=True, exist_ok=True)
     with held(settings.work):
         reference, turns = plan(source, bundles, ids, asked, settings)
         passes.drop_others(settings.work, [turn.folder for turn in (reference, *turns)])
@@ -114,16 +114,21 @@ def run(turns: list[Turn], settings: Settings) -> int:
             if turn.device not in engines:
                 engine = Engine(settings, turn.device)
                 engines[turn.device] = stack.enter_context(engine)
-            name = turn.checkpoint.folder.name
-            peak = max(peak, engines[turn.device].run(turn.job, f"{name} on {turn.device}"))
+            name = f"{name_of(turn)} on {turn.device}"
+            peak = max(peak, engines[turn.device].run(turn.job, name))
     return peak
+
+
+def name_of(turn: Turn) -> str:
+    """What a table and a page call it: a row of a table, whatever the folder's name is."""
+    return plain(turn.checkpoint.folder.resolve().name, 60).replace("|", "¦")
 
 
 def timing(turn: Turn) -> dict[str, Any]:
     """How long a pass took, beside reading its files alone."""
     record = states.read_record(turn.folder)
     return {
-        "folder": turn.checkpoint.folder.name,
+        "folder": name_of(turn),
         "device": turn.device,
         "reading_seconds": round(record.reading, 3),
         "computing_seconds": round(record.computing, 3),
@@ -137,7 +142,7 @@ def numbers(turn: Turn, reference: Turn, ids: list[int]) -> dict[str, Any]:
     record = states.read_record(turn.folder)
     return {
         "bundle": f"{turn.checkpoint.folder}",
-        "name": turn.checkpoint.folder.name,
+        "name": name_of(turn),
         "device": turn.device,
         "computed_in": record.dtype,
         "perplexity": perplexity(found.bundle),

@@ -28,13 +28,13 @@ def collect(
     {"text", "sha256", "tokens": the text's, BOS included; "layers": tokens that each expert of a
     layer saw; "unseen": [layer, expert] of those that saw none}. Raises Stop as `evaluate` does.
     """
-    settings.work.mkdir(parents=True, exist_ok=True)
     opened = open_source(source)
     pairing.check_counts(opened)
     ids = pairing.tokens_of(source, text, tokens)
     layers = count(opened.config, "num_hidden_layers", source)
     job: dict[str, Any] = {"folder": f"{source.resolve()}", "kind": "source", "ids": ids}
     job["collect"] = True
+    settings.work.mkdir(parents=True, exist_ok=True)
     with held(settings.work):
         folder = passes.folder_of(opened, settings, device, job)
         passes.drop_others(settings.work, [folder])

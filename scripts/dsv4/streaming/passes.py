@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -170,18 +171,24 @@ def folder_of(checkpoint: Checkpoint, settings: Settings, device: str, job: dict
     return folder
 
 
+def folders(work: Path) -> list[Path]:
+    """Those of passes, and nothing else that lies there."""
+    named = (p for p in sorted(work.iterdir()) if re.fullmatch(f"{PREFIX}[0-9a-f]{{16}}", p.name))
+    return [path for path in named if path.is_dir() and not path.is_symlink()]
+
+
 def drop_others(work: Path, wanted: list[Path]) -> None:
     """Remove what runs with other inputs have left: gigabytes that nothing asks for any more."""
-    for path in sorted(work.glob(f"{PREFIX}*")):
-        if path not in wanted and path.is_dir() and not path.is_symlink():
-            say(f"{path}: begun with other inputs or settings; removed")
+    for path in folders(work):
+        if path not in wanted:
+            say(f"{plain(path)}: begun with other inputs or settings; removed")
             shutil.rmtree(path)
 
 
 def clear(work: Path) -> None:
     """Remove hidden states, sums and logits: what was asked for is written."""
     with held(work):
-        for path in sorted(work.glob(f"{PREFIX}*")):
+        for path in folders(work):
             shutil.rmtree(path)
     with contextlib.suppress(OSError):  # somebody's own folder may hold other things
         work.rmdir()
