@@ -109,6 +109,18 @@ def test_streamed_logits_are_those_of_the_whole_model(both, tokens, engine, tmp_
     assert relative(found, reference[:tokens]) < 1e-5
 
 
+def test_a_lossless_bundle_in_float32_is_the_source(engine, tmp_path):
+    """Bit for bit, after every layer and in the logits; so both are read rightly."""
+    must("convert", "--source", NANO, "--bundle", tmp_path / "lossless", "--quantizer", "lossless")
+    ids, source, bundle = [0, *range(50, 90)], tmp_path / "a", tmp_path / "b"
+    engine.run(job(NANO, "source", ids, source, keep=True), "test")
+    more = {"wide": True, "against": str(source)}
+    engine.run(job(tmp_path / "lossless", "bundle", ids, bundle, **more), "test")
+    assert states.read_record(bundle).errors == [0.0] * 4
+    a, b = (np.load(folder / states.LOGITS) for folder in (source, bundle))
+    assert np.array_equal(a, b)
+
+
 def test_a_killed_pass_goes_on_at_its_layer(settings, engine, tmp_path):
     """SIGKILL after layer 0: what was done stays as it is, and the end is the same."""
     ids = [0, *range(100, 130)]
@@ -156,6 +168,7 @@ def test_evaluate_says_how_far_and_in_which_layer(bundles, tmp_path):
     assert page.count("<svg ") == page.count('role="img" aria-label=') == 2
     assert not re.search(r"""(src|href)="?[^"#]|url\((?!#)|@import|#010203""", page)
     assert "currentColor" in page
+    assert ">1e+00</text>" in page
     assert "right on cpu" in page
 
 

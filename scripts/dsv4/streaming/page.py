@@ -7,7 +7,7 @@ page.html.j2, which escapes every value.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from dsv4.words import plain
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 INK = "#010203"  # stands for the page's own colour of text until the picture is in the page
 SHOWN = 200  # characters of a value
+LEAST = 1e-9  # what is less lies there in a picture: nothing to float32
 
 
 def page(result: dict[str, Any]) -> str:
@@ -45,46 +46,44 @@ def label(bundle: dict[str, Any]) -> str:
 
 def error_picture(bundles: list[dict[str, Any]]) -> str:
     """Relative error of the hidden states after each layer, a line for each bundle."""
-
-    def draw(axes: Any) -> None:
-        for one in bundles:
-            errors = one["error_by_layer"][1:]
-            axes.plot(range(len(errors)), errors, marker=".", label=label(one))
-        axes.set_xlabel("layer")
-        axes.set_ylabel("relative error")
-
-    return picture(draw)
+    lines = [(label(one), one["error_by_layer"][1:]) for one in bundles]
+    return picture(lines, ".-", "layer", "relative error")
 
 
 def kl_picture(bundles: list[dict[str, Any]]) -> str:
-    """KL divergence at each token, a dot for each; what is below 1e-12 lies there."""
-
-    def draw(axes: Any) -> None:
-        for one in bundles:
-            values = [max(kl, 1e-12) for kl in one["kl_by_token"]]
-            axes.plot(range(len(values)), values, ".", markersize=2, label=label(one))
-        axes.set_xlabel("token")
-        axes.set_ylabel("KL (nats)")
-
-    return picture(draw)
+    """KL divergence at each token, a dot for each."""
+    lines = [(label(one), one["kl_by_token"]) for one in bundles]
+    return picture(lines, ".", "token", "KL (nats)")
 
 
-def picture(draw: Callable[[Any], None]) -> str:
-    """An SVG without a size of its own, so that it fits a narrow window; logarithmic."""
+def picture(lines: list[tuple[str, list[float]]], marks: str, x: str, y: str) -> str:
+    """What goes into an SVG of 360 × 201.6, logarithmic in y, over whole powers of ten."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, NullFormatter
 
     inks = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
-    settings = dict.fromkeys(inks, INK) | {"svg.fonttype": "none", "svg.hashsalt": "fixed"}
+    settings = dict.fromkeys(inks, INK) | {"svg.fonttype": "none", "svg.hashsalt": y}
     settings |= {"text.parse_math": False, "font.size": 9, "legend.frameon": False}
     with mpl.rc_context(settings):
         figure = Figure(figsize=(5, 2.8), layout="constrained")
         axes = figure.subplots()
-        draw(axes)
-        axes.set_yscale("log", nonpositive="clip")
+        for name, values in lines:
+            axes.plot([max(value, LEAST) for value in values], marks, label=name, markersize=2)
+        axes.set(xlabel=x, ylabel=y, yscale="log", ylim=decades(lines))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=7)
+        figure.legend(loc="outside upper left", fontsize=7, markerscale=3)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     _, _, body = out.getvalue().partition("<defs>")
     return f"<defs>{body}".replace(INK, "currentColor").replace("</svg>", "").strip()
+
+
+def decades(lines: list[tuple[str, list[float]]]) -> tuple[float, float]:
+    """The powers of ten around all values."""
+    every = [max(value, LEAST) for _, values in lines for value in values]
+    low, high = math.floor(math.log10(min(every))), math.ceil(math.log10(max(every)))
+    return 10.0**low, 10.0 ** max(high, low + 1)
