@@ -99,11 +99,12 @@ def both(request):
     return folder, ids, logits.Reference(folder).rows(ids, 0)
 
 
-@pytest.mark.parametrize("tokens", [24, 160, 700])
-def test_streamed_logits_are_those_of_the_whole_model(both, tokens, engine, tmp_path):
-    """Against transformers, all in float32; a later token changes nothing before it."""
+@pytest.mark.parametrize(("tokens", "portion"), [(24, 2048), (160, 2048), (700, 2048), (700, 233)])
+def test_streamed_logits_are_those_of_the_whole_model(both, tokens, portion, engine, tmp_path):
+    """Against transformers, all in float32, also when a text comes in portions, the last of which
+    would be one token; a later token changes nothing before it."""
     folder, ids, reference = both
-    engine.run(job(folder, "source", ids[:tokens], tmp_path), "test")
+    engine.run(job(folder, "source", ids[:tokens], tmp_path, portion=portion), "test")
     found = np.load(tmp_path / states.LOGITS)
     assert found.shape == (tokens, 512)
     assert relative(found, reference[:tokens]) < 1e-5

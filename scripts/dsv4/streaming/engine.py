@@ -20,6 +20,8 @@ import mlx.core as mx
 
 from dsv4.stop import Stop
 
+CACHE = 512 << 20  # bytes that MLX may keep for later, beside what it uses
+
 
 def listen(jobs: queue.SimpleQueue[str]) -> None:
     """Hand on every line of stdin; end with it."""
@@ -67,6 +69,7 @@ def main() -> int:
 
     try:
         mx.set_default_device(check_device(args.device))
+        mx.set_cache_limit(CACHE)
     except Stop as stop:
         tell({"stop": stop.parts})
         return 1

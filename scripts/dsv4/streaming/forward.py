@@ -34,7 +34,7 @@ class Job:
     kind: "source" or "bundle". ids: the text, BOS first. work: its folder. against: the folder of
     a finished pass whose hidden states these are compared with. wide: compute a bundle in float32.
     keep: leave the hidden states of every layer, to be compared with. collect: sum up the experts'
-    inputs, and leave out the logits.
+    inputs, and leave out the logits. portion: tokens that go through a layer together.
     """
 
     folder: str
@@ -45,6 +45,7 @@ class Job:
     wide: bool = False
     keep: bool = False
     collect: bool = False
+    portion: int = 2048
 
 
 Tell = Callable[[dict[str, Any]], None]
@@ -60,7 +61,7 @@ class Pass:
         self.layers = block_counts(self.checkpoint)["layers"]
         self.code = kind_of_code(self.checkpoint.config)
         self.ids = mx.array([job.ids])
-        self.portions = states.portions(len(job.ids))
+        self.portions = states.portions(len(job.ids), job.portion)
         self.record = states.read_record(self.work)
 
     def run(self) -> None:

@@ -18,7 +18,6 @@ from dsv4.storage.checkpoint import read_json
 from dsv4.storage.durable import replacing, write_json
 
 RECORD, LOGITS = "record.json", "logits.npy"
-PORTION = 2048  # tokens that go through a layer together
 FORM = {"layers": int, "dtype": str, "errors": [float], "reading": float, "computing": float}
 
 
@@ -53,7 +52,7 @@ def after(folder: Path, layers: int) -> Path:
     return folder / f"after-{layers:03d}.npy"
 
 
-def portions(tokens: int, most: int = PORTION) -> list[slice]:
+def portions(tokens: int, most: int) -> list[slice]:
     """The tokens cut into portions, none of which is one token alone, if there are two.
 
     >>> portions(5, 2)
