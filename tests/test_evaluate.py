@@ -17,12 +17,13 @@ import pytest
 from conftest import NANO, ROOT, made_once
 from here import here, must, refusal
 
-from dsv4.model.opening import open_bundle
+from dsv4.model.opening import open_bundle, open_source
 from dsv4.stop import Stop
 from dsv4.storage.checkpoint import INDEX, read_json
 from dsv4.storage.shard import read_array, read_shard
 from dsv4.streaming import evaluation, passes, states
 from dsv4.streaming.evaluation import Asked
+from dsv4.streaming.pairing import tokens_of
 from dsv4.weights.imatrix import open_imatrix
 
 PYTHON = ROOT / ".toolchain" / "new" / "bin" / "python"
@@ -194,7 +195,7 @@ def test_an_imatrix_is_what_hooks_in_transformers_see(tmp_path):
     text.write_text("7 7 7 7 7 7")
     out = tmp_path / "made.dat"
     said = must("imatrix", "--source", NANO, "--text", text, "--out", out)
-    ids = evaluation.pairing.tokens_of(NANO, text, None)
+    ids = tokens_of(open_source(NANO), text, None)
     seen = watched(logits.Reference(NANO), ids, torch)
     entries = open_imatrix(out).entries
     assert len(entries) == 3 * len(seen)
@@ -270,6 +271,19 @@ def test_what_cannot_be_compared_is_refused(bundles, settings, tmp_path):
     (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
     stops(asked(settings, copy, text), "another tokenizer")
     assert not list(settings.work.iterdir())
+
+
+def test_a_tokenizer_that_is_none_or_too_large_is_refused(tmp_path):
+    """MLX looks a token up wherever its number leads, beyond the embedding too."""
+    text = tmp_path / "text"
+    text.write_text("words and 17")
+    source = open_source(NANO)
+    small = replace(source, config=source.config | {"vocab_size": 9})
+    stops(lambda: tokens_of(small, text, None), "less than vocab_size, 9")
+    tokenizer = json.loads((NANO / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer | {"pre_tokenizer": {"type": 1}}))
+    broken = replace(source, folder=tmp_path)
+    stops(lambda: tokens_of(broken, text, None), "tokenizer.json: found", "expected a tokenizer")
 
 
 def test_a_device_that_is_not_there_is_refused(bundles, settings, tmp_path):

@@ -61,7 +61,7 @@ def evaluate(asked: Asked, settings: Settings) -> dict[str, Any]:
     bundles = [open_bundle(folder) for folder in asked.bundles]
     for bundle in bundles:
         pairing.check_pair(bundle, source)
-    ids = pairing.tokens_of(asked.source, asked.text, asked.tokens)
+    ids = pairing.tokens_of(source, asked.text, asked.tokens)
     layers = count(source.config, "num_hidden_layers", asked.source)
     settings.work.mkdir(parents=True, exist_ok=True)
     with held(settings.work):

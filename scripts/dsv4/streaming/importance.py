@@ -30,7 +30,7 @@ def collect(
     """
     opened = open_source(source)
     pairing.check_counts(opened)
-    ids = pairing.tokens_of(source, text, tokens)
+    ids = pairing.tokens_of(opened, text, tokens)
     layers = count(opened.config, "num_hidden_layers", source)
     job: dict[str, Any] = {"folder": f"{source.resolve()}", "kind": "source", "ids": ids}
     job["collect"] = True

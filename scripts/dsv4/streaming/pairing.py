@@ -57,20 +57,31 @@ def tokenizer_of(folder: Path) -> dict[str, Any]:
     return read_json(folder / "tokenizer.json", FORMS["tokenizer.json"])
 
 
-def tokens_of(source: Path, text: Path, most: int | None) -> list[int]:
-    """BOS and the text's tokens, `most` in all. Raises Stop when fewer than two are the text's."""
-    from tokenizers import Tokenizer
-
+def tokens_of(source: Checkpoint, text: Path, most: int | None) -> list[int]:
+    """BOS and the text's tokens, `most` in all. Raises Stop when fewer than two are the text's, and
+    for a tokenizer that cannot be read or has more tokens than the model."""
     if not text.is_file():
         raise Stop(f"{text}", "no such file", "a text", "check TEXT")
     try:
         said = bounds.read(text).decode("utf-8")
     except UnicodeDecodeError as error:
         raise Stop(f"{text}", "no UTF-8", "a text", "check TEXT") from error
-    read_json(source / "tokenizer.json", FORMS["tokenizer.json"])  # before others read it
-    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
-    ids = [*token_ids(source, (BOS,)), *tokenizer.encode(said, add_special_tokens=False).ids]
-    if len(ids) < 3 or (most is not None and most < 3):
-        todo = "check TEXT and TOKENS"
-        raise Stop(f"{text}", f"{len(ids[:most]) - 1} tokens", "two or more", todo)
+    ids = [*token_ids(source.folder, (BOS,)), *encoded(source.folder / "tokenizer.json", said)]
+    if len(ids) < 3:
+        raise Stop(f"{text}", f"{len(ids) - 1} tokens", "two or more", "check TEXT")
+    if max(ids) >= source.config["vocab_size"]:
+        raise Stop(f"{source.folder / 'tokenizer.json'}", f"token {max(ids)}",
+                   f"less than vocab_size, {source.config['vocab_size']}",
+                   "fetch the source again")  # fmt: skip
     return ids[:most]
+
+
+def encoded(tokenizer: Path, text: str) -> list[int]:
+    """The text's tokens, by a tokenizer.json of the right form."""
+    from tokenizers import Tokenizer
+
+    read_json(tokenizer, FORMS["tokenizer.json"])  # before others read it
+    try:
+        return Tokenizer.from_file(str(tokenizer)).encode(text, add_special_tokens=False).ids
+    except Exception as error:  # the library raises nothing more special
+        raise Stop(f"{tokenizer}", f"{error}", "a tokenizer", "fetch the source again") from error
