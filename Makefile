@@ -111,7 +111,7 @@ $(STAMPS)/settings: FORCE
 # -------------------------------------------------------------------------------------- set-up
 
 .PHONY: venv
-venv: .venv/installed $(TOOLCHAIN) ## make .venv for the scripts and .toolchain/STACK (2.4 GB)
+venv: .venv/installed $(TOOLCHAIN) ## make .venv for the scripts and .toolchain/STACK (2.5 GB)
 
 .venv/installed: requirements.txt
 	rm -f $@
@@ -239,7 +239,7 @@ unrepair: .venv/installed ## put back every file that repair changed, byte for b
 
 # ----------------------------------------------------------------------- measuring the real model
 
-# Source and bundle over one text, layer by layer, so that one layer's memory is enough; 7 GB of disk
+# Source and bundle over one text, layer by layer, so that one layer's memory is enough; 8 GB of disk
 # meanwhile. DEVICE=cpu, gpu or both; RUNTIME=vlm for mlx-vlm's model; FLOAT32=1 computes the bundle
 # in float32. Paths in BUNDLES="a b" have no blanks.
 BUNDLES ?=

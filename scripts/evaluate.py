@@ -12,7 +12,7 @@ computed losslessly in float32; a bundle in the dtype of its tensors, as it is s
 
 Reads source and bundles once each, and a text: the one in dsv4/streaming, unless another is named,
 of which the first --tokens count, BOS included. Writes NAME.json, NAME.md and NAME.html for --out
-NAME, and hidden states and logits to --work while it runs: 7 GB for Flash with one bundle and
+NAME, and hidden states and logits to --work while it runs: 8 GB for Flash with one bundle and
 2,048 tokens. Killed at any moment, the same command goes on at the layer where it stopped.
 
 Memory: one layer (3.7 GB of Flash's source, 4.3 GB of the bundle) and about as much again for a
