@@ -87,10 +87,21 @@ PRIVATE ?=
 DRY_RUN ?=
 # fidelity: a source that was trained less, so that differences show (train_nano.py --save-early).
 SOURCE2 ?=
+# evaluate: several bundles, with blanks between them, instead of BUNDLE.
+BUNDLES ?=
+# evaluate and imatrix: a text instead of the repository's own, how many of its tokens, and where to
+# compute, cpu or gpu; evaluate also: both.
+TEXT ?=
+TOKENS ?=
+DEVICE ?=
+# evaluate: whose model code, jang or vlm; 1: compute the bundle in float32.
+RUNTIME ?=
+FLOAT32 ?=
 
 # How a setting reaches a script: as RECIPE_NAME in its environment, where no shell reads the value.
 SETTINGS := REPO REVISION SOURCE BUNDLE CONVERTER LOW_DISK SHARD_BYTES REFERENCE TOOLCHAIN_PYTHON PORT \
-  QUANTIZER IMATRIX JOBS LEVEL VERIFY_HASHES PYTHON3 AGAINST TO PRIVATE DRY_RUN SOURCE2
+  QUANTIZER IMATRIX JOBS LEVEL VERIFY_HASHES PYTHON3 AGAINST TO PRIVATE DRY_RUN SOURCE2 \
+  BUNDLES TEXT TOKENS DEVICE RUNTIME FLOAT32
 $(foreach name,$(SETTINGS),$(eval export RECIPE_$(name) = $$(call value_of,$(name))))
 unexport $(foreach name,$(SETTINGS) MODEL STACK,$(if $(call on_command_line,$(name)),$(name)))
 # Nor does another Python's environment reach ours.
@@ -127,7 +138,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z_]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "Settings (make NAME=value, or config.mk): MODEL REPO REVISION SOURCE BUNDLE REFERENCE"
 	@echo "  CONVERTER QUANTIZER IMATRIX LOW_DISK SHARD_BYTES STACK TOOLCHAIN_PYTHON PORT JOBS LEVEL"
-	@echo "  VERIFY_HASHES PYTHON3; README.md tells what they mean."
+	@echo "  VERIFY_HASHES PYTHON3 BUNDLES TEXT TOKENS DEVICE RUNTIME FLOAT32; README.md tells more."
 
 # The values that stages depend on. Rewritten only when one of them changes.
 $(STAMPS)/settings: FORCE
@@ -145,7 +156,7 @@ $(STAMPS)/no_SOURCE $(STAMPS)/no_BUNDLE: FORCE
 # -------------------------------------------------------------------------------------- set-up
 
 .PHONY: venv
-venv: .venv/installed $(TOOLCHAIN) ## make .venv for the scripts and .toolchain/STACK (2.4 GB)
+venv: .venv/installed $(TOOLCHAIN) ## make .venv for the scripts and .toolchain/STACK (2.5 GB)
 
 # Each is made by scripts/lab/install.py, which imports the modules named last before make touches
 # the stamp. One whose Python is gone, or of another version by now, loses its stamp.
@@ -265,6 +276,19 @@ repair: .venv/installed $(TOOLCHAIN) ## mend a bundle made elsewhere, or damaged
 unrepair: .venv/installed ## put back every file that repair changed, byte for byte
 	$(PYTHON) scripts/repair.py --undo
 
+# ----------------------------------------------------------------------- measuring the real model
+
+# Source and bundle over one text, layer by layer, so that one layer's memory is enough; 8 GB of disk
+# meanwhile. DEVICE=cpu, gpu or both; RUNTIME=vlm for mlx-vlm's model; FLOAT32=1 computes the bundle
+# in float32. Paths in BUNDLES="a b" have no blanks.
+.PHONY: evaluate imatrix
+evaluate: .venv/installed $(TOOLCHAIN) ## how far is the bundle from its source? (BUNDLES="a b", TEXT, TOKENS, DEVICE)
+	$(PYTHON) scripts/evaluate.py --out $(STAMPS)/evaluate
+
+# For QUANTIZER=optimal. Reads the source once.
+imatrix: .venv/installed $(TOOLCHAIN) ## measure how much each column of each expert matters, for IMATRIX (TEXT, DEVICE)
+	$(PYTHON) scripts/imatrix.py --out $(STAMPS)/imatrix.dat
+
 # ------------------------------------------------------------------------------- using the bundle
 
 .PHONY: serve smoke
@@ -351,4 +375,5 @@ format: .venv/tests-installed ## format the code
 
 clean: ## remove stamps and reports; never a bundle or a source
 	rm -f build/*/*.stamp build/*/settings build/*/verify.json build/*/verify.html
+	rm -f build/*/evaluate.json build/*/evaluate.md build/*/evaluate.html
 	rm -f build/matrix/matrix.json build/fidelity/fidelity.*

@@ -52,6 +52,11 @@ def parse_level(text: str) -> int:
     return _between(text, 1, 2, "a level")
 
 
+def parse_tokens(text: str) -> int:
+    """Read a number of tokens: 3, which is BOS and two more, to a million."""
+    return _between(text, 3, 1 << 20, "a number of tokens")
+
+
 def _between(text: str, least: int, most: int, what: str) -> int:
     if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
         raise Unfit(text, f"{what}, {least} to {most}")
@@ -90,6 +95,11 @@ def parse_path(text: str) -> Path:
         raise Unfit(text, "a path; nobody's home folder is known by that name") from None
 
 
+def parse_paths(text: str) -> list[Path]:
+    """Read paths with blanks between them."""
+    return [parse_path(part) for part in text.split()]
+
+
 # Every setting of the Makefile that a command takes, and how its value is read.
 TYPES: dict[str, Callable[[str], Any]] = {
     "SOURCE": parse_path, "BUNDLE": parse_path, "REFERENCE": parse_path, "IMATRIX": parse_path,
@@ -97,7 +107,8 @@ TYPES: dict[str, Callable[[str], Any]] = {
     "REPO": str, "REVISION": str, "AGAINST": str, "TO": str, "CONVERTER": str, "QUANTIZER": str,
     "JOBS": parse_jobs, "PORT": parse_port, "LEVEL": parse_level, "SHARD_BYTES": parse_bytes,
     "LOW_DISK": parse_switch, "VERIFY_HASHES": parse_switch, "PRIVATE": parse_switch,
-    "DRY_RUN": parse_switch,
+    "DRY_RUN": parse_switch, "BUNDLES": parse_paths, "TEXT": parse_path, "TOKENS": parse_tokens,
+    "DEVICE": str, "RUNTIME": str, "FLOAT32": parse_switch,
 }  # fmt: skip
 
 
@@ -123,7 +134,7 @@ def add_setting(parser: argparse.ArgumentParser, name: str, *, option: str = "",
     if if_there and not value.exists():
         print(f"note: {name}: nothing lies at {plain(value)}; goes on without", file=sys.stderr)
         return
-    action.default, action.required = value, False
+    action.default, action.required = [value] if action.nargs else value, False
 
 
 def read(name: str, text: str) -> Any:

@@ -1,4 +1,4 @@
-"""Read an importance matrix: how much each input column of a routed expert matters.
+"""Read and write an importance matrix: how much each input column of a routed expert matters.
 
 llama.cpp's legacy binary form (tools/imatrix/imatrix.cpp before it wrote GGUF; written for this
 model by antirez/ds4, ds4.c `imatrix_collector_save`), little-endian: an int32 number of entries;
@@ -20,6 +20,7 @@ import errno
 import hashlib
 import math
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from dsv4.model.opening import expert_bases
 from dsv4.stop import Stop, naming
 from dsv4.storage.bounds import IMATRIX
 from dsv4.storage.checkpoint import Checkpoint
+from dsv4.storage.durable import replacing
 from dsv4.storage.volume import UNKNOWN
 from dsv4.words import plain
 
@@ -146,6 +148,22 @@ def _trailer(reader: _Reader) -> str:
             f"{reader.path}", f"{len(reader.data):,} bytes", f"{reader.at:,} by its entries", REDO
         )
     return dataset
+
+
+def write_imatrix(
+    path: Path, count: int, entries: Iterable[tuple[str, np.ndarray]], dataset: str
+) -> None:
+    """Write `count` entries (name, means of squares (experts, columns)), each as of one call."""
+
+    def name_bytes(name: str) -> bytes:
+        return struct.pack("<i", len(name.encode())) + name.encode()
+
+    with replacing(path) as file:
+        file.write(struct.pack("<i", count))
+        for name, means in entries:
+            file.write(name_bytes(name) + struct.pack("<ii", 1, means.size))
+            file.write(np.ascontiguousarray(means, "<f4").data)
+        file.write(struct.pack("<i", 1) + name_bytes(dataset))
 
 
 def entry_name(base: str, layers: int) -> str:
