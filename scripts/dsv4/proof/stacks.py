@@ -27,7 +27,7 @@ from dsv4.proof.needs import (
     stop_ids,
 )
 from dsv4.proof.survey import Survey
-from dsv4.runtime.server import SERVERS
+from dsv4.runtime.toolchain import LONG_PROMPTS
 from dsv4.runtime.toolchain import ROOT
 
 FOLDER = ROOT / "scripts" / "stacks"
@@ -83,9 +83,8 @@ STACKS = (
     Stack("old, jang 2.5.8, loader unpatched", "vMLX 1.3.97", "old-2.5.8", "loader", True,
           (MODEL,), (), but=OLD_MODEL),
     Stack("new", "vMLX 1.6.81", "new", "loader", True, (), NEW),
-    # Without the variable its cache is one for short prompts: decoding was off by up to .40.
     Stack("lm", "mlx-lm 0.32.2 with jang 2.5.50's model", "lm", "mlx-lm", False, (), LM,
-          SERVERS["mlx-lm"].env),
+          LONG_PROMPTS),
     Stack("vlm", "mlx-vlm 0.7.10", "vlm", "mlx-vlm", False, (), VLM, but=BLOCKS),
 )  # fmt: skip
 

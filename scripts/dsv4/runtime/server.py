@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dsv4.runtime.toolchain import environment
+from dsv4.runtime.toolchain import LONG_PROMPTS, environment
 from dsv4.stop import Stop
 from dsv4.storage.checkpoint import parse_json
 from dsv4.words import plain
@@ -77,7 +77,7 @@ SERVERS = {
         ("-c", "import jang_tools.dsv4.mlx_register; from mlx_lm.server import main; main()",
          "--model"),
         ("--prompt-cache-size", "0"),
-        {"DSV4_LONG_CTX": "1"},
+        LONG_PROMPTS,
     ),
 }  # fmt: skip
 

@@ -29,6 +29,9 @@ SCRIPTS = ROOT / "scripts"
 PATIENCE = 300  # seconds until a Python has said what it is: importing MLX takes long at first
 HEARD = 4 << 20  # bytes
 OTHERS = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "PYTHONUSERBASE", "__PYVENV_LAUNCHER__")
+# jang's model outside vMLX: without it the cache is one for short prompts, and decoding was off by
+# up to .40.
+LONG_PROMPTS = {"DSV4_LONG_CTX": "1"}
 PACKAGES = ("jang", "vmlx", "mlx", "mlx-lm", "mlx-vlm", "transformers", "torch")
 
 ANSWER = {
