@@ -27,8 +27,7 @@ from dsv4.proof.needs import (
     stop_ids,
 )
 from dsv4.proof.survey import Survey
-from dsv4.runtime.toolchain import LONG_PROMPTS
-from dsv4.runtime.toolchain import ROOT
+from dsv4.runtime.toolchain import LONG_PROMPTS, ROOT
 
 FOLDER = ROOT / "scripts" / "stacks"
 LOADER, MODEL = "load_jangtq.patch", "mlx_model.patch"
