@@ -13,7 +13,6 @@ import re
 import shutil
 import signal
 import subprocess
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +33,7 @@ from dsv4.streaming.states import LOGITS
 from dsv4.words import plain, say
 
 ENGINE = "dsv4.streaming.engine"
-PREFIX = "pass-"
+PREFIX, LOG = "pass-", ".log"
 PYTHON = ROOT / ".toolchain" / "new" / "bin" / "python"  # the old stack's model is not faithful
 ASK = """
 import importlib.metadata as m, importlib.util as u, json, sys, mlx.core as mx
@@ -94,15 +93,15 @@ class Engine:
 
     def __init__(self, settings: Settings, device: str) -> None:
         self.settings, self.device = settings, device
-        self._log = tempfile.NamedTemporaryFile(prefix="engine-", suffix=".log")  # noqa: SIM115
+        self._log = settings.work / f"engine-{device}{LOG}"
         inherited = with_rooms()
         env = {k: v for k, v in inherited.items() if not k.startswith(("DSV4_", "VMLX_"))}
         command = [str(settings.python), "-m", ENGINE, "--runtime", settings.runtime]
-        self._child = subprocess.Popen(
-            [*command, "--device", device], env={**env, "DSV4_LONG_CTX": "1"}, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
-            start_new_session=True,
-        )  # fmt: skip
+        with self._log.open("wb") as log:
+            self._child = subprocess.Popen(
+                [*command, "--device", device], env={**env, "DSV4_LONG_CTX": "1"}, text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True,
+            )  # fmt: skip
 
     def __enter__(self) -> Engine:
         return self
@@ -113,7 +112,6 @@ class Engine:
         for stream in (self._child.stdin, self._child.stdout):
             with contextlib.suppress(BrokenPipeError):
                 stream.close()
-        self._log.close()
 
     def said(self, job: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """What the engine tells of a job, up to its end. Raises Stop when it stops or dies."""
@@ -127,8 +125,8 @@ class Engine:
             yield told
             if told.get("done"):
                 return
-        raise Stop(what, last_line(Path(self._log.name)), "a pass to its end",
-                   "run the same command again: it goes on")  # fmt: skip
+        raise Stop(what, last_line(self._log), "a pass to its end",
+                   f"read {self._log}; the same command goes on")  # fmt: skip
 
     def run(self, job: Mapping[str, Any], name: str) -> int:
         """Do a job and show its progress. Returns the greatest memory of MLX, in bytes."""
@@ -190,6 +188,8 @@ def clear(work: Path) -> None:
     with held(work):
         for path in folders(work):
             shutil.rmtree(path)
+        for log in work.glob(f"engine-*{LOG}"):
+            log.unlink()
     with contextlib.suppress(OSError):  # somebody's own folder may hold other things
         work.rmdir()
 
