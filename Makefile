@@ -300,6 +300,11 @@ fidelity: .venv/tests-installed ## measure every QUANTIZER: tables in build/fide
 	$(PYTHON) scripts/lab/fidelity.py --source scripts/nano/checkpoint \
 	  $(if $(SOURCE2),--source2 '$(SOURCE2)') --out build/fidelity --picture .github/fidelity.svg
 
+# Bundles of the small model by mlx-vlm's, mlx_lm's and jang's converters, for verify to be tried on.
+.PHONY: specimens
+specimens: .venv/installed .toolchain/new/installed ## make bundles as others make them, in build/specimens (3 minutes)
+	$(PYTHON) scripts/lab/specimens.py
+
 # ------------------------------------------------------------------------------------- development
 
 # jang_tools as published, for the tests of the patches.

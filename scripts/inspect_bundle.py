@@ -37,11 +37,11 @@ SHOWN = 2  # places of each fault
 
 def mending(findings: Findings) -> str:
     """Whether `make repair` could mend what was found, and what it needs for that, in words."""
-    beyond = [f for f in findings.errors if not f.fault.repair.startswith("make repair")]
+    beyond = [f for f in findings.errors if not f.repair.startswith("make repair")]
     if beyond:
-        by_hand = "; ".join(f"{f.name} ({f.fault.repair})" for f in beyond)
+        by_hand = "; ".join(f"{f.name} ({f.repair})" for f in beyond)
         return f"not mendable by make repair: {by_hand}"
-    needs_source = any("SOURCE=" in finding.fault.repair for finding in findings.errors)
+    needs_source = any("SOURCE=" in finding.repair for finding in findings.errors)
     return "once downloaded, mended by: make repair" + (
         " SOURCE=… (it needs the FP4 source)" if needs_source else " (without the source)"
     )
@@ -62,7 +62,7 @@ def show(skeleton: Skeleton, checks: list[Check], findings: Findings) -> None:
         print(f"{finding.fault.severity}: {finding.name}, {finding.count:,}×: {finding.fault.why}")
         for place in finding.places[:SHOWN]:
             say(f"    {place['where']}: found {place['found']}, expected {place['expected']}")
-        print(f"    repair: {finding.fault.repair}")
+        print(f"    repair: {finding.repair}")
 
 
 def show_runtimes(loads: dict[str, str]) -> None:

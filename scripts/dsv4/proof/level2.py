@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dsv4.model.names import most_zeros
+from dsv4.model.names import most_zeros, parse_expert
 from dsv4.model.plan import weights_of
 from dsv4.proof.compare import Comparer, look_at
 from dsv4.proof.survey import Survey
@@ -126,17 +126,23 @@ def read_numbers(
             else:
                 outcomes += answer
     comparer = worker.comparer
-    left_out = not_compared(source, outcomes) if source else ()
+    left_out = not_compared(bundle, source, outcomes) if source else ()
     known = comparer.quantizer is not None
     return Numbers(
         outcomes, hashes, source is not None, comparer.recorded, known, left_out, worker.holes
     )
 
 
-def not_compared(source: Checkpoint, outcomes: list[Outcome]) -> tuple[str, ...]:
-    """Source tensors that no outcome is about."""
-    compared = {outcome.name for outcome in outcomes}
-    return tuple(n for n in weights_of(source.tensors) if n not in compared)
+def not_compared(bundle: Survey, source: Checkpoint, outcomes: list[Outcome]) -> tuple[str, ...]:
+    """Source tensors that no outcome is about, but for experts and MTP that were left out."""
+    compared, called_for = {outcome.name for outcome in outcomes}, set(bundle.bases)
+    return tuple(
+        name
+        for name in weights_of(source.tensors)
+        if name not in compared
+        and (bundle.has_mtp or not name.startswith("mtp."))
+        and (not parse_expert(name) or name.removesuffix(".weight") in called_for)
+    )
 
 
 def visible(files: Iterable[str]) -> list[str]:
@@ -154,12 +160,21 @@ def hashable(bundle: Survey) -> list[str]:
     return [f for f in visible(bundle.files) if f in shards or bundle.files[f] <= DOCUMENT]
 
 
+def everything(bundle: Survey) -> list[Tensor]:
+    """Every tensor, experts of a stack one by one; those without a place in the layout too."""
+    disk = bundle.checkpoint.tensors
+    foreign = {*bundle.view.recognised.unknown, *bundle.view.odd}
+    foreign |= {name for names in bundle.view.recognised.others.values() for name in names}
+    foreign -= set(bundle.tensors)
+    return [*bundle.tensors.values(), *(disk[name] for name in sorted(foreign) if name in disk)]
+
+
 def cut(bundle: Survey, source: Checkpoint | None) -> Iterator[Path | list[Task | Tensor]]:
     """The work in order: a file to hash, then the tensors whose weight lies in it, and so on."""
     work: dict[str, list[tuple[int, Task | Tensor]]] = {}
-    every = make_tasks(bundle, source) if source else bundle.checkpoint.tensors.values()
+    every = make_tasks(bundle, source) if source else everything(bundle)
     for one in every:
-        tensor = one.parts["weight"] if isinstance(one, Task) else one
+        tensor = one.main if isinstance(one, Task) else one
         work.setdefault(tensor.path.name, []).append((tensor.offset, one))
     for file in hashable(bundle):
         yield bundle.checkpoint.folder / file

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dsv4.model.labels import fp8_bases
+from dsv4.model.layouts import STORAGE, VMLX
 from dsv4.model.names import GROUP
 from dsv4.model.template import ENCODING
-from dsv4.proof.documents import labels_in_use
+from dsv4.proof.documents import VMLX_GROUP, group_size, labels_in_use
 from dsv4.proof.documents import stop_ids as ids_of
 from dsv4.proof.findings import Findings
-from dsv4.proof.headers import check_controls, module_parts, stored
+from dsv4.proof.headers import check_controls, label_at
 from dsv4.proof.survey import Survey
 from dsv4.words import plain, shown
 
@@ -26,12 +27,20 @@ def labels_for(runtime: str) -> Need:
     """Every expert's label, under the names that `runtime` looks up."""
 
     def need(bundle: Survey) -> str:
+        if runtime not in bundle.layout.runtimes:
+            return f"names as {bundle.layout.who} writes them, which it does not load"
+        if runtime != VMLX and any(name.endswith(".tq_packed") for name in bundle.tensors):
+            return "experts in TurboQuant, which it cannot read"
         labels = bundle.config.get("quantization")
         if not isinstance(labels, dict):
-            return "no labels"
+            quantized = any(name.endswith(".scales") for name in bundle.tensors)
+            return "no labels" if quantized or bundle.is_ours else ""
         top = {key: labels.get(key) for key in ("group_size", "bits", "mode")}
         for key, base, who in labels_in_use(bundle):
-            if who == runtime and labels.get(key, top) != stored(module_parts(bundle, base)):
+            label = labels.get(key, top)
+            label = label if isinstance(label, dict) else {}
+            label = {**label, "mode": label.get("mode") or "affine"}
+            if who == runtime and label != label_at(bundle, base):
                 return f"no right label at {plain(key)}"
         return ""
 
@@ -67,16 +76,20 @@ def controls(bundle: Survey) -> str:
 def jang_groups(bundle: Survey) -> str:
     found = bundle.documents.get("jang_config.json", {}).get("quantization")
     found = found.get("group_size") if isinstance(found, dict) else None
-    return "" if found == GROUP else f"jang_config.json: group_size {shown(found)}"
+    right = {GROUP} if bundle.is_ours else {group_size(bundle), None}
+    if None in right and group_size(bundle) not in (0, VMLX_GROUP):
+        right.discard(None)
+    return "" if found in right else f"jang_config.json: group_size {shown(found)}"
 
 
 def plain_head(bundle: Survey) -> str:
-    head = bundle.checkpoint.tensors.get("head.weight")
+    """Of mlx-vlm, which looks for a quantized head under its own names only."""
+    if bundle.layout is not STORAGE:
+        return ""
+    head = bundle.tensors.get("head.weight")
     return "" if head and head.dtype in ("BF16", "F16") else "head.weight is quantized"
 
 
 def no_fp8(bundle: Survey) -> str:
     """Of vMLX 1.3.97, which takes every 8-bit module for affine and stops at its biases."""
-    return (
-        "FP8 matrices as mxfp8, which it crashes on" if fp8_bases(bundle.checkpoint.tensors) else ""
-    )
+    return "FP8 matrices as mxfp8, which it crashes on" if fp8_bases(bundle.tensors) else ""
