@@ -252,7 +252,7 @@ smoke: .venv/installed ## ask the running server two questions and judge the ans
 # AGAINST=repository compares it with a source, tensor by tensor, by name and shape.
 AGAINST ?=
 .PHONY: inspect
-inspect: .venv/installed ## judge a published bundle before its download: REPO=user/bundle
+inspect: .venv/installed ## judge published bundles before their download: REPO="user/bundle user/other"
 	@test '$(origin REPO)' = 'command line' || \
 	  { echo 'error: REPO: found none, expected user/bundle; make inspect REPO=user/bundle' >&2; exit 2; }
 	$(PYTHON) scripts/inspect_bundle.py --repo '$(REPO)' $(if $(AGAINST),--against '$(AGAINST)') \

@@ -10,6 +10,7 @@ passes; advice to delete what somebody else made.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shutil
@@ -23,19 +24,24 @@ import pytest
 from bundles import Arrays, edit, edit_json, places
 from conftest import NANO, ROOT, SCRIPTS, made_once, must
 
+from dsv4.mending.job import Repair
+from dsv4.mending.repair import mend, undo
 from dsv4.model.layouts import LAYOUTS, knows, recognise
 from dsv4.model.opening import open_bundle, open_source
 from dsv4.model.view import view_of
 from dsv4.proof.findings import FAULTS, Findings
+from dsv4.proof.headers import absences
 from dsv4.proof.stacks import runtimes
+from dsv4.proof.summary import row
 from dsv4.proof.survey import survey
 from dsv4.served import nano
+from dsv4.storage.backup import Backup
 
 PYTHON = ROOT / ".toolchain/new/bin/python"
 # Specimens, and those that follow from one by the table: layout → the specimen it is made of.
-MADE = ("vlm-affine8", "vlm-nvfp4", "jang-affine2", "jangtq-2", "jang-native", "lm-affine4")
+MADE = ("vlm-affine8", "jang-affine2", "jangtq-2", "jang-native", "lm-affine4")
 LAYOUT_OF = {
-    "vlm-affine8": "mlx-vlm", "vlm-nvfp4": "mlx-vlm", "jang-affine2": "storage names",
+    "vlm-affine8": "mlx-vlm", "jang-affine2": "storage names",
     "jangtq-2": "jang, prestacked", "jang-native": "jang, native",
     "lm-affine4": "mlx_lm, jang's model",
 }  # fmt: skip
@@ -79,9 +85,11 @@ def judge(folder: Path, level: int = 2) -> set[str]:
 
 # --- Right bundles ------------------------------------------------------------------------------
 
-# What is wrong with what these tools make: native drops the compressor; jang's BF16 bundle, which
-# mlx_lm's is made of, has rounded its controls and the hash table.
+# What is wrong with what these tools make: jang's labels have storage names alone, where mlx_lm
+# does not look, and its top level says 2 bits; native drops the compressor; jang's BF16 bundle,
+# which mlx_lm's is made of, has rounded its controls and the hash table.
 WRONG = {
+    "jang-affine2": {"label-missing", "label-bits-wrong"},
     "jang-native": {"tensor-missing", "not-compared"},
     "lm-affine4": {"controls-rounded", "dtype-wrong", "control-differs", "passthrough-differs"},
 }
@@ -121,8 +129,6 @@ def test_a_layout_is_told_by_its_names_alone():
 def test_what_is_left_out_is_a_note(specimen):
     findings = Findings()
     bundle = survey(specimen("vlm-affine8"), findings)
-    from dsv4.proof.headers import absences
-
     assert "MTP left out" in absences(bundle)
     assert "mtp" not in " ".join(bundle.tensors)
 
@@ -256,8 +262,11 @@ FAULTY: dict[str, tuple[Callable[[Arrays], object], set[str]]] = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTY)
-@pytest.mark.parametrize("name", [*MADE[1:], *RELAID])
+PLANTED = [(name, fault) for name in MADE for fault in FAULTY]
+PLANTED += [(n, f) for n in RELAID for f in ("code", "scale", "dropped", "mixed", "swapped")]
+
+
+@pytest.mark.parametrize(("name", "fault"), PLANTED)
 def test_a_planted_fault_is_named(specimen, tmp_path, name, fault):
     change, names = FAULTY[fault]
     folder = shutil.copytree(specimen(name), tmp_path / "bundle")
@@ -341,11 +350,14 @@ def test_the_verdict_is_what_the_runtimes_own_logits_say(specimen, tmp_path):
     assert far[3] is None or far[3] > 0.05
     assert "label-mode-wrong" in judge(label)
     assert far[4] < 0.5  # two bits; a wrong decoding is beyond 1
-    assert judge(affine2) == set()
+    assert judge(affine2) == WRONG["jang-affine2"]  # for mlx_lm, not for vMLX
     assert far[5] is None
     loads = runtimes(survey(right, Findings()), Findings())
     assert "does not load" in loads["vMLX 1.6.81"]
-    assert not runtimes_but_steering(right)["mlx-vlm 0.7.10"]
+    assert not loads["mlx-vlm 0.7.10"]
+    loads = runtimes(survey(affine2, Findings()), Findings())
+    assert not loads["vMLX 1.6.81"]
+    assert "no right label" in loads["mlx-lm 0.32.2 with jang 2.5.50's model"]
 
 
 def wrong_label(config: dict) -> None:
@@ -355,7 +367,49 @@ def wrong_label(config: dict) -> None:
             config[key][name] = {"group_size": 32, "bits": 4, "mode": "affine"}
 
 
-def runtimes_but_steering(folder: Path) -> dict[str, str]:
-    """Why each runtime does not load a bundle, but for its stop tokens."""
-    loads = runtimes(survey(folder, Findings()), Findings())
-    return {name: "" if why.startswith("stop tokens") else why for name, why in loads.items()}
+# --- Repair, and the row of inspect -------------------------------------------------------------
+
+
+def mended(folder: Path) -> list[str]:
+    """Let repair's own steps mend a bundle; returns what they left."""
+    args = argparse.Namespace(
+        bundle=folder, source=NANO, reference=None, quantizer="mlx", imatrix=None, dry_run=False,
+        without_loader=True, python=PYTHON, jobs=1,
+    )  # fmt: skip
+    repair = Repair(args, open_source(NANO), Backup(folder))
+    mend(repair)
+    return repair.left
+
+
+@pytest.mark.parametrize("name", ["vlm-affine8", "jang-affine2", "jangtq-2", "mlx-lm, hc_attn"])
+def test_repair_mends_in_other_layouts_what_it_mends_in_ours(specimen, tmp_path, name):
+    folder = shutil.copytree(specimen(name), tmp_path / "bundle")
+    edit(folder, rounded)
+    edit_json(folder / "config.json", damaged)
+    edit_json(folder / "model.safetensors.index.json", lambda index: index["weight_map"].popitem())
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    assert {"controls-rounded", "index-entry-missing", "eos-wrong"} <= bundles.judge(
+        folder, None, level=1
+    ).names
+    assert mended(folder) == []
+    assert bundles.judge(folder, NANO).names <= {"label-stray"}
+    undo(folder)
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def damaged(config: dict) -> None:
+    config["eos_token_id"] = 7
+    for key, label in (config.get("quantization") or {}).items():
+        if isinstance(label, dict) and ("up_proj" in key or "wq_a" in key):
+            label["bits"] = 6
+
+
+def test_a_row_says_what_a_bundle_is(specimen):
+    findings = Findings()
+    bundle = survey(specimen("jangtq-2"), findings)
+    cells = row("x/y", 5, bundle, findings).cells
+    assert cells[2:5] == (
+        "jang, prestacked",
+        "experts mxtq 2.13; shared, attention, embedding, head affine 9.00",
+        "vMLX 1.6.81",
+    )

@@ -254,6 +254,11 @@ FAULTS = {
     "rounded": Fault(
         "The bundle says that it is lossless, and a number of the source was rounded.", _REQUANTIZE
     ),
+    "quantized-again": Fault(
+        "The mode could hold the source's own numbers; they were quantized once more, with loss.",
+        "none needed; a bundle of the source's own codes is as large and exact",
+        WARNING,
+    ),
     "module-differs": Fault("A module does not hold the source's weights.", _CONVERT),
     "module-imprecise": Fault(
         "The error of a whole tensor is larger than its mode and width give.", _CONVERT

@@ -1,9 +1,10 @@
 """Level 2 of the modes that store small floats: mxfp4, mxfp8, nvfp4, and the source's own form.
 
-Where the source's numbers are of the mode's own kind (FP4 under mxfp4, FP8 under mxfp8) each is the
-source's. Else each code is the nearest one, and a scale is large enough: what MLX rounds it to,
-a power of two or an E4M3 number near greatest / 6 (or 448), cuts the greatest off by no more
-(ml-explore/mlx, mlx/backend/cpu/quantized.cpp, fp_quantize, 0.32).
+Each code is the nearest one to the source's weight, and a scale is large enough: what MLX rounds
+it to, a power of two or an E4M3 number near greatest / 6 (or 448), cuts the greatest off by no more
+(ml-explore/mlx, mlx/backend/cpu/quantized.cpp, fp_quantize, 0.32). Where the source's numbers are
+of the mode's own kind (FP4 under mxfp4, FP8 under mxfp8) and their scales were kept, the nearest is
+the source's own; where they were quantized once more, which loses without need, that is said.
 """
 
 from __future__ import annotations
@@ -42,8 +43,11 @@ def compare_floats(task: Task, reader: Reader, outcome: Outcome, weights: int) -
         if task.label["mode"] == "nvfp4":
             limits = top * np.float32(1.00001) * (scales + np.maximum(scales / 16, 2.0**-10))
         answer = judge(values, codes, scales, limits.astype(np.float32), MAGNITUDES[bits],
-                       bits, group, exact)  # fmt: skip
+                       bits, group)  # fmt: skip
         blame(task, outcome, first, (values, codes, scales, group), answer, exact)
+    if exact and outcome.error and not outcome.faults:
+        found = f"relative RMS {outcome.relative:.3%}"
+        outcome.fault("quantized-again", "whole tensor", found, "the source's own codes: none")
 
 
 def blame(
@@ -75,21 +79,21 @@ def blame(
         decoded = -decoded if codes[at] & sign else decoded
         name = "expert-differs" if exact else "expert-level-wrong"
         name = name if outcome.what == "expert" else "module-differs"
-        wanted = f"{values[at]:.6g}" if exact else f"the number nearest {values[at]:.6g}"
+        wanted = f"the number nearest {values[at]:.6g}"
         found = f"{decoded:.6g}, one of {int(counts[ODD]):,} in these rows"
         outcome.fault(name, place(at), found, wanted)
 
 
-def judge(values, codes, scales, limits, table, bits, group, exact):
+def judge(values, codes, scales, limits, table, bits, group):
     """values float32 (n,), codes uint8 (n,), scales and limits float32 (n / group,), table: the
     magnitudes → (counts int64 (6,), energy, error, worst in scales). Raises nothing."""
     finite = np.isfinite(scales)
     return _judge(values, codes, scales, limits, finite, table, np.uint8(1 << (bits - 1)),
-                  group, exact)  # fmt: skip
+                  group)  # fmt: skip
 
 
 @numba.njit(nogil=True, cache=True)
-def _judge(values, codes, scales, limits, finite, table, sign, group, exact):
+def _judge(values, codes, scales, limits, finite, table, sign, group):
     counts = np.zeros(6, np.int64)
     energy, error, worst = 0.0, 0.0, 0.0
     top = len(table) - 1
@@ -113,10 +117,7 @@ def _judge(values, codes, scales, limits, finite, table, sign, group, exact):
             if miss > worst * scale:
                 worst = miss / scale if scale > 0 else np.inf
                 counts[WORST_AT] = i
-            odd = miss != 0
-            if odd and not exact:
-                odd = _is_odd(value, codes[i], code, scale, limits[g], table, sign, top)
-            if odd:
+            if miss != 0 and _is_odd(value, codes[i], code, scale, limits[g], table, sign, top):
                 if counts[ODD] == 0:
                     counts[FIRST_ODD] = i
                 counts[ODD] += 1
@@ -129,6 +130,8 @@ def _is_odd(value, stored, code, scale, limit, table, sign, top):
     """True when another code comes nearer, or the greatest is cut off too far."""
     slack = np.float32(1e-5) * scale
     size = abs(value)
+    if scale == 0:
+        return size > limit
     if code and size > slack and (value < 0) != (stored & sign != 0):
         return True
     low = (table[code - 1] + table[code]) * np.float32(0.5) * scale if code else np.float32(-1)
