@@ -92,7 +92,7 @@ def outcome(tmp_path: Path, of: Arrays, made: Arrays) -> Outcome:
         (tmp_path / name).mkdir(exist_ok=True)
     origin, bundle = opened(tmp_path / "source", of), opened(tmp_path / "bundle", made)
     survey = Survey(bundle, {}, {})
-    (task,) = make_tasks(survey, origin)
+    (task,) = make_tasks(survey, origin, {})
     reader = Reader()
     found = Comparer(survey).compare(task, reader)
     reader.close()

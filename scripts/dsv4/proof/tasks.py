@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from dsv4.model.names import BLOCK, GROUP, kind
+from dsv4.model.names import BLOCK, GROUP, expert_base, kind, parse_expert
 from dsv4.proof.headers import module_parts, shape_of, stored
+from dsv4.proof.pruned import Kept
 from dsv4.proof.survey import Survey
 from dsv4.storage.bounds import COLUMNS
 from dsv4.storage.checkpoint import Checkpoint
@@ -108,24 +109,47 @@ def readable(source: Checkpoint, origin: Tensor) -> bool:
     return fits and scale.dtype in ("F8_E8M0", "U8")
 
 
-def make_tasks(bundle: Survey, source: Checkpoint) -> list[Task]:
-    """All source tensors whose counterparts are whole; level 1 has reported the others."""
-    tasks = []
-    for name, origin in source.tensors.items():
-        what = kind(name)
-        if what == "scale" or not readable(source, origin):
-            continue
-        base = name.removesuffix(".weight")
-        scale = source.tensors.get(f"{base}.scale")
-        what = "module" if what in ("affine8", "head") else what
-        parts = module_parts(bundle, base) if what in ("expert", "module") else {}
-        if name in bundle.tensors:
-            parts.setdefault("weight", bundle.tensors[name])
-        columns = origin.shape[-1] * (2 if what == "expert" else 1) if origin.shape else 0
-        label = stored(parts, columns) if what in ("expert", "module") else None
-        if parts and fits(origin, parts, what, label, columns, bundle.is_ours):
-            tasks.append(Task(origin, scale, parts, what, label))
-    return tasks
+def make_tasks(bundle: Survey, source: Checkpoint, kept: Kept) -> list[Task]:
+    """All source tensors whose counterparts are whole; level 1 has reported the others.
+
+    kept: of layers that lack experts, which of the source's are left.
+    """
+    tasks = (
+        task_of(bundle, source, name, origin)
+        for counterpart, origin in source.tensors.items()
+        for name in counterparts(counterpart, kept)
+    )
+    return [task for task in tasks if task is not None]
+
+
+def counterparts(name: str, kept: Kept) -> list[str]:
+    """What the bundle calls the source tensor `name`: where experts are left out, with the number
+    that a kept one has there."""
+    expert = parse_expert(name)
+    if expert is None or f"{expert[0]}.{expert[1]}" not in kept:
+        return [name]
+    block, layer, number, matrix, part = expert
+    left = kept[f"{block}.{layer}"] or []
+    if number not in left:
+        return []
+    return [f"{expert_base(block, layer, left.index(number), matrix)}.{part}"]
+
+
+def task_of(bundle: Survey, source: Checkpoint, name: str, origin: Tensor) -> Task | None:
+    """One source tensor beside the bundle's of that name; None when they do not fit."""
+    what = kind(name)
+    if what == "scale" or not readable(source, origin):
+        return None
+    base = name.removesuffix(".weight")
+    scale = source.tensors.get(f"{origin.name.removesuffix('.weight')}.scale")
+    what = "module" if what in ("affine8", "head") else what
+    parts = module_parts(bundle, base) if what in ("expert", "module") else {}
+    if name in bundle.tensors:
+        parts.setdefault("weight", bundle.tensors[name])
+    columns = origin.shape[-1] * (2 if what == "expert" else 1) if origin.shape else 0
+    label = stored(parts, columns) if what in ("expert", "module") else None
+    fit = parts and fits(origin, parts, what, label, columns, bundle.is_ours)
+    return Task(origin, scale, parts, what, label) if fit else None
 
 
 def fits(
