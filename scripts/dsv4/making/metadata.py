@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.hub.origin import provenance
-from dsv4.model.chat import BOS, EOS, token_ids
+from dsv4.model.chat import BOS, EOS, text_of, token_ids
 from dsv4.model.configs import without_code
 from dsv4.model.forms import origin_of
 from dsv4.model.labels import quantization
@@ -60,15 +60,10 @@ def tokenizer_config(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json with its special tokens and a template."""
     content = read_json(folder / "tokenizer_config.json")
     for key, token in (("bos_token", BOS), ("eos_token", EOS)):
-        if (content[key]["content"] if is_added(content.get(key)) else content.get(key)) != token:
+        if text_of(content.get(key)) != token:
             content[key] = token
     content["chat_template"] = chat_templates(folder)[1]
     return content
-
-
-def is_added(token: Any) -> bool:
-    """True for a token that is written as an object with a content."""
-    return isinstance(token, dict) and "content" in token
 
 
 def chat_templates(folder: Path) -> tuple[str, Any]:

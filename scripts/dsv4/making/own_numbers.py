@@ -29,6 +29,7 @@ from dsv4.storage.shard import Tensor
 from dsv4.storage.zeros import check_hole
 from dsv4.weights.fp8 import spread
 from dsv4.weights.quantizer import Lossless, Quantizer
+from dsv4.words import several
 
 RECORD = (
     ".bfloats.json"  # beside the shards that are being made: what was found of the BF16 tensors
@@ -116,9 +117,8 @@ def said(quantizer: Quantizer, source: Checkpoint) -> str:
     if not quantizer.beyond:
         return line
     most = sorted(quantizer.beyond.items(), key=lambda item: -item[1])
-    shown = ", ".join(f"{name} ({n:,} values)" for name, n in most[:8])
-    more = f" and {len(most) - 8:,} more" if len(most) > 8 else ""
-    return f"{line}; {len(most):,} have values that F16 lacks and stay BF16: {shown}{more}"
+    named = several(f"{name} ({n:,} values)" for name, n in most)
+    return f"{line}; {len(most):,} have values that F16 lacks and stay BF16: {named}"
 
 
 # --- Pieces -------------------------------------------------------------------------------------

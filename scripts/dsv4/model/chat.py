@@ -14,6 +14,11 @@ USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
 STOP_TOKENS = (EOS, USER)  # a model that opens the user's turn has finished its own
 
 
+def text_of(token: Any) -> Any:
+    """A special token's text, which is written as it is or as an object with a content."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
 def vocabulary(tokenizer: dict[str, Any]) -> dict[str, int]:
     """Token → id, of a tokenizer.json that is of its form."""
     ids = dict((tokenizer.get("model") or {}).get("vocab") or {})

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
-from dsv4.model.chat import BOS, EOS, vocabulary
+from dsv4.model.chat import BOS, EOS, text_of, vocabulary
 from dsv4.model.forms import FORMS
 from dsv4.model.template import (
     CHAT_TEMPLATE,
@@ -106,7 +106,7 @@ def check_special(bundle: Survey, ids: dict[str, int], findings: Findings) -> No
     for name in ("tokenizer_config.json", SPECIAL):
         document = document_of(bundle, name) or {}
         for key, token in (("bos_token", BOS), ("eos_token", EOS)):
-            found = content(document.get(key))
+            found = text_of(document.get(key))
             if found is not None and found != token:
                 findings.add("special-token-wrong", f"{name}: {key}", shown(found), repr(token))
     for name in ("config.json", "generation_config.json"):
@@ -114,11 +114,6 @@ def check_special(bundle: Survey, ids: dict[str, int], findings: Findings) -> No
         if found is not None and found != ids.get(BOS):
             where = f"{name}: bos_token_id"
             findings.add("special-token-wrong", where, shown(found), f"{ids.get(BOS)}")
-
-
-def content(token: Any) -> Any:
-    """A special token's text: written as it is, or as an object with a content."""
-    return token.get("content") if isinstance(token, dict) else token
 
 
 def document_of(bundle: Survey, name: str) -> dict[str, Any] | None:
@@ -260,11 +255,11 @@ def check_against_source(bundle: Survey, source: Checkpoint, findings: Findings)
             findings.add("tokenizer-differs", name, "another tokenizer", "the source's")
         elif name == "tokenizer_config.json":
             for key in TOKENIZER_KEYS:
-                if key in theirs and content(own.get(key)) != content(theirs[key]):
+                if key in theirs and text_of(own.get(key)) != text_of(theirs[key]):
                     differs("tokenizer-config-differs", name, key, own, theirs, findings)
         elif name == SPECIAL:
             for key in {**own, **theirs}:
-                if content(own.get(key)) != content(theirs.get(key)):
+                if text_of(own.get(key)) != text_of(theirs.get(key)):
                     differs("special-tokens-differ", name, key, own, theirs, findings)
         elif name == "generation_config.json":
             for key in set(theirs) - OURS:
