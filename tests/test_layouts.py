@@ -36,6 +36,8 @@ from dsv4.proof.summary import row
 from dsv4.proof.survey import survey
 from dsv4.served import nano
 from dsv4.storage.backup import Backup
+from dsv4.storage.checkpoint import Checkpoint
+from dsv4.storage.shard import Shard, Tensor
 
 PYTHON = ROOT / ".toolchain/new/bin/python"
 # Specimens, and those that follow from one by the table: layout → the specimen it is made of.
@@ -124,6 +126,17 @@ def test_a_layout_is_told_by_its_names_alone():
         assert not told.unknown, layout.name
         assert told.known == len(mine)
         assert told.layout.name == layout.name or "oMLX" in layout.name  # by MTP's stages alone
+
+
+def test_names_and_stacks_beyond_any_model_are_not_followed():
+    told = recognise([f"layers.{'a' * i}.odd" for i in range(3000)])
+    assert len(told.unknown) == 3000
+    path = "language_model.model.layers.0.ffn.switch_mlp.up_proj.weight"
+    stack = Tensor(path, "U32", (10**9, 1, 1), Path("x"), 0, 4 * 10**9)
+    shard = Shard(Path("x"), {path: stack}, {}, 0)
+    view = view_of(Checkpoint(Path(), {}, {path: "x"}, {"x": shard}))
+    assert not view.tensors
+    assert "no stack of experts" in view.odd[path]
 
 
 def test_what_is_left_out_is_a_note(specimen):

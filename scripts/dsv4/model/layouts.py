@@ -24,6 +24,7 @@ from dsv4.model.names import PROJECTION, treatment
 MLX_LM, MLX_VLM, VMLX = "mlx_lm and vMLX 1.3.97", "mlx-vlm", "vMLX 1.6.81"
 RUNTIMES = (MLX_LM, MLX_VLM, VMLX)
 EXPERT = 0  # what an open E is read as, to look a name up
+KINDS = 2_000  # of names, numbers aside; a bundle has two hundred, and each costs a millisecond
 Line = tuple[str, str]
 
 
@@ -238,10 +239,10 @@ def recognise(names: Iterable[str]) -> Recognised:
     """The layout of a bundle by its tensors' names; of two that know as many, the first."""
     names = list(names)
     kind_of = {name: re.sub(r"(?<=\.)[0-9]{1,6}(?=\.|$)", "0", name) for name in names}
-    having = {  # some hundred kinds of a hundred thousand names
-        kind: [layout.name for layout in LAYOUTS.values() if knows(layout, kind)]
-        for kind in set(kind_of.values())
-    }
+    kinds = dict.fromkeys(kind_of.values())
+    having: dict[str, list[str]] = {kind: [] for kind in kinds}
+    for kind in list(kinds)[:KINDS]:
+        having[kind] = [layout.name for layout in LAYOUTS.values() if knows(layout, kind)]
     counts = dict.fromkeys(LAYOUTS, 0)
     for kind in kind_of.values():
         for layout in having[kind]:

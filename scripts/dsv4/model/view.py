@@ -99,7 +99,7 @@ def flat(tensor: Tensor) -> Tensor:
 def unstack(name: str, tensor: Tensor, view: View) -> None:
     """Each expert's part of a stack."""
     experts = tensor.shape[0] if len(tensor.shape) > 1 else 0
-    if not 0 < experts <= MATRICES // 64:
+    if not 0 < experts <= MATRICES - len(view.tensors):
         view.odd[tensor.name] = f"shape {list(tensor.shape)}, no stack of experts"
         return
     size = tensor.nbytes // experts
