@@ -303,7 +303,7 @@ smoke: .venv/installed ## ask the running server two questions and judge the ans
 # Headers and JSON of a published bundle, some 30 MB of its 180 GB. REPO and REVISION are the source's
 # unless the command line gives them.
 .PHONY: inspect
-inspect: .venv/installed ## judge a published bundle before its download: REPO=user/bundle (AGAINST=source)
+inspect: .venv/installed ## judge published bundles before their download: REPO="user/bundle user/other"
 	$(if $(call on_command_line,REPO),,$(error REPO: found none on the command line, expected user/bundle))
 	$(PYTHON) scripts/inspect_bundle.py $(if $(call on_command_line,REVISION),,--revision main)
 
@@ -342,6 +342,11 @@ fidelity: .venv/tests-installed ## measure every QUANTIZER: tables in build/fide
 	$(PYTHON) scripts/patch_loader.py --python $(PYTHON)
 	$(PYTHON) scripts/lab/fidelity.py --source scripts/nano/checkpoint --out build/fidelity \
 	  --picture .github/fidelity.svg
+
+# Bundles of the small model by mlx-vlm's, mlx_lm's and jang's converters, for verify to be tried on.
+.PHONY: specimens
+specimens: .venv/installed .toolchain/new/installed ## make bundles as others make them, in build/specimens (3 minutes)
+	$(PYTHON) scripts/lab/specimens.py
 
 # ------------------------------------------------------------------------------------- development
 

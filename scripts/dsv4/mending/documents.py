@@ -9,6 +9,7 @@ from typing import Any
 from dsv4.making import metadata
 from dsv4.making.requantization import record_of
 from dsv4.making.tokenizer_files import REQUIRED, copy, wanted
+from dsv4.mending import others
 from dsv4.mending.job import NEEDS_SOURCE, Repair, faults, is_broken, set_aside, write_index
 from dsv4.mending.whole import files_of_experts, open_whole, wrong_experts
 from dsv4.model import labels
@@ -150,6 +151,9 @@ def mend_document(repair: Repair, name: str, make: Callable[[], dict[str, Any]])
 def config(repair: Repair, bundle: Checkpoint) -> dict[str, Any]:
     """config.json with labels as the experts lie there, or as they were if some are wrong still."""
     expert = repair.expert
+    seen = others.surveyed(bundle)
+    if expert is None and others.keeps_experts(seen):
+        return others.config(repair)
     if expert is None and not wrong_experts(bundle):
         forms = [labels.stored_label(bundle.tensors, base) for base in expert_bases(bundle)]
         expert = forms[0] if forms and forms.count(forms[0]) == len(forms) else None

@@ -7,6 +7,7 @@ from typing import Any
 
 from dsv4.making import marks, requantization
 from dsv4.making.part import Part
+from dsv4.mending import others
 from dsv4.mending.job import NEEDS_SOURCE, Repair, write_index
 from dsv4.mending.whole import has_quantized_head, open_whole, parts_of, rounded, wrong_experts
 from dsv4.model import labels
@@ -22,6 +23,9 @@ from dsv4.words import plain
 def mend_shards(repair: Repair) -> None:
     """Wrong experts, rounded controls and a quantized head are made again, from the source."""
     bundle, begun = open_whole(repair.bundle), repair.backup.unfinished
+    if others.keeps_experts(seen := others.surveyed(bundle)):
+        others.mend_controls(repair, seen)
+        return
     wrong = wrong_experts(bundle)
     as_fp4 = repair.args.quantizer == "mxfp4" and repair.source is None and not begun
     if as_fp4 and wrong and all_fp4(bundle):

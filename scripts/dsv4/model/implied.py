@@ -11,6 +11,7 @@ from typing import Any
 
 from dsv4.model.opening import count, expert_bases
 from dsv4.stop import Stop
+from dsv4.storage.bounds import COLUMNS
 from dsv4.storage.checkpoint import Checkpoint
 
 TOP = ("embed.weight", "norm.weight", "hc_head_fn", "hc_head_base", "hc_head_scale")
@@ -76,3 +77,31 @@ def check_whole(source: Checkpoint) -> None:
             "every tensor that config.json calls for",
             "fetch the source again, or restore config.json",
         )  # fmt: skip
+
+
+# The input width of each matrix of a block, in words of config.json.
+INPUT = (
+    ("attn.wq_b", "q_lora_rank"), ("attn.indexer.wq_b", "q_lora_rank"),
+    (".w2", "moe_intermediate_size"),
+)  # fmt: skip
+
+
+def columns_of(base: str, config: dict[str, Any]) -> int:
+    """The columns of the matrix `base` by config.json; 0 where it does not say.
+
+    >>> columns_of("layers.0.ffn.experts.3.w2", {"moe_intermediate_size": 2048})
+    2048
+    """
+
+    def number(key: str) -> int:
+        value = config.get(key)
+        return value if isinstance(value, int) and 0 < value <= COLUMNS else 0
+
+    groups = number("o_groups")
+    if base.endswith("attn.wo_a"):
+        return number("num_attention_heads") * number("head_dim") // groups if groups else 0
+    if base.endswith("attn.wo_b"):
+        return groups * number("o_lora_rank")
+    if any(part in base for part in ("main_proj", "markov_head", "confidence_head")):
+        return 0
+    return number(next((key for end, key in INPUT if base.endswith(end)), "hidden_size"))

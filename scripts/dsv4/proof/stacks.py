@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from dsv4.proof.documents import RUNTIMES
+from dsv4.model.layouts import RUNTIMES
 from dsv4.proof.findings import Findings
 from dsv4.proof.needs import (
     Need,
