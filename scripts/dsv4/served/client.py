@@ -58,7 +58,8 @@ class Reply:
     whole: bool = True
 
     def __str__(self) -> str:
-        calls = f", tool_calls {shown(list(self.calls))}" if self.calls else ""
+        asked = [call[1:] for call in self.calls]  # without its number, which is any
+        calls = f", tool_calls {shown(asked)}" if asked else ""
         content, thought = (
             plain(repr(t), 600) for t in (self.answer.content, self.answer.reasoning)
         )

@@ -44,8 +44,8 @@ def verdict(result: dict[str, Any]) -> str:
 
 
 def came(case: dict[str, Any], url: str) -> list[str]:
-    """What came in a case, without the server's own address."""
-    return [came.replace(url, "") for _, came in case["exchanges"]]
+    """What came in a case, by what was sent, without the server's own address."""
+    return [came.replace(url, "") for _, came in sorted(case["exchanges"])]
 
 
 def parts(one: dict[str, Any], other: dict[str, Any]) -> bool:

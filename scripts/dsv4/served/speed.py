@@ -17,7 +17,7 @@ from dsv4.stop import Stop
 AT_ONCE = (1, 4)
 TOKENS = 64  # of an answer
 FEWEST = 4  # tokens after the first, of which a rate is told
-LIMIT = 120  # seconds, and one more for each 20 tokens of prompt
+LIMIT = 120  # seconds of each request, and one more for each 20 tokens of prompt
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def _body(prompt: int, number: int) -> dict:
 
 
 def _measured(endpoint: Endpoint, prompt: int, bodies: list[dict]) -> Speed:
-    limit, start = LIMIT + prompt / 20 * len(bodies), time.monotonic()
+    limit, start = (LIMIT + prompt / 20) * len(bodies), time.monotonic()
     try:
         with ThreadPoolExecutor(len(bodies)) as pool:
             replies = list(pool.map(lambda body: stream(endpoint, body, limit), bodies))
