@@ -78,8 +78,14 @@ LEVEL ?= 2
 VERIFY_HASHES ?=
 # The Python that .venv and .toolchain are made with: 3.11 to 3.13; nothing was run on 3.14 yet.
 PYTHON3 ?= python3
-# inspect: also compare with this source, tensor by tensor, by name and shape.
+# inspect: also compare with this source, tensor by tensor, by name and shape. accept: the URL of a
+# second server, and the name of its model.
 AGAINST ?=
+AGAINST_NAME ?=
+# accept: another server than that of `make serve`, its model's name, the longest prompt in tokens.
+URL ?=
+MODEL_NAME ?=
+CONTEXT ?=
 # publish: where to, user/name on the hub; 1: a new repository is private.
 TO ?=
 PRIVATE ?=
@@ -101,7 +107,7 @@ FLOAT32 ?=
 # How a setting reaches a script: as RECIPE_NAME in its environment, where no shell reads the value.
 SETTINGS := REPO REVISION SOURCE BUNDLE CONVERTER LOW_DISK SHARD_BYTES REFERENCE TOOLCHAIN_PYTHON PORT \
   QUANTIZER IMATRIX JOBS LEVEL VERIFY_HASHES PYTHON3 AGAINST TO PRIVATE DRY_RUN SOURCE2 \
-  BUNDLES TEXT TOKENS DEVICE RUNTIME FLOAT32
+  BUNDLES TEXT TOKENS DEVICE RUNTIME FLOAT32 AGAINST_NAME URL MODEL_NAME CONTEXT
 $(foreach name,$(SETTINGS),$(eval export RECIPE_$(name) = $$(call value_of,$(name))))
 unexport $(foreach name,$(SETTINGS) MODEL STACK,$(if $(call on_command_line,$(name)),$(name)))
 # Nor does another Python's environment reach ours.
@@ -291,12 +297,16 @@ imatrix: .venv/installed $(TOOLCHAIN) ## measure how much each column of each ex
 
 # ------------------------------------------------------------------------------- using the bundle
 
-.PHONY: serve smoke
+.PHONY: serve smoke accept
 serve: .venv/installed $(TOOLCHAIN) ## serve the bundle with STACK's server on 127.0.0.1:PORT
 	$(PYTHON) scripts/serve.py
 
 smoke: .venv/installed ## ask the running server two questions and judge the answers
 	$(PYTHON) scripts/smoke.py
+
+# Any server of OpenAI's chat completions. Keys come from OPENAI_API_KEY and AGAINST_API_KEY.
+accept: .venv/installed ## is the served model right, and how fast? (URL, MODEL_NAME, AGAINST=URL, CONTEXT)
+	$(PYTHON) scripts/accept.py --out $(STAMPS)/accept
 
 # -------------------------------------------------------------------- in from and out to the hub
 
@@ -381,4 +391,5 @@ format: .venv/tests-installed ## format the code
 clean: ## remove stamps and reports; never a bundle or a source
 	rm -f build/*/*.stamp build/*/settings build/*/verify.json build/*/verify.html
 	rm -f build/*/evaluate.json build/*/evaluate.md build/*/evaluate.html
+	rm -f build/*/accept.json build/*/accept.html
 	rm -f build/matrix/matrix.json build/fidelity/fidelity.*

@@ -72,6 +72,18 @@ def parse_bytes(text: str) -> int:
     raise Unfit(text, "a number of bytes, such as 5e9")
 
 
+def parse_tokens(text: str) -> int:
+    """Read a number of tokens: 100 to 10 million."""
+    return _between(text, 100, 10_000_000, "a number of tokens")
+
+
+def parse_url(text: str) -> str:
+    """Read a server's address, http or https, without the /v1 at its end."""
+    if not re.fullmatch(r"https?://[\w.\-]+(:[0-9]{1,5})?(/[\w.\-]+)*/?", text, re.ASCII):
+        raise Unfit(text, "a server's address, such as http://127.0.0.1:8010")
+    return text.removesuffix("/").removesuffix("/v1")
+
+
 def parse_seconds(text: str) -> float:
     """Read a time in seconds, 0 to a day."""
     with contextlib.suppress(ValueError):
@@ -109,6 +121,8 @@ TYPES: dict[str, Callable[[str], Any]] = {
     "LOW_DISK": parse_switch, "VERIFY_HASHES": parse_switch, "PRIVATE": parse_switch,
     "DRY_RUN": parse_switch, "BUNDLES": parse_paths, "TEXT": parse_path, "TOKENS": parse_tokens,
     "DEVICE": str, "RUNTIME": str, "FLOAT32": parse_switch,
+    # Names that other people's environments have too: read by the command that takes them.
+    "URL": str, "MODEL_NAME": str, "AGAINST_NAME": str, "CONTEXT": str,
 }  # fmt: skip
 
 
@@ -148,8 +162,13 @@ def read(name: str, text: str) -> Any:
         raise _wrong(name, text, "one line")
     if "$(" in text or "${" in text:
         raise _wrong(name, text, "the value itself: make expands only what config.mk says")
+    return read_as(name, text, TYPES[name])
+
+
+def read_as(name: str, text: str, parse: Callable[[str], Any]) -> Any:
+    """The value of a setting that came as text. Raises Stop when `parse` does not take it."""
     try:
-        return TYPES[name](text)
+        return parse(text)
     except Unfit as unfit:
         raise _wrong(name, text, unfit.expected) from None
 
