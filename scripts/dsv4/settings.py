@@ -72,8 +72,8 @@ def parse_bytes(text: str) -> int:
     raise Unfit(text, "a number of bytes, such as 5e9")
 
 
-def parse_tokens(text: str) -> int:
-    """Read a number of tokens: 100 to 10 million."""
+def parse_context(text: str) -> int:
+    """Read how many tokens a prompt has: 100 to 10 million."""
     return _between(text, 100, 10_000_000, "a number of tokens")
 
 
