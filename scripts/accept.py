@@ -27,7 +27,7 @@ from dsv4.runtime.server import HOST
 from dsv4.served import abilities, basics, case, speed
 from dsv4.served.client import Endpoint, found, key_of
 from dsv4.served.page import page
-from dsv4.settings import add_setting, parse_path, parse_context, parse_url, read_as
+from dsv4.settings import add_setting, parse_context, parse_path, parse_url, read_as
 from dsv4.stop import Stop, run
 from dsv4.storage.durable import write_bytes, write_json
 from dsv4.words import say
