@@ -393,9 +393,10 @@ def compare_plain(task: Task, reader: Reader, outcome: Outcome, exact: bool = Fa
             continue  # reported by its dtype, or already
         expected, given = plain_source(task, reader, first, count)
         if given is not None:
-            outcome.energy += float(np.square(given, dtype=np.float64).sum())
-            missed = as_float32(expected, tensor.dtype).astype(np.float64) - given
-            outcome.error += float(np.square(missed).sum())
+            missed = as_float32(expected, tensor.dtype)
+            missed -= given
+            outcome.energy += float(np.dot(given, given))
+            outcome.error += float(np.dot(missed, missed))
         if exact and given is not None and task.scale is None and "lossy" not in seen:
             lost = np.flatnonzero(as_float32(expected, tensor.dtype) != given)
             if len(lost):
