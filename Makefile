@@ -11,14 +11,26 @@ MAKEFLAGS += --no-builtin-rules
 .DEFAULT_GOAL := help
 SHELL = /bin/sh
 
-# Your own settings, one `NAME = value` a line; never committed.
+# Your own settings, one `NAME = value` a line, a comment on a line of its own; never committed.
 -include config.mk
+
+# A setting's value: what config.mk says is expanded as make does, what the command line or the
+# environment says is taken as it stands. ~/ at its beginning is the home folder.
+as_said = $(if $(filter file,$(origin $(1))),$($(1)),$(value $(1)))
+value_of = $(subst $(begin),,$(subst $(begin)~/,$(value HOME)/,$(begin)$(as_said)))
+begin := <the value begins here>
+on_command_line = $(filter command,$(firstword $(origin $(1))))
+# The value if it is one of the names $(2), else something that it is not.
+one_of = $(or $(filter $(2),$(firstword $(as_said))),no $(as_said))
 
 # ------------------------------------------------------------------------------------ settings
 
 # nano: the small trained model that the repository ships, instead of the 160 GB.
 MODEL ?= flash
-ifeq ($(MODEL),nano)
+ifneq ($(call as_said,MODEL),$(call one_of,MODEL,flash nano))
+$(error MODEL: found '$(call as_said,MODEL)', expected flash or nano)
+endif
+ifeq ($(call as_said,MODEL),nano)
 SOURCE = scripts/nano/checkpoint
 BUNDLE = build/nano/bundle
 REPO =
@@ -30,7 +42,7 @@ REVISION ?= main
 # Where the FP4/FP8 source lies or will lie: 160 GB (149 GiB).
 SOURCE ?= /Volumes/Backup/DeepSeek-V4/source
 # The bundle that is made: about 180 GB.
-BUNDLE ?= $(HOME)/.cache/huggingface/hub/Deviad/DeepSeek-V4-Flash-MLX-Q4Q8
+BUNDLE ?= ~/.cache/huggingface/hub/Deviad/DeepSeek-V4-Flash-MLX-Q4Q8
 # native reads the source once and writes the finished bundle once; jang runs upstream's converter.
 CONVERTER ?= native
 # 1: fetch the source's shards while converting and delete them when used (CONVERTER=native).
@@ -43,6 +55,10 @@ REFERENCE ?=
 # most faithful to transformers, as the README there shows; old is the plan's, and has what
 # CONVERTER=jang needs.
 STACK ?= new
+STACKS := $(patsubst scripts/stacks/%.txt,%,$(wildcard scripts/stacks/*.txt))
+ifneq ($(call as_said,STACK),$(call one_of,STACK,$(STACKS)))
+$(error STACK: found '$(call as_said,STACK)', expected one of $(STACKS))
+endif
 # Or any Python of your own that serves, such as the one inside a vMLX.app.
 TOOLCHAIN_PYTHON ?= .toolchain/$(STACK)/bin/python
 # Where the server listens, on this machine only.
@@ -60,10 +76,9 @@ IMATRIX ?=
 # ANY_SHAPE=1: the least error, and not the shape for which vMLX has fused kernels.
 FIT ?=
 SIZE ?=
-CONTEXT ?=
 ANY_SHAPE ?=
-PLAN ?= $(if $(FIT)$(SIZE),$(BUNDLE).plan.json)
-ifneq ($(PLAN),)
+PLAN ?= $(if $(call as_said,FIT)$(call as_said,SIZE),$(call value_of,BUNDLE).plan.json)
+ifneq ($(call as_said,PLAN),)
 QUANTIZER = mixture
 endif
 # Processors that requantize uses; empty for all.
@@ -72,92 +87,128 @@ JOBS ?=
 LEVEL ?= 2
 # 1: download hashes every file again, also those that it knows.
 VERIFY_HASHES ?=
-# The Python that .venv is made with: 3.11 to 3.13.
+# The Python that .venv and .toolchain are made with: 3.11 to 3.13; nothing was run on 3.14 yet.
 PYTHON3 ?= python3
+# inspect: also compare with this source, tensor by tensor, by name and shape. accept: the URL of a
+# second server, and the name of its model.
+AGAINST ?=
+AGAINST_NAME ?=
+# accept: another server than that of `make serve`, its model's name. CONTEXT: its longest prompt in
+# tokens; check and plan: the context to leave memory for.
+URL ?=
+MODEL_NAME ?=
+CONTEXT ?=
+# publish: where to, user/name on the hub; 1: a new repository is private.
+TO ?=
+PRIVATE ?=
+# 1: repair and publish say what they would do, and do nothing.
+DRY_RUN ?=
+# fidelity: a source that was trained less, so that differences show (train_nano.py --save-early).
+SOURCE2 ?=
+# evaluate: several bundles, with blanks between them, instead of BUNDLE.
+BUNDLES ?=
+# evaluate and imatrix: a text instead of the repository's own, how many of its tokens, and where to
+# compute, cpu or gpu; evaluate also: both.
+TEXT ?=
+TOKENS ?=
+DEVICE ?=
+# evaluate: whose model code, jang or vlm; 1: compute the bundle in float32.
+RUNTIME ?=
+FLOAT32 ?=
+
+# How a setting reaches a script: as RECIPE_NAME in its environment, where no shell reads the value.
+SETTINGS := REPO REVISION SOURCE BUNDLE CONVERTER LOW_DISK SHARD_BYTES REFERENCE TOOLCHAIN_PYTHON PORT \
+  QUANTIZER IMATRIX JOBS LEVEL VERIFY_HASHES PYTHON3 AGAINST TO PRIVATE DRY_RUN SOURCE2 \
+  BUNDLES TEXT TOKENS DEVICE RUNTIME FLOAT32 AGAINST_NAME URL MODEL_NAME CONTEXT \
+  FIT SIZE ANY_SHAPE PLAN
+$(foreach name,$(SETTINGS),$(eval export RECIPE_$(name) = $$(call value_of,$(name))))
+unexport $(foreach name,$(SETTINGS) MODEL STACK,$(if $(call on_command_line,$(name)),$(name)))
+# Nor does another Python's environment reach ours.
+unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP PYTHONUSERBASE __PYVENV_LAUNCHER__
+export PYTHONNOUSERSITE := 1
 
 # --------------------------------------------------------------------------- names used below
 
 PYTHON := .venv/bin/python
-KEY := $(shell printf '%s\n' '$(SOURCE)' '$(BUNDLE)' | cksum | cut -d ' ' -f 1)
+quoted = '$(subst ','\'',$(value_of))'
+KEY := $(shell printf '%s\n' $(call quoted,SOURCE) $(call quoted,BUNDLE) | cksum | cut -d ' ' -f 1)
 STAMPS := build/$(KEY)
-FOLDERS = --source '$(SOURCE)' --bundle '$(BUNDLE)'
-space := $(subst ,, )
-escaped = $(subst $(space),\ ,$(1))
-ifeq ($(wildcard scripts/stacks/$(STACK).txt),)
-$(error STACK: found $(STACK), expected one of $(patsubst scripts/stacks/%.txt,%,$(wildcard scripts/stacks/*.txt)))
-endif
-TOOLCHAIN := $(patsubst %/bin/python,%/installed,$(filter .toolchain/%,$(TOOLCHAIN_PYTHON)))
+TOOLCHAIN := $(filter $(STACKS:%=.toolchain/%/installed), \
+  $(patsubst %/bin/python,%/installed,$(call value_of,TOOLCHAIN_PYTHON)))
 # What every stage uses.
 CORE := .venv/installed $(TOOLCHAIN) $(STAMPS)/settings
+on = $(filter-out 0 no false off,$(call as_said,$(1)))
 
 # needs_NAME: scripts/NAME.py and all modules that its imports lead to, told by the imports.
 -include build/needs.mk
+python3 = command -v "$$RECIPE_PYTHON3" > /dev/null || { echo "error: PYTHON3: found no program \
+  '$$RECIPE_PYTHON3', expected Python 3.11 to 3.13; make … PYTHON3=/path/to/python3" >&2; exit 1; }; \
+  "$$RECIPE_PYTHON3" -I
 build/needs.mk: scripts/lab/depend.py $(wildcard scripts/*.py scripts/dsv4/*.py scripts/dsv4/*/*.py)
 	@mkdir -p build
-	@$(PYTHON3) scripts/lab/depend.py > $@.new
+	@$(python3) scripts/lab/depend.py > $@.new
 	@mv $@.new $@
-
-# A bundle or a source that is gone takes its stamp along.
-$(shell test -e '$(BUNDLE)/config.json' || rm -f $(STAMPS)/convert.stamp)
-$(shell test -e '$(SOURCE)/config.json' || rm -f $(STAMPS)/download.stamp)
 
 .PHONY: all help FORCE
 all: $(STAMPS)/verify.stamp ## build the bundle: every stage from check to verify
-	@echo '$(BUNDLE): finished and verified'
+	@printf '%s: finished and verified\n' "$$RECIPE_BUNDLE"
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z_]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "Settings (make NAME=value, or config.mk): MODEL REPO REVISION SOURCE BUNDLE REFERENCE"
-	@echo "  CONVERTER QUANTIZER IMATRIX FIT SIZE CONTEXT ANY_SHAPE PLAN LOW_DISK SHARD_BYTES STACK TOOLCHAIN_PYTHON PORT JOBS LEVEL"
-	@echo "  VERIFY_HASHES PYTHON3; README.md tells what they mean."
+	@echo "  CONVERTER QUANTIZER IMATRIX FIT SIZE CONTEXT ANY_SHAPE PLAN LOW_DISK SHARD_BYTES STACK"
+	@echo "  TOOLCHAIN_PYTHON PORT JOBS LEVEL VERIFY_HASHES PYTHON3 BUNDLES TEXT TOKENS DEVICE RUNTIME"
+	@echo "  FLOAT32; README.md tells more."
 
 # The values that stages depend on. Rewritten only when one of them changes.
 $(STAMPS)/settings: FORCE
 	@mkdir -p $(STAMPS)
-	@printf '%s\n' 'SOURCE=$(SOURCE)' 'BUNDLE=$(BUNDLE)' 'REPO=$(REPO)' 'REVISION=$(REVISION)' \
-	  'REFERENCE=$(REFERENCE)' 'TOOLCHAIN_PYTHON=$(TOOLCHAIN_PYTHON)' 'CONVERTER=$(CONVERTER)' \
-	  'QUANTIZER=$(QUANTIZER)' 'IMATRIX=$(IMATRIX)' 'FIT=$(FIT)' 'SIZE=$(SIZE)' 'CONTEXT=$(CONTEXT)' \
-  'ANY_SHAPE=$(ANY_SHAPE)' 'PLAN=$(PLAN)' > $@.new
+	@printf '%s\n' $(foreach name,SOURCE BUNDLE REPO REVISION REFERENCE TOOLCHAIN_PYTHON CONVERTER \
+	  QUANTIZER IMATRIX FIT SIZE CONTEXT ANY_SHAPE PLAN,"$(name)=$$RECIPE_$(name)") > $@.new
 	@cmp -s $@.new $@ || cp $@.new $@
 	@rm -f $@.new
+
+# Newer than every stamp while there is no source, or no bundle: the stage that makes it is redone.
+$(STAMPS)/no_SOURCE $(STAMPS)/no_BUNDLE: FORCE
+	@mkdir -p $(STAMPS)
+	@test -e "$$RECIPE_$(@F:no_%=%)/config.json" && test -e $@ || touch $@
 
 # -------------------------------------------------------------------------------------- set-up
 
 .PHONY: venv
-venv: .venv/installed $(TOOLCHAIN) ## make .venv for the scripts and .toolchain/STACK (2.4 GB)
+venv: .venv/installed $(TOOLCHAIN) ## make .venv for the scripts and .toolchain/STACK (2.5 GB)
+
+# Each is made by scripts/lab/install.py, which imports the modules named last before make touches
+# the stamp. One whose Python is gone, or of another version by now, loses its stamp.
+$(shell for e in .venv .toolchain/*; do v=`$$e/bin/python -ISc \
+  'import sys; print("python%d.%d" % sys.version_info[:2])' 2> /dev/null`; \
+  test -d $$e/lib/$$v/site-packages || rm -f $$e/installed $$e/tests-installed; done)
+INSTALL = $(python3) scripts/lab/install.py
 
 .venv/installed: requirements.txt
 	rm -f $@
-	$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer needed")'
-	$(PYTHON3) -m venv .venv
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	@$(INSTALL) .venv requirements.txt mlx.core numba safetensors huggingface_hub tokenizers socksio
 	touch $@
 
 .toolchain/%/installed: scripts/stacks/%.txt
 	rm -rf $(@D)
-	$(PYTHON3) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	@$(INSTALL) $(@D) $< mlx.core transformers
 	touch $@
 
 # Also the old stack, whose converter and loaders the tests compare with; pytest, ruff.
 .venv/tests-installed: tests/requirements.txt .venv/installed
 	rm -f $@
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --requirement tests/requirements.txt
+	@$(INSTALL) .venv tests/requirements.txt mlx.core transformers pytest hypothesis
 	touch $@
 
 # -------------------------------------------------------------------------------------- stages
 
-# Can the build succeed? Toolchain, volumes, free space. Writes nothing.
-GOAL = $(if $(FIT),--fit '$(FIT)') $(if $(SIZE),--size '$(SIZE)') $(if $(CONTEXT),--context '$(CONTEXT)')
-PLANNED = $(if $(PLAN),--plan '$(PLAN)')
+# Can the build succeed? Toolchain, volumes, free space. Leaves nothing.
 .PHONY: check
 check: $(STAMPS)/check.stamp ## say whether the build can succeed: toolchain, volumes, free space
 $(STAMPS)/check.stamp: $(CORE) $(needs_check) patches/load_jangtq.patch patches/mlx_model.patch
 	rm -f $@
-	$(PYTHON) scripts/check.py $(FOLDERS) --python '$(TOOLCHAIN_PYTHON)' \
-	  --repo '$(REPO)' --revision '$(REVISION)' --converter '$(CONVERTER)' --quantizer '$(QUANTIZER)' \
-	  $(if $(SHARD_BYTES),--shard-bytes $(SHARD_BYTES)) $(if $(IMATRIX),--imatrix '$(IMATRIX)') \
-	  $(if $(LOW_DISK),--low-disk) $(PLANNED) $(GOAL)
+	$(PYTHON) scripts/check.py
 	touch $@
 
 # Mends the installed jang_tools. Belongs to the toolchain, not to the bundle.
@@ -166,21 +217,20 @@ patch_loader: $(STAMPS)/patch_loader.stamp ## mend the toolchain's loader (undo:
 $(STAMPS)/patch_loader.stamp: $(STAMPS)/check.stamp $(needs_patch_loader) \
   patches/load_jangtq.patch patches/mlx_model.patch
 	rm -f $@
-	$(PYTHON) scripts/patch_loader.py --python '$(TOOLCHAIN_PYTHON)'
+	$(PYTHON) scripts/patch_loader.py
 	touch $@
 
 unpatch_loader: .venv/installed ## put the original loader back, byte for byte
 	rm -f build/*/patch_loader.stamp
-	$(PYTHON) scripts/patch_loader.py --python '$(TOOLCHAIN_PYTHON)' --undo
+	$(PYTHON) scripts/patch_loader.py --undo
 
 # 160 GB from the hub, pinned to a commit, each file compared with the hub's size and hash.
 # LOW_DISK=1 brings the small files and the shards' headers only.
 .PHONY: download
 download: $(STAMPS)/download.stamp ## fetch the source, or recognise a complete one
-$(STAMPS)/download.stamp: $(STAMPS)/patch_loader.stamp $(needs_download)
+$(STAMPS)/download.stamp: $(STAMPS)/patch_loader.stamp $(STAMPS)/no_SOURCE $(needs_download)
 	rm -f $@
-	$(PYTHON) scripts/download.py --source '$(SOURCE)' --repo '$(REPO)' --revision '$(REVISION)' \
-	  $(if $(VERIFY_HASHES),--verify-hashes) $(if $(LOW_DISK),--low-disk)
+	$(PYTHON) scripts/download.py
 	touch $@
 
 # A sample of the experts, 0.3 GB of Flash: which form each layer gets. A plan that is there is kept.
@@ -188,27 +238,21 @@ $(STAMPS)/download.stamp: $(STAMPS)/patch_loader.stamp $(needs_download)
 plan: $(STAMPS)/plan.stamp ## plan which layer gets how many bits, to FIT=96GB or SIZE=88GB
 $(STAMPS)/plan.stamp: $(STAMPS)/download.stamp $(needs_plan)
 	rm -f $@
-	$(if $(FIT)$(SIZE),$(PYTHON) scripts/plan.py --source '$(SOURCE)' $(PLANNED) $(GOAL) \
-	  $(if $(IMATRIX),--imatrix '$(IMATRIX)') $(if $(JOBS),--jobs $(JOBS)) \
-	  $(if $(SHARD_BYTES),--shard-bytes $(SHARD_BYTES)) $(if $(LOW_DISK),--low-disk --repo '$(REPO)') \
-	  $(if $(ANY_SHAPE),--any-shape), @echo 'plan: none asked for; $(if $(PLAN),$(PLAN),QUANTIZER=$(QUANTIZER))')
+	$(PYTHON) scripts/plan.py
 	touch $@
 
 # What the plan says; changed when the plan was edited.
 $(STAMPS)/plan: $(STAMPS)/plan.stamp FORCE
-	@$(if $(PLAN),cmp -s '$(PLAN)' $@ || cp '$(PLAN)' $@,test -e $@ || touch $@)
+	@test -z "$$RECIPE_PLAN" && { test -e $@ || touch $@; } || \
+	  cmp -s - $@ < "$$RECIPE_PLAN" || cat < "$$RECIPE_PLAN" > $@
 
-QUANTIZE = --quantizer '$(QUANTIZER)' $(if $(IMATRIX),--imatrix '$(IMATRIX)') $(if $(JOBS),--jobs $(JOBS)) \
-  $(PLANNED)
 # The bundle's tensors, 180 GB, at about the speed of copying: experts to 4-bit affine, other matrices
 # to 8-bit. CONVERTER=jang: hours, and experts that are FP4 bytes under an affine label.
 .PHONY: convert
 convert: $(STAMPS)/convert.stamp ## convert the source into a new bundle (CONVERTER, LOW_DISK)
-$(STAMPS)/convert.stamp: $(STAMPS)/plan.stamp $(STAMPS)/plan $(needs_convert)
+$(STAMPS)/convert.stamp: $(STAMPS)/plan.stamp $(STAMPS)/plan $(STAMPS)/no_BUNDLE $(needs_convert)
 	rm -f $@
-	$(PYTHON) scripts/convert.py $(FOLDERS) --converter '$(CONVERTER)' --python '$(TOOLCHAIN_PYTHON)' \
-	  $(QUANTIZE) $(if $(SHARD_BYTES),--shard-bytes $(SHARD_BYTES)) \
-	  $(if $(LOW_DISK),--low-disk --repo '$(REPO)')
+	$(PYTHON) scripts/convert.py
 	touch $@
 
 # What upstream's converter left wrong: experts to 4-bit affine, controls back to F32; shard by shard.
@@ -217,8 +261,8 @@ $(STAMPS)/convert.stamp: $(STAMPS)/plan.stamp $(STAMPS)/plan $(needs_convert)
 requantize: $(STAMPS)/requantize.stamp ## make the routed experts right, from the FP4 source
 $(STAMPS)/requantize.stamp: $(STAMPS)/convert.stamp $(needs_requantize)
 	rm -f $@
-	$(if $(LOW_DISK),@echo 'requantize: convert compared every shard with the source before it was freed', \
-	  $(PYTHON) scripts/requantize.py $(FOLDERS) $(QUANTIZE))
+	$(if $(call on,LOW_DISK),@echo 'requantize: convert compared every shard with the source before it was freed', \
+	  $(PYTHON) scripts/requantize.py)
 	touch $@
 
 # Tokenizer and encoding files.
@@ -226,7 +270,7 @@ $(STAMPS)/requantize.stamp: $(STAMPS)/convert.stamp $(needs_requantize)
 finalize: $(STAMPS)/finalize.stamp ## copy tokenizer and encoding files into the bundle
 $(STAMPS)/finalize.stamp: $(STAMPS)/requantize.stamp $(needs_finalize)
 	rm -f $@
-	$(PYTHON) scripts/finalize.py $(FOLDERS) $(if $(REFERENCE),--reference '$(REFERENCE)')
+	$(PYTHON) scripts/finalize.py
 	touch $@
 
 # Stop tokens, chat template, labels: what each runtime reads, where it reads it.
@@ -234,21 +278,20 @@ $(STAMPS)/finalize.stamp: $(STAMPS)/requantize.stamp $(needs_finalize)
 patch: $(STAMPS)/patch.stamp ## write stop tokens, chat template and labels
 $(STAMPS)/patch.stamp: $(STAMPS)/finalize.stamp $(needs_patch)
 	rm -f $@
-	$(PYTHON) scripts/patch.py $(FOLDERS)
+	$(PYTHON) scripts/patch.py
 	touch $@
 
 # With LOW_DISK=1 without the source, which is gone: convert compared each shard with it.
 # LEVEL=1: headers and JSON, seconds. 2: every number against the source, at the disk's speed.
-VERIFY = $(PYTHON) scripts/verify.py --bundle '$(BUNDLE)' --level $(LEVEL) \
-  $(if $(LOW_DISK),,$(if $(wildcard $(call escaped,$(SOURCE))/config.json),--source '$(SOURCE)')) \
-  $(if $(IMATRIX),--imatrix '$(IMATRIX)') \
-  --python '$(TOOLCHAIN_PYTHON)' --json $(STAMPS)/verify.json $(if $(JOBS),--jobs $(JOBS))
+# A SOURCE of the command line must be there and goes as an option; any other counts if it is there.
+WITH_SOURCE = $(if $(call on_command_line,SOURCE),RECIPE_SOURCE= $(1) --source="$$RECIPE_SOURCE",$(1))
+VERIFY = $(if $(call on,LOW_DISK),RECIPE_SOURCE= $(1),$(WITH_SOURCE)) --json $(STAMPS)/verify.json
 .PHONY: verify report
 verify: $(STAMPS)/patch.stamp ## prove the finished bundle right, or name what is wrong (LEVEL=1: fast)
-	$(VERIFY)
+	$(call VERIFY,$(PYTHON) scripts/verify.py)
 $(STAMPS)/verify.stamp: $(STAMPS)/patch.stamp $(needs_verify)
 	rm -f $@
-	$(VERIFY)
+	$(call VERIFY,$(PYTHON) scripts/verify.py)
 	touch $@
 
 # What the last verify found, as one page to put beside a published bundle.
@@ -261,43 +304,51 @@ report: .venv/installed ## write the last verify's result as one HTML page, buil
 # Rewritten shards cost disk twice while BUNDLE/.before-repair keeps the originals.
 .PHONY: repair unrepair
 repair: .venv/installed $(TOOLCHAIN) ## mend a bundle made elsewhere, or damaged: BUNDLE=… SOURCE=… (DRY_RUN=1 first)
-	$(PYTHON) scripts/repair.py --bundle '$(BUNDLE)' --python '$(TOOLCHAIN_PYTHON)' $(QUANTIZE) \
-	  $(if $(or $(filter command,$(firstword $(origin SOURCE))),$(wildcard $(call escaped,$(SOURCE))/config.json)), \
-	  --source '$(SOURCE)') $(if $(REFERENCE),--reference '$(REFERENCE)') $(if $(DRY_RUN),--dry-run)
+	$(call WITH_SOURCE,$(PYTHON) scripts/repair.py)
 
 unrepair: .venv/installed ## put back every file that repair changed, byte for byte
-	$(PYTHON) scripts/repair.py --bundle '$(BUNDLE)' --undo
+	$(PYTHON) scripts/repair.py --undo
+
+# ----------------------------------------------------------------------- measuring the real model
+
+# Source and bundle over one text, layer by layer, so that one layer's memory is enough; 8 GB of disk
+# meanwhile. DEVICE=cpu, gpu or both; RUNTIME=vlm for mlx-vlm's model; FLOAT32=1 computes the bundle
+# in float32. Paths in BUNDLES="a b" have no blanks.
+.PHONY: evaluate imatrix
+evaluate: .venv/installed $(TOOLCHAIN) ## how far is the bundle from its source? (BUNDLES="a b", TEXT, TOKENS, DEVICE)
+	$(PYTHON) scripts/evaluate.py --out $(STAMPS)/evaluate
+
+# For QUANTIZER=optimal. Reads the source once.
+imatrix: .venv/installed $(TOOLCHAIN) ## measure how much each column of each expert matters, for IMATRIX (TEXT, DEVICE)
+	$(PYTHON) scripts/imatrix.py --out $(STAMPS)/imatrix.dat
 
 # ------------------------------------------------------------------------------- using the bundle
 
-.PHONY: serve smoke
+.PHONY: serve smoke accept
 serve: .venv/installed $(TOOLCHAIN) ## serve the bundle with STACK's server on 127.0.0.1:PORT
-	$(PYTHON) scripts/serve.py --bundle '$(BUNDLE)' --port $(PORT) --python '$(TOOLCHAIN_PYTHON)'
+	$(PYTHON) scripts/serve.py
 
 smoke: .venv/installed ## ask the running server two questions and judge the answers
-	$(PYTHON) scripts/smoke.py --port $(PORT)
+	$(PYTHON) scripts/smoke.py
+
+# Any server of OpenAI's chat completions. Keys come from OPENAI_API_KEY and AGAINST_API_KEY.
+accept: .venv/installed ## is the served model right, and how fast? (URL, MODEL_NAME, AGAINST=URL, CONTEXT)
+	$(PYTHON) scripts/accept.py --out $(STAMPS)/accept
 
 # -------------------------------------------------------------------- in from and out to the hub
 
-# Headers and JSON of a published bundle, some 30 MB of its 180 GB.
-# AGAINST=repository compares it with a source, tensor by tensor, by name and shape.
-AGAINST ?=
+# Headers and JSON of a published bundle, some 30 MB of its 180 GB. REPO and REVISION are the source's
+# unless the command line gives them.
 .PHONY: inspect
-inspect: .venv/installed ## judge a published bundle before its download: REPO=user/bundle
-	@test '$(origin REPO)' = 'command line' || \
-	  { echo 'error: REPO: found none, expected user/bundle; make inspect REPO=user/bundle' >&2; exit 2; }
-	$(PYTHON) scripts/inspect_bundle.py --repo '$(REPO)' $(if $(AGAINST),--against '$(AGAINST)') \
-	  $(if $(filter command,$(firstword $(origin REVISION))),--revision '$(REVISION)')
+inspect: .venv/installed ## judge published bundles before their download: REPO="user/bundle user/other"
+	$(if $(call on_command_line,REPO),,$(error REPO: found none on the command line, expected user/bundle))
+	$(PYTHON) scripts/inspect_bundle.py $(if $(call on_command_line,REVISION),,--revision main)
 
 # Exactly the bytes that verify read, with a card of facts, in one commit.
-# DRY_RUN=1 shows everything and uploads nothing; PRIVATE=1 makes a new repository private.
-TO ?=
-DRY_RUN ?=
-PRIVATE ?=
+# DRY_RUN=1 shows everything and uploads nothing.
 .PHONY: publish
 publish: report ## upload the verified bundle to the hub: TO=user/name (DRY_RUN=1 first)
-	$(PYTHON) scripts/publish.py $(FOLDERS) --to '$(TO)' --report $(STAMPS)/verify.json \
-	  --page $(STAMPS)/verify.html $(if $(PRIVATE),--private) $(if $(DRY_RUN),--dry-run)
+	$(PYTHON) scripts/publish.py --report $(STAMPS)/verify.json --page $(STAMPS)/verify.html
 
 # ----------------------------------------------------------------------------------- the nano demo
 
@@ -309,7 +360,7 @@ demo: ## build, serve and ask the small model that the repository ships (no down
 	$(MAKE) all MODEL=nano BUNDLE=$(NANO_WORK)/bundle
 	$(PYTHON) scripts/lab/make_stock.py --source $(NANO) --bundle $(NANO_WORK)/stock
 	$(PYTHON) scripts/demo.py --source $(NANO) --stock $(NANO_WORK)/stock \
-	  --bundle $(NANO_WORK)/bundle --python '$(TOOLCHAIN_PYTHON)'
+	  --bundle $(NANO_WORK)/bundle
 
 # Every stack of scripts/stacks, in venvs of their own: 6 GB in build/, up to an hour.
 .PHONY: matrix
@@ -323,13 +374,16 @@ selftest: ## can this toolchain be trusted with the big model? Convert, load and
 	$(MAKE) demo NANO_WORK=build/selftest
 
 # What each QUANTIZER costs: on full-shape weights, and through the nano model beside its source.
-# SOURCE2 is a source that was trained less, so that differences show (train_nano.py --save-early).
-SOURCE2 ?=
 .PHONY: fidelity
 fidelity: .venv/tests-installed ## measure every QUANTIZER: tables in build/fidelity, .github/fidelity.svg
 	$(PYTHON) scripts/patch_loader.py --python $(PYTHON)
-	$(PYTHON) scripts/lab/fidelity.py --source scripts/nano/checkpoint \
-	  $(if $(SOURCE2),--source2 '$(SOURCE2)') --out build/fidelity --picture .github/fidelity.svg
+	$(PYTHON) scripts/lab/fidelity.py --source scripts/nano/checkpoint --out build/fidelity \
+	  --picture .github/fidelity.svg
+
+# Bundles of the small model by mlx-vlm's, mlx_lm's and jang's converters, for verify to be tried on.
+.PHONY: specimens
+specimens: .venv/installed .toolchain/new/installed ## make bundles as others make them, in build/specimens (3 minutes)
+	$(PYTHON) scripts/lab/specimens.py
 
 # ------------------------------------------------------------------------------------- development
 
@@ -363,4 +417,6 @@ format: .venv/tests-installed ## format the code
 
 clean: ## remove stamps and reports; never a bundle or a source
 	rm -f build/*/*.stamp build/*/settings build/*/verify.json build/*/verify.html
+	rm -f build/*/evaluate.json build/*/evaluate.md build/*/evaluate.html
+	rm -f build/*/accept.json build/*/accept.html
 	rm -f build/matrix/matrix.json build/fidelity/fidelity.*

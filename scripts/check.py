@@ -5,8 +5,9 @@ and its packages; at what these versions mean for the user, and those inside /Ap
 (works, works after patch_loader, known to fail because …, unknown); at the loader patches, the
 volumes, and the free space against what is really needed: the hub's file sizes for the download,
 and for the bundle its exact size, computed from the source's safetensors headers (the hub's by
-ranged requests when the source is not there yet); and which Mac that size fits. Writes nothing.
-Exit 1 when the build could not succeed; a line with ?? does not stop it.
+ranged requests when the source is not there yet); and which Mac that size fits. What a volume lacks
+(locks, flushing, links) is tried in a hidden folder that goes again; nothing else is written. Exit
+1 when the build could not succeed; a line with ?? does not stop it.
 
     .venv/bin/python scripts/check.py --source DIR --bundle DIR [--python PYTHON] [--repo REPO]
 """
@@ -19,7 +20,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsv4.hub import client, remote
+from dsv4.hub import client
 from dsv4.hub.fetching import recorded, remaining
 from dsv4.hub.origin import read_record
 from dsv4.making import low_disk
@@ -31,12 +32,11 @@ from dsv4.model.plan import SHARD_BYTES
 from dsv4.model.roles import place_of
 from dsv4.proof import stacks
 from dsv4.runtime import patches, toolchain
-from dsv4.settings import parse_bytes
+from dsv4.settings import add_setting, parse_path
 from dsv4.stop import Stop, run
-from dsv4.storage import space
+from dsv4.storage import space, volume
 from dsv4.storage.checkpoint import INDEX
 from dsv4.storage.durable import human
-from dsv4.storage.shard import Tensor
 from dsv4.storage.space import workplace_of
 from dsv4.weights.quantizer import add_choice, check_choice
 from dsv4.words import LINE, plain
@@ -141,16 +141,28 @@ def check_patch(python: Path, app: Path, path: Path) -> Line:
     return Line(state != "unknown", what, found[state], "reinstall jang, or adapt the patch")
 
 
-def check_volume(what: str, folder: Path) -> Line:
-    """Is the volume of `folder` mounted and writable? /Volumes/NAME must exist for a path on it."""
+def check_volume(what: str, folder: Path, written: bool) -> list[Line]:
+    """Is the volume of `folder` mounted, and, if it is written to, writable; and what lacks on it?
+
+    /Volumes/NAME must exist for a path on it.
+    """
     parts = folder.absolute().parts
     mount = Path(*parts[:3]) if parts[:2] == ("/", "Volumes") else None
     if mount is not None and not mount.is_dir():
-        return Line(False, what, f"{mount} is not mounted", "attach that disk, or set another path")
+        todo = "attach that disk, or set another path"
+        return [Line(False, what, f"{mount} is not mounted", todo)]
     parent = space.existing_parent(folder)
     writable = parent.is_dir() and os.access(parent, os.W_OK)
-    return Line(writable, what, f"{folder} on {parent}, {human(space.free(folder))} free",
+    line = Line(writable or not written, what, f"{folder} on {parent}, {room(folder)} free",
                 f"{parent} is not writable: choose another path")  # fmt: skip
+    lacks = volume.lacks(parent) if writable and written else []
+    return [line, *(Line(True, what, one, doubt=True) for one in lacks)]
+
+
+def room(folder: Path) -> str:
+    """What is free on the volume of `folder`, for a reader."""
+    there = space.free(folder)
+    return "an unknown number of bytes" if there is None else human(there)
 
 
 def source_need(source: Path, repo: str, revision: str) -> tuple[Line, int]:
@@ -190,20 +202,6 @@ def low_disk_need(source: Path, repo: str, revision: str) -> tuple[Line, int]:
     return Line(True, "source", found), sum(largest)
 
 
-def tensors_of(source: Path, repo: str, revision: str) -> dict[str, Tensor]:
-    """The source's tensors by name: from the folder, kept headers, or the hub."""
-    try:
-        record = read_record(source)
-        if record and (source / low_disk.HEADERS).is_dir():
-            with low_disk.skeleton(source, record) as headers:
-                return headers.tensors
-        return open_source(source).tensors
-    except Stop:
-        if not repo:
-            raise
-        return remote.tensors(repo, revision)
-
-
 def bundle_need(args: argparse.Namespace) -> tuple[list[Line], int]:
     """The bundle's final size, the Mac that it fits, and the bytes that its volume must still take.
 
@@ -211,7 +209,8 @@ def bundle_need(args: argparse.Namespace) -> tuple[list[Line], int]:
     bundle or a killed run, is taken off, and one shard is made room for.
     """
     try:
-        shards, goal = planned(args, tensors_of(args.source, args.repo, args.revision))
+        space.check_own(args.bundle)
+        shards, goal = planned(args, low_disk.tensors_of(args.source, args.repo, args.revision))
     except Stop as stop:
         return [Line(False, "bundle size", f"unknown ({stop})")], 0
     total = sum(shard.size for shard in shards)
@@ -247,9 +246,9 @@ def check_space(source: Path, bundle: Path, fetch: int, build: int) -> list[Line
     else:
         needs = [("space for the source", source, fetch), ("space for the bundle", bundle, build)]
     return [
-        Line(space.free(folder) >= need, what,
-             f"{human(space.free(folder))} free, {human(need)} needed",
-             "free some, or move SOURCE or BUNDLE to another volume")
+        Line((there := space.free(folder)) is None or there >= need, what,
+             f"{room(folder)} free, {human(need)} needed",
+             "free some, or move SOURCE or BUNDLE to another volume", doubt=there is None)
         for what, folder, need in needs
     ]  # fmt: skip
 
@@ -258,27 +257,31 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--source", type=Path, required=True)
-    parser.add_argument("--bundle", type=Path, required=True)
-    parser.add_argument("--python", type=Path, default=toolchain.default(), help="toolchain")
-    parser.add_argument("--app", type=Path, default=toolchain.APP)
-    parser.add_argument("--repo", default="", help="where the source can be fetched from")
-    parser.add_argument("--revision", default="main")
-    parser.add_argument("--converter", choices=("native", "jang"), default="native")
-    parser.add_argument("--shard-bytes", type=parse_bytes, default=SHARD_BYTES)
-    parser.add_argument("--low-disk", action="store_true")
+    add_setting(parser, "SOURCE", required=True)
+    add_setting(parser, "BUNDLE", required=True)
+    add_setting(
+        parser, "TOOLCHAIN_PYTHON", option="--python", default=toolchain.default(), help="toolchain"
+    )
+    parser.add_argument("--app", type=parse_path, default=toolchain.APP)
+    add_setting(parser, "REPO", default="", help="where the source can be fetched from")
+    add_setting(parser, "REVISION", default="main")
+    add_setting(parser, "CONVERTER", choices=("native", "jang"), default="native")
+    add_setting(parser, "SHARD_BYTES", default=SHARD_BYTES)
+    add_setting(parser, "LOW_DISK")
     add_choice(parser)
-    memory.add_goal(parser, required=False)
+    memory.add_goal(parser)
     args = parser.parse_args()
-    check_choice(parser, args)
+    check_choice(args)
+    memory.check_goal(args)
     source, bundle = args.source, place_of(args.bundle, args.source)
     args.bundle = bundle
     lines = check_toolchain(args.python, args.converter, args.app, args.quantizer)
     lines += [check_patch(args.python, args.app, path) for path in patches.DEFAULT]
-    lines += [check_volume("source volume", source), check_volume("bundle volume", bundle)]
     need = low_disk_need if args.low_disk else source_need
     source_line, fetch = need(source, args.repo, args.revision)
     bundle_lines, build = bundle_need(args)
+    lines += check_volume("source volume", source, written=fetch > 0 or args.low_disk)
+    lines += check_volume("bundle volume", bundle, written=True)
     lines += [source_line, *bundle_lines, *check_space(source, bundle, fetch, build)]
     print(*lines, sep="\n")
     failed = [line for line in lines if not line.holds]

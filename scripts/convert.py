@@ -14,10 +14,15 @@ The native one writes each shard under a temporary name, makes it durable and re
 be killed at any moment: the same command goes on, with the same bytes in the end. An existing
 bundle is never written over: one that holds all of this source counts as done.
 
+--part K/N makes the K-th of N disjoint sets of shards, for a job array: N processes, here or on
+machines that share the folders; any of them can be killed and run again. A last run without --part
+makes what is missing, completes index and config, and gives the bundle its name.
+
 With --low-disk the source's shards are fetched from --repo when they are needed, and deleted when
 all that needs them is durable and compared (dsv4/making/low_disk.py).
 
     .venv/bin/python scripts/convert.py --source DIR --bundle DIR [--dry-run] [--jobs N]
+        [--part K/N]
 
 Costs about the time of copying the source. Exit status: 0 done, or already done; 1 failed; 2 usage.
 """
@@ -26,7 +31,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from pathlib import Path
 
 from dsv4.making import low_disk, own_numbers
 from dsv4.making.conversion import (
@@ -37,6 +41,7 @@ from dsv4.making.conversion import (
     make_plan,
 )
 from dsv4.making.low_disk import Supply
+from dsv4.making.part import Part, parse_part
 from dsv4.making.workplace import claim, publish, unmark, workplace
 from dsv4.model.implied import check_whole
 from dsv4.model.opening import open_bundle
@@ -44,7 +49,7 @@ from dsv4.model.plan import SHARD_BYTES
 from dsv4.model.roles import place_of
 from dsv4.runtime import upstream
 from dsv4.runtime.toolchain import default
-from dsv4.settings import cores, parse_bytes, parse_jobs
+from dsv4.settings import add_setting, cores
 from dsv4.stop import Stop, run
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.reading import Reader
@@ -57,19 +62,23 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--source", type=Path, required=True, help="the FP4/FP8 checkpoint")
-    parser.add_argument("--bundle", type=Path, required=True, help="the folder to make")
-    parser.add_argument("--converter", choices=("native", "jang"), default="native")
-    parser.add_argument("--python", type=Path, default=default(),
-                        help="jang: the toolchain")  # fmt: skip
+    add_setting(parser, "SOURCE", required=True, help="the FP4/FP8 checkpoint")
+    add_setting(parser, "BUNDLE", required=True, help="the folder to make")
+    add_setting(parser, "CONVERTER", choices=("native", "jang"), default="native")
+    add_setting(parser, "TOOLCHAIN_PYTHON", option="--python", default=default(),
+                help="jang: the toolchain")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
-    parser.add_argument("--jobs", type=parse_jobs, default=cores(), help="threads (all cores)")
-    parser.add_argument("--shard-bytes", type=parse_bytes, default=SHARD_BYTES,
-                        help="the largest shard (5e9)")  # fmt: skip
+    add_setting(parser, "JOBS", default=cores(), help="threads (all cores)")
+    add_setting(parser, "SHARD_BYTES", default=SHARD_BYTES, help="the largest shard (5e9)")
+    parser.add_argument(
+        "--part", type=parse_part, default=Part(), help="K/N: a share of the shards"
+    )
     add_choice(parser)
     low_disk.add_options(parser)
     args = parser.parse_args()
-    check_choice(parser, args)
+    check_choice(args)
+    if not args.part.whole and (args.low_disk or args.converter == "jang"):
+        parser.error("--part: not with --low-disk or --converter jang")
     return args
 
 
@@ -97,8 +106,9 @@ def run_native(args: argparse.Namespace, source: Checkpoint, headers: Checkpoint
     plan = make_plan(source, headers, quantizer, args.shard_bytes)
     check_whole(source)
     if args.dry_run:
-        return "would be made\n" + describe(plan, args.bundle, args.jobs, supply)
-    return convert(plan, args.bundle, args.jobs, supply)
+        return "would be made\n" + describe(plan, args.bundle, args.jobs, args.part, supply)
+    said = convert(plan, args.bundle, args.jobs, args.part, supply)
+    return said if args.part.whole else f"{said}\n{args.part.said}"
 
 
 def survey(

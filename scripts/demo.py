@@ -36,6 +36,7 @@ from dsv4.served.nano import (
     prompts,
 )
 from dsv4.served.questions import MOON, SUM, sentence_fault, sum_fault
+from dsv4.settings import add_setting, parse_path
 from dsv4.stop import Stop, run
 from dsv4.storage.space import folder_bytes
 
@@ -162,10 +163,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--source", type=Path, required=True)
-    parser.add_argument("--stock", type=Path, required=True, help="bundle as upstream makes it")
-    parser.add_argument("--bundle", type=Path, required=True, help="bundle after all the stages")
-    parser.add_argument("--python", type=Path, default=default(), help="toolchain")
+    parser.add_argument("--source", type=parse_path, required=True)
+    parser.add_argument(
+        "--stock", type=parse_path, required=True, help="bundle as upstream makes it"
+    )
+    parser.add_argument(
+        "--bundle", type=parse_path, required=True, help="bundle after all the stages"
+    )
+    add_setting(parser, "TOOLCHAIN_PYTHON", option="--python", default=default(), help="toolchain")
     args = parser.parse_args()
     stock, right, own = examine(args)
     print(table(stock, right))

@@ -25,10 +25,11 @@ from dsv4.making import low_disk
 from dsv4.model.implied import check_whole
 from dsv4.model.opening import open_source
 from dsv4.model.roles import check_no_bundle
-from dsv4.settings import parse_jobs
+from dsv4.settings import add_setting, parse_jobs, parse_seconds
 from dsv4.stop import run
 from dsv4.storage import locks
 from dsv4.storage.durable import human
+from dsv4.storage.space import check_room
 
 
 def check_local(source: Path) -> str:
@@ -54,7 +55,8 @@ def download(args: argparse.Namespace) -> str:
     with locks.held(source):
         needed = fetching.remaining(source, tuple(record.files.values()))
         print(f"{source}: {human(record.nbytes)} in all, {human(needed)} still to fetch")
-        fetching.check_room(source, needed)
+        todo = "free space, or set SOURCE to another volume"
+        check_room(source, needed, " for what is still to fetch", todo)
         fetching.hash_present(source, record, args.verify_hashes)
         fetching.fetch(source, record, args.patience, args.workers)
         check_whole(open_source(source))
@@ -80,19 +82,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--source", type=Path, required=True)
-    parser.add_argument("--repo", required=True, help='"" for a source that is there already')
-    parser.add_argument("--revision", default="main", help="commit hash, tag or branch")
-    parser.add_argument("--verify-hashes", action="store_true", help="reread and hash every file")
+    add_setting(parser, "SOURCE", required=True)
+    add_setting(parser, "REPO", default="", help="user/name; none: the source is there already")
+    add_setting(parser, "REVISION", default="main", help="commit hash, tag or branch")
+    add_setting(parser, "VERIFY_HASHES", help="reread and hash every file")
     parser.add_argument(
-        "--patience", type=float, default=fetching.PATIENCE, metavar="SECONDS",
+        "--patience", type=parse_seconds, default=fetching.PATIENCE, metavar="SECONDS",
         help="how long to try again while nothing comes (default %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--workers", type=parse_jobs, default=fetching.WORKERS, help="files fetched at once"
     )
-    parser.add_argument("--low-disk", action="store_true",
-                        help="leave the shards to convert --low-disk")  # fmt: skip
+    add_setting(parser, "LOW_DISK", help="leave the shards to convert --low-disk")
     args = parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True)  # what is said stands before an error on stderr
     client.quiet()

@@ -10,11 +10,11 @@ others are made equal to the origin's. Takes a second.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from dsv4.making.tokenizer_files import finalize
 from dsv4.model.opening import read_config
 from dsv4.model.roles import place_of
+from dsv4.settings import add_setting
 from dsv4.stop import run
 from dsv4.storage import locks
 from dsv4.words import plain, say
@@ -24,9 +24,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--source", type=Path, required=True)
-    parser.add_argument("--bundle", type=Path, required=True)
-    parser.add_argument("--reference", type=Path, help="take the files from this bundle instead")
+    add_setting(parser, "SOURCE", required=True)
+    add_setting(parser, "BUNDLE", required=True)
+    add_setting(parser, "REFERENCE", help="take the files from this bundle instead")
     args = parser.parse_args()
     place_of(args.bundle, args.source)
     read_config(args.bundle)

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from pathlib import Path
 
 from dsv4.making.metadata import (
     chat_templates,
@@ -37,8 +36,9 @@ from dsv4.making.metadata import (
 from dsv4.model.opening import open_bundle, read_config
 from dsv4.model.roles import place_of
 from dsv4.model.template import CHAT_TEMPLATE
+from dsv4.settings import add_setting
 from dsv4.stop import run
-from dsv4.storage import locks
+from dsv4.storage import bounds, locks
 from dsv4.storage.durable import write_bytes, write_json
 from dsv4.words import plain, say
 
@@ -47,8 +47,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--bundle", type=Path, required=True)
-    parser.add_argument("--source", type=Path, help="record where it was downloaded from")
+    add_setting(parser, "BUNDLE", required=True)
+    add_setting(parser, "SOURCE", help="record where it was downloaded from")
     parser.add_argument("--dry-run", action="store_true", help="say what would change")
     args = parser.parse_args()
     place_of(args.bundle, args.source)
@@ -57,7 +57,7 @@ def main() -> int:
         wanted = patched(open_bundle(args.bundle), args.source)
         template, text = args.bundle / CHAT_TEMPLATE, chat_templates(args.bundle)[0].encode()
         changes = differences(args.bundle, wanted)
-        if not template.is_file() or template.read_bytes() != text:
+        if not template.is_file() or bounds.read(template) != text:
             changes.append(CHAT_TEMPLATE)
         for line in changes:
             say(f"{'would set' if args.dry_run else 'set'} {plain(line)}")

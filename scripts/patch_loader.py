@@ -20,6 +20,7 @@ from pathlib import Path
 
 from dsv4.runtime import toolchain
 from dsv4.runtime.patches import DEFAULT, do, read_patch, undo
+from dsv4.settings import add_setting, parse_path
 from dsv4.stop import Stop, run
 
 
@@ -27,10 +28,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--python", type=Path, help="toolchain Python whose jang_tools is patched")
-    parser.add_argument("--app", type=Path, default=toolchain.APP, help="where else to look")
-    parser.add_argument("--file", type=Path, help="the file itself; needs one --patch")
-    parser.add_argument("--patch", type=Path, action="append", help="default: both patches")
+    add_setting(parser, "TOOLCHAIN_PYTHON", option="--python",
+                help="toolchain Python whose jang_tools is patched")  # fmt: skip
+    parser.add_argument("--app", type=parse_path, default=toolchain.APP, help="where else to look")
+    parser.add_argument("--file", type=parse_path, help="the file itself; needs one --patch")
+    parser.add_argument("--patch", type=parse_path, action="append", help="default: both patches")
     parser.add_argument("--undo", action="store_true", help="restore the original")
     args = parser.parse_args()
     patches = [read_patch(path) for path in args.patch or DEFAULT]

@@ -13,15 +13,15 @@ already, for the same size, source and imatrix, is kept, edited or not.
     .venv/bin/python scripts/plan.py --source DIR --plan FILE (--fit 96GB | --size 88GB)
         [--imatrix FILE] [--context TOKENS] [--any-shape] [--dry-run]
 
-Reads 0.3 GB of Flash, takes minutes. With --low-disk what it reads comes from the hub.
-Exit status: 0 written, or there already; 1 failed; 2 usage.
+Reads 0.3 GB of Flash, takes minutes; does nothing without --fit and --size. With --low-disk what it
+reads comes from the hub.
+Exit status: 0 written, there already, or not asked for; 1 failed; 2 usage.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -30,7 +30,7 @@ from dsv4.making import fitting, low_disk
 from dsv4.making.marks import fingerprint
 from dsv4.model import memory
 from dsv4.model.plan import SHARD_BYTES
-from dsv4.settings import cores, parse_bytes, parse_jobs
+from dsv4.settings import add_setting, cores
 from dsv4.stop import run
 from dsv4.storage.checkpoint import Checkpoint, read_json
 from dsv4.storage.durable import human, write_json
@@ -44,16 +44,20 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--source", type=Path, required=True)
-    parser.add_argument("--plan", type=Path, required=True, help="the file to write")
-    memory.add_goal(parser, required=True)
-    parser.add_argument("--imatrix", type=Path, help="importance of columns (.dat)")
-    parser.add_argument("--any-shape", action="store_true", help="not only what vMLX has fused")
-    parser.add_argument("--shard-bytes", type=parse_bytes, default=SHARD_BYTES)
+    add_setting(parser, "SOURCE", required=True)
+    add_setting(parser, "PLAN", help="the file to write")
+    memory.add_goal(parser)
+    add_setting(parser, "IMATRIX", help="importance of columns (.dat)")
+    add_setting(parser, "ANY_SHAPE", help="not only what vMLX has fused")
+    add_setting(parser, "SHARD_BYTES", default=SHARD_BYTES)
     low_disk.add_options(parser)
     parser.add_argument("--dry-run", action="store_true", help="write nothing")
-    parser.add_argument("--jobs", type=parse_jobs, default=cores())
-    return parser.parse_args()
+    add_setting(parser, "JOBS", default=cores())
+    args = parser.parse_args()
+    memory.check_goal(args)
+    if (args.fit or args.size) and not args.plan:
+        parser.error("--fit and --size need --plan FILE, where the plan is written")
+    return args
 
 
 def importance_of(args: argparse.Namespace, source: Checkpoint) -> Importance:
@@ -80,8 +84,11 @@ def asked(args: argparse.Namespace, source: Checkpoint, importance: Importance) 
 
 
 def main() -> int:
-    """Plan, or recognise the plan that is there. Returns 0."""
+    """Plan, or recognise the plan that is there, or that none was asked for. Returns 0."""
     args = parse_arguments()
+    if not (args.fit or args.size):
+        say(f"no size was asked for (FIT, SIZE); {args.plan or 'no plan'} stays as it is")
+        return 0
     with low_disk.opened(args) as (_, source, supply), contextlib.closing(Reader()) as reader:
         importance = importance_of(args, source)
         head = asked(args, source, importance)

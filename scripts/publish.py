@@ -35,6 +35,7 @@ from dsv4.proof.card import Facts, card, licence_of
 from dsv4.proof.findings import Findings
 from dsv4.proof.result import read_result
 from dsv4.proof.survey import Survey, survey
+from dsv4.settings import add_setting, parse_path, parse_seconds
 from dsv4.stop import Stop, run
 from dsv4.storage import bounds
 from dsv4.storage.checkpoint import INDEX
@@ -200,17 +201,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--bundle", type=Path, required=True)
-    parser.add_argument("--source", type=Path, help="for its origin and licence")
-    parser.add_argument("--to", required=True, help="user/name on the hub")
-    parser.add_argument("--report", type=Path, required=True, help="verify's --json")
-    parser.add_argument("--page", type=Path, help="the report as a page, if there is one")
-    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    add_setting(parser, "BUNDLE", required=True)
+    add_setting(parser, "SOURCE", help="for its origin and licence")
+    add_setting(parser, "TO", required=True, help="user/name on the hub")
+    parser.add_argument("--report", type=parse_path, required=True, help="verify's --json")
+    parser.add_argument("--page", type=parse_path, help="the report as a page, if there is one")
+    add_setting(parser, "PRIVATE", help="make a new repository private")
+    add_setting(parser, "DRY_RUN", help="show card and files, upload nothing")
     parser.add_argument(
-        "--dry-run", action="store_true", help="show card and files, upload nothing"
-    )
-    parser.add_argument(
-        "--patience", type=float, default=PATIENCE, metavar="SECONDS",
+        "--patience", type=parse_seconds, default=PATIENCE, metavar="SECONDS",
         help="how long to try again while nothing moves (default %(default)s)",
     )  # fmt: skip
     args = parser.parse_args()

@@ -31,16 +31,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from pathlib import Path
 
-from dsv4.making.requantization import Part, remove_leftovers
+from dsv4.making.part import Part
+from dsv4.making.requantization import remove_leftovers
 from dsv4.mending.job import Repair
 from dsv4.mending.repair import judge, mend, undo
 from dsv4.mending.whole import shard_files
 from dsv4.model.opening import open_source
 from dsv4.model.roles import check_named, place_of
 from dsv4.runtime.toolchain import default
-from dsv4.settings import cores, parse_jobs
+from dsv4.settings import add_setting, cores
 from dsv4.stop import Stop, run
 from dsv4.storage import locks
 from dsv4.storage.backup import Backup
@@ -52,17 +52,15 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--bundle", type=Path, required=True)
-    parser.add_argument(
-        "--source", type=Path, help="the FP4/FP8 source that the bundle was made of"
-    )
-    parser.add_argument("--reference", type=Path, help="a bundle to take tokenizer, encoding from")
+    add_setting(parser, "BUNDLE", required=True)
+    add_setting(parser, "SOURCE", if_there=True, help="the FP4/FP8 source that it was made of")
+    add_setting(parser, "REFERENCE", help="a bundle to take tokenizer, encoding from")
     add_choice(parser)
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done")
+    add_setting(parser, "DRY_RUN", help="say what would be done")
     parser.add_argument("--undo", action="store_true", help="put every original back")
-    parser.add_argument("--python", type=Path, default=default(), help="toolchain")
+    add_setting(parser, "TOOLCHAIN_PYTHON", option="--python", default=default(), help="toolchain")
     parser.add_argument("--without-loader", action="store_true", help="do not ask its loaders")
-    parser.add_argument("--jobs", type=parse_jobs, default=cores())
+    add_setting(parser, "JOBS", default=cores())
     return parser.parse_args()
 
 

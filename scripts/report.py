@@ -11,10 +11,10 @@ verdict is about.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from dsv4.proof.page import page
 from dsv4.proof.result import read_result
+from dsv4.settings import parse_path
 from dsv4.stop import Stop, run
 from dsv4.storage.durable import write_bytes
 from dsv4.words import say
@@ -24,8 +24,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, required=True, help="what verify wrote")
-    parser.add_argument("--out", type=Path, required=True, help="the page")
+    parser.add_argument("--json", type=parse_path, required=True, help="what verify wrote")
+    parser.add_argument("--out", type=parse_path, required=True, help="the page")
     args = parser.parse_args()
     if not args.json.is_file():
         raise Stop(f"{args.json}", "no such file", "verify's result", "make verify")

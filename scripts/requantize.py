@@ -23,12 +23,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import time
-from pathlib import Path
 
 from dsv4.making import own_numbers
 from dsv4.making.experts import Ledger
+from dsv4.making.marks import made_by
+from dsv4.making.part import Part, parse_part
 from dsv4.making.requantization import (
-    Part,
     carry_out,
     complete,
     describe,
@@ -38,7 +38,7 @@ from dsv4.making.requantization import (
 )
 from dsv4.model.opening import open_bundle, open_source, read_config
 from dsv4.model.roles import place_of
-from dsv4.settings import cores, parse_jobs
+from dsv4.settings import add_setting, cores
 from dsv4.stop import run
 from dsv4.storage import inside, locks
 from dsv4.storage.checkpoint import read_index
@@ -47,26 +47,18 @@ from dsv4.weights.quantizer import add_choice, check_choice, chosen
 from dsv4.words import say
 
 
-def parse_part(text: str) -> Part:
-    """Read K/N. Raises argparse.ArgumentTypeError unless 1 ≤ K ≤ N."""
-    k, slash, n = text.partition("/")
-    if not (slash and k.isdecimal() and n.isdecimal() and 1 <= int(k) <= int(n)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not K/N with 1 ≤ K ≤ N")
-    return Part(int(k), int(n), whole=False)
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--source", type=Path, required=True, help="the FP4/FP8 checkpoint")
-    parser.add_argument("--bundle", type=Path, required=True, help="the converted bundle")
+    add_setting(parser, "SOURCE", required=True, help="the FP4/FP8 checkpoint")
+    add_setting(parser, "BUNDLE", required=True, help="the converted bundle")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
-    parser.add_argument("--jobs", type=parse_jobs, default=cores(), help="threads (all cores)")
+    add_setting(parser, "JOBS", default=cores(), help="threads (all cores)")
     parser.add_argument("--part", type=parse_part, default=Part(), help="K/N: a share of the work")
     add_choice(parser)
     arguments = parser.parse_args()
-    check_choice(parser, arguments)
+    check_choice(arguments)
     return arguments
 
 
@@ -85,7 +77,8 @@ def main() -> int:
     files = sorted(set(read_index(arguments.bundle).values()))
     lock = contextlib.nullcontext()
     if not arguments.dry_run:
-        lock = locks.held(arguments.bundle, arguments.part.to_hold(files))
+        work = f"{made_by(source, quantizer)}"
+        lock = locks.held(arguments.bundle, arguments.part.to_hold(work))
     with lock:
         if not arguments.dry_run:
             remove_leftovers(arguments.bundle, files, arguments.part)
@@ -94,7 +87,7 @@ def main() -> int:
         if arguments.dry_run:
             say(describe(plan))
             return 0
-        if plan.todo:
+        if plan.todo and arguments.part.whole:  # parts would write it at once
             own_numbers.keep(record, source, quantizer)
         ledger = carry_out(plan) if plan.todo else Ledger()
         changed = complete(plan) if arguments.part.whole else False
@@ -107,7 +100,7 @@ def main() -> int:
     else:
         print(f"already requantized: {len(plan.fates):,} shards, nothing to do")
     if not arguments.part.whole:
-        print("when all parts are done, run once without --part: it completes index and config")
+        print(arguments.part.said)
     return 0
 
 

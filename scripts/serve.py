@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 from typing import Any
 
 from dsv4.model.labels import recorded_quantizer
@@ -19,7 +18,7 @@ from dsv4.model.opening import read_config
 from dsv4.proof.stacks import Versions, refused
 from dsv4.runtime.server import check_free, command, kind_of, surroundings
 from dsv4.runtime.toolchain import default, probe
-from dsv4.settings import parse_port
+from dsv4.settings import add_setting
 from dsv4.stop import Stop, run
 
 
@@ -35,9 +34,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--bundle", type=Path, required=True)
-    parser.add_argument("--port", type=parse_port, default=8010)
-    parser.add_argument("--python", type=Path, default=default(), help="toolchain")
+    add_setting(parser, "BUNDLE", required=True)
+    add_setting(parser, "PORT", default=8010)
+    add_setting(parser, "TOOLCHAIN_PYTHON", option="--python", default=default(), help="toolchain")
     args = parser.parse_args()
     config = read_config(args.bundle)
     versions = probe(args.python)["packages"]

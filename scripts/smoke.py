@@ -14,7 +14,7 @@ import argparse
 
 from dsv4.runtime.server import HOST, ask, served_name
 from dsv4.served.questions import MOON, SUM, sentence_fault, sum_fault
-from dsv4.settings import parse_port
+from dsv4.settings import add_setting
 from dsv4.stop import Stop, run
 from dsv4.words import plain, shown
 
@@ -23,7 +23,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--port", type=parse_port, default=8010)
+    add_setting(parser, "PORT", default=8010)
     args = parser.parse_args()
     url = f"http://{HOST}:{args.port}"
     name, wrong = served_name(url), 0

@@ -17,11 +17,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from dsv4.proof.examination import as_json, describe, examine, print_findings
 from dsv4.runtime.toolchain import default
-from dsv4.settings import cores, parse_jobs
+from dsv4.settings import add_setting, cores, parse_path
 from dsv4.stop import run
 from dsv4.storage.durable import write_json
 from dsv4.words import say
@@ -31,19 +30,21 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--bundle", type=Path, required=True)
-    parser.add_argument("--source", type=Path, help="the FP4/FP8 source to compare with")
-    parser.add_argument("--imatrix", type=Path, help="what `optimal` was given (.dat)")
-    parser.add_argument("--level", type=int, choices=(1, 2), default=2)
-    parser.add_argument("--python", type=Path, default=default(), help="toolchain")
+    add_setting(parser, "BUNDLE", required=True)
+    add_setting(parser, "SOURCE", if_there=True, help="the FP4/FP8 source to compare with")
+    add_setting(parser, "IMATRIX", help="what `optimal` was given (.dat)")
+    add_setting(
+        parser, "LEVEL", default=2, metavar="{1,2}", help="1: headers and JSON, 2: every number"
+    )
+    add_setting(parser, "TOOLCHAIN_PYTHON", option="--python", default=default(), help="toolchain")
     parser.add_argument(
         "--without-loader",
         action="store_true",
         help="do not ask the toolchain's loaders (level 1 is then not whole)",
     )
     parser.add_argument("--hashes", action="store_true", help="SHA-256 of all files at level 1 too")
-    parser.add_argument("--jobs", type=parse_jobs, default=cores(), help="threads of level 2")
-    parser.add_argument("--json", type=Path, help="write the whole result to this file")
+    add_setting(parser, "JOBS", default=cores(), help="threads of level 2")
+    parser.add_argument("--json", type=parse_path, help="write the whole result to this file")
     return parser.parse_args()
 
 

@@ -3,6 +3,8 @@
 They are made once a session and never written to; a test that changes one takes a copy.
 """
 
+import atexit
+import functools
 import json
 import os
 import select
@@ -10,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,14 +23,76 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "scripts"
 NANO = SCRIPTS / "nano" / "checkpoint"
 sys.path[:0] = [str(SCRIPTS), str(SCRIPTS / "lab")]
+for name in [name for name in os.environ if name.startswith("RECIPE_")]:
+    del os.environ[name]  # what make hands to every script, of whoever runs `make test`
 # A job in the background ignores Ctrl-C, and so would the runs that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+class Commands:
+    """Runs of the scripts that share the import of other people's packages, half their time.
+
+    One process imports these (MLX it must not: it has threads) and forks for each run, which then
+    imports our own modules and runs the script as `python scripts/NAME.py` would.
+    """
+
+    CODE = """
+import json, os, runpy, sys
+import huggingface_hub, jinja2, numba, portalocker, tokenizers, tqdm
+for line in sys.stdin:
+    argv, cwd, *files = json.loads(line)
+    pid = os.fork()
+    if not pid:
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+else:
+    sys.exit()
+os.chdir(cwd)
+for number, path in enumerate((os.devnull, *files)):
+    os.dup2(os.open(path, os.O_RDWR), number)
+sys.argv[:], sys.path[0] = argv, os.path.dirname(argv[0])
+runpy.run_path(argv[0], run_name="__main__")
+"""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", self.CODE], env=ENVIRON, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        atexit.register(self._process.communicate)
+
+    def run(self, argv: list[str]) -> subprocess.CompletedProcess:
+        """As subprocess.run does it, stdout and stderr captured as text."""
+        with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as err:
+            order = json.dumps([argv, str(Path.cwd()), out.name, err.name])
+            print(order, file=self._process.stdin, flush=True)
+            status = int(self._process.stdout.readline())
+            said = [Path(file.name).read_text() for file in (out, err)]
+        return subprocess.CompletedProcess([sys.executable, *argv], status, *said)
+
+
+def environ() -> dict[str, str]:
+    """The environment, without what pytest puts there for each test."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+
+
+ENVIRON = environ()
+
+
+@functools.cache
+def commands() -> Commands:
+    return Commands()
+
+
 def script(name: str, *arguments: object, **options: object) -> subprocess.CompletedProcess:
-    """Run scripts/NAME.py, or `lab/NAME`, as a user does; stdout and stderr are captured."""
-    command = [sys.executable, str(SCRIPTS / f"{name}.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, **options)
+    """Run scripts/NAME.py, or `lab/NAME`, as a user does; stdout and stderr are captured.
+
+    With options of subprocess.run, or in another environment, in a Python of its own.
+    """
+    argv = [str(SCRIPTS / f"{name}.py"), *map(str, arguments)]
+    if not options and environ() == ENVIRON:
+        return commands().run(argv)
+    return subprocess.run([sys.executable, *argv], capture_output=True, text=True, **options)
 
 
 def must(name: str, *arguments: object) -> str:
@@ -48,7 +113,7 @@ def refusal(name: str, *arguments: object) -> str:
 
 
 class Forks:
-    """Runs of scripts/NAME.py that share their imports, for tests that kill many of them.
+    """Runs of scripts that share their imports, for tests that kill or trouble many of them.
 
     One process imports what takes long (MLX it must not: it has threads) and forks for each run.
     """
@@ -57,21 +122,31 @@ class Forks:
 import json, os, sys
 sys.path.insert(0, sys.argv[1])
 import importlib, huggingface_hub, numba, tqdm
-command = importlib.import_module(sys.argv[2])
+commands = {name: importlib.import_module(name) for name in sys.argv[2:]}
 for line in sys.stdin:
     pid = os.fork()
     if not pid:
-        sys.argv = [command.__file__, *json.loads(line)]
+        name, arguments, environment, log = json.loads(line)
+        os.environ.update(environment)
+        sys.argv = [commands[name].__file__, *arguments]
         sys.stdout = sys.stderr
-        os._exit(command.run(command.main))
+        if log:
+            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        os._exit(commands[name].run(commands[name].main))
     print(pid, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
-    def __init__(self, env: dict[str, str] | None = None, name: str = "convert") -> None:
+    def __init__(
+        self,
+        *names: str,
+        env: dict[str, str] | None = None,
+        before: Callable[[], object] | None = None,
+    ) -> None:
+        self.names = names or ("convert",)
         self._process = subprocess.Popen(
-            [sys.executable, "-c", self.CODE, SCRIPTS, name], env=env, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [sys.executable, "-c", self.CODE, SCRIPTS, *self.names], env=env, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=before,
         )  # fmt: skip
 
     def __enter__(self) -> "Forks":
@@ -82,8 +157,12 @@ for line in sys.stdin:
         self._process.wait()
 
     def start(self, *arguments: object) -> int:
-        """Begin a run; returns its process id."""
-        print(json.dumps([str(a) for a in arguments]), file=self._process.stdin, flush=True)
+        """Begin a run of the first script; returns its process id."""
+        return self._start(self.names[0], arguments, {}, None)
+
+    def _start(self, name: str, arguments: tuple, env: dict[str, str], log: Path | None) -> int:
+        line = [name, [str(a) for a in arguments], env, log and str(log)]
+        print(json.dumps(line), file=self._process.stdin, flush=True)
         return int(self._process.stdout.readline())
 
     def is_running(self) -> bool:
@@ -93,6 +172,11 @@ for line in sys.stdin:
     def status(self) -> int:
         """Wait for the run's end; its exit status, negative for a signal."""
         return int(self._process.stdout.readline())
+
+    def said(self, log: Path, name: str, *arguments: object, **env: str) -> tuple[int, str]:
+        """Run a script to its end: exit status, and all that it said, which goes through `log`."""
+        self._start(name, arguments, env, log)
+        return self.status(), log.read_text()
 
 
 def made_once(tmp_path_factory, name: str, make: Callable[[Path], object]) -> Path:

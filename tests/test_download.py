@@ -423,15 +423,17 @@ def test_a_file_name_that_leads_out_is_refused(hub, files, tmp_path):
     assert not (tmp_path / "evil.json").exists()
 
 
-def test_a_disk_too_small_is_said_before_anything_is_fetched(hub, tmp_path, monkeypatch):
+def test_a_disk_too_small_is_said_before_anything_is_fetched(tmp_path):
     from dsv4.hub import fetching
     from dsv4.hub.client import HubFile
     from dsv4.hub.origin import Record
+    from dsv4.stop import Stop
+    from dsv4.storage.space import check_room
 
     record = Record("r", "main", "c", {"big": HubFile("big", 1 << 60, "0" * 64)})
     needed = fetching.remaining(tmp_path, tuple(record.files.values()))
-    with pytest.raises(fetching.Stop, match="for what is still to fetch; free space"):
-        fetching.check_room(tmp_path, needed)
+    with pytest.raises(Stop, match=r"free, expected .* for what is still to fetch; free space"):
+        check_room(tmp_path, needed, " for what is still to fetch", "free space")
 
 
 def test_a_full_disk_has_one_clear_line_and_loses_nothing(hub, files, tmp_path):

@@ -25,12 +25,14 @@ from conftest import script
 from hub_server import TOKEN, Fault, Hub
 from test_download import environment
 
-from dsv4.hub import client, names, patience, refusals, remote, wire
+from dsv4.hub import client, patience, refusals, remote, wire
 from dsv4.hub import environment as settings
 from dsv4.hub.client import listing
 from dsv4.hub.transfer import Transfer
 from dsv4.hub.upload import made, upload
+from dsv4.runtime import server
 from dsv4.stop import Stop
+from dsv4.storage import volume
 from dsv4.storage.checkpoint import read_json
 from dsv4.storage.shard import read_shard
 
@@ -166,6 +168,7 @@ FORMS = {
     "a name of 1,000 folders": of(entry(rfilename="a/" * 1000 + "b.json")),
     "a name with NUL": of(entry(rfilename="a\0.json")),
     "a name of another system": of(entry(rfilename="C:\\a.json")),
+    "a name that another system cuts": of(entry(rfilename="a. /b.json")),
 }  # fmt: skip
 TEXTS = {
     "size 1e400": json.dumps(of(entry(size=111))).replace("111", "1e400"),
@@ -483,18 +486,18 @@ def test_hidden_names_are_left_on_the_hub(hub, capsys):
 
 def test_names_that_differ_in_case_need_a_volume_that_tells(hub, tmp_path, monkeypatch):
     hub.repos[REPO].commit(checkpoint() | {"CONFIG.json": b"[]"})
-    monkeypatch.setattr(names, "is_blind", lambda folder: True)
+    monkeypatch.setattr(volume, "is_blind", lambda folder: True)
     with pytest.raises(Stop) as stopped:
         remote.fetch_skeleton(REPO, "main", tmp_path / "s", 0)
     assert "'CONFIG.json' and 'config.json'" in line(stopped)
-    monkeypatch.setattr(names, "is_blind", lambda folder: False)
-    names.check_case(REPO, ["A", "a"], tmp_path)
+    monkeypatch.setattr(volume, "is_blind", lambda folder: False)
+    volume.check_case(REPO, ["A", "a"], tmp_path)
 
 
 def test_one_name_in_two_spellings_needs_such_a_volume_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(names, "is_blind", lambda folder: True)
+    monkeypatch.setattr(volume, "is_blind", lambda folder: True)
     with pytest.raises(Stop, match="names that the volume"):
-        names.check_case(REPO, ["\u00e4.json", "a\u0308.json"], tmp_path)
+        volume.check_case(REPO, ["\u00e4.json", "a\u0308.json"], tmp_path)
 
 
 # ------------------------------------------------------------------------------- skeletons
@@ -646,6 +649,7 @@ SETTINGS = [
     ("SSL_CERT_FILE", "/dev/null", "a file of certificates"),
     ("SSL_CERT_FILE", "/", "a file of certificates"),
     ("SSL_CERT_DIR", "/nonexistent", "a folder of certificates"),
+    ("SSL_CERT_DIR", "/nonexistent:/dev/null", "a folder of certificates"),
     ("REQUESTS_CA_BUNDLE", "/nonexistent/ca.pem", "a file of certificates"),
     ("CURL_CA_BUNDLE", "/nonexistent/ca.pem", "a file of certificates"),
 ]
@@ -766,12 +770,40 @@ def socks():
 
 
 def test_a_listing_and_a_file_come_through_a_socks_proxy(hub, socks, tmp_path, monkeypatch):
-    pytest.importorskip("socksio")
+    from huggingface_hub import constants
+
+    there = hub.url.replace("127.0.0.1", "hub.invalid")  # what is here is asked for directly
+    monkeypatch.setattr(constants, "ENDPOINT", there)
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(hub.url, there)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setenv("ALL_PROXY", socks.url)
     monkeypatch.setenv("NO_PROXY", "")
     fetch(tmp_path)
     assert (tmp_path / SHARD).read_bytes() == checkpoint()[SHARD]
-    assert {f"http://{host}" for host in socks.asked} == {hub.url, hub.store_url}
+    assert {f"http://{host}" for host in socks.asked} == {there}
+
+
+def test_no_proxy_is_asked_for_this_machine(hub, tmp_path, monkeypatch):
+    """Neither for a hub, nor for the server that demo, selftest and smoke ask."""
+    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "")
+    fetch(tmp_path)
+    assert (tmp_path / SHARD).read_bytes() == checkpoint()[SHARD]
+    status, data = server.exchange(hub.url, "GET", f"/api/models/{REPO}/revision/main", "", 20)
+    assert (status, json.loads(data)["id"]) == (200, REPO)
+
+
+def test_a_login_that_cannot_be_read_is_one_line(hub, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path))
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(Stop) as stopped:
+        listing(REPO, "main")
+    assert f"the hub's login: found {tmp_path}: Is a directory" in line(stopped)
+    assert "HF_HOME" in line(stopped)
 
 
 def test_socks_without_its_package_is_one_line(hub, monkeypatch):

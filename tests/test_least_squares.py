@@ -15,7 +15,7 @@ from dsv4.weights.affine import BadGroup
 from dsv4.weights.quantizer import SMALL, is_known, named
 from dsv4.weights.synthetic import pack, random_weights, to_fp4
 
-SHAPES = [(bits, size) for bits in labels.WIDTHS for size in labels.SIZES]
+SHAPES = [(bits, size) for bits in labels.AFFINE_BITS for size in labels.GROUPS]
 
 
 def matrix(rows: int, seed: int, kind: str = "normal") -> tuple[np.ndarray, np.ndarray, np.ndarray]:

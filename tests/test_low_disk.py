@@ -155,7 +155,7 @@ def test_killed_anywhere_it_goes_on_and_fetches_nothing_twice(prepared, wanted):
     print(f"SEED={seed}")
     rng = random.Random(seed)
     kills = 0
-    with Forks(prepared.env) as forks:
+    with Forks(env=prepared.env) as forks:
         while kills < KILLS:
             used, asked = freed(prepared), len(prepared.hub.requests)
             pid = forks.start(*prepared.command("convert")[2:])

@@ -15,7 +15,7 @@ from conftest import must, refusal
 from dsv4.model import memory
 from dsv4.model.names import stack_of
 from dsv4.model.opening import expert_labels, open_bundle, open_source
-from dsv4.settings import parse_memory, parse_size, parse_tokens
+from dsv4.settings import parse_context, parse_memory, parse_size
 from dsv4.stop import Stop
 from dsv4.weights import knapsack
 from dsv4.weights.mixture import name_of, read_plan
@@ -68,7 +68,7 @@ def test_sizes_are_read_as_they_are_said() -> None:
     assert (parse_size("88GB"), parse_size("2.5MB"), parse_size("5e9")) == (
         88_000_000_000, 2_500_000, 5_000_000_000
     )  # fmt: skip
-    assert (parse_memory("96GB"), parse_tokens("64k"), parse_tokens("100")) == (
+    assert (parse_memory("96GB"), parse_context("64k"), parse_context("100")) == (
         96 << 30, 65536, 100
     )  # fmt: skip
 

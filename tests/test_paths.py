@@ -286,13 +286,15 @@ def test_a_lock_that_is_none_is_named(name, what, bundle, outside):
 def test_somebodys_lock_files_are_not_removed(tmp_path):
     (tmp_path / ".poetry.lock").write_text("mine")
     (tmp_path / ".empty.lock").touch()
-    (tmp_path / ".a.safetensors.lock").write_text("mine")
-    (tmp_path / ".b.safetensors.lock").mkdir()
-    (tmp_path / ".model-00001.safetensors.lock").touch()
+    work = "0123456789ab"
+    (tmp_path / f".part-1-of-4-{work}.lock").write_text("mine")
+    (tmp_path / f".part-2-of-4-{work}.lock").mkdir()
+    (tmp_path / f".part-3-of-4-{work}.lock").touch()
     with locks.held(tmp_path):
         pass
     left = {path.name for path in tmp_path.iterdir()}
-    assert left == {".poetry.lock", ".empty.lock", ".a.safetensors.lock", ".b.safetensors.lock"}
+    mine = {f".part-{n}-of-4-{work}.lock" for n in (1, 2)}
+    assert left == {".poetry.lock", ".empty.lock", *mine}
 
 
 # ------------------------------------------------------------------------------ the workplace

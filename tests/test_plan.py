@@ -51,6 +51,15 @@ def test_the_parts_of_flash_s_experts_are_those_of_the_format():
         assert nbytes * 8 == bits * 2048 * 4096
 
 
+def test_more_shards_than_a_folder_may_have_stop_the_plan(monkeypatch):
+    monkeypatch.setattr("dsv4.storage.bounds.FILES", 8)
+    form = QUANTIZERS["mlx"]().form
+    with pytest.raises(
+        Stop, match=r"SHARD_BYTES: found 1 bytes, [0-9]+ shards, expected at most 4"
+    ):
+        plan_shards(open_source(NANO).tensors, form, {}, 1)
+
+
 def test_an_unknown_name_stops_the_plan():
     tensors = open_source(NANO).tensors
     odd = {**tensors, "layers.0.attn.unheard_of.weight": next(iter(tensors.values()))}

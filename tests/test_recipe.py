@@ -15,7 +15,8 @@ import pytest
 from conftest import ROOT
 
 STAGES = [
-    "check", "patch_loader", "download", "convert", "requantize", "finalize", "patch", "verify",
+    "check", "patch_loader", "download", "plan", "convert", "requantize", "finalize", "patch",
+    "verify",
 ]  # fmt: skip
 
 
@@ -50,7 +51,9 @@ class Recipe:
         """Run make, which must succeed; the stages that it ran, in order."""
         result = self.make(*arguments)
         assert result.returncode == 0, result.stdout + result.stderr
-        return re.findall(r"^\.venv/bin/python scripts/(\w+)\.py", result.stdout, re.MULTILINE)
+        return re.findall(
+            r"^(?:\w+= )?\.venv/bin/python scripts/(\w+)\.py", result.stdout, re.MULTILINE
+        )
 
     def edit(self, name: str) -> None:
         """Change a script, later than every stamp."""
@@ -113,12 +116,14 @@ REACHED = {
     "proof/page.html.j2": None,
     "served/questions.py": None,
     "mending/repair.py": None,
+    "streaming/passes.py": None,
 }
 
 
 def test_an_edited_module_redoes_the_stages_that_can_reach_it_and_no_other(recipe):
     settings = next(recipe.folder.glob("build/*/settings")).relative_to(recipe.folder)
-    dry = ("all", "--dry-run", f"--old-file={settings}")  # a dry run takes it for rewritten
+    kept = [settings, *map(settings.with_name, ("no_SOURCE", "no_BUNDLE", "plan"))]
+    dry = ("all", "--dry-run", *(f"--old-file={file}" for file in kept))  # else taken for rewritten
     assert recipe.stages(*dry) == []
     for name, first in REACHED.items():
         path = recipe.folder / "scripts" / "dsv4" / name
@@ -178,13 +183,6 @@ def test_requantize_mends_a_bundle_that_was_converted_elsewhere(recipe, stock, t
     recipe.bundle = shutil.copytree(stock, tmp_path / "from elsewhere")
     assert recipe.stages("requantize") == STAGES[:5]
     assert recipe.stages("all") == STAGES[5:]
-
-
-def test_the_converter_is_a_setting(recipe):
-    for setting, converter in (("CONVERTER=jang", "jang"), ("PORT=1", "native")):
-        said = recipe.make("--dry-run", "convert", setting).stdout
-        assert f"--converter '{converter}'" in said
-        assert "--low-disk" not in said
 
 
 def test_help_lists_every_target(recipe):

@@ -661,3 +661,14 @@ def test_a_config_is_not_made_of_another_models_source(case, tmp_path):
     assert status == 1
     assert "expected every tensor of the source" in err
     assert digests(bundle) == before
+
+
+def test_labels_that_stand_twice_are_no_fault_and_one_copy_goes(good_copy):
+    """As mlx_lm's save_config leaves them."""
+    path = good_copy / "config.json"
+    edit_json(path, lambda config: config.update(quantization_config=config["quantization"]))
+    before = path.read_bytes()
+    assert "quantization_config" in repair(good_copy)
+    assert "quantization_config" not in json.loads(path.read_text())
+    undo(good_copy)
+    assert path.read_bytes() == before

@@ -24,11 +24,14 @@ from conftest import Forks
 
 import requantize as script
 from dsv4 import stop
+from dsv4.making.marks import made_by
+from dsv4.making.part import parse_part
 from dsv4.model.names import parse_expert
-from dsv4.model.opening import open_bundle
+from dsv4.model.opening import open_bundle, open_source
 from dsv4.storage import locks
 from dsv4.storage.checkpoint import check_index
 from dsv4.storage.shard import Planned, read_array, read_shard, write_shard
+from dsv4.weights.quantizer import QUANTIZERS
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "requantize.py"
 
@@ -177,7 +180,7 @@ def test_fifty_kills_lose_nothing(tmp_path: Path) -> None:
     rng = random.Random(seed)
     source, stock, expected = whole_run(tmp_path, MANY_SHARDS, seed=4)
     kills, rounds = 0, 0
-    with Forks(name="requantize") as forks:
+    with Forks("requantize") as forks:
         span = time_of_work(forks, source, stock, tmp_path / "timed")
         while kills < 50:
             rounds += 1
@@ -229,7 +232,7 @@ def test_a_full_disk_stops_the_run_and_the_next_one_finishes(tmp_path: Path) -> 
     stopped = requantize(source, bundle, before=lower)
     assert stopped.returncode == 1
     assert stopped.stderr.count("\n") == 1
-    assert "file-size limit" in stopped.stderr
+    assert "ulimit -f" in stopped.stderr
     assert set(digests(bundle)) == set(before)
     assert requantize(source, bundle).returncode == 0
     assert digests(bundle) == expected
@@ -270,29 +273,31 @@ def test_two_runs_at_once_make_one_bundle(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("held", "options", "stops"),
+    ("held", "options", "word"),
     [
-        ((0, 0), [], True),
-        ((1, 3), [], True),
-        ((1, 3), ["--part", "2/3"], True),
-        ((1, 3), ["--part", "2/2"], True),
-        ((1, 3), ["--part", "1/3"], False),
+        (None, [], "another run"),
+        ("2/3", [], "another run"),
+        ("2/3", ["--part", "2/3"], "another run"),
+        ("2/3", ["--part", "2/2"], "a part of 3 begun"),
+        ("2/3", ["--part", "1/3", "--quantizer", "optimal"], "a part with other settings begun"),
+        ("2/3", ["--part", "1/3"], ""),
     ],
-    ids=["whole-whole", "part-whole", "same-part", "overlapping-parts", "disjoint-parts"],
+    ids=["whole-whole", "part-whole", "same-part", "overlapping", "other-quantizer", "disjoint"],
 )
 def test_a_second_run_on_the_same_shards_stops(
-    tmp_path: Path, held: tuple[int, int], options: list[str], stops: bool
+    tmp_path: Path, held: str | None, options: list[str], word: str
 ) -> None:
     source, bundle, _ = small.make(tmp_path, small.Sizes(bundle_shard=8), seed=9)
     before = digests(bundle)
-    first, step = held
-    files = sorted(path.name for path in bundle.glob("*.safetensors"))
-    with locks.held(bundle, files[first::step] if step else None):
+    work = f"{made_by(open_source(source), QUANTIZERS['mlx']())}"
+    with locks.held(bundle, parse_part(held).to_hold(work) if held else None):
         second = requantize(source, bundle, *options)
-    (bundle / ".lock").unlink(missing_ok=True)  # parts leave it to a whole run
-    assert second.returncode == (1 if stops else 0), second.stderr
-    assert ("another run" in second.stderr) == stops
-    assert (digests(bundle) == before) == stops
+    for lock in bundle.glob(".*.lock"):
+        lock.unlink()  # parts leave them to a whole run
+    (bundle / ".lock").unlink(missing_ok=True)
+    assert second.returncode == (1 if word else 0), second.stderr
+    assert word in second.stderr
+    assert (digests(bundle) == before) == bool(word)
 
 
 def test_parts_make_the_same_bytes_as_the_whole(tmp_path: Path) -> None:
@@ -459,8 +464,8 @@ def test_another_source_of_the_same_shape_is_recognised(tmp_path: Path) -> None:
     other, _, _ = small.make(tmp_path / "two", small.Sizes(bundle_shard=8), seed=15)
     assert requantize(source, bundle, "--part", "2/3").returncode == 0
     before = digests(bundle)
-    before.pop(".lock")  # parts leave it to the whole run
-    stopped = requantize(other, bundle)
+    before = {name: value for name, value in before.items() if not name.endswith(".lock")}
+    stopped = requantize(other, bundle)  # which removes the locks that parts leave
     assert stopped.returncode == 1
     assert "made from source" in stopped.stderr
     assert digests(bundle) == before

@@ -470,6 +470,11 @@ def top_level_of_four_bits(config: dict) -> None:
 
 @on_json("config.json", "label-two-dicts")
 def two_quantization_dicts(config: dict) -> None:
+    config["quantization_config"] = config["quantization"] | {"bits": 4}
+
+
+@on_json("config.json", "label-twice")
+def the_labels_once_more(config: dict) -> None:
     config["quantization_config"] = config["quantization"]
 
 
@@ -615,7 +620,11 @@ def requantize(arrays: Arrays, base: str, formula: Callable) -> None:
     arrays[f"{base}.biases"] = "F16", bias.reshape(biases.shape)
 
 
-WARNINGS = {"half_written_shard", "label_of_no_module"}  # named, but a bundle works with them
+WARNINGS = {
+    "half_written_shard",
+    "label_of_no_module",
+    "the_labels_once_more",
+}  # named, but a bundle works with them
 
 
 @pytest.fixture(scope="module")

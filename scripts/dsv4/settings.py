@@ -1,6 +1,10 @@
-"""What commands are told: numbers that are checked where they enter.
+"""What commands are told: options, and make's settings as their defaults, checked where they enter.
 
-Each function is an argparse `type`: it raises ArgumentTypeError for a text that it cannot take.
+make puts each setting into a command's environment as RECIPE_NAME, so that no shell ever reads its
+value. There it is the default of one option, RECIPE_SHARD_BYTES of --shard-bytes: an option that is
+given wins. A command that is run alone finds none, whatever SOURCE means to somebody's environment.
+
+Each `parse_…` is an argparse `type`: it raises Unfit for a text that it cannot take.
 """
 
 from __future__ import annotations
@@ -10,15 +14,32 @@ import contextlib
 import math
 import os
 import re
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-from dsv4.words import shown
+from dsv4.stop import Stop
+from dsv4.words import plain, shown
 
+PREFIX = "RECIPE_"
 JOBS = 1024  # threads, beyond which no machine gains
+OPEN, EACH = 24, 5  # files open in a process, and by each of its threads, at the most
+ON, OFF = ("1", "yes", "true", "on"), ("0", "no", "false", "off")
+
+
+class Unfit(argparse.ArgumentTypeError):
+    """A text that is not what was expected."""
+
+    def __init__(self, text: str, expected: str) -> None:
+        super().__init__(f"found {shown(text)}, expected {expected}")
+        self.expected = expected
 
 
 def parse_jobs(text: str) -> int:
-    """Read a number of threads: 1 to JOBS."""
-    return _between(text, 1, JOBS, "a number of threads")
+    """Read a number of threads: 1 to JOBS; fewer where the system lets few files be open."""
+    return min(_between(text, 1, JOBS, "a number of threads"), _affordable())
 
 
 def parse_port(text: str) -> int:
@@ -26,9 +47,19 @@ def parse_port(text: str) -> int:
     return _between(text, 1, 65535, "a port")
 
 
+def parse_level(text: str) -> int:
+    """Read what verify looks at: 1 or 2."""
+    return _between(text, 1, 2, "a level")
+
+
+def parse_tokens(text: str) -> int:
+    """Read a number of tokens: 3, which is BOS and two more, to a million."""
+    return _between(text, 3, 1 << 20, "a number of tokens")
+
+
 def _between(text: str, least: int, most: int, what: str) -> int:
     if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
-        raise argparse.ArgumentTypeError(f"{shown(text)} is not {what}, {least} to {most}")
+        raise Unfit(text, f"{what}, {least} to {most}")
     return int(text)
 
 
@@ -38,7 +69,7 @@ def parse_bytes(text: str) -> int:
         value = float(text)
         if math.isfinite(value) and value >= 1:
             return int(value)
-    raise argparse.ArgumentTypeError(f"{shown(text)} is not a number of bytes")
+    raise Unfit(text, "a number of bytes, such as 5e9")
 
 
 def parse_size(text: str) -> int:
@@ -53,18 +84,134 @@ def parse_memory(text: str) -> int:
     """Read a Mac's memory, which is sold in GB and counted in GiB: 96GB."""
     found = re.fullmatch(r"([1-9][0-9]{0,4})(GB)?", text)
     if not found:
-        raise argparse.ArgumentTypeError(f"{shown(text)} is not a Mac's memory, such as 96GB")
+        raise Unfit(text, "a Mac's memory, such as 96GB")
     return int(found[1]) << 30
 
 
-def parse_tokens(text: str) -> int:
-    """Read a number of tokens: 32768, or 32k."""
+def parse_context(text: str) -> int:
+    """Read how many tokens a context or a prompt has: 100 to 10 million; 32k is 32768."""
     many = re.fullmatch("([1-9][0-9]{0,3})k", text)
-    return _between(str(1024 * int(many[1])) if many else text, 1, 1 << 24, "a number of tokens")
+    return _between(str(1024 * int(many[1])) if many else text, 100, 10_000_000,
+                    "a number of tokens")  # fmt: skip
+
+
+def parse_url(text: str) -> str:
+    """Read a server's address, http or https, without the /v1 at its end."""
+    if not re.fullmatch(r"https?://[\w.\-]+(:[0-9]{1,5})?(/[\w.\-]+)*/?", text, re.ASCII):
+        raise Unfit(text, "a server's address, such as http://127.0.0.1:8010")
+    return text.removesuffix("/").removesuffix("/v1")
+
+
+def parse_seconds(text: str) -> float:
+    """Read a time in seconds, 0 to a day."""
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 86_400:
+            return float(text)
+    raise Unfit(text, "seconds, 0 to 86400")
+
+
+def parse_switch(text: str) -> bool:
+    """Read 1 or 0, or a word for one of them."""
+    if text.lower() not in ON + OFF:
+        raise Unfit(text, f"{', '.join(ON)}, or {', '.join(OFF)} or nothing")
+    return text.lower() in ON
+
+
+def parse_path(text: str) -> Path:
+    """Read a path; ~ is a home folder."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise Unfit(text, "a path; nobody's home folder is known by that name") from None
+
+
+def parse_paths(text: str) -> list[Path]:
+    """Read paths with blanks between them."""
+    return [parse_path(part) for part in text.split()]
+
+
+# Every setting of the Makefile that a command takes, and how its value is read.
+TYPES: dict[str, Callable[[str], Any]] = {
+    "SOURCE": parse_path, "BUNDLE": parse_path, "REFERENCE": parse_path, "IMATRIX": parse_path,
+    "TOOLCHAIN_PYTHON": parse_path, "SOURCE2": parse_path,
+    "REPO": str, "REVISION": str, "AGAINST": str, "TO": str, "CONVERTER": str, "QUANTIZER": str,
+    "JOBS": parse_jobs, "PORT": parse_port, "LEVEL": parse_level, "SHARD_BYTES": parse_bytes,
+    "LOW_DISK": parse_switch, "VERIFY_HASHES": parse_switch, "PRIVATE": parse_switch,
+    "DRY_RUN": parse_switch, "BUNDLES": parse_paths, "TEXT": parse_path, "TOKENS": parse_tokens,
+    "DEVICE": str, "RUNTIME": str, "FLOAT32": parse_switch,
+    "ANY_SHAPE": parse_switch, "PLAN": parse_path,
+    # Names that other people's environments have too: read by the command that takes them.
+    "URL": str, "MODEL_NAME": str, "AGAINST_NAME": str, "CONTEXT": str, "FIT": str,
+    "SIZE": str,
+}  # fmt: skip
+
+
+def add_setting(parser: argparse.ArgumentParser, name: str, *, option: str = "",
+                if_there: bool = False, **how: Any) -> None:  # fmt: skip
+    """Add the option of one of make's settings; `how` is as for add_argument, type that of TYPES.
+
+    if_there: a path from make is left out, with a note, when nothing lies there.
+    Raises Stop for a value from make that the option does not take, and for any that no command
+    could: what a later stage would refuse is refused by the first.
+    """
+    for each in TYPES:
+        if text := os.environ.get(PREFIX + each):
+            read(each, text)
+    parse = how.pop("type", TYPES[name])
+    how |= {"action": "store_true"} if parse is parse_switch else {"type": parse}
+    action = parser.add_argument(option or "--" + name.lower().replace("_", "-"), **how)
+    text = os.environ.get(PREFIX + name)
+    if text is None or (not text and not action.required):
+        return
+    read(name, text)
+    value = read_as(name, text, parse)
+    if action.choices and value not in action.choices:
+        raise _wrong(name, text, f"one of {', '.join(map(str, action.choices))}")
+    if if_there and not value.exists():
+        print(f"note: {name}: nothing lies at {plain(value)}; goes on without", file=sys.stderr)
+        return
+    action.default, action.required = [value] if action.nargs else value, False
+
+
+def read(name: str, text: str) -> Any:
+    """The value of the setting `name`. Raises Stop when it cannot be one."""
+    if not text:
+        raise _wrong(name, text, "a value")
+    if text != text.strip():
+        todo = "in config.mk put comments on lines of their own: blanks before them are kept"
+        raise Stop(name, shown(text), "no blanks at its ends", todo)
+    if "\n" in text or "\r" in text:
+        raise _wrong(name, text, "one line")
+    if "$(" in text or "${" in text:
+        raise _wrong(name, text, "the value itself: make expands only what config.mk says")
+    return read_as(name, text, TYPES[name])
+
+
+def read_as(name: str, text: str, parse: Callable[[str], Any]) -> Any:
+    """The value of a setting that came as text. Raises Stop when `parse` does not take it."""
+    try:
+        return parse(text)
+    except Unfit as unfit:
+        raise _wrong(name, text, unfit.expected) from None
+
+
+def _wrong(name: str, text: str, expected: str) -> Stop:
+    return Stop(name, shown(text), expected, f"make … {name}=VALUE, or a line of config.mk")
+
+
+def without_settings() -> dict[str, str]:
+    """The environment for another program: without what make told this one."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(PREFIX)}
 
 
 def cores() -> int:
-    """The cores that this process may use."""
+    """The cores that this process may use; fewer where the system lets few files be open."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return min(len(os.sched_getaffinity(0)), _affordable())
+    return min(os.cpu_count() or 1, _affordable())
+
+
+def _affordable() -> int:
+    """The threads that can work within the limit of open files (`ulimit -n`); at least one."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return JOBS if soft == resource.RLIM_INFINITY else max(1, (soft - OPEN) // EACH)

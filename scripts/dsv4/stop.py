@@ -9,21 +9,25 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import resource
 import sys
 from collections.abc import Callable
 
 from dsv4.words import LINE, naming, plain
 
 FOUND, ELSE = 700, 400  # characters of what was found, and of each other part of a message
+DESCRIPTORS = 10240  # open files; macOS takes no larger limit, whatever it says of its hard one
 
 
 class Stop(Exception):
     """Something that the user can act on: what was found, what was expected, what to do.
 
-    Its text is one plain line, whatever its parts are made of.
+    Its text is one plain line, whatever its parts are made of; `parts` are what it was made of, for
+    another process to raise it again.
     """
 
     def __init__(self, what: str, found: str, expected: str, todo: str) -> None:
+        self.parts = what, found, expected, todo
         parts = plain(what, ELSE), plain(found, FOUND), plain(expected, ELSE), plain(todo, ELSE)
         super().__init__("{}: found {}, expected {}; {}".format(*parts))
 
@@ -34,6 +38,7 @@ def run(main: Callable[[], int]) -> int:
     Returns `main`'s own status, 1 after a `Stop` or an operating-system error, 130 after Ctrl-C.
     """
     _open_streams()
+    _raise_descriptors()
     try:
         status = main()
         with naming("standard output"):
@@ -71,6 +76,18 @@ def _open_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def _raise_descriptors() -> None:
+    """Let this process open as many files as it may: macOS begins with 256, some shells with 64.
+
+    What it may not stays as it is; dsv4/settings.py takes fewer threads then.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def _fail(what: object) -> int:
     """Say one line on stderr, after everything that was said on stdout; the exit status 1."""
     with contextlib.suppress(OSError):
@@ -84,8 +101,12 @@ def _io_message(error: OSError) -> str:
     """One line for an operating-system error, with the way out where there is a usual one."""
     todo = {
         errno.ENOSPC: "free space on that volume, then run the same command again",
-        errno.EFBIG: "raise the file-size limit, then run the same command again",
+        errno.EDQUOT: "free some of your quota there, then run the same command again",
+        errno.EFBIG: "files of that size cannot be there: raise `ulimit -f`, or with FAT32 set "
+        "SHARD_BYTES=4e9, then run the same command again",
         errno.EACCES: "check the permissions of that path",
+        errno.EMFILE: "raise `ulimit -n`, then run the same command again",
+        errno.EXDEV: "let that folder lie on one volume with the folder it is in",
         errno.EROFS: "choose a path on a writable volume",
         errno.EIO: "check the disk, then run the same command again",
     }.get(error.errno or 0, "check that path, then run the same command again")

@@ -46,8 +46,9 @@ from dsv4.proof import level2, verdict
 from dsv4.proof.findings import Findings
 from dsv4.proof.survey import survey
 from dsv4.stop import Stop, run
+from dsv4.storage import volume
 from dsv4.storage.checkpoint import INDEX
-from dsv4.storage.durable import fsync, fsync_folder
+from dsv4.storage.durable import fsync_folder
 from dsv4.storage.shard import read_array, write_shard
 from dsv4.weights.fp4 import E2M1, UE8M0
 
@@ -88,7 +89,7 @@ def copy(times: Times, folder: Path, target: Path) -> None:
         for path in sorted(folder.glob("*.safetensors")):
             call("cp", path, target / path.name)
             with (target / path.name).open("rb") as file:
-                fsync(file.fileno())
+                volume.flush(file.fileno(), target / path.name)
         fsync_folder(target)
     shutil.rmtree(target)
 

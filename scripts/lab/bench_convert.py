@@ -31,11 +31,14 @@ import numpy as np
 import rooms
 from race import SHARD_TENSORS, Times, gaussian_fp4, machine, planned_expert, settle, turn
 
+from dsv4.model.implied import BLOCK as OF_A_BLOCK
+from dsv4.model.implied import TOP
 from dsv4.model.opening import MODEL_TYPE, open_bundle
 from dsv4.runtime.upstream import CONVERTER
 from dsv4.stop import Stop, run
+from dsv4.storage import volume
 from dsv4.storage.checkpoint import INDEX
-from dsv4.storage.durable import fsync, human
+from dsv4.storage.durable import human
 from dsv4.storage.shard import Planned, read_array, write_shard
 from dsv4.weights.fp8 import BLOCK
 
@@ -51,6 +54,7 @@ LAYER = {
     "ffn.shared_experts.w2": (4096, 2048), "ffn.shared_experts.w3": (2048, 4096),
 }  # fmt: skip
 COMPRESSOR = {"attn.compressor.wkv": (1024, 4096), "attn.compressor.wgate": (1024, 4096)}
+GATE = "layers.0.ffn.gate"
 VOCABULARY = 129280 // 43
 
 
@@ -67,6 +71,11 @@ def source_tensors(experts: int) -> Iterator[Planned]:
         yield from fp8(rng, f"layers.0.{name}", (blocks(out * share) * BLOCK, columns))
     for name, (out, columns) in COMPRESSOR.items():
         yield bf16(rng, f"layers.0.{name}.weight", (round(out * share), columns))
+    yield bf16(rng, f"{GATE}.weight", (experts, 4096))
+    known = {"embed.weight", *(f"layers.0.{name}.weight" for name in LAYER), f"{GATE}.weight"}
+    for name in (*TOP, *(f"layers.0.{name}" for name in OF_A_BLOCK), f"{GATE}.bias"):
+        if name not in known:
+            yield Planned(name, "F32", (4096,), lambda: [np.ones(4096, np.float32)])
     matrices = [gaussian_fp4(rng) for _ in range(2)]
     for i in range(3 * experts):
         base = f"layers.0.ffn.experts.{i // 3}.w{i % 3 + 1}"
@@ -121,7 +130,7 @@ def read_and_write(source: Path, written: int, target: Path) -> None:
         with path.open("rb", buffering=0) as reader, (target / path.name).open("wb", 0) as writer:
             while n := reader.readinto(buffer[:PIECE]):
                 writer.write(buffer[: round(n * ratio)])
-            fsync(writer.fileno())
+            volume.flush(writer.fileno(), target / path.name)
 
 
 def native(times: Times, source: Path, bundle: Path) -> None:

@@ -37,6 +37,7 @@ from through_model import ALONE, ModelError, every_logit, lessons, model_error, 
 
 from dsv4.model.plan import plan_shards
 from dsv4.runtime.toolchain import call
+from dsv4.settings import add_setting
 from dsv4.stop import run
 from dsv4.storage.durable import write_bytes, write_json
 from dsv4.weights.quantizer import QUANTIZERS
@@ -171,7 +172,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--source", type=Path, required=True, help="the nano checkpoint")
-    parser.add_argument("--source2", type=Path, help="one that was trained less")
+    add_setting(parser, "SOURCE2", help="one that was trained less")
     parser.add_argument("--out", type=Path, default=Path("build/fidelity"))
     parser.add_argument("--picture", type=Path, help="default: fidelity.svg in --out")
     parser.add_argument(

@@ -30,6 +30,7 @@ import rooms  # noqa: F401
 
 from dsv4.model.labels import stored_label
 from dsv4.model.opening import open_bundle, open_source
+from dsv4.runtime.without_torchvision import hide
 from dsv4.stop import Stop, run
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.shard import Tensor, read_array
@@ -145,6 +146,7 @@ def mlx_lm(folder: Path) -> MlxModel:
 
 
 def mlx_vlm(folder: Path) -> MlxModel:
+    hide()
     from mlx_vlm import load
 
     model = load(str(folder))[0].language_model

@@ -74,9 +74,7 @@ def python_of(stack: Stack, work: Path) -> Path:
     mark, python = venv / "installed.txt", venv / "bin" / "python"
     if not mark.is_file() or mark.read_bytes() != wanted.read_bytes():
         shutil.rmtree(venv, ignore_errors=True)
-        subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
-        quiet = ["--quiet", "--disable-pip-version-check"]
-        install = [str(python), "-m", "pip", "install", *quiet, "--requirement", str(wanted)]
+        install = [sys.executable, "-I", SCRIPTS / "lab" / "install.py", venv, wanted, "mlx.core"]
         if subprocess.run(install).returncode:
             raise Stop(f"{wanted}", "a pip that fails", "an installation", "read its lines above")
         shutil.copyfile(wanted, mark)

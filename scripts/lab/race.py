@@ -19,6 +19,7 @@ import numpy as np
 import rooms  # noqa: F401
 
 from dsv4.model.names import GROUP
+from dsv4.settings import without_settings
 from dsv4.stop import Stop
 from dsv4.storage.durable import human
 from dsv4.storage.shard import Planned
@@ -86,7 +87,8 @@ def turn(times: Times) -> Iterator[Callable[..., None]]:
 
     def call(*command: str | Path) -> None:
         nonlocal spent
-        process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL)
+        process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL,
+                                   env=without_settings())  # fmt: skip
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:

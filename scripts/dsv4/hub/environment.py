@@ -51,6 +51,10 @@ def check_login() -> None:
     todo = "`hf auth login` writes a new one; HF_TOKEN goes before it"
     try:
         token = get_token() or ""
+    except OSError as error:
+        found = f"{error.filename}: {error.strerror}"
+        raise Stop("the hub's login", found, "a token file that can be read, or none",
+                   "HF_HOME, HF_TOKEN_PATH or HOME says where it lies") from None  # fmt: skip
     except (ValueError, errors.OIDCError) as error:
         found = " ".join(str(error).split())[:100] if isinstance(error, errors.OIDCError) else ""
         raise Stop("the hub's login", found or "a token file that is no text", "a token",
@@ -77,7 +81,7 @@ def check_certificates() -> None:
         except (OSError, ValueError):
             raise Stop("SSL_CERT_FILE", shown(file), "a file of certificates (PEM)",
                        UNSET) from None  # fmt: skip
-    if folder and not Path(folder).is_dir():
+    if folder and not any(Path(part).is_dir() for part in folder.split(os.pathsep)):
         raise Stop("SSL_CERT_DIR", shown(folder), "a folder of certificates", UNSET)
     for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
         if (value := os.environ.get(name)) and not Path(value).exists():

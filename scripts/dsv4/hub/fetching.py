@@ -14,14 +14,12 @@ from tqdm import tqdm
 
 from dsv4.hub import client
 from dsv4.hub.client import HubFile
-from dsv4.hub.names import check_case
 from dsv4.hub.origin import RECORD, Record, read_record
 from dsv4.hub.refusals import Gone
 from dsv4.hub.transfer import Interrupted, Transfer, file_hash, partial_for, size_of
 from dsv4.stop import Stop
-from dsv4.storage import inside, space
+from dsv4.storage import inside, locks, volume
 from dsv4.storage.checkpoint import INDEX, read_index
-from dsv4.storage.durable import human
 
 PATIENCE = 300  # seconds without a byte, after which a transfer gives up
 WORKERS = 4  # files at once: one HTTP stream seldom fills a fast line
@@ -71,8 +69,9 @@ def pin(source: Path, repo: str, revision: str, patience: float) -> Record:
     """Ask the hub what `revision` stands for and write that down before anything is fetched."""
     record = Record.pinned(repo, revision, client.listing(repo, revision, patience))
     source.mkdir(parents=True, exist_ok=True)
-    check_case(repo, record.files, source)
-    record.write(source)
+    with locks.held(source):
+        volume.check_case(f"hub: {repo}", record.files, source)
+        record.write(source)
     print(f"{source}: pinned to {repo} at {record.commit}")
     return record
 
@@ -138,16 +137,6 @@ def hash_present(source: Path, record: Record, again: bool) -> None:
             f"the bytes of {record.commit[:12]}",
             "moved aside as .bad; run the same command again to fetch the right ones",
         )
-
-
-def check_room(source: Path, needed: int) -> None:
-    """Raise Stop when the volume cannot hold what is still to be fetched."""
-    free = space.free(source)
-    if needed > free:
-        raise Stop(
-            f"{source}", f"{human(free)} free", f"{human(needed)} for what is still to fetch",
-            "free space, or set SOURCE to another volume",
-        )  # fmt: skip
 
 
 def check_listing(source: Path, record: Record) -> None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-import tempfile
-import unicodedata
 from collections.abc import Iterable
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from dsv4.hub.refusals import words
 from dsv4.stop import Stop
@@ -28,9 +25,12 @@ def is_hidden(name: str) -> bool:
 
 
 def check_name(repo: str, name: str) -> None:
-    """Raise Stop for a file name that would lead out of the folder it is meant for, or is odd."""
+    """Raise Stop for a file name that would lead out of the folder it is meant for, or is odd.
+
+    What ends in a dot or a space is another name to FAT, exFAT and Windows' shares.
+    """
     parts = name.split("/")
-    bad = any(c in name for c in "\\:") or any(part in ("", ".", "..") for part in parts)
+    bad = any(c in name for c in "\\:") or any(not part or part[-1] in ". " for part in parts)
     if bad or not name.isprintable():
         raise Stop(f"hub: {repo}", f"the file '{words(name)}'", "a path inside a folder", REFUSED)
     if len(parts) > DEEPEST or any(len(part.encode()) > LONGEST for part in parts):
@@ -50,26 +50,3 @@ def check_apart(repo: str, names: Iterable[str]) -> None:
         if (folder := next((f for f in folders if f in seen), None)) is not None:
             raise Stop(f"hub: {repo}", f"'{words(folder)}' as a file and as a folder", "one",
                        REFUSED)  # fmt: skip
-
-
-def check_case(repo: str, names: Iterable[str], folder: Path) -> None:
-    """Raise Stop when two names are one to the volume of `folder`, which need not tell A from a."""
-    alike = sorted(names, key=folded)
-    for first, second in itertools.pairwise(alike):
-        if folded(first) == folded(second) and is_blind(folder):
-            raise Stop(
-                f"hub: {repo}", f"the files '{words(first)}' and '{words(second)}'",
-                f"names that the volume of {folder} tells apart", "use another volume",
-            )  # fmt: skip
-
-
-def folded(name: str) -> str:
-    """What a volume that tells neither A from a nor one spelling of ä from another makes of it."""
-    return unicodedata.normalize("NFD", name).casefold()
-
-
-def is_blind(folder: Path) -> bool:
-    """True when the volume of `folder` does not tell A from a."""
-    with tempfile.NamedTemporaryFile(prefix=".Aa", dir=folder) as probe:
-        path = Path(probe.name)
-        return path.with_name(path.name.swapcase()).exists()

@@ -15,11 +15,11 @@ from pathlib import Path
 
 from dsv4.hub import client, wire
 from dsv4.hub.client import HubFile
-from dsv4.hub.names import check_case
 from dsv4.hub.patience import patiently
 from dsv4.hub.refusals import Short, clear_words
 from dsv4.hub.transfer import Transfer
 from dsv4.stop import Stop
+from dsv4.storage import volume
 from dsv4.storage.shard import MAX_HEADER, Tensor, read_shard
 
 FIRST = 64 << 10  # bytes of a shard that are asked for at once; upstream's headers have 60 kB
@@ -65,7 +65,7 @@ def fetch_skeleton(
     listing = client.listing(repo, revision, patience, wanted)
     skeleton = Skeleton(repo, listing.commit, listing.files)
     folder.mkdir(parents=True, exist_ok=True)
-    check_case(repo, (file.name for file in listing.files), folder)
+    volume.check_case(f"hub: {repo}", (file.name for file in listing.files), folder)
     transfer = Transfer(repo, listing.commit, folder, patience, lambda count: None)
     with ThreadPoolExecutor(WORKERS) as pool:
         running = [pool.submit(lay, skeleton, transfer, file) for file in listing.files]

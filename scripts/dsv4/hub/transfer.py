@@ -20,9 +20,8 @@ from dsv4.hub import wire
 from dsv4.hub.client import HubFile
 from dsv4.hub.patience import patiently
 from dsv4.hub.refusals import Short, clear_words
-from dsv4.stop import Stop
-from dsv4.storage import inside
-from dsv4.storage.durable import fsync
+from dsv4.stop import Stop, naming
+from dsv4.storage import inside, volume
 
 CHUNK = 4 << 20
 Advance = Callable[[int], Any]  # told how many bytes came (or, negative, were thrown away)
@@ -46,7 +45,7 @@ def file_hash(path: Path, file: HubFile, advance: Advance = lambda n: None) -> s
     digest = hashlib.sha256()
     if not file.sha256:
         digest = hashlib.sha1(b"blob %d\0" % size_of(path), usedforsecurity=False)
-    with path.open("rb") as reader:
+    with naming(path), path.open("rb") as reader:
         while chunk := reader.read(CHUNK):
             digest.update(chunk)
             advance(len(chunk))
@@ -97,7 +96,7 @@ class Transfer:
                 "stays, something on the way changes the bytes",
             )  # fmt: skip
         with self._open(partial) as written:
-            fsync(written.fileno())
+            volume.flush(written.fileno(), partial)
         inside.move(self.folder, self._name(partial), file.name)
 
     def _name(self, path: Path) -> str:
@@ -135,7 +134,7 @@ class Transfer:
         with wire.opened(self.repo, file.name, self.commit, part) as response:
             if have and response.status_code != 206:  # a server that ignores Range
                 self._drop(partial)
-            with self._open(partial) as out:
+            with naming(partial), self._open(partial) as out:
                 self._write(response, out, file)
 
     def _write(self, response: Any, out: IO[bytes], file: HubFile) -> None:

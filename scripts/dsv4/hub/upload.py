@@ -11,6 +11,7 @@ from dsv4.hub.patience import patiently
 from dsv4.hub.refusals import AGAIN, LOGIN, clear_words, is_limited
 from dsv4.hub.transfer import bytes_hash
 from dsv4.stop import Stop
+from dsv4.storage import bounds
 
 BATCH = 4  # shards handed over at once
 
@@ -56,7 +57,7 @@ def is_there(item: Item, remote: HubFile | None) -> bool:
         return False
     if remote.sha256:
         return remote.sha256 == item.file.sha256
-    data = item.path.read_bytes() if item.path else item.data
+    data = bounds.read(item.path) if item.path else item.data
     return bytes_hash(data, git=True) == remote.git_sha1
 
 

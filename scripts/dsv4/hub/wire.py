@@ -30,6 +30,7 @@ HEAD_SECONDS = 90  # from the request to the end of an answer's headers
 REFUSAL_BYTES = 64 << 10  # of a refusal's body; what comes after is left
 WINDOW, FLOOR = 60, 1000  # a file has to bring so many bytes a second, over so many seconds
 BUSY = "another conflicting operation"  # huggingface_hub would ask again at once, for ever
+LOOPBACK = ("all://127.0.0.1", "all://localhost", "all://[::1]")
 FILE = "of a file"  # marks a request for a file, which is bounded by who reads it
 
 
@@ -51,16 +52,20 @@ def install() -> None:
 
 
 def make_client() -> httpx2.Client:
-    """A client as huggingface_hub makes it, that bounds answers. Raises Stop as `session` does."""
+    """A client as huggingface_hub makes it, that bounds answers, and that asks no proxy for this
+    machine. Raises Stop as `session` does.
+    """
     check_ways()
     check_login()
     import httpx2
-    from huggingface_hub.utils._http import default_client_factory
+    from huggingface_hub.utils._http import hf_request_event_hook
 
-    client = default_client_factory()
-    client.timeout = httpx2.Timeout(300, connect=30)  # a commit of many files takes its time
-    client.event_hooks = {**client.event_hooks, "response": [bound]}
-    return client
+    return httpx2.Client(
+        event_hooks={"request": [hf_request_event_hook], "response": [bound]},
+        follow_redirects=True,
+        timeout=httpx2.Timeout(300, connect=30),  # a commit of many files takes its time
+        mounts=dict.fromkeys(LOOPBACK),
+    )
 
 
 def bound(response: httpx2.Response) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from dsv4.making.marks import CONVERT
-from dsv4.model.labels import SIZES, WIDTHS
+from dsv4.model.labels import AFFINE_BITS, GROUPS
 from dsv4.model.names import GROUP, is_control, parse_expert
 from dsv4.model.opening import expert_bases
-from dsv4.stop import Stop
+from dsv4.stop import Stop, naming
 from dsv4.storage.checkpoint import INDEX, Checkpoint
 from dsv4.storage.shard import FLOATS, NUMPY_DTYPE, SAMPLE_BYTES, Shard, Tensor
 from dsv4.weights.quantizer import Quantizer
@@ -105,8 +105,8 @@ def _check_part(source: Checkpoint, tensor: Tensor) -> None:
             CONVERT,
         )
     out, half = source.tensors[f"{base}.weight"].shape
-    fits = [2 * half // size for size in SIZES] if part != "weight" else [
-        2 * half * bits // 32 for bits in WIDTHS
+    fits = [2 * half // size for size in GROUPS] if part != "weight" else [
+        2 * half * bits // 32 for bits in AFFINE_BITS
     ]  # fmt: skip
     if tensor.shape not in [(out, width) for width in fits]:
         _expect_shape(tensor, (out, 2 * half // (GROUP if part != "weight" else 8)))
@@ -160,7 +160,7 @@ def check_samples(source: Checkpoint, shard: Shard) -> None:
 
 def _head(tensor: Tensor) -> np.ndarray:
     """The first SAMPLE_BYTES of a tensor, flat."""
-    with tensor.path.open("rb") as file:
+    with naming(tensor.path), tensor.path.open("rb") as file:
         file.seek(tensor.offset)
         data = file.read(min(SAMPLE_BYTES, tensor.nbytes))
     return np.frombuffer(data, NUMPY_DTYPE[tensor.dtype])
@@ -192,6 +192,6 @@ def is_copy(shard: Shard, source: Checkpoint, quantizer: Quantizer) -> bool:
 
 def _middle(tensor: Tensor) -> np.ndarray:
     """SAMPLE_BYTES bytes from the middle of a tensor, or all of it when it is smaller."""
-    with tensor.path.open("rb", buffering=0) as file:
+    with naming(tensor.path), tensor.path.open("rb", buffering=0) as file:
         file.seek(tensor.offset + max(0, tensor.nbytes - SAMPLE_BYTES) // 2)
         return np.frombuffer(file.read(min(SAMPLE_BYTES, tensor.nbytes)), np.uint8)

@@ -8,7 +8,7 @@ killed at any moment: the same command goes on, with the same bytes in the end.
 from __future__ import annotations
 
 import functools
-import shutil
+import hashlib
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from dsv4.making import low_disk, own_numbers, requantization, workplace
 from dsv4.making.experts import Ledger, errors_in_words, estimate
 from dsv4.making.low_disk import Supply
 from dsv4.making.marks import converted_by
+from dsv4.making.part import Part
 from dsv4.making.pieces import pieces_of
 from dsv4.model import configs
 from dsv4.model.opening import open_bundle
@@ -31,8 +32,10 @@ from dsv4.storage import inside, locks
 from dsv4.storage.checkpoint import INDEX, Checkpoint, check_index
 from dsv4.storage.durable import human, write_json
 from dsv4.storage.rewrite import NewShard, Piece, rewrite
-from dsv4.storage.space import MARK, workplace_of
+from dsv4.storage.space import MARK, check_room, workplace_of
 from dsv4.weights.quantizer import Quantizer
+
+ELSEWHERE = "free space on that volume, or choose another BUNDLE"
 
 # --- The plan: which bytes go where -------------------------------------------------------------
 
@@ -53,6 +56,14 @@ class Plan:
     def nbytes(self) -> int:
         """The bundle's shards, in bytes."""
         return sum(shard.size for shard in self.shards)
+
+    @property
+    def digest(self) -> str:
+        """64 hex digits for the plan: every shard's name and header."""
+        digest = hashlib.sha256()
+        for shard in self.shards:
+            digest.update(f"{shard.file}\n".encode() + shard.layout.header)
+        return digest.hexdigest()
 
 
 def make_plan(
@@ -115,44 +126,51 @@ def check_complete(bundle: Checkpoint, source: Checkpoint) -> None:
         )
 
 
-def clear_strangers(folder: Path, plan: Plan) -> list[ShardPlan]:
-    """Remove what no shard of the plan is, and return the shards that are still to be made.
+def clear_strangers(folder: Path, plan: Plan, part: Part) -> list[ShardPlan]:
+    """Remove what no shard of the plan is, and return those that the part is still to make.
 
-    Raises Stop when the workplace holds finished shards of another plan: from another source, or
-    made with other settings. They may have cost hours.
+    A part removes its own temporaries only. Raises Stop when the workplace holds finished shards of
+    another plan: from another source, or made with other settings. They may have cost hours.
     """
-    todo = [shard for shard in plan.shards if not shard.layout.is_at(folder / shard.file)]
-    whole = {shard.file for shard in plan.shards} - {shard.file for shard in todo}
+    planned = {shard.file: shard for shard in plan.shards}
+    whole = set()
     for path in folder.glob("*.safetensors"):
-        if path.name not in whole and path.is_file() and upstream.is_native(path):
+        if path.name in planned and planned[path.name].layout.is_at(path):
+            whole.add(path.name)
+        elif path.is_file() and upstream.is_native(path):
             raise Stop(
                 f"{path}", "a shard of another source or other settings",
                 "shards of this run's plan",
                 f"go on with those settings, or delete {folder}",
             )  # fmt: skip
-    inside.empty(folder, {*whole, locks.LOCK, MARK, own_numbers.RECORD})
-    return todo
+    if part.whole:
+        inside.empty(folder, {*whole, locks.LOCK, MARK, own_numbers.RECORD})
+    else:
+        requantization.remove_leftovers(folder, list(planned), part)
+    return [planned[file] for file in part.of(list(planned)) if file not in whole]
 
 
 # --- Carrying it out ----------------------------------------------------------------------------
 
 
-def convert(plan: Plan, bundle: Path, jobs: int, supply: Supply | None) -> str:
-    """Make the bundle, which appears whole or not at all; return what to say."""
+def convert(plan: Plan, bundle: Path, jobs: int, part: Part, supply: Supply | None) -> str:
+    """Make the bundle, which appears whole or not at all, or a part of it; return what to say."""
     start = time.perf_counter()
-    with workplace.workplace(bundle) as folder:
-        todo = clear_strangers(folder, plan)
+    with workplace.workplace(bundle, part.to_hold(plan.digest)) as folder:
+        todo = clear_strangers(folder, plan, part)
         workplace.claim(folder)
-        check_space(folder, sum(shard.size for shard in todo))
+        check_room(folder, sum(shard.size for shard in todo), "", ELSEWHERE)
         if supply:
-            check_space(supply.folder, most_at_once(plan, todo, supply))
+            check_room(supply.folder, most_at_once(plan, todo, supply), "", ELSEWHERE)
             ledger = write_in_turn(plan, todo, folder, jobs, supply)
         else:
-            own_numbers.keep(folder / own_numbers.RECORD, plan.headers, plan.quantizer)
+            if part.whole:  # parts would write it at once
+                own_numbers.keep(folder / own_numbers.RECORD, plan.headers, plan.quantizer)
             ledger = write_shards(plan, todo, folder, jobs)
-        complete(plan, folder, jobs)
-        inside.remove(folder, own_numbers.RECORD)
-        workplace.publish(folder, bundle)
+        if part.whole:
+            complete(plan, folder, jobs)
+            inside.remove(folder, own_numbers.RECORD)
+            workplace.publish(folder, bundle)
     return summarize(plan, todo, ledger, time.perf_counter() - start)
 
 
@@ -225,30 +243,22 @@ def complete(plan: Plan, folder: Path, jobs: int) -> None:
     )
     made = open_bundle(folder)
     check_complete(made, plan.source)
-    after = requantization.make_plan(
-        plan.headers, made, plan.quantizer, requantization.Part(), jobs
-    )
+    after = requantization.make_plan(plan.headers, made, plan.quantizer, Part(), jobs)
     if after.todo:
         raise Stop(f"{folder / after.todo[0]}", "a shard that requantize would change",
                    "none", "report this as a bug")  # fmt: skip
     requantization.complete(after)
 
 
-def check_space(folder: Path, need: int) -> None:
-    """Raise Stop when the volume lacks room for what is still to be written."""
-    free = shutil.disk_usage(folder).free
-    if need > free:
-        raise Stop(f"{folder}", f"{human(free)} free", f"{human(need)}",
-                   "free space on that volume, or choose another BUNDLE")  # fmt: skip
-
-
 # --- Saying what will be done and what was ------------------------------------------------------
 
 
-def describe(plan: Plan, bundle: Path, jobs: int, supply: Supply | None) -> str:
+def describe(plan: Plan, bundle: Path, jobs: int, part: Part, supply: Supply | None) -> str:
     """The plan for a reader: tensors by treatment, shards, bytes, an estimate of the time."""
     folder = workplace_of(bundle)
-    todo = [shard for shard in plan.shards if not shard.layout.is_at(folder / shard.file)]
+    mine = part.of([shard.file for shard in plan.shards])
+    here = [shard for shard in plan.shards if shard.file in mine]
+    todo = [shard for shard in here if not shard.layout.is_at(folder / shard.file)]
     units = [unit for shard in plan.shards for unit in shard.units]
     counts = Counter(unit.treatment for unit in units)
     written = sum(shard.size for shard in todo)

@@ -9,19 +9,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dsv4.model.labels import parts_of
-from dsv4.model.names import most_zeros
+from dsv4.model.labels import MXFP4, parts_of
 from dsv4.stop import Stop
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.rewrite import Desk, NewShard, Piece, Target
 from dsv4.storage.shard import Slot, Tensor
-from dsv4.storage.zeros import check_hole
 from dsv4.weights.affine import BadGroup, Tally
 from dsv4.weights.imatrix import usable
 from dsv4.weights.quantizer import Quantizer
+from dsv4.weights.source import SamePiece, blocks, read_bytes, same_pieces
 from dsv4.words import plain
 
-PIECE_BYTES = 2 << 20  # of packed source codes: few system calls, still near a core's own cache
+PIECE_BYTES = 4 << 20  # of packed source codes
 
 
 @dataclass(frozen=True)
@@ -53,41 +52,44 @@ class QuantizePiece:
         """The bytes that it reads."""
         return (self.last - self.first) * (self.weight.shape[1] + self.scale.shape[1])
 
-    def encode(self, desk: Desk) -> tuple[dict[str, np.ndarray], Tally]:
-        """Read and quantize the rows. Raises Stop for a group without such a form."""
+    def write(self, target: Target, desk: Desk) -> None:
+        """Quantize the rows and write each part that this shard holds.
+
+        Raises Stop for a group without such a form.
+        """
         rows, half = self.last - self.first, self.weight.shape[1]
         groups = self.scale.shape[1]
-        packed = desk.buffer("packed", rows * half)
-        exponents = desk.buffer("exponents", rows * groups)
-        desk.read(self.weight.path, self.weight.offset + self.first * half, packed)
-        desk.read(self.scale.path, self.scale.offset + self.first * groups, exponents)
-        for tensor, data in ((self.weight, packed), (self.scale, exponents)):
-            offset = tensor.offset + self.first * (tensor.nbytes // tensor.shape[0])
-            hole = most_zeros(tensor.name, tensor.dtype, tensor.nbytes)
-            check_hole(tensor.path, tensor.name, data, offset, hole)
-        parts = {part: desk.buffer(part, rows * n) for part, n in self._row_bytes().items()}
+        scale = read_bytes(desk, self.scale, self.first * groups, rows * groups, "exponents")
+        sizes = self._row_bytes()
+        parts = {part: desk.buffer(part, rows * n) for part, n in sizes.items() if part != "weight"}
+        for at, packed in blocks(desk, self.weight, self.first * half, rows * half, half):
+            row, some = at // half, len(packed) // half
+            done = row - self.first
+            now = {p: data[done * sizes[p] :][: some * sizes[p]] for p, data in parts.items()}
+            now["weight"] = desk.buffer("weight", some * sizes["weight"])
+            tally = self._encode(row, packed, scale[done * groups :][: some * groups], now)
+            if "weight" in self.places:
+                target.write(self.places["weight"] + row * sizes["weight"], now["weight"])
+                self.ledger.add(self.weight.name, tally)
+        for part in parts.keys() & self.places.keys():
+            target.write(self.places[part] + self.first * sizes[part], parts[part])
+
+    def _encode(
+        self, row: int, packed: np.ndarray, exponents: np.ndarray, parts: dict[str, np.ndarray]
+    ) -> Tally:
+        """Quantize some rows from `row` on into `parts`."""
         weights = self.importance
         if weights is not None:
             weights = usable(weights, self.weight.name)
         try:
-            return parts, self.quantizer.encode(packed, exponents, parts, weights)
+            return self.quantizer.encode(packed, exponents, parts, weights)
         except BadGroup as bad:
-            row, group = divmod(bad.group, groups)
+            below, group = divmod(bad.group, self.scale.shape[1])
+            where = f"in row {row + below}, group {group}"
             raise Stop(
-                f"{self.weight.path}: {self.weight.name}",
-                f"{bad.found} in row {self.first + row}, group {group}",
-                bad.expected,
-                "fetch the source again",
-            ) from bad
-
-    def write(self, target: Target, desk: Desk) -> None:
-        """Quantize the rows and write each part that this shard holds."""
-        parts, tally = self.encode(desk)
-        rows = self.last - self.first
-        for part, place in self.places.items():
-            target.write(place + self.first * (len(parts[part]) // rows), parts[part])
-        if "weight" in self.places:
-            self.ledger.add(self.weight.name, tally)
+                f"{self.weight.path}: {self.weight.name}", f"{bad.found} {where}",
+                bad.expected, "fetch the source again",
+            ) from bad  # fmt: skip
 
 
 class Ledger:
@@ -113,6 +115,8 @@ def expert_pieces(
 ) -> list[Piece]:
     """The pieces that fill the parts of one expert that a shard holds, each at its place."""
     weight, scale = source.tensors[f"{base}.weight"], source.tensors[f"{base}.scale"]
+    if quantizer.label == MXFP4:
+        return as_they_are(weight, scale, places, ledger)
     out, half = weight.shape
     rows = max(1, PIECE_BYTES // half)
     cuts = [(row, min(row + rows, out)) for row in range(0, out, rows)]
@@ -123,14 +127,45 @@ def expert_pieces(
     ]
 
 
+def as_they_are(
+    weight: Tensor, scale: Tensor, places: dict[str, int], ledger: Ledger
+) -> list[Piece]:
+    """The pieces that copy codes and scale bytes. They stop at a scale byte that is NaN."""
+
+    def check(at: int, data: np.ndarray) -> None:
+        if (data == 255).any():
+            row, group = divmod(at + int(np.argmax(data == 255)), scale.shape[1])
+            raise Stop(
+                f"{weight.path}: {weight.name}",
+                f"scale byte 255 (NaN) in row {row}, group {group}",
+                "bytes from 0 to 254", "fetch the source again",
+            )  # fmt: skip
+
+    pieces: list[Piece] = []
+    if "weight" in places:
+        pieces += same_pieces(weight, places["weight"])
+        ledger.add(weight.name, Tally())
+    if "scales" in places:
+        pieces += same_pieces(scale, places["scales"], check)
+    return pieces
+
+
+class Nowhere:
+    """Stands in for a Target: what is written to it is dropped."""
+
+    def write(self, offset: int, data: np.ndarray) -> None:
+        pass
+
+
 def estimate(shards: list[NewShard], written: int, jobs: int) -> str:
     """Time from a measurement: the first pieces are read and quantized, and nothing is written."""
     desk, seconds, done = Desk(), 0.0, 0
-    pieces = [p for shard in shards[:4] for p in shard.pieces() if isinstance(p, QuantizePiece)]
+    kinds = (QuantizePiece, SamePiece)
+    pieces = [p for shard in shards[:4] for p in shard.pieces() if isinstance(p, kinds)]
     with contextlib.closing(desk):
         for i, piece in enumerate(pieces[:17]):
             start = time.perf_counter()
-            piece.encode(desk)
+            piece.write(Nowhere(), desk)
             if i:  # the first one loads the kernel
                 seconds += time.perf_counter() - start
                 done += piece.nbytes

@@ -26,15 +26,16 @@ from dsv4.hub.fetching import at_pin, fetch_all
 from dsv4.hub.origin import HEADERS, Record, read_record
 from dsv4.hub.transfer import Transfer, file_hash
 from dsv4.model.opening import open_source
-from dsv4.settings import parse_jobs
-from dsv4.stop import Stop
-from dsv4.storage import inside, locks
+from dsv4.settings import add_setting, parse_jobs, parse_seconds
+from dsv4.stop import Stop, naming
+from dsv4.storage import bounds, inside, locks
 from dsv4.storage.checkpoint import INDEX, Checkpoint, read_index
 from dsv4.storage.durable import copy_file, write_bytes
 from dsv4.storage.rewrite import Desk, NewShard, Piece, bypass_cache, forget
 from dsv4.storage.shard import Tensor, read_shard, sample_places
 
 WORKERS = 8
+KEPT = bounds.HEADER + bounds.MIB  # bytes of a header with its samples
 AGAIN = "run download again, with LOW_DISK=1"
 
 
@@ -77,7 +78,7 @@ def own_headers(source: Path) -> Path:
 
 def lay(path: Path, head: bytes, size: int) -> Path:
     """Write a file of `size` bytes that holds `head` and then a hole."""
-    with path.open("wb") as out:
+    with naming(path), path.open("wb") as out:
         out.write(head)
         out.truncate(size)
     return path
@@ -96,15 +97,29 @@ def skeleton(source: Path, record: Record) -> Iterator[Checkpoint]:
             kept = own_headers(source) / name
             if name not in record.files or not kept.is_file():
                 raise Stop(f"{kept}", "no such header", "one for each shard", AGAIN)
-            fill(Path(work) / name, kept.read_bytes(), record.files[name].size)
+            fill(Path(work) / name, bounds.read(kept, KEPT), record.files[name].size)
         yield open_source(Path(work))
+
+
+def tensors_of(source: Path, repo: str, revision: str) -> dict[str, Tensor]:
+    """The source's tensors by name: from the folder, kept headers, or the hub."""
+    try:
+        record = read_record(source)
+        if record and (source / HEADERS).is_dir():
+            with skeleton(source, record) as headers:
+                return headers.tensors
+        return open_source(source).tensors
+    except Stop:
+        if not repo:
+            raise
+        return remote.tensors(repo, revision)
 
 
 def fill(path: Path, kept: bytes, size: int) -> None:
     """Lay one shard of the skeleton: header, hole, and the samples at their places."""
     rest = kept[header_length(kept) :]
     lay(path, kept[: header_length(kept)], size)
-    with path.open("r+b") as out:
+    with naming(path), path.open("r+b") as out:
         for place, nbytes in sample_places(read_shard(path)):
             out.seek(place)
             out.write(rest[:nbytes])
@@ -206,9 +221,9 @@ class Supply:
 
     def _check_header(self, name: str) -> None:
         """The plan was made from the header that came first: it must be this shard's."""
-        kept = (self.folder / HEADERS / name).read_bytes()
+        kept = bounds.read(self.folder / HEADERS / name, KEPT)
         head = kept[: header_length(kept)]
-        with (self.folder / name).open("rb") as file:
+        with naming(self.folder / name), (self.folder / name).open("rb") as file:
             if file.read(len(head)) != head:
                 raise Stop(
                     f"{self.folder / name}", "another header than the one that was planned with",
@@ -237,10 +252,10 @@ class Supply:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options by which a command is told to take the source from the hub."""
-    parser.add_argument("--low-disk", action="store_true",
-                        help="fetch and free the source's shards as it goes")  # fmt: skip
-    parser.add_argument("--repo", default="", help="--low-disk: where they come from")
-    parser.add_argument("--patience", type=float, default=fetching.PATIENCE, metavar="SECONDS",
+    add_setting(parser, "LOW_DISK", help="fetch and free the source's shards as it goes")
+    add_setting(parser, "REPO", default="", help="--low-disk: where they come from")
+    parser.add_argument("--patience", type=parse_seconds, default=fetching.PATIENCE,
+                        metavar="SECONDS",
                         help="--low-disk: how long to try again while nothing comes")  # fmt: skip
     parser.add_argument("--workers", type=parse_jobs, default=fetching.WORKERS,
                         help="--low-disk: files fetched at once")  # fmt: skip
@@ -275,7 +290,9 @@ class Comparison:
     def write(self, offset: int, data: np.ndarray) -> None:
         """Raise Stop unless the shard holds `data` at `offset`."""
         expected = memoryview(data).cast("B")
-        if os.pread(self._fd, len(expected), offset) != expected:
+        with naming(self._path):
+            found = os.pread(self._fd, len(expected), offset)
+        if found != expected:
             raise Stop(
                 f"{self._path}", f"other bytes on the disk than were written at {offset:,}",
                 "the same", "check the disk and memory, delete this shard, then run it again",

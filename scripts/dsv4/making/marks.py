@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-from dsv4.stop import Stop
+from dsv4.stop import Stop, naming
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.shard import Shard, sample_places
 from dsv4.weights import matrices
@@ -23,7 +23,7 @@ def fingerprint(source: Checkpoint) -> str:
         digest.update(f"{file} {shard.size}\n".encode())
         for name, tensor in sorted(shard.tensors.items()):
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        with shard.path.open("rb") as reader:
+        with naming(shard.path), shard.path.open("rb") as reader:
             for offset, nbytes in sample_places(shard):
                 reader.seek(offset)
                 digest.update(reader.read(nbytes))

@@ -16,6 +16,7 @@ from dsv4.model.names import GROUP
 from dsv4.model.opening import expert_labels
 from dsv4.model.template import CHAT_TEMPLATE, is_own, template_for
 from dsv4.stop import Stop
+from dsv4.storage import bounds
 from dsv4.storage.checkpoint import Checkpoint, read_json
 
 UNRECORDED = "not recorded"
@@ -39,8 +40,9 @@ def config(bundle: Checkpoint, experts: dict[str, dict[str, Any]] | None) -> dic
     None: the labels stay as they are.
     """
     content = copy.deepcopy(bundle.config)
-    if experts is not None:
+    if experts is not None or content.get("quantization_config") == content.get("quantization"):
         content.pop("quantization_config", None)
+    if experts is not None:
         content["quantization"] = quantization(experts, bundle.tensors)
     content["eos_token_id"] = token_ids(bundle.folder)
     if "bos_token_id" in content:
@@ -86,7 +88,7 @@ def template_file(folder: Path) -> str | None:
     """The text of chat_template.jinja; None when there is none, or none that anybody can read."""
     path = folder / CHAT_TEMPLATE
     try:
-        return path.read_bytes().decode("utf-8") if path.is_file() else None
+        return bounds.read(path).decode("utf-8") if path.is_file() else None
     except UnicodeDecodeError:
         return None
 

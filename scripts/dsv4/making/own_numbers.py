@@ -18,7 +18,7 @@ import numpy as np
 
 from dsv4.making.experts import Ledger
 from dsv4.making.marks import fingerprint
-from dsv4.model.names import BLOCK, GROUP, most_zeros
+from dsv4.model.names import BLOCK, GROUP
 from dsv4.model.plan import weights_of
 from dsv4.stop import Stop
 from dsv4.storage.checkpoint import Checkpoint, read_json
@@ -26,9 +26,9 @@ from dsv4.storage.durable import write_json
 from dsv4.storage.reading import as_float32
 from dsv4.storage.rewrite import Desk, Target
 from dsv4.storage.shard import Tensor
-from dsv4.storage.zeros import check_hole
 from dsv4.weights.fp8 import spread
 from dsv4.weights.quantizer import Lossless, Quantizer
+from dsv4.weights.source import blocks, read_bytes
 from dsv4.words import several
 
 RECORD = (
@@ -151,25 +151,20 @@ class Fp8Piece:
         """Copy codes, repeat scales. Raises Stop for a NaN among either."""
         rows, columns = self.last - self.first, self.weight.shape[1]
         if "weight" in self.places:
-            codes = self._read(desk, self.weight, self.first * columns, rows * columns)
-            self._check((codes & 127) == 127, codes, "code", columns, self.first)
-            target.write(self.places["weight"] + self.first * columns, codes)
+            for at, codes in blocks(
+                desk, self.weight, self.first * columns, rows * columns, columns
+            ):
+                self._check((codes & 127) == 127, codes, "code", columns, at // columns)
+                target.write(self.places["weight"] + at, codes)
         if "scales" in self.places:
-            blocks = self.scale.shape[1]
+            across = self.scale.shape[1]
             top, bottom = self.first // BLOCK, -(-self.last // BLOCK)
-            data = self._read(desk, self.scale, top * blocks, (bottom - top) * blocks)
-            self._check(data == 255, data, "scale byte", blocks, top)
-            groups = spread(data.reshape(-1, blocks), rows, columns)
+            data = read_bytes(desk, self.scale, top * across, (bottom - top) * across, "exponents")
+            self._check(data == 255, data, "scale byte", across, top)
+            groups = spread(data.reshape(-1, across), rows, columns)
             target.write(self.places["scales"] + self.first * (columns // GROUP), groups)
             odd = int(((data < LEAST) | (data > GREATEST)).sum())
             self.ledger.note_scales(self.scale.name, odd)
-
-    def _read(self, desk: Desk, tensor: Tensor, offset: int, nbytes: int) -> np.ndarray:
-        data = desk.buffer(tensor.dtype, nbytes)
-        desk.read(tensor.path, tensor.offset + offset, data)
-        hole = most_zeros(tensor.name, tensor.dtype, tensor.nbytes)
-        check_hole(tensor.path, tensor.name, data, tensor.offset + offset, hole)
-        return data
 
     def _check(self, bad: np.ndarray, data: np.ndarray, what: str, width: int, first: int) -> None:
         """Raise Stop when there is a NaN among codes or scales, `width` of them a row."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dsv4.making.experts import Ledger, expert_pieces
 from dsv4.making.own_numbers import fp8_pieces
-from dsv4.model.names import most_zeros
 from dsv4.model.plan import Unit
 from dsv4.storage.checkpoint import Checkpoint
-from dsv4.storage.rewrite import Piece, copy_pieces
+from dsv4.storage.rewrite import Piece
 from dsv4.weights import matrices
 from dsv4.weights.quantizer import Quantizer
+from dsv4.weights.source import same_pieces
 
 
 def pieces_of(
@@ -27,7 +27,5 @@ def pieces_of(
         return list(matrices.matrix_pieces(weight, unit.scale, parts))
     place = mine[weight.name]
     if unit.slots[0].dtype == weight.dtype:
-        hole = most_zeros(weight.name, weight.dtype, weight.nbytes)
-        where = (weight.path, weight.offset, place, weight.nbytes)
-        return list(copy_pieces(*where, weight.name, hole))
+        return list(same_pieces(weight, place))
     return list(matrices.half_pieces(weight, place, exact=quantizer.form.as_source))

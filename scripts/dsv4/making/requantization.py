@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +12,18 @@ from tqdm import tqdm
 from dsv4.making.belonging import check_bundle, check_samples, is_copy
 from dsv4.making.experts import Ledger, errors_in_words, estimate
 from dsv4.making.marks import made_by, was_made_by, with_matrices
+from dsv4.making.part import Part
 from dsv4.making.pieces import pieces_of as unit_pieces
 from dsv4.model import configs, labels
 from dsv4.model.names import is_control, kind, parse_expert
 from dsv4.model.opening import expert_bases
 from dsv4.model.plan import Unit, as_long, unit_of
-from dsv4.stop import Stop
 from dsv4.storage import inside
 from dsv4.storage.checkpoint import INDEX, Checkpoint, check_strangers, read_json
 from dsv4.storage.durable import TEMPORARY_SUFFIX, human, temporary_for, write_json
 from dsv4.storage.rewrite import NewShard, Piece, copy_pieces, rewrite
 from dsv4.storage.shard import Layout, Shard, Slot, Tensor
+from dsv4.storage.space import check_room
 from dsv4.weights.quantizer import Lossless, Quantizer
 
 JANG = "jang_config.json"
@@ -66,24 +66,7 @@ class Plan:
         """Bytes by which the bundle grows for good, and bytes of the shards open at one time."""
         sizes = sorted((fate.size for fate in self.work), reverse=True)
         growth = sum(fate.size - fate.shard.size for fate in self.work)
-        return max(growth, 0), sum(sizes[: self.jobs])
-
-
-@dataclass(frozen=True)
-class Part:
-    """The `k`-th of `n` disjoint sets of shards, k from 1; 1/1 is all of them."""
-
-    k: int = 1
-    n: int = 1
-    whole: bool = True
-
-    def of(self, files: list[str]) -> list[str]:
-        """Which of the shards, sorted by name, belong to this part."""
-        return sorted(files)[self.k - 1 :: self.n]
-
-    def to_hold(self, files: list[str]) -> list[str] | None:
-        """What `locks.held` is to hold: the part's shards, None for the whole folder."""
-        return None if self.whole else self.of(files)
+        return max(growth, 0), sum(sizes[: self.jobs + 1])
 
 
 def make_plan(
@@ -246,26 +229,14 @@ def remove_leftovers(bundle: Path, files: list[str], part: Part) -> None:
 
 def carry_out(plan: Plan) -> Ledger:
     """Rewrite the plan's shards. Raises Stop when they do not fit on the disk."""
-    check_space(plan)
+    todo = "free space on that volume, or use fewer --jobs"
+    check_room(plan.bundle.folder, sum(plan.extra_disk), "", todo)
     ledger = Ledger()
     shards = [new_shard(fate, plan.source, plan.quantizer, ledger) for fate in plan.work]
     total = sum(shard.size - len(shard.header) for shard in shards)
     with tqdm(total=total, unit="B", unit_scale=True, desc="requantize", disable=None) as bar:
         rewrite(shards, plan.jobs, bar.update)
     return ledger
-
-
-def check_space(plan: Plan) -> None:
-    """Raise Stop when the volume lacks room for the growth and the shards that are open at once."""
-    need = sum(plan.extra_disk)
-    free = shutil.disk_usage(plan.bundle.folder).free
-    if need > free:
-        raise Stop(
-            f"{plan.bundle.folder}",
-            f"{human(free)} free",
-            f"{human(need)}",
-            "free space on that volume, or use fewer --jobs",
-        )
 
 
 def complete(plan: Plan) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dsv4.model.template import CHAT_TEMPLATE, ENCODING
 from dsv4.stop import Stop
-from dsv4.storage import inside
+from dsv4.storage import inside, volume
 from dsv4.storage.bounds import DOCUMENT
 from dsv4.storage.durable import copy_file
 from dsv4.storage.junk import is_junk
@@ -45,11 +45,12 @@ def copy(origin: Path, bundle: Path, names: list[str]) -> list[str]:
     """Copy these files; return the names of those that were not there or had other bytes.
 
     Raises Stop before anything is copied for a link in the place of the bundle's encoding/, and for
-    a file that is larger than any document.
+    a file that is larger than any document, and for two names that are one to the bundle's volume.
     """
     for name in names:
         inside.expect(bundle, name, inside.FILE, inside.LINK, inside.NOTHING)
         if (size := (origin / name).stat().st_size) > DOCUMENT:
             found = f"{size:,} bytes"
             raise Stop(f"{origin / name}", found, f"at most {DOCUMENT:,}", "do not use this folder")
+    volume.check_case(f"{origin}", names, bundle)
     return [name for name in names if copy_file(origin / name, bundle / name, bundle)]

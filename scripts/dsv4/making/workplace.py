@@ -17,27 +17,29 @@ from dsv4.runtime import upstream
 from dsv4.stop import Stop
 from dsv4.storage import inside, locks
 from dsv4.storage.durable import TEMPORARY_SUFFIX, fsync_folder
-from dsv4.storage.space import MARK, workplace_of
+from dsv4.storage.junk import is_junk
+from dsv4.storage.space import MARK, check_own, workplace_of
 from dsv4.words import shown
 
 UPSTREAMS = re.compile(r"model-\d{5}-of-XXXXX\.safetensors")  # its shards until it counts them
 
 
 @contextlib.contextmanager
-def workplace(bundle: Path) -> Iterator[Path]:
-    """The bundle's workplace, made and locked.
+def workplace(bundle: Path, part: tuple[int, int, str] | None = None) -> Iterator[Path]:
+    """The bundle's workplace, made and locked; for a `part`, together with the others.
 
     Raises Stop when another run has it, and when a link or somebody's folder lies in its place.
     """
+    check_own(bundle)
     bundle.parent.mkdir(parents=True, exist_ok=True)
     folder = workplace_of(bundle)
     check_ours(folder)
     folder.mkdir(exist_ok=True)
     try:
-        with locks.held(folder):
+        with locks.held(folder, part):
             yield folder
     finally:
-        with contextlib.suppress(OSError):  # it is gone, or has work to go on with
+        with contextlib.suppress(OSError):  # it is gone, or has work to go on with; so have parts
             if [path.name for path in folder.iterdir()] == [MARK]:
                 inside.remove(folder, MARK)
             folder.rmdir()
@@ -61,7 +63,7 @@ def is_recognised(folder: Path, name: str) -> bool:
     if inside.kind(folder, name) != inside.FILE:
         return False
     temporary = name.startswith(".") and name.endswith(TEMPORARY_SUFFIX)
-    if temporary or name == locks.LOCK or UPSTREAMS.fullmatch(name):
+    if temporary or is_junk(name) or locks.is_lock(name) or UPSTREAMS.fullmatch(name):
         return True
     return name.endswith(".safetensors") and upstream.is_native(folder / name)
 

@@ -9,6 +9,7 @@ from typing import Any
 from dsv4.making import metadata
 from dsv4.making.requantization import record_of
 from dsv4.making.tokenizer_files import REQUIRED, copy, wanted
+from dsv4.mending import others
 from dsv4.mending.job import NEEDS_SOURCE, Repair, faults, is_broken, set_aside, write_index
 from dsv4.mending.whole import files_of_experts, forms, open_whole, wrong_experts
 from dsv4.model import labels
@@ -112,7 +113,7 @@ def mend_template(repair: Repair) -> None:
     name = CHAT_TEMPLATE
     path = repair.bundle / name
     text = template(repair).encode()
-    same = path.is_file() and path.read_bytes() == text
+    same = path.is_file() and bounds.read(path) == text
     if not same and repair.say(f"{name}: another template than runtimes need", "written"):
         repair.backup.keep([name])
         write_bytes(path, text)
@@ -149,6 +150,8 @@ def mend_document(repair: Repair, name: str, make: Callable[[], dict[str, Any]])
 def config(repair: Repair, bundle: Checkpoint) -> dict[str, Any]:
     """config.json with labels as the experts lie there, or as they were if some are wrong still."""
     experts = repair.experts
+    if experts is None and others.keeps_experts(others.surveyed(bundle)):
+        return others.config(repair)
     if experts is None and not wrong_experts(bundle):
         experts = forms(bundle)
         experts = experts if labels.in_stacks(experts) else None

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.making.requantization import record_of
+from dsv4.mending import others
 from dsv4.mending.documents import recorded
 from dsv4.mending.job import NEEDS_SOURCE, Repair
 from dsv4.mending.whole import forms, on_disk, open_whole, open_with, shard_files
 from dsv4.model import configs, labels
-from dsv4.model.opening import block_counts, count, expert_bases, read_config
+from dsv4.model.opening import block_counts, count, read_config
 from dsv4.model.plan import weights_of
-from dsv4.proof.headers import COUNTS
+from dsv4.proof.headers import COUNTS, SIDECAR
 from dsv4.stop import Stop
 from dsv4.storage.bounds import files_of
 from dsv4.storage.checkpoint import Checkpoint
@@ -81,12 +82,14 @@ def mend_strangers(repair: Repair) -> None:
     Raises Stop when the bundle's own do not hold a whole model: then they may be what lacks.
     """
     files = shard_files(repair.bundle)
-    strangers = sorted(on_disk(repair.bundle) - set(files))
+    bundle = others.surveyed(open_whole(repair.bundle))
+    turbo = any(name.endswith(".tq_packed") for name in bundle.tensors)
+    strangers = sorted(on_disk(repair.bundle) - {*files, *([SIDECAR] if turbo else [])})
     if not strangers:
         return
     named = f"shard-stranger: {several(strangers)}"
-    bundle = open_whole(repair.bundle)
-    if not all(f"{base}.weight" in bundle.tensors for base in expert_bases(bundle)):
+    held = {name.rpartition(".")[0] for name in bundle.tensors}
+    if not all(base in held for base in bundle.bases):
         raise Stop(f"{repair.bundle}", named, "the index's shards alone to hold every expert",
                    "see what else is named, then move them away")  # fmt: skip
     if repair.say(named, f"moved to {repair.backup.files}"):

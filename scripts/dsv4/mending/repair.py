@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dsv4.making.requantization import Part, remove_leftovers
+from dsv4.making.part import Part
+from dsv4.making.requantization import remove_leftovers
 from dsv4.mending.documents import mend_files, mend_index, mend_metadata
 from dsv4.mending.folder import config_fault, list_junk, mend_config, mend_strangers
 from dsv4.mending.job import Repair

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from typing import Any
 
 from dsv4.making import marks, requantization
+from dsv4.making.part import Part
+from dsv4.mending import others
 from dsv4.mending.job import NEEDS_SOURCE, Repair, write_index
 from dsv4.mending.whole import (
     forms,
@@ -21,6 +22,7 @@ from dsv4.model.opening import expert_bases
 from dsv4.stop import Stop
 from dsv4.storage.checkpoint import INDEX, Checkpoint
 from dsv4.storage.durable import human
+from dsv4.storage.space import check_room
 from dsv4.weights.quantizer import Quantizer, chosen
 from dsv4.words import plain
 
@@ -28,6 +30,9 @@ from dsv4.words import plain
 def mend_shards(repair: Repair) -> None:
     """Wrong experts, rounded controls and a quantized head are made again, from the source."""
     bundle, begun = open_whole(repair.bundle), repair.backup.unfinished
+    if others.keeps_experts(seen := others.surveyed(bundle)):
+        others.mend_controls(repair, seen)
+        return
     wrong = wrong_experts(bundle)
     as_fp4 = repair.args.quantizer == "mxfp4" and repair.source is None and not begun
     if as_fp4 and wrong and all_fp4(bundle):
@@ -67,7 +72,7 @@ def from_source(repair: Repair, bundle: Checkpoint, wrong: dict[str, str], found
         repair.source,
         bundle,
         quantizer,
-        requantization.Part(),
+        Part(),
         repair.args.jobs,
         frozenset(wrong),
         mark,
@@ -121,13 +126,14 @@ def shown(mark: dict[str, str]) -> str:
 
 def rewrite(repair: Repair, plan: requantization.Plan, work: dict[str, Any], size: int) -> None:
     """Keep the originals, write the new shards, then the index. Raises Stop without the room."""
-    free = shutil.disk_usage(repair.bundle).free
-    if size > free:
-        raise Stop(f"{repair.bundle}", f"{human(free)} free", f"{human(size)}",
-                   "free space on that volume, where the originals stay too")  # fmt: skip
+    kept = [*plan.todo, INDEX]
+    copies = repair.backup.cost(kept)
+    why = f", {human(copies)} of it for copies of the originals" if copies else ""
+    todo = "free space on that volume, where the originals stay too"
+    check_room(repair.bundle, size + copies, why, todo)
     if plan.todo:
         repair.backup.begin(work)
-        repair.backup.keep([*plan.todo, INDEX])
+        repair.backup.keep(kept)
         requantization.carry_out(plan)
         write_index(repair)
         repair.backup.finish()

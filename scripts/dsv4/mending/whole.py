@@ -33,7 +33,7 @@ def open_with(folder: Path, config: dict[str, Any]) -> Checkpoint:
         for name in shard.tensors:
             if name in weight_map:
                 raise Stop(f"{folder}: {name}", f"it in {weight_map[name]} and {file}", "one shard",
-                           "delete the bundle and fetch or convert it again")  # fmt: skip
+                           "fetch or convert it again")  # fmt: skip
             weight_map[name] = file
     return Checkpoint(folder, config, weight_map, shards)
 

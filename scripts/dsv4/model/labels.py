@@ -19,14 +19,25 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from dsv4.model.names import GROUP, columns_of, module_paths, parse_expert, stack_of, switch_paths
-from dsv4.storage.shard import Slot, Tensor
+from dsv4.model.names import (
+    BLOCK,
+    GROUP,
+    columns_of,
+    module_paths,
+    parse_expert,
+    stack_of,
+    switch_paths,
+)
+from dsv4.storage.shard import FLOATS, Slot, Tensor
 
-WIDTHS, SIZES = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # affine's bits, and columns of a group, in MLX
 DEFAULT = {"group_size": GROUP, "bits": 8, "mode": "affine"}
 EXPERT = {"group_size": GROUP, "bits": 4, "mode": "affine"}
 MXFP4 = {"group_size": GROUP, "bits": 4, "mode": "mxfp4"}
 MXFP8 = {"group_size": GROUP, "bits": 8, "mode": "mxfp8"}
+NVFP4 = {"group_size": 16, "bits": 4, "mode": "nvfp4"}
+BY_BITS = {128: MXFP4, 256: MXFP8, 64: NVFP4}  # by the bits of codes for one byte of scale
+AFFINE_BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # what MLX has
+TURBO, SOURCE = "mxtq", "source"  # no modes of MLX: TurboQuant's codes, the source's own form
 # Where config.json says which quantizer made the routed experts. No runtime looks at the key.
 RECORD = "requantize"
 # The quantizers with which layers or projections differ; those that may keep the FP4 bytes.
@@ -112,33 +123,61 @@ def label_of(
     weight: Slot | Tensor | None,
     scales: Slot | Tensor | None,
     biases: Slot | Tensor | None,
-    columns: int | None = None,
+    columns: int = 0,
 ) -> dict[str, Any] | None:
     """The label that fits a module's parts as they lie on disk, or None if none does.
 
-    An affine triple is weight (out, in · bits / 32) U32, scales and biases (out, in / group) of one
-    float dtype. The widths alone cannot tell 2 bits in groups of 64 from 4 in groups of 32; the
-    module's columns can, and without them (or where they do not fit) groups are 32 wide.
-    Without biases: FP4 codes U32 (out, in / 8) or FP8 codes U32 (out, in / 4), and their exponents
-    U8 (out, in / 32).
+    columns: of the matrix, where they are known: the widths alone cannot tell 2 bits in groups of
+    64 from 4 in groups of 32, and groups are taken for 32 wide. An affine triple is weight
+    (out, columns · bits / 32) U32, scales and biases (out, columns / group) of one float dtype.
+    Without biases: FP4 codes U32 (out, columns / 8) or FP8 codes U32 (out, columns / 4), and a
+    byte of scale U8 for 32 columns, or for 16 (NVFP4).
     """
     if weight is None or scales is None or weight.dtype != "U32":
         return None
     if not len(weight.shape) == len(scales.shape) == 2 or weight.shape[0] != scales.shape[0]:
         return None
-    if scales.shape[1] == 0 or weight.shape[1] % scales.shape[1]:
+    words, groups = weight.shape[1], scales.shape[1]
+    if groups == 0 or words == 0 or 32 * words % groups:
         return None
-    bits, size = weight.shape[1] // scales.shape[1], GROUP
     if biases is None:
-        label = {4: MXFP4, 8: MXFP8}.get(bits) if scales.dtype in ("U8", "F8_E8M0") else None
+        label = BY_BITS.get(32 * words // groups) if scales.dtype in ("U8", "F8_E8M0") else None
         return dict(label) if label else None
-    if columns and columns % scales.shape[1] == 0 and columns // scales.shape[1] in SIZES:
-        size = columns // scales.shape[1]
-        bits, rest = divmod(GROUP * bits, size)
-        bits = 0 if rest else bits
-    fits = scales.dtype in ("F16", "BF16", "F32") and bits in WIDTHS
-    same = (biases.dtype, biases.shape) == (scales.dtype, scales.shape)
-    return affine(bits, size) if fits and same else None
+    if scales.dtype not in FLOATS or (biases.dtype, biases.shape) != (scales.dtype, scales.shape):
+        return None
+    width = columns // groups if columns % groups == 0 else 0
+    for size in (width, *GROUPS):
+        bits = 32 * words // groups // size if size in GROUPS else 0
+        if bits in AFFINE_BITS and bits * size * groups == 32 * words:
+            return affine(bits, size)
+    return None
+
+
+def turbo_label(
+    packed: Slot | Tensor, norms: Slot | Tensor | None, columns: int
+) -> dict[str, Any] | None:
+    """The label of a matrix in TurboQuant: codes U32, 32 // bits of them a word, the first lowest,
+    and a norm F16 a row. None when they fit no number of bits. The group is the row.
+    """
+    if norms is None or packed.dtype != "U32" or len(packed.shape) != 2 or not columns:
+        return None
+    if norms.dtype not in FLOATS or norms.shape != packed.shape[:1]:
+        return None
+    fits = [bits for bits in (2, 3, 4) if packed.shape[1] == -(-columns // (32 // bits))]
+    return {"group_size": columns, "bits": fits[0], "mode": TURBO} if fits else None
+
+
+def source_label(weight: Slot | Tensor, scale: Slot | Tensor) -> dict[str, Any] | None:
+    """The label of a matrix that keeps the source's own form: FP4 codes I8, or FP8 codes, and
+    scales beside them (F32 as jang's native converter writes them, or UE8M0)."""
+    if scale.dtype not in ("F32", "F8_E8M0", "U8") or len(weight.shape) != 2:
+        return None
+    bits = {"I8": 4, "U8": 4, "F8_E4M3": 8}.get(weight.dtype)
+    out, width = weight.shape
+    if bits is None:
+        return None
+    groups = (out, 2 * width // GROUP) if bits == 4 else (-(-out // BLOCK), -(-width // BLOCK))
+    return {"group_size": GROUP, "bits": bits, "mode": SOURCE} if scale.shape == groups else None
 
 
 def recorded_quantizer(config: dict[str, Any]) -> str | None:

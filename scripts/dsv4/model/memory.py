@@ -21,7 +21,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from dsv4.settings import parse_memory, parse_size, parse_tokens
+from dsv4.settings import add_setting, parse_context, parse_memory, parse_size
+from dsv4.stop import Stop
 
 GIB = 1 << 30
 MACS = tuple(n * GIB for n in (64, 96, 128, 192, 256, 512))
@@ -30,12 +31,17 @@ LEFT = 4 * GIB
 CONTEXT = 32768  # tokens, unless another number is asked for
 
 
-def add_goal(parser: argparse.ArgumentParser, required: bool) -> None:
+def add_goal(parser: argparse.ArgumentParser) -> None:
     """The options by which a command is told what a bundle is to fit."""
-    goal = parser.add_mutually_exclusive_group(required=required)
-    goal.add_argument("--fit", type=parse_memory, metavar="96GB", help="a Mac's memory")
-    goal.add_argument("--size", type=parse_size, metavar="88GB", help="the bundle's size")
-    parser.add_argument("--context", type=parse_tokens, default=CONTEXT, metavar="TOKENS")
+    add_setting(parser, "FIT", type=parse_memory, metavar="96GB", help="a Mac's memory")
+    add_setting(parser, "SIZE", type=parse_size, metavar="88GB", help="the bundle's size")
+    add_setting(parser, "CONTEXT", type=parse_context, default=CONTEXT, metavar="TOKENS")
+
+
+def check_goal(args: argparse.Namespace) -> None:
+    """Raise Stop when both FIT and SIZE are given."""
+    if args.fit and args.size:
+        raise Stop("FIT and SIZE", "both", "one of them", "leave the other out")
 
 
 def goal_of(args: argparse.Namespace, config: dict[str, Any]) -> int:

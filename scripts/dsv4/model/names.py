@@ -11,6 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from dsv4.storage.bounds import COLUMNS
+
 GROUP = 32  # columns that share a scale, in the source's FP4 and in every label of a bundle
 BLOCK = 128  # rows and columns that share one in the source's FP8
 
@@ -92,11 +94,32 @@ def stack_of(base: str) -> str:
     return f"{block}.{layer}.{PROJECTION[matrix]}"
 
 
-def columns_of(base: str, config: Mapping[str, Any]) -> int | None:
-    """The columns of a routed expert's matrix, from config.json; None when it does not say."""
-    expert = parse_expert(f"{base}.weight")
-    found = config.get("moe_intermediate_size" if expert and expert[3] == "w2" else "hidden_size")
-    return found if expert and isinstance(found, int) and found > 0 else None
+# The input width of each matrix of a block, in words of config.json.
+INPUT = (
+    ("attn.wq_b", "q_lora_rank"), ("attn.indexer.wq_b", "q_lora_rank"),
+    (".w2", "moe_intermediate_size"),
+)  # fmt: skip
+
+
+def columns_of(base: str, config: Mapping[str, Any]) -> int:
+    """The columns of the matrix `base` by config.json; 0 where it does not say.
+
+    >>> columns_of("layers.0.ffn.experts.3.w2", {"moe_intermediate_size": 2048})
+    2048
+    """
+
+    def number(key: str) -> int:
+        value = config.get(key)
+        return value if isinstance(value, int) and 0 < value <= COLUMNS else 0
+
+    groups = number("o_groups")
+    if base.endswith("attn.wo_a"):
+        return number("num_attention_heads") * number("head_dim") // groups if groups else 0
+    if base.endswith("attn.wo_b"):
+        return groups * number("o_lora_rank")
+    if any(part in base for part in ("main_proj", "markov_head", "confidence_head")):
+        return 0
+    return number(next((key for end, key in INPUT if base.endswith(end)), "hidden_size"))
 
 
 def is_control(name: str) -> bool:

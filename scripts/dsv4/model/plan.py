@@ -15,6 +15,7 @@ from typing import Any
 from dsv4.model.labels import DEFAULT, MXFP8, parts_of
 from dsv4.model.names import BLOCK, GROUP, kind, stack_of, treatment
 from dsv4.stop import Stop
+from dsv4.storage import bounds
 from dsv4.storage.shard import FLOATS, Layout, Slot, Tensor
 
 SHARD_BYTES = 5_000_000_000  # the largest shard, unless another size is asked for
@@ -200,7 +201,8 @@ def plan_shards(
 ) -> list[ShardPlan]:
     """The bundle's shards, of at most `shard_bytes` each, from the source's tensors by name.
 
-    A unit that is larger than that has a shard to itself. Raises Stop as `unit_of` does.
+    A unit that is larger than that has a shard to itself. Raises Stop as `unit_of` does, and for
+    more shards than a folder may have files.
     """
     groups: list[list[Unit]] = []
     room = 0
@@ -210,6 +212,9 @@ def plan_shards(
             room = len(str(metadata)) + ENTRY_BYTES
         groups[-1].append(unit)
         room += unit.room
+    if len(groups) > bounds.FILES // 2:
+        raise Stop("SHARD_BYTES", f"{shard_bytes:,} bytes, {len(groups):,} shards", "at most "
+                   f"{bounds.FILES // 2:,} shards", "choose larger ones; 5e9 is usual")  # fmt: skip
     return [
         ShardPlan(
             f"model-{i:05d}-of-{len(groups):05d}.safetensors",

@@ -21,6 +21,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from dsv4.storage import bounds
+
 HERE = Path(__file__).resolve().parent
 RENDERING = HERE / "rendering.py"
 RELEASES = ("first", "0731", "nano")
@@ -79,7 +81,7 @@ def template(release: str) -> str:
 def template_for(folder: Path) -> str:
     """The template for the release that the folder's encoding file is of; the first for another."""
     path = folder / ENCODING
-    return template((release_of(path.read_bytes()) if path.is_file() else None) or "first")
+    return template((release_of(bounds.read(path)) if path.is_file() else None) or "first")
 
 
 def is_own(text: object) -> bool:

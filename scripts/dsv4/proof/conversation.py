@@ -64,7 +64,7 @@ def check_encoding(bundle: Survey, source: Checkpoint | None, findings: Findings
         return ""
     own = source.folder / ENCODING if source is not None else None
     if own is not None and own.is_file():
-        if own.read_bytes() != data:
+        if bounds.read(own) != data:
             findings.add("encoding-differs", ENCODING, "other bytes than the source's", "its file")
     elif release_of(data) is None:
         findings.add("encoding-unknown", ENCODING, f"{len(data):,} bytes of unknown code that vMLX "

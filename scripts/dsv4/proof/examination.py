@@ -69,7 +69,7 @@ def print_findings(findings: Findings) -> None:
             lines.append(f"    {place['where']}: {said}")
         if finding.count > len(finding.places):
             lines.append(f"    … and {finding.count - len(finding.places):,} more")
-        lines.append(f"  repair: {fault.repair}")
+        lines.append(f"  repair: {finding.repair}")
     with naming("standard output"):
         sys.stdout.flush()
     say("\n".join(lines), file=sys.stderr, flush=True)
@@ -103,7 +103,7 @@ def origin(folder: Path | None) -> dict[str, Any] | None:
 def sizes(bundle: Survey, source: Checkpoint | None) -> dict[str, Any]:
     """Bytes: the bundle by what its tensors are, and the source."""
     kinds = {"routed experts": 0, "control tensors": 0, "8-bit modules and the rest": 0}
-    for name, tensor in bundle.checkpoint.tensors.items():
+    for name, tensor in bundle.tensors.items():
         what = "routed experts" if parse_expert(name) else "8-bit modules and the rest"
         kinds["control tensors" if is_control(name) else what] += tensor.nbytes
     return {
@@ -159,6 +159,8 @@ def describe(args: argparse.Namespace, done: Examination) -> str:
         rate = f"{took:.1f} s, {size / took / 1e9:.2f} GB/s of the bundle"
         lines.append(f"level 2, every number of {human(size)} ({rate})")
         lines += [check.text() for check in done.second]
+        if done.read.compared:
+            lines += verdict.in_rows(verdict.by_kind(done.read.outcomes))
     return "\n".join(lines)
 
 
@@ -173,6 +175,7 @@ def as_json(args: argparse.Namespace, done: Examination) -> dict[str, Any]:
         errors = {
             "experts": verdict.by_layer(read.outcomes),
             "others": verdict.others(read.outcomes),
+            "kinds": verdict.by_kind(read.outcomes),
         }
     return {
         "format": FORMAT,
@@ -183,6 +186,7 @@ def as_json(args: argparse.Namespace, done: Examination) -> dict[str, Any]:
         "levels": [1, 2] if args.level == 2 else [1],
         "loader_asked": not args.without_loader,
         "quantizer": quantizer_of(bundle) if bundle else {},
+        "layout": bundle.layout.name if bundle else "",
         "checks": [asdict(check) for check in (*done.first, *done.second)],
         "findings": [finding.as_json() for finding in done.findings],
         "sizes": sizes(bundle, done.source) if bundle else {},

@@ -33,7 +33,7 @@ def page(result: dict[str, Any]) -> str:
     return template.render(
         result=result, name=Path(result["bundle"]).name, said=verdict(result), places=places,
         drawing=drawing(cells) if cells else None, experts=experts(cells), others=others(result),
-        checks=checks(result), sizes=sizes(result), **provenance(result),
+        kinds=kinds(result), checks=checks(result), sizes=sizes(result), **provenance(result),
     )  # fmt: skip
 
 
@@ -141,6 +141,16 @@ def others(result: dict[str, Any]) -> list[tuple]:
             for o in found]  # fmt: skip
 
 
+def kinds(result: dict[str, Any]) -> list[tuple]:
+    """How exact each kind of tensor is, the least exact first."""
+    return [
+        (row["kind"], row["tensors"], row["stored_as"], f"{row['relative_rms']:.3%}",
+         f"{row['worst_tensor_rms']:.3%}", row["worst_tensor"],
+         f"{row['groups_exact'] / row['groups']:.1%}" if row["groups"] else "")
+        for row in result["errors"].get("kinds") or []
+    ]  # fmt: skip
+
+
 def checks(result: dict[str, Any]) -> list[tuple]:
     """What was looked at, and how much of it."""
     return [
@@ -168,7 +178,8 @@ def provenance(result: dict[str, Any]) -> dict[str, list[tuple[str, Any]]]:
     return {
         "source": [("repository", source.get("repo")), ("revision", source.get("revision")),
                    ("commit", source.get("commit") or "not recorded")],
-        "made_by": [("quantizer", mark.get("quantizer") or "not recorded"),
+        "made_by": [("layout", result.get("layout") or None),
+                    ("quantizer", mark.get("quantizer") or "not recorded"),
                     ("its table", mark.get("table")),
                     ("fingerprint of the source", mark.get("source"))],
         "versions": [*result["versions"].items(), ("verified", result["time"])],

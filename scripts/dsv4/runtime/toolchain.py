@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
+from dsv4.settings import without_settings
 from dsv4.stop import Stop
 from dsv4.storage.checkpoint import parse_json
 from dsv4.words import shown
@@ -27,6 +28,10 @@ ROOT = Path(__file__).resolve().parents[3]
 SCRIPTS = ROOT / "scripts"
 PATIENCE = 300  # seconds until a Python has said what it is: importing MLX takes long at first
 HEARD = 4 << 20  # bytes
+OTHERS = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "PYTHONUSERBASE", "__PYVENV_LAUNCHER__")
+# jang's model outside vMLX: without it the cache is one for short prompts, and decoding was off by
+# up to .40.
+LONG_PROMPTS = {"DSV4_LONG_CTX": "1"}
 PACKAGES = ("jang", "vmlx", "mlx", "mlx-lm", "mlx-vlm", "transformers", "torch")
 
 ANSWER = {
@@ -139,15 +144,16 @@ def app_versions(app: Path = APP) -> dict[str, str | None]:
 
 
 def environment() -> dict[str, str]:
-    """The environment for a toolchain process: no user site, nothing fetched from the hub, and no
-    module found in the folder that the user happens to stand in, which may be a bundle.
+    """The environment for a toolchain process: nothing of another Python's, no user site, none of
+    make's settings, nothing fetched from the hub, and no module found in the folder that the user
+    happens to stand in, which may be a bundle.
 
     Without Metal, MLX compiles fused kernels with the machine's C++ compiler, which may be missing
     and takes over a minute for the first answer; there it interprets them instead.
     """
     interpret = {} if has_metal() else {"MLX_DISABLE_COMPILE": "1"}
     ours = {"PYTHONNOUSERSITE": "1", "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"}
-    inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
+    inherited = {k: v for k, v in without_settings().items() if k not in OTHERS}
     return {**inherited, **ours, **interpret}
 
 

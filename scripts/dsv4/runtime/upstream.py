@@ -8,14 +8,13 @@ checked against their indexes around it. Hours for the 160 GB source, and it can
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 from dsv4.runtime.toolchain import environment
-from dsv4.stop import Stop
-from dsv4.storage import inside
+from dsv4.stop import Stop, naming
+from dsv4.storage import inside, volume
 from dsv4.storage.durable import fsync_folder
 from dsv4.storage.locks import LOCK
 from dsv4.storage.space import MARK
@@ -48,7 +47,7 @@ def make_durable(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             with path.open("rb") as file:
-                os.fsync(file.fileno())
+                volume.flush(file.fileno(), path)
         else:
             fsync_folder(path)
     fsync_folder(folder)
@@ -56,7 +55,7 @@ def make_durable(folder: Path) -> None:
 
 def is_native(shard: Path) -> bool:
     """True for a shard that the native converter finished: its metadata stands first in it."""
-    with shard.open("rb") as file:
+    with naming(shard), shard.open("rb") as file:
         return b'"convert_layout"' in file.read(4096)
 
 

@@ -11,13 +11,12 @@ nothing is put back or removed outside the bundle (dsv4/storage/inside.py).
 
 from __future__ import annotations
 
-import errno
 import os
 from pathlib import Path
 from typing import Any
 
 from dsv4.stop import Stop
-from dsv4.storage import inside
+from dsv4.storage import inside, volume
 from dsv4.storage.checkpoint import read_json
 from dsv4.storage.durable import TEMPORARY_SUFFIX, copy_file, fsync_folder, write_json
 from dsv4.storage.inside import DIRECTORY, FILE, LINK, NOTHING
@@ -66,7 +65,15 @@ class Backup:
     def nbytes(self) -> int:
         """Bytes of the disk that the originals cost: those that have no other name."""
         stats = [(self.files / name).lstat() for name in self.originals]
-        return sum(stat.st_size for stat in stats if stat.st_nlink == 1)
+        return sum(stat.st_size for stat in stats if stat.st_nlink <= 1)
+
+    def cost(self, names: list[str]) -> int:
+        """Bytes that keeping the originals of `names` costs at once: none where files may have two
+        names, else those of copies."""
+        new = [name for name in names if not self._has(name) and (self.bundle / name).is_file()]
+        if not new or volume.has_links(self.bundle):
+            return 0
+        return sum((self.bundle / name).stat().st_size for name in new)
 
     def begin(self, work: dict[str, Any]) -> None:
         """Note work that a killed run must find again."""
@@ -188,10 +195,6 @@ def link(root: Path, name: str, target: str) -> None:
         if inside.kind_at(old, first) == LINK:  # as the hub's cache has them
             os.symlink(os.readlink(first, dir_fd=old), last, dir_fd=new)
             return
-        try:
-            os.link(first, last, src_dir_fd=old, dst_dir_fd=new, follow_symlinks=False)
+        if volume.link(root / target, first, last, old, new):
             return
-        except OSError as error:
-            if error.errno == errno.EEXIST:
-                raise
     copy_file(root / name, root / target, root)

@@ -7,37 +7,25 @@ the folder is fsynced, so that after a crash the name holds either the old bytes
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import filecmp
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from dsv4.stop import Stop, naming
-from dsv4.storage import inside
+from dsv4.storage import inside, volume
 
 TEMPORARY_SUFFIX = ".partial"
 REPLACEABLE = (inside.FILE, inside.LINK, inside.NOTHING)  # a link itself goes, not what it leads to
-
-
-def fsync(fd: int) -> None:
-    """Put a file's bytes on the disk; on macOS past the drive's own cache, where fsync stops."""
-    if hasattr(fcntl, "F_FULLFSYNC"):
-        with contextlib.suppress(OSError):  # file systems without it still have fsync
-            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
-            return
-    os.fsync(fd)
 
 
 def fsync_folder(folder: Path) -> None:
     """Make the names in `folder` durable."""
     fd = os.open(folder, os.O_RDONLY)
     try:
-        with naming(folder):
-            os.fsync(fd)
+        volume.flush_folder(fd, folder)
     finally:
         os.close(fd)
 
@@ -68,28 +56,31 @@ class Replacement:
             file = inside.create_anew(self._folder, self._temporary, temporary)
             self.file = os.fdopen(file, "w+b")
             self._open = opening.pop_all()
+            self._done = False
 
     def commit(self) -> None:
         """Make the bytes durable, then the name; `path` never names anything but whole files."""
-        with inside.naming(self.path):
+        with inside.naming_whole(self.path):
             self.file.flush()
-            fsync(self.file.fileno())
+            volume.flush(self.file.fileno(), self.path)
             with contextlib.suppress(FileNotFoundError):
                 mode = os.stat(self._name, dir_fd=self._folder).st_mode
-                os.fchmod(self.file.fileno(), mode & 0o777)
+                volume.set_mode(self.file.fileno(), self.path, mode & 0o777)
+            self.file.close()  # some servers rename no file that is open
             inside.rename(self._folder, self._temporary, self._folder, self._name)
-            os.fsync(self._folder)
-        self.file.close()
+            volume.flush_folder(self._folder, self.path.parent)
         self._open.close()
+        self._done = True
 
     def discard(self) -> None:
         """Remove the temporary; `path` keeps its old bytes. Does nothing after `commit`."""
-        if not self.file.closed:
+        if not self._done:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._temporary, dir_fd=self._folder)
             with contextlib.suppress(OSError):  # a full disk: what is lost was to be dropped
                 self.file.close()
             self._open.close()
+            self._done = True
 
 
 @contextlib.contextmanager
@@ -110,8 +101,9 @@ def replacing(path: Path, root: Path | None = None) -> Iterator[IO[bytes]]:
 
 def write_bytes(path: Path, data: bytes, root: Path | None = None) -> bool:
     """Give `path` the content `data`; False when it has it already and nothing was written."""
-    if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data:
-        return False
+    with naming(path):
+        if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data:
+            return False
     with replacing(path, root) as file:
         file.write(data)
     return True
@@ -125,11 +117,19 @@ def write_json(path: Path, value: Any, root: Path | None = None) -> bool:
 
 def copy_file(source: Path, target: Path, root: Path | None = None) -> bool:
     """Copy one file durably; False when `target` has the same bytes already."""
-    if target.is_file() and filecmp.cmp(source, target, shallow=False):
-        return False
+    with naming(f"{source} or {target}"):  # a copy does not say which of the two it was
+        if target.is_file() and filecmp.cmp(source, target, shallow=False):
+            return False
     with source.open("rb") as reader, replacing(target, root) as writer:
-        shutil.copyfileobj(reader, writer, 1 << 20)
+        while data := read_some(reader, source):
+            writer.write(data)
     return True
+
+
+def read_some(reader: IO[bytes], path: Path) -> bytes:
+    """The next megabyte of an open file, whose path an error names."""
+    with naming(path):
+        return reader.read(1 << 20)
 
 
 def human(size: int) -> str:

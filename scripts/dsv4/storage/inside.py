@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dsv4.stop import Stop
+from dsv4.storage import volume
 from dsv4.words import shown
 
 FILE, DIRECTORY, LINK = "a file", "a folder", "a symbolic link"
@@ -53,19 +54,19 @@ def parent(root: Path, name: str, make: bool = False) -> Iterator[tuple[int, str
 def _descend(handle: int, part: str, path: Path, make: bool) -> int:
     """Open a folder in an open folder, which is closed then."""
     if make and kind_at(handle, part) == NOTHING:
-        with contextlib.suppress(FileExistsError), naming(path):
+        with contextlib.suppress(FileExistsError), naming_whole(path):
             os.mkdir(part, dir_fd=handle)
-            os.fsync(handle)
+            volume.flush_folder(handle, path.parent)
     if (found := kind_at(handle, part)) not in (DIRECTORY, NOTHING):
         raise Stop(f"{path}", found, f"a folder inside {path.parent}", AWAY)
-    with naming(path):
+    with naming_whole(path):
         below = os.open(part, _FOLDER_FLAGS | os.O_NOFOLLOW, dir_fd=handle)
     os.close(handle)
     return below
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
+def naming_whole(path: Path) -> Iterator[None]:
     """Give an operating-system error the whole path; relative to a descriptor it has a part."""
     try:
         yield
@@ -87,7 +88,7 @@ def kind_at(handle: int, last: str) -> str:
 def kind(root: Path, name: str) -> str:
     """What lies under a name inside `root`. Raises Stop for a link on the way to it."""
     try:
-        with parent(root, name) as (handle, last):
+        with parent(root, name) as (handle, last), naming_whole(root / name):
             return kind_at(handle, last)
     except FileNotFoundError:
         return NOTHING
@@ -105,12 +106,12 @@ def open_own(root: Path, name: str, flags: int) -> int:
 
     Raises Stop for anything else: a link, or a file that lies elsewhere too.
     """
-    with parent(root, name, make=True) as (handle, last), naming(root / name):
+    with parent(root, name, make=True) as (handle, last), naming_whole(root / name):
         if (found := kind_at(handle, last)) in (FILE, NOTHING):
             how = flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             file = os.open(last, how, 0o666, dir_fd=handle)
             status = os.fstat(file)
-            if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
+            if stat.S_ISREG(status.st_mode) and status.st_nlink <= 1:
                 return file
             os.close(file)
             found = "a file that has another name too"
@@ -123,7 +124,7 @@ def create_anew(handle: int, last: str, path: Path) -> int:
     found = kind_at(handle, last)
     if found not in (FILE, NOTHING):
         raise Stop(f"{path}", found, "no file, or what a killed run left", AWAY)
-    with naming(path):
+    with naming_whole(path):
         if found == FILE:
             os.unlink(last, dir_fd=handle)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -140,13 +141,13 @@ def move(root: Path, name: str, target: str, make: bool = False) -> None:
     with (
         parent(root, name) as (old, source),
         parent(root, target, make) as (new, last),
-        naming(root / target),
+        naming_whole(root / target),
     ):
         rename(old, source, new, last)
-        os.fsync(new)
+        volume.flush_folder(new, (root / target).parent)
         if kind_at(old, source) != NOTHING:  # replacing a file by itself does nothing
             os.unlink(source, dir_fd=old)
-        os.fsync(old)
+        volume.flush_folder(old, (root / name).parent)
 
 
 def rename(old: int, source: str, new: int, last: str) -> None:
@@ -158,9 +159,9 @@ def remove(root: Path, name: str) -> bool:
     """Remove a plain file or a link itself; False when nothing is there. Raises Stop else."""
     if expect(root, name, FILE, LINK, NOTHING) == NOTHING:
         return False
-    with parent(root, name) as (handle, last), naming(root / name):
+    with parent(root, name) as (handle, last), naming_whole(root / name):
         os.unlink(last, dir_fd=handle)
-        os.fsync(handle)
+        volume.flush_folder(handle, (root / name).parent)
     return True
 
 

@@ -1,78 +1,126 @@
 """One writer at a time: the lock that every stage takes before it changes a folder.
 
-A whole run holds FOLDER/.lock alone. Parts of one job hold it together, and each of the files that
-it writes alone, so that parts exclude each other exactly where they overlap. The system drops the
-locks of a process that dies. portalocker does the locking (flock).
+A whole run holds FOLDER/.lock alone. Parts of one job hold it together, and each a file of its own,
+whose name says which part of which work it is: .part-K-of-N-WORK.lock. It stays when the part ends,
+so that a part of another division or of other work, which would overlap, is refused; a whole run
+removes them all. The system drops the locks of a process that dies. portalocker does the locking
+(flock); where a volume has no locks, it is up to the user (dsv4/storage/volume.py).
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import portalocker
 
-from dsv4.stop import Stop
-from dsv4.storage import inside
+from dsv4.stop import Stop, naming
+from dsv4.storage import inside, volume
 
 LOCK = ".lock"
+OF_PART = re.compile(r"\.part-([0-9]+)-of-([0-9]+)-([0-9a-f]{12})\.lock")
 
 
-def lock_for(folder: Path, file: str = "") -> Path:
-    """The lock of a whole folder, or of one file in it: hidden."""
-    return folder / f".{file}{LOCK}" if file else folder / LOCK
+def lock_for(folder: Path) -> Path:
+    """The lock of a whole folder: hidden."""
+    return folder / LOCK
+
+
+def is_lock(name: str) -> bool:
+    """True for the name of a lock that is made here."""
+    return name == LOCK or OF_PART.fullmatch(name) is not None
 
 
 @contextlib.contextmanager
-def held(folder: Path, part: Iterable[str] | None = None) -> Iterator[None]:
-    """Hold `folder` while the body runs; with `part`, only the files of that name in it.
+def held(folder: Path, part: tuple[int, int, str] | None = None) -> Iterator[None]:
+    """Hold `folder` while the body runs; with `part`, (k, n, work), the k-th of n parts of it.
 
-    A run that ends leaves no lock behind but FOLDER/.lock, when other parts may hold it too; a
-    whole run leaves none.
-    Raises Stop when another run holds what is asked for.
+    work: what all parts must agree on, any text. A whole run leaves no lock behind.
+    Raises Stop when another run holds what is asked for, and for a part of another number or work.
     """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_locked(lock_for(folder), alone=part is None))
-        for file in part or ():
-            stack.enter_context(_locked(lock_for(folder, file), alone=True))
+        stack.enter_context(_locked(lock_for(folder), alone=part is None, stays=part is not None))
         if part is None:
             remove_stale(folder)
+        else:
+            k, n, work = part
+            mine = f".part-{k}-of-{n}-{hashlib.sha256(work.encode()).hexdigest()[:12]}{LOCK}"
+            stack.enter_context(_locked(folder / mine, alone=True, stays=True))
+            try:
+                check_parts(folder, mine)
+            except Stop:
+                (folder / mine).unlink(missing_ok=True)
+                raise
         yield
 
 
+def check_parts(folder: Path, mine: str) -> None:
+    """Raise Stop when a part of another number, or of other work, was here before this one."""
+    _, n, work = OF_PART.fullmatch(mine).groups()
+    for path in sorted(folder.glob(f".part-*{LOCK}")):
+        if (of := OF_PART.fullmatch(path.name)) and of.group(2, 3) != (n, work):
+            found = f"a part of {of[2]}" if of[2] != n else "a part with other settings"
+            todo = f"go on as it was begun, or delete {folder}/.part-*{LOCK} when none runs"
+            found = f"{found} begun ({path.name})"
+            raise Stop(f"{folder}", found, f"parts of one job, --part K/{n}", todo)
+
+
 def remove_stale(folder: Path) -> None:
-    """Remove the locks of parts that were killed: empty plain files beside a shard's name."""
-    for path in folder.glob(f".?*.safetensors{LOCK}"):
-        if inside.kind(folder, path.name) == inside.FILE and not path.stat().st_size:
+    """Remove the locks of parts: empty plain files of such a name."""
+    for path in folder.glob(f".part-*{LOCK}"):
+        ours = is_lock(path.name) and inside.kind(folder, path.name) == inside.FILE
+        if ours and not path.stat().st_size:
             path.unlink()
 
 
 @contextlib.contextmanager
-def _locked(path: Path, alone: bool) -> Iterator[None]:
-    """Hold one lock file, and remove it in the end when it is held alone.
+def _locked(path: Path, alone: bool, stays: bool) -> Iterator[None]:
+    """Hold one lock file, and remove it in the end unless it `stays`.
 
     A link in its place is not followed, and nothing is waited for. Raises Stop for a link, for
     what is no plain file, and for a file with content: that is somebody's, and no lock.
     """
-    how = portalocker.LOCK_EX if alone else portalocker.LOCK_SH
-    handle = inside.open_own(path.parent, path.name, os.O_RDWR)
+    handle = _take(path, alone)
     try:
-        if os.fstat(handle).st_size:
-            raise Stop(f"{path}", "a file with content", "an empty lock", inside.AWAY)
-        try:
-            portalocker.lock(handle, how | portalocker.LOCK_NB)
-        except portalocker.AlreadyLocked as error:
-            raise Stop(f"{path.parent}", "another run at work on it", "one run on each part",
-                       "wait until it ends") from error  # fmt: skip
-        if not path.exists() or path.stat().st_ino != os.fstat(handle).st_ino:
-            todo = "start it again"
-            raise Stop(f"{path.parent}", "another run that just ended", "one run", todo)
-        try:
-            yield
-        finally:
-            if alone:
-                path.unlink(missing_ok=True)
+        yield
     finally:
+        if not stays:
+            path.unlink(missing_ok=True)
         os.close(handle)
+
+
+def _take(path: Path, alone: bool) -> int:
+    """Open and lock the file; its descriptor.
+
+    A run that ends removes its lock: what was opened before and locked after holds nothing, and is
+    opened again. A file system that numbers files anew each time never agrees; that one there is a
+    file of that name is enough in the end.
+    """
+    for last in (False, False, True):
+        handle = inside.open_own(path.parent, path.name, os.O_RDWR)
+        try:
+            if _is_held(handle, path, alone, last):
+                return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+    raise Stop(f"{path.parent}", "another run that just ended", "one run", "start it again")
+
+
+def _is_held(handle: int, path: Path, alone: bool, last: bool) -> bool:
+    """Lock an open file; False when its name is another file's, or, the `last` time, gone."""
+    with naming(path):
+        status = os.fstat(handle)
+    if status.st_size:
+        raise Stop(f"{path}", "a file with content", "an empty lock", inside.AWAY)
+    try:
+        volume.lock(handle, path, alone)
+    except portalocker.AlreadyLocked as error:
+        raise Stop(f"{path.parent}", "another run at work on it", "one run on each part",
+                   "wait until it ends") from error  # fmt: skip
+    return path.exists() and (last or path.stat().st_ino == status.st_ino)

@@ -11,9 +11,11 @@ from dsv4.stop import Stop, naming
 from dsv4.storage.shard import FLOATS, ITEMSIZE, NUMPY_DTYPE, REDO, Tensor
 from dsv4.storage.zeros import Watch
 
+OPEN = 4  # shards that a reader keeps open: a matrix and its scale, of the source and the bundle
+
 
 class Reader:
-    """Positioned reads from shards that stay open; one for each worker.
+    """Positioned reads from the shards that were read last, which stay open; one for each worker.
 
     watch: sees what is read, to find holes of zeros.
     """
@@ -24,14 +26,15 @@ class Reader:
 
     def read(self, tensor: Tensor, first: int = 0, nbytes: int | None = None) -> np.ndarray:
         """`nbytes` bytes of a tensor's data from byte `first`, uint8. Raises Stop at the end."""
-        if tensor.path not in self._open:
-            self._open[tensor.path] = os.open(tensor.path, os.O_RDONLY)
+        if tensor.pieces:
+            return self._read_pieces(tensor, first, nbytes)
+        fd = self._opened(tensor.path)
         wanted = tensor.nbytes - first if nbytes is None else nbytes
         data = b""
         while len(data) < wanted:
             at = tensor.offset + first + len(data)
             with naming(tensor.path):
-                more = os.pread(self._open[tensor.path], wanted - len(data), at)
+                more = os.pread(fd, wanted - len(data), at)
             if not more:
                 raise Stop(f"{tensor.path}", "its end", f"{tensor.name} there", REDO)
             data = data + more if data else more
@@ -39,6 +42,26 @@ class Reader:
         if self._watch:
             self._watch.see(tensor, first, array)
         return array
+
+    def _opened(self, path: Path) -> int:
+        """The descriptor of a shard; the one that was not read for longest is closed for it."""
+        fd = self._open.pop(path, -1)
+        if fd < 0:
+            if len(self._open) >= OPEN:
+                os.close(self._open.pop(next(iter(self._open))))
+            fd = os.open(path, os.O_RDONLY)
+        self._open[path] = fd  # the last one now
+        return fd
+
+    def _read_pieces(self, tensor: Tensor, first: int, nbytes: int | None) -> np.ndarray:
+        last = tensor.nbytes if nbytes is None else first + nbytes
+        parts, begin = [], 0
+        for piece in tensor.pieces:
+            start, end = max(first, begin), min(last, begin + piece.nbytes)
+            if start < end:
+                parts.append(self.read(piece, start - begin, end - start))
+            begin += piece.nbytes
+        return np.concatenate(parts) if parts else np.empty(0, np.uint8)
 
     def rows(self, tensor: Tensor, first: int, last: int) -> np.ndarray:
         """Rows `first` to `last` - 1 as bytes."""

@@ -4,8 +4,8 @@ A new shard's header is known before its first byte, so its bytes can be produce
 each shard is a list of pieces, and every worker takes the next piece, wherever it lies, and writes
 it to its place. Reading and writing are positioned (`preadv`, `pwrite`) through buffers that each
 worker keeps, and what was read or written leaves the page cache, so memory stays flat whatever the
-shards' sizes. At most one shard a worker is open; a shard takes its name when it is whole and on
-the disk, while the others work on the next.
+shards' sizes. A shard takes its name when it is whole and on the disk: one thread more waits for
+that while the workers go on, so at most one shard a worker, and one more, is open.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import fcntl
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -23,11 +24,12 @@ from typing import Protocol
 import numpy as np
 
 from dsv4.stop import Stop, naming
+from dsv4.storage import volume
 from dsv4.storage.durable import Replacement
 from dsv4.storage.shard import REDO
-from dsv4.storage.zeros import check_hole
 
-COPY_BYTES = 4 << 20
+COPY_BYTES = 4 << 20  # a piece of what is copied, and what is forgotten at one time
+BLOCK_BYTES = 256 << 10  # what is read and then written: small enough for a core's own cache
 
 
 class Desk:
@@ -55,7 +57,7 @@ class Desk:
             if n == 0:
                 raise Stop(f"{path}", f"its end at byte {offset + done:,}", "more bytes", REDO)
             done += n
-        forget(self._fd, offset, done)
+        pass_by(self._fd, offset, done)
 
     def _open(self, path: Path) -> None:
         if self._path != path:
@@ -95,7 +97,7 @@ class Target:
         while done < len(view):
             with naming(self._replacement.path):
                 done += os.pwrite(self._fd, view[done:], offset + done)
-        forget(self._fd, offset, done)
+        pass_by(self._fd, offset, done)
 
     def commit(self) -> None:
         """Give the whole, durable file its name."""
@@ -113,21 +115,34 @@ def reserve(fd: int, size: int) -> None:
             os.posix_fallocate(fd, 0, size)
             return
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+            if error.errno not in volume.UNKNOWN:
                 raise
-    os.ftruncate(fd, size)
+    try:
+        os.ftruncate(fd, size)
+    except OSError as error:
+        if error.errno not in {*volume.UNKNOWN, errno.EPERM}:  # then it grows as it is written
+            raise
 
 
 def bypass_cache(fd: int) -> None:
     """On macOS keep a file's bytes out of the page cache; `forget` does it elsewhere."""
     if hasattr(fcntl, "F_NOCACHE"):
-        fcntl.fcntl(fd, fcntl.F_NOCACHE, 1)
+        with contextlib.suppress(OSError):  # advice, which need not be taken
+            fcntl.fcntl(fd, fcntl.F_NOCACHE, 1)
 
 
 def forget(fd: int, offset: int, nbytes: int) -> None:
     """Tell the system that these bytes are not needed again; Linux starts writing dirty ones."""
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+        with contextlib.suppress(OSError):  # advice, which need not be taken
+            os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+
+def pass_by(fd: int, offset: int, nbytes: int) -> None:
+    """Forget whole stretches of COPY_BYTES, when a reader or writer comes to the end of one."""
+    first, last = (at // COPY_BYTES * COPY_BYTES for at in (offset, offset + nbytes))
+    if first < last:
+        forget(fd, first, last - first)
 
 
 class Piece(Protocol):
@@ -148,8 +163,6 @@ class CopyPiece:
     offset: int
     place: int
     nbytes: int
-    name: str = ""
-    hole: int | None = None  # so many zeros in a row stop the copy
 
     @property
     def nbytes_read(self) -> int:
@@ -157,19 +170,17 @@ class CopyPiece:
         return self.nbytes
 
     def write(self, target: Target, desk: Desk) -> None:
-        """Copy through a buffer of at most COPY_BYTES."""
-        data = desk.buffer("copy", self.nbytes)
-        desk.read(self.path, self.offset, data)
-        check_hole(self.path, self.name, data, self.offset, self.hole)
-        target.write(self.place, data)
+        """Copy through a buffer of at most BLOCK_BYTES."""
+        for done in range(0, self.nbytes, BLOCK_BYTES):
+            data = desk.buffer("copy", min(BLOCK_BYTES, self.nbytes - done))
+            desk.read(self.path, self.offset + done, data)
+            target.write(self.place + done, data)
 
 
-def copy_pieces(
-    path: Path, offset: int, place: int, nbytes: int, name: str = "", hole: int | None = None
-) -> list[CopyPiece]:
+def copy_pieces(path: Path, offset: int, place: int, nbytes: int) -> list[CopyPiece]:
     """Cut a copy of any size into pieces of at most COPY_BYTES."""
     return [
-        CopyPiece(path, offset + done, place + done, min(COPY_BYTES, nbytes - done), name, hole)
+        CopyPiece(path, offset + done, place + done, min(COPY_BYTES, nbytes - done))
         for done in range(0, nbytes, COPY_BYTES)
     ]
 
@@ -212,6 +223,7 @@ class _Rewriter:
 
     def run(self) -> None:
         threads = [threading.Thread(target=self._work, daemon=True) for _ in range(self._jobs)]
+        self._flusher = ThreadPoolExecutor(1)
         try:
             for thread in threads:
                 thread.start()
@@ -223,6 +235,7 @@ class _Rewriter:
             for thread in threads:
                 if thread.is_alive():
                     thread.join()
+            self._flusher.shutdown(cancel_futures=self._error is not None)
             for target in self._open:
                 target.discard()
         if self._error is not None:
@@ -252,7 +265,7 @@ class _Rewriter:
                     return self._current, self._current.pieces.pop()
                 if not self._waiting:
                     return None
-                if len(self._open) < self._jobs:
+                if len(self._open) <= self._jobs:
                     self._current = Target(self._waiting.pop())
                     self._open.add(self._current)
                 else:
@@ -260,13 +273,19 @@ class _Rewriter:
             return None
 
     def _finish(self, target: Target, piece: Piece) -> None:
-        """Count a piece as written; the worker with a shard's last piece commits the shard."""
+        """Count a piece as written; after a shard's last one the shard is flushed and named."""
         with self._changed:
             self._progress(piece.nbytes)
             target.left -= 1
-            if target.left:
-                return
-        target.commit()
+            if not target.left:
+                self._flusher.submit(self._commit, target)
+
+    def _commit(self, target: Target) -> None:
+        try:
+            target.commit()
+        except BaseException as error:
+            self._fail(error)
+            return
         with self._changed:
             self._open.discard(target)
             self._changed.notify_all()

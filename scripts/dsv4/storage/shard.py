@@ -51,7 +51,11 @@ SAMPLE_BYTES = 4096
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """Where one tensor lies: `nbytes` bytes from `offset` (absolute, in bytes) of `path`."""
+    """Where one tensor lies: `nbytes` bytes from `offset` (absolute, in bytes) of `path`.
+
+    disk: what it is called there, where `name` is another one; pieces: what it is made of, one
+    after the other, where its bytes do not lie together.
+    """
 
     name: str
     dtype: str
@@ -59,6 +63,8 @@ class Tensor:
     path: Path
     offset: int
     nbytes: int
+    disk: str = ""
+    pieces: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -292,7 +298,7 @@ class Layout:
         """True when `path` is this very shard: one takes its name only when it is complete."""
         if not path.is_file() or path.stat().st_size != self.size:
             return False
-        with path.open("rb") as file:
+        with naming(path), path.open("rb") as file:
             return file.read(len(self.header)) == self.header
 
 

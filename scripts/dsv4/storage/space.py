@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
+
+from dsv4.stop import Stop
+from dsv4.storage.durable import human
 
 MARK = ".converting"  # in a workplace: a converter made this folder, and may empty it
 
@@ -21,10 +25,29 @@ def existing_parent(path: Path) -> Path:
     return path
 
 
-def free(path: Path) -> int:
-    """Bytes that a user may still write on the volume of `path`."""
-    stat = os.statvfs(existing_parent(path))
-    return stat.f_bavail * stat.f_frsize
+def free(path: Path) -> int | None:
+    """Bytes that a user may still write on the volume of `path`; None where it does not say."""
+    try:
+        stat = os.statvfs(existing_parent(path))
+    except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
+            return None
+        raise
+    return stat.f_bavail * stat.f_frsize if stat.f_blocks else None  # some FUSE: all is 0
+
+
+def check_own(bundle: Path) -> None:
+    """Raise Stop for the root of a volume: what is made beside it would lie on another one, and
+    could not take its name."""
+    if bundle.is_mount():
+        raise Stop(f"{bundle}", "a volume's own root", "a folder on it", f"BUNDLE={bundle}/NAME")
+
+
+def check_room(path: Path, need: int, why: str, todo: str) -> None:
+    """Raise Stop when the volume of `path` says that it lacks room for `need` bytes."""
+    there = free(path)
+    if there is not None and need > there:
+        raise Stop(f"{path}", f"{human(there)} free", f"{human(need)}{why}", todo)
 
 
 def same_volume(a: Path, b: Path) -> bool:

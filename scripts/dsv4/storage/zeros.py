@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
-from dsv4.stop import Stop
 from dsv4.storage.shard import Tensor
 
 PAGE = 4096
@@ -69,15 +67,3 @@ class Watch:
                 self._zeros[tensor] = before + len(data)
         elif (at := zero_run(data, least)) is not None:
             self.holes[tensor] = tensor.offset + first + at
-
-
-def check_hole(path: Path, name: str, data: np.ndarray, offset: int, least: int | None) -> None:
-    """Raise Stop when `data`, read at `offset` of `path`, has a run of `least` zeros or more.
-
-    None: the tensor may hold any number of them.
-    """
-    if least is not None and (at := zero_run(data, least)) is not None:
-        raise Stop(
-            f"{path}: {name}", f"{least:,} zero bytes or more from byte {offset + at:,} on",
-            "numbers there: a download left a hole", "fetch this file again",
-        )  # fmt: skip

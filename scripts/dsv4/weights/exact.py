@@ -11,7 +11,6 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from dsv4.model.names import GROUP
 from dsv4.weights.affine import BAD, OK, UNDERFLOW, BadGroup, Tally
 from dsv4.weights.fp4 import E2M1, UE8M0
 
@@ -115,16 +114,4 @@ def copy(
     if len(bad):
         raise bad_exponent(int(bad[0]), 255)
     weight[:], scales[:] = packed, exponents
-    return Tally(energy=_energy(packed, exponents, _SQUARES, _POWERS))
-
-
-@numba.njit(nogil=True, cache=True)
-def _energy(packed, exponents, squares, powers):
-    """The sum of squares of all weights."""
-    energy = 0.0
-    for group in range(len(exponents)):
-        total = 0
-        for byte in range(GROUP // 2):
-            total += squares[packed[16 * group + byte]]
-        energy += total * powers[exponents[group]]
-    return energy / 4
+    return Tally()  # of no error: the sum of squares would be read by nobody

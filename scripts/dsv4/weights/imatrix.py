@@ -1,4 +1,4 @@
-"""Read an importance matrix: how much each input column of a routed expert matters.
+"""Read and write an importance matrix: how much each input column of a routed expert matters.
 
 llama.cpp's legacy binary form (tools/imatrix/imatrix.cpp before it wrote GGUF; written for this
 model by antirez/ds4, ds4.c `imatrix_collector_save`), little-endian: an int32 number of entries;
@@ -16,11 +16,11 @@ Like a shard, the file is taken for hostile: nothing is allocated that it does n
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
-import mmap
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,9 +28,11 @@ import numpy as np
 
 from dsv4.model.names import parse_expert
 from dsv4.model.opening import expert_bases
-from dsv4.stop import Stop
+from dsv4.stop import Stop, naming
 from dsv4.storage.bounds import IMATRIX
 from dsv4.storage.checkpoint import Checkpoint
+from dsv4.storage.durable import replacing
+from dsv4.storage.volume import UNKNOWN
 from dsv4.words import plain
 
 GGUF_NAME = {"w1": "ffn_gate_exps", "w2": "ffn_down_exps", "w3": "ffn_up_exps"}
@@ -78,7 +80,7 @@ EVEN = Importance()  # all columns count the same
 class _Reader:
     """Reads numbers and names one after another; Stop where the file ends before they do."""
 
-    def __init__(self, path: Path, data: mmap.mmap) -> None:
+    def __init__(self, path: Path, data: np.ndarray) -> None:
         self.path, self.data, self.at = path, data, 0
 
     def skip(self, nbytes: int, what: str) -> int:
@@ -107,7 +109,7 @@ class _Reader:
             raise Stop(f"{self.path}: {what}", f"{length:,} bytes", f"at most {MAX_NAME}", REDO)
         start = self.skip(length, what)
         try:
-            return self.data[start : start + length].decode()
+            return bytes(self.data[start : start + length]).decode()
         except UnicodeDecodeError as error:
             raise Stop(f"{self.path}: {what}", "no UTF-8", "a name", REDO) from error
 
@@ -122,24 +124,34 @@ def open_imatrix(path: Path) -> Imatrix:
         raise Stop(f"{path}", "no such file, or an empty one", "an imatrix (.dat)", REDO)
     if path.stat().st_size > IMATRIX:
         raise Stop(f"{path}", f"{path.stat().st_size:,} bytes", f"at most {IMATRIX:,}", REDO)
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        if data[:4] == b"GGUF":
-            raise Stop(
-                f"{path}", "a GGUF imatrix", "the .dat form",
-                "write it again with llama-imatrix --output-format dat",
-            )  # fmt: skip
-        reader = _Reader(path, data)
-        entries: dict[str, Entry] = {}
-        for i in range(reader.number("number of entries", 1)):
-            name = reader.name(f"name of entry {i}", 1)
-            calls = reader.number(f"{name}: calls", 0)
-            count = reader.number(f"{name}: values", 1)
-            if name in entries:
-                raise Stop(f"{path}: {name}", "this entry twice", "each once", REDO)
-            entries[name] = Entry(calls, reader.skip(4 * count, f"{name}: values"), count)
-        dataset = _trailer(reader)
-        digest = hashlib.sha256(data).hexdigest()
-    return Imatrix(path, entries, digest, dataset)
+    data = mapped(path)
+    if bytes(data[:4]) == b"GGUF":
+        raise Stop(
+            f"{path}", "a GGUF imatrix", "the .dat form",
+            "write it again with llama-imatrix --output-format dat",
+        )  # fmt: skip
+    reader = _Reader(path, data)
+    entries: dict[str, Entry] = {}
+    for i in range(reader.number("number of entries", 1)):
+        name = reader.name(f"name of entry {i}", 1)
+        calls = reader.number(f"{name}: calls", 0)
+        count = reader.number(f"{name}: values", 1)
+        if name in entries:
+            raise Stop(f"{path}: {name}", "this entry twice", "each once", REDO)
+        entries[name] = Entry(calls, reader.skip(4 * count, f"{name}: values"), count)
+    dataset = _trailer(reader)
+    return Imatrix(path, entries, hashlib.sha256(data).hexdigest(), dataset)
+
+
+def mapped(path: Path) -> np.ndarray:
+    """A file's bytes, uint8: mapped, or read where the file system maps nothing (some FUSE)."""
+    with naming(path):
+        try:
+            return np.memmap(path, np.uint8, mode="r")
+        except OSError as error:
+            if error.errno not in {*UNKNOWN, errno.ENODEV}:
+                raise
+        return np.fromfile(path, np.uint8)
 
 
 def _trailer(reader: _Reader) -> str:
@@ -152,6 +164,22 @@ def _trailer(reader: _Reader) -> str:
             f"{reader.path}", f"{len(reader.data):,} bytes", f"{reader.at:,} by its entries", REDO
         )
     return dataset
+
+
+def write_imatrix(
+    path: Path, count: int, entries: Iterable[tuple[str, np.ndarray]], dataset: str
+) -> None:
+    """Write `count` entries (name, means of squares (experts, columns)), each as of one call."""
+
+    def name_bytes(name: str) -> bytes:
+        return struct.pack("<i", len(name.encode())) + name.encode()
+
+    with replacing(path) as file:
+        file.write(struct.pack("<i", count))
+        for name, means in entries:
+            file.write(name_bytes(name) + struct.pack("<ii", 1, means.size))
+            file.write(np.ascontiguousarray(means, "<f4").data)
+        file.write(struct.pack("<i", 1) + name_bytes(dataset))
 
 
 def entry_name(base: str, layers: int) -> str:
@@ -171,7 +199,7 @@ def importances(imatrix: Imatrix, source: Checkpoint) -> Importance:
     Raises Stop when the entry of a main layer is missing, or any has the wrong size.
     """
     layers, experts = source.config["num_hidden_layers"], source.config["n_routed_experts"]
-    values = np.memmap(imatrix.path, np.uint8, mode="r")
+    values = mapped(imatrix.path)
     out = {}
     for base in expert_bases(source):
         _, half = source.tensors[f"{base}.weight"].shape

@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 
 from dsv4.model.labels import DEFAULT, parts_of
-from dsv4.model.names import BLOCK, GROUP, most_zeros
+from dsv4.model.names import BLOCK, GROUP
 from dsv4.stop import Stop
 from dsv4.storage.reading import as_float32
 from dsv4.storage.rewrite import Desk, Target
 from dsv4.storage.shard import ITEMSIZE, Slot, Tensor
-from dsv4.storage.zeros import check_hole
 from dsv4.weights import fp8
+from dsv4.weights.source import read_bytes
 
 PIECE_ELEMENTS = 1 << 20  # decoded at a time: 4 MB of float32
 
@@ -104,11 +104,7 @@ class MatrixPiece:
         """The rows as float32 (rows, columns). Raises Stop for a NaN or an infinity."""
         rows, columns = self.last - self.first, self.weight.shape[1]
         stride = columns * ITEMSIZE[self.weight.dtype]
-        data = desk.buffer("codes", rows * stride)
-        offset = self.weight.offset + self.first * stride
-        desk.read(self.weight.path, offset, data)
-        hole = most_zeros(self.weight.name, self.weight.dtype, self.weight.nbytes)
-        check_hole(self.weight.path, self.weight.name, data, offset, hole)
+        data = read_bytes(desk, self.weight, self.first * stride, rows * stride, "codes")
         if self.scale is None:
             values = as_float32(data, self.weight.dtype).reshape(rows, columns)
         else:
@@ -120,10 +116,7 @@ class MatrixPiece:
         """The scale bytes of these rows' blocks, uint8 (⌈rows/128⌉, ⌈columns/128⌉)."""
         first, last = self.first // BLOCK, -(-self.last // BLOCK)
         blocks = self.scale.shape[1]
-        data = desk.buffer("exponents", (last - first) * blocks)
-        desk.read(self.scale.path, self.scale.offset + first * blocks, data)
-        hole = most_zeros(self.scale.name, self.scale.dtype, self.scale.nbytes)
-        check_hole(self.scale.path, self.scale.name, data, self.scale.offset, hole)
+        data = read_bytes(desk, self.scale, first * blocks, (last - first) * blocks, "exponents")
         return data.reshape(last - first, blocks)
 
     def write(self, target: Target, desk: Desk) -> None:
@@ -182,11 +175,8 @@ class HalfPiece:
 
     def write(self, target: Target, desk: Desk) -> None:
         """Read, round, write. Raises Stop for a value that F16 cannot hold."""
-        data = desk.buffer("codes", self.nbytes_read)
-        offset = self.tensor.offset + ITEMSIZE[self.tensor.dtype] * self.first
-        desk.read(self.tensor.path, offset, data)
-        hole = most_zeros(self.tensor.name, self.tensor.dtype, self.tensor.nbytes)
-        check_hole(self.tensor.path, self.tensor.name, data, offset, hole)
+        begin = ITEMSIZE[self.tensor.dtype] * self.first
+        data = read_bytes(desk, self.tensor, begin, self.nbytes_read, "codes")
         with np.errstate(over="ignore"):
             given = as_float32(data, self.tensor.dtype)
             values = given.astype(np.float16)

@@ -10,7 +10,6 @@ import argparse
 import hashlib
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +17,7 @@ import numpy as np
 from dsv4.model import labels
 from dsv4.model.names import GROUP
 from dsv4.model.plan import Form
+from dsv4.settings import Unfit, add_setting
 from dsv4.stop import Stop
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.weights import affine, exact, fp4, least_squares, matrices, optimal
@@ -307,26 +307,30 @@ def weighs(name: str) -> bool:
 
 
 def parse_name(text: str) -> str:
-    """The name of a quantizer. Raises argparse.ArgumentTypeError for another word."""
+    """The name of a quantizer. Raises Unfit for another word."""
     if not is_known(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is none of: {NAMES}")
+        raise Unfit(text, f"one of {NAMES}")
     return text
 
 
 def add_choice(parser: argparse.ArgumentParser) -> None:
     """The options by which a command is told its quantizer."""
-    parser.add_argument("--quantizer", type=parse_name, default="mlx", help=NAMES, metavar="NAME")
-    parser.add_argument("--imatrix", type=Path, help="importance of columns (.dat)")
-    parser.add_argument("--plan", type=Path, help="what plan.py wrote, for --quantizer mixture")
+    add_setting(parser, "QUANTIZER", type=parse_name, default="mlx", help=NAMES, metavar="NAME")
+    add_setting(parser, "IMATRIX", help="importance of columns (.dat)")
+    add_setting(parser, "PLAN", help="what plan.py wrote, for --quantizer mixture")
 
 
-def check_choice(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with a usage error when the options do not go together."""
-    if args.imatrix and not weighs(args.quantizer):
-        others = "optimal, affineBgG, small and mixture do"
-        parser.error(f"--imatrix: {args.quantizer} does not weigh errors; {others}")
-    if (args.quantizer == "mixture") != bool(args.plan):
-        parser.error("--quantizer mixture and --plan FILE go together: make plan writes one")
+def check_choice(args: argparse.Namespace) -> None:
+    """Raise Stop when the options do not go together."""
+    name = args.quantizer
+    if args.imatrix and not weighs(name):
+        raise Stop("IMATRIX", f"QUANTIZER={name}", "optimal, affineBgG, small or mixture: "
+                   "no other one weighs errors", "leave IMATRIX out, or choose one")  # fmt: skip
+    if args.plan and name != "mixture":
+        raise Stop("PLAN", f"QUANTIZER={name}", "mixture", "leave PLAN, FIT and SIZE out")
+    if name == "mixture" and not args.plan:
+        raise Stop("QUANTIZER=mixture", "no PLAN", "a file that make plan wrote",
+                   "make plan FIT=… or SIZE=…, or PLAN=FILE")  # fmt: skip
 
 
 def chosen(args: argparse.Namespace, source: Checkpoint) -> Quantizer:

@@ -1,0 +1,90 @@
+"""Read the source's tensors piece by piece, and stop where a download left a hole in one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from dsv4.model.names import most_zeros
+from dsv4.stop import Stop
+from dsv4.storage.rewrite import BLOCK_BYTES, COPY_BYTES, Desk, Target
+from dsv4.storage.shard import Tensor
+from dsv4.storage.zeros import PAGE, zero_run
+
+
+def read_bytes(desk: Desk, tensor: Tensor, first: int, nbytes: int, use: str) -> np.ndarray:
+    """`nbytes` bytes of a tensor from its byte `first`, uint8, in the desk's buffer for `use`.
+
+    Raises Stop when the file ends before, and for a hole.
+    """
+    data = desk.buffer(use, nbytes)
+    desk.read(tensor.path, tensor.offset + first, data)
+    check_hole(tensor, tensor.offset + first, data)
+    return data
+
+
+def blocks(
+    desk: Desk, tensor: Tensor, first: int, nbytes: int, row: int = 1
+) -> Iterator[tuple[int, np.ndarray]]:
+    """The same bytes as (first byte, data), whole rows of `row` bytes, about BLOCK_BYTES at a time.
+
+    So little stays in a core's own cache until it is written. A hole is found across blocks too:
+    the page before a block lies before it in the buffer. Tensors that may have longer runs of zeros
+    come in one block.
+    """
+    least = most_zeros(tensor.name, tensor.dtype, tensor.nbytes) or 0
+    step = max(row, BLOCK_BYTES // row * row) if least <= PAGE else nbytes
+    room = desk.buffer("block", PAGE + min(step, nbytes))
+    for at in range(first, first + nbytes, step):
+        end = PAGE + min(step, first + nbytes - at)
+        begin = 0 if at > first else PAGE
+        desk.read(tensor.path, tensor.offset + at, room[PAGE:end])
+        check_hole(tensor, tensor.offset + at - (PAGE - begin), room[begin:end])
+        yield at, room[PAGE:end]
+        room[:PAGE] = room[end - PAGE : end]
+
+
+def check_hole(tensor: Tensor, offset: int, data: np.ndarray) -> None:
+    """Raise Stop when `data`, of a tensor and read at `offset` of its file, has too many zeros."""
+    least = most_zeros(tensor.name, tensor.dtype, tensor.nbytes)
+    if least is not None and (at := zero_run(data, least)) is not None:
+        raise Stop(
+            f"{tensor.path}: {tensor.name}",
+            f"{least:,} zero bytes or more from byte {offset + at:,} on",
+            "numbers there: a download left a hole", "fetch this file again",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SamePiece:
+    """`nbytes` bytes of a tensor from its byte `first`, as they are."""
+
+    tensor: Tensor
+    first: int
+    nbytes: int
+    place: int  # where the tensor's first byte lies in the new shard
+    check: Callable[[int, np.ndarray], None] | None = None  # (first byte, data)
+
+    @property
+    def nbytes_read(self) -> int:
+        """The bytes that it reads."""
+        return self.nbytes
+
+    def write(self, target: Target, desk: Desk) -> None:
+        """Copy them. Raises Stop for a hole."""
+        for at, data in blocks(desk, self.tensor, self.first, self.nbytes):
+            if self.check:
+                self.check(at, data)
+            target.write(self.place + at, data)
+
+
+def same_pieces(
+    tensor: Tensor, place: int, check: Callable[[int, np.ndarray], None] | None = None
+) -> list[SamePiece]:
+    """Cut a tensor of any size into pieces of at most COPY_BYTES."""
+    return [
+        SamePiece(tensor, first, min(COPY_BYTES, tensor.nbytes - first), place, check)
+        for first in range(0, tensor.nbytes, COPY_BYTES)
+    ]

@@ -1,0 +1,91 @@
+"""convert --part: several processes on one folder, any of them killed, and the bytes of one run.
+
+Catches: a part that clears another's work away, two divisions that overlap, parts with different
+settings, a bundle that appears before it is whole.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import SCRIPTS
+from here import here, must, refusal
+from test_repair import digests
+
+BYTES = ("--shard-bytes", 40_000)
+
+
+@pytest.fixture(scope="module")
+def single(source, tmp_path_factory) -> dict[str, str]:
+    """What one run makes."""
+    bundle = tmp_path_factory.mktemp("single") / "bundle"
+    must("convert", "--source", source, "--bundle", bundle, *BYTES)
+    return digests(bundle)
+
+
+def start(source: Path, bundle: Path, part: str) -> subprocess.Popen:
+    folders = ["--source", source, "--bundle", bundle, *BYTES, "--part", part, "--jobs", 1]
+    command = [sys.executable, SCRIPTS / "convert.py", *folders]
+    return subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, text=True)
+
+
+def test_three_parts_at_once_one_of_them_killed_make_the_bytes_of_one_run(source, single, tmp_path):
+    bundle, work = tmp_path / "bundle", tmp_path / ".bundle.converting"
+    parts = [start(source, bundle, f"{k}/3") for k in (1, 2, 3)]
+    while not list(work.glob(".model-0000[369]-*.partial")) and parts[2].poll() is None:
+        time.sleep(0.0005)
+    parts[2].kill()
+    for part in parts[:2]:
+        assert "run once without --part" in part.communicate(timeout=120)[0]
+        assert part.returncode == 0
+    parts[2].communicate()
+    assert parts[2].returncode == -signal.SIGKILL
+    assert not bundle.exists()
+    done = {path.name: path.stat().st_mtime_ns for path in work.glob("model-*")}
+    must("convert", "--source", source, "--bundle", bundle, *BYTES, "--part", "3/3")
+    assert {f for f in single if f.startswith("model-0")} == {p.name for p in work.glob("model-*")}
+    assert done.items() <= {p.name: p.stat().st_mtime_ns for p in work.glob("model-*")}.items()
+    said = must("convert", "--source", source, "--bundle", bundle, *BYTES)
+    assert " 0 of " in said
+    assert digests(bundle) == single
+    again = must("convert", "--source", source, "--bundle", bundle, *BYTES, "--part", "1/3")
+    assert "already" in again
+
+
+def test_a_last_run_makes_what_a_part_left_out(source, single, tmp_path):
+    bundle = tmp_path / "bundle"
+    must("convert", "--source", source, "--bundle", bundle, *BYTES, "--part", "2/3")
+    must("convert", "--source", source, "--bundle", bundle, *BYTES)
+    assert digests(bundle) == single
+
+
+def test_parts_that_do_not_belong_together_are_refused(source, tmp_path):
+    job = ("convert", "--source", source, "--bundle", tmp_path / "bundle", *BYTES)
+    must(*job, "--part", "2/3")
+    before = digests(tmp_path)
+    assert "a part of 3 begun" in refusal(*job, "--part", "2/4")
+    for other in (("--quantizer", "mxfp4"), ("--shard-bytes", 50_000)):
+        line = refusal(*job, *other, "--part", "1/3")
+        assert "with other settings begun" in line
+        assert f"{tmp_path / '.bundle.converting'}: " in line
+    assert digests(tmp_path) == before
+
+
+@pytest.mark.parametrize("part", ["0/3", "4/3", "3", "/3", "1/", "-1/3", "1/3/3", "1/0", "", "a/b"])
+def test_a_part_that_is_none_is_refused_in_one_line(part, source, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        here("convert", "--source", source, "--bundle", tmp_path / "bundle", "--part", part)
+    assert stopped.value.code == 2
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("other", [("--low-disk", "--repo", "a/b"), ("--converter", "jang")])
+def test_a_part_goes_with_neither_little_disk_nor_upstream(other, source, tmp_path):
+    with pytest.raises(SystemExit):
+        here("convert", "--source", source, "--bundle", tmp_path / "b", "--part", "1/2", *other)
+    assert not list(tmp_path.iterdir())
