@@ -169,12 +169,14 @@ def _joined(came: list[tuple[float, bytes]], endpoint: Endpoint, seconds: float)
 
 def _events(came: list[tuple[float, bytes]], key: str) -> Iterator[tuple[float, bytes]]:
     """The data of each event, and when its line was whole (seconds)."""
-    rest = b""
+    rest = bytearray()
     for when, piece in came:
-        *lines, rest = (rest + piece).split(b"\n")
-        for line in lines:
-            if line.startswith(b"data:"):
-                yield when, _hidden(line[5:].strip(), key)
+        rest += piece
+        if b"\n" in piece:
+            *lines, rest = rest.split(b"\n")
+            for line in lines:
+                if line.startswith(b"data:"):
+                    yield when, _hidden(bytes(line[5:].strip()), key)
 
 
 def _body(endpoint: Endpoint, body: dict[str, Any]) -> str:

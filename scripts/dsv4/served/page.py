@@ -71,10 +71,17 @@ def _told(value: float | None, unit: str) -> str:
     return "–" if value is None else f"{value:,.3g} {unit}"
 
 
+def together(sides: list[dict[str, Any]]) -> list[tuple[dict[str, Any], ...]]:
+    """The same measurement of each side; of one that was not measured an empty one."""
+    longest = max((side["speed"] for side in sides), key=len)
+    none = [{**one, "first": None, "rate": None, "why": "not measured"} for one in longest]
+    return list(zip(*(side["speed"] or none for side in sides), strict=True))
+
+
 def speeds(sides: list[dict[str, Any]]) -> list[tuple]:
     """A measurement each: prompt, requests at once, then time and rate of each side."""
     out = []
-    for measured in zip(*(side["speed"] for side in sides), strict=True):
+    for measured in together(sides):
         about = measured[0]
         told = [(_told(one["first"], "s"), _told(one["rate"], "/s"), one["why"])
                 for one in measured]  # fmt: skip
@@ -89,8 +96,8 @@ def drawings(sides: list[dict[str, Any]]) -> list[dict[str, Any]]:
                              ("Tokens a second, all requests together", "rate", "/s")):  # fmt: skip
         bars = [
             (f"{one['prompt']:,} × {one['at_once']}", number, one[key])
-            for together in zip(*(side["speed"] for side in sides), strict=True)
-            for number, one in enumerate(together)
+            for measured in together(sides)
+            for number, one in enumerate(measured)
             if one[key] is not None
         ]
         most = max((value for _, _, value in bars), default=0) or 1
