@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.storage.durable import human
-from dsv4.words import plain
+from dsv4.words import filled
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 SHOWN = 2000  # characters of one value
@@ -17,22 +17,12 @@ SHOWN = 2000  # characters of one value
 
 def page(result: dict[str, Any]) -> str:
     """The whole page of what `accept` writes as JSON."""
-    from jinja2 import Environment  # here: importing it takes longer than a page
-
-    environment = Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=visible
-    )
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     sides = [result["server"], *([result["against"]] if result["against"] else [])]
-    return template.render(
+    return filled(
+        TEMPLATE, SHOWN,
         result=result, sides=sides, said=verdict(result), rows=rows(sides), speed=speeds(sides),
         drawings=drawings(sides), human=human,
     )  # fmt: skip
-
-
-def visible(value: Any) -> Any:
-    """What the page shows of a value: text made plain; jinja2 then escapes it for HTML."""
-    return plain(value, SHOWN) if type(value) is str else value
 
 
 def verdict(result: dict[str, Any]) -> str:
