@@ -44,6 +44,7 @@ from dsv4.served.nano import held_out
 from dsv4.settings import add_setting
 from dsv4.stop import run
 from dsv4.storage.durable import write_bytes, write_json
+from dsv4.streaming.comparison import log_softmax
 from dsv4.weights.quantizer import QUANTIZERS
 from dsv4.weights.synthetic import RULES
 
@@ -114,11 +115,6 @@ def every_logit(
     command = script(python, "lab/logits", "--folder", folder, "--how", how)
     call([*command, "--every", "--out", str(out)], f"logits of {folder}", ALONE, json.dumps(ids))
     return np.load(out).astype(np.float64)
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
 def model_error(
