@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dsv4.runtime.server import ANSWER, LM_NAME, TEXT, Answer, exchange, our_name, read_answer
+from dsv4.runtime.server import ANSWER, LM_NAME, TEXT, Answer, answer_of, exchange, our_name
 from dsv4.stop import Stop
 from dsv4.storage.checkpoint import parse_json
 from dsv4.words import plain, several, shown
@@ -115,9 +115,8 @@ def ask(endpoint: Endpoint, body: dict[str, Any], seconds: float) -> Reply:
     """The answer to a request, in one piece. Raises Stop when there is none in `seconds`."""
     start = time.monotonic()
     data = _sent(endpoint, "POST", "/v1/chat/completions", _body(endpoint, body), seconds)
-    where = f"{endpoint.url}: its answer"
-    value = parse_json(data, where, WHOLE)
-    answer = read_answer(data, endpoint.url)
+    value = parse_json(data, f"{endpoint.url}: its answer", WHOLE)
+    answer = answer_of(value, endpoint.url)
     calls = [(one.get("id") or "", one["function"]["name"], one["function"]["arguments"])
              for one in value["choices"][0]["message"].get("tool_calls") or []]  # fmt: skip
     usage = value.get("usage") or {}
