@@ -106,11 +106,6 @@ def stacked(place: str, block: str = "layers.N", names: dict[str, str] = PROJECT
     return [(f"{block}.ffn.experts.E.{w}", f"{place}.{name}") for w, name in names.items()]
 
 
-def each(place: str, names: dict[str, str] = PROJECTION) -> list[Line]:
-    """The matrices of the shared expert, or with E of each routed one, under other names."""
-    return [(f"layers.N.ffn.{place}.{w}", f"layers.N.ffn.{place}.{n}") for w, n in names.items()]
-
-
 W = {w: w for w in PROJECTION}
 
 
