@@ -18,7 +18,7 @@ answers. With DeepSeek-V4-Flash it takes minutes, the prompts of 16,000 tokens m
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -54,18 +54,27 @@ def parse() -> argparse.Namespace:
     return args
 
 
+def told(outcome: case.Outcome) -> case.Outcome:
+    """Say an outcome."""
+    why = f": {outcome.why}" if outcome.why else ""
+    say(f"{outcome.verdict:8}{outcome.name} ({outcome.seconds:g} s){why}", flush=True)
+    return outcome
+
+
 def examine(endpoint: Endpoint, context: int) -> dict[str, Any]:
-    """Ask one server everything; say each outcome as it comes."""
-    nano = case.is_nano(endpoint)
-    outcomes = []
+    """Ask one server everything; say each outcome as it comes.
+
+    One that gives no usable answer to the first question is asked nothing else.
+    """
+    first, nano = case.introduce(endpoint)
+    outcomes, answers = [told(first)], first.verdict == "right"
     for one in (*basics.CASES, *abilities.cases(context, endpoint.most)):
-        outcomes.append(outcome := case.judge(endpoint, one, nano))
-        why = f": {outcome.why}" if outcome.why else ""
-        say(f"{outcome.verdict:8}{outcome.name} ({outcome.seconds:g} s){why}", flush=True)
-    speeds = speed.measure(endpoint, context)
+        one = one if answers else replace(one, skip="the first question had no answer")
+        outcomes.append(told(case.judge(endpoint, one, nano)))
+    speeds = speed.measure(endpoint, context) if answers else []
     for one in speeds:
-        told = one.why or f"first token {one.first:g} s, {one.rate or 'too few'} tokens/s"
-        say(f"speed   {one.prompt:,} tokens × {one.at_once}: {told}", flush=True)
+        measured = one.why or f"first token {one.first:g} s, {one.rate or 'too few'} tokens/s"
+        say(f"speed   {one.prompt:,} tokens × {one.at_once}: {measured}")
     return {
         "url": endpoint.url, "model": endpoint.model, "nano": nano,
         "memory": resident(endpoint.url),

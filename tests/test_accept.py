@@ -15,10 +15,12 @@ import pytest
 from conftest import refusal, script
 from model_server import LIMIT, Model
 
-from dsv4.runtime.server import free_port
-from dsv4.served import abilities, basics, case, client
+from dsv4.runtime.memory import resident
+from dsv4.runtime.server import Answer, free_port
+from dsv4.served import abilities, basics, case, client, speed
+from dsv4.stop import Stop
 
-CASES = (*basics.CASES, *abilities.cases(6000, LIMIT))
+CASES = (*basics.CASES, *abilities.cases(16000, LIMIT))
 # Each planted fault, and the cases that must see it; no other may be wrong.
 FAULTS = {
     "wrong-sum": {
@@ -44,7 +46,7 @@ FAULTS = {
     "cross-talk": {"among-others"},
     "left-answer": {"cancelled"},
     "left-hang": {"cancelled"},
-    "needle-lost": {"needle-6000"},
+    "needle-lost": {"needle-6000", "needle-16000"},
     "call-as-text": {"tool-call"},
     "call-stops": {"tool-call"},
     "wrong-city": {"tool-call"},
@@ -120,10 +122,11 @@ def test_a_right_server_is_accepted_and_measured(tmp_path):
     with Model() as server:
         status, said, result, page = told(server, tmp_path)
     assert (status, result["verdict"]) == (0, "right"), said
-    assert {one["verdict"] for one in result["server"]["cases"]} == {"right"}
+    left_out = {c["name"]: c["why"] for c in result["server"]["cases"] if c["verdict"] != "right"}
+    assert left_out == {"needle-6000": "CONTEXT=1000", "needle-16000": "CONTEXT=1000"}
     measured = [(s["prompt"], s["at_once"]) for s in result["server"]["speed"]]
     assert measured == [(100, 1), (100, 4), (1000, 1), (1000, 4)]
-    assert "Accepted: 19 cases right, 0 wrong, 0 skipped." in page
+    assert "Accepted: 20 cases right, 0 wrong, 2 skipped." in page
     assert result["server"]["memory"] > 1 << 20  # of this process, which serves
 
 
@@ -149,6 +152,8 @@ def test_a_key_that_a_server_sends_back_is_not_shown(tmp_path, monkeypatch):
     with Model("echo-key") as server:
         status, said, result, page = told(server, tmp_path)
     assert status == 1
+    verdicts = [one["verdict"] for one in result["server"]["cases"]]
+    assert verdicts == ["wrong", *["skipped"] * (len(verdicts) - 1)]
     assert "Bearer [key]" in page
     assert "secret" not in said + page + json.dumps(result)
 
@@ -178,10 +183,62 @@ def test_no_server_and_a_key_that_is_none_are_one_line_each(tmp_path, monkeypatc
 def test_what_the_nano_cannot_pass_is_skipped_by_name_and_never_right():
     with Model("nano") as server:
         endpoint = client.found(server.url, "", "")
-        assert case.is_nano(endpoint)
+        assert case.introduce(endpoint)[1]
         outcomes = [case.judge(endpoint, one, True) for one in CASES]
     assert {o.name for o in outcomes if o.verdict == "skipped"} == {
-        "effort-max", "needle-1000", "needle-6000", "tool-call", "turns", "languages", "json",
-        "context-limit", "loops",
+        "effort-max", "needle-1000", "needle-6000", "needle-16000", "tool-call", "turns",
+        "languages", "json", "context-limit", "loops",
     }  # fmt: skip
     assert all(o.why and not o.exchanges for o in outcomes if o.verdict == "skipped")
+
+
+# ------------------------------------------------------------------------------- streams and speed
+
+END = client.Endpoint("http://127.0.0.1:9", "m", "sk-secret")
+
+
+def joined(*pieces: str) -> client.Reply:
+    return client._joined([(float(i), piece.encode()) for i, piece in enumerate(pieces)], END, 9.0)
+
+
+def chunk(**delta: str) -> str:
+    return f"data: {json.dumps({'choices': [{'delta': delta}]})}\r\n\r\n"
+
+
+def test_the_first_token_is_the_first_text_and_an_event_may_come_in_pieces():
+    text = chunk(content="It is sk-secret.")
+    reply = joined(chunk(role="assistant"), ": wait\n", text[:20], text[20:], "data: [DONE]\n")
+    assert (reply.first, reply.tokens, reply.whole) == (3.0, 1, True)
+    assert reply.answer.content == "It is [key]."
+
+
+@pytest.mark.parametrize(
+    "event",
+    ["", "[]", "5", "{", '{"error": {"message": "full"}}', '{"choices": 1}', '{"choices": [[]]}',
+     '{"choices": [{"delta": {"content": 5}}]}', '{"choices": [], "usage": {"prompt_tokens": "x"}}',
+     '{"choices": ' + "[" * 5000],
+)  # fmt: skip
+def test_an_event_of_another_form_is_one_line(event):
+    with pytest.raises(Stop) as stopped:
+        joined(f"data: {event}\n")
+    assert str(stopped.value).isprintable()
+
+
+def test_a_rate_is_told_of_enough_tokens_and_a_hang_is_a_fault(monkeypatch):
+    def reply(tokens: int, first: float) -> client.Reply:
+        return client.Reply(Answer("x", "", "stop"), (), 130, tokens, first, 6.0)
+
+    assert speed.summed(100, [reply(21, 1.0)], 6.0).rate == 4.0
+    both = speed.summed(100, [reply(21, 1.0), reply(21, 3.0)], 6.0)
+    assert (both.first, both.rate, both.counted) == (2.0, 8.0, 130)
+    assert speed.summed(100, [reply(3, 1.0)], 6.0).rate is None
+    assert "without a token" in speed.summed(100, [reply(0, 0.0)], 6.0).why
+    monkeypatch.setattr(speed, "LIMIT", -4.9)  # and 5 s for 100 tokens
+    with Model("hang") as server:
+        found = speed.measure(client.Endpoint(server.url, "m"), 100)
+    assert all("no whole answer" in one.why for one in found)
+
+
+def test_the_memory_of_a_server_elsewhere_is_not_told():
+    assert resident("https://api.example.com") is None
+    assert resident(f"http://127.0.0.1:{free_port()}") is None

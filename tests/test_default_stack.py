@@ -54,9 +54,9 @@ def test_acceptance_says_of_each_server_what_is_so(kind, bundles, tmp_path, monk
     with running(PYTHON, bundles["mlx"], tmp_path / "server.log", kind=kind) as url:
         endpoint = client.found(url, "", "")
         assert resident(url) > 50e6
-        nano = case.is_nano(endpoint)
+        first, nano = case.introduce(endpoint)
         outcomes = {one.name: case.judge(endpoint, one, nano) for one in cases}
-    assert nano
+    assert (first.verdict, nano) == ("right", True)
     skipped = {"effort-max", "tool-call"} & set(outcomes)
     assert {name for name, one in outcomes.items() if one.verdict == "skipped"} == skipped
     wrong = {name: one.why for name, one in outcomes.items() if one.verdict == "wrong"}

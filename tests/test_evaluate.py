@@ -338,3 +338,12 @@ def test_a_changed_input_is_another_pass(bundles, settings, tmp_path):
         folder.mkdir()
     passes.drop_others(tmp_path, [new])
     assert [path.is_dir() for path in (old, new, other)] == [False, True, True]
+
+
+def test_a_volume_that_tells_no_room_stops_nothing(tmp_path, monkeypatch):
+    config = {"hc_mult": 4, "hidden_size": 4096, "vocab_size": 129_280}
+    monkeypatch.setattr(passes.space, "free", lambda path: None)
+    passes.check_space(tmp_path, config, 2048, 44, 2)
+    monkeypatch.setattr(passes.space, "free", lambda path: 10**9)
+    with pytest.raises(Stop, match=r"found 1\.0 GB"):
+        passes.check_space(tmp_path, config, 2048, 44, 2)

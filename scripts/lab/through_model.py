@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from dsv4.model.chat import ASSISTANT, BOS, EOS, USER
 from dsv4.runtime.toolchain import call, script
 from dsv4.served.nano import held_out
+from dsv4.streaming.comparison import log_softmax
 
 THINK, END_THINK = "<think>", "</think>"
 ALONE = "run it alone to see why"
@@ -59,11 +60,6 @@ def every_logit(
     command = script(python, "lab/logits", "--folder", folder, "--how", how)
     call([*command, "--every", "--out", str(out)], f"logits of {folder}", ALONE, json.dumps(ids))
     return np.load(out).astype(np.float64)
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
 def model_error(

@@ -14,6 +14,7 @@ branches of mlx-lm of spring 2026 (mlx-lm#1192, omlx#2145).
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -103,11 +104,6 @@ class Layout:
 def stacked(place: str, block: str = "layers.N", names: dict[str, str] = PROJECTION) -> list[Line]:
     """Routed experts as one tensor a matrix."""
     return [(f"{block}.ffn.experts.E.{w}", f"{place}.{name}") for w, name in names.items()]
-
-
-def each(place: str, names: dict[str, str] = PROJECTION) -> list[Line]:
-    """The matrices of the shared expert, or with E of each routed one, under other names."""
-    return [(f"layers.N.ffn.{place}.{w}", f"layers.N.ffn.{place}.{n}") for w, n in names.items()]
 
 
 W = {w: w for w in PROJECTION}
@@ -235,14 +231,20 @@ def is_known(name: str) -> bool:
     return treatment(f"{base}.weight" if weight else name.replace(".E.", ".0.")) is not None
 
 
+@functools.lru_cache(maxsize=KINDS)
+def knowing(kind: str) -> tuple[str, ...]:
+    """The layouts that know a name; every kind of name is asked for many times in a process."""
+    return tuple(layout.name for layout in LAYOUTS.values() if knows(layout, kind))
+
+
 def recognise(names: Iterable[str]) -> Recognised:
     """The layout of a bundle by its tensors' names; of two that know as many, the first."""
     names = list(names)
     kind_of = {name: re.sub(r"(?<=\.)[0-9]{1,6}(?=\.|$)", "0", name) for name in names}
     kinds = dict.fromkeys(kind_of.values())
-    having: dict[str, list[str]] = {kind: [] for kind in kinds}
+    having: dict[str, tuple[str, ...]] = dict.fromkeys(kinds, ())
     for kind in list(kinds)[:KINDS]:
-        having[kind] = [layout.name for layout in LAYOUTS.values() if knows(layout, kind)]
+        having[kind] = knowing(kind)
     counts = dict.fromkeys(LAYOUTS, 0)
     for kind in kind_of.values():
         for layout in having[kind]:

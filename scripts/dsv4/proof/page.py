@@ -11,7 +11,7 @@ from typing import Any
 
 from dsv4.proof.result import checked
 from dsv4.storage.durable import human
-from dsv4.words import plain
+from dsv4.words import filled
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 SHOWN = 1000  # characters of one value
@@ -22,24 +22,14 @@ LEFT, RIGHT, PANEL, GAP, TOP, BOTTOM = 64, 16, 110, 34, 22, 40
 
 def page(result: dict[str, Any]) -> str:
     """The whole page. Raises Stop for a verify.json of another format, or of other types."""
-    from jinja2 import Environment  # here: importing it takes longer than a page
-
     checked(result)
-    environment = Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=visible
-    )
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     cells = result["errors"].get("experts") or []
-    return template.render(
+    return filled(
+        TEMPLATE, SHOWN,
         result=result, name=Path(result["bundle"]).name, said=verdict(result), places=places,
         drawing=drawing(cells) if cells else None, experts=experts(cells), others=others(result),
         kinds=kinds(result), checks=checks(result), sizes=sizes(result), **provenance(result),
     )  # fmt: skip
-
-
-def visible(value: Any) -> Any:
-    """What the page shows of a value: text made plain; jinja2 then escapes it for HTML."""
-    return plain(value, SHOWN) if type(value) is str else value
 
 
 def verdict(result: dict[str, Any]) -> str:

@@ -71,7 +71,7 @@ class Survey:
         """The layout that they lie in."""
         return self.view.recognised.layout
 
-    @property
+    @cached_property
     def is_ours(self) -> bool:
         """True for a bundle that this recipe made: its shards or its config.json say so."""
         marks = ("convert_layout", "requantize_layout")

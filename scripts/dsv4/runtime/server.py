@@ -216,7 +216,11 @@ def complete(url: str, talk: dict[str, Any], max_tokens: int, timeout: float = 6
 
 def read_answer(data: bytes, url: str) -> Answer:
     """What the server at `url` said. Raises Stop when it is of another form, or nothing."""
-    value = parse_json(data, f"{url}: its answer", ANSWER)
+    return answer_of(parse_json(data, f"{url}: its answer", ANSWER), url)
+
+
+def answer_of(value: dict[str, Any], url: str) -> Answer:
+    """The answer in what a server said, of the form ANSWER. Raises Stop when there is none."""
     if not value["choices"]:
         raise Stop(
             url, "no choices in its answer", "an answer", "start the server with `make serve`"

@@ -7,19 +7,9 @@ pictures. For modules that run in that Python.
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
 import sys
-
-HIDDEN = "torchvision"
 
 
 def hide() -> None:
-    """Let every later question for torchvision be answered with no; what is imported stays."""
-    asked = importlib.util.find_spec
-
-    def find_spec(name: str, package: str | None = None) -> importlib.machinery.ModuleSpec | None:
-        return None if name.partition(".")[0] == HIDDEN else asked(name, package)
-
-    importlib.util.find_spec = find_spec
-    sys.modules.setdefault(HIDDEN, None)
+    """Let it be found no more, by an import and by find_spec alike; what is imported stays."""
+    sys.modules.setdefault("torchvision", None)

@@ -48,7 +48,7 @@ def long_text(words: int) -> list[str]:
     return out
 
 
-def needle(words: int, most: int) -> Case:
+def needle(words: int, most: int, context: int) -> Case:
     """A sentence in `words` words of others must be found, and the prompt arrive whole."""
 
     def run(talk: Talk) -> str:
@@ -62,6 +62,7 @@ def needle(words: int, most: int) -> Case:
         return f"not the code word: {shown(reply.answer.content)}" if missing else ""
 
     skip = f"the server takes {most:,} tokens" if 0 < most < 2 * words else ""
+    skip = f"CONTEXT={context}" if words > context else skip
     expected = f"KESTREL-7391, out of {words:,} tokens"
     return Case(f"needle-{words}", expected, 300 + words / 20, run, skip=skip)
 
@@ -159,12 +160,12 @@ def loops(talk: Talk) -> str:
 
 
 def cases(context: int, most: int) -> tuple[Case, ...]:
-    """The cases, with needles in prompts of SIZES up to `context` tokens, and of that many.
+    """The cases, with needles in prompts of SIZES and of `context` tokens; longer ones are skipped.
 
     most: the tokens that the server announces to take, 0 when it does not.
     """
     return (
-        *(needle(size, most) for size in sizes(context) if size >= 1000),
+        *(needle(n, most, context) for n in sorted({*SIZES, context}) if n >= 1000),
         Case("tool-call", "a call of get_weather for Paris; its result used", 300, tool_call),
         Case("turns", "what was said two turns before", 300, turns),
         Case("languages", f"Paris in {len(LANGUAGES)} languages", 300, languages),

@@ -93,14 +93,6 @@ class Outcome:
     exchanges: list[tuple[str, str]]
 
 
-def is_nano(endpoint: Endpoint, seconds: float = 60) -> bool:
-    """True when the model says of itself that it is the nano."""
-    try:
-        return Talk(endpoint, seconds).ask(WHO, max_tokens=60).answer.content.strip() == NANO
-    except Stop:
-        return False
-
-
 def judge(endpoint: Endpoint, case: Case, nano: bool = False) -> Outcome:
     """Run a case, unless it must be skipped; it takes no longer than its limit."""
     about = (case.name, case.expected, case.limit)
@@ -113,3 +105,16 @@ def judge(endpoint: Endpoint, case: Case, nano: bool = False) -> Outcome:
         why = str(stop)
     seconds = round(time.monotonic() - start, 2)
     return Outcome(*about, "wrong" if why else "right", plain(why, 700), seconds, talk.exchanges)
+
+
+def introduce(endpoint: Endpoint) -> tuple[Outcome, bool]:
+    """What came of the first question, and True when the model says that it is the nano."""
+    said: list[str] = []
+
+    def run(talk: Talk) -> str:
+        answer = talk.ask(WHO).answer
+        said.append(answer.content.strip())
+        return "" if answer.text else "an empty answer"
+
+    outcome = judge(endpoint, Case("answers", f"an answer to {WHO}", 180, run, True))
+    return outcome, said == [NANO]

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dsv4.runtime.server import ANSWER, LM_NAME, TEXT, Answer, exchange, our_name, read_answer
+from dsv4.runtime.server import ANSWER, LM_NAME, TEXT, Answer, answer_of, exchange, our_name
 from dsv4.stop import Stop
 from dsv4.storage.checkpoint import parse_json
 from dsv4.words import plain, several, shown
@@ -115,9 +115,8 @@ def ask(endpoint: Endpoint, body: dict[str, Any], seconds: float) -> Reply:
     """The answer to a request, in one piece. Raises Stop when there is none in `seconds`."""
     start = time.monotonic()
     data = _sent(endpoint, "POST", "/v1/chat/completions", _body(endpoint, body), seconds)
-    where = f"{endpoint.url}: its answer"
-    value = parse_json(data, where, WHOLE)
-    answer = read_answer(data, endpoint.url)
+    value = parse_json(data, f"{endpoint.url}: its answer", WHOLE)
+    answer = answer_of(value, endpoint.url)
     calls = [(one.get("id") or "", one["function"]["name"], one["function"]["arguments"])
              for one in value["choices"][0]["message"].get("tool_calls") or []]  # fmt: skip
     usage = value.get("usage") or {}
@@ -169,12 +168,14 @@ def _joined(came: list[tuple[float, bytes]], endpoint: Endpoint, seconds: float)
 
 def _events(came: list[tuple[float, bytes]], key: str) -> Iterator[tuple[float, bytes]]:
     """The data of each event, and when its line was whole (seconds)."""
-    rest = b""
+    rest = bytearray()
     for when, piece in came:
-        *lines, rest = (rest + piece).split(b"\n")
-        for line in lines:
-            if line.startswith(b"data:"):
-                yield when, _hidden(line[5:].strip(), key)
+        rest += piece
+        if b"\n" in piece:
+            *lines, rest = rest.split(b"\n")
+            for line in lines:
+                if line.startswith(b"data:"):
+                    yield when, _hidden(bytes(line[5:].strip()), key)
 
 
 def _body(endpoint: Endpoint, body: dict[str, Any]) -> str:

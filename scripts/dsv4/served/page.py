@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.storage.durable import human
-from dsv4.words import plain
+from dsv4.words import filled
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 SHOWN = 2000  # characters of one value
@@ -17,22 +17,12 @@ SHOWN = 2000  # characters of one value
 
 def page(result: dict[str, Any]) -> str:
     """The whole page of what `accept` writes as JSON."""
-    from jinja2 import Environment  # here: importing it takes longer than a page
-
-    environment = Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=visible
-    )
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     sides = [result["server"], *([result["against"]] if result["against"] else [])]
-    return template.render(
+    return filled(
+        TEMPLATE, SHOWN,
         result=result, sides=sides, said=verdict(result), rows=rows(sides), speed=speeds(sides),
         drawings=drawings(sides), human=human,
     )  # fmt: skip
-
-
-def visible(value: Any) -> Any:
-    """What the page shows of a value: text made plain; jinja2 then escapes it for HTML."""
-    return plain(value, SHOWN) if type(value) is str else value
 
 
 def verdict(result: dict[str, Any]) -> str:
@@ -71,10 +61,17 @@ def _told(value: float | None, unit: str) -> str:
     return "–" if value is None else f"{value:,.3g} {unit}"
 
 
+def together(sides: list[dict[str, Any]]) -> list[tuple[dict[str, Any], ...]]:
+    """The same measurement of each side; of one that was not measured an empty one."""
+    longest = max((side["speed"] for side in sides), key=len)
+    none = [{**one, "first": None, "rate": None, "why": "not measured"} for one in longest]
+    return list(zip(*(side["speed"] or none for side in sides), strict=True))
+
+
 def speeds(sides: list[dict[str, Any]]) -> list[tuple]:
     """A measurement each: prompt, requests at once, then time and rate of each side."""
     out = []
-    for measured in zip(*(side["speed"] for side in sides), strict=True):
+    for measured in together(sides):
         about = measured[0]
         told = [(_told(one["first"], "s"), _told(one["rate"], "/s"), one["why"])
                 for one in measured]  # fmt: skip
@@ -89,8 +86,8 @@ def drawings(sides: list[dict[str, Any]]) -> list[dict[str, Any]]:
                              ("Tokens a second, all requests together", "rate", "/s")):  # fmt: skip
         bars = [
             (f"{one['prompt']:,} × {one['at_once']}", number, one[key])
-            for together in zip(*(side["speed"] for side in sides), strict=True)
-            for number, one in enumerate(together)
+            for measured in together(sides)
+            for number, one in enumerate(measured)
             if one[key] is not None
         ]
         most = max((value for _, _, value in bars), default=0) or 1

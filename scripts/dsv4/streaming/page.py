@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from dsv4.words import plain
+from dsv4.words import filled, plain
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 INK = "#010203"  # stands for the page's own colour of text until the picture is in the page
@@ -21,23 +21,13 @@ LEAST = 1e-9  # what is less lies there in a picture: nothing to float32
 
 def page(result: dict[str, Any]) -> str:
     """The whole page."""
-    from jinja2 import Environment  # here: importing it takes longer than a page
-
-    environment = Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=visible
-    )
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     bundles = result["bundles"]
     layers = zip(*(b["error_by_layer"] for b in bundles), strict=True)
-    return template.render(
+    return filled(
+        TEMPLATE, SHOWN,
         result=result, name=Path(result["source"]).name, bundles=bundles, layers=list(layers),
         pictures=[error_picture(bundles), kl_picture(bundles)],
     )  # fmt: skip
-
-
-def visible(value: Any) -> Any:
-    """What the page shows of a value: text made plain; jinja2 then escapes it for HTML."""
-    return plain(value, SHOWN) if type(value) is str else value
 
 
 def label(bundle: dict[str, Any]) -> str:

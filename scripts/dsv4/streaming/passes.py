@@ -22,11 +22,10 @@ from tqdm import tqdm
 
 from dsv4.making.marks import fingerprint
 from dsv4.runtime.child import last_line
-from dsv4.runtime.toolchain import PATIENCE, ROOT, hear, with_rooms
+from dsv4.runtime.toolchain import LONG_PROMPTS, ROOT, asked, with_rooms
 from dsv4.stop import Stop
 from dsv4.storage import space
 from dsv4.storage.checkpoint import Checkpoint, parse_json
-from dsv4.storage.durable import human
 from dsv4.storage.locks import held
 from dsv4.storage.typed import fit
 from dsv4.streaming.states import LOGITS
@@ -65,15 +64,8 @@ class Settings:
 def settings_for(python: Path, runtime: str, work: Path) -> Settings:
     """Ask a toolchain's Python. Raises Stop when it does not run or lacks the model code."""
     command = [str(python), "-c", ASK, *CODE[runtime]]
-    try:
-        status, said, errors = hear(command, PATIENCE)
-    except OSError as error:
-        raise Stop(f"{python}", error.strerror or f"{error}", "a Python that runs",
-                   "run `make venv`, or set TOOLCHAIN_PYTHON") from error  # fmt: skip
-    if status:
-        last = (errors.decode(errors="replace").strip().splitlines() or ["no answer"])[-1]
-        raise Stop(f"{python}", last, f"mlx and {CODE[runtime][0]}",
-                   "set TOOLCHAIN_PYTHON or RUNTIME")  # fmt: skip
+    expected = f"mlx and {CODE[runtime][0]}"
+    said = asked(f"{python}", command, expected, "set TOOLCHAIN_PYTHON or RUNTIME")
     known = parse_json(said, f"{python}", {"devices": [str], "versions": {str: str}})
     return Settings(python, runtime, work, tuple(known["devices"]), known["versions"])
 
@@ -96,10 +88,11 @@ class Engine:
         self._log = settings.work / f"engine-{device}{LOG}"
         inherited = with_rooms()
         env = {k: v for k, v in inherited.items() if not k.startswith(("DSV4_", "VMLX_"))}
+        env |= LONG_PROMPTS
         command = [str(settings.python), "-m", ENGINE, "--runtime", settings.runtime]
         with self._log.open("wb") as log:
             self._child = subprocess.Popen(
-                [*command, "--device", device], env={**env, "DSV4_LONG_CTX": "1"}, text=True,
+                [*command, "--device", device], env=env, text=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True,
             )  # fmt: skip
 
@@ -199,9 +192,7 @@ def check_space(work: Path, config: Mapping[str, Any], tokens: int, kept: int, h
     state = 4 * tokens * config["hc_mult"] * config["hidden_size"]
     need = (kept + 2) * state + heads * 4 * tokens * config["vocab_size"]
     here = space.folder_bytes(work)
-    if need > space.free(work) + here:
-        raise Stop(f"{work}", f"{human(space.free(work))} free", f"{human(need - here)}",
-                   "free some, or ask for fewer TOKENS")  # fmt: skip
+    space.check_room(work, need - here, "", "free some, or ask for fewer TOKENS")
 
 
 def is_whole(folder: Path) -> bool:
