@@ -7,6 +7,7 @@ wide that a fault passes.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import mlx.core as mx
@@ -16,7 +17,8 @@ import pytest
 from dsv4.proof.compare import Comparer
 from dsv4.proof.survey import Survey
 from dsv4.proof.tasks import Outcome, make_tasks
-from dsv4.proof.turbo import codebook, signs
+from dsv4.proof.turbo import codebook, rotate, signs
+from dsv4.storage import reading
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.reading import Reader
 from dsv4.storage.shard import NUMPY_DTYPE, Planned, read_shard, write_shard
@@ -199,3 +201,37 @@ def test_plain_numbers_are_the_sources_rounded(tmp_path, kind, dtype):
     assert not wrong(outcome(tmp_path, of, made))
     made[f"{base}.weight"][1].view(np.uint8)[4, 21] ^= 0x10
     assert "element [4, " in f"{outcome(tmp_path, of, made).faults}"
+
+
+@pytest.mark.parametrize("columns", [1, 4, 12, 24, 96, 168])
+def test_a_row_is_rotated_by_powers_of_two_the_largest_first(columns):
+    row = np.random.default_rng(columns).standard_normal(columns).astype(np.float32)
+    wanted, start = [], 0
+    for block in (1 << bit for bit in reversed(range(8)) if columns >> bit & 1):
+        matrix = np.ones((1, 1))
+        while len(matrix) < block:
+            matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+        wanted.append(matrix @ row[start : start + block] / np.sqrt(block))
+        start += block
+    rotate(row)
+    assert row == pytest.approx(np.concatenate(wanted), abs=1e-5)
+
+
+def test_rows_are_read_ahead_and_each_byte_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "AHEAD", 100)
+    data = np.random.default_rng(7).integers(0, 256, (91, 7), np.uint8)
+    made = {"a": ("U8", data), "b": ("U8", data[:, ::-1])}
+    tensors, seen, reader = opened(tmp_path, made).tensors, {"a": [], "b": []}, Reader()
+    read = reader.read
+
+    def noted(tensor, first, nbytes):
+        seen[tensor.name] += range(first, first + nbytes)
+        return read(tensor, first, nbytes)
+
+    reader.read = noted
+    for first, last in pairwise([0, 3, 4, 20, 21, 50, 51, 52, 53, 91]):
+        for name, (_, array) in made.items():
+            assert (reader.rows(tensors[name], first, last) == array[first:last].reshape(-1)).all()
+    assert seen == {"a": list(range(91 * 7)), "b": list(range(91 * 7))}
+    assert (reader.rows(tensors["a"], 2, 5) == data[2:5].reshape(-1)).all()  # and back
+    reader.close()

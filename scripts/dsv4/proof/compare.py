@@ -43,6 +43,7 @@ from dsv4.weights.quantizer import Lossless, Quantizer, is_known, named
 
 BLOCK_WEIGHTS = 1 << 17  # weights in a block of rows: 512 KB decoded, which a core's cache holds
 RUN_BLOCKS = 8  # blocks whose bytes are compared at one go
+COPY_BYTES = 1 << 18  # of codes that were kept, compared at one go, in a core's cache
 PIECE_BYTES = 4 << 20
 PIECE_NUMBERS = 1 << 20  # of a tensor that is not quantized, compared at one go
 
@@ -165,10 +166,7 @@ def finish(outcome: Outcome, promise: Promise) -> None:
 
 
 class Block:
-    """Some rows of an affine module, decoded: source values, levels, scales and biases.
-
-    bounds sees groups of 32: wider ones are as many with the same scale and bias.
-    """
+    """Some rows of an affine module, decoded: source values, levels, scales and biases."""
 
     def __init__(self, task: Task, reader: Reader, first: int, last: int, columns: int) -> None:
         self.task, self.first, self.columns = task, first, columns
@@ -198,17 +196,15 @@ class Block:
 
     def bounds(self, outcome: Outcome, promise: Promise) -> None:
         """Hold every weight to the promise."""
-        wide = self.size // GROUP
-        scales, biases = (np.repeat(a, wide) if wide > 1 else a for a in (self.scales, self.biases))
         counts, energy, error, worst = kernels.bounds(
-            self.values, self.levels, scales, biases, self.bits, *self.rounding
+            self.values, self.levels, self.scales, self.biases, self.bits, *self.rounding, self.size
         )
         outcome.numbers += len(self.values)
         outcome.energy += energy
         outcome.error += error
         outcome.zeros += int(counts[kernels.ZEROS])
         outcome.zeros_lost += int(counts[kernels.LOST_ZEROS])
-        outcome.lossless += int(counts[kernels.EXACT_GROUPS]) // wide
+        outcome.lossless += int(counts[kernels.EXACT_GROUPS])
         if worst > outcome.worst:
             outcome.worst, outcome.worst_at = worst, self.place(counts[kernels.WORST_AT])
         self._blame(outcome, promise, counts, worst)
@@ -225,7 +221,7 @@ class Block:
             )
         if promise.zeros and counts[kernels.LOST_ZEROS] and prefix == "expert":
             start = int(counts[kernels.FIRST_LOST])
-            at = start + int(np.argmax((self.values == 0)[start : start + GROUP]))
+            at = start + int(np.argmax((self.values == 0)[start : start + self.size]))
             outcome.fault("zeros-lost", self.place(at), f"{self._decoded(at):.4g}", "0")
         if promise.nearest and counts[kernels.NOT_NEAREST]:
             at = self._farthest(int(counts[kernels.FIRST_NOT_NEAREST]))
@@ -252,7 +248,7 @@ class Block:
 
     def _farthest(self, start: int) -> int:
         """The weight of a group that is farthest from the source."""
-        group = slice(start, start + GROUP)
+        group = slice(start, start + self.size)
         at = start // self.size
         decoded = self.levels[group] * self.scales[at] + self.biases[at]
         return start + int(np.argmax(np.abs(decoded - self.values[group])))
@@ -340,7 +336,7 @@ def compare_copies(task: Task, reader: Reader, outcome: Outcome) -> None:
     for part, tensor in task.parts.items():
         before, infinite = wrong, False
         row_bytes = tensor.nbytes // tensor.shape[0]
-        rows = max(1, PIECE_BYTES // row_bytes)
+        rows = max(1, COPY_BYTES // row_bytes)
         for first in range(0, tensor.shape[0], rows):
             last = min(first + rows, tensor.shape[0])
             found = reader.rows(tensor, first, last)

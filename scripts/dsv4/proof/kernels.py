@@ -34,20 +34,19 @@ WORST_AT, EXACT_GROUPS = 7, 8
 EXACT, FRAGILE, EXPLAINED, WRONG, FIRST_EXPLAINED, FIRST_WRONG = range(6)
 
 
+_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+_UE8M0 = np.array([2.0 ** (byte - 127) for byte in range(255)] + [np.inf], np.float32)
+
+
 @numba.njit(nogil=True, cache=True)
 def decode_fp4(codes, exponents, values):
     """codes uint8 (16n,), exponents uint8 (n,) → values float32 (32n,)."""
     for group in range(len(exponents)):
-        power = np.float32(math.ldexp(0.5, np.int64(exponents[group]) - 127))
+        power = _UE8M0[exponents[group]]
         for byte in range(16):
-            both = np.int32(codes[16 * group + byte])
-            for half in range(2):
-                code = (both >> (4 * half)) & 15
-                size = code & 7
-                # Twice the magnitude: 0 1 2 3 4 6 8 12, a significand of two bits and a shift.
-                twice = size if size < 2 else (2 | (size & 1)) << ((size >> 1) - 1)
-                twice = -twice if code & 8 else twice
-                values[32 * group + 2 * byte + half] = np.float32(twice) * power
+            both = codes[16 * group + byte]
+            values[32 * group + 2 * byte] = _E2M1[both & 15] * power
+            values[32 * group + 2 * byte + 1] = _E2M1[both >> 4] * power
 
 
 @numba.njit(nogil=True, cache=True)
@@ -61,54 +60,66 @@ def decode_fp8(codes, table, powers, columns, first_row, values):
 @numba.njit(nogil=True, cache=True)
 def unpack(words, bits, levels):
     """words uint8 (n · bits / 8,), a stream with the lowest bit first → levels uint8 (n,)."""
+    mask = np.uint64((1 << bits) - 1)
     if bits == 8:
-        levels[:] = words
-    elif bits == 4:
+        for i in range(len(words)):
+            levels[i] = words[i]
+        return
+    if bits == 4:
         for i in range(len(words)):
             levels[2 * i] = words[i] & 15
             levels[2 * i + 1] = words[i] >> 4
-    else:
-        mask = (1 << bits) - 1
-        for i in range(len(levels)):
-            bit = i * bits
-            two = np.int64(words[bit >> 3])
-            if (bit & 7) + bits > 8:
-                two |= np.int64(words[(bit >> 3) + 1]) << 8
-            levels[i] = (two >> (bit & 7)) & mask
+        return
+    if bits == 2:
+        for i in range(len(words)):
+            levels[4 * i], levels[4 * i + 1] = words[i] & 3, (words[i] >> 2) & 3
+            levels[4 * i + 2], levels[4 * i + 3] = (words[i] >> 4) & 3, words[i] >> 6
+        return
+    for eight in range(len(levels) // 8):
+        word = np.uint64(0)
+        for byte in range(bits):
+            word |= np.uint64(words[bits * eight + byte]) << np.uint64(8 * byte)
+        for i in range(8):
+            levels[8 * eight + i] = (word >> np.uint64(bits * i)) & mask
 
 
 # Sums may be taken in any order, and there is no NaN: the compiler may make vector code of a loop.
 _FAST = {"reassoc", "nsz", "nnan", "contract"}
 
 
-@numba.njit(inline="always")
-def _misses(values, levels, start, scale, bias, reach, slack, top, miss, level):
-    """Over one group: sums of squares of weights and errors, the largest error, and how many
-    levels are not the nearest, how many weights are zero, how many of these are lost.
+# The greatest of integers is found by vectors, that of floats is not: as integers the bits of
+# float32 numbers have their order, those of negative ones the other way round.
+_SIZE = np.int32(0x7FFFFFFF)  # all bits but the sign
+# How `_misses` counts three things in one sum, which float32 holds exactly for groups of 128.
+_ZERO, _ODD, _LOST = np.float32(1), np.float32(1 << 8), np.float32(1 << 16)
 
-    One short loop for each, without branches; `miss` and `level` are scratch, float32 (32,).
+
+@numba.njit(inline="always")
+def _misses(values, levels, scale, bias, reach, slack, top, miss):
+    """Over one group: sums of squares of weights and errors, the largest error, and a count: _ZERO
+    for a weight that is zero, _LOST for one that was, _ODD for a level that is not the nearest.
+
+    Short loops without branches, few sums; `miss` is scratch, float32 (size of a group,).
     """
-    squares, errors, far = np.float32(0), np.float32(0), np.float32(0)
-    odd, zeros, lost = np.int32(0), np.int32(0), np.int32(0)
+    squares, errors, far, count = np.float32(0), np.float32(0), np.int32(0), np.float32(0)
+    none = np.float32(0)
     sign = np.float32(1.0) if scale >= 0 else np.float32(-1.0)
-    for i in range(GROUP):
-        level[i] = np.float32(levels[start + i])
-        value = values[start + i]
-        miss[i] = value - (level[i] * scale + bias)
+    for i in range(len(miss)):
+        value = values[i]
+        miss[i] = value - (np.float32(levels[i]) * scale + bias)
         squares += value * value
         errors += miss[i] * miss[i]
-    for i in range(GROUP):
-        far = max(far, abs(miss[i]))
-    for i in range(GROUP):
-        up = sign * miss[i]
-        odd += (np.int32(up > reach) & np.int32(level[i] < top)) + (
-            np.int32(up < -reach) & np.int32(level[i] > np.float32(0))
-        )
-    for i in range(GROUP):
-        zeros += np.int32(values[start + i] == np.float32(0))
-    for i in range(GROUP):
-        lost += np.int32(values[start + i] == np.float32(0)) & np.int32(abs(miss[i]) > slack)
-    return squares, errors, far, odd, zeros, lost
+    bits = miss.view(np.int32)
+    for i in range(len(miss)):
+        size = np.int32(bits[i] & _SIZE)
+        far = size if size > far else far
+    for i in range(len(miss)):
+        up, level = sign * miss[i], np.float32(levels[i])
+        odd = ((up > reach) & (level < top)) | ((up < -reach) & (level > none))
+        zero = values[i] == none
+        lost = zero & (abs(miss[i]) > slack)
+        count += (_ZERO if zero else none) + (_ODD if odd else none) + (_LOST if lost else none)
+    return squares, errors, np.int32(far).view(np.float32), np.int64(count)
 
 
 def bounds(
@@ -119,8 +130,10 @@ def bounds(
     bits: int,
     digits: int,
     lowest: int,
+    size: int = GROUP,
 ) -> tuple[np.ndarray, float, float, float]:
-    """Decode and compare: values float32 (32n,), levels uint8 (32n,), scales, biases float32 (n,).
+    """Decode and compare: values float32 (n,), levels uint8 (n,), scales, biases float32
+    (n / size,); size: weights in a group.
 
     Returns (counts int64 (9,), energy, error, worst): sums of the weights' and the errors' squares;
     the worst error in steps, WORST_AT its group's first weight. What rounding scale and bias to
@@ -129,33 +142,34 @@ def bounds(
     finite = np.isfinite(scales) & np.isfinite(biases)
     unit, smallest = np.float32(2.0**-digits), np.float32(2.0 ** max(lowest - 1, -149))
     counts, energy, error, worst = _bounds(
-        values, levels, scales, biases, finite, np.float32((1 << bits) - 1), unit, smallest
+        values, levels, scales, biases, finite, np.float32((1 << bits) - 1), unit, smallest, size
     )
     if not finite.all():
         counts[BAD_NUMBER] = np.count_nonzero(~finite)
-        counts[FIRST_BAD_NUMBER] = GROUP * int(np.argmin(finite))
+        counts[FIRST_BAD_NUMBER] = size * int(np.argmin(finite))
     return counts, energy, error, worst
 
 
 @numba.njit(nogil=True, cache=True, fastmath=_FAST)
-def _bounds(values, levels, scales, biases, finite, top, unit, smallest):
+def _bounds(values, levels, scales, biases, finite, top, unit, smallest, size):
     counts = np.zeros(9, np.int64)
     counts[FIRST_BAD_NUMBER:EXACT_GROUPS] = NONE
     energy, error, worst = 0.0, 0.0, np.float32(0)
-    miss, level = np.empty(GROUP, np.float32), np.empty(GROUP, np.float32)
+    miss = np.empty(size, np.float32)
     for group in range(len(scales)):
         if not finite[group]:
             continue
         scale, bias = scales[group], biases[group]
-        start = GROUP * group
+        start, end = size * group, size * (group + 1)
         step = abs(scale)
         slack = np.float32(1.01) * (
             top * max(step * unit, smallest) + max(abs(bias) * unit, smallest)
         )
         reach = np.float32(0.5) * step + slack
-        squares, errors, far, odd, zeros, lost = _misses(
-            values, levels, start, scale, bias, reach, slack, top, miss, level
+        squares, errors, far, count = _misses(
+            values[start:end], levels[start:end], scale, bias, reach, slack, top, miss
         )
+        lost, odd, zeros = count >> 16, (count >> 8) & 255, count & 255
         energy += squares
         error += errors
         counts[ZEROS] += zeros
@@ -175,24 +189,34 @@ def _bounds(values, levels, scales, biases, finite, top, unit, smallest):
 
 
 @numba.njit(inline="always")
-def _ends(values, start, group):
-    """The least and the greatest of one group; a comparison picks, so that NaN needs no care."""
-    least, greatest = values[start], values[start]
-    for i in range(1, group):
-        value = values[start + i]
-        least = value if value < least else least
-        greatest = value if value > greatest else greatest
-    return least, greatest
+def _ends(values):
+    """The least and the greatest of one group."""
+    bits = values.view(np.int32)
+    least, greatest = _SIZE, ~_SIZE
+    for i in range(len(bits)):
+        order = np.int32(bits[i] ^ ((bits[i] >> np.int32(31)) & _SIZE))
+        least = order if order < least else least
+        greatest = order if order > greatest else greatest
+    low = np.int32(least ^ ((least >> np.int32(31)) & _SIZE))
+    high = np.int32(greatest ^ ((greatest >> np.int32(31)) & _SIZE))
+    return low.view(np.float32), high.view(np.float32)
 
 
 @numba.njit(inline="always")
 def _rounded(x, digits, lowest):
     """x to the nearest number of a dtype, ties to even; overflow to infinity is F16's."""
-    if x == 0 or not math.isfinite(x):
+    x = np.float32(x)
+    if digits == 24:
         return x
-    ulp = math.ldexp(1.0, max(math.frexp(x)[1] - digits, lowest))
-    near = np.rint(x / ulp) * ulp
-    return near if digits != 11 or abs(near) <= 65504 else math.copysign(np.inf, near)
+    size = np.float32(abs(x))
+    if size < np.float32(2.0 ** (lowest + digits - 1)):  # below its normal numbers
+        unit = np.float32(2.0**lowest)
+        return np.rint(x / unit) * unit
+    cut = np.int32(24 - digits)
+    bits = x.view(np.int32)
+    bits += np.int32((1 << (cut - 1)) - 1) + ((bits >> cut) & np.int32(1))
+    near = np.int32(bits >> cut << cut).view(np.float32)
+    return near if digits != 11 or abs(near) <= 65504 else np.float32(math.copysign(np.inf, x))
 
 
 @numba.njit(inline="always")
@@ -234,22 +258,21 @@ def _explains(
 
 
 @numba.njit(inline="always")
-def _unlike(values, levels, start, scale, bias, top, exact):
+def _unlike(values, levels, scale, bias, top, exact):
     """How many levels of a group are not the rounded ones, and how many lie near a tie."""
     odd, ties = np.int32(0), np.int32(0)
-    group = len(exact)
-    for i in range(group):
-        exact[i] = (values[start + i] - bias) / scale
-    for i in range(group):
-        level = min(max(np.rint(exact[i]), np.float32(0)), top)
-        odd += np.int32(level != np.float32(levels[start + i]))
-    for i in range(group):
-        part = abs(abs(exact[i] - np.floor(exact[i])) - np.float32(0.5))
-        ties += np.int32(part < np.float32(TIE))
+    for i in range(len(exact)):
+        exact[i] = (values[i] - bias) / scale
+    for i in range(len(exact)):
+        near = np.rint(exact[i])
+        ties += np.int32(abs(exact[i] - near) > np.float32(0.5 - TIE))
+        near = np.float32(0) if near < np.float32(0) else near
+        near = top if near > top else near
+        odd += np.int32(near != np.float32(levels[i]))
     return odd, ties
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=True, fastmath=_FAST - {"contract"})
 def formula(values, levels, scales, biases, bits, digits, lowest, size=GROUP):
     """Compare with mx.quantize of these values (MLX's CPU code, float32, groups of `size`).
 
@@ -259,57 +282,49 @@ def formula(values, levels, scales, biases, bits, digits, lowest, size=GROUP):
     """
     counts = np.zeros(6, np.int64)
     counts[FIRST_EXPLAINED:] = NONE
-    top = (1 << bits) - 1
+    top = np.float32((1 << bits) - 1)
+    ends = np.empty((2, len(scales)), np.float32)
+    for group in range(len(scales)):
+        ends[0, group], ends[1, group] = _ends(values[size * group : size * (group + 1)])
+    made, fragile = _made(ends, top)
     exact = np.empty(size, np.float32)
     for group in range(len(scales)):
-        start = size * group
-        least, greatest = _ends(values, start, size)
-        scale, edge, steps = _start(least, greatest, top)
-        q0 = np.rint(steps)
-        fragile = least > 0 or greatest < 0 or abs(abs(steps - np.floor(steps)) - 0.5) < TIE
-        bias = edge if q0 != 0 else np.float32(0)
-        scale = edge / q0 if q0 != 0 else scale
-        odd, ties = _unlike(values, levels, start, scale, bias, np.float32(top), exact)
-        fragile |= ties > 0
-        same = odd == 0
-        same &= _rounded(np.float64(scale), digits, lowest) == scales[group]
-        same &= _rounded(np.float64(bias), digits, lowest) == biases[group]
-        counts[FRAGILE] += fragile
-        if same:
+        start, end = size * group, size * (group + 1)
+        scale, bias = made[0, group], made[1, group]
+        odd, ties = _unlike(values[start:end], levels[start:end], scale, bias, top, exact)
+        counts[FRAGILE] += fragile[group] or ties > 0
+        same = _rounded(scale, digits, lowest) == scales[group]
+        same &= _rounded(bias, digits, lowest) == biases[group]
+        if same and odd == 0:
             counts[EXACT] += 1
             continue
-        zero = np.float32(0)
-        told = _explains(
-            values,
-            levels,
-            start,
-            scales[group],
-            biases[group],
-            least,
-            greatest,
-            top,
-            digits,
-            lowest,
-            size,
-        )
-        told = told or _explains(
-            values,
-            levels,
-            start,
-            scales[group],
-            biases[group],
-            min(least, zero),
-            max(greatest, zero),
-            top,
-            digits,
-            lowest,
-            size,
-        )
+        told = False
+        for zero in (np.float32(np.inf), np.float32(0)):  # as the CPU does; as others do
+            least, greatest = min(ends[0, group], zero), max(ends[1, group], -zero)
+            told = told or _explains(values, levels, start, scales[group], biases[group],
+                                     least, greatest, top, digits, lowest, size)  # fmt: skip
         place, first = (EXPLAINED, FIRST_EXPLAINED) if told else (WRONG, FIRST_WRONG)
         if counts[place] == 0:
             counts[first] = group
         counts[place] += 1
     return counts
+
+
+@numba.njit(inline="always")
+def _made(ends, top):
+    """MLX's scales and biases, unrounded, float32 (2, n), and which groups are fragile, of their
+    least and greatest weights.
+    """
+    made, fragile = np.empty_like(ends), np.empty(ends.shape[1], np.bool_)
+    for group in range(ends.shape[1]):
+        least, greatest = ends[0, group], ends[1, group]
+        scale, edge, steps = _start(least, greatest, top)
+        near = np.rint(steps)
+        made[0, group] = edge / near if near != 0 else scale
+        made[1, group] = edge if near != 0 else np.float32(0)
+        tie = abs(steps - near) > np.float32(0.5 - TIE)
+        fragile[group] = tie | (least > 0) | (greatest < 0)
+    return made, fragile
 
 
 def expected_group(values: np.ndarray, bits: int) -> tuple[float, float, np.ndarray]:

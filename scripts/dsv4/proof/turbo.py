@@ -18,6 +18,7 @@ from functools import cache
 import numba
 import numpy as np
 
+from dsv4.proof import kernels
 from dsv4.proof.decode import source_rows
 from dsv4.proof.tasks import Outcome, Task
 from dsv4.storage.reading import Reader, as_float32
@@ -71,8 +72,8 @@ def compare_turbo(task: Task, reader: Reader, outcome: Outcome, weights: int) ->
     for first in range(0, packed.shape[0], rows):
         last = min(first + rows, packed.shape[0])
         _, exponents, values = source_rows(task, reader, first, last)
-        if (exponents == 255).any():
-            outcome.fault("source-broken", f"rows from {first}", "exponent 255", "numbers")
+        if (exponents == 255).any() or not np.isfinite(values).all():
+            outcome.fault("source-broken", f"rows from {first}", "NaN or Inf", "numbers")
             return
         words = reader.rows(packed, first, last).view(np.uint32)
         lengths = as_float32(reader.rows(norms, first, last), norms.dtype)
@@ -80,8 +81,9 @@ def compare_turbo(task: Task, reader: Reader, outcome: Outcome, weights: int) ->
             where = f"row {first + int(np.argmin(np.isfinite(lengths)))}"
             outcome.fault("nan-or-inf", where, "norm NaN or Inf", "numbers")
             return
+        codes = unpacked(words, bits, last - first, columns)
         counts, energy, error, exact = _judge(
-            values, signs(columns), words, lengths, codebook(columns, bits), bits, columns
+            values, signs(columns), codes, lengths, codebook(columns, bits)
         )
         outcome.numbers += len(values)
         outcome.groups += len(lengths)
@@ -116,7 +118,11 @@ def blame(
                       "the row's")  # fmt: skip
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+# Sums may be taken in any order: the compiler may make vector code of a loop.
+_FAST = {"reassoc", "contract"}
+
+
+@numba.njit(nogil=True, cache=True, fastmath=_FAST)
 def rotate(row):
     """Orthonormal Walsh-Hadamard of float32 (d,), in place: by powers of two, the largest first."""
     start, rest = 0, len(row)
@@ -125,12 +131,12 @@ def rotate(row):
         while 2 * block <= rest:
             block *= 2
         part = row[start : start + block]
-        half = 1
+        half = _eights(part)
+        while 4 * half <= block:
+            _fours(part, half)
+            half *= 4
         while half < block:
-            for at in range(0, block, 2 * half):
-                for i in range(at, at + half):
-                    a, b = part[i], part[i + half]
-                    part[i], part[i + half] = a + b, a - b
+            _twos(part, half)
             half *= 2
         size = np.float32(1.0 / math.sqrt(block))
         for i in range(block):
@@ -139,21 +145,67 @@ def rotate(row):
         rest -= block
 
 
-@numba.njit(nogil=True, cache=True)
-def _judge(values, signs, words, lengths, levels, bits, columns):
+@numba.njit(inline="always")
+def _eights(part):
+    """The first three steps at one go, over neighbours; returns how far apart the next ones are."""
+    for at in range(0, len(part) // 8 * 8, 8):
+        a, b, c, d = part[at], part[at + 1], part[at + 2], part[at + 3]
+        e, f, g, h = part[at + 4], part[at + 5], part[at + 6], part[at + 7]
+        a, b, c, d, e, f, g, h = a + b, a - b, c + d, c - d, e + f, e - f, g + h, g - h
+        a, b, c, d, e, f, g, h = a + c, b + d, a - c, b - d, e + g, f + h, e - g, f - h
+        part[at], part[at + 1], part[at + 2], part[at + 3] = a + e, b + f, c + g, d + h
+        part[at + 4], part[at + 5], part[at + 6], part[at + 7] = a - e, b - f, c - g, d - h
+    return 8 if len(part) >= 8 else 1
+
+
+@numba.njit(inline="always")
+def _fours(part, half):
+    """Two steps at one go, over elements `half` apart."""
+    for at in range(0, len(part), 4 * half):
+        first, second = part[at : at + half], part[at + half : at + 2 * half]
+        third, fourth = part[at + 2 * half : at + 3 * half], part[at + 3 * half : at + 4 * half]
+        for i in range(half):
+            a, b, c, d = first[i], second[i], third[i], fourth[i]
+            a, b, c, d = a + b, a - b, c + d, c - d
+            first[i], second[i], third[i], fourth[i] = a + c, b + d, a - c, b - d
+
+
+@numba.njit(inline="always")
+def _twos(part, half):
+    """One step, over elements `half` apart."""
+    for at in range(0, len(part), 2 * half):
+        first, second = part[at : at + half], part[at + half : at + 2 * half]
+        for i in range(half):
+            first[i], second[i] = first[i] + second[i], first[i] - second[i]
+
+
+def unpacked(words: np.ndarray, bits: int, rows: int, columns: int) -> np.ndarray:
+    """32 // bits codes of each word uint32, the lowest first → uint8 (rows, columns)."""
+    each = 32 // bits
+    codes = np.empty((len(words), each), np.uint8)
+    if 32 % bits == 0:
+        kernels.unpack(words.view(np.uint8), bits, codes.reshape(-1))
+    else:
+        shifts = bits * np.arange(each, dtype=np.uint32)
+        np.bitwise_and(words[:, None] >> shifts, (1 << bits) - 1, codes, casting="unsafe")
+    return np.ascontiguousarray(codes.reshape(rows, -1)[:, :columns])
+
+
+@numba.njit(nogil=True, cache=True, fastmath=_FAST)
+def _judge(values, signs, codes, lengths, levels):
+    """values float32 (rows · columns,), codes uint8 (rows, columns), lengths float32 (rows,)."""
     counts = np.zeros(4, np.int64)
     energy, error, exact = 0.0, 0.0, 0
-    each, mask = 32 // bits, (1 << bits) - 1
-    width = (columns + each - 1) // each
-    slack = SLACK / math.sqrt(columns)
+    columns = len(signs)
     row = np.empty(columns, np.float32)
     for r in range(len(lengths)):
+        given = values[columns * r : columns * (r + 1)]
+        total = np.float32(0)
         for i in range(columns):
-            row[i] = values[columns * r + i] * signs[i]
+            row[i] = given[i] * signs[i]
         rotate(row)
-        total = 0.0
         for i in range(columns):
-            total += np.float64(row[i]) * np.float64(row[i])
+            total += row[i] * row[i]
         energy += total
         norm = math.sqrt(total)
         step = math.ldexp(1.0, max(math.frexp(norm)[1] - 11, -24)) if norm > 0 else 0.0
@@ -161,18 +213,43 @@ def _judge(values, signs, words, lengths, levels, bits, columns):
             if counts[ODD_NORM] == 0:
                 counts[FIRST_NORM] = r
             counts[ODD_NORM] += 1
-        odd = 0
-        for i in range(columns):
-            code = (words[width * r + i // each] >> np.uint32(bits * (i % each))) & mask
-            y = row[i] / max(norm, 1e-10)
-            low = (levels[code - 1] + levels[code]) / 2 if code else -np.inf
-            high = (levels[code] + levels[code + 1]) / 2 if code < mask else np.inf
-            if y < low - slack or y > high + slack:
-                if counts[ODD_CODE] == 0:
-                    counts[FIRST_CODE] = columns * r + i
-                counts[ODD_CODE] += 1
-                odd += 1
-            miss = np.float64(row[i]) - np.float64(levels[code]) * np.float64(lengths[r])
-            error += miss * miss
+        odd, missed = _misses(row, codes[r], levels, max(norm, 1e-10), lengths[r])
+        error += missed
+        if odd:  # or as near as sums in another order tell
+            odd, first = _far(row, codes[r], levels, max(norm, 1e-10))
+            if odd and counts[ODD_CODE] == 0:
+                counts[FIRST_CODE] = columns * r + first
+            counts[ODD_CODE] += odd
         exact += odd == 0
     return counts, energy, error, exact
+
+
+@numba.njit(inline="always")
+def _misses(row, codes, levels, norm, length):
+    """How many codes of a row do not name the nearest level, and the sum of the errors' squares."""
+    near = np.zeros(len(row), np.int32)
+    for code in range(1, len(levels)):
+        middle = np.float32((levels[code - 1] + levels[code]) / 2 * norm)
+        for i in range(len(row)):
+            near[i] += np.int32(row[i] > middle)
+    decoded = levels * length
+    odd, error = np.int32(0), np.float32(0)
+    for i in range(len(row)):
+        odd += np.int32(near[i] != np.int32(codes[i]))
+        miss = row[i] - decoded[codes[i]]
+        error += miss * miss
+    return odd, error
+
+
+@numba.njit(inline="always")
+def _far(row, codes, levels, norm):
+    """How many codes name a level that is not the nearest by more than some slack; the first."""
+    slack, odd, first = SLACK / math.sqrt(len(row)), 0, 0
+    for i in range(len(row)):
+        code, y = codes[i], row[i] / norm
+        low = (levels[code - 1] + levels[code]) / 2 if code > 0 else -np.inf
+        high = (levels[code] + levels[code + 1]) / 2 if code + 1 < len(levels) else np.inf
+        if y < low - slack or y > high + slack:
+            first = first if odd else i
+            odd += 1
+    return odd, first
