@@ -13,6 +13,7 @@ import pytest
 from conftest import NANO, must
 
 from dsv4.model.template import conversations, template
+from dsv4.proof import conversation
 from dsv4.proof.conversation import judge, kinds
 
 JINJA = "chat_template.jinja"
@@ -93,6 +94,20 @@ def test_each_fault_is_named_mended_and_undone(right, tmp_path, fault):
     assert not bundles.judge(bundle, NANO, level=1).names
     must("repair", "--bundle", bundle, "--undo")
     assert before == {p: p.read_bytes() for p in bundle.rglob("*") if p.is_file()}
+
+
+def test_a_tokenizer_that_transformers_wrote_anew_is_the_same(right, tmp_path):
+    bundle = shutil.copytree(right, tmp_path / "bundle")
+    said = {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers"}
+    edit(bundle, "tokenizer.json", lambda d: d.update(post_processor=conversation.IDLE))
+    edit(bundle, "tokenizer_config.json",
+         lambda d: (d.update(said), d.pop("add_bos_token"), d.pop("add_eos_token")))  # fmt: skip
+    assert not bundles.judge(bundle, NANO, level=1).names
+    adds = {**conversation.IDLE, "single": [conversation.SECOND, conversation.FIRST]}
+    edit(bundle, "tokenizer.json", lambda d: d.update(post_processor=adds))
+    edit(bundle, "tokenizer_config.json", lambda d: d.update(add_bos_token=True))
+    names = bundles.judge(bundle, NANO, level=1).names
+    assert names == {"tokenizer-differs", "tokenizer-config-differs"}
 
 
 def test_templates_are_mended_without_a_source(right, tmp_path):

@@ -8,11 +8,14 @@ formats, native, bf16). Runs them in the toolchain's Python, which has to have t
 mlx-vlm 0.7.10 takes the source for MXFP8 throughout unless its config.json has a `store_dtype`.
 
 Writes one folder a specimen under --out, each under its name when it is whole; those that are there
-stay. Ten seconds each.
+stay. Ten seconds each. Then each is judged twice: by verify, which says whether a runtime will load
+it and why not, and by the logits of the runtimes themselves, by their median distance to the
+source's. What both say stands in one table, and in specimens.json; half a minute each.
 
     .venv/bin/python scripts/lab/specimens.py [--out build/specimens] [NAME …]
 
-Exit status: 0 all made, or there already; 1 a tool failed, which is named; 2 usage.
+Exit status: 0 all made, or there already, and verify and the runtimes agree on each; 1 a tool
+failed, which is named, or they do not agree; 2 usage.
 """
 
 from __future__ import annotations
@@ -22,11 +25,18 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from rooms import NANO
 
-from dsv4.runtime.toolchain import call, script
+from dsv4.proof.examination import examine
+from dsv4.proof.stacks import STACKS, runtimes
+from dsv4.runtime.toolchain import call, has_metal, script
+from dsv4.served import nano
+from dsv4.settings import cores
 from dsv4.stop import Stop, run
+from dsv4.storage.durable import write_json
 from dsv4.words import say
 
 TOOLCHAIN = Path(".toolchain/new/bin/python")
@@ -90,6 +100,70 @@ def make(name: str, source: Path, out: Path, python: Path) -> None:
     say(f"{out / name}: made")
 
 
+# Nearer than this a runtime computes with the right numbers: 2 bits leave a third, garbage is one.
+NEAR = 0.5
+ROWS = [stack for stack in STACKS if stack.name in ("new", "lm", "vlm")]
+
+
+def verdict(folder: Path, source: Path) -> tuple[list[str], dict[str, str], bool]:
+    """verify's findings, what stands in a runtime's way by them, and whether it is TurboQuant."""
+    asked = argparse.Namespace(
+        bundle=folder, source=source, level=2, without_loader=True, imatrix=None, jobs=cores()
+    )
+    done = examine(asked)
+    turbo = any(name.endswith(".tq_packed") for name in done.bundle.tensors)
+    faults = sorted(finding.name for finding in done.findings.errors)
+    return faults, runtimes(done.bundle, done.findings), turbo
+
+
+def distance(python: Path, folder: Path, how: str, ids: list[list[int]], truth: np.ndarray) -> Any:
+    """The median relative L2 distance of a runtime's logits, or in what words it refuses."""
+    with tempfile.TemporaryDirectory() as work:
+        try:
+            found = nano.logits(python, folder, how, ids, Path(work))
+        except Stop as stop:
+            return stop.parts[1]
+    if not np.isfinite(found).all():
+        return "NaN"
+    wrong = np.linalg.norm(found - truth, axis=1) / np.linalg.norm(truth, axis=1)
+    return round(float(np.median(wrong)), 4)
+
+
+def judged(folder: Path, source: Path, python: Path, ids: list, truth: np.ndarray) -> list[dict]:
+    """One row for each runtime: what verify expects of it, and what it does."""
+    faults, expected, turbo = verdict(folder, source)
+    rows = []
+    for row in ROWS:
+        why_not = expected[row.runtime]
+        if turbo and not why_not and not has_metal():
+            found, agree = "not tried: TurboQuant's kernels are Metal's", True
+        else:
+            found = distance(python, folder, row.how, ids, truth)
+            agree = (not isinstance(found, str) and found <= NEAR) == (not why_not)
+        rows.append({"specimen": folder.name, "runtime": row.runtime, "faults": faults,
+                     "verify": why_not, "logits": found, "agree": agree})  # fmt: skip
+        say(in_line(rows[-1]))
+    return rows
+
+
+def in_line(row: dict[str, Any]) -> str:
+    """A row of the table."""
+    cells = (row["specimen"], row["runtime"], row["verify"] or "loads it", f"{row['logits']}"[:80],
+             "" if row["agree"] else "**they differ**")  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def judge(names: list[str], source: Path, out: Path, python: Path) -> int:
+    """Print and write what verify and the runtimes say of these specimens; 1 where they differ."""
+    ids = nano.prompts(source, nano.held_out(source, 20))
+    with tempfile.TemporaryDirectory() as work:
+        truth = nano.logits(python, source, "source", ids, Path(work))
+    say("| specimen | runtime | verify | logits, relative L2 | |\n|---|---|---|---|---|")
+    rows = [row for name in names for row in judged(out / name, source, python, ids, truth)]
+    write_json(out / "specimens.json", rows)
+    return int(not all(row["agree"] for row in rows))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -107,7 +181,7 @@ def main() -> int:
         names.insert(0, "jang-bf16")
     for name in names:
         make(name, args.source, args.out.resolve(), args.python)
-    return 0
+    return judge(names, args.source, args.out.resolve(), args.python)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ BLOCK_WEIGHTS = 1 << 17  # weights in a block of rows: 512 KB decoded, which a c
 RUN_BLOCKS = 8  # blocks whose bytes are compared at one go
 COPY_BYTES = 1 << 18  # of codes that were kept, compared at one go, in a core's cache
 PIECE_BYTES = 4 << 20
-PIECE_NUMBERS = 1 << 20  # of a tensor that is not quantized, compared at one go
+PIECE_NUMBERS = 1 << 17  # of a tensor that is not quantized, compared at one go
 
 
 class Comparer:

@@ -38,6 +38,12 @@ TOKENIZER_KEYS = (
     "tokenizer_class", "clean_up_tokenization_spaces", "added_tokens_decoder", "legacy",
 )  # fmt: skip
 OURS = {"eos_token_id", "transformers_version", "_from_model_config", "bos_token_id"}
+# What transformers 5 writes of a tokenizer that it loaded: a new name of the class, no word of what
+# is not added, and a post-processor that puts nothing beside a text.
+CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
+FIRST, SECOND = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+IDLE = {"type": "TemplateProcessing", "single": [FIRST], "pair": [FIRST, SECOND],
+        "special_tokens": {}}  # fmt: skip
 
 
 def check(bundle: Survey, source: Checkpoint | None, findings: Findings) -> list[Check]:
@@ -251,11 +257,11 @@ def check_against_source(bundle: Survey, source: Checkpoint, findings: Findings)
     """The files that make tokens of text are the source's, as far as they steer anything."""
     pairs = list(both(bundle, source))
     for name, own, theirs in pairs:
-        if name == "tokenizer.json" and own != theirs:
+        if name == "tokenizer.json" and without_idle(own) != without_idle(theirs):
             findings.add("tokenizer-differs", name, "another tokenizer", "the source's")
         elif name == "tokenizer_config.json":
             for key in TOKENIZER_KEYS:
-                if key in theirs and text_of(own.get(key)) != text_of(theirs[key]):
+                if key in theirs and meant(own, key) != meant(theirs, key):
                     differs("tokenizer-config-differs", name, key, own, theirs, findings)
         elif name == SPECIAL:
             for key in {**own, **theirs}:
@@ -266,6 +272,23 @@ def check_against_source(bundle: Survey, source: Checkpoint, findings: Findings)
                 if own.get(key) != theirs[key]:
                     differs("generation-config-differs", name, key, own, theirs, findings)
     return Check("files of the conversation as in the source", len(pairs), optional=True)
+
+
+def without_idle(tokenizer: dict[str, Any]) -> dict[str, Any]:
+    """tokenizer.json without a post-processor that adds nothing."""
+    idle = tokenizer.get("post_processor") == IDLE
+    return {**tokenizer, "post_processor": None} if idle else tokenizer
+
+
+def meant(config: dict[str, Any], key: str) -> Any:
+    """What a key of tokenizer_config.json says, or its absence."""
+    found = text_of(config.get(key))
+    of_class = text_of(config.get("tokenizer_class"))
+    if key == "tokenizer_class":
+        return CLASSES.get(found, found) if isinstance(found, str) else found
+    plain_class = of_class in (*CLASSES, *CLASSES.values())
+    adds = key in ("add_bos_token", "add_eos_token")
+    return False if adds and plain_class and found is None else found
 
 
 def both(
