@@ -382,8 +382,8 @@ fidelity: .venv/tests-installed ## measure every QUANTIZER: tables in build/fide
 
 # Bundles of the small model by mlx-vlm's, mlx_lm's and jang's converters, for verify to be tried on.
 .PHONY: specimens
-specimens: .venv/installed .toolchain/new/installed ## make bundles as others make them, in build/specimens (3 minutes)
-	$(PYTHON) scripts/lab/specimens.py
+specimens: .venv/installed .toolchain/new/installed ## make bundles as others make them, in build/specimens, and judge them (10 minutes)
+	$(PYTHON) scripts/lab/specimens.py --judge
 
 # ------------------------------------------------------------------------------------- development
 

@@ -31,6 +31,7 @@ from dsv4.model.opening import open_bundle, open_source
 from dsv4.model.view import view_of
 from dsv4.proof.findings import FAULTS, Findings
 from dsv4.proof.headers import absences
+from dsv4.proof.loading import hollow
 from dsv4.proof.stacks import runtimes
 from dsv4.proof.summary import row
 from dsv4.proof.survey import survey
@@ -333,6 +334,9 @@ for how, folder, out in json.loads(sys.argv[3]):
         np.save(out, np.concatenate([model.rows(ids, 0)[-1:] for ids in prompts]))
     except Exception as error:
         print(folder, how, type(error).__name__, file=sys.stderr)
+from dsv4.proof.replay import answers
+for folder, out in json.loads(sys.argv[4]):
+    Path(out).write_text(json.dumps(answers(Path(folder), "mlx-vlm")["mlx-vlm"]))
 """
 
 
@@ -346,14 +350,15 @@ def test_the_verdict_is_what_the_runtimes_own_logits_say(specimen, tmp_path):
     affine2 = specimen("jang-affine2")
     cases = [
         ("source", NANO), ("mlx-vlm", right), ("mlx-vlm", swap), ("mlx-vlm", label),
-        ("loader", affine2), ("loader", right),
+        ("loader", affine2), ("loader", right), ("mlx-vlm", specimen("mlx-lm, hc_attn")),
     ]  # fmt: skip
     ids = nano.prompts(NANO, nano.held_out(NANO, 8))
     asked = [
         (how, str(folder), str(tmp_path / f"{i}.npy")) for i, (how, folder) in enumerate(cases)
     ]
+    headers = [hollowed(cases[i][1], tmp_path / f"{i}.hollow") for i in (1, 3, 6)]
     subprocess.run(
-        [PYTHON, "-c", ASK, SCRIPTS, json.dumps(ids), json.dumps(asked)],
+        [PYTHON, "-c", ASK, SCRIPTS, json.dumps(ids), json.dumps(asked), json.dumps(headers)],
         check=True, capture_output=True, env={"HF_HUB_OFFLINE": "1", "MLX_DISABLE_COMPILE": "1"},
     )  # fmt: skip
     got = [np.load(out) if Path(out).is_file() else None for _, _, out in asked]
@@ -366,13 +371,24 @@ def test_the_verdict_is_what_the_runtimes_own_logits_say(specimen, tmp_path):
     assert "label-mode-wrong" in judge(label)
     assert far[4] < 0.5  # two bits; a wrong decoding is beyond 1
     assert judge(affine2) == WRONG["jang-affine2"]  # for mlx_lm, not for vMLX
-    assert far[5] is None
+    assert far[5] is far[6] is None
+    given = [json.loads(Path(out).read_text()) for _, out in headers]  # by mlx-vlm's loader
+    assert given[0] == {"parameters": 123, "unfed": [], "unused": [], "misfit": []}
+    assert any("down_proj.scales" in name for name, *_ in given[1]["misfit"])
+    assert any("hc_attn" in name for name in given[2]["unused"])
     loads = runtimes(survey(right, Findings()), Findings())
     assert "does not load" in loads["vMLX 1.6.81"]
     assert not loads["mlx-vlm 0.7.10"]
     loads = runtimes(survey(affine2, Findings()), Findings())
     assert not loads["vMLX 1.6.81"]
     assert "no right label" in loads["mlx-lm 0.32.2 with jang 2.5.50's model"]
+
+
+def hollowed(bundle: Path, folder: Path) -> tuple[str, str]:
+    """(a folder with the bundle's headers alone, where the loader's answer goes)."""
+    folder.mkdir()
+    hollow(survey(bundle, Findings()), folder)
+    return f"{folder}", f"{folder}.json"
 
 
 def wrong_label(config: dict) -> None:

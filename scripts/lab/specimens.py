@@ -8,11 +8,12 @@ formats, native, bf16). Runs them in the toolchain's Python, which has to have t
 mlx-vlm 0.7.10 takes the source for MXFP8 throughout unless its config.json has a `store_dtype`.
 
 Writes one folder a specimen under --out, each under its name when it is whole; those that are there
-stay. Ten seconds each. Then each is judged twice: by verify, which says whether a runtime will load
-it and why not, and by the logits of the runtimes themselves, by their median distance to the
-source's. What both say stands in one table, and in specimens.json; half a minute each.
+stay. Ten seconds each. With --judge each is judged twice then: by verify, which says whether a
+runtime will load it and why not, and by the logits of the runtimes themselves, by their median
+distance to the source's. What both say stands in one table, and in specimens.json; half a minute
+each.
 
-    .venv/bin/python scripts/lab/specimens.py [--out build/specimens] [NAME …]
+    .venv/bin/python scripts/lab/specimens.py [--judge] [--out build/specimens] [NAME …]
 
 Exit status: 0 all made, or there already, and verify and the runtimes agree on each; 1 a tool
 failed, which is named, or they do not agree; 2 usage.
@@ -172,6 +173,7 @@ def main() -> int:
     parser.add_argument("--source", type=Path, default=NANO)
     parser.add_argument("--out", type=Path, default=Path("build/specimens"))
     parser.add_argument("--python", type=Path, default=TOOLCHAIN, help="that has all these tools")
+    parser.add_argument("--judge", action="store_true", help="ask verify and the runtimes of them")
     args = parser.parse_args()
     if unknown := set(args.names) - set(SPECIMENS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(SPECIMENS)}")
@@ -181,7 +183,9 @@ def main() -> int:
         names.insert(0, "jang-bf16")
     for name in names:
         make(name, args.source, args.out.resolve(), args.python)
-    return judge(names, args.source, args.out.resolve(), args.python)
+    if args.judge:
+        return judge(names, args.source, args.out.resolve(), args.python)
+    return 0
 
 
 if __name__ == "__main__":

@@ -175,7 +175,7 @@ LAYOUTS = {
         ),
         Layout("mlx-vlm", "mlx_vlm convert", modules("language_model."), (MLX_VLM,)),
         Layout("mlx-lm, attn_hc", "a branch of mlx-lm", modules(""), (MLX_VLM,)),
-        Layout("mlx-lm, hc_attn", "a branch of mlx-lm (omlx#2145)", modules("", hc=HC), (MLX_VLM,)),
+        Layout("mlx-lm, hc_attn", "a branch of mlx-lm (omlx#2145)", modules("", hc=HC)),
         Layout(
             "mlx-lm, wo_a split", "a branch of mlx-lm (mlx-lm#1192)",
             modules("", hc=HC, experts="experts", projections=W, extra=(SPLIT,),

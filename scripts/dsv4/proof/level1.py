@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dsv4.model.layouts import MLX_LM, STORAGE
+from dsv4.model.layouts import MLX_LM, MLX_VLM, STORAGE
 from dsv4.proof import conversation, documents, headers, loading
 from dsv4.proof.findings import Check, Findings
 from dsv4.proof.survey import Survey
+from dsv4.runtime.toolchain import probe
+from dsv4.stop import Stop
 from dsv4.storage.checkpoint import Checkpoint
 
 
@@ -42,13 +44,24 @@ def check_toolchain(bundle: Survey, python: Path, findings: Findings) -> list[Ch
     """What the installed loaders make of these headers, and whether they are patched."""
     if {"config-broken", "layout-unknown"} & findings.names:
         return []
-    if MLX_LM not in bundle.layout.runtimes or any(
-        n.endswith(".tq_packed") for n in bundle.tensors
-    ):
-        said = "neither mlx_lm nor jang_tools loads this layout, so neither was asked"
+    turbo = any(name.endswith(".tq_packed") for name in bundle.tensors)
+    runtime = next((r for r in (MLX_LM, MLX_VLM) if r in bundle.layout.runtimes), None)
+    if runtime == MLX_VLM and has(python, "mlx-vlm"):
+        return loading.check_loading(bundle, python, findings, runtime)
+    if runtime != MLX_LM or turbo:
+        who = "no mlx-vlm here" if runtime == MLX_VLM else "neither mlx_lm nor jang_tools"
+        said = f"{who} that loads this layout, so no loader was asked"
         return [Check("parameters replayed", 0, said, optional=True)]
     loader = loading.check_loader(python, findings)
     return [loader, *loading.check_loading(bundle, python, findings)]
+
+
+def has(python: Path, package: str) -> bool:
+    """True when the toolchain has a package."""
+    try:
+        return probe(python)["packages"].get(package) is not None
+    except Stop:
+        return False
 
 
 def demand_something(checks: list[Check], findings: Findings) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.model.configs import known_fields
+from dsv4.model.layouts import MLX_LM
 from dsv4.proof.findings import Check, Findings
 from dsv4.proof.survey import Survey
 from dsv4.runtime import child
@@ -53,7 +54,7 @@ def write_hollow(path: Path, shard: Shard) -> None:
         file.truncate(len(header) + sum(slot.nbytes for slot in slots))
 
 
-def replay(python: Path, bundle: Survey) -> dict[str, dict[str, Any]]:
+def replay(python: Path, bundle: Survey, runtime: str) -> dict[str, dict[str, Any]]:
     """Loader → its answer, as replay.py gives it. Raises Stop when it cannot be asked."""
     with tempfile.TemporaryDirectory(prefix="hollow-") as folder:
         out, log = Path(folder) / "answer.json", Path(folder) / "log"
@@ -61,19 +62,22 @@ def replay(python: Path, bundle: Survey) -> dict[str, dict[str, Any]]:
         target.mkdir()
         hollow(bundle, target)
         what = f"{REPLAY} in {python}"
-        command = [str(python), "-m", REPLAY, "--folder", str(target), "--out", str(out)]
+        command = [str(python), "-m", REPLAY, "--folder", str(target), "--out", str(out),
+                   "--runtime", runtime]  # fmt: skip
         status = child.run(command, with_rooms(), log, LIMIT, what)
         if status or not out.is_file():
             raise Stop(what, child.last_line(log), "an answer", "make check")
         return read_json(out, ANSWERS)
 
 
-def check_loading(bundle: Survey, python: Path, findings: Findings) -> list[Check]:
+def check_loading(
+    bundle: Survey, python: Path, findings: Findings, runtime: str = MLX_LM
+) -> list[Check]:
     """Every parameter of the module tree that each loader builds receives a tensor that fits."""
     try:
-        answers = replay(python, bundle)
+        answers = replay(python, bundle, runtime)
     except Stop as stop:
-        findings.add("loader-not-checked", f"{python}", f"{stop}", "jang_tools and mlx_lm")
+        findings.add("loader-not-checked", f"{python}", f"{stop}", "the loaders there")
         return [Check("parameters replayed", 0)]
     checks = []
     for loader, answer in answers.items():

@@ -2,7 +2,8 @@
 
 Runs in the toolchain's Python, on a folder with the bundle's JSON and with shards that have the
 right headers and only holes behind them. Nothing is replayed by imitation: mlx_lm's `load_model`
-and jang_tools' `load_jangtq_model` run themselves, build the module tree (MLX arrays are lazy, so
+and jang_tools' `load_jangtq_model`, or mlx-vlm's `load_model` for a layout that these two do not
+load, run themselves, build the module tree (MLX arrays are lazy, so
 no memory is taken), rename and stack, look the labels up and swap modules in. Only the last step,
 `load_weights`, is replaced: it compares what was handed over with what the modules compute with.
 
@@ -21,7 +22,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dsv4.model.layouts import MLX_LM, MLX_VLM
 from dsv4.runtime.child import end_with_parent
+from dsv4.runtime.without_torchvision import hide
 
 
 class Handed(Exception):
@@ -75,8 +78,14 @@ def replay(load: Callable[[], Any]) -> dict[str, Any]:
     return {"error": "it never called load_weights"}
 
 
-def loaders(folder: Path) -> dict[str, Callable[[], Any]]:
-    """mlx_lm's loader, which looks labels up, and jang_tools', which may edit them before."""
+def loaders(folder: Path, runtime: str) -> dict[str, Callable[[], Any]]:
+    """mlx_lm's loader, which looks labels up, and jang_tools', which may edit them before; or
+    mlx-vlm's."""
+    if runtime == MLX_VLM:
+        hide()
+        from mlx_vlm import utils
+
+        return {"mlx-vlm": lambda: utils.load_model(folder, lazy=True)}
     import jang_tools.dsv4
     from jang_tools import load_jangtq
     from mlx_lm.utils import load_model
@@ -90,15 +99,8 @@ def loaders(folder: Path) -> dict[str, Callable[[], Any]]:
     return found
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    if not sys.stdin.isatty():
-        end_with_parent(args.folder.parent)
+def answers(folder: Path, runtime: str) -> dict[str, dict[str, Any]]:
+    """Loader → what came of it. For good, `load_weights` hands over and loads nothing."""
     import mlx.nn as nn
 
     def hand_over(self: Any, weights: Any, strict: bool = True) -> None:
@@ -106,8 +108,21 @@ def main() -> int:
 
     nn.Module.load_weights = hand_over
     with contextlib.redirect_stdout(sys.stderr):
-        answers = {name: replay(load) for name, load in loaders(args.folder).items()}
-    args.out.write_text(json.dumps(answers), encoding="utf-8")
+        return {name: replay(load) for name, load in loaders(folder, runtime).items()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--runtime", choices=(MLX_LM, MLX_VLM), default=MLX_LM)
+    args = parser.parse_args()
+    if not sys.stdin.isatty():
+        end_with_parent(args.folder.parent)
+    found = answers(args.folder, args.runtime)
+    args.out.write_text(json.dumps(found), encoding="utf-8")
     return 0
 
 
