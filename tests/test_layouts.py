@@ -384,6 +384,13 @@ def test_the_verdict_is_what_the_runtimes_own_logits_say(specimen, tmp_path):
     assert "no right label" in loads["mlx-lm 0.32.2 with jang 2.5.50's model"]
 
 
+def test_vmlx_does_not_load_what_says_turboquant_and_is_none(specimen, tmp_path):
+    folder = shutil.copytree(specimen("jang-affine2"), tmp_path / "bundle")
+    edit_json(folder / "jang_config.json", lambda c: c.update(weight_format="mxtq"))
+    loads = runtimes(survey(folder, Findings()), Findings())
+    assert "says TurboQuant" in loads["vMLX 1.6.81"]
+
+
 def hollowed(bundle: Path, folder: Path) -> tuple[str, str]:
     """(a folder with the bundle's headers alone, where the loader's answer goes)."""
     folder.mkdir()

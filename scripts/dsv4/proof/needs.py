@@ -102,3 +102,20 @@ def plain_head(bundle: Survey) -> str:
 def no_fp8(bundle: Survey) -> str:
     """Of vMLX 1.3.97, which takes every 8-bit module for affine and stops at its biases."""
     return "FP8 matrices as mxfp8, which it crashes on" if fp8_bases(bundle.tensors) else ""
+
+
+def as_stamped(bundle: Survey) -> str:
+    """Of vMLX 1.6.81, which asks for experts in TurboQuant wherever a file says that they are."""
+    if any(name.endswith(".tq_packed") for name in bundle.tensors):
+        return ""
+    files = {
+        "config.json": bundle.config,
+        "jang_config.json": bundle.documents.get("jang_config.json"),
+    }
+    for name, content in files.items():
+        parts = (content, content.get("quantization")) if isinstance(content, dict) else ()
+        said = [part.get(key) for part in parts if isinstance(part, dict)
+                for key in ("weight_format", "method")]  # fmt: skip
+        if any(word in ("mxtq", "jangtq") for word in said):
+            return f"{name} says TurboQuant, which no expert is in"
+    return ""

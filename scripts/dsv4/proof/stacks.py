@@ -17,6 +17,7 @@ from dsv4.model.layouts import RUNTIMES
 from dsv4.proof.findings import Findings
 from dsv4.proof.needs import (
     Need,
+    as_stamped,
     chat_template,
     controls,
     encoding,
@@ -64,7 +65,7 @@ class Stack:
 
 
 OLD = (labels_for(RUNTIMES[0]), stop_ids("config.json"), chat_template, no_fp8)
-NEW = (labels_for(RUNTIMES[2]), controls, encoding, jang_groups)
+NEW = (labels_for(RUNTIMES[2]), controls, encoding, jang_groups, as_stamped)
 VLM = (labels_for(RUNTIMES[1]), stop_ids("generation_config.json"), plain_head)
 LM = (labels_for(RUNTIMES[0]), stop_ids("generation_config.json"))
 
