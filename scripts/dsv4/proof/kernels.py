@@ -93,6 +93,18 @@ _FAST = {"reassoc", "nsz", "nnan", "contract"}
 # The greatest of integers is found by vectors, that of floats is not: as integers the bits of
 # float32 numbers have their order, those of negative ones the other way round.
 _SIZE = np.int32(0x7FFFFFFF)  # all bits but the sign
+
+
+@numba.njit(inline="always")
+def largest(values):
+    """The largest magnitude of float32 values; 0 of none."""
+    bits, far = values.view(np.int32), np.int32(0)
+    for i in range(len(bits)):
+        size = np.int32(bits[i] & _SIZE)
+        far = size if size > far else far
+    return np.int32(far).view(np.float32)
+
+
 # How `_misses` counts three things in one sum, which float32 holds exactly for groups of 128.
 _ZERO, _ODD, _LOST = np.float32(1), np.float32(1 << 8), np.float32(1 << 16)
 
@@ -104,7 +116,7 @@ def _misses(values, levels, scale, bias, reach, slack, top, miss):
 
     Short loops without branches, few sums; `miss` is scratch, float32 (size of a group,).
     """
-    squares, errors, far, count = np.float32(0), np.float32(0), np.int32(0), np.float32(0)
+    squares, errors, count = np.float32(0), np.float32(0), np.float32(0)
     none = np.float32(0)
     sign = np.float32(1.0) if scale >= 0 else np.float32(-1.0)
     for i in range(len(miss)):
@@ -112,17 +124,13 @@ def _misses(values, levels, scale, bias, reach, slack, top, miss):
         miss[i] = value - (np.float32(levels[i]) * scale + bias)
         squares += value * value
         errors += miss[i] * miss[i]
-    bits = miss.view(np.int32)
-    for i in range(len(miss)):
-        size = np.int32(bits[i] & _SIZE)
-        far = size if size > far else far
     for i in range(len(miss)):
         up, level = sign * miss[i], np.float32(levels[i])
         odd = ((up > reach) & (level < top)) | ((up < -reach) & (level > none))
         zero = values[i] == none
         lost = zero & (abs(miss[i]) > slack)
         count += (_ZERO if zero else none) + (_ODD if odd else none) + (_LOST if lost else none)
-    return squares, errors, np.int32(far).view(np.float32), np.int64(count)
+    return squares, errors, largest(miss), np.int64(count)
 
 
 def bounds(
