@@ -1,9 +1,9 @@
 """What llama.cpp's forms of few bits leave of the same synthetic experts, as RMS error.
 
-For who comes from GGUF files: ds4's small ones hold experts as IQ2_XXS and Q2_K. ggml quantizes, by
-`ggml_quantize_chunk` of the library in pywhispercpp's wheel (ggml 0.13.1); the package gguf decodes.
-Each form is made without an imatrix, where ggml can do that, and with one in which all columns count
-the same. ggml weighs each weight by its size besides.
+For who comes from GGUF files: ds4's small ones hold experts as IQ2_XXS and Q2_K. ggml quantizes
+(`ggml_quantize_chunk` of the library in pywhispercpp's wheel, ggml 0.13.1) and gguf decodes.
+Each form is made without an imatrix, where ggml can do that, and with one in which all columns
+count the same. ggml weighs each weight by its size besides.
 
 Neither package is needed elsewhere, so they go to a folder of their own:
 
