@@ -163,6 +163,11 @@ def test_an_edited_plan_makes_the_experts_anew(planned, source, tmp_path) -> Non
     assert bundles.judge(bundle, source).names == set()
 
 
+def test_a_plan_that_is_not_there_is_one_line(source, tmp_path) -> None:
+    said = refusal("plan", "--source", source, "--plan", tmp_path / "none.json")
+    assert "none.json: found no such file, expected a plan; make plan FIT" in said
+
+
 def test_an_imatrix_of_another_model_stops_the_plan(source, tmp_path) -> None:
     path = tmp_path / "i.dat"
     name = b"blk.0.ffn_gate_exps.weight"
