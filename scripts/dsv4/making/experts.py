@@ -115,12 +115,13 @@ def expert_pieces(
 ) -> list[Piece]:
     """The pieces that fill the parts of one expert that a shard holds, each at its place."""
     weight, scale = source.tensors[f"{base}.weight"], source.tensors[f"{base}.scale"]
-    if quantizer.label == MXFP4:
+    one = quantizer.of(base)
+    if one.label == MXFP4:
         return as_they_are(weight, scale, places, ledger)
     out, half = weight.shape
     rows = max(1, PIECE_BYTES // half)
     cuts = [(row, min(row + rows, out)) for row in range(0, out, rows)]
-    importance, one = quantizer.importance.get(base), quantizer.of(base)
+    importance = quantizer.importance.get(base)
     return [
         QuantizePiece(weight, scale, first, last, places, one, ledger, importance)
         for first, last in cuts
