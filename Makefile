@@ -65,8 +65,8 @@ TOOLCHAIN_PYTHON ?= .toolchain/$(STACK)/bin/python
 PORT ?= 8010
 # How routed experts are stored: mlx (as mx.quantize does, 5 bits a weight), optimal (5 bits, least
 # error), exact5 (6 bits, exact), mxfp4 (4.25 bits, exact; not every runtime), lossless (mxfp4, and
-# everything else as the source has it too, FP8 as mxfp8; STACK=new). Changing it on a finished
-# bundle requantizes from the source.
+# everything else as the source has it too, FP8 as mxfp8; STACK=new), turboquant2 (2 bits, for vMLX
+# on Metal; verify does not prove it). Changing it on a finished bundle requantizes from the source.
 QUANTIZER ?= mlx
 # With optimal: a llama.cpp/ds4 importance matrix (.dat) that weighs the error; empty for none.
 IMATRIX ?=

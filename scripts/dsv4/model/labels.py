@@ -25,6 +25,8 @@ DEFAULT = {"group_size": GROUP, "bits": 8, "mode": "affine"}
 EXPERT = {"group_size": GROUP, "bits": 4, "mode": "affine"}
 MXFP4 = {"group_size": GROUP, "bits": 4, "mode": "mxfp4"}
 MXFP8 = {"group_size": GROUP, "bits": 8, "mode": "mxfp8"}
+TURBO = "mxtq"  # no mode of MLX's: TurboQuant's codes and norms, a group being the row
+TURBO2 = {"bits": 2, "mode": TURBO}
 # Where config.json says which quantizer made the routed experts. No runtime looks at the key.
 RECORD = "requantize"
 # The quantizers that keep the source's FP4 bytes.
@@ -41,8 +43,11 @@ def quantization(
     `bases` are the storage names of all routed-expert matrices, as `expert_bases` gives them;
     `tensors` are the bundle's, for those that are stored as mxfp8. MTP's get their storage name
     only: no runtime builds modules for them. Where nothing is 8-bit affine the top level says
-    mxfp8: a runtime that misses a matrix's label is right with it.
+    mxfp8: a runtime that misses a matrix's label is right with it. Experts in TurboQuant have no
+    labels but what `turbo_width` says.
     """
+    if expert["mode"] == TURBO:
+        return DEFAULT | turbo_width(expert)
     parsed = (parse_expert(f"{base}.weight") for base in bases)
     layers = sorted({one[1] for one in parsed if one and one[0] == "layers"})
     fp8 = fp8_bases(tensors or {})
@@ -56,6 +61,20 @@ def quantization(
     for base in fp8:
         labels.update({name: dict(MXFP8) for name in (*module_paths(base), base)})
     return labels
+
+
+def turbo_width(expert: dict[str, Any]) -> dict[str, Any]:
+    """What config.json says, twice, of the widths in a bundle with experts in TurboQuant.
+
+    As jang_tools.dsv4.convert_dsv4_jangtq, 2.5.50, with --profile 2 --variant std.
+    """
+    eight = ("attention", "shared_expert", "compressor", "indexer", "embed_tokens", "lm_head")
+    widths = {"routed_expert": expert["bits"], **dict.fromkeys(eight, 8)}
+    return {
+        "routed_expert_bits": expert["bits"],
+        "routed_expert_bit_plan": {"default_bits": expert["bits"], "codec": TURBO},
+        "mxtq_bits": {**widths, "norms_router_hc": 16},
+    }
 
 
 def fp8_bases(tensors: Mapping[str, Slot | Tensor]) -> list[str]:
@@ -72,6 +91,9 @@ def parts_of(
     >>> parts_of(EXPERT, 2048, 4096)["scales"]
     ('F16', (2048, 128))
     """
+    if label["mode"] == TURBO:
+        codes = ("U32", (out, columns * label["bits"] // 32))
+        return {"tq_packed": codes, "tq_norms": ("F16", (out,)), "tq_bits": ("I32", (1,))}
     groups = (out, columns // label["group_size"])
     weight = {"weight": ("U32", (out, columns * label["bits"] // 32))}
     if label["mode"] == "affine":

@@ -9,8 +9,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dsv4.model.labels import COPYING, EXPERT, MXFP4, RECORD, recorded_quantizer, stored_label
-from dsv4.model.names import GROUP, PROJECTION, expert_base, parse_expert
+from dsv4.model.labels import (
+    COPYING,
+    EXPERT,
+    MXFP4,
+    RECORD,
+    TURBO2,
+    recorded_quantizer,
+    stored_label,
+)
+from dsv4.model.names import GROUP, PROJECTION, expert_base, parse_expert, stack_base
 from dsv4.stop import Stop
 from dsv4.storage.bounds import LAYERS, MATRICES
 from dsv4.storage.checkpoint import (
@@ -25,6 +33,7 @@ from dsv4.storage.shard import Tensor
 from dsv4.words import shown
 
 MODEL_TYPE = "deepseek_v4"
+TURBO_PARTS = ("tq_packed", "tq_norms", "tq_bits")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -195,6 +204,9 @@ def expert_label(bundle: Checkpoint) -> dict[str, Any]:
     was not made with mxfp4 or lossless: those are a stock bundle's, and still to be requantized.
     """
     bases = expert_bases(bundle)
+    if recorded_quantizer(bundle.config) == "turboquant2":
+        check_turbo(bundle, bases)
+        return TURBO2
     found = {base: stored_label(bundle.tensors, base) for base in bases}
     first = found[bases[0]] if bases else None
     odd = next((base for base in bases if found[base] is None or found[base] != first), None)
@@ -213,3 +225,15 @@ def expert_label(bundle: Checkpoint) -> dict[str, Any]:
             "run requantize",
         )
     return first
+
+
+def check_turbo(bundle: Checkpoint, bases: list[str]) -> None:
+    """Raise Stop unless every expert is there as TurboQuant's codes and norms."""
+    stacks = dict.fromkeys(map(stack_base, bases))
+    wanted = [f"{at}.{part}" for at in stacks for part in TURBO_PARTS]
+    missing = [name for name in wanted if name not in bundle.tensors]
+    if missing:
+        raise Stop(
+            f"{bundle.folder}", f"no {missing[0]} ({len(missing):,} tensors missing)",
+            f"{len(wanted):,} tensors of routed experts", "run requantize",
+        )  # fmt: skip

@@ -17,7 +17,7 @@ from dsv4.model.plan import Form
 from dsv4.settings import add_setting
 from dsv4.stop import Stop
 from dsv4.storage.checkpoint import Checkpoint
-from dsv4.weights import affine, exact, optimal
+from dsv4.weights import affine, exact, optimal, turboquant
 from dsv4.weights.affine import Tally
 from dsv4.weights.imatrix import coverage, importances, open_imatrix
 from dsv4.words import say
@@ -170,12 +170,35 @@ class Lossless(Mxfp4):
         self.form = Form(self.label, True, frozenset(self.beyond))
 
 
+class TurboQuant2:
+    """Rotated rows in codes of 2 bits and a norm each: 2.005 bits a weight (TurboQuant)."""
+
+    name = "turboquant2"
+    label = labels.TURBO2
+    form = Form(label)
+    importance: Mapping[str, np.ndarray] = {}
+    digest = "1"
+
+    def encode(
+        self,
+        packed: np.ndarray,
+        exponents: np.ndarray,
+        parts: Mapping[str, np.ndarray],
+        importance: np.ndarray | None = None,
+    ) -> Tally:
+        return turboquant.quantize(
+            packed, exponents, parts["tq_packed"].view(np.uint32),
+            parts["tq_norms"].view(np.float16),
+        )  # fmt: skip
+
+
 QUANTIZERS: dict[str, Callable[[], Quantizer]] = {
     "mlx": MlxAffine,
     "optimal": Optimal,
     "exact5": Exact5,
     "mxfp4": Mxfp4,
     "lossless": Lossless,
+    "turboquant2": TurboQuant2,
 }
 
 
