@@ -29,7 +29,8 @@ import numpy as np
 import rooms  # noqa: F401
 
 from dsv4.model.labels import stored_label
-from dsv4.model.opening import open_bundle, open_source
+from dsv4.model.names import expert_base, parse_stack
+from dsv4.model.opening import TURBO_PARTS, open_bundle, open_source
 from dsv4.stop import Stop, run
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.shard import Tensor, read_array
@@ -71,6 +72,12 @@ def decode_bundle(bundle: Checkpoint) -> dict[str, np.ndarray]:
     for name, tensor in tensors.items():
         base, _, part = name.rpartition(".")
         label = stored_label(tensors, base)
+        if part == "tq_packed":
+            out.update(
+                decode_turbo(base, *(read_array(tensors[f"{base}.{p}"]) for p in TURBO_PARTS))
+            )
+        if part in TURBO_PARTS:
+            continue
         if part in ("scales", "biases") and label is None:
             raise Stop(f"{bundle.folder}: {name}", "no whole module", "one", "run requantize")
         if label is None:
@@ -82,6 +89,27 @@ def decode_bundle(bundle: Checkpoint) -> dict[str, np.ndarray]:
             decoded = mx.dequantize(packed, *map(mx.array, floats), **label)
             out[name] = np.array(decoded.astype(mx.float32))
     return out
+
+
+def decode_turbo(
+    base: str, packed: np.ndarray, norms: np.ndarray, bits: np.ndarray
+) -> dict[str, np.ndarray]:
+    """A stack of experts, or one, in TurboQuant by storage name, with jang's codebook and signs."""
+    import mlx.core as mx
+    from jang_tools.turboquant import codebook, rotation
+
+    width = int(bits[0])
+    codes = packed[..., None] >> np.arange(0, 32, width, dtype=np.uint32) & ((1 << width) - 1)
+    codes = codes.reshape(*packed.shape[:-1], -1)
+    levels = np.array(codebook.compute_codebook(codes.shape[-1], width), np.float32)
+    signs = rotation.generate_random_signs(codes.shape[-1], seed=42)
+    rotated = mx.array(levels[codes] * norms[..., None].astype(np.float32))
+    values = np.array(rotation.hadamard_inverse(rotated, signs))
+    stack = parse_stack(f"{base}.tq_packed")
+    if stack is None:
+        return {f"{base}.weight": values}
+    names = [expert_base("layers", stack[0], e, stack[1]) for e in range(len(values))]
+    return {f"{name}.weight": one for name, one in zip(names, values, strict=True)}
 
 
 def parts_of(label: dict) -> tuple[str, ...]:
@@ -130,8 +158,11 @@ class MlxModel:
 
 
 def loader(folder: Path) -> MlxModel:
+    from turbo_kernels import stand_in
     from vmlx_engine.loaders.load_jangtq_dsv4 import load_jangtq_dsv4_model
 
+    if any(name.endswith(".tq_packed") for name in open_bundle(folder).tensors):
+        stand_in()
     model, _ = load_jangtq_dsv4_model(folder)
     return MlxModel(model, lambda ids, cache: model(ids, cache=cache))
 
