@@ -55,9 +55,10 @@ def _check_entries(bundle: Checkpoint) -> None:
             raise Stop(f"{index}: {name}", f"no such tensor in {file}", "it there", CONVERT)
     for file, shard in bundle.shards.items():
         for name, tensor in shard.tensors.items():
-            new = name not in bundle.weight_map and (
-                _may_change(name)
-                and (parse_expert(name) or parse_stack(name) or _was_requantized(shard))
+            there = bundle.shards.get(bundle.weight_map.get(name))
+            new = (there is None or name not in there.tensors) and (
+                (parse_expert(name) and name.endswith(".biases"))
+                or (_may_change(name) and _was_requantized(shard))
             )
             if (bundle.weight_map.get(name) != file and not new) or bundle.tensors[name] != tensor:
                 raise Stop(
