@@ -65,11 +65,23 @@ TOOLCHAIN_PYTHON ?= .toolchain/$(STACK)/bin/python
 PORT ?= 8010
 # How routed experts are stored: mlx (as mx.quantize does, 5 bits a weight), optimal (5 bits, least
 # error), exact5 (6 bits, exact), mxfp4 (4.25 bits, exact; not every runtime), lossless (mxfp4, and
-# everything else as the source has it too, FP8 as mxfp8; STACK=new), turboquant2 (2 bits, for vMLX
-# on Metal; verify does not prove it). Changing it on a finished bundle requantizes from the source.
+# everything else as the source has it too, FP8 as mxfp8; STACK=new), affineBgG (B bits in groups of G
+# columns, least error: affine2g64), affineBgG-mx (as mx.quantize does), small (2.67 bits, a shape for
+# which vMLX has fused kernels), turboquant2 (2 bits, jang's TurboQuant, for vMLX on Metal alone).
+# Changing it on a finished bundle requantizes from the source.
 QUANTIZER ?= mlx
-# With optimal: a llama.cpp/ds4 importance matrix (.dat) that weighs the error; empty for none.
+# With optimal, affineBgG or small: a llama.cpp/ds4 importance matrix (.dat) that weighs the error; empty for none.
 IMATRIX ?=
+# The bundle that fits your Mac: FIT=96GB (its memory, with CONTEXT tokens) or SIZE=88GB (the bundle's
+# own) plan a mixture of forms by layer. PLAN: the file that holds it, which you may edit, or your own.
+# ANY_SHAPE=1: the least error, and not the shape for which vMLX has fused kernels.
+FIT ?=
+SIZE ?=
+ANY_SHAPE ?=
+PLAN ?= $(if $(call as_said,FIT)$(call as_said,SIZE),$(call value_of,BUNDLE).plan.json)
+ifneq ($(call as_said,PLAN),)
+QUANTIZER = mixture
+endif
 # Processors that requantize uses; empty for all.
 JOBS ?=
 # What verify looks at: 1 for headers and JSON, 2 for every number too.
@@ -78,8 +90,15 @@ LEVEL ?= 2
 VERIFY_HASHES ?=
 # The Python that .venv and .toolchain are made with: 3.11 to 3.13; nothing was run on 3.14 yet.
 PYTHON3 ?= python3
-# inspect: also compare with this source, tensor by tensor, by name and shape.
+# inspect: also compare with this source, tensor by tensor, by name and shape. accept: the URL of a
+# second server, and the name of its model.
 AGAINST ?=
+AGAINST_NAME ?=
+# accept: another server than that of `make serve`, its model's name. CONTEXT: its longest prompt in
+# tokens; check and plan: the context to leave memory for.
+URL ?=
+MODEL_NAME ?=
+CONTEXT ?=
 # publish: where to, user/name on the hub; 1: a new repository is private.
 TO ?=
 PRIVATE ?=
@@ -87,10 +106,22 @@ PRIVATE ?=
 DRY_RUN ?=
 # fidelity: a source that was trained less, so that differences show (train_nano.py --save-early).
 SOURCE2 ?=
+# evaluate: several bundles, with blanks between them, instead of BUNDLE.
+BUNDLES ?=
+# evaluate and imatrix: a text instead of the repository's own, how many of its tokens, and where to
+# compute, cpu or gpu; evaluate also: both.
+TEXT ?=
+TOKENS ?=
+DEVICE ?=
+# evaluate: whose model code, jang or vlm; 1: compute the bundle in float32.
+RUNTIME ?=
+FLOAT32 ?=
 
 # How a setting reaches a script: as RECIPE_NAME in its environment, where no shell reads the value.
 SETTINGS := REPO REVISION SOURCE BUNDLE CONVERTER LOW_DISK SHARD_BYTES REFERENCE TOOLCHAIN_PYTHON PORT \
-  QUANTIZER IMATRIX JOBS LEVEL VERIFY_HASHES PYTHON3 AGAINST TO PRIVATE DRY_RUN SOURCE2
+  QUANTIZER IMATRIX JOBS LEVEL VERIFY_HASHES PYTHON3 AGAINST TO PRIVATE DRY_RUN SOURCE2 \
+  BUNDLES TEXT TOKENS DEVICE RUNTIME FLOAT32 AGAINST_NAME URL MODEL_NAME CONTEXT \
+  FIT SIZE ANY_SHAPE PLAN
 $(foreach name,$(SETTINGS),$(eval export RECIPE_$(name) = $$(call value_of,$(name))))
 unexport $(foreach name,$(SETTINGS) MODEL STACK,$(if $(call on_command_line,$(name)),$(name)))
 # Nor does another Python's environment reach ours.
@@ -126,14 +157,15 @@ all: $(STAMPS)/verify.stamp ## build the bundle: every stage from check to verif
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z_]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "Settings (make NAME=value, or config.mk): MODEL REPO REVISION SOURCE BUNDLE REFERENCE"
-	@echo "  CONVERTER QUANTIZER IMATRIX LOW_DISK SHARD_BYTES STACK TOOLCHAIN_PYTHON PORT JOBS LEVEL"
-	@echo "  VERIFY_HASHES PYTHON3; README.md tells what they mean."
+	@echo "  CONVERTER QUANTIZER IMATRIX FIT SIZE CONTEXT ANY_SHAPE PLAN LOW_DISK SHARD_BYTES STACK"
+	@echo "  TOOLCHAIN_PYTHON PORT JOBS LEVEL VERIFY_HASHES PYTHON3 BUNDLES TEXT TOKENS DEVICE RUNTIME"
+	@echo "  FLOAT32; README.md tells more."
 
 # The values that stages depend on. Rewritten only when one of them changes.
 $(STAMPS)/settings: FORCE
 	@mkdir -p $(STAMPS)
 	@printf '%s\n' $(foreach name,SOURCE BUNDLE REPO REVISION REFERENCE TOOLCHAIN_PYTHON CONVERTER \
-	  QUANTIZER IMATRIX,"$(name)=$$RECIPE_$(name)") > $@.new
+	  QUANTIZER IMATRIX FIT SIZE CONTEXT ANY_SHAPE PLAN,"$(name)=$$RECIPE_$(name)") > $@.new
 	@cmp -s $@.new $@ || cp $@.new $@
 	@rm -f $@.new
 
@@ -145,7 +177,7 @@ $(STAMPS)/no_SOURCE $(STAMPS)/no_BUNDLE: FORCE
 # -------------------------------------------------------------------------------------- set-up
 
 .PHONY: venv
-venv: .venv/installed $(TOOLCHAIN) ## make .venv for the scripts and .toolchain/STACK (2.4 GB)
+venv: .venv/installed $(TOOLCHAIN) ## make .venv for the scripts and .toolchain/STACK (2.5 GB)
 
 # Each is made by scripts/lab/install.py, which imports the modules named last before make touches
 # the stamp. One whose Python is gone, or of another version by now, loses its stamp.
@@ -202,11 +234,24 @@ $(STAMPS)/download.stamp: $(STAMPS)/patch_loader.stamp $(STAMPS)/no_SOURCE $(nee
 	$(PYTHON) scripts/download.py
 	touch $@
 
+# A sample of the experts, 0.3 GB of Flash: which form each layer gets. A plan that is there is kept.
+.PHONY: plan
+plan: $(STAMPS)/plan.stamp ## plan which layer gets how many bits, to FIT=96GB or SIZE=88GB
+$(STAMPS)/plan.stamp: $(STAMPS)/download.stamp $(needs_plan)
+	rm -f $@
+	$(PYTHON) scripts/plan.py
+	touch $@
+
+# What the plan says; changed when the plan was edited.
+$(STAMPS)/plan: $(STAMPS)/plan.stamp FORCE
+	@test -z "$$RECIPE_PLAN" && { test -e $@ || touch $@; } || \
+	  cmp -s - $@ < "$$RECIPE_PLAN" || cat < "$$RECIPE_PLAN" > $@
+
 # The bundle's tensors, 180 GB, at about the speed of copying: experts to 4-bit affine, other matrices
 # to 8-bit. CONVERTER=jang: hours, and experts that are FP4 bytes under an affine label.
 .PHONY: convert
 convert: $(STAMPS)/convert.stamp ## convert the source into a new bundle (CONVERTER, LOW_DISK)
-$(STAMPS)/convert.stamp: $(STAMPS)/download.stamp $(STAMPS)/no_BUNDLE $(needs_convert)
+$(STAMPS)/convert.stamp: $(STAMPS)/plan.stamp $(STAMPS)/plan $(STAMPS)/no_BUNDLE $(needs_convert)
 	rm -f $@
 	$(PYTHON) scripts/convert.py
 	touch $@
@@ -265,21 +310,38 @@ repair: .venv/installed $(TOOLCHAIN) ## mend a bundle made elsewhere, or damaged
 unrepair: .venv/installed ## put back every file that repair changed, byte for byte
 	$(PYTHON) scripts/repair.py --undo
 
+# ----------------------------------------------------------------------- measuring the real model
+
+# Source and bundle over one text, layer by layer, so that one layer's memory is enough; 8 GB of disk
+# meanwhile. DEVICE=cpu, gpu or both; RUNTIME=vlm for mlx-vlm's model; FLOAT32=1 computes the bundle
+# in float32. Paths in BUNDLES="a b" have no blanks.
+.PHONY: evaluate imatrix
+evaluate: .venv/installed $(TOOLCHAIN) ## how far is the bundle from its source? (BUNDLES="a b", TEXT, TOKENS, DEVICE)
+	$(PYTHON) scripts/evaluate.py --out $(STAMPS)/evaluate
+
+# For QUANTIZER=optimal. Reads the source once.
+imatrix: .venv/installed $(TOOLCHAIN) ## measure how much each column of each expert matters, for IMATRIX (TEXT, DEVICE)
+	$(PYTHON) scripts/imatrix.py --out $(STAMPS)/imatrix.dat
+
 # ------------------------------------------------------------------------------- using the bundle
 
-.PHONY: serve smoke
+.PHONY: serve smoke accept
 serve: .venv/installed $(TOOLCHAIN) ## serve the bundle with STACK's server on 127.0.0.1:PORT
 	$(PYTHON) scripts/serve.py
 
 smoke: .venv/installed ## ask the running server two questions and judge the answers
 	$(PYTHON) scripts/smoke.py
 
+# Any server of OpenAI's chat completions. Keys come from OPENAI_API_KEY and AGAINST_API_KEY.
+accept: .venv/installed ## is the served model right, and how fast? (URL, MODEL_NAME, AGAINST=URL, CONTEXT)
+	$(PYTHON) scripts/accept.py --out $(STAMPS)/accept
+
 # -------------------------------------------------------------------- in from and out to the hub
 
 # Headers and JSON of a published bundle, some 30 MB of its 180 GB. REPO and REVISION are the source's
 # unless the command line gives them.
 .PHONY: inspect
-inspect: .venv/installed ## judge a published bundle before its download: REPO=user/bundle (AGAINST=source)
+inspect: .venv/installed ## judge published bundles before their download: REPO="user/bundle user/other"
 	$(if $(call on_command_line,REPO),,$(error REPO: found none on the command line, expected user/bundle))
 	$(PYTHON) scripts/inspect_bundle.py $(if $(call on_command_line,REVISION),,--revision main)
 
@@ -319,6 +381,11 @@ fidelity: .venv/tests-installed ## measure every QUANTIZER: tables in build/fide
 	$(PYTHON) scripts/lab/fidelity.py --source scripts/nano/checkpoint --out build/fidelity \
 	  --picture .github/fidelity.svg
 
+# Bundles of the small model by mlx-vlm's, mlx_lm's and jang's converters, for verify to be tried on.
+.PHONY: specimens
+specimens: .venv/installed .toolchain/new/installed ## make bundles as others make them, in build/specimens (3 minutes)
+	$(PYTHON) scripts/lab/specimens.py
+
 # ------------------------------------------------------------------------------------- development
 
 # jang_tools as published, for the tests of the patches.
@@ -351,4 +418,6 @@ format: .venv/tests-installed ## format the code
 
 clean: ## remove stamps and reports; never a bundle or a source
 	rm -f build/*/*.stamp build/*/settings build/*/verify.json build/*/verify.html
+	rm -f build/*/evaluate.json build/*/evaluate.md build/*/evaluate.html
+	rm -f build/*/accept.json build/*/accept.html
 	rm -f build/matrix/matrix.json build/fidelity/fidelity.*

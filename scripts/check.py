@@ -5,9 +5,9 @@ and its packages; at what these versions mean for the user, and those inside /Ap
 (works, works after patch_loader, known to fail because …, unknown); at the loader patches, the
 volumes, and the free space against what is really needed: the hub's file sizes for the download,
 and for the bundle its exact size, computed from the source's safetensors headers (the hub's by
-ranged requests when the source is not there yet). What a volume lacks (locks, flushing, links) is
-tried in a hidden folder that goes again; nothing else is written. Exit 1 when the build could not
-succeed; a line with ?? does not stop it.
+ranged requests when the source is not there yet); and which Mac that size fits. What a volume lacks
+(locks, flushing, links) is tried in a hidden folder that goes again; nothing else is written. Exit
+1 when the build could not succeed; a line with ?? does not stop it.
 
     .venv/bin/python scripts/check.py --source DIR --bundle DIR [--python PYTHON] [--repo REPO]
 """
@@ -20,14 +20,15 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsv4.hub import client, remote
+from dsv4.hub import client
 from dsv4.hub.fetching import recorded, remaining
 from dsv4.hub.origin import read_record
 from dsv4.making import low_disk
-from dsv4.making.marks import converted_by
+from dsv4.making.fitting import planned
+from dsv4.model import memory
 from dsv4.model.implied import check_whole
-from dsv4.model.opening import open_bundle, open_source
-from dsv4.model.plan import SHARD_BYTES, plan_shards
+from dsv4.model.opening import open_bundle, open_source, read_config
+from dsv4.model.plan import SHARD_BYTES
 from dsv4.model.roles import place_of
 from dsv4.proof import stacks
 from dsv4.runtime import patches, toolchain
@@ -36,9 +37,8 @@ from dsv4.stop import Stop, run
 from dsv4.storage import space, volume
 from dsv4.storage.checkpoint import INDEX
 from dsv4.storage.durable import human
-from dsv4.storage.shard import Tensor
 from dsv4.storage.space import workplace_of
-from dsv4.weights.quantizer import QUANTIZERS, add_choice, check_choice, chosen
+from dsv4.weights.quantizer import add_choice, check_choice
 from dsv4.words import LINE, plain
 
 NEEDED = {
@@ -202,36 +202,22 @@ def low_disk_need(source: Path, repo: str, revision: str) -> tuple[Line, int]:
     return Line(True, "source", found), sum(largest)
 
 
-def tensors_of(source: Path, repo: str, revision: str) -> dict[str, Tensor]:
-    """The source's tensors by name: from the folder, kept headers, or the hub."""
-    try:
-        record = read_record(source)
-        if record and (source / low_disk.HEADERS).is_dir():
-            with low_disk.skeleton(source, record) as headers:
-                return headers.tensors
-        return open_source(source).tensors
-    except Stop:
-        if not repo:
-            raise
-        return remote.tensors(repo, revision)
-
-
-def bundle_need(args: argparse.Namespace) -> tuple[Line, int]:
-    """The bundle's final size, and the bytes that its volume must still take for it.
+def bundle_need(args: argparse.Namespace) -> tuple[list[Line], int]:
+    """The bundle's final size, the Mac that it fits, and the bytes that its volume must still take.
 
     The size is that of the plan by which convert writes the shards; what is there already, of a
     bundle or a killed run, is taken off, and one shard is made room for.
     """
     try:
         space.check_own(args.bundle)
-        tensors = tensors_of(args.source, args.repo, args.revision)
-        quantizer = chosen(args, open_source(args.source)) if args.imatrix else None
-        quantizer = quantizer or QUANTIZERS[args.quantizer]()
-        mark = converted_by(None, quantizer)
-        shards = plan_shards(tensors, quantizer.form, mark, args.shard_bytes)
+        shards, goal = planned(args, low_disk.tensors_of(args.source, args.repo, args.revision))
     except Stop as stop:
-        return Line(False, "bundle size", f"unknown ({stop})"), 0
-    final = sum(shard.size for shard in shards)
+        return [Line(False, "bundle size", f"unknown ({stop})")], 0
+    total = sum(shard.size for shard in shards)
+    final = goal or total
+    if total > final:
+        least = f"{human(goal)} asked for, {human(total)} at least"
+        return [Line(False, "bundle size", least, "ask for a larger one, or a larger Mac")], 0
     try:
         have = open_bundle(args.bundle).nbytes
     except Stop:
@@ -239,7 +225,18 @@ def bundle_need(args: argparse.Namespace) -> tuple[Line, int]:
     largest = max(shard.size for shard in shards)
     spare = largest if have or args.converter == "jang" else 0  # rewritten by requantize
     needed = max(0, final - have) + spare
-    return Line(True, "bundle size", f"{human(final)} finished, {human(have)} there"), needed
+    about = "at most " * bool(goal)
+    size = Line(True, "bundle size", f"{about}{human(final)} finished, {human(have)} there")
+    return [size, *memory_line(args, final)], needed
+
+
+def memory_line(args: argparse.Namespace, final: int) -> list[Line]:
+    """Which Mac the bundle fits; nothing while there is no config.json to tell the cache."""
+    if not (args.source / "config.json").is_file():
+        return []
+    config = read_config(args.source)
+    said = memory.fit_in_words(config, final, args.context, args.fit or 0)
+    return [Line(True, "memory", said, doubt="does not" in said)]
 
 
 def check_space(source: Path, bundle: Path, fetch: int, build: int) -> list[Line]:
@@ -272,18 +269,20 @@ def main() -> int:
     add_setting(parser, "SHARD_BYTES", default=SHARD_BYTES)
     add_setting(parser, "LOW_DISK")
     add_choice(parser)
+    memory.add_goal(parser)
     args = parser.parse_args()
     check_choice(args)
+    memory.check_goal(args)
     source, bundle = args.source, place_of(args.bundle, args.source)
     args.bundle = bundle
     lines = check_toolchain(args.python, args.converter, args.app, args.quantizer)
     lines += [check_patch(args.python, args.app, path) for path in patches.DEFAULT]
     need = low_disk_need if args.low_disk else source_need
     source_line, fetch = need(source, args.repo, args.revision)
-    bundle_line, build = bundle_need(args)
+    bundle_lines, build = bundle_need(args)
     lines += check_volume("source volume", source, written=fetch > 0 or args.low_disk)
     lines += check_volume("bundle volume", bundle, written=True)
-    lines += [source_line, bundle_line, *check_space(source, bundle, fetch, build)]
+    lines += [source_line, *bundle_lines, *check_space(source, bundle, fetch, build)]
     print(*lines, sep="\n")
     failed = [line for line in lines if not line.holds]
     if failed:

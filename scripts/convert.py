@@ -31,10 +31,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Iterator
 
-from dsv4.hub import client, fetching
-from dsv4.hub.origin import read_record
 from dsv4.making import low_disk, own_numbers
 from dsv4.making.conversion import (
     check_complete,
@@ -47,14 +44,13 @@ from dsv4.making.low_disk import Supply
 from dsv4.making.part import Part, parse_part
 from dsv4.making.workplace import claim, publish, unmark, workplace
 from dsv4.model.implied import check_whole
-from dsv4.model.opening import open_bundle, open_source
+from dsv4.model.opening import open_bundle
 from dsv4.model.plan import SHARD_BYTES
 from dsv4.model.roles import place_of
 from dsv4.runtime import upstream
 from dsv4.runtime.toolchain import default
-from dsv4.settings import add_setting, cores, parse_jobs, parse_seconds
+from dsv4.settings import add_setting, cores
 from dsv4.stop import Stop, run
-from dsv4.storage import locks
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.reading import Reader
 from dsv4.storage.space import workplace_of
@@ -78,35 +74,12 @@ def parse_arguments() -> argparse.Namespace:
         "--part", type=parse_part, default=Part(), help="K/N: a share of the shards"
     )
     add_choice(parser)
-    add_setting(parser, "LOW_DISK", help="fetch and free the source's shards as it goes")
-    add_setting(parser, "REPO", default="", help="--low-disk: where they come from")
-    parser.add_argument("--patience", type=parse_seconds, default=fetching.PATIENCE,
-                        metavar="SECONDS",
-                        help="--low-disk: how long to try again while nothing comes")  # fmt: skip
-    parser.add_argument("--workers", type=parse_jobs, default=fetching.WORKERS,
-                        help="--low-disk: files fetched at once")  # fmt: skip
+    low_disk.add_options(parser)
     args = parser.parse_args()
     check_choice(args)
     if not args.part.whole and (args.low_disk or args.converter == "jang"):
         parser.error("--part: not with --low-disk or --converter jang")
     return args
-
-
-@contextlib.contextmanager
-def opened(args: argparse.Namespace) -> Iterator[tuple[Checkpoint, Checkpoint, Supply | None]]:
-    """The source, the source as far as headers tell, and with --low-disk what supplies shards."""
-    if not args.low_disk:
-        source = open_source(args.source)
-        yield source, source, None
-        return
-    record = read_record(args.source)
-    if not args.repo or record is None or record.repo != args.repo:
-        found = f"{record.repo}" if record else "no download prepared"
-        raise Stop(f"{args.source}", found, f"{args.repo or 'a repository'}", low_disk.AGAIN)
-    client.quiet()
-    supply = Supply(args.source, record, args.patience, args.workers)
-    with locks.held(args.source), low_disk.skeleton(args.source, record) as headers:
-        yield low_disk.at_home(headers, args.source), headers, supply
 
 
 def run_upstream(args: argparse.Namespace, source: Checkpoint) -> str:
@@ -157,7 +130,7 @@ def main() -> int:
     """Convert, or say what would be done. Returns 0."""
     args = parse_arguments()
     args.bundle = place_of(args.bundle, args.source)
-    with opened(args) as (source, headers, supply):
+    with low_disk.opened(args) as (source, headers, supply):
         if is_done(args.bundle, source):
             said = f"holds every tensor of {args.source} already; delete it to convert afresh"
             if not args.dry_run:

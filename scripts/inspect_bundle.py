@@ -4,16 +4,18 @@ config.json, the index and every shard's header are read by ranged requests (som
 verify's level 1 runs on them: files, index, tensors, labels, stop tokens, and the signatures of the
 known faults. Says what is wrong, which runtimes will load it, and whether `make repair` could mend
 it. No number is read: that is what verify does after the download. With --against, the bundle is
-also compared with the source's tensors, name by name (another 20 MB).
+also compared with the source's tensors, name by name (another 20 MB). Of several bundles, whoever
+made them, a table ends it: size, layout, bits, runtimes, memory, faults.
 
 Gated and private repositories are read with the user's own login. Exit 0: nothing wrong; 1: faults.
 
-    .venv/bin/python scripts/inspect_bundle.py --repo user/bundle [--revision main] [--against REPO]
+    .venv/bin/python scripts/inspect_bundle.py --repo "user/bundle …" [--against REPO]
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -24,11 +26,12 @@ from dsv4.model.opening import open_source
 from dsv4.proof import conversation, level1
 from dsv4.proof.findings import Check, Findings
 from dsv4.proof.stacks import runtimes
+from dsv4.proof.summary import Row, failed, row, table
 from dsv4.proof.survey import Survey, survey
 from dsv4.settings import add_setting, parse_seconds
 from dsv4.stop import Stop, run
 from dsv4.storage.durable import human
-from dsv4.words import plain, say
+from dsv4.words import LINE, plain, say, several
 
 PATIENCE = 30  # seconds without an answer, after which it gives up
 SHOWN = 2  # places of each fault
@@ -38,11 +41,11 @@ SHOWN = 2  # places of each fault
 
 def mending(findings: Findings) -> str:
     """Whether `make repair` could mend what was found, and what it needs for that, in words."""
-    beyond = [f for f in findings.errors if not f.fault.repair.startswith("make repair")]
+    beyond = [f for f in findings.errors if not f.repair.startswith("make repair")]
     if beyond:
-        by_hand = "; ".join(f"{f.name} ({f.fault.repair})" for f in beyond)
+        by_hand = "; ".join(f"{f.name} ({f.repair})" for f in beyond)
         return f"not mendable by make repair: {by_hand}"
-    needs_source = any("SOURCE=" in finding.fault.repair for finding in findings.errors)
+    needs_source = any("SOURCE=" in finding.repair for finding in findings.errors)
     return "once downloaded, mended by: make repair" + (
         " SOURCE=… (it needs the FP4 source)" if needs_source else " (without the source)"
     )
@@ -63,7 +66,7 @@ def show(skeleton: Skeleton, checks: list[Check], findings: Findings) -> None:
         print(f"{finding.fault.severity}: {finding.name}, {finding.count:,}×: {finding.fault.why}")
         for place in finding.places[:SHOWN]:
             say(f"    {place['where']}: found {place['found']}, expected {place['expected']}")
-        print(f"    repair: {finding.fault.repair}")
+        print(f"    repair: {finding.repair}")
 
 
 def show_runtimes(loads: dict[str, str]) -> None:
@@ -78,24 +81,48 @@ def show_conversation(bundle: Survey) -> None:
         say(f"  {name}: {kept}")
 
 
-def inspect(args: argparse.Namespace, work: Path) -> int:
-    """Read, judge, print. Raises Stop when something is wrong with the bundle."""
+def inspect(args: argparse.Namespace, repo: str, work: Path) -> tuple[Row, str, str]:
+    """Read, judge, print; returns its row, the names of its faults and what mends them."""
     findings = Findings()
-    skeleton = fetch_skeleton(args.repo, args.revision, work / "bundle", args.patience)
+    skeleton = fetch_skeleton(repo, args.revision, work / "bundle", args.patience)
     bundle = survey(work / "bundle", findings)
     source = None
     if bundle and args.against:
-        fetch_skeleton(args.against, "main", work / "source", args.patience)
-        source = open_source(work / "source")
+        if not (work.parent / "source").exists():
+            fetch_skeleton(args.against, "main", work.parent / "source", args.patience)
+        source = open_source(work.parent / "source")
     checks = level1.check_headers(bundle, source, findings) if bundle else []
     level1.demand_something(checks, findings)
     show(skeleton, checks, findings)
     show_runtimes(runtimes(bundle, findings))
     if bundle:
         show_conversation(bundle)
-    if findings.errors:
-        names = ", ".join(finding.name for finding in findings.errors)
-        raise Stop(args.repo, names, "a bundle without faults", mending(findings))
+    names = ", ".join(finding.name for finding in findings.errors)
+    return row(repo, skeleton.nbytes, bundle, findings), names, mending(findings) if names else ""
+
+
+def inspect_all(args: argparse.Namespace, work: Path) -> int:
+    """Inspect each repository; of several, one table at the end. Raises Stop for faults."""
+    repos, rows, wrong = args.repo.split(), [], []
+    for number, repo in enumerate(repos):
+        try:
+            found, names, cure = inspect(args, repo, work / f"{number}")
+        except Stop as stop:
+            if len(repos) == 1:
+                raise
+            print(f"error: {plain(stop, LINE)}")
+            found, names, cure = failed(repo, f"{stop}"), "what could not be read", ""
+        rows.append(found)
+        if names:
+            wrong.append((repo, names, cure))
+        shutil.rmtree(work / f"{number}", ignore_errors=True)
+    if len(repos) > 1:
+        say(table(rows))
+    if len(repos) == 1 and wrong:
+        raise Stop(*wrong[0][:2], "a bundle without faults", wrong[0][2])
+    if wrong:
+        named = several([repo for repo, _, _ in wrong])
+        raise Stop(named, f"faults in {len(wrong)}", f"none in {len(repos)}", "see the table")
     print("no fault in headers and JSON; the numbers: download it, then make verify")
     return 0
 
@@ -104,7 +131,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_setting(parser, "REPO", required=True, help="user/bundle on the hub")
+    add_setting(parser, "REPO", required=True, help="user/bundle on the hub, or several")
     add_setting(parser, "REVISION", default="main", help="commit hash, tag or branch")
     add_setting(parser, "AGAINST", default="", metavar="REPO", help="its FP4/FP8 source")
     parser.add_argument(
@@ -112,10 +139,12 @@ def main() -> int:
         help="how long to try again while nothing comes (default %(default)s)",
     )  # fmt: skip
     args = parser.parse_args()
+    if not args.repo.split():
+        parser.error("--repo: none named")
     sys.stdout.reconfigure(line_buffering=True)
     client.quiet()
     with tempfile.TemporaryDirectory(prefix="inspect-") as work:
-        return inspect(args, Path(work))
+        return inspect_all(args, Path(work))
 
 
 if __name__ == "__main__":

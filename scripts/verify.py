@@ -33,7 +33,9 @@ def parse_arguments() -> argparse.Namespace:
     add_setting(parser, "BUNDLE", required=True)
     add_setting(parser, "SOURCE", if_there=True, help="the FP4/FP8 source to compare with")
     add_setting(parser, "IMATRIX", help="what `optimal` was given (.dat)")
-    add_setting(parser, "LEVEL", default=2, help="1: headers and JSON, 2: every number")
+    add_setting(
+        parser, "LEVEL", default=2, metavar="{1,2}", help="1: headers and JSON, 2: every number"
+    )
     add_setting(parser, "TOOLCHAIN_PYTHON", option="--python", default=default(), help="toolchain")
     parser.add_argument(
         "--without-loader",

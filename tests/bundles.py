@@ -9,16 +9,21 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from dsv4.model.layouts import LAYOUTS
+from dsv4.model.names import parse_expert
 from dsv4.model.opening import open_bundle
+from dsv4.model.view import view_of
 from dsv4.proof import compare
 from dsv4.proof.examination import examine
 from dsv4.proof.findings import Findings
 from dsv4.storage.checkpoint import INDEX
-from dsv4.storage.shard import NUMPY_DTYPE, Planned, read_array, read_shard, write_shard
-from dsv4.weights.quantizer import QUANTIZERS
+from dsv4.storage.reading import Reader
+from dsv4.storage.shard import NUMPY_DTYPE, Planned, Tensor, read_array, read_shard, write_shard
+from dsv4.weights.quantizer import QUANTIZERS, named
 
 Arrays = dict[str, tuple[str, np.ndarray]]  # name → (safetensors dtype, array)
 
@@ -29,14 +34,18 @@ def quantizer(name: str):
     return QUANTIZERS[name]()
 
 
+def shared(name: str, *others: Any):
+    """The same for those that have a table, which no imatrix or plan changes here."""
+    return quantizer(name) if name in QUANTIZERS else named(name, *others)
+
+
 def judge(bundle: Path, source: Path | None, loader: bool = False, level: int = 2) -> Findings:
     """What verify finds in `bundle`; without `loader` the toolchain is not asked.
 
     In small blocks, so that also of these small tensors most rows are compared by their bytes.
     """
-    shared = {name: functools.partial(quantizer, name) for name in QUANTIZERS}
-    before = compare.QUANTIZERS, compare.BLOCK_WEIGHTS
-    compare.QUANTIZERS, compare.BLOCK_WEIGHTS = shared, 1 << 11
+    before = compare.named, compare.BLOCK_WEIGHTS
+    compare.named, compare.BLOCK_WEIGHTS = shared, 1 << 11
     args = argparse.Namespace(
         bundle=bundle, source=source, level=level, python=Path(sys.executable),
         without_loader=not loader, hashes=False, jobs=2, json=None, imatrix=None,
@@ -44,7 +53,7 @@ def judge(bundle: Path, source: Path | None, loader: bool = False, level: int = 
     try:
         return examine(args).findings
     finally:
-        compare.QUANTIZERS, compare.BLOCK_WEIGHTS = before
+        compare.named, compare.BLOCK_WEIGHTS = before
 
 
 def places(findings: Findings, name: str) -> str:
@@ -121,3 +130,49 @@ def edit_json(path: Path, change: Callable[[dict], object]) -> None:
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
+
+
+def relaid(specimen: Path, folder: Path, layout: str) -> Path:
+    """A copy of a bundle under the names and in the shapes of another layout, by its table; the
+    labels go along. What the table has no name for (MTP) is left out.
+    """
+    shutil.copytree(specimen, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    view, target = view_of(open_bundle(specimen)), LAYOUTS[layout]
+    arrays, stacks = {}, {}
+    for name, tensor in view.tensors.items():
+        disk = target.called(name)
+        array = read_whole(tensor)
+        if disk is None:
+            continue
+        if disk.endswith((".G.weight", ".G.scales", ".G.biases")):
+            for block, rows in enumerate(np.split(array, 2)):
+                arrays[disk.replace(".G.", f".{block}.")] = tensor.dtype, rows
+        elif parse_expert(name) and target.place(disk).stacked:
+            stacks.setdefault((disk, tensor.dtype), []).append(array)
+        else:
+            arrays[disk] = tensor.dtype, array
+    arrays |= {disk: (dtype, np.stack(some)) for (disk, dtype), some in stacks.items()}
+    save(folder, arrays, 2, {"format": "mlx"})
+
+    def rename(config: dict) -> None:
+        labels = {}
+        for key, label in config["quantization"].items():
+            place = (
+                view.recognised.layout.place(f"{key}.weight") if isinstance(label, dict) else None
+            )
+            one = place.name.replace(".E.", ".0.") if place else ""
+            new = target.called(one) if place else key
+            labels[(new or key).removesuffix(".weight").removesuffix(".G")] = label
+        config["quantization"] = labels
+        config.pop("quantization_config", None)
+
+    edit_json(folder / "config.json", rename)
+    return folder
+
+
+def read_whole(tensor: Tensor) -> np.ndarray:
+    """A tensor of a view as an array."""
+    reader = Reader()
+    data = reader.read(tensor).copy()
+    reader.close()
+    return data.view(NUMPY_DTYPE[tensor.dtype]).reshape(tensor.shape)

@@ -57,7 +57,8 @@ def requantize(source: Path, bundle: Path, *options: object) -> subprocess.Compl
 def test_each_expert_gets_its_own_slice(tmp_path: Path) -> None:
     source, _, _ = small.make(tmp_path, SIZES, seed=51)
     entries = example(1)
-    found = importances(open_imatrix(write(tmp_path / "i.dat", entries)), open_source(source))
+    path = write(tmp_path / "i.dat", entries)
+    found = importances(open_imatrix(path), open_source(source)).columns
     assert len(found) == SIZES.layers * SIZES.experts * 3
     for base, values in found.items():
         expert, columns = int(base.split(".")[4]), len(values)
@@ -76,7 +77,7 @@ def test_a_bundle_holds_what_its_imatrix_makes_best(tmp_path: Path) -> None:
     done = requantize(source, bundle, *options)
     assert (done.returncode, done.stderr) == (0, "")
     opened, origin = open_bundle(bundle), open_source(source)
-    found = importances(open_imatrix(path), origin)
+    found = importances(open_imatrix(path), origin).columns
     quantizer, changed = Optimal(), 0
     for base in expert_bases(origin):
         packed = read_array(origin.tensors[f"{base}.weight"]).view(np.uint8).reshape(-1)

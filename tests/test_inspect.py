@@ -37,6 +37,22 @@ def inspect(hub, *options: str, token: str = ""):
     return run
 
 
+def test_several_bundles_end_in_one_table(hub, good, stock):
+    hub.add("a/good", contents(good))
+    hub.add("b/stock", contents(stock))
+    env = {"HF_ENDPOINT": hub.url, "HF_HOME": "/nonexistent", "NO_PROXY": "127.0.0.1"}
+    repos = "a/good b/stock c/none"
+    run = script("inspect_bundle", "--repo", repos, "--patience", 0, env={**os.environ, **env})
+    table = run.stdout[run.stdout.index("| bundle |") :].splitlines()
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| a/good", "| b/stock", "| c/none"]
+    assert table[2].endswith("| none |")
+    assert "experts affine 5.00; shared, attention, embedding affine 9.00; head BF16" in table[2]
+    assert "stock-experts" in table[3]
+    assert run.returncode == 1
+    last = run.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: b/stock, c/none: found faults in 2")
+
+
 def header_bytes(data: bytes) -> int:
     return 8 + int.from_bytes(data[:8], "little")
 

@@ -285,3 +285,13 @@ def test_make_all_in_little_space(origin, hub, wanted, tmp_path):
     assert "finished and verified" in done.stdout
     assert shards(recipe.bundle) == wanted
     assert not shards(recipe.source)
+
+
+def test_a_mixture_is_planned_from_a_little_of_the_hub(prepared, wanted, files, tmp_path):
+    plan = str(tmp_path / "plan.json")
+    size = str(int(0.8 * sum(map(len, wanted.values()))))
+    assert "written" in prepared.must("plan", "--plan", plan, "--size", size)
+    assert not shards(prepared.source)
+    assert prepared.fetched() < sum(map(len, files.values()))
+    prepared.must("convert", "--quantizer", "mixture", "--plan", plan)
+    assert 0 < sum(map(len, shards(prepared.bundle).values())) <= int(size)

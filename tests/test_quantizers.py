@@ -17,7 +17,7 @@ import small
 from conftest import must, script
 
 from dsv4.model import labels
-from dsv4.model.opening import expert_bases, expert_label, open_bundle, open_source
+from dsv4.model.opening import expert_bases, expert_labels, open_bundle, open_source
 from dsv4.stop import Stop
 from dsv4.storage.checkpoint import check_index
 from dsv4.storage.shard import read_array
@@ -119,7 +119,7 @@ def assert_made_with(name: str, source: Path, bundle: Path) -> None:
     opened, origin = open_bundle(bundle), open_source(source)
     check_index(opened, "test")
     label = QUANTIZERS[name].label
-    assert expert_label(opened) == label
+    assert all(one == label for one in expert_labels(opened).values())
     assert labels.recorded_quantizer(opened.config) == name
     for base in expert_bases(origin):
         expected = encode(
@@ -213,7 +213,7 @@ def test_mxfp4_stops_at_stock_bytes_of_another_source(tmp_path: Path) -> None:
 def test_fp4_bytes_of_a_stock_bundle_get_no_label(tmp_path: Path) -> None:
     _, bundle, _ = small.make(tmp_path, small.Sizes(), seed=30)
     with pytest.raises(Stop, match="FP4 bytes"):
-        expert_label(open_bundle(bundle))
+        expert_labels(open_bundle(bundle))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -222,7 +222,7 @@ def test_a_bundle_fits_its_own_label_and_no_other(tmp_path: Path, name: str) -> 
     assert requantize(source, bundle, name).returncode == 0
     config = json.loads((bundle / "config.json").read_text())
     base = "layers.0.ffn.experts.0.w1"
-    stored = labels.stored_label(open_bundle(bundle).tensors, base)
+    stored = labels.stored_label(open_bundle(bundle).tensors, base, config)
     assert stored == config["quantization"][base] == QUANTIZERS[name].label
     others = [quantizer.label for quantizer in QUANTIZERS.values()]
     shared = ("mlx", "optimal"), ("mxfp4", "lossless")  # one form of the experts, in pairs

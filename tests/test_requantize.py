@@ -232,7 +232,7 @@ def test_a_full_disk_stops_the_run_and_the_next_one_finishes(tmp_path: Path) -> 
     stopped = requantize(source, bundle, before=lower)
     assert stopped.returncode == 1
     assert stopped.stderr.count("\n") == 1
-    assert "file-size limit" in stopped.stderr
+    assert "ulimit -f" in stopped.stderr
     assert set(digests(bundle)) == set(before)
     assert requantize(source, bundle).returncode == 0
     assert digests(bundle) == expected

@@ -8,7 +8,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from conftest import NANO, ROOT, must, refusal
+from conftest import NANO, ROOT, must
 
 from dsv4.model.names import parse_expert
 from dsv4.model.opening import open_bundle
@@ -138,8 +138,3 @@ def test_mtps_experts_are_single_and_all_others_stacked(turbo):
     bits = {name: read_array(tensor)[0] for name, tensor in open_bundle(turbo).tensors.items()
             if name.endswith(".tq_bits")}  # fmt: skip
     assert set(bits.values()) == {2}
-
-
-def test_verify_says_that_it_does_not_judge_turboquant(turbo):
-    said = refusal("verify", "--source", NANO, "--bundle", turbo, "--without-loader")
-    assert "experts in TurboQuant" in said

@@ -169,7 +169,7 @@ def test_an_unpatched_loader_is_told_by_what_it_does(good, monkeypatch, tmp_path
     )
     findings = bundles.judge(good, None, loader=True, level=1)
     assert findings.names == {"loader-unpatched"}
-    assert [finding.fault.repair for finding in findings] == ["make patch_loader"]
+    assert [finding.repair for finding in findings] == ["make patch_loader"]
 
 
 def test_a_missing_expert_makes_the_loader_fail(good_copy):
@@ -280,12 +280,14 @@ def test_a_source_tensor_that_was_not_compared_is_named(good, source, tmp_path):
     assert "norm.weight" in bundles.places(bundles.judge(folder, source), "not-compared")
 
 
-def test_a_stacked_bundle_is_named_as_one(good_copy):
+def test_a_name_of_another_layout_is_named_with_it(good_copy):
     def change(arrays):
         arrays["model.layers.0.mlp.switch_mlp.gate_proj.weight"] = arrays.pop("norm.weight")
 
     bundles.edit(good_copy, change)
-    assert "layout-unknown" in bundles.judge(good_copy, None, level=1).names
+    found = bundles.judge(good_copy, None, level=1)
+    said = bundles.places(found, "layout-mixed")
+    assert "model.layers.0.mlp.switch_mlp.gate_proj.weight, as " in said
 
 
 def test_a_read_beyond_the_end_of_a_file_stops(good_copy):

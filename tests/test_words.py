@@ -21,10 +21,10 @@ from conftest import NANO, SCRIPTS, script
 from dsv4.model.forms import origin_of
 from dsv4.proof import card
 from dsv4.proof.findings import Check, Findings
-from dsv4.proof.page import visible
+from dsv4.proof.page import SHOWN
 from dsv4.stop import Stop, naming, run
 from dsv4.storage.shard import Planned, read_shard, write_shard
-from dsv4.words import LINE, plain, several, shown
+from dsv4.words import LINE, plain, several, shown, visible
 
 OWNED = "mlx\x1b]0;OWNED\x07\x1b[2K\rpassed: all good"
 HOSTILE = [
@@ -68,7 +68,7 @@ def test_findings_checks_card_and_page_are_plain(text):
     for place in next(iter(findings)).places:
         assert all(is_plain(value, 300) for value in place.values())
     assert all(is_plain(line, LINE) for line in Check(text, 1, text, text).text().split("\n"))
-    for said in (card.cell(text), card.yaml(text), card.code(text), visible(text)):
+    for said in (card.cell(text), card.yaml(text), card.code(text), visible(text, SHOWN)):
         assert "\n" not in said
         assert said.isprintable()
 

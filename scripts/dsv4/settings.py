@@ -52,6 +52,11 @@ def parse_level(text: str) -> int:
     return _between(text, 1, 2, "a level")
 
 
+def parse_tokens(text: str) -> int:
+    """Read a number of tokens: 3, which is BOS and two more, to a million."""
+    return _between(text, 3, 1 << 20, "a number of tokens")
+
+
 def _between(text: str, least: int, most: int, what: str) -> int:
     if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
         raise Unfit(text, f"{what}, {least} to {most}")
@@ -65,6 +70,36 @@ def parse_bytes(text: str) -> int:
         if math.isfinite(value) and value >= 1:
             return int(value)
     raise Unfit(text, "a number of bytes, such as 5e9")
+
+
+def parse_size(text: str) -> int:
+    """Read a size in decimal units: 88GB, 500MB, or bytes."""
+    found = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,3})?)(GB|MB)", text)
+    if found:
+        return int(float(found[1]) * {"GB": 1e9, "MB": 1e6}[found[2]])
+    return parse_bytes(text)
+
+
+def parse_memory(text: str) -> int:
+    """Read a Mac's memory, which is sold in GB and counted in GiB: 96GB."""
+    found = re.fullmatch(r"([1-9][0-9]{0,4})(GB)?", text)
+    if not found:
+        raise Unfit(text, "a Mac's memory, such as 96GB")
+    return int(found[1]) << 30
+
+
+def parse_context(text: str) -> int:
+    """Read how many tokens a context or a prompt has: 100 to 10 million; 32k is 32768."""
+    many = re.fullmatch("([1-9][0-9]{0,3})k", text)
+    return _between(str(1024 * int(many[1])) if many else text, 100, 10_000_000,
+                    "a number of tokens")  # fmt: skip
+
+
+def parse_url(text: str) -> str:
+    """Read a server's address, http or https, without the /v1 at its end."""
+    if not re.fullmatch(r"https?://[\w.\-]+(:[0-9]{1,5})?(/[\w.\-]+)*/?", text, re.ASCII):
+        raise Unfit(text, "a server's address, such as http://127.0.0.1:8010")
+    return text.removesuffix("/").removesuffix("/v1")
 
 
 def parse_seconds(text: str) -> float:
@@ -90,6 +125,11 @@ def parse_path(text: str) -> Path:
         raise Unfit(text, "a path; nobody's home folder is known by that name") from None
 
 
+def parse_paths(text: str) -> list[Path]:
+    """Read paths with blanks between them."""
+    return [parse_path(part) for part in text.split()]
+
+
 # Every setting of the Makefile that a command takes, and how its value is read.
 TYPES: dict[str, Callable[[str], Any]] = {
     "SOURCE": parse_path, "BUNDLE": parse_path, "REFERENCE": parse_path, "IMATRIX": parse_path,
@@ -97,13 +137,18 @@ TYPES: dict[str, Callable[[str], Any]] = {
     "REPO": str, "REVISION": str, "AGAINST": str, "TO": str, "CONVERTER": str, "QUANTIZER": str,
     "JOBS": parse_jobs, "PORT": parse_port, "LEVEL": parse_level, "SHARD_BYTES": parse_bytes,
     "LOW_DISK": parse_switch, "VERIFY_HASHES": parse_switch, "PRIVATE": parse_switch,
-    "DRY_RUN": parse_switch,
+    "DRY_RUN": parse_switch, "BUNDLES": parse_paths, "TEXT": parse_path, "TOKENS": parse_tokens,
+    "DEVICE": str, "RUNTIME": str, "FLOAT32": parse_switch,
+    "ANY_SHAPE": parse_switch, "PLAN": parse_path,
+    # Names that other people's environments have too: read by the command that takes them.
+    "URL": str, "MODEL_NAME": str, "AGAINST_NAME": str, "CONTEXT": str, "FIT": str,
+    "SIZE": str,
 }  # fmt: skip
 
 
 def add_setting(parser: argparse.ArgumentParser, name: str, *, option: str = "",
                 if_there: bool = False, **how: Any) -> None:  # fmt: skip
-    """Add the option of one of make's settings; `how` is as for add_argument.
+    """Add the option of one of make's settings; `how` is as for add_argument, type that of TYPES.
 
     if_there: a path from make is left out, with a note, when nothing lies there.
     Raises Stop for a value from make that the option does not take, and for any that no command
@@ -112,18 +157,20 @@ def add_setting(parser: argparse.ArgumentParser, name: str, *, option: str = "",
     for each in TYPES:
         if text := os.environ.get(PREFIX + each):
             read(each, text)
-    how |= {"action": "store_true"} if TYPES[name] is parse_switch else {"type": TYPES[name]}
+    parse = how.pop("type", TYPES[name])
+    how |= {"action": "store_true"} if parse is parse_switch else {"type": parse}
     action = parser.add_argument(option or "--" + name.lower().replace("_", "-"), **how)
     text = os.environ.get(PREFIX + name)
     if text is None or (not text and not action.required):
         return
-    value = read(name, text)
+    read(name, text)
+    value = read_as(name, text, parse)
     if action.choices and value not in action.choices:
         raise _wrong(name, text, f"one of {', '.join(map(str, action.choices))}")
     if if_there and not value.exists():
         print(f"note: {name}: nothing lies at {plain(value)}; goes on without", file=sys.stderr)
         return
-    action.default, action.required = value, False
+    action.default, action.required = [value] if action.nargs else value, False
 
 
 def read(name: str, text: str) -> Any:
@@ -137,8 +184,13 @@ def read(name: str, text: str) -> Any:
         raise _wrong(name, text, "one line")
     if "$(" in text or "${" in text:
         raise _wrong(name, text, "the value itself: make expands only what config.mk says")
+    return read_as(name, text, TYPES[name])
+
+
+def read_as(name: str, text: str, parse: Callable[[str], Any]) -> Any:
+    """The value of a setting that came as text. Raises Stop when `parse` does not take it."""
     try:
-        return TYPES[name](text)
+        return parse(text)
     except Unfit as unfit:
         raise _wrong(name, text, unfit.expected) from None
 

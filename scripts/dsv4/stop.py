@@ -22,10 +22,12 @@ DESCRIPTORS = 10240  # open files; macOS takes no larger limit, whatever it says
 class Stop(Exception):
     """Something that the user can act on: what was found, what was expected, what to do.
 
-    Its text is one plain line, whatever its parts are made of.
+    Its text is one plain line, whatever its parts are made of; `parts` are what it was made of, for
+    another process to raise it again.
     """
 
     def __init__(self, what: str, found: str, expected: str, todo: str) -> None:
+        self.parts = what, found, expected, todo
         parts = plain(what, ELSE), plain(found, FOUND), plain(expected, ELSE), plain(todo, ELSE)
         super().__init__("{}: found {}, expected {}; {}".format(*parts))
 

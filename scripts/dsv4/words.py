@@ -65,6 +65,24 @@ def several(names: Any, most: int = 8) -> str:
     return ", ".join(plain(name) for name in names[:most]) + more
 
 
+def visible(value: Any, limit: int) -> Any:
+    """What a page shows of a value: text made plain; whoever makes HTML of it still escapes it."""
+    return plain(value, limit) if type(value) is str else value
+
+
+def filled(template: Path, limit: int, **values: Any) -> str:
+    """A page of HTML: a jinja2 template, in which each text is plain, at most `limit` characters of
+    it, and then escaped.
+    """
+    from jinja2 import Environment  # here: importing it takes longer than a page
+
+    environment = Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        finalize=lambda value: visible(value, limit),
+    )  # fmt: skip
+    return environment.from_string(template.read_text(encoding="utf-8")).render(**values)
+
+
 @contextlib.contextmanager
 def naming(path: Path | str) -> Iterator[None]:
     """Give an operating-system error of the body the path that it is about, if it names none.

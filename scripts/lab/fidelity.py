@@ -24,60 +24,33 @@ two cores, and 60 MB.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import rooms  # noqa: F401
 from on_weights import WeightError, weight_error
 from pictures import Bar, bars
 from source_tensors import FLASH, headers
-from tokenizers import Tokenizer
+from through_model import ALONE, ModelError, every_logit, lessons, model_error, stage
 
-from dsv4.model.chat import ASSISTANT, BOS, EOS, USER
 from dsv4.model.plan import plan_shards
-from dsv4.runtime.toolchain import call, script
-from dsv4.served.nano import held_out
+from dsv4.runtime.toolchain import call
 from dsv4.settings import add_setting
 from dsv4.stop import run
 from dsv4.storage.durable import write_bytes, write_json
 from dsv4.weights.quantizer import QUANTIZERS
 from dsv4.weights.synthetic import RULES
 
-THINK, END_THINK = "<think>", "</think>"
 JANG = "convert_dsv4_jang"
 # With the source decoded to float32, and as the toolchain's loader runs the bundle.
 HOWS = ("tensors", "loader")
 UNLOADED = ("lossless",)  # by the old stack's loader, and the new stack's gives the last row alone
-ALONE = "run it alone to see why"
 MEASURED = tuple(name for name in QUANTIZERS if name != "turboquant2")  # MLX decodes no other
 
 
-@dataclass(frozen=True)
-class ModelError:
-    """Over held-out additions: KL divergence from the source's next-token distribution in nats, a
-    mean over all tokens and over the answers' tokens; share of tokens with the same most likely
-    successor; share of additions whose every answer token would be chosen greedily."""
-
-    source: str
-    quantizer: str
-    how: str
-    kl: float
-    kl_answers: float
-    agreement: float
-    accuracy: float
-
-
 # --- The model ----------------------------------------------------------------------------------
-
-
-def stage(name: str, *arguments: object) -> None:
-    """Run one stage's script. Raises Stop when it fails."""
-    command = script(Path(sys.executable), name, *arguments)
-    call(command, f"stage {name}", ALONE)
 
 
 def make_bundles(source: Path, work: Path, python: Path) -> dict[str, Path]:
@@ -94,48 +67,6 @@ def make_bundles(source: Path, work: Path, python: Path) -> dict[str, Path]:
     command = [str(python), "-m", f"jang_tools.dsv4.{JANG}", "--src", str(source)]
     call([*command, "--dst", str(bundles[JANG]), "--profile", "4"], JANG, ALONE)
     return bundles
-
-
-def lessons(source: Path, record: Path, number: int) -> tuple[list[list[int]], list[int]]:
-    """Token ids of held-out additions with their answers, and where each answer begins."""
-    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
-    ids, begins = [], []
-    for a, b in held_out(record, number):
-        prompt = f"{BOS}{USER}What is {a}+{b}?{ASSISTANT}{THINK}"
-        answer = f"{a}+{b}={a + b}{END_THINK}{a + b}{EOS}"
-        begins.append(len(tokenizer.encode(prompt, add_special_tokens=False).ids))
-        ids.append(tokenizer.encode(prompt + answer, add_special_tokens=False).ids)
-    return ids, begins
-
-
-def every_logit(
-    python: Path, folder: Path, how: str, ids: list[list[int]], out: Path
-) -> np.ndarray:
-    """float64 (tokens, vocabulary), the logits after every token, computed by logits.py."""
-    command = script(python, "lab/logits", "--folder", folder, "--how", how)
-    call([*command, "--every", "--out", str(out)], f"logits of {folder}", ALONE, json.dumps(ids))
-    return np.load(out).astype(np.float64)
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-
-
-def model_error(
-    found: np.ndarray, reference: np.ndarray, ids: list[list[int]], begins: list[int]
-) -> tuple[float, float, float, float]:
-    """(KL, KL in answers, agreement, accuracy) of logits (tokens, vocabulary), as ModelError."""
-    ours, theirs = log_softmax(found), log_softmax(reference)
-    kl = (np.exp(theirs) * (theirs - ours)).sum(axis=1)
-    same = found.argmax(axis=1) == reference.argmax(axis=1)
-    right, inside, start = [], np.zeros(len(kl), bool), 0
-    for tokens, begin in zip(ids, begins, strict=True):
-        here = slice(start + begin - 1, start + len(tokens) - 1)  # each predicts the next token
-        right.append((found[here].argmax(axis=1) == tokens[begin:]).all())
-        inside[here] = True
-        start += len(tokens)
-    return float(kl.mean()), float(kl[inside].mean()), float(same.mean()), float(np.mean(right))
 
 
 def measure_model(

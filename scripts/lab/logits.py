@@ -28,9 +28,10 @@ from pathlib import Path
 import numpy as np
 import rooms  # noqa: F401
 
-from dsv4.model.labels import stored_label
+from dsv4.model.labels import TURBO_PARTS, stored_label
 from dsv4.model.names import expert_base, parse_stack
-from dsv4.model.opening import TURBO_PARTS, open_bundle, open_source
+from dsv4.model.opening import open_bundle, open_source
+from dsv4.runtime.without_torchvision import hide
 from dsv4.stop import Stop, run
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.shard import Tensor, read_array
@@ -71,7 +72,7 @@ def decode_bundle(bundle: Checkpoint) -> dict[str, np.ndarray]:
     tensors, out = bundle.tensors, {}
     for name, tensor in tensors.items():
         base, _, part = name.rpartition(".")
-        label = stored_label(tensors, base)
+        label = stored_label(tensors, base, bundle.config)
         if part == "tq_packed":
             out.update(
                 decode_turbo(base, *(read_array(tensors[f"{base}.{p}"]) for p in TURBO_PARTS))
@@ -176,6 +177,7 @@ def mlx_lm(folder: Path) -> MlxModel:
 
 
 def mlx_vlm(folder: Path) -> MlxModel:
+    hide()
     from mlx_vlm import load
 
     model = load(str(folder))[0].language_model

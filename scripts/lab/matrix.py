@@ -51,7 +51,9 @@ RANDOM_LOSSLESS = "random-lossless"
 # The nano under another encoding, as its own knows no tools: that of -0731, which vMLX ships.
 TALKS, RELEASE = "conversation", "0731"
 ENCODER = "vmlx_engine/loaders/encoding_dsv4_0731.py"
-COLUMNS = ("stock", *RIGHT, RANDOM, RANDOM_LOSSLESS, TALKS)
+# One mixture: layers in the shape of vMLX's fused kernels, and one layer exact.
+MIXTURE, MIXTURE_SIZE = "mixture", "2.3MB"
+COLUMNS = ("stock", *RIGHT, MIXTURE, RANDOM, RANDOM_LOSSLESS, TALKS)
 DECODE = 4
 # A right runtime stays this near to the bundle's own tensors; 4-bit rounding itself is at .023.
 NEAR = 0.02
@@ -103,7 +105,11 @@ def bundles(work: Path, names: Iterable[str]) -> dict[str, Path]:
         shutil.rmtree(making, ignore_errors=True)
         both = ("--source", source, "--bundle", making)
         quantizer = {RANDOM: "mlx", RANDOM_LOSSLESS: "lossless", TALKS: "mlx"}.get(name, name)
-        run_script(python, "convert", *both, "--quantizer", quantizer)
+        options: tuple[object, ...] = ("--quantizer", quantizer)
+        if name == MIXTURE:
+            options += ("--plan", folder.with_name(".mixture.json"))
+            run_script(python, "plan", "--source", source, *options[2:], "--size", MIXTURE_SIZE)
+        run_script(python, "convert", *both, *options)
         run_script(python, "finalize", *both)
         run_script(python, "patch", *both)
         making.rename(folder)
@@ -112,7 +118,7 @@ def bundles(work: Path, names: Iterable[str]) -> dict[str, Path]:
 
 def source_of(name: str, work: Path) -> Path:
     """What the bundle of a column is made from: the nano, a random source, a nano with tools."""
-    if name in RIGHT:
+    if name in (*RIGHT, MIXTURE):
         return NANO
     source = work / "bundles" / f".{name}.source"
     shutil.rmtree(source, ignore_errors=True)

@@ -12,7 +12,7 @@ import rooms  # noqa: F401
 from dsv4.model.labels import parts_of
 from dsv4.model.names import GROUP
 from dsv4.storage.shard import ITEMSIZE, NUMPY_DTYPE, Slot
-from dsv4.weights.quantizer import QUANTIZERS, Quantizer
+from dsv4.weights.quantizer import Quantizer, named
 from dsv4.weights.synthetic import pack, random_weights, to_fp4
 
 OUT, COLUMNS = 2048, 4096
@@ -81,7 +81,7 @@ def expert(kind: str, rule: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def weight_error(name: str, kind: str, rule: str) -> WeightError:
     """Quantize a synthetic expert, decode it and compare."""
     packed, scale_bytes, true = expert(kind, rule)
-    groups, quantizer = len(true), QUANTIZERS[name]()
+    groups, quantizer = len(true), named(name)
     parts, seconds = encode(quantizer, packed, scale_bytes)
     wrong = decode(quantizer.label, parts).reshape(groups, GROUP).astype(np.float64) - true
     size = np.sqrt((true.astype(np.float64) ** 2).mean())

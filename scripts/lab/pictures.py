@@ -41,3 +41,40 @@ def bars(charts: list[tuple[str, list[Bar]]]) -> str:
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     head, _, body = out.getvalue().partition("<defs>")
     return f"{head}{DARK}<defs>{body}"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points (x, y, name) of one kind; joined by a line, if they belong together."""
+
+    name: str
+    points: list[tuple[float, float, str]]
+    joined: bool = True
+
+
+def curves(some: list[Curve], marks: dict[str, float], axes_names: tuple[str, str]) -> str:
+    """Curves over one axis, y by powers of ten; marks: name → x of an upright line."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fixed", "font.size": 9}):
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        axes = figure.subplots()
+        for curve in filter(lambda one: one.points, some):
+            x, y, names = zip(*sorted(curve.points), strict=True)
+            axes.plot(x, y, "o-" if curve.joined else "o", label=curve.name, markersize=4)
+            for point in zip(x, y, names, strict=True):
+                axes.annotate(point[2], point[:2], (4, 3), textcoords="offset points", fontsize=7)
+        for name, x in marks.items():
+            axes.axvline(x, linestyle=":", linewidth=1, color="gray")
+            axes.annotate(name, (x, 0.02), (2, 0), xycoords=("data", "axes fraction"),
+                          textcoords="offset points", rotation=90, fontsize=7)  # fmt: skip
+        axes.set_yscale("log")
+        axes.set_xlabel(axes_names[0])
+        axes.set_ylabel(axes_names[1])
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    head, _, body = out.getvalue().partition("<defs>")
+    return f"{head}{DARK}<defs>{body}"

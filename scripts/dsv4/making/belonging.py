@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 
 from dsv4.making.marks import CONVERT
-from dsv4.model.names import GROUP, expert_base, is_control, parse_expert, parse_stack
+from dsv4.model.labels import AFFINE_BITS, GROUPS
+from dsv4.model.names import (
+    GROUP,
+    expert_base,
+    is_control,
+    is_expert,
+    parse_expert,
+    parse_stack,
+)
 from dsv4.model.opening import expert_bases
 from dsv4.model.plan import lacking
 from dsv4.stop import Stop, naming
@@ -37,7 +45,7 @@ def check_bundle(source: Checkpoint, bundle: Checkpoint) -> None:
     _check_entries(bundle)
     _check_complete(source, bundle)
     for name, tensor in bundle.tensors.items():
-        if parse_expert(name) or parse_stack(name):
+        if is_expert(name):
             _check_part(source, tensor)
         elif name.endswith(".scales"):
             _check_eight_bits(source, bundle, tensor)
@@ -69,7 +77,7 @@ def _check_entries(bundle: Checkpoint) -> None:
 
 def _may_change(name: str) -> bool:
     """True for parts that some forms of a module have and others have not."""
-    if parse_stack(name) or parse_expert(name):
+    if is_expert(name):
         return True
     return name.endswith(".biases") or (name.endswith(".scales") and not parse_expert(name))
 
@@ -125,13 +133,14 @@ def _check_part(source: Checkpoint, tensor: Tensor) -> None:
             CONVERT,
         )
     out, half = source.tensors[f"{base}.weight"].shape
-    groups = 2 * half // GROUP
     if part.startswith("tq_"):
         _check_turbo(source, tensor, (out, half // 8), matrix != "")
-    elif part != "weight":
-        _expect_shape(tensor, (out, groups))
-    elif tensor.shape != (out, 5 * groups):  # 5 bits; else 4
-        _expect_shape(tensor, (out, 4 * groups))
+        return
+    fits = [2 * half // size for size in GROUPS] if part != "weight" else [
+        2 * half * bits // 32 for bits in AFFINE_BITS
+    ]  # fmt: skip
+    if tensor.shape not in [(out, width) for width in fits]:
+        _expect_shape(tensor, (out, 2 * half // (GROUP if part != "weight" else 8)))
 
 
 def _check_turbo(

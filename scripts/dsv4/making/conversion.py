@@ -234,7 +234,7 @@ def complete(plan: Plan, folder: Path, jobs: int) -> None:
     """
     weight_map = {slot.name: shard.file for shard in plan.shards for slot in shard.layout.slots}
     write_json(folder / INDEX, {"weight_map": weight_map})
-    label = plan.quantizer.label
+    label = plan.quantizer.form.expert
     write_json(folder / "config.json", configs.bundle_config(plan.source, label))
     named = source_name(plan.source.folder)
     write_json(
@@ -265,9 +265,8 @@ def describe(plan: Plan, bundle: Path, jobs: int, part: Part, supply: Supply | N
     written = sum(shard.size for shard in todo)
     read = sum(t.nbytes for shard in todo for unit in shard.units for t in unit.tensors)
     first = [new_shard(shard, folder, plan, Ledger()) for shard in todo[:1]]
-    label = plan.quantizer.label
     lines = [
-        f"tensors: {counts['expert']:,} routed experts to {label['mode']} {label['bits']} bits, "
+        f"tensors: {counts['expert']:,} routed experts to {plan.quantizer.form.in_words()}, "
         + rest_in_words(counts, plan.quantizer),
         f"shards: {len(todo):,} to write, {len(plan.shards):,} in the bundle",
         f"read: {human(read)}; written: {human(written)}",

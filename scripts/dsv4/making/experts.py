@@ -160,9 +160,10 @@ def expert_pieces(
     out, half = weight.shape
     rows = max(1, PIECE_BYTES // half)
     cuts = [(row, min(row + rows, out)) for row in range(0, out, rows)]
-    importance = quantizer.importance.get(weight.name.removesuffix(".weight"))
+    base = weight.name.removesuffix(".weight")
+    importance, one = quantizer.importance.get(base), quantizer.of(base)
     return [
-        QuantizePiece(weight, scale, first, last, places, quantizer, ledger, importance)
+        QuantizePiece(weight, scale, first, last, places, one, ledger, importance)
         for first, last in cuts
     ]
 

@@ -9,6 +9,7 @@ ever deleted. One that lay there before is used and left alone.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import tempfile
@@ -20,13 +21,14 @@ from pathlib import Path
 
 import numpy as np
 
-from dsv4.hub import remote
+from dsv4.hub import client, fetching, remote
 from dsv4.hub.fetching import at_pin, fetch_all
-from dsv4.hub.origin import HEADERS, Record
+from dsv4.hub.origin import HEADERS, Record, read_record
 from dsv4.hub.transfer import Transfer, file_hash
 from dsv4.model.opening import open_source
+from dsv4.settings import add_setting, parse_jobs, parse_seconds
 from dsv4.stop import Stop, naming
-from dsv4.storage import bounds, inside
+from dsv4.storage import bounds, inside, locks
 from dsv4.storage.checkpoint import INDEX, Checkpoint, read_index
 from dsv4.storage.durable import copy_file, write_bytes
 from dsv4.storage.rewrite import Desk, NewShard, Piece, bypass_cache, forget
@@ -97,6 +99,20 @@ def skeleton(source: Path, record: Record) -> Iterator[Checkpoint]:
                 raise Stop(f"{kept}", "no such header", "one for each shard", AGAIN)
             fill(Path(work) / name, bounds.read(kept, KEPT), record.files[name].size)
         yield open_source(Path(work))
+
+
+def tensors_of(source: Path, repo: str, revision: str) -> dict[str, Tensor]:
+    """The source's tensors by name: from the folder, kept headers, or the hub."""
+    try:
+        record = read_record(source)
+        if record and (source / HEADERS).is_dir():
+            with skeleton(source, record) as headers:
+                return headers.tensors
+        return open_source(source).tensors
+    except Stop:
+        if not repo:
+            raise
+        return remote.tensors(repo, revision)
 
 
 def fill(path: Path, kept: bytes, size: int) -> None:
@@ -232,6 +248,34 @@ class Supply:
 
 
 # --- Is it really on the disk? --------------------------------------------------------------------
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options by which a command is told to take the source from the hub."""
+    add_setting(parser, "LOW_DISK", help="fetch and free the source's shards as it goes")
+    add_setting(parser, "REPO", default="", help="--low-disk: where they come from")
+    parser.add_argument("--patience", type=parse_seconds, default=fetching.PATIENCE,
+                        metavar="SECONDS",
+                        help="--low-disk: how long to try again while nothing comes")  # fmt: skip
+    parser.add_argument("--workers", type=parse_jobs, default=fetching.WORKERS,
+                        help="--low-disk: files fetched at once")  # fmt: skip
+
+
+@contextlib.contextmanager
+def opened(args: argparse.Namespace) -> Iterator[tuple[Checkpoint, Checkpoint, Supply | None]]:
+    """The source, the source as far as headers tell, and with --low-disk what supplies shards."""
+    if not args.low_disk:
+        source = open_source(args.source)
+        yield source, source, None
+        return
+    record = read_record(args.source)
+    if not args.repo or record is None or record.repo != args.repo:
+        found = f"{record.repo}" if record else "no download prepared"
+        raise Stop(f"{args.source}", found, f"{args.repo or 'a repository'}", AGAIN)
+    client.quiet()
+    supply = Supply(args.source, record, args.patience, args.workers)
+    with locks.held(args.source), skeleton(args.source, record) as headers:
+        yield at_home(headers, args.source), headers, supply
 
 
 class Comparison:

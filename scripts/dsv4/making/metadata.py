@@ -13,7 +13,7 @@ from dsv4.model.configs import without_code
 from dsv4.model.forms import origin_of
 from dsv4.model.labels import quantization
 from dsv4.model.names import GROUP
-from dsv4.model.opening import expert_bases, expert_label
+from dsv4.model.opening import expert_labels
 from dsv4.model.template import CHAT_TEMPLATE, is_own, template_for
 from dsv4.stop import Stop
 from dsv4.storage import bounds
@@ -26,7 +26,7 @@ def patched(bundle: Checkpoint, source: Path | None = None) -> dict[str, dict[st
     """File name → content that it should have, for the four JSON files."""
     folder = bundle.folder
     contents = {
-        "config.json": config(bundle, expert_label(bundle)),
+        "config.json": config(bundle, expert_labels(bundle)),
         "generation_config.json": generation_config(folder),
         "tokenizer_config.json": tokenizer_config(folder),
         "jang_config.json": jang_config(folder, source),
@@ -34,16 +34,16 @@ def patched(bundle: Checkpoint, source: Path | None = None) -> dict[str, dict[st
     return {name: without_code(content) for name, content in contents.items()}
 
 
-def config(bundle: Checkpoint, expert: dict[str, Any] | None) -> dict[str, Any]:
-    """config.json with the stop tokens, and labels of experts that are stored as `expert` says.
+def config(bundle: Checkpoint, experts: dict[str, dict[str, Any]] | None) -> dict[str, Any]:
+    """config.json with the stop tokens, and labels of experts that are stored as `experts` says.
 
     None: the labels stay as they are.
     """
     content = copy.deepcopy(bundle.config)
-    if expert is not None or content.get("quantization_config") == content.get("quantization"):
+    if experts is not None or content.get("quantization_config") == content.get("quantization"):
         content.pop("quantization_config", None)
-    if expert is not None:
-        content["quantization"] = quantization(expert_bases(bundle), expert, bundle.tensors)
+    if experts is not None:
+        content["quantization"] = quantization(experts, bundle.tensors)
     content["eos_token_id"] = token_ids(bundle.folder)
     if "bos_token_id" in content:
         content["bos_token_id"] = token_ids(bundle.folder, (BOS,))[0]

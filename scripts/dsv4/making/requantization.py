@@ -17,7 +17,7 @@ from dsv4.making.part import Part
 from dsv4.making.pieces import pieces_of as unit_pieces
 from dsv4.model import configs, labels
 from dsv4.model.names import expert_base, is_control, kind, parse_expert, parse_stack, stack_base
-from dsv4.model.opening import TURBO_PARTS, expert_bases
+from dsv4.model.opening import expert_bases
 from dsv4.model.plan import Unit, as_long, unit_of, units_of
 from dsv4.stop import Stop
 from dsv4.storage import inside
@@ -183,7 +183,7 @@ def _origin(
     base, _, part = tensor.name.rpartition(".")
     if of := parse_stack(tensor.name):
         base = expert_base("layers", of[0], 0, of[1])
-    of_module = part in ("weight", "scales", "biases", *TURBO_PARTS)
+    of_module = part in ("weight", "scales", "biases", *labels.TURBO_PARTS)
     weight = source.tensors.get(f"{base}.weight" if of_module else tensor.name)
     if parse_expert(tensor.name) or of:
         return weight, "expert" if only is None or base in only else "copy"
@@ -223,7 +223,7 @@ def is_native(shard: Shard) -> bool:
 
 def _in_order(slots: list[Slot], units: dict[str, Unit], source: Checkpoint) -> list[Slot]:
     """The slots in the order in which `convert` writes them, so that the bytes are the same."""
-    parts = {part: i for i, part in enumerate(("weight", "scales", "biases", *TURBO_PARTS))}
+    parts = {part: i for i, part in enumerate(("weight", "scales", "biases", *labels.TURBO_PARTS))}
 
     def place(slot: Slot) -> tuple[str, int, str, int]:
         base, _, part = slot.name.rpartition(".")
@@ -305,13 +305,14 @@ def complete(plan: Plan) -> bool:
     config = dict(plan.bundle.config)
     config.pop("quantization_config", None)
     slots = {slot.name: slot for fate in plan.fates.values() for slot in fate.layout.slots}
-    label = plan.quantizer.label
-    config["quantization"] = labels.quantization(expert_bases(plan.source), label, slots)
+    form = plan.quantizer.form
+    experts = {base: form.label(base) for base in expert_bases(plan.source)}
+    config["quantization"] = labels.quantization(experts, slots)
     config[labels.RECORD] = record_of(plan.quantizer)
     native = any(map(is_native, plan.bundle.shards.values())) and (folder / JANG).is_file()
-    turbo = labels.TURBO in (label["mode"], config.get("weight_format"))
+    turbo = labels.TURBO in (form.expert["mode"], config.get("weight_format"))
     if native or turbo:
-        config = configs.with_width(config, label)
+        config = configs.with_width(config, form.expert)
         changed |= restamp(folder / JANG, plan)
     changed |= write_sidecar(folder, plan)
     for file, fate in plan.fates.items():

@@ -9,11 +9,11 @@ from typing import Any
 from dsv4.making import metadata
 from dsv4.making.requantization import record_of
 from dsv4.making.tokenizer_files import REQUIRED, copy, wanted
+from dsv4.mending import others
 from dsv4.mending.job import NEEDS_SOURCE, Repair, faults, is_broken, set_aside, write_index
-from dsv4.mending.whole import files_of_experts, open_whole, wrong_experts
+from dsv4.mending.whole import files_of_experts, forms, open_whole, wrong_experts
 from dsv4.model import labels
 from dsv4.model.configs import without_code
-from dsv4.model.opening import expert_bases
 from dsv4.model.template import CHAT_TEMPLATE, ENCODING, release_of, template_for
 from dsv4.proof import conversation
 from dsv4.proof.findings import Findings
@@ -100,7 +100,7 @@ def mend_metadata(repair: Repair) -> None:
         "tokenizer_config.json": lambda: tokenizer_config(repair, found),
         "jang_config.json": lambda: jang_config(repair),
     }
-    if repair.expert or recorded(bundle) != bundle.config.get(labels.RECORD):
+    if repair.experts or recorded(bundle) != bundle.config.get(labels.RECORD):
         files.add("config.json")
     if any(name.startswith("chat-template") for name in found.names):
         repair.attempt(mend_template)
@@ -149,13 +149,15 @@ def mend_document(repair: Repair, name: str, make: Callable[[], dict[str, Any]])
 
 def config(repair: Repair, bundle: Checkpoint) -> dict[str, Any]:
     """config.json with labels as the experts lie there, or as they were if some are wrong still."""
-    expert = repair.expert
-    if expert is None and not wrong_experts(bundle):
-        forms = [labels.stored_label(bundle.tensors, base) for base in expert_bases(bundle)]
-        expert = forms[0] if forms and forms.count(forms[0]) == len(forms) else None
-    content = metadata.config(bundle, expert)
-    record = record_of(QUANTIZERS["mxfp4"]()) if expert == labels.MXFP4 else None
-    record = recorded(bundle) or record
+    experts = repair.experts
+    if experts is None and others.keeps_experts(others.surveyed(bundle)):
+        return others.config(repair)
+    if experts is None and not wrong_experts(bundle):
+        experts = forms(bundle)
+        experts = experts if labels.in_stacks(experts) else None
+    content = metadata.config(bundle, experts)
+    copied = experts and all(one == labels.MXFP4 for one in experts.values())
+    record = recorded(bundle) or (record_of(QUANTIZERS["mxfp4"]()) if copied else None)
     return {**content, labels.RECORD: record} if record else content
 
 

@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.making.requantization import record_of
+from dsv4.mending import others
 from dsv4.mending.documents import recorded
 from dsv4.mending.job import NEEDS_SOURCE, Repair
-from dsv4.mending.whole import on_disk, open_whole, open_with, shard_files
+from dsv4.mending.whole import forms, on_disk, open_whole, open_with, shard_files
 from dsv4.model import configs, labels
-from dsv4.model.opening import block_counts, count, expert_bases, read_config
+from dsv4.model.opening import block_counts, count, read_config
 from dsv4.model.plan import weights_of
 from dsv4.proof.headers import COUNTS
 from dsv4.stop import Stop
 from dsv4.storage.bounds import files_of
-from dsv4.storage.checkpoint import Checkpoint
+from dsv4.storage.checkpoint import SIDECAR, Checkpoint
 from dsv4.storage.durable import write_json
 from dsv4.storage.junk import is_junk
 from dsv4.weights.quantizer import QUANTIZERS
@@ -61,16 +62,16 @@ def config(repair: Repair, bundle: Checkpoint) -> dict[str, Any]:
     if missing:
         raise Stop(f"{bundle.folder}", f"no {missing[0]} ({len(missing):,} tensors missing)",
                    "every tensor of the source", "check SOURCE and BUNDLE")  # fmt: skip
-    bases = expert_bases(bundle)
-    forms = [labels.stored_label(bundle.tensors, base) for base in bases]
-    label = forms[0] if forms and forms.count(forms[0]) == len(forms) else None
     record = recorded(bundle)
     name = record["quantizer"] if record else repair.args.quantizer
-    if label is None or (label == labels.MXFP4 and name != "mxfp4"):
-        label = labels.EXPERT
+    experts = forms(bundle)
+    stock = labels.MXFP4 in experts.values() and name not in ("mxfp4", "mixture")
+    if stock or not labels.in_stacks(experts, name in labels.MIXTURES):
+        experts = dict.fromkeys(experts, labels.EXPERT)
+    label = labels.usual(experts)
     content = configs.bundle_config(repair.source, label)
-    content["quantization"] = labels.quantization(bases, label)
-    if label == labels.MXFP4:
+    content["quantization"] = labels.quantization(experts)
+    if all(one == labels.MXFP4 for one in experts.values()):
         record = record or record_of(QUANTIZERS["mxfp4"]())
     return {**content, labels.RECORD: record} if record else content
 
@@ -81,12 +82,14 @@ def mend_strangers(repair: Repair) -> None:
     Raises Stop when the bundle's own do not hold a whole model: then they may be what lacks.
     """
     files = shard_files(repair.bundle)
-    strangers = sorted(on_disk(repair.bundle) - set(files))
+    bundle = others.surveyed(open_whole(repair.bundle))
+    turbo = any(name.endswith(".tq_packed") for name in bundle.tensors)
+    strangers = sorted(on_disk(repair.bundle) - {*files, *([SIDECAR] if turbo else [])})
     if not strangers:
         return
     named = f"shard-stranger: {several(strangers)}"
-    bundle = open_whole(repair.bundle)
-    if not all(f"{base}.weight" in bundle.tensors for base in expert_bases(bundle)):
+    held = {name.rpartition(".")[0] for name in bundle.tensors}
+    if not all(base in held for base in bundle.bases):
         raise Stop(f"{repair.bundle}", named, "the index's shards alone to hold every expert",
                    "see what else is named, then move them away")  # fmt: skip
     if repair.say(named, f"moved to {repair.backup.files}"):

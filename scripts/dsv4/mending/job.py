@@ -26,14 +26,15 @@ NEEDS_SOURCE = "name the FP4/FP8 source: make repair SOURCE=…"
 class Repair:
     """One run: the arguments, the source, the originals, and what could not be mended.
 
-    expert: the label of the experts that the shards step leaves, when it is known beforehand.
+    experts: the labels of the experts that the shards step leaves, by storage name, when they are
+    known beforehand.
     """
 
     args: argparse.Namespace
     source: Checkpoint | None
     backup: Backup
     left: list[str] = field(default_factory=list)
-    expert: dict[str, Any] | None = None
+    experts: dict[str, dict[str, Any]] | None = None
     steps: int = 0
 
     @property

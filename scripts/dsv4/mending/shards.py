@@ -7,8 +7,16 @@ from typing import Any
 
 from dsv4.making import marks, requantization
 from dsv4.making.part import Part
+from dsv4.mending import others
 from dsv4.mending.job import NEEDS_SOURCE, Repair, write_index
-from dsv4.mending.whole import has_quantized_head, open_whole, parts_of, rounded, wrong_experts
+from dsv4.mending.whole import (
+    forms,
+    has_quantized_head,
+    open_whole,
+    parts_of,
+    rounded,
+    wrong_experts,
+)
 from dsv4.model import labels
 from dsv4.model.opening import expert_bases
 from dsv4.stop import Stop
@@ -22,12 +30,15 @@ from dsv4.words import plain
 def mend_shards(repair: Repair) -> None:
     """Wrong experts, rounded controls and a quantized head are made again, from the source."""
     bundle, begun = open_whole(repair.bundle), repair.backup.unfinished
+    if others.keeps_experts(seen := others.surveyed(bundle)):
+        others.mend_controls(repair, seen)
+        return
     wrong = wrong_experts(bundle)
     as_fp4 = repair.args.quantizer == "mxfp4" and repair.source is None and not begun
     if as_fp4 and wrong and all_fp4(bundle):
         found = f"{len(wrong):,} expert matrices of FP4 bytes (stock-experts)"
         repair.say(found, "labelled mxfp4; not compared with the source")
-        repair.expert, wrong = labels.MXFP4, {}
+        repair.experts, wrong = dict.fromkeys(expert_bases(bundle), labels.MXFP4), {}
     wrong |= dict.fromkeys(begun.get("experts", ()), "unfinished")
     controls, head = rounded(bundle), has_quantized_head(bundle)
     found = [f"{n:,} expert matrices ({fault})" for fault, n in Counter(wrong.values()).items()]
@@ -42,7 +53,7 @@ def mend_shards(repair: Repair) -> None:
 
 def all_fp4(bundle: Checkpoint) -> bool:
     """True when every routed expert is stored as FP4 codes and their exponents."""
-    return all(labels.stored_label(bundle.tensors, b) == labels.MXFP4 for b in expert_bases(bundle))
+    return all(one == labels.MXFP4 for one in forms(bundle).values())
 
 
 def from_source(repair: Repair, bundle: Checkpoint, wrong: dict[str, str], found: str) -> None:
@@ -70,7 +81,8 @@ def from_source(repair: Repair, bundle: Checkpoint, wrong: dict[str, str], found
     how = f"made again from the source ({quantizer.name}): {len(plan.todo)} of {len(plan.fates)} "
     if repair.say(found, f"{how}shards, {human(size)}"):
         rewrite(repair, plan, {"experts": sorted(wrong), "mark": made}, size)
-    repair.expert = quantizer.label if wrong else None
+    bases = expert_bases(bundle)
+    repair.experts = {base: quantizer.form.label(base) for base in bases} if wrong else None
 
 
 def marks_all(
@@ -82,14 +94,18 @@ def marks_all(
     """
     if not wrong:
         return False
-    kept = [base for base in expert_bases(bundle) if base not in wrong]
+    kept = {base: None for base in expert_bases(bundle) if base not in wrong}
     shards = {t.path.name for base in kept for t in parts_of(bundle, base).values()}
     marked = [bundle.shards[file] for file in sorted(shards) if was_requantized(bundle, file)]
     other = next((s.metadata for s in marked if not marks.was_made_by(s, made)), None)
     if other is not None:
         name = shown(other)
-    elif odd := [b for b in kept if labels.stored_label(bundle.tensors, b) != quantizer.label]:
-        name = f"{labels.stored_label(bundle.tensors, odd[0])}"
+    elif odd := [
+        one
+        for base, one in forms(bundle).items()
+        if base in kept and one != quantizer.form.label(base)
+    ]:
+        name = f"{odd[0]}"
     else:
         return len(marked) == len(shards)
     raise Stop(f"{bundle.folder}", f"{len(kept):,} right expert matrices of {name}",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.model import labels
+from dsv4.model.labels import stored_label
 from dsv4.model.names import is_control, parse_expert
 from dsv4.model.opening import expert_bases, read_config
 from dsv4.proof.findings import Findings
@@ -32,7 +33,7 @@ def open_with(folder: Path, config: dict[str, Any]) -> Checkpoint:
         for name in shard.tensors:
             if name in weight_map:
                 raise Stop(f"{folder}: {name}", f"it in {weight_map[name]} and {file}", "one shard",
-                           "delete the bundle and fetch or convert it again")  # fmt: skip
+                           "fetch or convert it again")  # fmt: skip
             weight_map[name] = file
     return Checkpoint(folder, config, weight_map, shards)
 
@@ -121,14 +122,19 @@ def wrong_experts(bundle: Checkpoint) -> dict[str, str]:
     for base in expert_bases(bundle):
         findings, has = Findings(), parts_of(bundle, base)
         check_triple(base, has, bundle.config, findings)
-        if labels.stored_label(bundle.tensors, base) == labels.MXFP4:
-            if not {"mxfp4", "lossless"} & {*meant, labelled(bundle.config, base).get("mode")}:
+        if stored_label(bundle.tensors, base, bundle.config) == labels.MXFP4:
+            if not {"mxfp4", *labels.COPYING} & {*meant, labelled(bundle.config, base).get("mode")}:
                 wrong[base] = "stock-experts"
         elif findings.names:
             wrong[base] = min(findings.names)
         elif any(tensor.path.name in strangers for tensor in has.values()):
             wrong[base] = "marks-mixed"
     return wrong
+
+
+def forms(bundle: Checkpoint) -> dict[str, dict[str, Any] | None]:
+    """Storage name → the label that a routed-expert matrix is stored by, None where none fits."""
+    return {b: stored_label(bundle.tensors, b, bundle.config) for b in expert_bases(bundle)}
 
 
 def files_of_experts(bundle: Checkpoint) -> set[str]:

@@ -15,49 +15,66 @@ the two module paths that names.py gives it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from dsv4.model.names import GROUP, PROJECTION, module_paths, parse_expert, switch_paths
-from dsv4.storage.shard import Slot, Tensor
+from dsv4.model.names import (
+    BLOCK,
+    GROUP,
+    columns_of,
+    module_paths,
+    parse_expert,
+    stack_of,
+    switch_paths,
+)
+from dsv4.storage.shard import FLOATS, Slot, Tensor
 
 DEFAULT = {"group_size": GROUP, "bits": 8, "mode": "affine"}
 EXPERT = {"group_size": GROUP, "bits": 4, "mode": "affine"}
 MXFP4 = {"group_size": GROUP, "bits": 4, "mode": "mxfp4"}
 MXFP8 = {"group_size": GROUP, "bits": 8, "mode": "mxfp8"}
-TURBO = "mxtq"  # no mode of MLX's: TurboQuant's codes and norms, a group being the row
-TURBO2 = {"bits": 2, "mode": TURBO}
+NVFP4 = {"group_size": 16, "bits": 4, "mode": "nvfp4"}
+BY_BITS = {128: MXFP4, 256: MXFP8, 64: NVFP4}  # by the bits of codes for one byte of scale
+AFFINE_BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # what MLX has
+TURBO, SOURCE = "mxtq", "source"  # no modes of MLX: TurboQuant's codes, the source's own form
+TURBO2 = {"group_size": GROUP, "bits": 2, "mode": TURBO}
+TURBO_PARTS = ("tq_packed", "tq_norms", "tq_bits")
 # Where config.json says which quantizer made the routed experts. No runtime looks at the key.
 RECORD = "requantize"
-# The quantizers that keep the source's FP4 bytes.
-COPYING = ("mxfp4", "lossless")
+# The quantizers with which layers or projections differ; those that may keep the FP4 bytes.
+MIXTURES = ("small", "mixture")
+COPYING = ("mxfp4", "lossless", "mixture")
+
+
+def affine(bits: int, size: int = GROUP) -> dict[str, Any]:
+    """The label of affine numbers of so many bits, in groups of so many columns."""
+    return {"group_size": size, "bits": bits, "mode": "affine"}
 
 
 def quantization(
-    bases: list[str],
-    expert: dict[str, Any] = EXPERT,
-    tensors: Mapping[str, Slot | Tensor] | None = None,
+    experts: Mapping[str, dict[str, Any]], tensors: Mapping[str, Slot | Tensor] | None = None
 ) -> dict[str, Any]:
-    """The whole `quantization` value for a bundle whose routed experts are stored as `expert` says.
+    """The whole `quantization` value for a bundle.
 
-    `bases` are the storage names of all routed-expert matrices, as `expert_bases` gives them;
-    `tensors` are the bundle's, for those that are stored as mxfp8. MTP's get their storage name
-    only: no runtime builds modules for them. Where nothing is 8-bit affine the top level says
-    mxfp8: a runtime that misses a matrix's label is right with it. Experts in TurboQuant have no
-    labels but what `turbo_width` says.
+    `experts`: the label of every routed-expert matrix by its storage name, as `expert_bases` names
+    them; a layer's are stacked, so its first expert's label is the stack's. `tensors` are the
+    bundle's, for those that are stored as mxfp8. MTP's get their storage name only: no runtime
+    builds modules for them. Where nothing is 8-bit affine the top level says mxfp8: a runtime that
+    misses a matrix's label is right with it. Experts in TurboQuant have no labels but what
+    `turbo_width` says.
     """
-    if expert["mode"] == TURBO:
-        return DEFAULT | turbo_width(expert)
-    parsed = (parse_expert(f"{base}.weight") for base in bases)
-    layers = sorted({one[1] for one in parsed if one and one[0] == "layers"})
+    if TURBO2 in experts.values():
+        return DEFAULT | turbo_width(TURBO2)
     fp8 = fp8_bases(tensors or {})
-    affine = any(n.endswith(".biases") and not parse_expert(n) for n in tensors or ())
-    labels: dict[str, Any] = dict(MXFP8 if fp8 and not affine else DEFAULT)
+    eight = any(n.endswith(".biases") and not parse_expert(n) for n in tensors or ())
+    labels: dict[str, Any] = dict(MXFP8 if fp8 and not eight else DEFAULT)
+    parsed = ((parse_expert(f"{base}.weight"), label) for base, label in experts.items())
+    stacks = {(at[1], at[3]): label for at, label in parsed if at and at[0] == "layers"}
     for which in (0, 1):
-        for layer in layers:
-            for matrix in PROJECTION:
-                labels[switch_paths(layer, matrix)[which]] = dict(expert)
-    labels.update({base: dict(expert) for base in bases})
+        for (layer, matrix), label in sorted(stacks.items(), key=lambda item: item[0]):
+            labels[switch_paths(layer, matrix)[which]] = dict(label)
+    labels.update({base: dict(label) for base, label in experts.items()})
     for base in fp8:
         labels.update({name: dict(MXFP8) for name in (*module_paths(base), base)})
     return labels
@@ -77,10 +94,25 @@ def turbo_width(expert: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def in_stacks(experts: Mapping[str, dict[str, Any] | None], mixed: bool = True) -> bool:
+    """Has every routed expert a label, and all of a stack (unless mixed: of all) the same?"""
+    firsts: dict[str, Any] = {}
+    for base, label in experts.items():
+        if label is None or firsts.setdefault(stack_of(base) if mixed else "", label) != label:
+            return False
+    return bool(experts)
+
+
+def usual(experts: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """The label that most matrices have, for places that have room for one."""
+    counts = Counter(tuple(label.items()) for label in experts.values())
+    return dict(counts.most_common(1)[0][0]) if counts else dict(EXPERT)
+
+
 def fp8_bases(tensors: Mapping[str, Slot | Tensor]) -> list[str]:
     """Storage names of the matrices that are stored as mxfp8, in the order of the tensors."""
     bases = [n.removesuffix(".scales") for n, t in tensors.items() if t.dtype == "U8"]
-    return [base for base in bases if stored_label(tensors, base) == MXFP8]
+    return [base for base in bases if stored_label(tensors, base, {}) == MXFP8]
 
 
 def parts_of(
@@ -101,34 +133,73 @@ def parts_of(
     return {**weight, "scales": ("U8", groups)}
 
 
-def stored_label(tensors: Mapping[str, Slot | Tensor], base: str) -> dict[str, Any] | None:
-    """`label_of` the tensors `base`.{weight,scales,biases}."""
-    return label_of(*(tensors.get(f"{base}.{part}") for part in ("weight", "scales", "biases")))
+def stored_label(
+    tensors: Mapping[str, Slot | Tensor], base: str, config: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """`label_of` the tensors `base`.{weight,scales,biases}; config.json tells the columns."""
+    parts = (tensors.get(f"{base}.{part}") for part in ("weight", "scales", "biases"))
+    return label_of(*parts, columns_of(base, config))
 
 
 def label_of(
-    weight: Slot | Tensor | None, scales: Slot | Tensor | None, biases: Slot | Tensor | None
+    weight: Slot | Tensor | None,
+    scales: Slot | Tensor | None,
+    biases: Slot | Tensor | None,
+    columns: int = 0,
 ) -> dict[str, Any] | None:
     """The label that fits a module's parts as they lie on disk, or None if none does.
 
-    Groups are 32 columns wide here, so the bits of an affine triple follow from the widths:
-    weight (out, in · bits / 32) U32, scales and biases (out, in / 32) of one float dtype.
-    Without biases: FP4 codes U32 (out, in / 8) or FP8 codes U32 (out, in / 4), and their exponents
-    U8 (out, in / 32).
+    columns: of the matrix, where they are known: the widths alone cannot tell 2 bits in groups of
+    64 from 4 in groups of 32, and groups are taken for 32 wide. An affine triple is weight
+    (out, columns · bits / 32) U32, scales and biases (out, columns / group) of one float dtype.
+    Without biases: FP4 codes U32 (out, columns / 8) or FP8 codes U32 (out, columns / 4), and a
+    byte of scale U8 for 32 columns, or for 16 (NVFP4).
     """
     if weight is None or scales is None or weight.dtype != "U32":
         return None
     if not len(weight.shape) == len(scales.shape) == 2 or weight.shape[0] != scales.shape[0]:
         return None
-    if scales.shape[1] == 0 or weight.shape[1] % scales.shape[1]:
+    words, groups = weight.shape[1], scales.shape[1]
+    if groups == 0 or words == 0 or 32 * words % groups:
         return None
-    bits = weight.shape[1] // scales.shape[1]
     if biases is None:
-        label = {4: MXFP4, 8: MXFP8}.get(bits) if scales.dtype in ("U8", "F8_E8M0") else None
+        label = BY_BITS.get(32 * words // groups) if scales.dtype in ("U8", "F8_E8M0") else None
         return dict(label) if label else None
-    fits = scales.dtype in ("F16", "BF16", "F32") and bits in (2, 3, 4, 5, 6, 8)
-    same = (biases.dtype, biases.shape) == (scales.dtype, scales.shape)
-    return {**DEFAULT, "bits": bits} if fits and same else None
+    if scales.dtype not in FLOATS or (biases.dtype, biases.shape) != (scales.dtype, scales.shape):
+        return None
+    width = columns // groups if columns % groups == 0 else 0
+    for size in (width, *GROUPS):
+        bits = 32 * words // groups // size if size in GROUPS else 0
+        if bits in AFFINE_BITS and bits * size * groups == 32 * words:
+            return affine(bits, size)
+    return None
+
+
+def turbo_label(
+    packed: Slot | Tensor, norms: Slot | Tensor | None, columns: int
+) -> dict[str, Any] | None:
+    """The label of a matrix in TurboQuant: codes U32, 32 // bits of them a word, the first lowest,
+    and a norm F16 a row. None when they fit no number of bits. The group is the row.
+    """
+    if norms is None or packed.dtype != "U32" or len(packed.shape) != 2 or not columns:
+        return None
+    if norms.dtype not in FLOATS or norms.shape != packed.shape[:1]:
+        return None
+    fits = [bits for bits in (2, 3, 4) if packed.shape[1] == -(-columns // (32 // bits))]
+    return {"group_size": columns, "bits": fits[0], "mode": TURBO} if fits else None
+
+
+def source_label(weight: Slot | Tensor, scale: Slot | Tensor) -> dict[str, Any] | None:
+    """The label of a matrix that keeps the source's own form: FP4 codes I8, or FP8 codes, and
+    scales beside them (F32 as jang's native converter writes them, or UE8M0)."""
+    if scale.dtype not in ("F32", "F8_E8M0", "U8") or len(weight.shape) != 2:
+        return None
+    bits = {"I8": 4, "U8": 4, "F8_E4M3": 8}.get(weight.dtype)
+    out, width = weight.shape
+    if bits is None:
+        return None
+    groups = (out, 2 * width // GROUP) if bits == 4 else (-(-out // BLOCK), -(-width // BLOCK))
+    return {"group_size": GROUP, "bits": bits, "mode": SOURCE} if scale.shape == groups else None
 
 
 def recorded_quantizer(config: dict[str, Any]) -> str | None:

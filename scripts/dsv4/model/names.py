@@ -8,6 +8,10 @@ Upstream's first bug is a confusion of the two, so no other module spells them o
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
+
+from dsv4.storage.bounds import COLUMNS
 
 GROUP = 32  # columns that share a scale, in the source's FP4 and in every label of a bundle
 BLOCK = 128  # rows and columns that share one in the source's FP8
@@ -105,6 +109,49 @@ def parse_stack(name: str) -> tuple[int, str, str] | None:
     layer, projection, part = match.groups()
     matrix = next(w for w, named in PROJECTION.items() if named == f"{projection}_proj")
     return int(layer), matrix, part
+
+
+def is_expert(name: str) -> bool:
+    """True for a tensor of a routed expert, or of a stack of them."""
+    return parse_expert(name) is not None or parse_stack(name) is not None
+
+
+def stack_of(base: str) -> str:
+    """What the runtimes stack an expert's matrix into, as a plan names it.
+
+    >>> stack_of("layers.3.ffn.experts.7.w2")
+    'layers.3.down_proj'
+    """
+    block, layer, _, matrix, _ = parse_expert(f"{base}.weight") or ("", 0, 0, "", "")
+    return f"{block}.{layer}.{PROJECTION[matrix]}"
+
+
+# The input width of each matrix of a block, in words of config.json.
+INPUT = (
+    ("attn.wq_b", "q_lora_rank"), ("attn.indexer.wq_b", "q_lora_rank"),
+    (".w2", "moe_intermediate_size"),
+)  # fmt: skip
+
+
+def columns_of(base: str, config: Mapping[str, Any]) -> int:
+    """The columns of the matrix `base` by config.json; 0 where it does not say.
+
+    >>> columns_of("layers.0.ffn.experts.3.w2", {"moe_intermediate_size": 2048})
+    2048
+    """
+
+    def number(key: str) -> int:
+        value = config.get(key)
+        return value if isinstance(value, int) and 0 < value <= COLUMNS else 0
+
+    groups = number("o_groups")
+    if base.endswith("attn.wo_a"):
+        return number("num_attention_heads") * number("head_dim") // groups if groups else 0
+    if base.endswith("attn.wo_b"):
+        return groups * number("o_lora_rank")
+    if any(part in base for part in ("main_proj", "markov_head", "confidence_head")):
+        return 0
+    return number(next((key for end, key in INPUT if base.endswith(end)), "hidden_size"))
 
 
 def is_control(name: str) -> bool:

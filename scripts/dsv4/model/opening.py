@@ -12,13 +12,15 @@ from typing import Any
 from dsv4.model.labels import (
     COPYING,
     EXPERT,
+    MIXTURES,
     MXFP4,
     RECORD,
     TURBO2,
+    TURBO_PARTS,
     recorded_quantizer,
     stored_label,
 )
-from dsv4.model.names import GROUP, PROJECTION, expert_base, parse_expert, stack_base
+from dsv4.model.names import GROUP, PROJECTION, expert_base, parse_expert, stack_base, stack_of
 from dsv4.stop import Stop
 from dsv4.storage.bounds import LAYERS, MATRICES
 from dsv4.storage.checkpoint import (
@@ -33,7 +35,6 @@ from dsv4.storage.shard import Tensor
 from dsv4.words import shown
 
 MODEL_TYPE = "deepseek_v4"
-TURBO_PARTS = ("tq_packed", "tq_norms", "tq_bits")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -197,34 +198,37 @@ def _check_fp4(folder: Path, weight: Tensor, scale: Tensor) -> None:
         )
 
 
-def expert_label(bundle: Checkpoint) -> dict[str, Any]:
-    """The one label that all routed experts of the bundle are stored by.
+def expert_labels(bundle: Checkpoint) -> dict[str, dict[str, Any]]:
+    """Storage name → the label that a routed-expert matrix is stored by.
 
-    Raises Stop when one of them fits no label or another one, and for FP4 bytes in a bundle that
-    was not made with mxfp4 or lossless: those are a stock bundle's, and still to be requantized.
+    Those of a layer that a runtime stacks have one label; in a bundle that was not made as a
+    mixture all have. Raises Stop when one of them fits no label or another one, and for FP4 bytes
+    in a bundle that was not made to have them: those are a stock bundle's, still to be requantized.
     """
-    bases = expert_bases(bundle)
-    if recorded_quantizer(bundle.config) == "turboquant2":
+    bases, quantizer = expert_bases(bundle), recorded_quantizer(bundle.config)
+    if quantizer == "turboquant2":
         check_turbo(bundle, bases)
-        return TURBO2
-    found = {base: stored_label(bundle.tensors, base) for base in bases}
-    first = found[bases[0]] if bases else None
-    odd = next((base for base in bases if found[base] is None or found[base] != first), None)
-    if first is None or odd is not None:
-        raise Stop(
-            f"{bundle.folder}: {odd or 'routed experts'}",
-            "no affine triple" if odd is None or found[odd] is None else f"{found[odd]}",
-            f"{first or EXPERT} for every expert",
-            "run requantize",
-        )
-    if first == MXFP4 and recorded_quantizer(bundle.config) not in COPYING:
-        raise Stop(
-            f"{bundle.folder}: {bases[0]}",
-            f"FP4 bytes, and no {RECORD}.quantizer {' or '.join(COPYING)} in config.json",
-            "what requantize makes of them",
-            "run requantize",
-        )
-    return first
+        return dict.fromkeys(bases, TURBO2)
+    firsts: dict[str, dict[str, Any]] = {}
+    found = {}
+    for base in bases:
+        label = stored_label(bundle.tensors, base, bundle.config)
+        first = firsts.setdefault(stack_of(base) if quantizer in MIXTURES else "", label or EXPERT)
+        if label is None or label != first:
+            raise Stop(
+                f"{bundle.folder}: {base}", "no affine triple" if label is None else f"{label}",
+                f"{first} for every expert of its kind", "run requantize",
+            )  # fmt: skip
+        if label == MXFP4 and quantizer not in COPYING:
+            raise Stop(
+                f"{bundle.folder}: {base}",
+                f"FP4 bytes, and no {RECORD}.quantizer {' or '.join(COPYING)} in config.json",
+                "what requantize makes of them", "run requantize",
+            )  # fmt: skip
+        found[base] = label
+    if not found:
+        raise Stop(f"{bundle.folder}: routed experts", "none", "some", "run requantize")
+    return found
 
 
 def check_turbo(bundle: Checkpoint, bases: list[str]) -> None:

@@ -9,11 +9,11 @@ stages write and what verify expects are the same bytes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dsv4.model.labels import DEFAULT, MXFP8, TURBO, parts_of
-from dsv4.model.names import BLOCK, GROUP, kind, parse_expert, stack_base, treatment
+from dsv4.model.names import BLOCK, GROUP, kind, parse_expert, stack_base, stack_of, treatment
 from dsv4.stop import Stop
 from dsv4.storage import bounds
 from dsv4.storage.shard import FLOATS, Layout, Slot, Tensor
@@ -27,15 +27,32 @@ TABLE = "scripts/dsv4/model/names.py"
 class Form:
     """How a bundle stores its numbers.
 
-    expert: the label of the routed experts. as_source: everything else keeps the source's numbers
-    too: FP8 matrices as mxfp8, BF16 tensors in F16 or, where that would lose anything, in BF16:
-    those are `bfloats`, which values tell and headers do not. Both dtypes take the same bytes, so
-    sizes are known without them.
+    expert: the label of the routed experts; mixture: the labels of those that have others, by their
+    stack ("layers.3.down_proj") or by its projection alone. as_source: everything else keeps the
+    source's numbers too: FP8 matrices as mxfp8, BF16 tensors in F16 or, where that would lose
+    anything, in BF16: those are `bfloats`, which values tell and headers do not. Both dtypes take
+    the same bytes, so sizes are known without them.
     """
 
     expert: dict[str, Any]
     as_source: bool = False
     bfloats: frozenset[str] = frozenset()
+    mixture: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+
+    def label(self, base: str) -> dict[str, Any]:
+        """The label of one routed-expert matrix, by its storage name."""
+        stack = stack_of(base)
+        in_all = self.mixture.get(stack.rpartition(".")[2], self.expert)
+        return self.mixture.get(stack, in_all)
+
+    def in_words(self) -> str:
+        """The forms of the routed experts, for a reader."""
+        forms = dict.fromkeys(
+            f"{label['mode']} {label['bits']} bits"
+            + f" in groups of {label['group_size']}" * (label["group_size"] != GROUP)
+            for label in (self.mixture or {"": self.expert}).values()
+        )
+        return " and ".join(sorted(forms))
 
     @property
     def stacked(self) -> bool:
@@ -107,7 +124,11 @@ def unit_of(weight: Tensor, scale: Tensor | None, form: Form) -> Unit:
     base = weight.name.removesuffix(".weight")
     if what == "expert":
         out, half = weight.shape
-        parts = parts_of(form.expert, out, 2 * half)
+        label = form.label(base)
+        if 2 * half % label["group_size"]:
+            raise Stop(f"{weight.path}: {weight.name}", f"{2 * half} columns",
+                       f"whole groups of {label['group_size']}", "use smaller groups")  # fmt: skip
+        parts = parts_of(label, out, 2 * half)
     elif form.as_source and weight.dtype == "F8_E4M3":
         check_matrix(weight, scale)
         parts, what = parts_of(MXFP8, *weight.shape), "fp8"

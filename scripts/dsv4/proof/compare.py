@@ -6,8 +6,12 @@ What a tensor is compared with depends on what it is:
 |--------------------|-------------------------------------------------------------------------|
 | routed expert      | FP4 source: its quantizer's own bytes, and bounds (certificate.py says  |
 |                    | where equal bytes are enough)                                           |
-| 8-bit module       | FP8 or BF16 source: bounds, and MLX's formula                           |
-| FP8 kept as mxfp8  | the source's codes, and its block's scale in each row and group         |
+| affine module      | FP8 or BF16 source: bounds, and MLX's formula                           |
+| FP4, FP8 as they   | the source's codes, and its block's scale in each row and group; where  |
+| are: mxfp4, mxfp8  | another tool wrote other codes, their values (floats.py)                |
+| mxfp4, mxfp8 or    | the source: the nearest code, the greatest not cut off (floats.py)      |
+| nvfp4 of others    |                                                                         |
+| TurboQuant         | the source, rotated: the nearest level, the norm (turbo.py)             |
 | control, integers  | the source's bytes                                                      |
 | norms, router, ape | the source rounded to the dtype that the bundle has them in (F16)       |
 """
@@ -16,23 +20,26 @@ from __future__ import annotations
 
 import zlib
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
-from dsv4.model.names import BLOCK, GROUP, parse_expert
+from dsv4.model.labels import EXPERT, SOURCE, TURBO
+from dsv4.model.names import BLOCK, GROUP, parse_expert, stack_of
 from dsv4.proof import kernels
 from dsv4.proof.certificate import certify, zeros
-from dsv4.proof.headers import quantizer_of
+from dsv4.proof.decode import source_rows
+from dsv4.proof.floats import compare_floats, is_exact
+from dsv4.proof.headers import label_at, quantizer_of
 from dsv4.proof.promises import Promise, promise_of
 from dsv4.proof.survey import Survey
 from dsv4.proof.tasks import Outcome, Task
+from dsv4.proof.turbo import compare_turbo
 from dsv4.storage.reading import Reader, as_float32, element, rounded, shown_element
-from dsv4.storage.shard import FLOATS, ITEMSIZE, Tensor
+from dsv4.storage.shard import FLOATS, ITEMSIZE, NUMPY_DTYPE, Tensor
 from dsv4.weights.affine import BadGroup
-from dsv4.weights.fp4 import UE8M0
-from dsv4.weights.fp8 import E4M3
-from dsv4.weights.imatrix import usable
-from dsv4.weights.quantizer import QUANTIZERS, Lossless, Quantizer
+from dsv4.weights.imatrix import EVEN, Importance, usable
+from dsv4.weights.quantizer import Lossless, Quantizer, is_known, named
 
 BLOCK_WEIGHTS = 1 << 17  # weights in a block of rows: 512 KB decoded, which a core's cache holds
 RUN_BLOCKS = 8  # blocks whose bytes are compared at one go
@@ -43,33 +50,42 @@ PIECE_NUMBERS = 1 << 20  # of a tensor that is not quantized, compared at one go
 class Comparer:
     """Compares tasks, in any thread; the quantizer's table is made once.
 
-    weighted: the quantizer with the imatrix that the user named, if any.
+    importance: of the imatrix that the user named, if any.
     """
 
-    def __init__(self, bundle: Survey, weighted: Quantizer | None = None) -> None:
+    def __init__(self, bundle: Survey, importance: Importance = EVEN) -> None:
         mark = quantizer_of(bundle)
         self.recorded = mark.get("requantize_quantizer")
         self.quantizer: Quantizer | None = None
-        if self.recorded in QUANTIZERS:
-            quantizer = weighted or QUANTIZERS[self.recorded]()
+        if is_known(self.recorded):
+            quantizer = named(self.recorded, importance, stacks_of(bundle))
             # Another digest: another MLX's table, or an importance of columns that is not here.
             if quantizer.digest == mark.get("requantize_table"):
                 self.quantizer = quantizer
-                self.certified, self.worst = certify(quantizer, promise_of(quantizer.name, 0))
+                if quantizer.label["mode"] != TURBO:  # which is no matter of groups
+                    promise = promise_of(quantizer.name, EXPERT)
+                    self.certified, self.worst = certify(quantizer, promise)
 
     def compare(self, task: Task, reader: Reader) -> Outcome:
         """Compare one tensor with its source."""
         how = f"{task.label['mode']} {task.label['bits']}-bit" if task.label else ""
-        outcome = Outcome(task.origin.name, task.what, how or task.parts["weight"].dtype)
+        outcome = Outcome(task.origin.name, task.what, how or task.main.dtype)
+        outcome.disk = task.main.disk.partition("[")[0].removesuffix(".weight")
         if self.recorded == Lossless.name and task.label and task.label["mode"] == "affine":
             outcome.fault("rounded", "whole tensor", "affine", "the source's own numbers")
         if task.label is None:
             compare_plain(task, reader, outcome, self.recorded == Lossless.name)
-        elif task.label["mode"] in ("mxfp4", "mxfp8"):
-            if task.what == "expert" or task.origin.dtype == "F8_E4M3":
-                compare_copies(task, reader, outcome)
-        else:
+        elif task.label["mode"] == "affine":
             self._compare_affine(task, reader, outcome)
+        elif task.label["mode"] == TURBO:
+            compare_turbo(task, reader, outcome, BLOCK_WEIGHTS)
+        elif task.label["mode"] != SOURCE and is_exact(task):
+            compare_copies(task, reader, outcome)
+            if outcome.wrong and not outcome.faults and self.recorded is None:
+                outcome = Outcome(outcome.name, outcome.what, how, disk=outcome.disk)
+                compare_floats(task, reader, outcome, BLOCK_WEIGHTS)
+        else:
+            compare_floats(task, reader, outcome, BLOCK_WEIGHTS)
         return outcome
 
     def _compare_affine(self, task: Task, reader: Reader, outcome: Outcome) -> None:
@@ -77,11 +93,11 @@ class Comparer:
         block of every tensor in any case.
         """
         expert = task.what == "expert"
-        promise = promise_of(self.recorded if expert else None, task.label["bits"])
-        quantizer = self.quantizer
-        if not expert or quantizer is None or quantizer.label != task.label:
+        promise = promise_of(self.recorded if expert else None, task.label)
+        quantizer = self.quantizer.of(task.base) if expert and self.quantizer else None
+        if quantizer is not None and quantizer.label != task.label:
             quantizer = None
-        out, columns = task.origin.shape[0], task.parts["scales"].shape[1] * GROUP
+        out, columns = task.origin.shape[0], task.columns
         rows = max(1, BLOCK_WEIGHTS // columns)
         sample = zlib.crc32(task.base.encode()) % -(-out // rows) * rows
         cuts = {*range(0, out, RUN_BLOCKS * rows), sample, min(out, sample + rows), out}
@@ -98,7 +114,7 @@ class Comparer:
                     return
                 block.bounds(outcome, promise)
                 if quantizer:
-                    block.recompute(outcome, quantizer)
+                    block.recompute(outcome, quantizer, self.quantizer.importance.get(task.base))
                 else:
                     block.formula(outcome)
         finish(outcome, promise)
@@ -120,6 +136,7 @@ class Comparer:
         outcome.numbers += 2 * len(codes)
         outcome.groups += len(exponents)
         outcome.exact += len(exponents)
+        outcome.lossless += len(exponents) if tally.error == 0 else 0
         outcome.energy += tally.energy
         outcome.error += tally.error
         outcome.zeros += zeros(codes.view(np.int64))
@@ -128,12 +145,21 @@ class Comparer:
         return True
 
 
+def stacks_of(bundle: Survey) -> dict[str, dict[str, Any]]:
+    """Stack → the label by which its first expert is stored: what a mixture's plan said."""
+    found: dict[str, dict[str, Any]] = {}
+    for base in bundle.bases:
+        if (stack := stack_of(base)) not in found and (label := label_at(bundle, base)):
+            found[stack] = label
+    return found
+
+
 def finish(outcome: Outcome, promise: Promise) -> None:
     """Judge a whole tensor's error, where its bytes were not found right or nothing may err."""
     sure = outcome.exact == outcome.groups and promise.rms > 0
-    if outcome.what == "expert" and not sure and outcome.relative > promise.rms:
+    if not sure and outcome.relative > promise.rms:
         outcome.fault(
-            "expert-imprecise",
+            f"{outcome.what}-imprecise",
             "whole tensor",
             f"relative RMS {outcome.relative:.3%}",
             f"at most {promise.rms:.0%}",
@@ -141,35 +167,23 @@ def finish(outcome: Outcome, promise: Promise) -> None:
 
 
 class Block:
-    """Some rows of an affine module, decoded: source values, levels, scales and biases."""
+    """Some rows of an affine module, decoded: source values, levels, scales and biases.
+
+    bounds sees groups of 32: wider ones are as many with the same scale and bias.
+    """
 
     def __init__(self, task: Task, reader: Reader, first: int, last: int, columns: int) -> None:
         self.task, self.first, self.columns = task, first, columns
-        self.bits = task.label["bits"]
+        self.bits, self.size = task.label["bits"], task.label["group_size"]
         number = (last - first) * columns
-        self.codes = reader.rows(task.origin, first, last)
-        self.values = np.empty(number, np.float32)
+        self.codes, self.exponents, self.values = source_rows(task, reader, first, last)
         self.stored = {part: reader.rows(t, first, last) for part, t in task.parts.items()}
         dtype = task.parts["scales"].dtype
         self.levels = np.empty(number, np.uint8)
         self.scales = as_float32(self.stored["scales"], dtype)
         self.biases = as_float32(self.stored["biases"], dtype)
         self.rounding = kernels.ROUNDING[dtype]
-        self.exponents = np.empty(0, np.uint8)
-        self._decode(reader, last)
-
-    def _decode(self, reader: Reader, last: int) -> None:
-        task = self.task
         kernels.unpack(self.stored["weight"], self.bits, self.levels)
-        if task.what == "expert":
-            self.exponents = reader.rows(task.scale, self.first, last)
-            kernels.decode_fp4(self.codes, self.exponents, self.values)
-        elif task.origin.dtype == "F8_E4M3":
-            self.exponents = reader.read(task.scale)
-            powers = UE8M0[self.exponents].reshape(task.scale.shape)
-            kernels.decode_fp8(self.codes, E4M3, powers, self.columns, self.first, self.values)
-        else:
-            self.values = as_float32(self.codes, task.origin.dtype)
 
     def source_is_whole(self, outcome: Outcome) -> bool:
         """False, with a fault, when the source itself holds NaN."""
@@ -181,19 +195,22 @@ class Block:
 
     def place(self, weight: int) -> str:
         """Where in the tensor the weight with this index in the block lies."""
-        row, column = divmod(weight, self.columns)
-        return f"row {self.first + row}, group {column // GROUP}"
+        row, column = divmod(int(weight), self.columns)
+        return f"row {self.first + row}, group {column // self.size}, column {column}"
 
     def bounds(self, outcome: Outcome, promise: Promise) -> None:
         """Hold every weight to the promise."""
+        wide = self.size // GROUP
+        scales, biases = (np.repeat(a, wide) if wide > 1 else a for a in (self.scales, self.biases))
         counts, energy, error, worst = kernels.bounds(
-            self.values, self.levels, self.scales, self.biases, self.bits, *self.rounding
+            self.values, self.levels, scales, biases, self.bits, *self.rounding
         )
         outcome.numbers += len(self.values)
         outcome.energy += energy
         outcome.error += error
         outcome.zeros += int(counts[kernels.ZEROS])
         outcome.zeros_lost += int(counts[kernels.LOST_ZEROS])
+        outcome.lossless += int(counts[kernels.EXACT_GROUPS]) // wide
         if worst > outcome.worst:
             outcome.worst, outcome.worst_at = worst, self.place(counts[kernels.WORST_AT])
         self._blame(outcome, promise, counts, worst)
@@ -201,10 +218,10 @@ class Block:
     def _blame(self, outcome: Outcome, promise: Promise, counts: np.ndarray, worst: float) -> None:
         prefix = "expert" if outcome.what == "expert" else "module"
         if counts[kernels.BAD_NUMBER]:
-            group = int(counts[kernels.FIRST_BAD_NUMBER]) // GROUP
+            group = int(counts[kernels.FIRST_BAD_NUMBER]) // self.size
             outcome.fault(
                 "nan-or-inf",
-                self.place(group * GROUP),
+                self.place(group * self.size),
                 f"scale {self.scales[group]}, bias {self.biases[group]}",
                 "numbers",
             )
@@ -232,20 +249,20 @@ class Block:
             )
 
     def _decoded(self, at: int) -> float:
-        group = at // GROUP
+        group = at // self.size
         return float(self.levels[at] * self.scales[group] + self.biases[group])
 
     def _farthest(self, start: int) -> int:
         """The weight of a group that is farthest from the source."""
         group = slice(start, start + GROUP)
-        at = start // GROUP
+        at = start // self.size
         decoded = self.levels[group] * self.scales[at] + self.biases[at]
         return start + int(np.argmax(np.abs(decoded - self.values[group])))
 
     def formula(self, outcome: Outcome) -> None:
         """Compare with MLX's formula; what differs is judged over the whole bundle, later."""
         counts = kernels.formula(
-            self.values, self.levels, self.scales, self.biases, self.bits, *self.rounding
+            self.values, self.levels, self.scales, self.biases, self.bits, *self.rounding, self.size
         )
         outcome.groups += len(self.scales)
         outcome.exact += int(counts[kernels.EXACT])
@@ -261,9 +278,9 @@ class Block:
 
     def _difference(self, group: int) -> tuple[str, str, str]:
         """(where, found, expected) of a group that is not what the formula gives."""
-        span = slice(GROUP * group, GROUP * (group + 1))
+        span = slice(self.size * group, self.size * (group + 1))
         scale, bias, levels = kernels.expected_group(self.values[span], self.bits)
-        where = self.place(GROUP * group)
+        where = self.place(self.size * group)
         dtype = self.task.parts["scales"].dtype
         for part, given, value in (
             ("scale", self.scales[group], scale),
@@ -276,9 +293,10 @@ class Block:
         found = f"level {self.levels[span][column]} in its column {column}"
         return where, found, f"level {levels[column]}"
 
-    def recompute(self, outcome: Outcome, quantizer: Quantizer) -> None:
+    def recompute(
+        self, outcome: Outcome, quantizer: Quantizer, importance: np.ndarray | None
+    ) -> None:
         """Quantize the source rows again and compare bytes."""
-        importance = quantizer.importance.get(self.task.base)
         if importance is not None:
             importance = usable(importance, self.task.base)
         parts = {part: np.empty(len(data), np.uint8) for part, data in self.stored.items()}
@@ -301,14 +319,14 @@ class Block:
 
     def _odd(self, part: str, group: int, right: np.ndarray) -> tuple[str, str, str]:
         """(where, found, expected) of a group whose `part` differs from the recomputed one."""
-        where = self.place(group * GROUP)
+        where = self.place(group * self.size)
         if part != "weight":
             dtype = self.task.parts[part].dtype
             values = [as_float32(data, dtype)[group] for data in (self.stored[part], right)]
             return where, f"{part} {values[0]:.6g}", f"{part} {values[1]:.6g}"
         levels = np.empty_like(self.levels)
         kernels.unpack(right, self.bits, levels)
-        span = slice(group * GROUP, (group + 1) * GROUP)
+        span = slice(group * self.size, (group + 1) * self.size)
         column = int(np.argmax(levels[span] != self.levels[span]))
         found = f"level {self.levels[span][column]} in its column {column}"
         return where, found, f"level {levels[span][column]}"
@@ -346,7 +364,7 @@ def compare_copies(task: Task, reader: Reader, outcome: Outcome) -> None:
             what = ("exponent 255", "0 to 254") if part == "scales" else ("NaN", "numbers")
             outcome.fault("nan-or-inf", part, *what)
     outcome.wrong = min(wrong, outcome.groups)
-    outcome.exact = outcome.groups - outcome.wrong
+    outcome.exact = outcome.lossless = outcome.groups - outcome.wrong
 
 
 def copied(task: Task, part: str, reader: Reader, first: int, last: int) -> np.ndarray:
@@ -369,10 +387,11 @@ def compare_plain(task: Task, reader: Reader, outcome: Outcome, exact: bool = Fa
     outcome.numbers = tensor.nbytes // size
     same = origin.dtype == tensor.dtype and task.scale is None
     decoded = task.scale is not None or origin.dtype in FLOATS
-    comparable = same or (tensor.dtype in FLOATS and decoded)
+    integers = tensor.dtype[0] in "IU" and origin.dtype[0] in "IU"
+    comparable = same or (tensor.dtype in FLOATS and decoded) or integers
     step = PIECE_NUMBERS
     if task.scale is not None:  # decoded by whole rows
-        step = max(1, step // origin.shape[1]) * origin.shape[1]
+        step = max(1, step // task.columns) * task.columns
     seen: set[str] = set()  # of each kind of fault the first place is enough
     for first in range(0, outcome.numbers, step):
         count = min(step, outcome.numbers - first)
@@ -385,16 +404,22 @@ def compare_plain(task: Task, reader: Reader, outcome: Outcome, exact: bool = Fa
                 outcome.fault("nan-or-inf", where, "NaN or Inf", "numbers")
         if not comparable or "odd" in seen:
             continue  # reported by its dtype, or already
-        expected = plain_source(task, reader, first, count)
-        if exact and not same and task.scale is None and "lossy" not in seen:
-            item = ITEMSIZE[origin.dtype]
-            given = as_float32(reader.read(origin, first * item, count * item), origin.dtype)
+        expected, given = plain_source(task, reader, first, count)
+        if given is not None:
+            missed = as_float32(expected, tensor.dtype)
+            missed -= given
+            outcome.energy += float(np.dot(given, given))
+            outcome.error += float(np.dot(missed, missed))
+        if exact and given is not None and task.scale is None and "lossy" not in seen:
             lost = np.flatnonzero(as_float32(expected, tensor.dtype) != given)
             if len(lost):
                 seen.add("lossy")
                 where = element(tensor, first + int(lost[0]))
                 outcome.fault("rounded", where, tensor.dtype, f"{given[lost[0]]:.8g}")
         odd = np.flatnonzero(found != expected)
+        if len(odd) and task.scale is not None:  # by value: FP4 has a zero of either sign
+            values = (as_float32(data, tensor.dtype) for data in (found, expected))
+            odd = size * np.flatnonzero(np.not_equal(*values))
         if len(odd):
             seen.add("odd")
             blame_plain(task, outcome, first, int(odd[0]) // size, (found, expected))
@@ -411,21 +436,27 @@ def blame_plain(
     outcome.fault(name.get(task.what, "passthrough-differs"), where, *shown)
 
 
-def plain_source(task: Task, reader: Reader, first: int, count: int) -> np.ndarray:
-    """`count` elements of the source from element `first`, as bytes of the bundle's dtype.
+def plain_source(
+    task: Task, reader: Reader, first: int, count: int
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """`count` elements of the source from element `first`: as bytes of the bundle's dtype, and as
+    float32 where that dtype is another than the source's.
 
     Where there is a scale they are whole rows.
     """
     origin, dtype = task.origin, task.parts["weight"].dtype
+    if task.scale is not None:
+        row = first // task.columns
+        values = source_rows(task, reader, row, row + count // task.columns)[2]
+        return rounded(values, dtype), values
     size = ITEMSIZE[origin.dtype]
     data = reader.read(origin, first * size, count * size)
-    if task.scale is not None:
-        values = np.empty(count, np.float32)
-        powers = UE8M0[reader.read(task.scale)].reshape(task.scale.shape)
-        columns = origin.shape[1]
-        kernels.decode_fp8(data, E4M3, powers, columns, first // columns, values)
-        return rounded(values, dtype)
-    return data if origin.dtype == dtype else rounded(as_float32(data, origin.dtype), dtype)
+    if origin.dtype == dtype:
+        return data, None
+    if origin.dtype not in FLOATS:  # integers, kept in fewer bytes
+        return data.view(NUMPY_DTYPE[origin.dtype]).astype(NUMPY_DTYPE[dtype]).view(np.uint8), None
+    values = as_float32(data, origin.dtype)
+    return rounded(values, dtype), values
 
 
 # --- Without a source ---------------------------------------------------------------------------

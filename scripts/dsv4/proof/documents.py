@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 from dsv4.model.chat import STOP_TOKENS, vocabulary
 from dsv4.model.configs import code_keys
-from dsv4.model.labels import EXPERT, fp8_bases
+from dsv4.model.labels import EXPERT, SOURCE, TURBO, fp8_bases
+from dsv4.model.layouts import MLX_LM, MLX_VLM, RUNTIMES, STORAGE, VMLX
 from dsv4.model.names import GROUP, module_paths, parse_expert, switch_paths
-from dsv4.model.opening import expert_bases
 from dsv4.proof.findings import Check, Findings
-from dsv4.proof.headers import module_parts, stored
+from dsv4.proof.headers import label_at
 from dsv4.proof.survey import Survey
 from dsv4.storage.checkpoint import INDEX
+from dsv4.storage.shard import FLOATS
 from dsv4.words import plain, shown
 
-RUNTIMES = ("mlx_lm and vMLX 1.3.97", "mlx-vlm", "vMLX 1.6.81")
 LABEL = ("group_size", "bits", "mode")
+VMLX_GROUP = 64  # what vMLX 1.6.81 assumes when jang_config.json does not say
 
 
 def check_code(bundle: Survey, findings: Findings) -> Check:
@@ -35,17 +37,39 @@ def check_stops(bundle: Survey, findings: Findings) -> Check:
     """Stop tokens, and jang_config.json's group size."""
     check_stop_tokens(bundle, findings)
     jang = bundle.documents.get("jang_config.json")
-    if jang is not None:
+    wanted = group_size(bundle)
+    if jang is not None and wanted:
         found = jang.get("quantization")
         found = found.get("group_size") if isinstance(found, dict) else None
-        if found != GROUP:
+        if found not in (wanted, None if silent(bundle) or wanted == VMLX_GROUP else wanted):
             findings.add(
                 "jang-config-group-size",
                 "jang_config.json: quantization.group_size",
                 shown(found),
-                f"{GROUP}",
+                f"{wanted}",
             )
+    elif wanted and "jang_config.json" not in bundle.files:
+        findings.add("jang-config-group-size", "jang_config.json", "no such file", "it")
     return Check("files that steer a conversation", len(bundle.documents))
+
+
+def silent(bundle: Survey) -> bool:
+    """True for jang 2.5.50's own jang_config.json, which names no group: vMLX 1.6.81 then goes by
+    labels and shapes, and was right (measured on its 2- and 3-bit bundles of the nano)."""
+    said = bundle.documents.get("jang_config.json", {}).get("quantization")
+    return not bundle.is_ours and isinstance(said, dict) and "routed_experts" in said
+
+
+def group_size(bundle: Survey) -> int:
+    """The columns of a group of most of the bundle's affine modules, which vMLX has to know of;
+    0 where it has nothing to know."""
+    if VMLX not in bundle.layout.runtimes:
+        return 0
+    if bundle.is_ours:
+        return GROUP
+    names = (n.removesuffix(".biases") for n in bundle.tensors if n.endswith(".biases"))
+    sizes = Counter(label["group_size"] for n in names if (label := label_at(bundle, n)))
+    return max(sizes, key=lambda size: sizes[size], default=0)
 
 
 def stop_ids(tokenizer: dict[str, Any]) -> list[int] | None:
@@ -71,51 +95,129 @@ def check_stop_tokens(bundle: Survey, findings: Findings) -> None:
         return
     for name in ("config.json", "generation_config.json"):
         document = bundle.documents.get(name)
-        if document is not None and document.get("eos_token_id") != eos:
-            findings.add(
-                "eos-wrong", f"{name}: eos_token_id", shown(document.get("eos_token_id")), f"{eos}"
-            )
+        found = document.get("eos_token_id") if document is not None else eos
+        if found != eos:
+            few = bundle.layout is not STORAGE and found in (eos[0], eos[:1])
+            fault = "eos-few" if few else "eos-wrong"
+            findings.add(fault, f"{name}: eos_token_id", shown(found), f"{eos}")
 
 
 def labels_in_use(bundle: Survey) -> Iterator[tuple[str, str, str]]:
-    """(key in config.json, storage name of a module that is looked up under it, by whom)."""
-    for base in expert_bases(bundle.checkpoint):
+    """(key in config.json, storage name of a module that is looked up under it, by whom).
+
+    Of a layout with other names, everything that has scales; a stack of experts by its first.
+    """
+    if bundle.layout is not STORAGE:
+        yield from paths_in_use(bundle)
+        return
+    for base in bundle.bases:
         block, layer, _, matrix, _ = parse_expert(f"{base}.weight") or ("", 0, 0, "w1", "")
         if block == "layers":
             yield from zip(switch_paths(layer, matrix), (base, base), RUNTIMES[:2], strict=True)
         yield base, base, RUNTIMES[2]
-    for base in fp8_bases(bundle.checkpoint.tensors):
+    if not bundle.is_ours:
+        yield from paths_of_others(bundle)
+    for base in fp8_bases(bundle.tensors):
         names = module_paths(base)
         yield from zip(names, [base] * len(names), RUNTIMES, strict=False)
         yield base, base, RUNTIMES[2]
+
+
+def paths_of_others(bundle: Survey) -> Iterator[tuple[str, str, str]]:
+    """Where mlx_lm looks up what is no routed expert, where the top level may not say it."""
+    top = {"embed": "model.embed", "head": "lm_head"}
+    for name in bundle.tensors:
+        base, _, part = name.rpartition(".")
+        if part == "scales" and not parse_expert(name) and not name.startswith("mtp."):
+            for path in (top[base],) if base in top else module_paths(base)[:1]:
+                yield path, base, MLX_LM
+
+
+def paths_in_use(bundle: Survey) -> Iterator[tuple[str, str, str]]:
+    """The same for a layout that has module paths on disk: a runtime looks them up as they are.
+
+    mlx-vlm also takes a label under a shorter name, and its own path begins with language_model.
+    """
+    labels = bundle.config.get("quantization")
+    labels = labels if isinstance(labels, dict) else {}
+    seen = set()
+    for name in bundle.tensors:
+        base, _, part = name.rpartition(".")
+        path = bundle.layout.called(f"{base}.weight") if part == "scales" else None
+        if path is None or path in seen:
+            continue
+        seen.add(path)
+        path = path.removesuffix(".weight").removesuffix(".G")
+        if MLX_VLM in bundle.layout.runtimes:
+            own = f"language_model.{path.removeprefix('language_model.')}"
+            short = own.removeprefix("language_model.")
+            aliases = (own, short, short.removeprefix("model."), base)
+            yield next((a for a in aliases if a in labels), own), base, MLX_VLM
+        else:
+            yield path, base, bundle.layout.who
 
 
 def check_labels(bundle: Survey, findings: Findings) -> Check:
     """The label that each runtime finds for a module is the one that its tensors are stored by."""
     labels = bundle.config.get("quantization")
     if "quantization_config" in bundle.config:
-        same = bundle.config["quantization_config"] == labels
-        name = "label-twice" if same else "label-two-dicts"
-        findings.add(name, "config.json", "quantization_config", "quantization alone")
+        if bundle.config["quantization_config"] != labels:
+            findings.add(
+                "label-two-dicts", "config.json", "quantization_config", "quantization alone"
+            )
+        elif bundle.is_ours:
+            findings.add("label-twice", "config.json", "quantization_config", "quantization alone")
+    bases = {n.rpartition(".")[0] for n in bundle.tensors if n.endswith(".scales")}
     if not isinstance(labels, dict):
-        findings.add("label-absent", "config.json", f"quantization {shown(labels)}", "labels")
-        return Check("labels", 0)
+        if bases or bundle.is_ours:
+            findings.add("label-absent", "config.json", f"quantization {shown(labels)}", "labels")
+        return Check("labels", 0, "nothing is quantized", optional=not bases)
     top = {key: labels.get(key) for key in LABEL}
     named = list(labels_in_use(bundle))
     experts = {base for _, base, _ in named}
-    bases = {n.rpartition(".")[0] for n in bundle.checkpoint.tensors if n.endswith(".scales")}
-    named += [(base, base, "every runtime") for base in sorted(bases - experts)]
+    if bundle.layout is STORAGE:
+        named += [(base, base, "every runtime") for base in sorted(bases - experts)]
     seen: set[tuple[str, str]] = set()
     for key, base, runtime in named:
-        found = stored(module_parts(bundle, base))
+        found = label_at(bundle, base)
         if found and found["mode"] == "mxfp4" and "stock-experts" in findings:
             found = EXPERT  # what requantize will make of them
-        if found is not None:
+        if found is not None and found["mode"] not in (TURBO, SOURCE):
             judge_label(labels, top, key, found, runtime, seen, findings)
-    check_stray(labels, {key for key, _, _ in named}, findings)
+    known = {key for key, _, _ in named}
+    check_plain(bundle, labels, findings)
+    check_stray(labels, known | aliases_of(named) if not bundle.is_ours else known, findings)
     lost = dropped_by_unpatched_loader(bundle)
     said = f"jang 2.5.8 and 2.5.9 drop {lost:,} of them unless make patch_loader mends them"
     return Check("labels that runtimes look up", len(named), said if lost else "")
+
+
+def aliases_of(named: list[tuple[str, str, str]]) -> set[str]:
+    """Other names under which somebody may look a module of these up."""
+    found = set()
+    for key, base, _ in named:
+        expert = parse_expert(f"{base}.weight")
+        found |= {key, base, *module_paths(base)}
+        if expert:
+            found |= set(switch_paths(expert[1], expert[3]))
+    return found
+
+
+def check_plain(bundle: Survey, labels: dict[str, Any], findings: Findings) -> None:
+    """No label for a module whose tensor is not quantized, in layouts with module paths."""
+    for key, label in labels.items():
+        if is_plain(bundle, key, label):
+            where = f"config.json: quantization[{shown(key)}]"
+            findings.add("label-for-plain", where, in_words(label), "none")
+
+
+def is_plain(bundle: Survey, key: str, label: Any) -> bool:
+    """True for the label of a module that has a tensor of floats."""
+    if not isinstance(label, dict) or bundle.layout is STORAGE:
+        return False
+    place = bundle.layout.place(f"{key}.weight")
+    tensor = place and bundle.tensors.get(place.name.replace(".E.", ".0."))
+    return tensor is not None and tensor.dtype in FLOATS
 
 
 def dropped_by_unpatched_loader(bundle: Survey) -> int:
@@ -126,10 +228,12 @@ def dropped_by_unpatched_loader(bundle: Survey) -> int:
     """
     labels = bundle.config["quantization"]
     own = {key: label for key, label in labels.items() if isinstance(label, dict)}
+    if bundle.layout is not STORAGE:
+        return 0
     inferred = {}
-    for name in bundle.checkpoint.tensors:
+    for name in bundle.tensors:
         base, _, part = name.rpartition(".")
-        label = stored(module_parts(bundle, base)) if part == "scales" else None
+        label = label_at(bundle, base) if part == "scales" else None
         if label and label["mode"] == "affine" and label["bits"] != 5:
             inferred[base] = label["bits"]
     agrees = all(
@@ -153,8 +257,10 @@ def judge_label(
 ) -> None:
     """Compare one label with the tensors; a key that 256 experts share is reported once."""
     label = labels.get(key, top)
+    if isinstance(label, dict) and label.get("mode") is None:
+        label = {**label, "mode": "affine"}  # MLX's own default
     copied = stored_as["mode"] != "affine"
-    by_top = copied and label == stored_as and key not in labels
+    by_top = copied and label == stored_as and key not in labels and findings.storage
     if (label == stored_as and not by_top) or (key, "") in seen:
         return
     seen.add((key, ""))
@@ -191,7 +297,8 @@ def _short(value: Any) -> str:
 def check_stray(labels: dict[str, Any], known: set[str], findings: Findings) -> None:
     """No label under a name that no module has."""
     for key in labels:
-        if key not in LABEL and key not in known:
+        label = labels[key] if isinstance(labels[key], dict) else {}
+        if key not in known and set(LABEL) & set(label):
             findings.add(
                 "label-stray", f"config.json: quantization[{shown(key)}]", "a label", "none"
             )

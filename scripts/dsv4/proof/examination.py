@@ -14,7 +14,6 @@ from typing import Any
 from tqdm import tqdm
 
 from dsv4.hub.origin import read_record
-from dsv4.model.labels import recorded_quantizer
 from dsv4.model.names import is_control, parse_expert
 from dsv4.model.opening import open_source
 from dsv4.proof import level1, level2, verdict
@@ -25,8 +24,7 @@ from dsv4.runtime.toolchain import probe
 from dsv4.stop import Stop, naming
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.durable import human
-from dsv4.weights.imatrix import importances, open_imatrix
-from dsv4.weights.quantizer import Optimal
+from dsv4.weights.imatrix import EVEN, importances, open_imatrix
 from dsv4.words import plain, say
 
 FORMAT = 1  # of verify.json
@@ -50,14 +48,13 @@ def level_two(
 ) -> tuple[level2.Numbers, list[Check], float]:
     """Read every number; returns the outcomes, the checks and the seconds that it took."""
     start = time.perf_counter()
-    weighted = None
+    importance = EVEN
     if args.imatrix and source:
-        imatrix = open_imatrix(args.imatrix)
-        weighted = Optimal(importances(imatrix, source), imatrix.digest)
+        importance = importances(open_imatrix(args.imatrix), source)
     with tqdm(
         total=bundle.checkpoint.nbytes, unit="B", unit_scale=True, desc="level 2", disable=None
     ) as bar:
-        result = level2.read_numbers(bundle, source, args.jobs, bar.update, weighted)
+        result = level2.read_numbers(bundle, source, args.jobs, bar.update, importance)
     return result, verdict.judge(result, findings), time.perf_counter() - start
 
 
@@ -72,7 +69,7 @@ def print_findings(findings: Findings) -> None:
             lines.append(f"    {place['where']}: {said}")
         if finding.count > len(finding.places):
             lines.append(f"    … and {finding.count - len(finding.places):,} more")
-        lines.append(f"  repair: {fault.repair}")
+        lines.append(f"  repair: {finding.repair}")
     with naming("standard output"):
         sys.stdout.flush()
     say("\n".join(lines), file=sys.stderr, flush=True)
@@ -106,7 +103,7 @@ def origin(folder: Path | None) -> dict[str, Any] | None:
 def sizes(bundle: Survey, source: Checkpoint | None) -> dict[str, Any]:
     """Bytes: the bundle by what its tensors are, and the source."""
     kinds = {"routed experts": 0, "control tensors": 0, "8-bit modules and the rest": 0}
-    for name, tensor in bundle.checkpoint.tensors.items():
+    for name, tensor in bundle.tensors.items():
         what = "routed experts" if parse_expert(name) else "8-bit modules and the rest"
         kinds["control tensors" if is_control(name) else what] += tensor.nbytes
     return {
@@ -144,9 +141,6 @@ def examine(args: argparse.Namespace) -> Examination:
     start = time.perf_counter()
     bundle, first = level_one(args, source, findings)
     seconds = {"level 1": time.perf_counter() - start}
-    if bundle is not None and recorded_quantizer(bundle.checkpoint.config) == "turboquant2":
-        raise Stop(f"{args.bundle}", "experts in TurboQuant", "a form that is proved here",
-                   "tests/test_turboquant.py tries the quantizer itself")  # fmt: skip
     read, second = None, []
     if bundle is not None and args.level == 2:
         read, second, seconds["level 2"] = level_two(args, bundle, source, findings)
@@ -165,6 +159,8 @@ def describe(args: argparse.Namespace, done: Examination) -> str:
         rate = f"{took:.1f} s, {size / took / 1e9:.2f} GB/s of the bundle"
         lines.append(f"level 2, every number of {human(size)} ({rate})")
         lines += [check.text() for check in done.second]
+        if done.read.compared:
+            lines += verdict.in_rows(verdict.by_kind(done.read.outcomes))
     return "\n".join(lines)
 
 
@@ -179,6 +175,7 @@ def as_json(args: argparse.Namespace, done: Examination) -> dict[str, Any]:
         errors = {
             "experts": verdict.by_layer(read.outcomes),
             "others": verdict.others(read.outcomes),
+            "kinds": verdict.by_kind(read.outcomes),
         }
     return {
         "format": FORMAT,
@@ -189,6 +186,7 @@ def as_json(args: argparse.Namespace, done: Examination) -> dict[str, Any]:
         "levels": [1, 2] if args.level == 2 else [1],
         "loader_asked": not args.without_loader,
         "quantizer": quantizer_of(bundle) if bundle else {},
+        "layout": bundle.layout.name if bundle else "",
         "checks": [asdict(check) for check in (*done.first, *done.second)],
         "findings": [finding.as_json() for finding in done.findings],
         "sizes": sizes(bundle, done.source) if bundle else {},

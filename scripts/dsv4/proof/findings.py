@@ -28,6 +28,8 @@ class Fault:
 
 
 _CONVERT = "delete the bundle, then make convert and the stages after it"
+# Of a bundle that somebody else made, in place of what would make or delete one of ours.
+_MAKER = "not mendable here: tell its maker, or make a bundle of the source: make all"
 _REQUANTIZE = "make requantize"
 _REPAIR = "make repair"
 _FROM_SOURCE = "make repair SOURCE=…, the FP4/FP8 source"
@@ -54,6 +56,15 @@ FAULTS = {
         "vMLX 1.6.81 builds prompts with encoding/encoding_dsv4.py.", _FROM_SOURCE
     ),
     "generation-config-broken": Fault("mlx_lm and mlx-vlm read the stop tokens there.", _REPAIR),
+    "eos-few": Fault(
+        "It stops at the end of sentence alone, not at a <｜User｜> that the model may write.",
+        _REPAIR,
+        WARNING,
+    ),
+    "label-for-plain": Fault(
+        "A label for a module whose tensor is not quantized: mlx_lm and mlx-vlm then refuse it.",
+        _REPAIR,
+    ),
     "eos-wrong": Fault(
         "A runtime that does not know the stop tokens answers until max_tokens.", _REPAIR
     ),
@@ -137,9 +148,11 @@ FAULTS = {
     # Tensors by their headers.
     "tensor-missing": Fault("A parameter keeps its random or zero start value.", _CONVERT),
     "layout-unknown": Fault(
-        "Tensors lie under module paths, renamed and stacked already; this verify knows storage "
-        "names only.",
-        "none: make the bundle with these stages to have it verified",
+        "Most tensors have names of no known layout; what they hold was not judged.",
+        "none: teach the names to scripts/dsv4/model/layouts.py, or ask its maker",
+    ),
+    "layout-mixed": Fault(
+        "Tensors have the names of two layouts; each loader takes those that it knows.", _CONVERT
     ),
     "tensor-extra": Fault("No tensor of the source leads to it.", _CONVERT),
     "expert-missing": Fault("Experts are stacked: one that lacks stops the load.", _CONVERT),
@@ -246,7 +259,15 @@ FAULTS = {
     "rounded": Fault(
         "The bundle says that it is lossless, and a number of the source was rounded.", _REQUANTIZE
     ),
-    "module-differs": Fault("An 8-bit module does not hold the source's weights.", _CONVERT),
+    "quantized-again": Fault(
+        "The mode could hold the source's own numbers; they were quantized once more, with loss.",
+        "none needed; a bundle of the source's own codes is as large and exact",
+        WARNING,
+    ),
+    "module-differs": Fault("A module does not hold the source's weights.", _CONVERT),
+    "module-imprecise": Fault(
+        "The error of a whole tensor is larger than its mode and width give.", _CONVERT
+    ),
     "module-other-device": Fault(
         "8-bit modules were quantized on another device than a CPU: right, but not byte for byte.",
         "none needed",
@@ -284,11 +305,19 @@ class Finding:
     name: str
     count: int = 0
     places: list[dict[str, str]] = field(default_factory=list)
+    ours: bool = False
+    storage: bool = True
 
     @property
     def fault(self) -> Fault:
         """Its entry in the catalogue."""
         return FAULTS[self.name]
+
+    @property
+    def repair(self) -> str:
+        """The command that mends it: of a bundle of ours, or of another's."""
+        beyond = {_CONVERT} if self.storage else {_CONVERT, _REQUANTIZE, _EXPERTS}
+        return self.fault.repair if self.ours or self.fault.repair not in beyond else _MAKER
 
     def as_json(self) -> dict[str, Any]:
         """The finding as verify.json holds it."""
@@ -298,16 +327,21 @@ class Finding:
             "severity": fault.severity,
             "count": self.count,
             "why": fault.why,
-            "repair": fault.repair,
+            "repair": self.repair,
             "places": self.places,
         }
 
 
 class Findings:
-    """Findings by name, in the order in which the first of each was met."""
+    """Findings by name, in the order in which the first of each was met.
+
+    ours: whether this recipe made the bundle, so that it may be made anew; storage: whether it has
+    storage names, which requantize and repair can work on.
+    """
 
     def __init__(self) -> None:
         self._by_name: dict[str, Finding] = {}
+        self.ours, self.storage = False, True
 
     def add(self, name: str, where: str, found: str, expected: str, times: int = 1) -> None:
         """Report one fault. Raises KeyError for a name that the catalogue lacks: a bug."""
@@ -320,7 +354,9 @@ class Findings:
             finding.places.append({key: plain(text, SAID) for key, text in said.items()})
 
     def __iter__(self) -> Iterator[Finding]:
-        return iter(self._by_name.values())
+        for finding in self._by_name.values():
+            finding.ours, finding.storage = self.ours, self.storage
+            yield finding
 
     def __contains__(self, name: str) -> bool:
         return name in self._by_name

@@ -11,21 +11,36 @@ from collections import Counter
 from itertools import filterfalse
 from typing import Any
 
-from dsv4.model.labels import EXPERT, MXFP8, label_of
-from dsv4.model.names import is_control, kind, module_paths, parse_expert, switch_paths
-from dsv4.model.opening import block_counts, expert_bases
-from dsv4.model.plan import bundle_keys
+from dsv4.model.labels import SOURCE, TURBO, TURBO_PARTS, label_of, source_label, turbo_label
+from dsv4.model.layouts import STORAGE
+from dsv4.model.names import (
+    columns_of,
+    is_control,
+    is_expert,
+    kind,
+    module_paths,
+    parse_expert,
+    switch_paths,
+)
+from dsv4.model.opening import block_counts
 from dsv4.proof.findings import Check, Findings
 from dsv4.proof.survey import Survey
 from dsv4.stop import Stop
 from dsv4.storage.bounds import DOCUMENT
-from dsv4.storage.checkpoint import INDEX, Checkpoint
+from dsv4.storage.checkpoint import INDEX, SIDECAR, Checkpoint
 from dsv4.storage.durable import TEMPORARY_SUFFIX
 from dsv4.storage.junk import is_junk
 from dsv4.storage.shard import FLOATS, Tensor
 from dsv4.storage.typed import misfit
 from dsv4.words import several, shown
 
+# A module's tensors by what follows its name, and which of them go together.
+PARTS = ("weight", "scales", "biases", "scale", *TURBO_PARTS)
+FORMS = (
+    ("weight", "scales", "biases"), ("weight", "scales"), TURBO_PARTS[:2],
+    ("weight", "scale"),
+)  # fmt: skip
+VISION = ("vision_tower", "vision_model", "visual", "multi_modal_projector", "mm_projector")
 MARKS = ("requantize_layout", "requantize_source", "requantize_quantizer", "requantize_table")
 # What the stages write into config.json; everything else must be the source's.
 OURS = {
@@ -40,6 +55,8 @@ OURS = {
     "rope_parameters",
     "transformers_version",
 }
+# What no runtime computes by, and other tools leave out or write anew.
+THEIRS = {"torch_dtype", "dtype", "use_cache", "architectures", "initializer_range"}
 COUNTS = (
     "num_hidden_layers",
     "n_routed_experts",
@@ -82,6 +99,8 @@ def check_strangers(bundle: Survey, findings: Findings) -> None:
     for file in filterfalse(is_junk, bundle.files):
         if file.startswith(".") and file.endswith(TEMPORARY_SUFFIX):
             findings.add("leftover-files", file, f"{bundle.files[file]:,} bytes", "nothing")
+        elif file == SIDECAR and any(name.endswith(".tq_packed") for name in bundle.tensors):
+            continue
         elif "/" not in file and file.endswith(".safetensors") and file not in named:
             findings.add("shard-stranger", file, "not in the index", "only the index's shards")
         elif bundle.files[file] > DOCUMENT and file not in named and file[0] != ".":
@@ -95,7 +114,7 @@ def quantizer_of(bundle: Survey) -> dict[str, str]:
     A shard without experts may keep the mark of an earlier quantizer: it was not written again.
     """
     marked = [s for s in bundle.checkpoint.shards.values() if MARKS[0] in s.metadata]
-    with_experts = (s for s in marked if any(map(parse_expert, s.tensors)))
+    with_experts = (s for s in marked if any(map(is_expert, s.tensors)))
     for shard in itertools.chain(with_experts, marked):
         return {key: shard.metadata.get(key, "") for key in MARKS}
     return {}
@@ -108,7 +127,7 @@ def check_marks(bundle: Survey, findings: Findings) -> Check:
     """
     marks = {}
     for file, shard in bundle.checkpoint.shards.items():
-        if any(parse_expert(name) for name in shard.tensors):
+        if any(map(is_expert, shard.tensors)):
             marks[file] = tuple(shard.metadata.get(key) for key in MARKS)
     if quantizer_of(bundle).get("requantize_quantizer") == "mxfp4":
         marks = {file: mark for file, mark in marks.items() if any(mark)}
@@ -117,23 +136,70 @@ def check_marks(bundle: Survey, findings: Findings) -> Check:
         if usual and mark != usual[0][0]:
             findings.add("marks-mixed", file, f"{mark}", f"{usual[0][0]} as in most shards")
     name = quantizer_of(bundle).get("requantize_quantizer")
-    return Check("shards with experts", len(marks), f"quantizer {name or 'not recorded'}")
+    said = f"quantizer {name or 'not recorded'}"
+    return Check("shards with experts", len(marks), said, optional=not bundle.is_ours)
+
+
+def check_layout(bundle: Survey, findings: Findings) -> Check:
+    """The tensors' names are those of one layout; what no layout has is named."""
+    seen, layout = bundle.view.recognised, bundle.layout
+    for other, names in seen.others.items():
+        where = f"{names[0]}, as {other} has it"
+        findings.add("layout-mixed", where, f"{len(names):,} such names",
+                     f"those of {layout.name}, which {seen.known:,} have", len(names))  # fmt: skip
+    if seen.known <= len(bundle.checkpoint.tensors) // 2:
+        names = seen.unknown or [name for of in seen.others.values() for name in of]
+        findings.add("layout-unknown", several(names), f"{len(names):,} names that nobody knows",
+                     f"a known layout; the nearest, {layout.name}, has {seen.known:,} of them",
+                     max(1, len(names)))  # fmt: skip
+    for name, why in bundle.view.odd.items():
+        fault = "tensor-twice" if why.startswith("also") else "shape-wrong"
+        findings.add(fault, name, why, "what its layout calls for")
+    return Check("tensors by the names of their layout", seen.known, absences(bundle))
+
+
+def absences(bundle: Survey) -> str:
+    """The layout in words, and what is left out or added as makers of bundles do."""
+    said = [f"{bundle.layout.name} ({bundle.layout.who})"]
+    if not bundle.has_mtp and bundle.config.get("num_nextn_predict_layers"):
+        said.append("MTP left out")
+    seen = [name for name in bundle.view.recognised.unknown if is_vision(name)]
+    if seen:
+        said.append(f"a vision tower of {len(seen):,} tensors, not judged")
+    fewer = pruned(bundle)
+    if fewer:
+        said.append(f"{len(fewer)} layers with fewer experts, the least {min(fewer.values())}")
+    return "; ".join(said)
+
+
+def is_vision(name: str) -> bool:
+    """True for a tensor of a vision tower, or of what joins it to the model."""
+    return any(part in name.split(".") for part in VISION)
+
+
+def pruned(bundle: Survey) -> dict[int, int]:
+    """Layer → its number of experts, where it has fewer than config.json counts."""
+    counts = Counter(
+        one[1] for base in bundle.bases
+        if (one := parse_expert(f"{base}.weight")) and one[0] == "layers" and one[3] == "w1"
+    )  # fmt: skip
+    most = bundle.config.get("n_routed_experts", 0)
+    return {layer: n for layer, n in counts.items() if n < most}
 
 
 def check_experts(bundle: Survey, findings: Findings) -> list[Check]:
-    """Every routed expert that config.json counts is there; main layers and MTP apart."""
-    tensors, unread = bundle.checkpoint.tensors, bundle.unread
-    bases = expert_bases(bundle.checkpoint)
+    """Every routed expert that is called for is there; main layers and MTP apart."""
+    tensors, unread, bases = bundle.tensors, bundle.unread, bundle.bases
     for base in bases:
-        if f"{base}.weight" not in tensors and f"{base}.weight" not in unread:
-            findings.add("expert-missing", base, "no weight", "one")
-    stacked = [name for name in tensors if name.startswith("model.") or ".switch_mlp." in name]
-    if stacked:
-        findings.add("layout-unknown", stacked[0], "a module path", "storage names", len(stacked))
+        ways = (f"{base}.weight", f"{base}.tq_packed")
+        disk = bundle.view.disk(ways[0])
+        if not any(way in tensors or way in unread for way in ways) and disk not in unread:
+            findings.add("expert-missing", shown_name(bundle, base), "no weight", "one")
     known = set(bases)
     for name in tensors:
         if parse_expert(name) and name.rpartition(".")[0] not in known:
-            findings.add("expert-extra", name, "beyond config.json's counts", f"{len(bases):,}")
+            more = f"{len(bases):,} matrices, by config.json and routers"
+            findings.add("expert-extra", shown_name(bundle, name), "beyond the counts", more)
     main = sum(base.startswith("layers.") for base in bases)
     return [
         Check("routed-expert matrices in the main layers", main),
@@ -141,19 +207,31 @@ def check_experts(bundle: Survey, findings: Findings) -> list[Check]:
     ]
 
 
+def shown_name(bundle: Survey, name: str) -> str:
+    """A storage name, and what it is called on disk where that is another."""
+    disk = bundle.view.disk(name)
+    return name if disk == name else f"{name} ({disk})"
+
+
 def check_triples(bundle: Survey, findings: Findings) -> Check:
     """Every quantized module has its parts, and they fit each other."""
-    tensors, unread = bundle.checkpoint.tensors, bundle.unread
+    tensors, unread = bundle.tensors, bundle.unread
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         base, _, part = name.rpartition(".")
-        if part in ("scales", "biases") or tensor.dtype == "U32":
+        if part in PARTS[1:] or tensor.dtype == "U32":
             parts.setdefault(base, {})[part] = tensor
     for base, has in parts.items():
         if any(f"{base}.{part}" in unread for part in ("weight", "scales", "biases")):
             continue
-        check_triple(base, has, bundle.config, findings)
-    return Check("quantized modules", len(parts))
+        if bundle.layout is STORAGE and "tq_packed" not in has and "scale" not in has:
+            check_triple(base, has, bundle.config, findings)
+        elif stored(module_parts(bundle, base), columns_of(base, bundle.config)) is None:
+            shown = ", ".join(f"{part} {t.dtype} {list(t.shape)}" for part, t in has.items())
+            whole = any(set(has) | {"weight"} >= set(form) for form in FORMS)
+            name = "triple-misfit" if whole else "triple-incomplete"
+            findings.add(name, shown_name(bundle, base), shown, "the parts of one mode")
+    return Check("quantized modules", len(parts), optional=not bundle.is_ours)
 
 
 def check_triple(
@@ -169,12 +247,12 @@ def check_triple(
         label = labelled(config, base)
         if label.get("mode") == "affine" and parse_expert(f"{base}.weight"):
             findings.add("stock-experts", base, shown, "F16 scales and biases, or mode mxfp4")
-        elif stored(has) is None:
+        elif label_of(weight, scales, biases) is None:
             findings.add("triple-misfit", base, shown, "4 or 8 bits × 32 columns a scale")
     elif weight is None or scales is None or biases is None:
         findings.add("triple-incomplete", base, shown or "nothing", "weight, scales and biases")
-    elif stored(has) is None:
-        findings.add("triple-misfit", base, shown, "U32 weight, F16 scales and biases, group 32")
+    elif stored(has, columns_of(base, config)) is None:
+        findings.add("triple-misfit", base, shown, "U32 weight, scales and biases of one group")
 
 
 def labelled(config: dict[str, Any], base: str) -> dict[str, Any]:
@@ -187,54 +265,80 @@ def labelled(config: dict[str, Any], base: str) -> dict[str, Any]:
     return found or {key: labels.get(key) for key in ("group_size", "bits", "mode")}
 
 
-def stored(has: dict[str, Tensor]) -> dict[str, Any] | None:
+def stored(has: dict[str, Tensor], columns: int = 0) -> dict[str, Any] | None:
     """The label that fits a module's parts on disk, or None when none does."""
-    return label_of(*(has.get(part) for part in ("weight", "scales", "biases")))
+    if "tq_packed" in has:
+        return turbo_label(has["tq_packed"], has.get("tq_norms"), columns)
+    if "scale" in has and "weight" in has:
+        return source_label(has["weight"], has["scale"])
+    return label_of(*(has.get(part) for part in ("weight", "scales", "biases")), columns)
 
 
 def module_parts(bundle: Survey, base: str) -> dict[str, Tensor]:
-    """The tensors `base`.{weight,scales,biases} that are there."""
-    tensors = bundle.checkpoint.tensors
-    names = {part: f"{base}.{part}" for part in ("weight", "scales", "biases")}
+    """The tensors `base`.{weight,scales,biases …} that are there."""
+    tensors = bundle.tensors
+    names = {part: f"{base}.{part}" for part in PARTS}
     return {part: tensors[name] for part, name in names.items() if name in tensors}
+
+
+def label_at(bundle: Survey, base: str) -> dict[str, Any] | None:
+    """How the module of that storage name is stored."""
+    return stored(module_parts(bundle, base), columns_of(base, bundle.config))
 
 
 def check_controls(bundle: Survey, findings: Findings) -> Check:
     """Control tensors are F32."""
-    controls = [t for name, t in bundle.checkpoint.tensors.items() if is_control(name)]
+    controls = [t for name, t in bundle.tensors.items() if is_control(name)]
     for tensor in controls:
         if tensor.dtype != "F32":
             name = "controls-rounded" if tensor.dtype in ("F16", "BF16") else "dtype-wrong"
-            findings.add(name, tensor.name, tensor.dtype, "F32")
+            findings.add(name, shown_name(bundle, tensor.name), tensor.dtype, "F32")
     return Check("control tensors, F32", len(controls))
 
 
 def check_counterparts(bundle: Survey, source: Checkpoint, findings: Findings) -> Check:
     """Every source tensor has its counterpart of the right kind and shape, and nothing is extra."""
-    tensors = bundle.checkpoint.tensors
+    tensors, called_for = bundle.tensors, set(bundle.bases)
     wanted: set[str] = set()
     for name, tensor in source.tensors.items():
-        what = kind(name)
-        if what == "scale":
+        what, base = kind(name), name.removesuffix(".weight")
+        left_out = name.startswith("mtp.") and not bundle.has_mtp
+        if what == "scale" or left_out or (what == "expert" and base not in called_for):
             continue
-        keys = bundle_keys(name, EXPERT)
-        if what == "expert":
-            wanted |= set(keys)
-            # MXFP4 has no biases; where affine lacks them, its triple tells
-            keys = tuple(key for key in keys if not key.endswith(".biases"))
-        elif what in ("affine8", "head"):  # other tools quantize the head, or leave a matrix
-            plain = name in tensors and tensors[name].dtype in FLOATS
-            keys = (name,) if plain else quantized_keys(name)
-            fp8 = stored(module_parts(bundle, name.removesuffix(".weight"))) == MXFP8
-            keys = keys[:2] if fp8 else keys
-        wanted |= set(keys)
+        keys = wanted_keys(bundle, name, what)
+        wanted |= {f"{base}.{part}" for part in PARTS} if what == "expert" else set(keys)
         for key in keys:
-            if key not in tensors and key not in bundle.unread:
-                findings.add("tensor-missing", key, "not there", f"the counterpart of {name}")
+            if key not in tensors and not {key, bundle.view.disk(key)} & bundle.unread:
+                where = shown_name(bundle, key)
+                findings.add("tensor-missing", where, "not there", f"the counterpart of {name}")
         check_counterpart(bundle, tensor, what, findings)
-    for name in sorted(set(tensors) - wanted):
-        findings.add("tensor-extra", name, "no such tensor in the source", "none")
+    for name in sorted({*(set(tensors) - wanted), *bundle.view.recognised.unknown}):
+        if not is_vision(name):
+            where = shown_name(bundle, name)
+            findings.add("tensor-extra", where, "no such tensor in the source", "none")
     return Check("source tensors with their counterparts", len(source.tensors))
+
+
+def wanted_keys(bundle: Survey, name: str, what: str) -> tuple[str, ...]:
+    """The tensors that hold a source tensor's weight, by the form in which the bundle has it."""
+    base, tensors = name.removesuffix(".weight"), bundle.tensors
+    if what not in ("expert", "affine8", "head"):
+        return (name,)
+    if f"{base}.tq_packed" in tensors:
+        return tuple(f"{base}.{part}" for part in FORMS[2])
+    if f"{base}.scale" in tensors:
+        return tuple(f"{base}.{part}" for part in FORMS[3])
+    # other tools quantize the head, or leave a matrix
+    if (
+        name in tensors
+        and tensors[name].dtype in FLOATS
+        and (what != "expert" or not bundle.is_ours)
+    ):
+        return (name,)
+    scales = tensors.get(f"{base}.scales")
+    plain = scales is not None and scales.dtype in ("U8", "F8_E8M0")  # MXFP4 and FP8: no biases
+    # of an expert where affine lacks them, its triple tells
+    return quantized_keys(name)[: 2 if plain or what == "expert" else 3]
 
 
 def quantized_keys(name: str) -> tuple[str, ...]:
@@ -245,28 +349,45 @@ def quantized_keys(name: str) -> tuple[str, ...]:
 def check_counterpart(bundle: Survey, origin: Tensor, what: str, findings: Findings) -> None:
     """Shape and dtype of what a bundle makes of one source tensor."""
     base = origin.name.removesuffix(".weight")
-    if what in ("expert", "affine8", "head"):
-        label = stored(module_parts(bundle, base))
-        weight = bundle.checkpoint.tensors.get(origin.name)
-        if label is None or weight is None:
-            return  # missing, reported with the triples, or not quantized
-        if len(origin.shape) != 2:
-            findings.add("shape-wrong", origin.name, f"{weight.shape}", f"{origin.shape}")
-            return
-        rows, words = weight.shape
-        found = (rows, words * 32 // label["bits"])
-        columns = origin.shape[1] * (2 if what == "expert" else 1)
-        if found != (origin.shape[0], columns):
-            findings.add("shape-wrong", origin.name, f"{found}", f"{(origin.shape[0], columns)}")
-        return
-    tensor = bundle.checkpoint.tensors.get(origin.name)
+    tensor = bundle.tensors.get(origin.name) or bundle.tensors.get(f"{base}.tq_packed")
     if tensor is None:
         return
-    if tensor.shape != origin.shape:
-        findings.add("shape-wrong", tensor.name, f"{list(tensor.shape)}", f"{list(origin.shape)}")
+    shape = origin.shape
+    if what in ("expert", "affine8", "head"):
+        columns = shape[-1] * (2 if what == "expert" else 1) if shape else 0
+        label = stored(module_parts(bundle, base), columns)
+        if label is None and tensor.dtype not in FLOATS:
+            return  # reported with the triples
+        shape = (*shape[:-1], columns)
+        found = tensor.shape if label is None else shape_of(tensor, label, columns)
+    else:
+        found = tensor.shape
+    if found != shape and not is_pruned_router(bundle, origin.name, found, shape):
+        where = shown_name(bundle, tensor.name)
+        findings.add("shape-wrong", where, f"{list(found)}", f"{list(shape)}")
     whole = origin.dtype not in (*FLOATS, "F64")
-    if what == "passthrough" and tensor.dtype not in ((origin.dtype,) if whole else FLOATS):
-        findings.add("dtype-wrong", tensor.name, tensor.dtype, origin.dtype if whole else "F16")
+    fits = (origin.dtype, *(("I32", "I64") if not bundle.is_ours else ())) if whole else FLOATS
+    if what == "passthrough" and tensor.dtype not in fits:
+        expected = origin.dtype if whole else "F16"
+        findings.add("dtype-wrong", shown_name(bundle, tensor.name), tensor.dtype, expected)
+
+
+def is_pruned_router(
+    bundle: Survey, name: str, found: tuple[int, ...], shape: tuple[int, ...]
+) -> bool:
+    """True for a router with a row for each expert of a layer that has fewer than the source's."""
+    rows = found[0] if name.endswith((".ffn.gate.weight", ".ffn.gate.bias")) and found else 0
+    return rows in pruned(bundle).values() and (rows, *shape[1:]) == found
+
+
+def shape_of(tensor: Tensor, label: dict[str, Any], columns: int) -> tuple[int, ...]:
+    """The shape of the matrix whose codes a tensor holds."""
+    rows, words = tensor.shape
+    if label["mode"] == TURBO:
+        return rows, columns
+    if label["mode"] == SOURCE:
+        return rows, words * (2 if label["bits"] == 4 else 1)
+    return rows, words * 32 // label["bits"]
 
 
 def check_config(bundle: Survey, source: Checkpoint | None, findings: Findings) -> Check:
@@ -278,12 +399,12 @@ def check_config(bundle: Survey, source: Checkpoint | None, findings: Findings) 
             findings.add("config-broken", f"config.json: {key}", shown(value), "a whole number")
     if "config-broken" not in findings:
         try:
-            block_counts(bundle.checkpoint)
+            block_counts(bundle.view)
         except Stop as stop:
             findings.add("config-broken", "config.json", f"{stop}", "counts of a model")
     if source is None:
         return Check("fields of config.json", len(COUNTS))
-    keys = set(source.config) - OURS
+    keys = set(source.config) - OURS - (set() if bundle.is_ours else THEIRS)
     for key in sorted(keys):
         if config.get(key) != source.config[key]:
             findings.add(

@@ -30,7 +30,7 @@ NONE = -1
 BAD_NUMBER, NOT_NEAREST, LOST_ZEROS, ZEROS, FIRST_BAD_NUMBER, FIRST_NOT_NEAREST, FIRST_LOST = range(
     7
 )
-WORST_AT = 7
+WORST_AT, EXACT_GROUPS = 7, 8
 EXACT, FRAGILE, EXPLAINED, WRONG, FIRST_EXPLAINED, FIRST_WRONG = range(6)
 
 
@@ -122,7 +122,7 @@ def bounds(
 ) -> tuple[np.ndarray, float, float, float]:
     """Decode and compare: values float32 (32n,), levels uint8 (32n,), scales, biases float32 (n,).
 
-    Returns (counts int64 (8,), energy, error, worst): sums of the weights' and the errors' squares;
+    Returns (counts int64 (9,), energy, error, worst): sums of the weights' and the errors' squares;
     the worst error in steps, WORST_AT its group's first weight. What rounding scale and bias to
     their dtype can do to a weight is taken off before anything is counted.
     """
@@ -139,8 +139,8 @@ def bounds(
 
 @numba.njit(nogil=True, cache=True, fastmath=_FAST)
 def _bounds(values, levels, scales, biases, finite, top, unit, smallest):
-    counts = np.zeros(8, np.int64)
-    counts[FIRST_BAD_NUMBER:] = NONE
+    counts = np.zeros(9, np.int64)
+    counts[FIRST_BAD_NUMBER:EXACT_GROUPS] = NONE
     energy, error, worst = 0.0, 0.0, np.float32(0)
     miss, level = np.empty(GROUP, np.float32), np.empty(GROUP, np.float32)
     for group in range(len(scales)):
@@ -159,6 +159,7 @@ def _bounds(values, levels, scales, biases, finite, top, unit, smallest):
         energy += squares
         error += errors
         counts[ZEROS] += zeros
+        counts[EXACT_GROUPS] += far == 0
         if lost:
             if counts[LOST_ZEROS] == 0:
                 counts[FIRST_LOST] = start
@@ -174,10 +175,10 @@ def _bounds(values, levels, scales, biases, finite, top, unit, smallest):
 
 
 @numba.njit(inline="always")
-def _ends(values, start):
+def _ends(values, start, group):
     """The least and the greatest of one group; a comparison picks, so that NaN needs no care."""
     least, greatest = values[start], values[start]
-    for i in range(1, GROUP):
+    for i in range(1, group):
         value = values[start + i]
         least = value if value < least else least
         greatest = value if value > greatest else greatest
@@ -213,7 +214,7 @@ def _start(least, greatest, top):
 
 @numba.njit(nogil=True, cache=True)
 def _explains(
-    values, levels, start, stored_scale, stored_bias, least, greatest, top, digits, lowest
+    values, levels, start, stored_scale, stored_bias, least, greatest, top, digits, lowest, group
 ):
     """True when MLX's formula with these ends gives the group, ties rounded either way."""
     scale, edge, steps = _start(least, greatest, top)
@@ -224,7 +225,7 @@ def _explains(
         if not (_near(stored_scale, s, digits, lowest) and _near(stored_bias, b, digits, lowest)):
             continue
         fits = True
-        for i in range(GROUP):
+        for i in range(group):
             exact = min(max((values[start + i] - b) / s, np.float32(0)), np.float32(top))
             fits &= abs(exact - levels[start + i]) <= 0.5 + TIE
         if fits:
@@ -236,20 +237,21 @@ def _explains(
 def _unlike(values, levels, start, scale, bias, top, exact):
     """How many levels of a group are not the rounded ones, and how many lie near a tie."""
     odd, ties = np.int32(0), np.int32(0)
-    for i in range(GROUP):
+    group = len(exact)
+    for i in range(group):
         exact[i] = (values[start + i] - bias) / scale
-    for i in range(GROUP):
+    for i in range(group):
         level = min(max(np.rint(exact[i]), np.float32(0)), top)
         odd += np.int32(level != np.float32(levels[start + i]))
-    for i in range(GROUP):
+    for i in range(group):
         part = abs(abs(exact[i] - np.floor(exact[i])) - np.float32(0.5))
         ties += np.int32(part < np.float32(TIE))
     return odd, ties
 
 
 @numba.njit(nogil=True, cache=True)
-def formula(values, levels, scales, biases, bits, digits, lowest):
-    """Compare with mx.quantize of these values (MLX's CPU code, float32, group 32).
+def formula(values, levels, scales, biases, bits, digits, lowest, size=GROUP):
+    """Compare with mx.quantize of these values (MLX's CPU code, float32, groups of `size`).
 
     Formula: ml-explore/mlx, mlx/backend/cpu/quantized.cpp, quantize(), 0.31. Returns counts int64
     (6,): groups EXACT, FRAGILE (another device could round them otherwise), EXPLAINED (not exact,
@@ -258,10 +260,10 @@ def formula(values, levels, scales, biases, bits, digits, lowest):
     counts = np.zeros(6, np.int64)
     counts[FIRST_EXPLAINED:] = NONE
     top = (1 << bits) - 1
-    exact = np.empty(GROUP, np.float32)
+    exact = np.empty(size, np.float32)
     for group in range(len(scales)):
-        start = GROUP * group
-        least, greatest = _ends(values, start)
+        start = size * group
+        least, greatest = _ends(values, start, size)
         scale, edge, steps = _start(least, greatest, top)
         q0 = np.rint(steps)
         fragile = least > 0 or greatest < 0 or abs(abs(steps - np.floor(steps)) - 0.5) < TIE
@@ -288,6 +290,7 @@ def formula(values, levels, scales, biases, bits, digits, lowest):
             top,
             digits,
             lowest,
+            size,
         )
         told = told or _explains(
             values,
@@ -300,6 +303,7 @@ def formula(values, levels, scales, biases, bits, digits, lowest):
             top,
             digits,
             lowest,
+            size,
         )
         place, first = (EXPLAINED, FIRST_EXPLAINED) if told else (WRONG, FIRST_WRONG)
         if counts[place] == 0:
@@ -309,7 +313,7 @@ def formula(values, levels, scales, biases, bits, digits, lowest):
 
 
 def expected_group(values: np.ndarray, bits: int) -> tuple[float, float, np.ndarray]:
-    """What MLX's CPU formula gives for 32 float32 weights: scale, bias (float32), levels (32,)."""
+    """What MLX's CPU formula gives for a group of float32 weights: scale, bias, levels."""
     values = values.astype(np.float32)
     top = np.float32((1 << bits) - 1)
     scale, edge, steps = _start.py_func(values.min(), values.max(), top)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dsv4.model.layouts import MLX_LM, STORAGE
 from dsv4.proof import conversation, documents, headers, loading
 from dsv4.proof.findings import Check, Findings
 from dsv4.proof.survey import Survey
@@ -12,11 +13,16 @@ from dsv4.storage.checkpoint import Checkpoint
 
 def check_headers(bundle: Survey, source: Checkpoint | None, findings: Findings) -> list[Check]:
     """Everything that headers and JSON show, without the toolchain: seconds for 180 GB."""
+    findings.ours, findings.storage = bundle.is_ours, bundle.layout is STORAGE
     fields = headers.check_config(bundle, source, findings)
     if "config-broken" in findings:
         return [fields]  # nothing can be counted by a config without counts
+    layout = headers.check_layout(bundle, findings)
+    if "layout-unknown" in findings:
+        return [fields, layout, headers.check_index(bundle, findings)]
     checks = [
         fields,
+        layout,
         headers.check_index(bundle, findings),
         headers.check_marks(bundle, findings),
         *headers.check_experts(bundle, findings),
@@ -34,8 +40,13 @@ def check_headers(bundle: Survey, source: Checkpoint | None, findings: Findings)
 
 def check_toolchain(bundle: Survey, python: Path, findings: Findings) -> list[Check]:
     """What the installed loaders make of these headers, and whether they are patched."""
-    if "config-broken" in findings:
+    if {"config-broken", "layout-unknown"} & findings.names:
         return []
+    if MLX_LM not in bundle.layout.runtimes or any(
+        n.endswith(".tq_packed") for n in bundle.tensors
+    ):
+        said = "neither mlx_lm nor jang_tools loads this layout, so neither was asked"
+        return [Check("parameters replayed", 0, said, optional=True)]
     loader = loading.check_loader(python, findings)
     return [loader, *loading.check_loading(bundle, python, findings)]
 

@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dsv4.model.names import most_zeros
+from dsv4.model.names import most_zeros, parse_expert
 from dsv4.model.plan import weights_of
 from dsv4.proof.compare import Comparer, look_at
+from dsv4.proof.pruned import Kept, kept_experts, selected
 from dsv4.proof.survey import Survey
 from dsv4.proof.tasks import Outcome, Task, make_tasks
 from dsv4.stop import naming
@@ -26,7 +27,7 @@ from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.reading import Reader
 from dsv4.storage.shard import Tensor
 from dsv4.storage.zeros import Watch
-from dsv4.weights.quantizer import Quantizer
+from dsv4.weights.imatrix import EVEN, Importance
 
 HASH_BYTES = 4 << 20
 JOB_BYTES = 64 << 20  # of the bundle, compared by one thread before it takes the next job
@@ -63,9 +64,9 @@ class Worker:
     """Does jobs in any thread; each thread has files of its own open."""
 
     def __init__(
-        self, bundle: Survey, weighted: Quantizer | None, progress: Callable[[int], object]
+        self, bundle: Survey, importance: Importance, progress: Callable[[int], object]
     ) -> None:
-        self.comparer = Comparer(bundle, weighted)
+        self.comparer = Comparer(bundle, importance)
         self._bundle, self._progress = bundle, progress
         self._local = threading.local()
         self._readers: list[Reader] = []
@@ -107,15 +108,16 @@ def read_numbers(
     source: Checkpoint | None,
     jobs: int,
     progress: Callable[[int], object],
-    weighted: Quantizer | None = None,
+    importance: Importance = EVEN,
 ) -> Numbers:
     """Compare or look at every tensor and hash the files, shard by shard, with `jobs` threads.
 
-    `progress` is told the bytes of the bundle that were done. weighted: `optimal` with the imatrix
-    that the bundle was made with. Raises Stop for a read that fails.
+    `progress` is told the bytes of the bundle that were done. importance: of the imatrix that
+    the bundle was made with. Raises Stop for a read that fails.
     """
-    worker = Worker(bundle, weighted, progress)
-    work = list(cut(bundle, source))
+    worker = Worker(bundle, importance, progress)
+    kept = kept_experts(bundle, source) if source else {}
+    work = list(cut(bundle, source and without(source, kept), kept))
     outcomes: list[Outcome] = []
     hashes: dict[str, str] = {}
     pool = concurrent.futures.ThreadPoolExecutor(jobs)
@@ -126,17 +128,39 @@ def read_numbers(
             else:
                 outcomes += answer
     comparer = worker.comparer
-    left_out = not_compared(source, outcomes) if source else ()
+    left_out = not_compared(bundle, source, outcomes, kept) if source else ()
     known = comparer.quantizer is not None
     return Numbers(
         outcomes, hashes, source is not None, comparer.recorded, known, left_out, worker.holes
     )
 
 
-def not_compared(source: Checkpoint, outcomes: list[Outcome]) -> tuple[str, ...]:
-    """Source tensors that no outcome is about."""
-    compared = {outcome.name for outcome in outcomes}
-    return tuple(n for n in weights_of(source.tensors) if n not in compared)
+def without(source: Checkpoint, kept: Kept) -> Checkpoint:
+    """The source as a bundle that left experts out has it: its routers with those rows alone."""
+    fewer = Checkpoint(source.folder, source.config, source.weight_map, source.shards)
+    tensors = dict(source.tensors)
+    for block, numbers in kept.items():
+        for name in (f"{block}.ffn.gate.weight", f"{block}.ffn.gate.bias"):
+            if numbers and name in tensors:
+                tensors[name] = selected(tensors[name], numbers)
+    fewer.__dict__["tensors"] = tensors
+    return fewer
+
+
+def not_compared(
+    bundle: Survey, source: Checkpoint, outcomes: list[Outcome], kept: Kept
+) -> tuple[str, ...]:
+    """Source tensors that no outcome is about, but for experts and MTP that were left out."""
+    compared, called_for = {outcome.name for outcome in outcomes}, set(bundle.bases)
+
+    def is_called_for(name: str) -> bool:
+        expert = parse_expert(name)
+        if expert is None:
+            return bundle.has_mtp or not name.startswith("mtp.")
+        block = f"{expert[0]}.{expert[1]}"
+        return kept[block] is None if block in kept else name.removesuffix(".weight") in called_for
+
+    return tuple(n for n in weights_of(source.tensors) if n not in compared and is_called_for(n))
 
 
 def visible(files: Iterable[str]) -> list[str]:
@@ -154,12 +178,23 @@ def hashable(bundle: Survey) -> list[str]:
     return [f for f in visible(bundle.files) if f in shards or bundle.files[f] <= DOCUMENT]
 
 
-def cut(bundle: Survey, source: Checkpoint | None) -> Iterator[Path | list[Task | Tensor]]:
+def everything(bundle: Survey) -> list[Tensor]:
+    """Every tensor, experts of a stack one by one; those without a place in the layout too."""
+    disk = bundle.checkpoint.tensors
+    foreign = {*bundle.view.recognised.unknown, *bundle.view.odd}
+    foreign |= {name for names in bundle.view.recognised.others.values() for name in names}
+    foreign -= set(bundle.tensors)
+    return [*bundle.tensors.values(), *(disk[name] for name in sorted(foreign) if name in disk)]
+
+
+def cut(
+    bundle: Survey, source: Checkpoint | None, kept: Kept
+) -> Iterator[Path | list[Task | Tensor]]:
     """The work in order: a file to hash, then the tensors whose weight lies in it, and so on."""
     work: dict[str, list[tuple[int, Task | Tensor]]] = {}
-    every = make_tasks(bundle, source) if source else bundle.checkpoint.tensors.values()
+    every = make_tasks(bundle, source, kept) if source else everything(bundle)
     for one in every:
-        tensor = one.parts["weight"] if isinstance(one, Task) else one
+        tensor = one.main if isinstance(one, Task) else one
         work.setdefault(tensor.path.name, []).append((tensor.offset, one))
     for file in hashable(bundle):
         yield bundle.checkpoint.folder / file

@@ -8,14 +8,15 @@ words for what is missing, or "".
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from dsv4.model.labels import fp8_bases
-from dsv4.model.names import GROUP
+from dsv4.model.layouts import MLX_LM, STORAGE, VMLX
 from dsv4.model.template import ENCODING
-from dsv4.proof.documents import labels_in_use
+from dsv4.proof.documents import VMLX_GROUP, group_size, labels_in_use, silent
 from dsv4.proof.documents import stop_ids as ids_of
 from dsv4.proof.findings import Findings
-from dsv4.proof.headers import check_controls, module_parts, stored
+from dsv4.proof.headers import check_controls, label_at
 from dsv4.proof.survey import Survey
 from dsv4.words import plain, shown
 
@@ -26,16 +27,32 @@ def labels_for(runtime: str) -> Need:
     """Every expert's label, under the names that `runtime` looks up."""
 
     def need(bundle: Survey) -> str:
+        if runtime not in bundle.layout.runtimes:
+            return f"names as {bundle.layout.who} writes them, which it does not load"
+        if runtime != VMLX and any(name.endswith(".tq_packed") for name in bundle.tensors):
+            return "experts in TurboQuant, which it cannot read"
         labels = bundle.config.get("quantization")
         if not isinstance(labels, dict):
-            return "no labels"
+            quantized = any(name.endswith(".scales") for name in bundle.tensors)
+            return "no labels" if quantized or bundle.is_ours else ""
         top = {key: labels.get(key) for key in ("group_size", "bits", "mode")}
         for key, base, who in labels_in_use(bundle):
-            if who == runtime and labels.get(key, top) != stored(module_parts(bundle, base)):
+            label = labels.get(key, top)
+            label = label if isinstance(label, dict) else {}
+            label = {**label, "mode": label.get("mode") or "affine"}
+            stored = label_at(bundle, base)
+            # vMLX drops the mode of FP4 and FP8 unless it stands under mlx_lm's name too
+            asks = (runtime, MLX_LM if runtime == VMLX and copied(stored) else runtime)
+            if who in asks and label != stored:
                 return f"no right label at {plain(key)}"
         return ""
 
     return need
+
+
+def copied(stored: dict[str, Any] | None) -> bool:
+    """True for a module of codes that have a mode of their own."""
+    return stored is not None and stored["mode"] in ("mxfp4", "mxfp8", "nvfp4")
 
 
 def stop_ids(name: str) -> Need:
@@ -44,7 +61,8 @@ def stop_ids(name: str) -> Need:
     def need(bundle: Survey) -> str:
         eos = ids_of(bundle.documents.get("tokenizer.json", {}))
         found = bundle.documents.get(name, {}).get("eos_token_id")
-        return "" if eos and found == eos else f"stop tokens in {name} {shown(found)}"
+        enough = (eos, eos[0], eos[:1]) if eos and bundle.layout is not STORAGE else (eos,)
+        return "" if eos and found in enough else f"stop tokens in {name} {shown(found)}"
 
     return need
 
@@ -67,16 +85,20 @@ def controls(bundle: Survey) -> str:
 def jang_groups(bundle: Survey) -> str:
     found = bundle.documents.get("jang_config.json", {}).get("quantization")
     found = found.get("group_size") if isinstance(found, dict) else None
-    return "" if found == GROUP else f"jang_config.json: group_size {shown(found)}"
+    wanted = group_size(bundle)
+    quiet = silent(bundle) or wanted in (0, VMLX_GROUP)
+    fits = found == wanted or (found is None and quiet)
+    return "" if fits else f"jang_config.json: group_size {shown(found)}"
 
 
 def plain_head(bundle: Survey) -> str:
-    head = bundle.checkpoint.tensors.get("head.weight")
+    """Of mlx-vlm, which looks for a quantized head under its own names only."""
+    if bundle.layout is not STORAGE:
+        return ""
+    head = bundle.tensors.get("head.weight")
     return "" if head and head.dtype in ("BF16", "F16") else "head.weight is quantized"
 
 
 def no_fp8(bundle: Survey) -> str:
     """Of vMLX 1.3.97, which takes every 8-bit module for affine and stops at its biases."""
-    return (
-        "FP8 matrices as mxfp8, which it crashes on" if fp8_bases(bundle.checkpoint.tensors) else ""
-    )
+    return "FP8 matrices as mxfp8, which it crashes on" if fp8_bases(bundle.tensors) else ""

@@ -11,7 +11,7 @@ from typing import Any
 
 from dsv4.proof.result import checked
 from dsv4.storage.durable import human
-from dsv4.words import plain
+from dsv4.words import filled
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 SHOWN = 1000  # characters of one value
@@ -22,24 +22,14 @@ LEFT, RIGHT, PANEL, GAP, TOP, BOTTOM = 64, 16, 110, 34, 22, 40
 
 def page(result: dict[str, Any]) -> str:
     """The whole page. Raises Stop for a verify.json of another format, or of other types."""
-    from jinja2 import Environment  # here: importing it takes longer than a page
-
     checked(result)
-    environment = Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=visible
-    )
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     cells = result["errors"].get("experts") or []
-    return template.render(
+    return filled(
+        TEMPLATE, SHOWN,
         result=result, name=Path(result["bundle"]).name, said=verdict(result), places=places,
         drawing=drawing(cells) if cells else None, experts=experts(cells), others=others(result),
-        checks=checks(result), sizes=sizes(result), **provenance(result),
+        kinds=kinds(result), checks=checks(result), sizes=sizes(result), **provenance(result),
     )  # fmt: skip
-
-
-def visible(value: Any) -> Any:
-    """What the page shows of a value: text made plain; jinja2 then escapes it for HTML."""
-    return plain(value, SHOWN) if type(value) is str else value
 
 
 def verdict(result: dict[str, Any]) -> str:
@@ -141,6 +131,16 @@ def others(result: dict[str, Any]) -> list[tuple]:
             for o in found]  # fmt: skip
 
 
+def kinds(result: dict[str, Any]) -> list[tuple]:
+    """How exact each kind of tensor is, the least exact first."""
+    return [
+        (row["kind"], row["tensors"], row["stored_as"], f"{row['relative_rms']:.3%}",
+         f"{row['worst_tensor_rms']:.3%}", row["worst_tensor"],
+         f"{row['groups_exact'] / row['groups']:.1%}" if row["groups"] else "")
+        for row in result["errors"].get("kinds") or []
+    ]  # fmt: skip
+
+
 def checks(result: dict[str, Any]) -> list[tuple]:
     """What was looked at, and how much of it."""
     return [
@@ -168,7 +168,8 @@ def provenance(result: dict[str, Any]) -> dict[str, list[tuple[str, Any]]]:
     return {
         "source": [("repository", source.get("repo")), ("revision", source.get("revision")),
                    ("commit", source.get("commit") or "not recorded")],
-        "made_by": [("quantizer", mark.get("quantizer") or "not recorded"),
+        "made_by": [("layout", result.get("layout") or None),
+                    ("quantizer", mark.get("quantizer") or "not recorded"),
                     ("its table", mark.get("table")),
                     ("fingerprint of the source", mark.get("source"))],
         "versions": [*result["versions"].items(), ("verified", result["time"])],

@@ -23,6 +23,10 @@ CELL = {
     "zeros_lost": int,
 }  # fmt: skip
 OTHER = {"name": str, "what": str, "stored_as": str, "numbers": int, "relative_rms": float}
+KIND = {
+    "kind": str, "tensors": int, "stored_as": str, "relative_rms": float, "worst_tensor": str,
+    "worst_tensor_rms": float, "groups": int, "groups_exact": int,
+}  # fmt: skip
 SIZES = {
     "shards": int, "tensors": int, "bundle_bytes": int, "shard_bytes": int,
     "by_kind": {str: int}, "source_shard_bytes": COUNT,
@@ -36,11 +40,12 @@ RESULT = {
     "levels": [int],
     "loader_asked": bool,
     "quantizer": {str: str},
+    "layout?": str,
     "checks": [CHECK],
     "findings": [FINDING],
     "sizes": SIZES,
     "versions": {str: (str, bool, None)},
-    "errors": {"experts?": [CELL], "others?": [OTHER]},
+    "errors": {"experts?": [CELL], "others?": [OTHER], "kinds?": [KIND]},
     "hashes": {str: str},
 }
 EMPTY = {**RESULT, "sizes": {}}  # of a bundle that could not be opened

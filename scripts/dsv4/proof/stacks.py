@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from dsv4.proof.documents import RUNTIMES
+from dsv4.model.layouts import RUNTIMES
 from dsv4.proof.findings import Findings
 from dsv4.proof.needs import (
     Need,
@@ -27,8 +27,7 @@ from dsv4.proof.needs import (
     stop_ids,
 )
 from dsv4.proof.survey import Survey
-from dsv4.runtime.server import SERVERS
-from dsv4.runtime.toolchain import ROOT
+from dsv4.runtime.toolchain import LONG_PROMPTS, ROOT
 
 FOLDER = ROOT / "scripts" / "stacks"
 LOADER, MODEL = "load_jangtq.patch", "mlx_model.patch"
@@ -83,9 +82,8 @@ STACKS = (
     Stack("old, jang 2.5.8, loader unpatched", "vMLX 1.3.97", "old-2.5.8", "loader", True,
           (MODEL,), (), but=OLD_MODEL),
     Stack("new", "vMLX 1.6.81", "new", "loader", True, (), NEW),
-    # Without the variable its cache is one for short prompts: decoding was off by up to .40.
     Stack("lm", "mlx-lm 0.32.2 with jang 2.5.50's model", "lm", "mlx-lm", False, (), LM,
-          SERVERS["mlx-lm"].env),
+          LONG_PROMPTS),
     Stack("vlm", "mlx-vlm 0.7.10", "vlm", "mlx-vlm", False, (), VLM, but=BLOCKS),
 )  # fmt: skip
 

@@ -8,16 +8,21 @@ of what a hub answers, and every check of level 1 works on either.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from dsv4.model.forms import FORMS
-from dsv4.model.opening import MODEL_TYPE
+from dsv4.model.labels import RECORD
+from dsv4.model.layouts import Layout
+from dsv4.model.names import parse_expert
+from dsv4.model.opening import MODEL_TYPE, expert_bases
+from dsv4.model.view import View, view_of
 from dsv4.proof.findings import Findings
 from dsv4.stop import Stop
 from dsv4.storage import bounds
 from dsv4.storage.checkpoint import INDEX, Checkpoint, is_file_name, read_json
-from dsv4.storage.shard import Shard, read_shard
+from dsv4.storage.shard import Shard, Tensor, read_shard
 from dsv4.words import shown
 
 # The JSON files that runtimes read, and the fault of one that is missing or no JSON object.
@@ -50,6 +55,56 @@ class Survey:
     def config(self) -> dict[str, Any]:
         """config.json."""
         return self.checkpoint.config
+
+    @cached_property
+    def view(self) -> View:
+        """The tensors under storage names, whatever layout they lie in."""
+        return view_of(self.checkpoint)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Storage name → tensor."""
+        return self.view.tensors
+
+    @property
+    def layout(self) -> Layout:
+        """The layout that they lie in."""
+        return self.view.recognised.layout
+
+    @cached_property
+    def is_ours(self) -> bool:
+        """True for a bundle that this recipe made: its shards or its config.json say so."""
+        marks = ("convert_layout", "requantize_layout")
+        shards = self.checkpoint.shards.values()
+        return RECORD in self.config or any(m in s.metadata for s in shards for m in marks)
+
+    @cached_property
+    def bases(self) -> list[str]:
+        """Storage names of all routed-expert matrices that there should be.
+
+        As config.json counts them; somebody else's layers may have fewer, as many as their router
+        has rows, and no MTP.
+        """
+        bases = expert_bases(self.view)
+        if self.is_ours:
+            return bases
+        rows = {}
+        for name, tensor in self.tensors.items():
+            if name.endswith(".ffn.gate.weight") and tensor.shape:
+                rows[name.removesuffix(".ffn.gate.weight")] = tensor.shape[0]
+        kept = []
+        for base in bases:
+            block, layer, expert, *_ = parse_expert(f"{base}.weight")
+            if expert < rows.get(f"{block}.{layer}", expert + 1) and (
+                block == "layers" or self.has_mtp
+            ):
+                kept.append(base)
+        return kept
+
+    @cached_property
+    def has_mtp(self) -> bool:
+        """False when a bundle of somebody else left MTP out: no tensor of it is there."""
+        return self.is_ours or any(name.startswith("mtp.") for name in self.tensors)
 
 
 def survey(folder: Path, findings: Findings) -> Survey | None:
@@ -95,7 +150,8 @@ def read_documents(
     documents = {}
     for name, fault in DOCUMENTS.items():
         if name not in files:
-            findings.add(fault, name, "no such file", "it")
+            if name != "jang_config.json":  # only some layouts need it
+                findings.add(fault, name, "no such file", "it")
             continue
         try:
             documents[name] = read_json(folder / name, FORMS[name])

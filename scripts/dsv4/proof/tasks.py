@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from dsv4.model.names import BLOCK, GROUP, kind
-from dsv4.proof.headers import module_parts, stored
+from dsv4.model.names import BLOCK, GROUP, expert_base, kind, parse_expert
+from dsv4.proof.headers import module_parts, shape_of, stored
+from dsv4.proof.pruned import Kept
 from dsv4.proof.survey import Survey
 from dsv4.storage.bounds import COLUMNS
 from dsv4.storage.checkpoint import Checkpoint
@@ -23,7 +24,8 @@ class Outcome:
     error are sums of squares. exact, explained and wrong count groups against the bytes that its
     quantizer gives; fragile ones could be rounded otherwise by another device. faults are (name,
     where, found, expected); explained ones count as verdict.py's `judge_groups` says. worst: the
-    largest error in steps, at worst_at; without a place, a bound.
+    largest error in steps, at worst_at; without a place, a bound. disk: the tensor's name in the
+    bundle, where that is another. lossless: groups that decode to the source's own values.
     """
 
     name: str
@@ -42,6 +44,8 @@ class Outcome:
     zeros: int = 0
     zeros_lost: int = 0
     recomputed: bool = False
+    disk: str = ""
+    lossless: int = 0
     faults: list[tuple[str, str, str, str]] = field(default_factory=list)
     wrong_places: list[tuple[str, str, str]] = field(default_factory=list)
     explained_places: list[tuple[str, str, str]] = field(default_factory=list)
@@ -53,7 +57,12 @@ class Outcome:
 
     def fault(self, name: str, where: str, found: str, expected: str) -> None:
         """Note one fault of this tensor."""
-        self.faults.append((name, f"{self.name}: {where}", found, expected))
+        self.faults.append((name, f"{self.shown}: {where}", found, expected))
+
+    @property
+    def shown(self) -> str:
+        """Its name, and that on disk where it is another."""
+        return f"{self.name} ({self.disk})" if self.disk else self.name
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,16 @@ class Task:
     def base(self) -> str:
         """Its storage name without the part."""
         return self.origin.name.removesuffix(".weight")
+
+    @property
+    def main(self) -> Tensor:
+        """The tensor that holds its numbers or codes."""
+        return self.parts.get("weight") or self.parts["tq_packed"]
+
+    @property
+    def columns(self) -> int:
+        """Of the matrix."""
+        return self.origin.shape[-1] * (2 if self.what == "expert" else 1)
 
     @property
     def nbytes(self) -> int:
@@ -90,34 +109,65 @@ def readable(source: Checkpoint, origin: Tensor) -> bool:
     return fits and scale.dtype in ("F8_E8M0", "U8")
 
 
-def make_tasks(bundle: Survey, source: Checkpoint) -> list[Task]:
-    """All source tensors whose counterparts are whole; level 1 has reported the others."""
-    tasks = []
-    for name, origin in source.tensors.items():
-        what = kind(name)
-        if what == "scale" or name not in bundle.checkpoint.tensors or not readable(source, origin):
-            continue
-        base = name.removesuffix(".weight")
-        scale = source.tensors.get(f"{base}.scale")
-        what = "module" if what in ("affine8", "head") else what
-        parts = module_parts(bundle, base) if what in ("expert", "module") else {}
-        label = stored(parts)
-        if label is None and len(parts) > 1:
-            continue
-        if label is None:
-            tensor = bundle.checkpoint.tensors[name]
-            if what == "expert" or (what == "module" and tensor.dtype not in FLOATS):
-                continue
-            task = Task(origin, scale, {"weight": tensor}, what, None)
-            if tensor.shape == origin.shape:
-                tasks.append(task)
-            continue
-        if len(origin.shape) != 2:
-            continue
-        columns = origin.shape[1] * (2 if what == "expert" else 1)
-        if columns <= COLUMNS and parts["weight"].shape == (
-            origin.shape[0],
-            columns * label["bits"] // 32,
-        ):
-            tasks.append(Task(origin, scale, parts, what, label))
-    return tasks
+def make_tasks(bundle: Survey, source: Checkpoint, kept: Kept) -> list[Task]:
+    """All source tensors whose counterparts are whole; level 1 has reported the others.
+
+    kept: of layers that lack experts, which of the source's are left.
+    """
+    tasks = (
+        task_of(bundle, source, name, origin)
+        for counterpart, origin in source.tensors.items()
+        for name in counterparts(counterpart, kept)
+    )
+    return [task for task in tasks if task is not None]
+
+
+def counterparts(name: str, kept: Kept) -> list[str]:
+    """What the bundle calls the source tensor `name`: where experts are left out, with the number
+    that a kept one has there."""
+    expert = parse_expert(name)
+    if expert is None or f"{expert[0]}.{expert[1]}" not in kept:
+        return [name]
+    block, layer, number, matrix, part = expert
+    left = kept[f"{block}.{layer}"] or []
+    if number not in left:
+        return []
+    return [f"{expert_base(block, layer, left.index(number), matrix)}.{part}"]
+
+
+def task_of(bundle: Survey, source: Checkpoint, name: str, origin: Tensor) -> Task | None:
+    """One source tensor beside the bundle's of that name; None when they do not fit."""
+    what = kind(name)
+    if what == "scale" or not readable(source, origin):
+        return None
+    base = name.removesuffix(".weight")
+    scale = source.tensors.get(f"{origin.name.removesuffix('.weight')}.scale")
+    what = "module" if what in ("affine8", "head") else what
+    parts = module_parts(bundle, base) if what in ("expert", "module") else {}
+    if name in bundle.tensors:
+        parts.setdefault("weight", bundle.tensors[name])
+    columns = origin.shape[-1] * (2 if what == "expert" else 1) if origin.shape else 0
+    label = stored(parts, columns) if what in ("expert", "module") else None
+    fit = parts and fits(origin, parts, what, label, columns, bundle.is_ours)
+    return Task(origin, scale, parts, what, label) if fit else None
+
+
+def fits(
+    origin: Tensor,
+    parts: dict[str, Tensor],
+    what: str,
+    label: dict[str, Any] | None,
+    columns: int,
+    ours: bool,
+) -> bool:
+    """True when the parts can be compared with the source tensor, row by row."""
+    if label is not None:
+        tensor = parts.get("weight") or parts["tq_packed"]
+        two = len(origin.shape) == 2 and columns <= COLUMNS
+        return two and shape_of(tensor, label, columns) == (origin.shape[0], columns)
+    if len(parts) > 1:
+        return False
+    tensor = parts["weight"]
+    if what in ("expert", "module") and (tensor.dtype not in FLOATS or (ours and what == "expert")):
+        return False
+    return tensor.shape == (*origin.shape[:-1], columns) if origin.shape else not tensor.shape

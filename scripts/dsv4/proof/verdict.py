@@ -83,7 +83,7 @@ def blame(
     """Report a tensor's first differing group, and how many more there are."""
     where, found, expected = place
     more = f" and {groups - 1:,} groups more" if groups > 1 else ""
-    findings.add(name, f"{outcome.name}: {where}{more}", found, expected)
+    findings.add(name, f"{outcome.shown}: {where}{more}", found, expected)
 
 
 def check_experts(block: str, outcomes: list[Outcome]) -> Check:
@@ -166,6 +166,61 @@ def by_layer(outcomes: list[Outcome]) -> list[dict[str, Any]]:
         }
         for (block, layer, projection), mine in sorted(cells.items())
     ]
+
+
+# Kinds of tensor, by what their storage names hold; the first that fits.
+KINDS = (
+    ("experts gate_proj", ".experts.", ".w1"), ("experts up_proj", ".experts.", ".w3"),
+    ("experts down_proj", ".experts.", ".w2"), ("shared experts", ".shared_experts.", ""),
+    ("compressor, indexer", ".compressor.", ""), ("compressor, indexer", ".indexer.", ""),
+    ("norms", "norm.", ""), ("attention", ".attn.w", ""), ("router", ".ffn.gate.weight", ""),
+    ("embedding", "embed.", ""), ("head", "head.weight", ""),
+)  # fmt: skip
+
+
+def kind_of(outcome: Outcome) -> str:
+    """What a report calls tensors of this kind; MTP's apart."""
+    name = outcome.name
+    if outcome.what == "control":
+        found = "controls"
+    else:
+        fits = (kind for kind, part, end in KINDS if part in name and end in name)
+        found = next(fits, "other")
+    return f"MTP: {found}" if name.startswith("mtp.") else found
+
+
+def by_kind(outcomes: list[Outcome]) -> list[dict[str, Any]]:
+    """How exact each kind of tensor is, as verify.json holds it and the terminal shows it."""
+    kinds: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        kinds.setdefault(kind_of(outcome), []).append(outcome)
+    rows = []
+    for kind, mine in kinds.items():
+        worst = max(mine, key=lambda o: o.relative)
+        rows.append({
+            "kind": kind,
+            "tensors": len(mine),
+            "stored_as": " and ".join(sorted({o.how for o in mine})),
+            "relative_rms": rms_of(mine),
+            "worst_tensor": worst.shown if worst.relative else "",
+            "worst_tensor_rms": worst.relative,
+            "groups": sum(o.groups for o in mine),
+            "groups_exact": sum(o.lossless for o in mine),
+        })  # fmt: skip
+    return sorted(rows, key=lambda row: -row["relative_rms"])
+
+
+def in_rows(kinds: list[dict[str, Any]]) -> list[str]:
+    """The same as a table of the terminal."""
+    lines = [f"{'kind of tensor':<24}{'tensors':>8}  {'relative RMS':>12}  {'worst':>8}  "
+             f"{'exact groups':>12}  stored as"]  # fmt: skip
+    for row in kinds:
+        groups = f"{row['groups_exact'] / row['groups']:.1%}" if row["groups"] else ""
+        lines.append(
+            f"{row['kind']:<24}{row['tensors']:>8,}  {row['relative_rms']:>12.3%}  "
+            f"{row['worst_tensor_rms']:>8.3%}  {groups:>12}  {row['stored_as']}"
+        )
+    return lines
 
 
 def finite(value: float) -> float | None:

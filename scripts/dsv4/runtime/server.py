@@ -15,12 +15,12 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dsv4.runtime.toolchain import environment
+from dsv4.runtime.toolchain import LONG_PROMPTS, environment
 from dsv4.stop import Stop
 from dsv4.storage.checkpoint import parse_json
 from dsv4.words import plain
@@ -77,7 +77,7 @@ SERVERS = {
         ("-c", "import jang_tools.dsv4.mlx_register; from mlx_lm.server import main; main()",
          "--model"),
         ("--prompt-cache-size", "0"),
-        {"DSV4_LONG_CTX": "1"},
+        LONG_PROMPTS,
     ),
 }  # fmt: skip
 
@@ -186,7 +186,12 @@ def served_name(url: str) -> str:
         names = [one["id"] for one in parse_json(data, f"{url}: its models", MODELS)["data"]]
     except Stop:
         names = []
-    return next((name for name in names if name == NAME or Path(name).is_absolute()), LM_NAME)
+    return our_name(names) or LM_NAME
+
+
+def our_name(names: list[str]) -> str:
+    """Of the names that a server lists the one by which `make serve` serves; "" without one."""
+    return next((name for name in names if name == NAME or Path(name).is_absolute()), "")
 
 
 def ask(
@@ -211,7 +216,11 @@ def complete(url: str, talk: dict[str, Any], max_tokens: int, timeout: float = 6
 
 def read_answer(data: bytes, url: str) -> Answer:
     """What the server at `url` said. Raises Stop when it is of another form, or nothing."""
-    value = parse_json(data, f"{url}: its answer", ANSWER)
+    return answer_of(parse_json(data, f"{url}: its answer", ANSWER), url)
+
+
+def answer_of(value: dict[str, Any], url: str) -> Answer:
+    """The answer in what a server said, of the form ANSWER. Raises Stop when there is none."""
     if not value["choices"]:
         raise Stop(
             url, "no choices in its answer", "an answer", "start the server with `make serve`"
@@ -225,24 +234,31 @@ def read_answer(data: bytes, url: str) -> Answer:
     )
 
 
-def exchange(url: str, method: str, path: str, body: str, seconds: float) -> tuple[int, bytes]:
-    """One request to a server on this machine, directly: no proxy, and no redirection is followed.
+def exchange(
+    url: str, method: str, path: str, body: str, seconds: float, headers: Mapping[str, str] = {},
+    hear: Callable[[bytes], bool] | None = None,
+) -> tuple[int, bytes]:  # fmt: skip
+    """One request to a server, directly: no proxy, and no redirection is followed.
 
+    hear: told each piece of the answer as it comes; when it returns False, this side hangs up.
     Returns status and body. Raises Stop when that takes longer than `seconds` in all, whatever
     the server does meanwhile, or is more than ANSWER_BYTES.
     """
     answers: queue.SimpleQueue[tuple[int, bytes] | Exception] = queue.SimpleQueue()
+    held: list[socket.socket] = []
 
     def work() -> None:
         try:
-            answers.put(_exchange(url, method, path, body, seconds))
+            answers.put(_exchange(url, method, path, body, seconds, headers, hear, held))
         except Exception as error:
             answers.put(error)
 
     threading.Thread(target=work, daemon=True).start()  # one that is stuck ends with this process
     try:
-        answer = answers.get(timeout=seconds)
+        answer = answers.get(timeout=max(seconds, 0))
     except queue.Empty as error:
+        for connected in held:  # so that the server need not go on for nobody
+            _hang_up(connected)
         raise Stop(url, f"no whole answer in {seconds:g} s", "one", "see its log") from error
     if isinstance(answer, (OSError, ValueError, http.client.HTTPException)):
         todo = "start the server with `make serve`"
@@ -255,10 +271,30 @@ def exchange(url: str, method: str, path: str, body: str, seconds: float) -> tup
     return status, data
 
 
-def _exchange(url: str, method: str, path: str, body: str, seconds: float) -> tuple[int, bytes]:
-    host = url.removeprefix("http://")
-    connection = http.client.HTTPConnection(host, timeout=seconds)
-    with contextlib.closing(connection):
-        connection.request(method, path, body.encode(), {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        return response.status, response.read(ANSWER_BYTES + 1)
+def _exchange(
+    url: str, method: str, path: str, body: str, seconds: float, headers: Mapping[str, str],
+    hear: Callable[[bytes], bool] | None, held: list[socket.socket],
+) -> tuple[int, bytes]:  # fmt: skip
+    scheme, _, rest = url.partition("://")
+    host, _, prefix = rest.partition("/")
+    secure = scheme == "https"
+    kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+    # A socket waits a little longer than `exchange`, whose line is the one to be read.
+    with contextlib.closing(kind(host, timeout=seconds + 5)) as connection:
+        connection.connect()
+        held.append(connection.sock)
+        headers = {"Content-Type": "application/json", **headers}
+        connection.request(method, f"{prefix and '/'}{prefix}{path}", body.encode(), headers)
+        with connection.getresponse() as response:
+            data = bytearray()
+            while len(data) <= ANSWER_BYTES and (piece := response.read1(65536)):
+                data += piece
+                if hear and not hear(piece):
+                    _hang_up(held[0])
+                    break
+            return response.status, bytes(data)
+
+
+def _hang_up(connected: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        connected.shutdown(socket.SHUT_RDWR)

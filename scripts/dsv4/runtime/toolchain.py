@@ -28,7 +28,11 @@ ROOT = Path(__file__).resolve().parents[3]
 SCRIPTS = ROOT / "scripts"
 PATIENCE = 300  # seconds until a Python has said what it is: importing MLX takes long at first
 HEARD = 4 << 20  # bytes
+RUNS = "a Python that runs"
 OTHERS = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "PYTHONUSERBASE", "__PYVENV_LAUNCHER__")
+# jang's model outside vMLX: without it the cache is one for short prompts, and decoding was off by
+# up to .40.
+LONG_PROMPTS = {"DSV4_LONG_CTX": "1"}
 PACKAGES = ("jang", "vmlx", "mlx", "mlx-lm", "mlx-vlm", "transformers", "torch")
 
 ANSWER = {
@@ -74,24 +78,28 @@ def probe(python: Path) -> dict[str, Any]:
     mlx does not import), "folders": {module: path | None}}. Raises Stop when it cannot be run.
     """
     what = f"toolchain Python {python}"
-    try:
-        status, said, errors = hear([str(python), "-c", _PROBE, *PACKAGES], PATIENCE)
-    except OSError as error:
-        raise Stop(
-            what,
-            error.strerror or str(error),
-            "a Python that runs",
-            "run `make venv`, or set TOOLCHAIN_PYTHON",
-        ) from error
-    if status:
-        last = (errors.decode(errors="replace").strip().splitlines() or ["no answer"])[-1]
-        raise Stop(what, last, "a Python that runs", "check TOOLCHAIN_PYTHON")
+    said = asked(what, [str(python), "-c", _PROBE, *PACKAGES], RUNS, "check TOOLCHAIN_PYTHON")
     answer = (said.strip().splitlines() or [b""])[-1]
     try:
         return parse_json(answer, what, ANSWER)
     except Stop as stop:
         found = f"the answer {shown(answer.decode(errors='replace'))}"
         raise Stop(what, found, "what a Python says", "check TOOLCHAIN_PYTHON") from stop
+
+
+def asked(what: str, command: list[str], expected: str, todo: str) -> bytes:
+    """What a Python of the toolchain's prints. Raises Stop when it does not run, or when it fails:
+    with the last line of its stderr, and what was `expected`.
+    """
+    try:
+        status, said, errors = hear(command, PATIENCE)
+    except OSError as error:
+        venv = "run `make venv`, or set TOOLCHAIN_PYTHON"
+        raise Stop(what, error.strerror or str(error), RUNS, venv) from error
+    if status:
+        last = (errors.decode(errors="replace").strip().splitlines() or ["no answer"])[-1]
+        raise Stop(what, last, expected, todo)
+    return said
 
 
 def hear(command: list[str], seconds: float) -> tuple[int, bytes, bytes]:

@@ -26,6 +26,8 @@ class Reader:
 
     def read(self, tensor: Tensor, first: int = 0, nbytes: int | None = None) -> np.ndarray:
         """`nbytes` bytes of a tensor's data from byte `first`, uint8. Raises Stop at the end."""
+        if tensor.pieces:
+            return self._read_pieces(tensor, first, nbytes)
         fd = self._opened(tensor.path)
         wanted = tensor.nbytes - first if nbytes is None else nbytes
         data = b""
@@ -50,6 +52,16 @@ class Reader:
             fd = os.open(path, os.O_RDONLY)
         self._open[path] = fd  # the last one now
         return fd
+
+    def _read_pieces(self, tensor: Tensor, first: int, nbytes: int | None) -> np.ndarray:
+        last = tensor.nbytes if nbytes is None else first + nbytes
+        parts, begin = [], 0
+        for piece in tensor.pieces:
+            start, end = max(first, begin), min(last, begin + piece.nbytes)
+            if start < end:
+                parts.append(self.read(piece, start - begin, end - start))
+            begin += piece.nbytes
+        return np.concatenate(parts) if parts else np.empty(0, np.uint8)
 
     def rows(self, tensor: Tensor, first: int, last: int) -> np.ndarray:
         """Rows `first` to `last` - 1 as bytes."""

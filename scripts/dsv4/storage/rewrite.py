@@ -235,7 +235,7 @@ class _Rewriter:
             for thread in threads:
                 if thread.is_alive():
                     thread.join()
-            self._flusher.shutdown(cancel_futures=self._error is not None)
+            self._flusher.shutdown()
             for target in self._open:
                 target.discard()
         if self._error is not None:
@@ -281,6 +281,9 @@ class _Rewriter:
                 self._flusher.submit(self._commit, target)
 
     def _commit(self, target: Target) -> None:
+        """Flush and name a shard, unless a failure came first: then it is dropped in the end."""
+        if self._error is not None:
+            return
         try:
             target.commit()
         except BaseException as error:

@@ -51,7 +51,11 @@ SAMPLE_BYTES = 4096
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """Where one tensor lies: `nbytes` bytes from `offset` (absolute, in bytes) of `path`."""
+    """Where one tensor lies: `nbytes` bytes from `offset` (absolute, in bytes) of `path`.
+
+    disk: what it is called there, where `name` is another one; pieces: what it is made of, one
+    after the other, where its bytes do not lie together.
+    """
 
     name: str
     dtype: str
@@ -59,6 +63,8 @@ class Tensor:
     path: Path
     offset: int
     nbytes: int
+    disk: str = ""
+    pieces: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)

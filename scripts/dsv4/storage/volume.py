@@ -21,8 +21,6 @@ import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import portalocker
-
 from dsv4.stop import Stop
 from dsv4.words import naming, plain, say
 
@@ -126,6 +124,8 @@ def is_blind(folder: Path) -> bool:
 
 def _lock(fd: int, alone: bool) -> None:
     """portalocker's flock, with the system's own error when it is no matter of who has the lock."""
+    import portalocker  # not in a toolchain's Python, which writes but never locks
+
     how = portalocker.LOCK_EX if alone else portalocker.LOCK_SH
     try:
         portalocker.lock(fd, how | portalocker.LOCK_NB)

@@ -1,4 +1,4 @@
-"""Read an importance matrix: how much each input column of a routed expert matters.
+"""Read and write an importance matrix: how much each input column of a routed expert matters.
 
 llama.cpp's legacy binary form (tools/imatrix/imatrix.cpp before it wrote GGUF; written for this
 model by antirez/ds4, ds4.c `imatrix_collector_save`), little-endian: an int32 number of entries;
@@ -20,7 +20,8 @@ import errno
 import hashlib
 import math
 import struct
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from dsv4.model.opening import expert_bases
 from dsv4.stop import Stop, naming
 from dsv4.storage.bounds import IMATRIX
 from dsv4.storage.checkpoint import Checkpoint
+from dsv4.storage.durable import replacing
 from dsv4.storage.volume import UNKNOWN
 from dsv4.words import plain
 
@@ -57,6 +59,22 @@ class Imatrix:
     entries: dict[str, Entry]
     digest: str
     dataset: str
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Of each input column, float32 (columns,), by an expert's storage name; the file's digest."""
+
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    digest: str = ""
+
+    @property
+    def suffix(self) -> str:
+        """What a quantizer's digest says of it."""
+        return f"-imatrix-{self.digest[:16]}" if self.digest else ""
+
+
+EVEN = Importance()  # all columns count the same
 
 
 class _Reader:
@@ -148,6 +166,22 @@ def _trailer(reader: _Reader) -> str:
     return dataset
 
 
+def write_imatrix(
+    path: Path, count: int, entries: Iterable[tuple[str, np.ndarray]], dataset: str
+) -> None:
+    """Write `count` entries (name, means of squares (experts, columns)), each as of one call."""
+
+    def name_bytes(name: str) -> bytes:
+        return struct.pack("<i", len(name.encode())) + name.encode()
+
+    with replacing(path) as file:
+        file.write(struct.pack("<i", count))
+        for name, means in entries:
+            file.write(name_bytes(name) + struct.pack("<ii", 1, means.size))
+            file.write(np.ascontiguousarray(means, "<f4").data)
+        file.write(struct.pack("<i", 1) + name_bytes(dataset))
+
+
 def entry_name(base: str, layers: int) -> str:
     """The entry for an expert's storage name in a model of `layers` main layers.
 
@@ -158,8 +192,8 @@ def entry_name(base: str, layers: int) -> str:
     return f"blk.{layer + layers * (block == 'mtp')}.{GGUF_NAME[matrix]}.weight"
 
 
-def importances(imatrix: Imatrix, source: Checkpoint) -> dict[str, np.ndarray]:
-    """Importance of the input columns, float32 (columns,), by an expert's storage name.
+def importances(imatrix: Imatrix, source: Checkpoint) -> Importance:
+    """Importance of the input columns of the source's experts.
 
     The arrays are views of the mapped file. MTP experts without an entry are left out.
     Raises Stop when the entry of a main layer is missing, or any has the wrong size.
@@ -183,7 +217,7 @@ def importances(imatrix: Imatrix, source: Checkpoint) -> dict[str, np.ndarray]:
         expert = (parse_expert(f"{base}.weight") or ("", 0, 0))[2]
         start = entry.offset + 4 * expert * columns
         out[base] = values[start : start + 4 * columns].view("<f4")
-    return out
+    return Importance(out, imatrix.digest)
 
 
 def usable(importance: np.ndarray, name: str) -> np.ndarray:

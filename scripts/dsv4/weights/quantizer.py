@@ -7,19 +7,23 @@ FP4 into the bytes of these parts. It works row by row: any run of rows can be d
 from __future__ import annotations
 
 import argparse
+import hashlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 
 from dsv4.model import labels
+from dsv4.model.names import GROUP
 from dsv4.model.plan import Form
-from dsv4.settings import add_setting
+from dsv4.settings import Unfit, add_setting
 from dsv4.stop import Stop
 from dsv4.storage.checkpoint import Checkpoint
-from dsv4.weights import affine, exact, optimal, turboquant
+from dsv4.weights import affine, exact, fp4, least_squares, matrices, optimal, turboquant
 from dsv4.weights.affine import Tally
-from dsv4.weights.imatrix import coverage, importances, open_imatrix
+from dsv4.weights.imatrix import EVEN, Importance, coverage, importances, open_imatrix
+from dsv4.weights.mixture import name_of, read_plan
 from dsv4.words import say
 
 
@@ -45,18 +49,30 @@ class Quantizer(Protocol):
         """Quantize some rows into `parts`; every one of these arrays is uint8 and flat.
 
         importance: float64 (columns,), positive: how much an error in each input column counts;
-        None when all count the same. Only `optimal` looks at it.
+        None when all count the same. Only those that take an imatrix look at it.
         Raises affine.BadGroup, with the group's index in these rows, when a group has no such form.
         """
 
+    def of(self, base: str) -> Quantizer:
+        """What makes one matrix, by its storage name: itself, or a mixture's part."""
 
-class MlxAffine:
+
+class Uniform:
+    """What makes all experts alike; without an importance."""
+
+    importance: Mapping[str, np.ndarray] = {}
+
+    def of(self, base: str) -> Quantizer:
+        """Itself, for every matrix."""
+        return self
+
+
+class MlxAffine(Uniform):
     """What `mx.quantize(group_size=32, bits=4, mode="affine")` gives, scales and biases in F16."""
 
     name = "mlx"
     label = labels.EXPERT
     form = Form(label)
-    importance: Mapping[str, np.ndarray] = {}
 
     def __init__(self) -> None:
         self._table = affine.build_table()
@@ -79,20 +95,17 @@ class MlxAffine:
         )
 
 
-class Optimal:
+class Optimal(Uniform):
     """4-bit affine with the least squared error; weighted by column where an imatrix says so."""
 
     name = "optimal"
     label = labels.EXPERT
     form = Form(label)
 
-    def __init__(
-        self, importance: Mapping[str, np.ndarray] | None = None, imatrix: str = ""
-    ) -> None:
-        """`imatrix` is the digest of the file that `importance` was read from."""
+    def __init__(self, importance: Importance = EVEN) -> None:
         self._table = optimal.build_table()
-        self.importance = importance or {}
-        self.digest = self._table.digest + (f"-imatrix-{imatrix[:16]}" if imatrix else "")
+        self.importance = importance.columns
+        self.digest = self._table.digest + importance.suffix
 
     def encode(
         self,
@@ -112,13 +125,12 @@ class Optimal:
         )
 
 
-class Exact5:
+class Exact5(Uniform):
     """5-bit affine that decodes to the source's values exactly: 6.0 bits a weight."""
 
     name = "exact5"
     label = labels.EXPERT | {"bits": exact.BITS}
     form = Form(label)
-    importance: Mapping[str, np.ndarray] = {}
     digest = "1"
 
     def encode(
@@ -137,13 +149,12 @@ class Exact5:
         )
 
 
-class Mxfp4:
+class Mxfp4(Uniform):
     """The source's own FP4 bytes, under the label that says so: 4.25 bits a weight."""
 
     name = "mxfp4"
     label = labels.MXFP4
     form = Form(label)
-    importance: Mapping[str, np.ndarray] = {}
     digest = "1"
 
     def encode(
@@ -170,13 +181,12 @@ class Lossless(Mxfp4):
         self.form = Form(self.label, True, frozenset(self.beyond))
 
 
-class TurboQuant2:
+class TurboQuant2(Uniform):
     """Rotated rows in codes of 2 bits and a norm each: 2.005 bits a weight (TurboQuant)."""
 
     name = "turboquant2"
     label = labels.TURBO2
     form = Form(label)
-    importance: Mapping[str, np.ndarray] = {}
     digest = "1"
 
     def encode(
@@ -192,6 +202,88 @@ class TurboQuant2:
         )  # fmt: skip
 
 
+class LeastSquares(Uniform):
+    """Affine of any width with the least squared error; weighed by column where an imatrix is."""
+
+    def __init__(self, bits: int, size: int, importance: Importance = EVEN) -> None:
+        self.name, self.label = f"affine{bits}g{size}", labels.affine(bits, size)
+        self.form, self.importance = Form(self.label), importance.columns
+        self.digest = least_squares.VERSION + importance.suffix
+        self._bits, self._size = bits, size
+
+    def encode(
+        self,
+        packed: np.ndarray,
+        exponents: np.ndarray,
+        parts: Mapping[str, np.ndarray],
+        importance: np.ndarray | None = None,
+    ) -> Tally:
+        scales, biases = (parts[part].view(np.uint16) for part in ("scales", "biases"))
+        made = (parts["weight"], scales, biases)
+        return least_squares.quantize(
+            packed, exponents, importance, (self._bits, self._size), made
+        ).tally
+
+
+class MlxAt(Uniform):
+    """What `mx.quantize` gives at any width, to compare with."""
+
+    def __init__(self, bits: int, size: int) -> None:
+        self.name, self.label = f"affine{bits}g{size}-mx", labels.affine(bits, size)
+        self.form, self.digest = Form(self.label), matrices.digest(self.label)
+
+    def encode(
+        self,
+        packed: np.ndarray,
+        exponents: np.ndarray,
+        parts: Mapping[str, np.ndarray],
+        importance: np.ndarray | None = None,
+    ) -> Tally:
+        if (bad := np.flatnonzero(exponents == 255)).size:
+            raise exact.bad_exponent(int(bad[0]), 255)
+        values = fp4.decode(packed.reshape(len(exponents), -1), exponents[:, None], "")
+        values = values.reshape(-1, self.label["group_size"])
+        made = matrices.quantize(values, self.label)
+        for part, array in made.items():
+            parts[part][:] = array.reshape(-1).view(np.uint8)
+        if (bad := np.flatnonzero(~np.isfinite(made["scales"] + made["biases"]).all(axis=1))).size:
+            group = int(bad[0]) * (self.label["group_size"] // GROUP)
+            raise exact.bad_exponent(group, int(exponents[group]))
+        error = values - matrices.dequantize(made, self.label)
+        return Tally(float(np.square(values, dtype=np.float64).sum()),
+                     float(np.square(error, dtype=np.float64).sum()))  # fmt: skip
+
+
+class Mixture:
+    """Experts of several forms: by projection, or by layer and projection as a plan has them."""
+
+    def __init__(
+        self, name: str, stacks: Mapping[str, dict[str, Any]], importance: Importance = EVEN
+    ) -> None:
+        """stacks: a label by stack ("layers.3.down_proj") or by projection."""
+        self.name, self.importance = name, importance.columns
+        self.label = labels.usual(stacks)
+        self.form = Form(self.label, mixture=stacks)
+        self._parts = {str(label): _by_label(label, importance) for label in stacks.values()}
+        said = [f"{stack} {name_of(label)}\n" for stack, label in sorted(stacks.items())]
+        plan = hashlib.sha256("".join(said).encode()).hexdigest()[:16]
+        self.digest = f"{least_squares.VERSION}-{plan}{importance.suffix}"
+
+    def of(self, base: str) -> Quantizer:
+        """What makes one matrix, by its storage name."""
+        return self._parts[str(self.form.label(base))]
+
+
+def _by_label(label: dict[str, Any], importance: Importance) -> Quantizer:
+    if label == labels.MXFP4:
+        return Mxfp4()
+    return LeastSquares(label["bits"], label["group_size"], importance)
+
+
+# By projection, the shape for which vMLX 1.6.81 has kernels that do an expert at one go on Metal:
+# gate of 2 or 3 bits (affine_moe_decode).
+SMALL = {"gate_proj": labels.affine(2, 64), "up_proj": labels.affine(2, 64),
+         "down_proj": labels.affine(2, 32)}  # fmt: skip
 QUANTIZERS: dict[str, Callable[[], Quantizer]] = {
     "mlx": MlxAffine,
     "optimal": Optimal,
@@ -200,29 +292,81 @@ QUANTIZERS: dict[str, Callable[[], Quantizer]] = {
     "lossless": Lossless,
     "turboquant2": TurboQuant2,
 }
+_AFFINE = re.compile(r"affine([234568])g(32|64|128)(-mx)?")
+NAMES = (
+    f"{', '.join(sorted(QUANTIZERS))}, small, mixture (with a plan), affineBgG or affineBgG-mx: B "
+    "bits, 2 to 8, groups of G columns, 32, 64 or 128; 4 bits and 32 are optimal and mlx"
+)
+
+
+def is_known(name: str | None) -> bool:
+    """Is there a quantizer of that name?"""
+    affine = _AFFINE.fullmatch(name or "")
+    other = affine is not None and affine.group(1, 2) != ("4", "32")
+    return name in QUANTIZERS or name in labels.MIXTURES or other
+
+
+def named(
+    name: str,
+    importance: Importance = EVEN,
+    stacks: Mapping[str, dict[str, Any]] | None = None,
+) -> Quantizer:
+    """The quantizer of a known name; stacks: what a plan says, for `mixture`."""
+    if name == "optimal":
+        return Optimal(importance)
+    if name in QUANTIZERS:
+        return QUANTIZERS[name]()
+    if name in labels.MIXTURES:
+        return Mixture(name, SMALL if name == "small" else stacks or {}, importance)
+    bits, size, mx = _AFFINE.fullmatch(name).groups()
+    made = (int(bits), int(size))
+    return MlxAt(*made) if mx else LeastSquares(*made, importance)
+
+
+def weighs(name: str) -> bool:
+    """Does that quantizer weigh errors by an importance?"""
+    return name not in QUANTIZERS.keys() - {"optimal"} and not name.endswith("-mx")
+
+
+def parse_name(text: str) -> str:
+    """The name of a quantizer. Raises Unfit for another word."""
+    if not is_known(text):
+        raise Unfit(text, f"one of {NAMES}")
+    return text
 
 
 def add_choice(parser: argparse.ArgumentParser) -> None:
     """The options by which a command is told its quantizer."""
-    add_setting(parser, "QUANTIZER", choices=sorted(QUANTIZERS), default="mlx")
-    add_setting(parser, "IMATRIX", help="importance of columns, for optimal (.dat)")
+    add_setting(parser, "QUANTIZER", type=parse_name, default="mlx", help=NAMES, metavar="NAME")
+    add_setting(parser, "IMATRIX", help="importance of columns (.dat)")
+    add_setting(parser, "PLAN", help="what plan.py wrote, for --quantizer mixture")
 
 
 def check_choice(args: argparse.Namespace) -> None:
     """Raise Stop when the options do not go together."""
-    if args.imatrix and args.quantizer != "optimal":
-        raise Stop("IMATRIX", f"QUANTIZER={args.quantizer}", "optimal: no other one weighs errors",
-                   "leave IMATRIX out, or choose optimal")  # fmt: skip
+    name = args.quantizer
+    if args.imatrix and not weighs(name):
+        raise Stop("IMATRIX", f"QUANTIZER={name}", "optimal, affineBgG, small or mixture: "
+                   "no other one weighs errors", "leave IMATRIX out, or choose one")  # fmt: skip
+    if args.plan and name != "mixture":
+        raise Stop("PLAN", f"QUANTIZER={name}", "mixture", "leave PLAN, FIT and SIZE out")
+    if name == "mixture" and not args.plan:
+        raise Stop("QUANTIZER=mixture", "no PLAN", "a file that make plan wrote",
+                   "make plan FIT=… or SIZE=…, or PLAN=FILE")  # fmt: skip
 
 
 def chosen(args: argparse.Namespace, source: Checkpoint) -> Quantizer:
     """The quantizer that was asked for; says on stdout how far an imatrix reaches.
 
-    Raises Stop for an imatrix that does not fit the source.
+    Raises Stop for an imatrix or a plan that does not fit the source.
     """
-    if args.imatrix is None:
-        return QUANTIZERS[args.quantizer]()
-    imatrix = open_imatrix(args.imatrix)
-    found = importances(imatrix, source)
-    say(coverage(found, imatrix, source))
-    return Optimal(found, imatrix.digest)
+    importance = EVEN
+    if args.imatrix is not None:
+        imatrix = open_imatrix(args.imatrix)
+        importance = importances(imatrix, source)
+        say(coverage(importance.columns, imatrix, source))
+    if args.quantizer == "mixture" and args.plan is None:
+        raise Stop("--quantizer mixture", "no plan", "the one that the bundle was made by",
+                   "name it: PLAN=FILE")  # fmt: skip
+    stacks = read_plan(args.plan, source) if args.plan else None
+    return named(args.quantizer, importance, stacks)

@@ -1,0 +1,183 @@
+"""Plan a mixture to a size: which form each layer's experts get, so that they lose least.
+
+The error of a layer is the sum of its three projections' mean squared errors, each relative to the
+mean square of its weights and weighed by the imatrix where there is one; all layers count the same,
+MTP's not at all (no runtime computes with them). Which layers the model can spare most no error on
+weights can tell. The choice itself is exact (knapsack.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dsv4.making.marks import converted_by
+from dsv4.model import memory
+from dsv4.model.labels import MXFP4, parts_of
+from dsv4.model.names import PROJECTION, stack_of
+from dsv4.model.opening import expert_bases, open_source, read_config
+from dsv4.model.plan import Form, ShardPlan, plan_shards
+from dsv4.stop import Stop
+from dsv4.storage.checkpoint import Checkpoint
+from dsv4.storage.durable import human
+from dsv4.storage.shard import Slot, Tensor
+from dsv4.weights import knapsack
+from dsv4.weights.mixture import label_named
+from dsv4.weights.quantizer import Mixture, Quantizer, chosen, named
+from dsv4.weights.sampling import CHOICES
+
+PROJECTIONS = tuple(PROJECTION.values())  # gate, down, up
+# The shapes of a layer for which vMLX 1.6.81 has fused Metal kernels (affine_moe_decode), and the
+# source's own numbers, in the order of PROJECTIONS.
+FUSED = (
+    ("affine2g64", "affine2g32", "affine2g64"),
+    ("affine3g64", "affine2g32", "affine2g64"),
+)
+EXACT = ("mxfp4",) * 3
+MARGIN = 16  # bytes an entry in a header may be longer by than in another plan
+
+Errors = Mapping[str, Mapping[str, float]]  # stack → form → relative squared error
+Forms = dict[str, str]  # stack → form
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A plan: forms by stack, the bundle's bytes, the sum of the main layers' errors, and what that
+    sum would be without the preference for fused shapes (the same where there is none)."""
+
+    forms: Forms
+    nbytes: int
+    error: float
+    least: float
+
+
+class Planner:
+    """Sizes and errors of one source."""
+
+    def __init__(self, source: Checkpoint, errors: Errors, shard_bytes: int) -> None:
+        self._source, self._errors, self._shard_bytes = source, errors, shard_bytes
+        self._mark = converted_by(None, Mixture("mixture", {"gate_proj": MXFP4}))
+        self._bytes = stack_bytes(source, errors)
+        self._layers = list(dict.fromkeys(stack.rpartition(".")[0] for stack in errors))
+        cheap = {stack: min(sizes, key=sizes.get) for stack, sizes in self._bytes.items()}
+        number = 3 * len(expert_bases(source))
+        # What is no part of an expert: everything else, and the headers with some margin.
+        self._rest = self.nbytes(cheap) + MARGIN * number - self._experts(cheap)
+        self.smallest = self._rest + self._experts(cheap)
+
+    def nbytes(self, forms: Forms) -> int:
+        """The bytes of a bundle's shards, exactly."""
+        form = Form(MXFP4, mixture={stack: label_named(name) for stack, name in forms.items()})
+        shards = plan_shards(self._source.tensors, form, self._mark, self._shard_bytes)
+        return sum(shard.size for shard in shards)
+
+    def _experts(self, forms: Forms) -> int:
+        return sum(self._bytes[stack][form] for stack, form in forms.items())
+
+    def fit(self, size: int, any_shape: bool = False) -> Fit:
+        """The plan of at most `size` bytes. Raises Stop, with the least size, when there is none.
+
+        Where the size allows, each layer has a fused shape or is exact, unless any_shape.
+        """
+        if size < self.smallest:
+            raise Stop(f"a bundle of {human(size)}", f"{human(self.smallest)} at least",
+                       "a size that can be reached", "ask for a larger one")  # fmt: skip
+        best = self._choose(size, False)
+        fused = None if any_shape else self._choose(size, True)
+        forms = fused or best
+        return Fit(forms, self.nbytes(forms), self.error(forms), self.error(best))
+
+    def error(self, forms: Forms) -> float:
+        """The sum over the main layers."""
+        return sum(self._errors[s][form] for s, form in forms.items() if s.startswith("layers."))
+
+    def _choose(self, size: int, fused: bool) -> Forms | None:
+        shapes = {layer: self._shapes(layer, fused) for layer in self._layers}
+        if not all(shapes.values()):
+            return None
+        items = [[self._option(layer, shape) for shape in of] for layer, of in shapes.items()]
+        if knapsack.least(items) > size - self._rest:
+            return None
+        picks = zip(shapes.items(), knapsack.choose(items, size - self._rest), strict=True)
+        return {
+            f"{layer}.{projection}": form
+            for (layer, of), pick in picks
+            for projection, form in zip(PROJECTIONS, of[pick], strict=True)
+        }
+
+    def _shapes(self, layer: str, fused: bool) -> list[tuple[str, ...]]:
+        """The shapes that a layer can have: a form for each of PROJECTIONS."""
+        forms = [list(self._errors[f"{layer}.{projection}"]) for projection in PROJECTIONS]
+        wanted = (*FUSED, EXACT) if fused else itertools.product(*forms)
+        return [s for s in wanted if all(f in of for f, of in zip(s, forms, strict=True))]
+
+    def _option(self, layer: str, shape: tuple[str, ...]) -> knapsack.Option:
+        stacks = {f"{layer}.{p}": form for p, form in zip(PROJECTIONS, shape, strict=True)}
+        return self._experts(stacks), self.error(stacks)
+
+
+def stack_bytes(source: Checkpoint, errors: Errors) -> dict[str, dict[str, int]]:
+    """Stack → form → bytes of all its experts' parts."""
+    sizes = {stack: dict.fromkeys(forms, 0) for stack, forms in errors.items()}
+    for base in expert_bases(source):
+        out, half = source.tensors[f"{base}.weight"].shape
+        of = sizes[stack_of(base)]
+        for form in of:
+            parts = parts_of(label_named(form), out, 2 * half).values()
+            of[form] += sum(Slot("", *part).nbytes for part in parts)
+    return sizes
+
+
+def document(fit: Fit, errors: Errors, said: dict[str, Any]) -> dict[str, Any]:
+    """The plan as a file holds it; said: what was asked for and how errors were measured."""
+    experts: dict[str, dict[str, str]] = {}
+    for stack, form in fit.forms.items():
+        layer, _, projection = stack.rpartition(".")
+        experts.setdefault(layer, {})[projection] = form
+    return said | {"bytes": fit.nbytes, "experts": experts, "squared_errors": errors}
+
+
+def describe(fit: Fit) -> str:
+    """The plan for a reader."""
+    main = {stack: form for stack, form in fit.forms.items() if stack.startswith("layers.")}
+    forms = Counter(main.values())
+    rms = (fit.error / max(1, len(main))) ** 0.5
+    lines = [
+        f"size: {human(fit.nbytes)}, of the least error that this size can have",
+        "stacks of experts: " + ", ".join(f"{n} {form}" for form, n in sorted(forms.items())),
+        f"relative RMS error of the main layers: {rms:.1%}",
+    ]
+    layers = [tuple(main[f"{layer}.{p}"] for p in PROJECTIONS)
+              for layer in dict.fromkeys(stack.rpartition(".")[0] for stack in main)]  # fmt: skip
+    if fused := sum(shape in FUSED for shape in layers):
+        least = (fit.least / max(1, len(main))) ** 0.5
+        lines[0] = f"size: {human(fit.nbytes)}"
+        lines.append(
+            f"{fused} of {len(layers)} layers in a shape for which vMLX has fused kernels; without "
+            f"that the error could be {least:.1%}: --any-shape"
+        )
+    return "\n".join(lines)
+
+
+def planned(args: argparse.Namespace, tensors: Mapping[str, Tensor]) -> tuple[list[ShardPlan], int]:
+    """The bundle's shards by its options, and 0; before a plan of a mixture is there the smallest
+    shards that it can have, and the bytes that it may take: those asked for, or all exact.
+
+    Raises Stop as `chosen` and `plan_shards` do.
+    """
+
+    def shards(quantizer: Quantizer) -> list[ShardPlan]:
+        mark = converted_by(None, quantizer)
+        return plan_shards(tensors, quantizer.form, mark, args.shard_bytes)
+
+    if args.quantizer == "mixture" and (args.fit or args.size) and not args.plan.is_file():
+        there = (args.source / "config.json").is_file()
+        goal = memory.goal_of(args, read_config(args.source) if there else {})
+        most = sum(shard.size for shard in shards(named(CHOICES[-1])))
+        return shards(named(CHOICES[0])), max(1, min(goal, most))
+    fitted = args.imatrix or args.plan
+    return shards(chosen(args, open_source(args.source)) if fitted else named(args.quantizer)), 0

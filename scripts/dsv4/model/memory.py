@@ -1,0 +1,93 @@
+"""Which Mac a bundle fits: from a machine's memory to the bytes that a bundle may have, and back.
+
+    memory ≥ bundle + the context's cache + what the server takes, each within what the GPU may wire
+
+macOS lets the GPU wire a part of the memory. By default that is three quarters of it or more on a
+Mac of over 36 GB: users report 72 of 96 GiB (M2 Max), 96 of 128 (M3 Max), and more on newer ones,
+107.5 of 128 (M4 and M5 Max), 239 of 256 (M3 Ultra); the least is taken here. `sudo sysctl
+iogpu.wired_limit_mb=N` raises it until the next start; a sixteenth of the memory, at least 4 GiB,
+is left for macOS then. (antirez/ds4#893, raullenchai/Rapid-MLX#183, jundot/omlx#1533; no Mac was
+at hand.) A Mac's "96 GB" are GiB.
+
+The cache is computed from config.json, as jang_tools.dsv4.mlx_model, DeepseekV4Cache, 2.5.50, keeps
+it: each layer has a window of `sliding_window` tokens and, where its compress ratio r is not 0, one
+entry for every r tokens, of `head_dim` numbers; the indexer of the layers with ratio 4 has
+`index_head_dim` more. Two bytes a number. SERVER is an allowance for Python, activations of a long
+prompt and MLX's own cache; it was not measured on a Mac.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from dsv4.settings import add_setting, parse_context, parse_memory, parse_size
+from dsv4.stop import Stop
+
+GIB = 1 << 30
+MACS = tuple(n * GIB for n in (64, 96, 128, 192, 256, 512))
+SERVER = 3 * GIB
+LEFT = 4 * GIB
+CONTEXT = 32768  # tokens, unless another number is asked for
+
+
+def add_goal(parser: argparse.ArgumentParser) -> None:
+    """The options by which a command is told what a bundle is to fit."""
+    add_setting(parser, "FIT", type=parse_memory, metavar="96GB", help="a Mac's memory")
+    add_setting(parser, "SIZE", type=parse_size, metavar="88GB", help="the bundle's size")
+    add_setting(parser, "CONTEXT", type=parse_context, default=CONTEXT, metavar="TOKENS")
+
+
+def check_goal(args: argparse.Namespace) -> None:
+    """Raise Stop when both FIT and SIZE are given."""
+    if args.fit and args.size:
+        raise Stop("FIT and SIZE", "both", "one of them", "leave the other out")
+
+
+def goal_of(args: argparse.Namespace, config: dict[str, Any]) -> int:
+    """The bytes that the bundle may have, by these options."""
+    return args.size or max(0, room(config, args.fit, args.context))
+
+
+def wired_by_default(memory: int) -> int:
+    """What the GPU may wire without a word to macOS, at least; in bytes."""
+    return memory * 3 // 4
+
+
+def wired_at_most(memory: int) -> int:
+    """What it may wire after `sysctl iogpu.wired_limit_mb`, with something left for macOS."""
+    return memory - max(memory // 16, LEFT)
+
+
+def cache_bytes(config: dict[str, Any], tokens: int) -> int:
+    """What the cache of a context of so many tokens takes; 0 while there is no config.json."""
+    ratios = (config.get("compress_ratios") or [])[: config.get("num_hidden_layers", 0)]
+    window, head = config.get("sliding_window", 0), config.get("head_dim", 0)
+    numbers = 0
+    for ratio in ratios:
+        numbers += window * head
+        if ratio:
+            indexer = config.get("index_head_dim", 0) * (ratio == 4)
+            numbers += tokens // ratio * (head + indexer)
+    return 2 * numbers
+
+
+def room(config: dict[str, Any], memory: int, tokens: int) -> int:
+    """The bytes that a bundle may have on a Mac of so much memory; 0 or less: none fits."""
+    return wired_at_most(memory) - SERVER - cache_bytes(config, tokens)
+
+
+def fit_in_words(config: dict[str, Any], nbytes: int, tokens: int, memory: int = 0) -> str:
+    """What a bundle of so many bytes fits: the Mac that was asked for, or the smallest."""
+    need = nbytes + cache_bytes(config, tokens) + SERVER
+    context = f"with {tokens:,} tokens of context"
+    fitting = [mac for mac in ((memory,) if memory else MACS) if need <= wired_at_most(mac)]
+    if not fitting:
+        largest = f"{(memory or MACS[-1]) // GIB} GB"
+        return f"does not fit {largest} {context}: {need / GIB:.1f} GiB to be wired"
+    mac = fitting[0]
+    said = f"fits {mac // GIB} GB {context}"
+    if need <= wired_by_default(mac):
+        return f"{said}; no sysctl needed"
+    limit = wired_at_most(mac) >> 20
+    return f"{said}; needs sudo sysctl iogpu.wired_limit_mb={limit}"

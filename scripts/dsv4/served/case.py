@@ -1,0 +1,120 @@
+"""How one thing is asked of a served model: a named case with a time limit, and what came of it.
+
+A case says what is wrong in one line, or nothing. Every request of it, and what came, is kept.
+A case that a model of the nano's size cannot pass is skipped by name; that a model is the nano is
+known by its own answer to WHO, which no other model is trained to give.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from dsv4.served.client import Endpoint, Reply, ask, stream
+from dsv4.stop import Stop
+from dsv4.words import plain
+
+WHO = "Who are you?"
+NANO = "I am a very small DeepSeek-V4, trained to test converters."
+SMALL = "the small model of this repository was taught additions and five sentences"
+KEPT = 400  # requests of a case
+SENT, CAME = 700, 1500  # characters of each that are kept
+TOKENS = 2000  # of an answer, its reasoning included
+
+
+class Talk:
+    """What one case may do: ask within its time. Keeps what was sent and what came."""
+
+    def __init__(self, endpoint: Endpoint, seconds: float) -> None:
+        self.endpoint, self.deadline = endpoint, time.monotonic() + seconds
+        self.limit = seconds
+        self.exchanges: list[tuple[str, str]] = []
+
+    def ask(self, asked: str | list[dict[str, Any]], **options: Any) -> Reply:
+        """Ask a question, or go on with messages; `options` are those of the protocol."""
+        return self._keep(ask, asked, options)
+
+    def stream(
+        self, asked: str | list[dict[str, Any]], most: int | None = None, **options: Any
+    ) -> Reply:
+        """The same as a stream, which is left after `most` pieces."""
+        return self._keep(stream, asked, options, *([most] if most else []))
+
+    def _keep(self, how: Callable[..., Reply], asked: Any, options: dict, *more: int) -> Reply:
+        messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+        body = {"messages": messages, "max_tokens": TOKENS, **options}
+        said = asked if isinstance(asked, str) and not options else json.dumps(
+            {"messages": asked, **options}, ensure_ascii=False)  # fmt: skip
+        sent, came = plain(said, SENT), "nothing"
+        try:
+            left = self.deadline - time.monotonic()
+            if left <= 0:
+                raise Stop(self.endpoint.url, "no time left", f"all in {self.limit:g} s", "see it")
+            reply = how(self.endpoint, body, round(left, 1), *more)
+            came = str(reply)
+            return reply
+        except Stop as stop:
+            came = str(stop)
+            raise
+        finally:
+            if len(self.exchanges) < KEPT:
+                self.exchanges.append((sent, plain(came, CAME)))
+
+
+@dataclass(frozen=True)
+class Case:
+    """name, what is expected, its limit in seconds, what it does, and whether the nano can pass.
+
+    run: returns what is wrong, "" for nothing; raises Stop when the server gives no usable answer.
+    skip: why it cannot be run at all, "" when it can.
+    """
+
+    name: str
+    expected: str
+    limit: float
+    run: Callable[[Talk], str] = field(repr=False)
+    nano: bool = False
+    skip: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a case: verdict right, wrong or skipped, and why."""
+
+    name: str
+    expected: str
+    limit: float
+    verdict: str
+    why: str
+    seconds: float
+    exchanges: list[tuple[str, str]]
+
+
+def judge(endpoint: Endpoint, case: Case, nano: bool = False) -> Outcome:
+    """Run a case, unless it must be skipped; it takes no longer than its limit."""
+    about = (case.name, case.expected, case.limit)
+    if skip := case.skip or ("" if case.nano or not nano else SMALL):
+        return Outcome(*about, "skipped", skip, 0.0, [])
+    talk, start = Talk(endpoint, case.limit), time.monotonic()
+    try:
+        why = case.run(talk)
+    except Stop as stop:
+        why = str(stop)
+    seconds = round(time.monotonic() - start, 2)
+    return Outcome(*about, "wrong" if why else "right", plain(why, 700), seconds, talk.exchanges)
+
+
+def introduce(endpoint: Endpoint) -> tuple[Outcome, bool]:
+    """What came of the first question, and True when the model says that it is the nano."""
+    said: list[str] = []
+
+    def run(talk: Talk) -> str:
+        answer = talk.ask(WHO).answer
+        said.append(answer.content.strip())
+        return "" if answer.text else "an empty answer"
+
+    outcome = judge(endpoint, Case("answers", f"an answer to {WHO}", 180, run, True))
+    return outcome, said == [NANO]

@@ -1,0 +1,77 @@
+"""How fast a server answers: time to the first token, and tokens a second, by length of prompt.
+
+No two prompts begin alike, so that nothing of one serves the next.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from dsv4.served.abilities import long_text, sizes
+from dsv4.served.client import Endpoint, Reply, stream
+from dsv4.stop import Stop
+
+AT_ONCE = (1, 4)
+TOKENS = 64  # of an answer
+FEWEST = 4  # tokens after the first, of which a rate is told
+LIMIT = 120  # seconds of each request, and one more for each 20 tokens of prompt
+
+
+@dataclass(frozen=True)
+class Speed:
+    """prompt: tokens asked for; counted: by the server, 0 when it does not say; at_once: requests.
+
+    first: seconds to the first token, the median of the requests; rate: tokens a second of all of
+    them together after their first, None when the answers were too short. why: what went wrong.
+    """
+
+    prompt: int
+    at_once: int
+    counted: int = 0
+    tokens: int = 0
+    first: float | None = None
+    rate: float | None = None
+    why: str = ""
+
+
+def measure(endpoint: Endpoint, context: int) -> list[Speed]:
+    """A Speed for each length of prompt up to `context` tokens, alone and with 4 at once."""
+    out, number = [], 0
+    for prompt in sizes(context):
+        for at_once in AT_ONCE:
+            bodies = [_body(prompt, number + i) for i in range(at_once)]
+            number += at_once
+            out.append(_measured(endpoint, prompt, bodies))
+    return out
+
+
+def _body(prompt: int, number: int) -> dict:
+    text = f"Log {number}, kept {time.time_ns()}. " + " ".join(long_text(prompt))
+    asked = f"{text} Write about the ships in your own words."
+    return {"messages": [{"role": "user", "content": asked}], "max_tokens": TOKENS}
+
+
+def _measured(endpoint: Endpoint, prompt: int, bodies: list[dict]) -> Speed:
+    limit, start = (LIMIT + prompt / 20) * len(bodies), time.monotonic()
+    try:
+        with ThreadPoolExecutor(len(bodies)) as pool:
+            replies = list(pool.map(lambda body: stream(endpoint, body, limit), bodies))
+    except Stop as stop:
+        return Speed(prompt, len(bodies), why=str(stop))
+    return summed(prompt, replies, time.monotonic() - start)
+
+
+def summed(prompt: int, replies: list[Reply], seconds: float) -> Speed:
+    """One Speed of the replies to requests that began together and took `seconds` in all."""
+    about = (prompt, len(replies), min(reply.prompt_tokens for reply in replies))
+    tokens = sum(reply.tokens for reply in replies)
+    if not all(reply.first for reply in replies):
+        return Speed(*about, tokens, why="an answer without a token")
+    first = min(reply.first for reply in replies)
+    after, rate = tokens - len(replies), None
+    if after >= FEWEST * len(replies) and seconds > first:
+        rate = round(after / (seconds - first), 2)
+    return Speed(*about, tokens, round(statistics.median(r.first for r in replies), 3), rate)

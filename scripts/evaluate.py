@@ -1,0 +1,77 @@
+"""How far is a bundle from its source? Both run over one text, layer by layer.
+
+A forward pass needs one layer at a time, so the real model can be measured where it cannot be
+served: load a layer, run all tokens through it, keep the hidden states, drop the layer. Said are
+the perplexity of both, the KL divergence of the bundle's next-token distributions from the
+source's, how often both have the same most likely token, and the relative error of the hidden
+states after every layer, where a fault in one layer shows in its line.
+
+The model code is the pinned runtime's: jang_tools', which vMLX serves, or mlx-vlm's. The source is
+computed losslessly in float32; a bundle in the dtype of its tensors, as it is served, or with
+--float32 in that, so that only its weights differ. MTP layers take no part.
+
+Reads source and bundles once each, and a text: the one in dsv4/streaming, unless another is named,
+of which the first --tokens count, BOS included. Writes NAME.json, NAME.md and NAME.html for --out
+NAME, and hidden states and logits to --work while it runs: 8 GB for Flash with one bundle and
+2,048 tokens. Killed at any moment, the same command goes on at the layer where it stopped.
+
+Memory: one layer (3.7 GB of Flash's source, 4.3 GB of the bundle) and about as much again for a
+moment. Costs the reading of all files, and the arithmetic of the device.
+
+    .venv/bin/python scripts/evaluate.py --source DIR --bundle DIR [DIR ...] --out build/evaluate
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dsv4.settings import add_setting
+from dsv4.stop import run
+from dsv4.storage.durable import write_bytes, write_json
+from dsv4.streaming import evaluation, passes
+from dsv4.streaming.page import page
+from dsv4.streaming.pairing import EVALUATION
+from dsv4.words import say
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_setting(parser, "SOURCE", required=True, help="the FP4/FP8 source")
+    add_setting(parser, "BUNDLE", required=True, nargs="+", help="one or more")
+    add_setting(parser, "BUNDLES", help="instead: several, with blanks between them")
+    add_setting(parser, "TEXT", default=EVALUATION, help="UTF-8")
+    add_setting(parser, "TOKENS", default=2048, help="of the text, at most")
+    add_setting(parser, "DEVICE", choices=("cpu", "gpu", "both"), help="default: gpu, if any")
+    add_setting(parser, "RUNTIME", choices=("jang", "vlm"), default="jang")
+    add_setting(parser, "FLOAT32", help="compute bundles in float32")
+    add_setting(parser, "TOOLCHAIN_PYTHON", option="--python", default=passes.PYTHON)
+    parser.add_argument("--work", type=Path, help="for hidden states; default: OUT.work")
+    parser.add_argument("--out", type=Path, default=Path("build/evaluate"), help="without a suffix")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Evaluate, print the tables, write them. Returns 0."""
+    args = parse_arguments()
+    work = args.work or args.out.with_name(f"{args.out.name}.work")
+    settings = passes.settings_for(args.python, args.runtime, work)
+    devices = passes.chosen_devices(args.device, settings)
+    asked = evaluation.Asked(
+        args.source, args.bundles or args.bundle, args.text, args.tokens, devices, args.float32
+    )
+    result = evaluation.evaluate(asked, settings)
+    evaluation.announce(result)
+    write_json(args.out.with_name(f"{args.out.name}.json"), result)
+    write_bytes(args.out.with_name(f"{args.out.name}.md"), evaluation.tables(result).encode())
+    html = args.out.with_name(f"{args.out.name}.html")
+    write_bytes(html, page(result).encode())
+    passes.clear(work)
+    say(html)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

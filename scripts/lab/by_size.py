@@ -1,0 +1,163 @@
+"""What fewer bits cost: KL divergence of the nano's bundles over the size that Flash's would have.
+
+The nano source is converted with each affine form of 2 and 3 bits, by least squares and as
+`mx.quantize` does it, and with mixtures of several sizes, by plan.py; each bundle's next-token
+distribution, computed from its tensors in float32, is compared with the source's at every token of
+held-out additions. Sizes are of DeepSeek-V4-Flash at as many bits a weight of its routed experts.
+It ranks the forms, as fidelity.py does for the others; it does not predict what Flash loses.
+
+Writes by_size.json to --out and the picture to --picture, prints a table; bundles are made anew in
+--out. Costs about 10 minutes on two cores.
+
+    .venv/bin/python scripts/lab/by_size.py [--out DIR] [--picture FILE] [--additions N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pictures import Curve, curves
+from rooms import NANO
+from source_tensors import FLASH, headers
+from through_model import every_logit, lessons, model_error, stage
+
+from dsv4.model.names import parse_expert
+from dsv4.model.opening import open_bundle
+from dsv4.model.plan import plan_shards
+from dsv4.stop import run
+from dsv4.storage.durable import write_bytes, write_json
+from dsv4.weights.quantizer import named
+
+OURS = (
+    "affine2g128", "affine2g64", "small", "affine2g32", "affine3g128", "affine3g64", "affine3g32",
+    "mxfp4",
+)  # fmt: skip
+THEIRS = tuple(f"{name}-mx" for name in OURS if name.startswith("affine"))
+# Bits a weight of the routed experts that mixtures are planned to.
+MIXTURES = (2.5, 2.75, 3.0, 3.5)
+# The nano: bytes of everything but experts, and of its experts at one bit a weight, MTP included.
+NANO_REST, NANO_BITS = 1_675_000, 196_608
+# Published bundles of this model, by their own size; how far they are from the source is not known.
+PUBLISHED = {
+    "ds4 q2": 86.8, "2.4bit-mixed": 92.9, "2bit-DQ": 96.5, "mlx-community 4bit": 151.5
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Point:
+    """One bundle: bits a weight of the main layers' experts, Flash's bytes at as many bits; KL in
+    nats, share of tokens with the same most likely successor, and of additions answered rightly."""
+
+    name: str
+    bits: float
+    flash: float
+    kl: float
+    agreement: float
+    accuracy: float
+
+
+def bits_of(bundle: Path) -> float:
+    """Bits a weight of all main layers' routed experts, by the bytes on disk."""
+
+    def experts(folder: Path) -> int:
+        tensors = open_bundle(folder).tensors.items()
+        return sum(t.nbytes for n, t in tensors if (parse_expert(n) or ("",))[0] == "layers")
+
+    return 4.25 * experts(bundle) / experts(NANO)  # the source's FP4 has 4.25
+
+
+def flash_bytes(bits: float) -> float:
+    """Flash's shards when its routed experts have so many bits a weight, everything else 8."""
+    tensors = headers(FLASH)
+    low, high = (
+        sum(shard.size for shard in plan_shards(tensors, named(name).form, {"format": "mlx"}))
+        for name in ("affine2g128", "mxfp4")
+    )
+    return low + (high - low) * (bits - 2.25) / (4.25 - 2.25)
+
+
+def make(name: str, bundle: Path) -> None:
+    """A bundle of the nano; a mixture's name is its bits and, with "any", that shapes are free."""
+    options: tuple[object, ...] = ("--quantizer", name)
+    if name.startswith("mixture"):
+        plan, bits = bundle.with_name(f"{bundle.name}.json"), float(name.split()[1])
+        options = ("--quantizer", "mixture", "--plan", plan)
+        size = NANO_REST + int(NANO_BITS * bits)
+        shape = ["--any-shape"] * name.endswith("any")
+        stage("plan", "--source", NANO, "--plan", plan, "--size", size, *shape)
+    stage("convert", "--source", NANO, "--bundle", bundle, *options)
+    stage("finalize", "--source", NANO, "--bundle", bundle)
+    stage("patch", "--bundle", bundle)
+
+
+def measure(args: argparse.Namespace) -> list[Point]:
+    """Every bundle against the source."""
+    shutil.rmtree(args.out, ignore_errors=True)
+    args.out.mkdir(parents=True)
+    ids, begins = lessons(NANO, NANO, args.additions)
+    python, points = Path(sys.executable), []
+    reference = every_logit(python, NANO, "source", ids, args.out / "source.npy")
+    mixed = [f"mixture {bits}{end}" for bits in MIXTURES for end in ("", " any")]
+    for name in (*OURS, *THEIRS, *mixed):
+        bundle = args.out / name.replace(" ", "-")
+        make(name, bundle)
+        found = every_logit(python, bundle, "tensors", ids, args.out / "found.npy")
+        kl, _, agreement, accuracy = model_error(found, reference, ids, begins)
+        bits = bits_of(bundle)
+        points.append(Point(name, bits, flash_bytes(bits), kl, agreement, accuracy))
+        print(f"{name}: {bits:.2f} bits, KL {kl:.5f}", file=sys.stderr, flush=True)
+    return points
+
+
+def table(points: list[Point]) -> str:
+    """A markdown table."""
+    lines = [
+        "| | bits a weight | GB for Flash | KL | same next token | additions |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {p.name} | {p.bits:.2f} | {p.flash / 1e9:.1f} | {p.kl:.4f} | {p.agreement:.1%} | "
+        f"{p.accuracy:.0%} |"
+        for p in points
+    ]
+    return "\n".join(lines)
+
+
+def picture(points: list[Point]) -> str:
+    """KL over size: ours, mx.quantize's, and mixtures of both kinds."""
+    kinds = {
+        "least squares": [p for p in points if p.name in OURS],
+        "mx.quantize": [p for p in points if p.name in THEIRS],
+        "mixture": [p for p in points if p.name.startswith("mixture") and "any" not in p.name],
+        "mixture, any shape": [p for p in points if p.name.endswith("any")],
+    }
+    shown = [
+        Curve(kind, [(p.flash / 1e9, p.kl, p.name if "mixture" not in kind else "") for p in of])
+        for kind, of in kinds.items()
+    ]
+    names = ("GB of DeepSeek-V4-Flash; dotted: published bundles", "KL to the nano's source, nats")
+    return curves(shown, PUBLISHED, names)
+
+
+def main() -> int:
+    """Measure, print the table, draw the picture. Returns 0."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("build/by_size"))
+    parser.add_argument("--picture", type=Path, help="default: by_size.svg in --out")
+    parser.add_argument("--additions", type=int, default=40, help="held-out ones to go through")
+    args = parser.parse_args()
+    points = measure(args)
+    print(table(points))
+    write_json(args.out / "by_size.json", {"points": [asdict(p) for p in points]})
+    write_bytes(args.picture or args.out / "by_size.svg", picture(points).encode())
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

@@ -1,0 +1,114 @@
+"""Make bundles of the nano model by the tools that make the published ones.
+
+verify, inspect and repair are to judge them whoever made them; here their makers are asked
+themselves: mlx-vlm's convert (4 and 8 bits affine, mxfp4, mxfp8, nvfp4), mlx_lm's convert with
+jang's model registered, and jang's converters (jang, jangtq with profiles 2, 3, 4 and its two
+formats, native, bf16). Runs them in the toolchain's Python, which has to have them all
+(scripts/stacks/new.txt). mlx_lm's convert cannot read FP4, so it is given jang's BF16 bundle;
+mlx-vlm 0.7.10 takes the source for MXFP8 throughout unless its config.json has a `store_dtype`.
+
+Writes one folder a specimen under --out, each under its name when it is whole; those that are there
+stay. Ten seconds each.
+
+    .venv/bin/python scripts/lab/specimens.py [--out build/specimens] [NAME …]
+
+Exit status: 0 all made, or there already; 1 a tool failed, which is named; 2 usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from rooms import NANO
+
+from dsv4.runtime.toolchain import call, script
+from dsv4.stop import Stop, run
+from dsv4.words import say
+
+TOOLCHAIN = Path(".toolchain/new/bin/python")
+# name → the module that makes it and its options; {source}, {out}, {bf16} are folders.
+VLM = ("mlx_vlm", "convert", "--hf-path", "{source}", "--mlx-path", "{out}", "-q")
+LM = ("mlx_lm", "convert", "--hf-path", "{bf16}", "--mlx-path", "{out}", "-q")
+TQ = ("jang_tools.dsv4.convert_dsv4_jangtq", "--src", "{source}", "--dst", "{out}")
+STD = (*TQ, "--variant", "std", "--profile")
+
+
+def of_jang(name: str) -> tuple[str, ...]:
+    return (f"jang_tools.dsv4.convert_dsv4_{name}", "--src", "{source}", "--dst", "{out}")
+
+
+SPECIMENS: dict[str, tuple[str, ...]] = {
+    "vlm-affine8": (*VLM, "--q-bits", "8", "--q-group-size", "64"),
+    "vlm-affine4": (*VLM, "--q-bits", "4", "--q-group-size", "32"),
+    "vlm-mxfp4": (*VLM, "--q-mode", "mxfp4"),
+    "vlm-mxfp8": (*VLM, "--q-mode", "mxfp8"),
+    "vlm-nvfp4": (*VLM, "--q-mode", "nvfp4"),
+    "jang-bf16": of_jang("bf16"),
+    "jang-native": of_jang("native"),
+    "jang-affine2": of_jang("jang"),
+    "jangtq-2": (*STD, "2", "--format", "jangtq"),
+    # of 3 and 4 bits it makes affine and mxfp4 after all, and then fails to stack what is not there
+    "jangtq-3": (*STD, "3", "--format", "jangtq", "--no-prestack", "--no-sidecar"),
+    "jangtq-4": (*STD, "4", "--format", "jangtq", "--no-prestack", "--no-sidecar"),
+    "jangtq-v3": (*TQ, "--profile", "2", "--format", "jangtq"),
+    "jangtq-2-affine": (*STD, "2", "--format", "jang"),
+    "jangtq-3-affine": (*STD, "3", "--format", "jang"),
+    "jangtq-4-affine": (*STD, "4", "--format", "jang"),
+    "lm-affine4": (*LM, "--q-bits", "4", "--q-group-size", "64"),
+    "lm-mxfp4": (*LM, "--q-mode", "mxfp4"),
+}
+
+
+def prepared(source: Path, folder: Path) -> Path:
+    """A copy of the source as mlx-vlm 0.7.10 reads it."""
+    shutil.copytree(source, folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["quantization_config"]["store_dtype"] = "mixed"
+    path.write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def make(name: str, source: Path, out: Path, python: Path) -> None:
+    """Make one specimen. Raises Stop with the tool's last line when it fails."""
+    if (out / name).exists():
+        say(f"{out / name}: there already")
+        return
+    with tempfile.TemporaryDirectory(prefix=".making-", dir=out) as work:
+        made = Path(work) / "made"
+        own = prepared(source, Path(work) / "source") if name.startswith("vlm-") else source
+        folders = {"source": own.resolve(), "out": made.resolve(), "bf16": out / "jang-bf16"}
+        command = [part.format(**folders) for part in SPECIMENS[name]]
+        call(script(python, "lab/upstream", *command), command[0], "see the toolchain")
+        if not (made / "config.json").is_file():
+            raise Stop(name, "no config.json", "a bundle", "see the tool")
+        made.rename(out / name)
+    say(f"{out / name}: made")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="only these")
+    parser.add_argument("--source", type=Path, default=NANO)
+    parser.add_argument("--out", type=Path, default=Path("build/specimens"))
+    parser.add_argument("--python", type=Path, default=TOOLCHAIN, help="that has all these tools")
+    args = parser.parse_args()
+    if unknown := set(args.names) - set(SPECIMENS):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(SPECIMENS)}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    names = [name for name in SPECIMENS if name in args.names or not args.names]
+    if "jang-bf16" not in names and any(name.startswith("lm-") for name in names):
+        names.insert(0, "jang-bf16")
+    for name in names:
+        make(name, args.source, args.out.resolve(), args.python)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

@@ -1,0 +1,115 @@
+"""Plan the bundle that fits a Mac: fewer bits for the routed experts, where they lose least.
+
+Measures on a sample of the source's experts what each form costs in each layer (dsv4/weights/
+sampling.py), chooses so that the summed error is least within the size (dsv4/making/fitting.py),
+and writes the choice to a JSON file, which may be edited; convert and requantize take it with
+--quantizer mixture --plan FILE. Everything but the routed experts is 8-bit affine, as ever.
+
+--fit 96GB is a Mac's memory: the rule from there to the bundle's size is in dsv4/model/memory.py.
+--size 88GB is the bundle's own. Where the size allows, layers get the shape for which vMLX has
+fused kernels, or stay exact; --any-shape takes the least error instead. A plan that is there
+already, for the same size, source and imatrix, is kept, edited or not.
+
+    .venv/bin/python scripts/plan.py --source DIR --plan FILE (--fit 96GB | --size 88GB)
+        [--imatrix FILE] [--context TOKENS] [--any-shape] [--dry-run]
+
+Reads 0.3 GB of Flash, takes minutes; does nothing without --fit and --size. With --low-disk what it
+reads comes from the hub.
+Exit status: 0 written, there already, or not asked for; 1 failed; 2 usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from typing import Any
+
+from tqdm import tqdm
+
+from dsv4.making import fitting, low_disk
+from dsv4.making.marks import fingerprint
+from dsv4.model import memory
+from dsv4.model.plan import SHARD_BYTES
+from dsv4.settings import add_setting, cores
+from dsv4.stop import run
+from dsv4.storage.checkpoint import Checkpoint, read_json
+from dsv4.storage.durable import human, write_json
+from dsv4.storage.reading import Reader
+from dsv4.weights import sampling
+from dsv4.weights.imatrix import EVEN, Importance, coverage, importances, open_imatrix
+from dsv4.words import say
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_setting(parser, "SOURCE", required=True)
+    add_setting(parser, "PLAN", help="the file to write")
+    memory.add_goal(parser)
+    add_setting(parser, "IMATRIX", help="importance of columns (.dat)")
+    add_setting(parser, "ANY_SHAPE", help="not only what vMLX has fused")
+    add_setting(parser, "SHARD_BYTES", default=SHARD_BYTES)
+    low_disk.add_options(parser)
+    parser.add_argument("--dry-run", action="store_true", help="write nothing")
+    add_setting(parser, "JOBS", default=cores())
+    args = parser.parse_args()
+    memory.check_goal(args)
+    if (args.fit or args.size) and not args.plan:
+        parser.error("--fit and --size need --plan FILE, where the plan is written")
+    return args
+
+
+def importance_of(args: argparse.Namespace, source: Checkpoint) -> Importance:
+    """The imatrix, if any; says how far it reaches. Raises Stop when it is another model's."""
+    if args.imatrix is None:
+        return EVEN
+    imatrix = open_imatrix(args.imatrix)
+    found = importances(imatrix, source)
+    say(coverage(found.columns, imatrix, source))
+    return found
+
+
+def asked(args: argparse.Namespace, source: Checkpoint, importance: Importance) -> dict[str, Any]:
+    """What the plan is for, and how its errors are measured: the head of the file."""
+    return {
+        "source": fingerprint(source),
+        "imatrix": importance.digest,
+        "fit": args.fit,
+        "size": memory.goal_of(args, source.config),
+        "context": args.context,
+        "any_shape": args.any_shape,
+        "sample": {"experts": sampling.EXPERTS, "weights": sampling.WEIGHTS},
+    }
+
+
+def main() -> int:
+    """Plan, or recognise the plan that is there, or that none was asked for. Returns 0."""
+    args = parse_arguments()
+    if not (args.fit or args.size):
+        say(f"no size was asked for (FIT, SIZE); {args.plan or 'no plan'} stays as it is")
+        return 0
+    with low_disk.opened(args) as (_, source, supply), contextlib.closing(Reader()) as reader:
+        importance = importance_of(args, source)
+        head = asked(args, source, importance)
+        there = read_json(args.plan) if args.plan.is_file() else {}
+        if head.items() <= there.items():
+            say(f"{args.plan}: there already, for {human(head['size'])}; delete it to plan afresh")
+            return 0
+        stacks = sampling.sampled(source)
+        with tqdm(total=len(stacks), unit="stack", desc="plan", disable=None) as bar:
+            read = supply.read if supply else reader.read
+            errors = sampling.errors(source, read, importance, args.jobs, bar.update)
+    planner = fitting.Planner(source, errors, args.shard_bytes)
+    fit = planner.fit(head["size"], args.any_shape)
+    say(fitting.describe(fit))
+    say(memory.fit_in_words(source.config, fit.nbytes, args.context, args.fit or 0))
+    if not args.dry_run:
+        args.plan.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.plan, fitting.document(fit, errors, head))
+        say(f"{args.plan}: written; {human(fit.nbytes)} with QUANTIZER=mixture PLAN={args.plan}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))
