@@ -25,7 +25,7 @@ from rooms import NANO
 from source_tensors import FLASH, headers
 from through_model import every_logit, lessons, model_error, stage
 
-from dsv4.model.names import parse_expert
+from dsv4.model.names import is_expert
 from dsv4.model.opening import open_bundle
 from dsv4.model.plan import plan_shards
 from dsv4.stop import run
@@ -33,8 +33,8 @@ from dsv4.storage.durable import write_bytes, write_json
 from dsv4.weights.quantizer import named
 
 OURS = (
-    "affine2g128", "affine2g64", "small", "affine2g32", "affine3g128", "affine3g64", "affine3g32",
-    "mxfp4",
+    "turboquant2", "affine2g128", "affine2g64", "small", "affine2g32", "affine3g128", "affine3g64",
+    "affine3g32", "mxfp4",
 )  # fmt: skip
 THEIRS = tuple(f"{name}-mx" for name in OURS if name.startswith("affine"))
 # Bits a weight of the routed experts that mixtures are planned to.
@@ -65,7 +65,7 @@ def bits_of(bundle: Path) -> float:
 
     def experts(folder: Path) -> int:
         tensors = open_bundle(folder).tensors.items()
-        return sum(t.nbytes for n, t in tensors if (parse_expert(n) or ("",))[0] == "layers")
+        return sum(t.nbytes for n, t in tensors if is_expert(n) and n.startswith("layers."))
 
     return 4.25 * experts(bundle) / experts(NANO)  # the source's FP4 has 4.25
 

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import rooms  # noqa: F401
+import turbo_kernels
 
 from dsv4.model.labels import TURBO_PARTS, stored_label
 from dsv4.model.names import expert_base, parse_stack
@@ -74,9 +75,8 @@ def decode_bundle(bundle: Checkpoint) -> dict[str, np.ndarray]:
         base, _, part = name.rpartition(".")
         label = stored_label(tensors, base, bundle.config)
         if part == "tq_packed":
-            out.update(
-                decode_turbo(base, *(read_array(tensors[f"{base}.{p}"]) for p in TURBO_PARTS))
-            )
+            turbo = {part: read_array(tensors[f"{base}.{part}"]) for part in TURBO_PARTS}
+            out.update(decode_turbo(base, turbo))
         if part in TURBO_PARTS:
             continue
         if part in ("scales", "biases") and label is None:
@@ -92,20 +92,9 @@ def decode_bundle(bundle: Checkpoint) -> dict[str, np.ndarray]:
     return out
 
 
-def decode_turbo(
-    base: str, packed: np.ndarray, norms: np.ndarray, bits: np.ndarray
-) -> dict[str, np.ndarray]:
-    """A stack of experts, or one, in TurboQuant by storage name, with jang's codebook and signs."""
-    import mlx.core as mx
-    from jang_tools.turboquant import codebook, rotation
-
-    width = int(bits[0])
-    codes = packed[..., None] >> np.arange(0, 32, width, dtype=np.uint32) & ((1 << width) - 1)
-    codes = codes.reshape(*packed.shape[:-1], -1)
-    levels = np.array(codebook.compute_codebook(codes.shape[-1], width), np.float32)
-    signs = rotation.generate_random_signs(codes.shape[-1], seed=42)
-    rotated = mx.array(levels[codes] * norms[..., None].astype(np.float32))
-    values = np.array(rotation.hadamard_inverse(rotated, signs))
+def decode_turbo(base: str, parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A stack of experts, or one, in TurboQuant: float32 by the experts' storage names."""
+    values = turbo_kernels.decode(parts)
     stack = parse_stack(f"{base}.tq_packed")
     if stack is None:
         return {f"{base}.weight": values}
@@ -159,11 +148,10 @@ class MlxModel:
 
 
 def loader(folder: Path) -> MlxModel:
-    from turbo_kernels import stand_in
     from vmlx_engine.loaders.load_jangtq_dsv4 import load_jangtq_dsv4_model
 
     if any(name.endswith(".tq_packed") for name in open_bundle(folder).tensors):
-        stand_in()
+        turbo_kernels.stand_in()
     model, _ = load_jangtq_dsv4_model(folder)
     return MlxModel(model, lambda ids, cache: model(ids, cache=cache))
 

@@ -1,4 +1,4 @@
-"""Stand-ins in plain MLX for jang's three Metal kernels of TurboQuant, where there is no Metal.
+"""TurboQuant in plain MLX: decoded, and stand-ins for jang's Metal kernels where there is no Metal.
 
 What a loader builds and calls is jang's and vMLX's own code, down to the kernels: the rotation, the
 gathered product, and that of gate and up with the limited SwiGLU (jang_tools.turboquant, 2.5.50).
@@ -6,6 +6,25 @@ Slow, and meant for a nano.
 """
 
 from __future__ import annotations
+
+import numpy as np
+
+
+def decode(parts: dict[str, np.ndarray]) -> np.ndarray:
+    """Matrices by their tq_packed, tq_norms and tq_bits as float32, with jang's codebook and signs.
+
+    As jang_tools.turboquant.linear, TurboQuantLinear, 2.5.50, does it for each product.
+    """
+    import mlx.core as mx
+    from jang_tools.turboquant import codebook, rotation
+
+    packed, width = parts["tq_packed"], int(parts["tq_bits"][0])
+    codes = packed[..., None] >> np.arange(0, 32, width, dtype=np.uint32) & ((1 << width) - 1)
+    codes = codes.reshape(*packed.shape[:-1], -1)
+    levels = np.array(codebook.compute_codebook(codes.shape[-1], width), np.float32)
+    signs = rotation.generate_random_signs(codes.shape[-1], seed=42)
+    rotated = mx.array(levels[codes] * parts["tq_norms"][..., None].astype(np.float32))
+    return np.array(rotation.hadamard_inverse(rotated, signs))
 
 
 def stand_in() -> None:
@@ -50,8 +69,8 @@ def _gate_and_up(inputs, output_shapes, **_):
 
     rows, *matrices, codebook, experts, meta = inputs
     rows = mx.repeat(rows, output_shapes[0][0] // len(rows), axis=0)
-    limit = meta[-1].astype(mx.float32) / 1000
-    limit = mx.where(limit > 0, limit, mx.inf)
+    limit = meta[5].item() / 1000 if meta.size > 5 else 10.0  # jang 2.5.9 has it in its kernel
+    limit = limit or np.inf
     gate = mx.minimum(_product(rows, *matrices[:2], codebook, experts), limit)
     up = mx.clip(_product(rows, *matrices[2:], codebook, experts), -limit, limit)
     return [gate * mx.sigmoid(gate) * up]

@@ -342,11 +342,15 @@ def write_sidecar(folder: Path, plan: Plan) -> bool:
         return there
     bases = expert_bases(plan.source)
     columns = {2 * plan.source.tensors[f"{base}.weight"].shape[1] for base in bases}
+    return write_bytes(folder / SIDECAR, sidecar(columns), folder)
+
+
+def sidecar(columns: Iterable[int]) -> bytes:
+    """jangtq_runtime.safetensors for rows of these lengths."""
     arrays = {f"signs.{n}.{turboquant.SEED}": turboquant.signs(n) for n in columns}
     arrays |= {f"codebook.{n}.{turboquant.BITS}": turboquant.codebook(n) for n in columns}
     slots = [Slot(name, "F32", array.shape) for name, array in sorted(arrays.items())]
-    data = [arrays[slot.name].tobytes() for slot in slots]
-    return write_bytes(folder / SIDECAR, b"".join([header_bytes(slots, {}), *data]), folder)
+    return b"".join([header_bytes(slots, {}), *(arrays[slot.name].tobytes() for slot in slots)])
 
 
 def write_index(folder: Path, shards: Mapping[str, Iterable[Slot | Tensor]]) -> bool:

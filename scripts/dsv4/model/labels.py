@@ -64,8 +64,9 @@ def quantization(
     misses a matrix's label is right with it. Experts in TurboQuant have no labels but what
     `turbo_width` says.
     """
-    if TURBO2 in experts.values():
-        return DEFAULT | turbo_width(TURBO2)
+    turbo = next((label for label in experts.values() if label["mode"] == TURBO), None)
+    if turbo is not None:
+        return DEFAULT | turbo_width(turbo)
     fp8 = fp8_bases(tensors or {})
     eight = any(n.endswith(".biases") and not parse_expert(n) for n in tensors or ())
     labels: dict[str, Any] = dict(MXFP8 if fp8 and not eight else DEFAULT)

@@ -73,6 +73,9 @@ class Comparer:
         outcome.disk = task.main.disk.partition("[")[0].removesuffix(".weight")
         if self.recorded == Lossless.name and task.label and task.label["mode"] == "affine":
             outcome.fault("rounded", "whole tensor", "affine", "the source's own numbers")
+        if self._is_other_form(task):
+            wanted = "TurboQuant's codes, or none of them, as the shards' mark says"
+            outcome.fault("expert-differs", "whole tensor", how, wanted)
         if task.label is None:
             compare_plain(task, reader, outcome, self.recorded == Lossless.name)
         elif task.label["mode"] == "affine":
@@ -87,6 +90,13 @@ class Comparer:
         else:
             compare_floats(task, reader, outcome, BLOCK_WEIGHTS)
         return outcome
+
+    def _is_other_form(self, task: Task) -> bool:
+        """True for an expert in TurboQuant that was to be another's, and the other way round."""
+        if task.what != "expert" or task.label is None or self.quantizer is None:
+            return False
+        turbo = self.quantizer.label["mode"] == TURBO
+        return turbo != (task.label["mode"] == TURBO)
 
     def _compare_affine(self, task: Task, reader: Reader, outcome: Outcome) -> None:
         """Compare runs of rows by their bytes where that is enough; decode the others, and one

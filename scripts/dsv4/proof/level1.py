@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dsv4.model.layouts import MLX_LM, STORAGE
-from dsv4.proof import conversation, documents, headers, loading
+from dsv4.proof import conversation, documents, headers, loading, turbo_files
 from dsv4.proof.findings import Check, Findings
 from dsv4.proof.survey import Survey
 from dsv4.storage.checkpoint import Checkpoint
@@ -30,6 +30,7 @@ def check_headers(bundle: Survey, source: Checkpoint | None, findings: Findings)
         headers.check_controls(bundle, findings),
         documents.check_code(bundle, findings),
         documents.check_labels(bundle, findings),
+        *turbo_files.check_files(bundle, findings),
         documents.check_stops(bundle, findings),
         *conversation.check(bundle, source, findings),
     ]
@@ -42,9 +43,7 @@ def check_toolchain(bundle: Survey, python: Path, findings: Findings) -> list[Ch
     """What the installed loaders make of these headers, and whether they are patched."""
     if {"config-broken", "layout-unknown"} & findings.names:
         return []
-    if MLX_LM not in bundle.layout.runtimes or any(
-        n.endswith(".tq_packed") for n in bundle.tensors
-    ):
+    if MLX_LM not in bundle.layout.runtimes or turbo_files.is_turbo(bundle):
         said = "neither mlx_lm nor jang_tools loads this layout, so neither was asked"
         return [Check("parameters replayed", 0, said, optional=True)]
     loader = loading.check_loader(python, findings)

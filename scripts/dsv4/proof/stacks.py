@@ -23,6 +23,7 @@ from dsv4.proof.needs import (
     jang_groups,
     labels_for,
     no_fp8,
+    no_turbo,
     plain_head,
     stop_ids,
 )
@@ -65,8 +66,8 @@ class Stack:
 
 OLD = (labels_for(RUNTIMES[0]), stop_ids("config.json"), chat_template, no_fp8)
 NEW = (labels_for(RUNTIMES[2]), controls, encoding, jang_groups)
-VLM = (labels_for(RUNTIMES[1]), stop_ids("generation_config.json"), plain_head)
-LM = (labels_for(RUNTIMES[0]), stop_ids("generation_config.json"))
+VLM = (labels_for(RUNTIMES[1]), stop_ids("generation_config.json"), plain_head, no_turbo)
+LM = (labels_for(RUNTIMES[0]), stop_ids("generation_config.json"), no_turbo)
 
 OLD_MODEL = "its model has no attention sinks and mixes streams transposed; STACK=new has not"
 BLOCKS = "while decoding, blocks of 4 tokens forget the block before them"
@@ -114,6 +115,10 @@ FAILURES = (
             "another QUANTIZER", "mxfp4", True),
     Failure({"vmlx": "1.3.97"}, "it takes every 8-bit matrix for affine and crashes on FP8's; set "
             "another QUANTIZER, or STACK=new", "lossless", fatal=True),
+    Failure({"vmlx": None}, "vMLX alone reads TurboQuant; set another QUANTIZER, or STACK=new",
+            "turboquant2", fatal=True),
+    Failure({}, "TurboQuant's kernels are Metal's alone; serve the bundle on a Mac", "turboquant2",
+            False),
     Failure({"vmlx": "1.6.81", "mlx-lm": "0.32.2"}, "vmlx imports a name that this mlx-lm lacks; "
             "install mlx-lm 0.31.3"),
     Failure({"vmlx": None, "mlx-vlm": None, "jang": None}, "no mlx-lm has DeepSeek-V4 of its own; "

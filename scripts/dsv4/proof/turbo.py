@@ -4,8 +4,10 @@ A row of d weights is multiplied by fixed signs, rotated by an orthonormal Walsh
 and divided by its norm; its elements are then distributed as one coordinate of a point on the unit
 sphere, and a code names the Lloyd-Max level of that distribution nearest to one of them. Rotations
 keep distances, so that the error is measured there, and nothing is rotated back. The promise: each
-code names the nearest level, each norm is the row's within a step of F16 (sums in another order
-move it so far), and tq_bits says how many bits a code has.
+code names the nearest level, so that a weight between the outermost levels lies half a step from
+its own at most (a step being the widest gap of the codebook, times the norm), each norm is the
+row's within a step of F16 (sums in another order move it so far), and tq_bits says how many bits a
+code has. Signs and codebook are made here once more, by code of its own: others judge others.
 
 After what jang_tools writes (jang_tools.turboquant, jang_tools.dsv4.convert_dsv4_jangtq, 2.5.50).
 """
@@ -80,9 +82,13 @@ def compare_turbo(task: Task, reader: Reader, outcome: Outcome, weights: int) ->
             where = f"row {first + int(np.argmin(np.isfinite(lengths)))}"
             outcome.fault("nan-or-inf", where, "norm NaN or Inf", "numbers")
             return
-        counts, energy, error, exact = _judge(
+        counts, energy, error, exact, worst, worst_at = _judge(
             values, signs(columns), words, lengths, codebook(columns, bits), bits, columns
         )
+        if worst > outcome.worst:
+            row, column = divmod(int(worst_at), columns)
+            outcome.worst = worst
+            outcome.worst_at = f"row {first + row}, rotated column {column}"
         outcome.numbers += len(values)
         outcome.groups += len(lengths)
         outcome.exact += exact
@@ -143,6 +149,8 @@ def rotate(row):
 def _judge(values, signs, words, lengths, levels, bits, columns):
     counts = np.zeros(4, np.int64)
     energy, error, exact = 0.0, 0.0, 0
+    worst, worst_at = 0.0, 0
+    widest = np.max(levels[1:] - levels[:-1])
     each, mask = 32 // bits, (1 << bits) - 1
     width = (columns + each - 1) // each
     slack = SLACK / math.sqrt(columns)
@@ -174,5 +182,7 @@ def _judge(values, signs, words, lengths, levels, bits, columns):
                 odd += 1
             miss = np.float64(row[i]) - np.float64(levels[code]) * np.float64(lengths[r])
             error += miss * miss
+            if abs(miss) > worst * widest * lengths[r]:
+                worst, worst_at = abs(miss) / (widest * lengths[r]), columns * r + i
         exact += odd == 0
-    return counts, energy, error, exact
+    return counts, energy, error, exact, worst, worst_at
