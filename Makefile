@@ -169,10 +169,13 @@ $(STAMPS)/settings: FORCE
 	@cmp -s $@.new $@ || cp $@.new $@
 	@rm -f $@.new
 
-# Newer than every stamp while there is no source, or no bundle: the stage that makes it is redone.
+# Newer than every stamp while there is no source, bundle or plan: the stage that makes it is redone.
 $(STAMPS)/no_SOURCE $(STAMPS)/no_BUNDLE: FORCE
 	@mkdir -p $(STAMPS)
 	@test -e "$$RECIPE_$(@F:no_%=%)/config.json" && test -e $@ || touch $@
+$(STAMPS)/no_PLAN: FORCE
+	@mkdir -p $(STAMPS)
+	@test -e "$${RECIPE_PLAN:-/}" && test -e $@ || touch $@
 
 # -------------------------------------------------------------------------------------- set-up
 
@@ -237,7 +240,7 @@ $(STAMPS)/download.stamp: $(STAMPS)/patch_loader.stamp $(STAMPS)/no_SOURCE $(nee
 # A sample of the experts, 0.3 GB of Flash: which form each layer gets. A plan that is there is kept.
 .PHONY: plan
 plan: $(STAMPS)/plan.stamp ## plan which layer gets how many bits, to FIT=96GB or SIZE=88GB
-$(STAMPS)/plan.stamp: $(STAMPS)/download.stamp $(needs_plan)
+$(STAMPS)/plan.stamp: $(STAMPS)/download.stamp $(STAMPS)/no_PLAN $(needs_plan)
 	rm -f $@
 	$(PYTHON) scripts/plan.py
 	touch $@

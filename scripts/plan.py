@@ -37,6 +37,7 @@ from dsv4.storage.durable import human, write_json
 from dsv4.storage.reading import Reader
 from dsv4.weights import sampling
 from dsv4.weights.imatrix import EVEN, Importance, coverage, importances, open_imatrix
+from dsv4.weights.mixture import check_there
 from dsv4.words import say
 
 
@@ -87,6 +88,8 @@ def main() -> int:
     """Plan, or recognise the plan that is there, or that none was asked for. Returns 0."""
     args = parse_arguments()
     if not (args.fit or args.size):
+        if args.plan:
+            check_there(args.plan)
         say(f"no size was asked for (FIT, SIZE); {args.plan or 'no plan'} stays as it is")
         return 0
     with low_disk.opened(args) as (_, source, supply), contextlib.closing(Reader()) as reader:

@@ -146,14 +146,26 @@ def test_a_plan_that_does_not_fit_is_one_line(planned, source, tmp_path, change,
     assert "\n" not in str(stop.value)
 
 
+def mostly_exact(experts: dict) -> None:
+    """All of them as the source has them, but one stack."""
+    experts.update({layer: dict.fromkeys(of, "mxfp4") for layer, of in experts.items()})
+    experts["layers.1"]["up_proj"] = "affine3g32"
+
+
 def test_an_edited_plan_makes_the_experts_anew(planned, source, tmp_path) -> None:
+    """Most are exact then, so that the plan's most usual form is one that is copied."""
     bundle = shutil.copytree(planned[1], tmp_path / "bundle")
-    plan = edited(planned, tmp_path, lambda e: e["layers.1"].update({"up_proj": "affine3g32"}))
+    plan = edited(planned, tmp_path, mostly_exact)
     options = ("--source", source, "--bundle", bundle, "--quantizer", "mixture", "--plan", plan)
     must("requantize", *options)
     label = expert_labels(open_bundle(bundle))["layers.1.ffn.experts.0.w3"]
     assert label == {"group_size": 32, "bits": 3, "mode": "affine"}
     assert bundles.judge(bundle, source).names == set()
+
+
+def test_a_plan_that_is_not_there_is_one_line(source, tmp_path) -> None:
+    said = refusal("plan", "--source", source, "--plan", tmp_path / "none.json")
+    assert "none.json: found no such file, expected a plan; make plan FIT" in said
 
 
 def test_an_imatrix_of_another_model_stops_the_plan(source, tmp_path) -> None:

@@ -1,8 +1,10 @@
 """The house: an import goes down the stairs only, and a command imports no command.
 
-Catches: an import that the rules forbid and `make lint` lets pass; a command that no rule names.
+Catches: an import that the rules forbid and `make lint` lets pass; a command that no rule names; a
+bar that is drawn into a log file.
 """
 
+import ast
 import shutil
 import subprocess
 import sys
@@ -102,3 +104,10 @@ def test_the_rule_names_every_command():
 def test_commands_are_short():
     for path in (*SCRIPTS.glob("*.py"), *SCRIPTS.glob("lab/*.py")):
         assert len(path.read_text().splitlines()) <= 300, path
+
+
+def test_every_bar_is_asked_whether_there_is_a_terminal():
+    for path in SCRIPTS.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "tqdm":
+                assert "disable" in {word.arg for word in node.keywords}, f"{path}:{node.lineno}"

@@ -15,6 +15,7 @@ Writes by_size.json to --out and the picture to --picture, prints a table; bundl
 from __future__ import annotations
 
 import argparse
+import functools
 import shutil
 import sys
 from dataclasses import asdict, dataclass
@@ -70,14 +71,19 @@ def bits_of(bundle: Path) -> float:
     return 4.25 * experts(bundle) / experts(NANO)  # the source's FP4 has 4.25
 
 
-def flash_bytes(bits: float) -> float:
-    """Flash's shards when its routed experts have so many bits a weight, everything else 8."""
-    tensors = headers(FLASH)
-    low, high = (
-        sum(shard.size for shard in plan_shards(tensors, named(name).form, {"format": "mlx"}))
-        for name in ("affine2g128", "mxfp4")
-    )
-    return low + (high - low) * (bits - 2.25) / (4.25 - 2.25)
+def flash_bytes(name: str, bits: float) -> float:
+    """Flash's shards in a form; of a mixture by its bits a weight of routed experts."""
+    if name.startswith("mixture"):
+        low, high = planned("affine2g128"), planned("mxfp4")
+        return low + (high - low) * (bits - 2.25) / (4.25 - 2.25)
+    return planned(name)
+
+
+@functools.cache
+def planned(name: str) -> int:
+    """The bytes of Flash's shards as convert would plan them."""
+    form = named(name).form
+    return sum(shard.size for shard in plan_shards(headers(FLASH), form, {"format": "mlx"}))
 
 
 def make(name: str, bundle: Path) -> None:
@@ -108,7 +114,7 @@ def measure(args: argparse.Namespace) -> list[Point]:
         found = every_logit(python, bundle, "tensors", ids, args.out / "found.npy")
         kl, _, agreement, accuracy = model_error(found, reference, ids, begins)
         bits = bits_of(bundle)
-        points.append(Point(name, bits, flash_bytes(bits), kl, agreement, accuracy))
+        points.append(Point(name, bits, flash_bytes(name, bits), kl, agreement, accuracy))
         print(f"{name}: {bits:.2f} bits, KL {kl:.5f}", file=sys.stderr, flush=True)
     return points
 

@@ -141,9 +141,11 @@ def unit_pieces(
     """The pieces that fill those parts of an expert, or of a stack of them, that a shard holds."""
     pieces: list[Piece] = []
     for number, (weight, scale) in enumerate(unit.stack or [(unit.weight, unit.scale)]):
-        sizes = dict(rows_of(weight, quantizer))
+        base = weight.name.removesuffix(".weight")
+        one, importance = quantizer.of(base), quantizer.importance.get(base)
+        sizes = dict(rows_of(weight, one))
         at = {p: place + number * sizes[p] for p, place in places.items() if p in sizes}
-        pieces += expert_pieces(weight, scale, at, quantizer, ledger)
+        pieces += expert_pieces(weight, scale, at, one, ledger, importance)
     for slot in unit.slots:
         if slot.name.endswith(".tq_bits") and "tq_bits" in places:
             bits = int(quantizer.label["bits"]).to_bytes(slot.nbytes, "little")
@@ -152,7 +154,12 @@ def unit_pieces(
 
 
 def expert_pieces(
-    weight: Tensor, scale: Tensor, places: dict[str, int], quantizer: Quantizer, ledger: Ledger
+    weight: Tensor,
+    scale: Tensor,
+    places: dict[str, int],
+    quantizer: Quantizer,
+    ledger: Ledger,
+    importance: np.ndarray | None,
 ) -> list[Piece]:
     """The pieces that fill the parts of one expert, each at its place."""
     if quantizer.label == MXFP4:
@@ -160,10 +167,8 @@ def expert_pieces(
     out, half = weight.shape
     rows = max(1, PIECE_BYTES // half)
     cuts = [(row, min(row + rows, out)) for row in range(0, out, rows)]
-    base = weight.name.removesuffix(".weight")
-    importance, one = quantizer.importance.get(base), quantizer.of(base)
     return [
-        QuantizePiece(weight, scale, first, last, places, one, ledger, importance)
+        QuantizePiece(weight, scale, first, last, places, quantizer, ledger, importance)
         for first, last in cuts
     ]
 

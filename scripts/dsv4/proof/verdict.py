@@ -190,17 +190,19 @@ def kind_of(outcome: Outcome) -> str:
 
 
 def by_kind(outcomes: list[Outcome]) -> list[dict[str, Any]]:
-    """How exact each kind of tensor is, as verify.json holds it and the terminal shows it."""
-    kinds: dict[str, list[Outcome]] = {}
+    """How exact each kind of tensor is, as verify.json holds it and the terminal shows it; what is
+    stored in another way has a row of its own.
+    """
+    kinds: dict[tuple[str, str], list[Outcome]] = {}
     for outcome in outcomes:
-        kinds.setdefault(kind_of(outcome), []).append(outcome)
+        kinds.setdefault((kind_of(outcome), outcome.how), []).append(outcome)
     rows = []
-    for kind, mine in kinds.items():
+    for (kind, how), mine in kinds.items():
         worst = max(mine, key=lambda o: o.relative)
         rows.append({
             "kind": kind,
             "tensors": len(mine),
-            "stored_as": " and ".join(sorted({o.how for o in mine})),
+            "stored_as": how,
             "relative_rms": rms_of(mine),
             "worst_tensor": worst.shown if worst.relative else "",
             "worst_tensor_rms": worst.relative,

@@ -123,7 +123,7 @@ class Engine:
 
     def run(self, job: Mapping[str, Any], name: str) -> int:
         """Do a job and show its progress. Returns the greatest memory of MLX, in bytes."""
-        with tqdm(unit="B", unit_scale=True, desc=plain(name, 40)) as bar:
+        with tqdm(unit="B", unit_scale=True, desc=plain(name, 40), disable=None) as bar:
             for told in self.said(job):
                 bar.total = told.get("total", bar.total)
                 bar.update(told.get("read", 0))

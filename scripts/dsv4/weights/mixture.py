@@ -44,14 +44,19 @@ def stacks_of(source: Checkpoint) -> list[str]:
     return list(dict.fromkeys(stack_of(base) for base in expert_bases(source)))
 
 
+def check_there(path: Path) -> None:
+    """Raise Stop when there is no such plan."""
+    if not path.is_file():
+        raise Stop(f"{path}", "no such file", "a plan", "make plan FIT=… or SIZE=… writes one")
+
+
 def read_plan(path: Path, source: Checkpoint) -> dict[str, dict[str, Any]]:
     """Stack → label, for every stack of the source.
 
     Raises Stop for a stack that the source does not have or that the plan lacks, and for a form
     that is none.
     """
-    if not path.is_file():
-        raise Stop(f"{path}", "no such file", "a plan", "make plan FIT=… or SIZE=… writes one")
+    check_there(path)
     experts = read_json(path).get("experts")
     if misfit(experts, {str: {str: str}}) is not None:
         raise Stop(f"{path}: experts", shown(experts), "{layer: {projection: form}}", MAKE)
