@@ -1,10 +1,11 @@
 """What fewer bits cost: KL divergence of the nano's bundles over the size that Flash's would have.
 
 The nano source is converted with each affine form of 2 and 3 bits, by least squares and as
-`mx.quantize` does it, and with mixtures of several sizes, by plan.py; each bundle's next-token
-distribution, computed from its tensors in float32, is compared with the source's at every token of
-held-out additions. Sizes are of DeepSeek-V4-Flash at as many bits a weight of its routed experts.
-It ranks the forms, as fidelity.py does for the others; it does not predict what Flash loses.
+`mx.quantize` does it, with mixtures of several sizes, by plan.py, and in TurboQuant; each bundle's
+next-token distribution, computed from its tensors in float32, is compared with the source's at
+every token of held-out additions. Sizes are of DeepSeek-V4-Flash at as many bits a weight of its
+routed experts. It ranks the forms, as fidelity.py does for the others; it does not predict what
+Flash loses.
 
 Writes by_size.json to --out and the picture to --picture, prints a table; bundles are made anew in
 --out. Costs about 10 minutes on two cores.
@@ -33,9 +34,10 @@ from dsv4.stop import run
 from dsv4.storage.durable import write_bytes, write_json
 from dsv4.weights.quantizer import named
 
+TURBO = "turboquant2"
 OURS = (
-    "turboquant2", "affine2g128", "affine2g64", "small", "affine2g32", "affine3g128", "affine3g64",
-    "affine3g32", "mxfp4",
+    "affine2g128", "affine2g64", "small", "affine2g32", "affine3g128", "affine3g64", "affine3g32",
+    "mxfp4",
 )  # fmt: skip
 THEIRS = tuple(f"{name}-mx" for name in OURS if name.startswith("affine"))
 # Bits a weight of the routed experts that mixtures are planned to.
@@ -108,7 +110,7 @@ def measure(args: argparse.Namespace) -> list[Point]:
     python, points = Path(sys.executable), []
     reference = every_logit(python, NANO, "source", ids, args.out / "source.npy")
     mixed = [f"mixture {bits}{end}" for bits in MIXTURES for end in ("", " any")]
-    for name in (*OURS, *THEIRS, *mixed):
+    for name in (TURBO, *OURS, *THEIRS, *mixed):
         bundle = args.out / name.replace(" ", "-")
         make(name, bundle)
         found = every_logit(python, bundle, "tensors", ids, args.out / "found.npy")
@@ -134,12 +136,13 @@ def table(points: list[Point]) -> str:
 
 
 def picture(points: list[Point]) -> str:
-    """KL over size: ours, mx.quantize's, and mixtures of both kinds."""
+    """KL over size: ours, mx.quantize's, mixtures of both kinds, and TurboQuant."""
     kinds = {
         "least squares": [p for p in points if p.name in OURS],
         "mx.quantize": [p for p in points if p.name in THEIRS],
         "mixture": [p for p in points if p.name.startswith("mixture") and "any" not in p.name],
         "mixture, any shape": [p for p in points if p.name.endswith("any")],
+        "TurboQuant": [p for p in points if p.name == TURBO],
     }
     shown = [
         Curve(kind, [(p.flash / 1e9, p.kl, p.name if "mixture" not in kind else "") for p in of])

@@ -70,7 +70,8 @@ class Comparer:
         """Compare one tensor with its source."""
         how = f"{task.label['mode']} {task.label['bits']}-bit" if task.label else ""
         outcome = Outcome(task.origin.name, task.what, how or task.main.dtype)
-        outcome.disk = task.main.disk.partition("[")[0].removesuffix(".weight")
+        disk = task.main.disk.partition("[")[0].removesuffix(".weight")
+        outcome.disk = disk if disk != task.base else ""
         if self.recorded == Lossless.name and task.label and task.label["mode"] == "affine":
             outcome.fault("rounded", "whole tensor", "affine", "the source's own numbers")
         if self._is_other_form(task):
