@@ -265,7 +265,7 @@ def test_repair_says_what_the_tensors_are(finished, tmp_path):
 
 
 def test_its_logits_are_the_sources_but_for_two_bits(finished):
-    """Through jang's codebook and rotation in plain MLX; affine2g128's median over 20 prompts is .24."""
+    """By jang's codebook and rotation in plain MLX; affine2g128's median of 20 prompts is .24."""
     ids = nano.prompts(NANO, nano.held_out(NANO, 3))
     ours, theirs = (
         np.concatenate([model.rows(one, 0)[-1:] for one in ids])
