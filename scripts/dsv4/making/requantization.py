@@ -24,7 +24,7 @@ from dsv4.storage.durable import TEMPORARY_SUFFIX, human, temporary_for, write_j
 from dsv4.storage.rewrite import NewShard, Piece, copy_pieces, rewrite
 from dsv4.storage.shard import Layout, Shard, Slot, Tensor
 from dsv4.storage.space import check_room
-from dsv4.weights.quantizer import Lossless, Quantizer
+from dsv4.weights.quantizer import Quantizer
 
 JANG = "jang_config.json"
 
@@ -112,7 +112,7 @@ def fate_of(
     All of it is made anew where the source's own numbers are wanted, or where they are: then no
     byte of the bundle tells whether its weight or its scales were rewritten already.
     """
-    own = shard.metadata.get("requantize_quantizer") == Lossless.name
+    own = shard.metadata.get("requantize_quantizer") in labels.OWN
     anew = only is None and (own or quantizer.form.as_source)
     slots, kinds, units = [], {}, {}
     for tensor in shard.tensors.values():

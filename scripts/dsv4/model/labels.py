@@ -40,9 +40,12 @@ AFFINE_BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # what MLX has
 TURBO, SOURCE = "mxtq", "source"  # no modes of MLX: TurboQuant's codes, the source's own form
 # Where config.json says which quantizer made the routed experts. No runtime looks at the key.
 RECORD = "requantize"
-# The quantizers with which layers or projections differ; those that may keep the FP4 bytes.
-MIXTURES = ("small", "mixture")
-COPYING = ("mxfp4", "lossless", "mixture")
+# The quantizers that a plan tells how; those with which layers or projections differ; those that
+# keep all but the experts as the source has it; those that may keep the FP4 bytes.
+PLANNED = ("mixture", "mixture-lossless")
+MIXTURES = ("small", *PLANNED)
+OWN = ("lossless", "mixture-lossless")
+COPYING = ("mxfp4", "lossless", *PLANNED)
 
 
 def affine(bits: int, size: int = GROUP) -> dict[str, Any]:
