@@ -74,13 +74,16 @@ QUANTIZER ?= mlx
 IMATRIX ?=
 # The bundle that fits your Mac: FIT=96GB (its memory, with CONTEXT tokens) or SIZE=88GB (the bundle's
 # own) plan a mixture of forms by layer. PLAN: the file that holds it, which you may edit, or your own.
+# QUANTIZER=mixture-lossless: everything but the experts as the source has it (STACK=new).
 # ANY_SHAPE=1: the least error, and not the shape for which vMLX has fused kernels.
 FIT ?=
 SIZE ?=
 ANY_SHAPE ?=
 PLAN ?= $(if $(call as_said,FIT)$(call as_said,SIZE),$(call value_of,BUNDLE).plan.json)
 ifneq ($(call as_said,PLAN),)
+ifeq ($(filter mixture-%,$(call as_said,QUANTIZER)),)
 QUANTIZER = mixture
+endif
 endif
 # Processors that requantize uses; empty for all.
 JOBS ?=

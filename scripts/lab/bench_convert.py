@@ -4,7 +4,8 @@ Makes synthetic sources in Flash's proportions: routed experts of its shapes and
 them, the matrices of one layer with its share of embedding and head. Then, turn by turn:
 
 - the large source: reading it and writing as many bytes as the bundle has, in pieces, with an fsync
-  for each shard, by one thread without any arithmetic; and convert.py with all cores;
+  for each shard, by one thread without any arithmetic; convert.py with all cores; cp of the
+  source's shards, each flushed; and convert.py --quantizer lossless, which copies them;
 - the small one: convert.py, and upstream's converter followed by the plan's method on its bundle.
 
 Before each turn the inputs are put out of the page cache; times are of whole processes.
@@ -133,11 +134,23 @@ def read_and_write(source: Path, written: int, target: Path) -> None:
             volume.flush(writer.fileno(), target / path.name)
 
 
-def native(times: Times, source: Path, bundle: Path) -> None:
+def native(times: Times, source: Path, bundle: Path, quantizer: str = "mlx") -> None:
     shutil.rmtree(bundle, ignore_errors=True)
     settle(source)
     with turn(times) as call:
-        call(sys.executable, rooms.SCRIPTS / "convert.py", "--source", source, "--bundle", bundle)
+        call(sys.executable, rooms.SCRIPTS / "convert.py", "--source", source, "--bundle", bundle,
+             "--quantizer", quantizer)  # fmt: skip
+
+
+def copy(times: Times, source: Path, target: Path) -> None:
+    """cp of the source's shards, each flushed; on macOS sync takes no file and flushes all."""
+    settle(source)
+    target.mkdir()
+    flush = "sync" if sys.platform == "darwin" else "sync $2/$(basename $f)"
+    shards = f"for f in $1/*.safetensors; do cp $f $2/ && {flush} || exit 1; done"
+    with turn(times) as call:
+        call("sh", "-c", shards, "sh", source, target)
+    shutil.rmtree(target)
 
 
 def disk(times: Times, source: Path, written: int, target: Path) -> None:
@@ -180,14 +193,15 @@ def same_matrices(ours: Path, theirs: Path) -> bool:
 def row(name: str, tensors: int, times: Times) -> str:
     return (
         f"| {name} | {tensors} | {times.median:.2f} | {min(times.wall):.2f}–{max(times.wall):.2f} "
-        f"| {statistics.median(times.cpu):.2f} | {times.peak / 2**20:,.0f} MiB |"
+        f"| {statistics.median(times.user):.2f} + {statistics.median(times.system):.2f} "
+        f"| {times.peak / 2**20:,.0f} MiB |"
     )
 
 
 def compete(folder: Path, experts: int, small: int, runs: int) -> str:
     """Take turns on both sources; returns the report."""
     large, little = folder / "large", folder / "little"
-    ours, copying, ours_little, convert, plan = (Times(1) for _ in range(5))
+    ours, copying, ours_little, convert, plan, cp, lossless = (Times(1) for _ in range(7))
     native(Times(1), large, folder / "bundle")  # also compiles the kernel
     made = sum(path.stat().st_size for path in (folder / "bundle").glob("*.safetensors"))
     read = sum(path.stat().st_size for path in large.glob("*.safetensors"))
@@ -195,6 +209,8 @@ def compete(folder: Path, experts: int, small: int, runs: int) -> str:
     for i in range(runs):
         disk(copying, large, made, folder / "copy")
         native(ours, large, folder / "bundle")
+        copy(cp, large, folder / "copy")
+        native(lossless, large, folder / "bundle", "lossless")
         print(f"run {i + 1} of {runs}", file=sys.stderr)
     shutil.rmtree(folder / "bundle")
     for i in range(max(1, runs // 2) if small else 0):
@@ -205,13 +221,16 @@ def compete(folder: Path, experts: int, small: int, runs: int) -> str:
         print(f"against upstream, run {i + 1}", file=sys.stderr)
     rows = [
         f"{human(read)} read, {human(made)} written in the large source:", "",
-        "| | experts' matrices | median s | least–most s | CPU s | peak memory |",
+        "| | experts' matrices | median s | least–most s | CPU s, user + system | peak memory |",
         "|---|---|---|---|---|---|",
         row("reading and writing as much, fsync", 3 * experts, copying),
         row("convert, native", 3 * experts, ours),
+        row("cp of the source, fsync", 3 * experts, cp),
+        row("convert, lossless", 3 * experts, lossless),
     ]  # fmt: skip
     ends = [
         f"- against reading and writing: {ours.median / copying.median:.2f} × (target 1.5)",
+        f"- lossless against cp: {lossless.median / cp.median:.2f} × (target 1.1)",
         f"- Flash, {human(int(FLASH_SOURCE))}: "
         f"{ours.median * FLASH_SOURCE / read / 60:.1f} minutes = {ours.median:.1f} s × "
         f"{FLASH_SOURCE / read:.0f}, this machine and disk going on as measured",

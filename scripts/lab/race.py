@@ -63,12 +63,20 @@ def planned_expert(
 
 @dataclass
 class Times:
-    """What the turns of one contestant took: wall seconds, CPU seconds, peak memory in bytes."""
+    """What the turns of one contestant took: wall seconds, CPU seconds of its own and of the
+    system for it, peak memory in bytes.
+    """
 
     tensors: int
     wall: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)
+    user: list[float] = field(default_factory=list)
+    system: list[float] = field(default_factory=list)
     peak: int = 0
+
+    @property
+    def cpu(self) -> list[float]:
+        """CPU seconds of both kinds."""
+        return [sum(pair) for pair in zip(self.user, self.system, strict=True)]
 
     @property
     def median(self) -> float:
@@ -83,24 +91,26 @@ class Times:
 @contextlib.contextmanager
 def turn(times: Times) -> Iterator[Callable[..., None]]:
     """Time the body, which is given a function that runs a command; Stop when one fails."""
-    spent = 0.0
+    user = system = 0.0
 
     def call(*command: str | Path) -> None:
-        nonlocal spent
+        nonlocal user, system
         process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL,
                                    env=without_settings())  # fmt: skip
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             raise Stop(f"{command[0]}", f"status {process.returncode}", "0", "see its message")
-        spent += usage.ru_utime + usage.ru_stime
+        user += usage.ru_utime
+        system += usage.ru_stime
         unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes there, KiB here
         times.peak = max(times.peak, usage.ru_maxrss * unit)
 
     start = time.perf_counter()
     yield call
     times.wall.append(time.perf_counter() - start)
-    times.cpu.append(spent)
+    times.user.append(user)
+    times.system.append(system)
 
 
 def settle(*folders: Path) -> None:

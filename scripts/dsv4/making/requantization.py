@@ -27,7 +27,7 @@ from dsv4.storage.rewrite import NewShard, Piece, copy_pieces, rewrite
 from dsv4.storage.shard import Layout, Shard, Slot, Tensor, header_bytes, read_shard
 from dsv4.storage.space import check_room
 from dsv4.weights import turboquant
-from dsv4.weights.quantizer import Lossless, Quantizer
+from dsv4.weights.quantizer import Quantizer
 
 JANG = "jang_config.json"
 
@@ -141,7 +141,7 @@ def fate_of(
     All of it is made anew where the source's own numbers are wanted, or where they are: then no
     byte of the bundle tells whether its weight or its scales were rewritten already.
     """
-    own = shard.metadata.get("requantize_quantizer") == Lossless.name
+    own = shard.metadata.get("requantize_quantizer") in labels.OWN
     anew = only is None and (own or quantizer.form.as_source)
     slots, kinds, units = [], {}, {}
     stack_of = {slot.name: unit for unit in stacks for slot in unit.slots}

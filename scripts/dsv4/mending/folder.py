@@ -67,7 +67,7 @@ def config(repair: Repair, bundle: Checkpoint) -> dict[str, Any]:
     record = recorded(bundle)
     name = record["quantizer"] if record else repair.args.quantizer
     experts = forms(bundle)
-    stock = labels.MXFP4 in experts.values() and name not in ("mxfp4", "mixture")
+    stock = labels.MXFP4 in experts.values() and name not in ("mxfp4", *labels.PLANNED)
     if stock or not labels.in_stacks(experts, name in labels.MIXTURES):
         experts = dict.fromkeys(experts, labels.EXPERT)
     label = labels.usual(experts)
