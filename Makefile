@@ -67,19 +67,23 @@ PORT ?= 8010
 # error), exact5 (6 bits, exact), mxfp4 (4.25 bits, exact; not every runtime), lossless (mxfp4, and
 # everything else as the source has it too, FP8 as mxfp8; STACK=new), affineBgG (B bits in groups of G
 # columns, least error: affine2g64), affineBgG-mx (as mx.quantize does), small (2.67 bits, a shape for
-# which vMLX has fused kernels). Changing it on a finished bundle requantizes from the source.
+# which vMLX has fused kernels), turboquant2 (2 bits, jang's TurboQuant, for vMLX on Metal alone).
+# Changing it on a finished bundle requantizes from the source.
 QUANTIZER ?= mlx
 # With optimal, affineBgG or small: a llama.cpp/ds4 importance matrix (.dat) that weighs the error; empty for none.
 IMATRIX ?=
 # The bundle that fits your Mac: FIT=96GB (its memory, with CONTEXT tokens) or SIZE=88GB (the bundle's
 # own) plan a mixture of forms by layer. PLAN: the file that holds it, which you may edit, or your own.
+# QUANTIZER=mixture-lossless: everything but the experts as the source has it (STACK=new).
 # ANY_SHAPE=1: the least error, and not the shape for which vMLX has fused kernels.
 FIT ?=
 SIZE ?=
 ANY_SHAPE ?=
 PLAN ?= $(if $(call as_said,FIT)$(call as_said,SIZE),$(call value_of,BUNDLE).plan.json)
 ifneq ($(call as_said,PLAN),)
+ifeq ($(filter mixture-%,$(call as_said,QUANTIZER)),)
 QUANTIZER = mixture
+endif
 endif
 # Processors that requantize uses; empty for all.
 JOBS ?=

@@ -54,7 +54,7 @@ from dsv4.stop import Stop, run
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.reading import Reader
 from dsv4.storage.space import workplace_of
-from dsv4.weights.quantizer import Lossless, add_choice, check_choice, chosen
+from dsv4.weights.quantizer import Quantizer, add_choice, check_choice, chosen
 from dsv4.words import plain, say
 
 
@@ -101,7 +101,7 @@ def run_native(args: argparse.Namespace, source: Checkpoint, headers: Checkpoint
     """The native converter, or its plan; return what to say."""
     quantizer = chosen(args, headers)
     if quantizer.form.as_source:
-        quantizer = survey(args, source, headers, supply)
+        quantizer = survey(quantizer, args, source, headers, supply)
         say(own_numbers.said(quantizer, headers))
     plan = make_plan(source, headers, quantizer, args.shard_bytes)
     check_whole(source)
@@ -111,16 +111,15 @@ def run_native(args: argparse.Namespace, source: Checkpoint, headers: Checkpoint
     return said if args.part.whole else f"{said}\n{args.part.said}"
 
 
-def survey(
-    args: argparse.Namespace, source: Checkpoint, headers: Checkpoint, supply: Supply | None
-) -> Lossless:
-    """The quantizer lossless, which knows the source's BF16 values: read here, or from the hub."""
+def survey(quantizer: Quantizer, args: argparse.Namespace, source: Checkpoint, headers: Checkpoint,
+           supply: Supply | None) -> Quantizer:  # fmt: skip
+    """The quantizer, which knows the source's BF16 values now: read here, or from the hub."""
     if supply is None:
         record = workplace_of(args.bundle) / own_numbers.RECORD
         with contextlib.closing(Reader()) as reader:
-            return own_numbers.planned(source, reader.read, record, 1)
+            return own_numbers.planned(quantizer, source, reader.read, record, 1)
     record = low_disk.own_headers(args.source) / own_numbers.RECORD
-    quantizer = own_numbers.planned(headers, supply.read, record, args.workers)
+    quantizer = own_numbers.planned(quantizer, headers, supply.read, record, args.workers)
     if not args.dry_run:
         own_numbers.keep(record, headers, quantizer)
     return quantizer

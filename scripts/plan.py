@@ -3,7 +3,8 @@
 Measures on a sample of the source's experts what each form costs in each layer (dsv4/weights/
 sampling.py), chooses so that the summed error is least within the size (dsv4/making/fitting.py),
 and writes the choice to a JSON file, which may be edited; convert and requantize take it with
---quantizer mixture --plan FILE. Everything but the routed experts is 8-bit affine, as ever.
+--quantizer mixture --plan FILE. Everything but the routed experts is 8-bit affine then, as ever;
+with --quantizer mixture-lossless, here and there, it is as in the source: 0.2 GB more for Flash.
 
 --fit 96GB is a Mac's memory: the rule from there to the bundle's size is in dsv4/model/memory.py.
 --size 88GB is the bundle's own. Where the size allows, layers get the shape for which vMLX has
@@ -38,6 +39,7 @@ from dsv4.storage.reading import Reader
 from dsv4.weights import sampling
 from dsv4.weights.imatrix import EVEN, Importance, coverage, importances, open_imatrix
 from dsv4.weights.mixture import check_there
+from dsv4.weights.quantizer import check_choice, parse_name
 from dsv4.words import say
 
 
@@ -48,6 +50,8 @@ def parse_arguments() -> argparse.Namespace:
     add_setting(parser, "SOURCE", required=True)
     add_setting(parser, "PLAN", help="the file to write")
     memory.add_goal(parser)
+    add_setting(parser, "QUANTIZER", type=parse_name, default="mixture",
+                help="mixture or mixture-lossless")  # fmt: skip
     add_setting(parser, "IMATRIX", help="importance of columns (.dat)")
     add_setting(parser, "ANY_SHAPE", help="not only what vMLX has fused")
     add_setting(parser, "SHARD_BYTES", default=SHARD_BYTES)
@@ -58,6 +62,8 @@ def parse_arguments() -> argparse.Namespace:
     memory.check_goal(args)
     if (args.fit or args.size) and not args.plan:
         parser.error("--fit and --size need --plan FILE, where the plan is written")
+    if args.fit or args.size:
+        check_choice(args)
     return args
 
 
@@ -75,6 +81,7 @@ def asked(args: argparse.Namespace, source: Checkpoint, importance: Importance) 
     """What the plan is for, and how its errors are measured: the head of the file."""
     return {
         "source": fingerprint(source),
+        "quantizer": args.quantizer,
         "imatrix": importance.digest,
         "fit": args.fit,
         "size": memory.goal_of(args, source.config),
@@ -103,14 +110,15 @@ def main() -> int:
         with tqdm(total=len(stacks), unit="stack", desc="plan", disable=None) as bar:
             read = supply.read if supply else reader.read
             errors = sampling.errors(source, read, importance, args.jobs, bar.update)
-    planner = fitting.Planner(source, errors, args.shard_bytes)
+    planner = fitting.Planner(source, errors, args.shard_bytes, args.quantizer)
     fit = planner.fit(head["size"], args.any_shape)
     say(fitting.describe(fit))
     say(memory.fit_in_words(source.config, fit.nbytes, args.context, args.fit or 0))
     if not args.dry_run:
         args.plan.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.plan, fitting.document(fit, errors, head))
-        say(f"{args.plan}: written; {human(fit.nbytes)} with QUANTIZER=mixture PLAN={args.plan}")
+        chosen = f"QUANTIZER={args.quantizer} PLAN={args.plan}"
+        say(f"{args.plan}: written; {human(fit.nbytes)} with {chosen}")
     return 0
 
 

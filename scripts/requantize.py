@@ -72,7 +72,7 @@ def main() -> int:
     read_config(arguments.bundle)
     if quantizer.form.as_source:
         with contextlib.closing(Reader()) as reader:
-            quantizer = own_numbers.planned(source, reader.read, record, 1)
+            quantizer = own_numbers.planned(quantizer, source, reader.read, record, 1)
         print(own_numbers.said(quantizer, source))
     files = sorted(set(read_index(arguments.bundle).values()))
     lock = contextlib.nullcontext()

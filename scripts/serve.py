@@ -26,7 +26,7 @@ def check_loads(versions: Versions, config: dict[str, Any]) -> None:
     """Raise Stop for a runtime that is known to crash on bundles of this quantizer."""
     quantizer = recorded_quantizer(config) or ""
     if because := refused(versions, quantizer):
-        found = f"vmlx {versions['vmlx']} and QUANTIZER={quantizer}"
+        found = f"vmlx {versions['vmlx'] or 'not installed'} and QUANTIZER={quantizer}"
         raise Stop("serve", found, "a runtime that loads it", because)
 
 

@@ -261,6 +261,9 @@ def test_what_cannot_be_compared_is_refused(bundles, settings, tmp_path):
     short.write_bytes(b"\xff\xfe")
     stops(asked(settings, bundles[0], short), "no UTF-8")
     stops(asked(settings, NANO, text), "no quantization")
+    turbo = tmp_path / "turbo"
+    must("convert", "--source", NANO, "--bundle", turbo, "--quantizer", "turboquant2")
+    stops(asked(settings, turbo, text), "experts in TurboQuant")
     copy = shutil.copytree(bundles[0], tmp_path / "copy")
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"rope_theta": 10001}))

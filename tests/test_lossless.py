@@ -26,7 +26,7 @@ from dsv4.proof.survey import survey
 from dsv4.storage.shard import read_array, read_shard
 from dsv4.storage.space import workplace_of
 from dsv4.weights import affine
-from dsv4.weights.quantizer import QUANTIZERS, Lossless
+from dsv4.weights.quantizer import QUANTIZERS, Lossless, knowing
 
 LOSSLESS = ("--quantizer", "lossless")
 FP8 = "layers.1.attn.wq_b"
@@ -146,7 +146,7 @@ def test_sizes_do_not_depend_on_what_the_values_decide(source, lossless):
     tensors = open_source(source).tensors
     size = sum(path.stat().st_size for path in lossless.glob("*.safetensors"))
     every = dict.fromkeys((n for n, t in tensors.items() if t.dtype == "BF16"), 1)
-    for quantizer in (Lossless(), Lossless(every)):
+    for quantizer in (Lossless(), knowing(Lossless(), every)):
         shards = plan_shards(tensors, quantizer.form, converted_by(None, quantizer))
         assert sum(shard.size for shard in shards) == size
 

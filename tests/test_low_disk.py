@@ -25,6 +25,7 @@ from test_download import environment
 from test_recipe import Recipe
 
 from dsv4.hub.origin import provenance, read_record
+from dsv4.storage.checkpoint import SIDECAR
 
 REPO = "deepseek-ai/DeepSeek-V4-Flash"
 KILLS = int(os.environ.get("KILLS", "20")) // 2
@@ -171,6 +172,21 @@ def test_killed_anywhere_it_goes_on_and_fetches_nothing_twice(prepared, wanted):
             kills += status != 0
     prepared.must("convert")
     assert shards(prepared.bundle) == wanted
+    assert not shards(prepared.source)
+
+
+def test_stacks_of_experts_are_the_same_after_kills(prepared, origin, tmp_path):
+    turbo, whole = ("--quantizer", "turboquant2"), tmp_path / "whole"
+    must("convert", "--source", origin, "--bundle", whole, "--shard-bytes", SHARD_BYTES, *turbo)
+    with Forks(env=prepared.env) as forks:
+        for more in (500_000, 2_000_000):
+            pid = forks.start(*prepared.command("convert", *turbo)[2:])
+            kill_after(pid, prepared, more, 0.01)
+            assert forks.status() == -signal.SIGKILL
+        forks.start(*prepared.command("convert", *turbo)[2:])
+        assert forks.status() == 0
+    assert shards(prepared.bundle) == shards(whole)
+    assert (prepared.bundle / SIDECAR).read_bytes() == (whole / SIDECAR).read_bytes()
     assert not shards(prepared.source)
 
 

@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 from conftest import must, refusal
 
+from dsv4.making.fitting import Planner
 from dsv4.model import memory
 from dsv4.model.names import stack_of
 from dsv4.model.opening import expert_labels, open_bundle, open_source
+from dsv4.model.plan import SHARD_BYTES
+from dsv4.proof.stacks import refused
 from dsv4.settings import parse_context, parse_memory, parse_size
 from dsv4.stop import Stop
 from dsv4.weights import knapsack
@@ -161,6 +164,33 @@ def test_an_edited_plan_makes_the_experts_anew(planned, source, tmp_path) -> Non
     label = expert_labels(open_bundle(bundle))["layers.1.ffn.experts.0.w3"]
     assert label == {"group_size": 32, "bits": 3, "mode": "affine"}
     assert bundles.judge(bundle, source).names == set()
+
+
+def contents(bundle: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in bundle.iterdir() if path.is_file()}
+
+
+def test_all_but_the_experts_can_be_the_sources_own(planned, source, tmp_path) -> None:
+    plan, made, _ = planned
+    bundle, document = tmp_path / "bundle", json.loads(plan.read_text())
+    options = ("--source", source, "--quantizer", "mixture-lossless", "--plan", plan, "--bundle")
+    must("convert", *options, bundle)
+    must("finalize", "--source", source, "--bundle", bundle)
+    must("patch", "--bundle", bundle)
+    planner = Planner(open_source(source), document["squared_errors"], SHARD_BYTES, options[3])
+    forms = {f"{n}.{p}": form for n, of in document["experts"].items() for p, form in of.items()}
+    assert planner.nbytes(forms) == sum(f.stat().st_size for f in bundle.glob("*.safetensors"))
+    other = shutil.copytree(made, tmp_path / "other")
+    must("requantize", *options, other)
+    assert contents(other) == contents(bundle)
+    must("requantize", "--source", source, "--quantizer", "mixture", "--plan", plan,
+         "--bundle", other)  # fmt: skip
+    assert contents(other) == contents(made)
+    assert open_bundle(bundle).config["quantization"]["layers.1.attn.wkv"]["mode"] == "mxfp8"
+    assert bundles.judge(bundle, source).names == set()
+    bundles.flip(bundle, "layers.1.attn.wkv.scales", 2)
+    assert bundles.judge(bundle, source).names == {"module-differs"}
+    assert "crashes on FP8's" in refused({"vmlx": "1.3.97"}, "mixture-lossless")
 
 
 def test_a_plan_that_is_not_there_is_one_line(source, tmp_path) -> None:

@@ -54,6 +54,13 @@ def test_mxfp4_on_metal_is_known_to_fail_in_the_old_one_only():
     assert recognise(NEW, metal=True, quantizer="mxfp4")[0]
 
 
+def test_turboquant_is_read_by_vmlx_alone_and_runs_on_metal_alone():
+    assert recognise(NEW, metal=True, quantizer="turboquant2")[0]
+    assert "on a Mac" in recognise(NEW, quantizer="turboquant2")[1]
+    assert not stacks.refused(NEW, "turboquant2")  # it may be made here for a Mac
+    assert "vMLX alone" in stacks.refused({**NONE, "mlx-lm": "0.32.2"}, "turboquant2")
+
+
 def test_an_mlx_lm_that_vmlx_cannot_import_is_known_to_fail():
     works, line = recognise(NEW | {"mlx-lm": "0.32.2"})
     assert not works

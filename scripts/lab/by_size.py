@@ -1,10 +1,11 @@
 """What fewer bits cost: KL divergence of the nano's bundles over the size that Flash's would have.
 
 The nano source is converted with each affine form of 2 and 3 bits, by least squares and as
-`mx.quantize` does it, and with mixtures of several sizes, by plan.py; each bundle's next-token
-distribution, computed from its tensors in float32, is compared with the source's at every token of
-held-out additions. Sizes are of DeepSeek-V4-Flash at as many bits a weight of its routed experts.
-It ranks the forms, as fidelity.py does for the others; it does not predict what Flash loses.
+`mx.quantize` does it, with mixtures of several sizes, by plan.py, and in TurboQuant; each bundle's
+next-token distribution, computed from its tensors in float32, is compared with the source's at
+every token of held-out additions. Sizes are of DeepSeek-V4-Flash at as many bits a weight of its
+routed experts. It ranks the forms, as fidelity.py does for the others; it does not predict what
+Flash loses.
 
 Writes by_size.json to --out and the picture to --picture, prints a table; bundles are made anew in
 --out. Costs about 10 minutes on two cores.
@@ -15,6 +16,7 @@ Writes by_size.json to --out and the picture to --picture, prints a table; bundl
 from __future__ import annotations
 
 import argparse
+import functools
 import shutil
 import sys
 from dataclasses import asdict, dataclass
@@ -25,13 +27,14 @@ from rooms import NANO
 from source_tensors import FLASH, headers
 from through_model import every_logit, lessons, model_error, stage
 
-from dsv4.model.names import parse_expert
+from dsv4.model.names import is_expert
 from dsv4.model.opening import open_bundle
 from dsv4.model.plan import plan_shards
 from dsv4.stop import run
 from dsv4.storage.durable import write_bytes, write_json
 from dsv4.weights.quantizer import named
 
+TURBO = "turboquant2"
 OURS = (
     "affine2g128", "affine2g64", "small", "affine2g32", "affine3g128", "affine3g64", "affine3g32",
     "mxfp4",
@@ -65,19 +68,24 @@ def bits_of(bundle: Path) -> float:
 
     def experts(folder: Path) -> int:
         tensors = open_bundle(folder).tensors.items()
-        return sum(t.nbytes for n, t in tensors if (parse_expert(n) or ("",))[0] == "layers")
+        return sum(t.nbytes for n, t in tensors if is_expert(n) and n.startswith("layers."))
 
     return 4.25 * experts(bundle) / experts(NANO)  # the source's FP4 has 4.25
 
 
-def flash_bytes(bits: float) -> float:
-    """Flash's shards when its routed experts have so many bits a weight, everything else 8."""
-    tensors = headers(FLASH)
-    low, high = (
-        sum(shard.size for shard in plan_shards(tensors, named(name).form, {"format": "mlx"}))
-        for name in ("affine2g128", "mxfp4")
-    )
-    return low + (high - low) * (bits - 2.25) / (4.25 - 2.25)
+def flash_bytes(name: str, bits: float) -> float:
+    """Flash's shards in a form; of a mixture by its bits a weight of routed experts."""
+    if name.startswith("mixture"):
+        low, high = planned("affine2g128"), planned("mxfp4")
+        return low + (high - low) * (bits - 2.25) / (4.25 - 2.25)
+    return planned(name)
+
+
+@functools.cache
+def planned(name: str) -> int:
+    """The bytes of Flash's shards as convert would plan them."""
+    form = named(name).form
+    return sum(shard.size for shard in plan_shards(headers(FLASH), form, {"format": "mlx"}))
 
 
 def make(name: str, bundle: Path) -> None:
@@ -102,13 +110,13 @@ def measure(args: argparse.Namespace) -> list[Point]:
     python, points = Path(sys.executable), []
     reference = every_logit(python, NANO, "source", ids, args.out / "source.npy")
     mixed = [f"mixture {bits}{end}" for bits in MIXTURES for end in ("", " any")]
-    for name in (*OURS, *THEIRS, *mixed):
+    for name in (TURBO, *OURS, *THEIRS, *mixed):
         bundle = args.out / name.replace(" ", "-")
         make(name, bundle)
         found = every_logit(python, bundle, "tensors", ids, args.out / "found.npy")
         kl, _, agreement, accuracy = model_error(found, reference, ids, begins)
         bits = bits_of(bundle)
-        points.append(Point(name, bits, flash_bytes(bits), kl, agreement, accuracy))
+        points.append(Point(name, bits, flash_bytes(name, bits), kl, agreement, accuracy))
         print(f"{name}: {bits:.2f} bits, KL {kl:.5f}", file=sys.stderr, flush=True)
     return points
 
@@ -128,12 +136,13 @@ def table(points: list[Point]) -> str:
 
 
 def picture(points: list[Point]) -> str:
-    """KL over size: ours, mx.quantize's, and mixtures of both kinds."""
+    """KL over size: ours, mx.quantize's, mixtures of both kinds, and TurboQuant."""
     kinds = {
         "least squares": [p for p in points if p.name in OURS],
         "mx.quantize": [p for p in points if p.name in THEIRS],
         "mixture": [p for p in points if p.name.startswith("mixture") and "any" not in p.name],
         "mixture, any shape": [p for p in points if p.name.endswith("any")],
+        "TurboQuant": [p for p in points if p.name == TURBO],
     }
     shown = [
         Curve(kind, [(p.flash / 1e9, p.kl, p.name if "mixture" not in kind else "") for p in of])

@@ -46,7 +46,8 @@ from dsv4.weights.synthetic import RULES
 JANG = "convert_dsv4_jang"
 # With the source decoded to float32, and as the toolchain's loader runs the bundle.
 HOWS = ("tensors", "loader")
-UNLOADED = ("lossless",)  # by the old stack's loader, and the new stack's gives the last row alone
+# By the old stack's loader, or not without Metal; and the new stack's gives the last row alone.
+UNLOADED = ("lossless", "turboquant2")
 
 
 # --- The model ----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What the quantizers take for one tensor in memory, beside the plan's method."""
+"""What the quantizers take for one tensor in memory, beside the plan's method and jang's."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from dsv4.weights.synthetic import RULES, pack, random_weights, to_fp4
 def kernel_times(rule: str, runs: int) -> dict[str, float]:
     """Least CPU milliseconds for one 2048 × 4096 tensor of normal weights, by turns."""
     import mlx.core as mx
+    from jang_tools.turboquant.linear import tq_quantize_weight
 
     rng = np.random.default_rng(0)
     halves, exponents = to_fp4(0.02 * random_weights(rng, GROUPS, "normal"), rule)
@@ -33,11 +34,16 @@ def kernel_times(rule: str, runs: int) -> dict[str, float]:
         parts = {part: np.empty(size, np.uint8) for part, size in sizes.items()}
         return lambda: quantizer.encode(packed, exponents, parts)
 
-    def plan() -> None:
-        decoded = decoder[packed].reshape(GROUPS, GROUP) * UE8M0[exponents][:, None]
-        mx.eval(mx.quantize(mx.array(decoded), group_size=GROUP, bits=4, stream=mx.cpu))
+    def decode() -> np.ndarray:
+        return decoder[packed].reshape(GROUPS, GROUP) * UE8M0[exponents][:, None]
 
-    turns = {name: turn_of(name) for name in QUANTIZERS} | {PLAN_KERNEL: plan}
+    def plan() -> None:
+        mx.eval(mx.quantize(mx.array(decode()), group_size=GROUP, bits=4, stream=mx.cpu))
+
+    def jang() -> None:
+        tq_quantize_weight(decode().reshape(WIDE), bits=2)
+
+    turns = {name: turn_of(name) for name in QUANTIZERS} | {PLAN_KERNEL: plan, JANG_KERNEL: jang}
     spent: dict[str, list[float]] = {name: [] for name in turns}
     for _ in range(runs + 1):  # the first compiles and is not counted
         for name, act in turns.items():
@@ -48,7 +54,7 @@ def kernel_times(rule: str, runs: int) -> dict[str, float]:
     return {name: 1e3 * min(times[4:]) for name, times in spent.items()}
 
 
-PLAN_KERNEL = "decode, then mx.quantize"
+PLAN_KERNEL, JANG_KERNEL = "decode, then mx.quantize", "decode, then jang's TurboQuant"
 
 
 def kernel_table(runs: int = 4) -> str:

@@ -27,8 +27,10 @@ from pathlib import Path
 
 import numpy as np
 import rooms  # noqa: F401
+import turbo_kernels
 
-from dsv4.model.labels import stored_label
+from dsv4.model.labels import TURBO_PARTS, stored_label
+from dsv4.model.names import expert_base, parse_stack
 from dsv4.model.opening import open_bundle, open_source
 from dsv4.runtime.without_torchvision import hide
 from dsv4.stop import Stop, run
@@ -72,6 +74,11 @@ def decode_bundle(bundle: Checkpoint) -> dict[str, np.ndarray]:
     for name, tensor in tensors.items():
         base, _, part = name.rpartition(".")
         label = stored_label(tensors, base, bundle.config)
+        if part == "tq_packed":
+            turbo = {part: read_array(tensors[f"{base}.{part}"]) for part in TURBO_PARTS}
+            out.update(decode_turbo(base, turbo))
+        if part in TURBO_PARTS:
+            continue
         if part in ("scales", "biases") and label is None:
             raise Stop(f"{bundle.folder}: {name}", "no whole module", "one", "run requantize")
         if label is None:
@@ -83,6 +90,16 @@ def decode_bundle(bundle: Checkpoint) -> dict[str, np.ndarray]:
             decoded = mx.dequantize(packed, *map(mx.array, floats), **label)
             out[name] = np.array(decoded.astype(mx.float32))
     return out
+
+
+def decode_turbo(base: str, parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A stack of experts, or one, in TurboQuant: float32 by the experts' storage names."""
+    values = turbo_kernels.decode(parts)
+    stack = parse_stack(f"{base}.tq_packed")
+    if stack is None:
+        return {f"{base}.weight": values}
+    names = [expert_base("layers", stack[0], e, stack[1]) for e in range(len(values))]
+    return {f"{name}.weight": one for name, one in zip(names, values, strict=True)}
 
 
 def parts_of(label: dict) -> tuple[str, ...]:
@@ -133,6 +150,8 @@ class MlxModel:
 def loader(folder: Path) -> MlxModel:
     from vmlx_engine.loaders.load_jangtq_dsv4 import load_jangtq_dsv4_model
 
+    if any(name.endswith(".tq_packed") for name in open_bundle(folder).tensors):
+        turbo_kernels.stand_in()
     model, _ = load_jangtq_dsv4_model(folder)
     return MlxModel(model, lambda ids, cache: model(ids, cache=cache))
 

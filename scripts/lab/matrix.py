@@ -53,7 +53,15 @@ TALKS, RELEASE = "conversation", "0731"
 ENCODER = "vmlx_engine/loaders/encoding_dsv4_0731.py"
 # One mixture: layers in the shape of vMLX's fused kernels, and one layer exact.
 MIXTURE, MIXTURE_SIZE = "mixture", "2.3MB"
-COLUMNS = ("stock", *RIGHT, MIXTURE, RANDOM, RANDOM_LOSSLESS, TALKS)
+# Whose kernels are Metal's alone: where there is none turbo_kernels.py stands in for them.
+TURBO = "turboquant2"
+STAND_INS = (
+    "-c",
+    f"import sys; sys.path[:0] = [{str(SCRIPTS / 'lab')!r}]; import turbo_kernels; "
+    "turbo_kernels.stand_in(); from vmlx_engine.cli import main; main()",
+    "serve",
+)
+COLUMNS = ("stock", *RIGHT, MIXTURE, TURBO, RANDOM, RANDOM_LOSSLESS, TALKS)
 DECODE = 4
 # A right runtime stays this near to the bundle's own tensors; 4-bit rounding itself is at .023.
 NEAR = 0.02
@@ -118,7 +126,7 @@ def bundles(work: Path, names: Iterable[str]) -> dict[str, Path]:
 
 def source_of(name: str, work: Path) -> Path:
     """What the bundle of a column is made from: the nano, a random source, a nano with tools."""
-    if name in (*RIGHT, MIXTURE):
+    if name in (*RIGHT, MIXTURE, TURBO):
         return NANO
     source = work / "bundles" / f".{name}.source"
     shutil.rmtree(source, ignore_errors=True)
@@ -175,7 +183,8 @@ def answers_of(stack: Stack, python: Path, bundle: Path, work: Path) -> dict[str
     additions = nano.held_out(NANO, nano.QUESTIONS)
     asked = [f"What is {a}+{b}?" for a, b in additions]
     if stack.served:
-        with running(python, bundle, work / "server.log") as url:
+        start = STAND_INS if bundle.name == TURBO else ()
+        with running(python, bundle, work / "server.log", start=start) as url:
             moon = ask(url, MOON, 60)
             texts = [ask(url, question, 40).content for question in asked]
         end = moon.finish_reason

@@ -8,8 +8,9 @@ from functools import lru_cache
 
 import numpy as np
 import rooms  # noqa: F401
+import turbo_kernels
 
-from dsv4.model.labels import parts_of
+from dsv4.model.labels import TURBO, parts_of
 from dsv4.model.names import GROUP
 from dsv4.storage.shard import ITEMSIZE, NUMPY_DTYPE, Slot
 from dsv4.weights.quantizer import Quantizer, named
@@ -56,9 +57,11 @@ def encode(
 
 
 def decode(label: dict, parts: dict[str, np.ndarray]) -> np.ndarray:
-    """The matrix as MLX decodes it, float32; F16 scales and biases are widened first."""
+    """The matrix as its runtime decodes it, float32; F16 scales and biases are widened first."""
     import mlx.core as mx
 
+    if label["mode"] == TURBO:
+        return turbo_kernels.decode({**parts, "tq_bits": np.array([label["bits"]])})
     rest = [parts[part] for part in ("scales", "biases") if part in parts]
     rest = [array if array.dtype == np.uint8 else array.astype(np.float32) for array in rest]
     arrays = map(mx.array, [parts["weight"], *rest])

@@ -6,18 +6,29 @@ import numpy as np
 
 from dsv4.making.marks import CONVERT
 from dsv4.model.labels import AFFINE_BITS, GROUPS
-from dsv4.model.names import GROUP, is_control, parse_expert
+from dsv4.model.names import (
+    GROUP,
+    expert_base,
+    is_control,
+    is_expert,
+    parse_expert,
+    parse_stack,
+)
 from dsv4.model.opening import expert_bases
+from dsv4.model.plan import lacking
 from dsv4.stop import Stop, naming
 from dsv4.storage.checkpoint import INDEX, Checkpoint
 from dsv4.storage.shard import FLOATS, NUMPY_DTYPE, SAMPLE_BYTES, Shard, Tensor
-from dsv4.weights.quantizer import Quantizer
+from dsv4.weights.quantizer import Quantizer, TurboQuant2
 
 # Which parts of a routed expert a bundle may hold, and in which dtypes; each has shape (out, …).
 KNOWN_PARTS = {
     "weight": ("U32",),
     "scales": ("U8", "F8_E8M0", "F16", "BF16", "F32"),
     "biases": ("F16", "BF16", "F32"),
+    "tq_packed": ("U32",),
+    "tq_norms": ("F16",),
+    "tq_bits": ("I32", "U8"),
 }
 
 
@@ -34,7 +45,7 @@ def check_bundle(source: Checkpoint, bundle: Checkpoint) -> None:
     _check_entries(bundle)
     _check_complete(source, bundle)
     for name, tensor in bundle.tensors.items():
-        if parse_expert(name):
+        if is_expert(name):
             _check_part(source, tensor)
         elif name.endswith(".scales"):
             _check_eight_bits(source, bundle, tensor)
@@ -43,7 +54,7 @@ def check_bundle(source: Checkpoint, bundle: Checkpoint) -> None:
 
 
 def _check_entries(bundle: Checkpoint) -> None:
-    """Index and shards must agree, but for scales and biases that a killed run added or dropped."""
+    """Index and shards must agree, but for what a killed run added or dropped."""
     index = bundle.folder / INDEX
     for name, file in bundle.weight_map.items():
         shard = bundle.shards[file]
@@ -52,8 +63,10 @@ def _check_entries(bundle: Checkpoint) -> None:
             raise Stop(f"{index}: {name}", f"no such tensor in {file}", "it there", CONVERT)
     for file, shard in bundle.shards.items():
         for name, tensor in shard.tensors.items():
-            new = name not in bundle.weight_map and (
-                _may_change(name) and (parse_expert(name) or _was_requantized(shard))
+            there = bundle.shards.get(bundle.weight_map.get(name))
+            new = (there is None or name not in there.tensors) and (
+                (parse_expert(name) and name.endswith(".biases"))
+                or (_may_change(name) and _was_requantized(shard))
             )
             if (bundle.weight_map.get(name) != file and not new) or bundle.tensors[name] != tensor:
                 raise Stop(
@@ -64,7 +77,14 @@ def _check_entries(bundle: Checkpoint) -> None:
 
 def _may_change(name: str) -> bool:
     """True for parts that some forms of a module have and others have not."""
+    if is_expert(name):
+        return True
     return name.endswith(".biases") or (name.endswith(".scales") and not parse_expert(name))
+
+
+def _goes_to_stacks(shard: Shard) -> bool:
+    """A killed run has dropped experts here whose stack may not have been written yet."""
+    return shard.metadata.get("requantize_quantizer") == TurboQuant2.name
 
 
 def _was_requantized(shard: Shard) -> bool:
@@ -75,8 +95,14 @@ def _check_complete(source: Checkpoint, bundle: Checkpoint) -> None:
     bases = expert_bases(source)
     known = set(bases)
     wanted = [name for name in source.tensors if not name.endswith(".scale")]
-    wanted += [f"{base}.scales" for base in bases]
-    missing = [name for name in wanted if name not in bundle.tensors]
+    missing = lacking(wanted, bundle.tensors)
+    missing += [
+        f"{base}.scales"
+        for base in bases
+        if f"{base}.weight" in bundle.tensors and f"{base}.scales" not in bundle.tensors
+    ]
+    if any(_goes_to_stacks(shard) for shard in bundle.shards.values()):
+        missing = [name for name in missing if not parse_expert(name)]  # they come from the source
     if missing:
         raise Stop(
             f"{bundle.folder}",
@@ -96,20 +122,37 @@ def _check_complete(source: Checkpoint, bundle: Checkpoint) -> None:
 
 def _check_part(source: Checkpoint, tensor: Tensor) -> None:
     base, _, part = tensor.name.rpartition(".")
+    layer, matrix, _ = parse_stack(tensor.name) or (0, "", "")
+    base = expert_base("layers", layer, 0, matrix) if matrix else base
     dtypes = KNOWN_PARTS.get(part, ())
     if tensor.dtype not in dtypes:
         raise Stop(
             f"{tensor.path}: {tensor.name}",
             f"dtype {tensor.dtype}",
-            " or ".join(dtypes) or "only .weight, .scales and .biases",
+            " or ".join(dtypes) or f"only {', '.join(KNOWN_PARTS)}",
             CONVERT,
         )
     out, half = source.tensors[f"{base}.weight"].shape
+    if part.startswith("tq_"):
+        _check_turbo(source, tensor, (out, half // 8), matrix != "")
+        return
     fits = [2 * half // size for size in GROUPS] if part != "weight" else [
         2 * half * bits // 32 for bits in AFFINE_BITS
     ]  # fmt: skip
     if tensor.shape not in [(out, width) for width in fits]:
         _expect_shape(tensor, (out, 2 * half // (GROUP if part != "weight" else 8)))
+
+
+def _check_turbo(
+    source: Checkpoint, tensor: Tensor, codes: tuple[int, ...], is_stack: bool
+) -> None:
+    """One expert's part, or that of a stack of them; codes: the shape of one's 2-bit codes."""
+    if tensor.name.endswith(".tq_bits"):
+        codes, is_stack = (1,), False
+    elif tensor.name.endswith(".tq_norms"):
+        codes = codes[:1]
+    number = (source.config["n_routed_experts"],) if is_stack else ()
+    _expect_shape(tensor, number + codes)
 
 
 def _check_eight_bits(source: Checkpoint, bundle: Checkpoint, scales: Tensor) -> None:

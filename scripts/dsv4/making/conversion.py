@@ -25,7 +25,7 @@ from dsv4.making.part import Part
 from dsv4.making.pieces import pieces_of
 from dsv4.model import configs
 from dsv4.model.opening import open_bundle
-from dsv4.model.plan import ShardPlan, plan_shards, weights_of
+from dsv4.model.plan import ShardPlan, lacking, plan_shards, weights_of
 from dsv4.runtime import upstream
 from dsv4.stop import Stop
 from dsv4.storage import inside, locks
@@ -84,7 +84,7 @@ def new_shard(shard: ShardPlan, folder: Path, plan: Plan, ledger: Ledger) -> New
 def shard_pieces(shard: ShardPlan, plan: Plan, ledger: Ledger) -> list[Piece]:
     """Where every byte of a shard comes from, in the order of the source."""
     places = shard.layout.places
-    of = (plan.source, plan.quantizer, ledger)
+    of = (plan.quantizer, ledger)
     return [piece for unit in shard.units for piece in pieces_of(unit, places, *of)]
 
 
@@ -106,8 +106,7 @@ def is_done(folder: Path, source: Checkpoint) -> bool:
             "choose another BUNDLE, or move it away",
         )
     bundle = open_bundle(folder)
-    wanted = set(weights_of(source.tensors))
-    if not wanted <= set(bundle.tensors):
+    if lacking(weights_of(source.tensors), bundle.tensors):
         check_complete(bundle, source)
     return True
 
@@ -116,7 +115,7 @@ def check_complete(bundle: Checkpoint, source: Checkpoint) -> None:
     """Raise Stop unless the bundle has a tensor for every tensor of the source."""
     check_index(bundle, "convert")
     wanted = weights_of(source.tensors)
-    missing = [name for name in wanted if name not in bundle.tensors]
+    missing = lacking(wanted, bundle.tensors)
     if missing:
         raise Stop(
             f"{bundle.folder}",
@@ -260,7 +259,9 @@ def describe(plan: Plan, bundle: Path, jobs: int, part: Part, supply: Supply | N
     here = [shard for shard in plan.shards if shard.file in mine]
     todo = [shard for shard in here if not shard.layout.is_at(folder / shard.file)]
     units = [unit for shard in plan.shards for unit in shard.units]
-    counts = Counter(unit.treatment for unit in units)
+    counts: Counter[str] = Counter()
+    for unit in units:
+        counts[unit.treatment] += unit.number
     written = sum(shard.size for shard in todo)
     read = sum(t.nbytes for shard in todo for unit in shard.units for t in unit.tensors)
     first = [new_shard(shard, folder, plan, Ledger()) for shard in todo[:1]]
@@ -291,7 +292,7 @@ def rest_in_words(counts: Counter[str], quantizer: Quantizer) -> str:
 def summarize(plan: Plan, todo: list[ShardPlan], ledger: Ledger, seconds: float) -> str:
     """One line: tensors, bytes, seconds, rate, and the experts' errors."""
     written = sum(shard.size for shard in todo)
-    tensors = sum(len(shard.units) for shard in todo)
+    tensors = sum(unit.number for shard in todo for unit in shard.units)
     line = (
         f"{tensors:,} tensors, {len(todo):,} of {len(plan.shards):,} shards, {human(written)} in "
         f"{seconds:.1f} s ({written / seconds / 1e9:.2f} GB/s)"

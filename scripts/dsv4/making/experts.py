@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from dsv4.model.labels import MXFP4, parts_of
+from dsv4.model.plan import Unit
 from dsv4.stop import Stop
-from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.rewrite import Desk, NewShard, Piece, Target
 from dsv4.storage.shard import Slot, Tensor
 from dsv4.weights.affine import BadGroup, Tally
@@ -31,15 +31,14 @@ class QuantizePiece:
     scale: Tensor
     first: int
     last: int
-    places: dict[str, int]  # part → where its row 0 lies in the new shard
+    places: dict[str, int]  # part with rows → where its row 0 lies in the new shard
     quantizer: Quantizer
     ledger: Ledger
     importance: np.ndarray | None = None  # of each column, as an imatrix has it
 
     def _row_bytes(self) -> dict[str, int]:
-        out, half = self.weight.shape
-        parts = parts_of(self.quantizer.label, out, 2 * half)
-        return {part: Slot("", *of).nbytes // out for part, of in parts.items()}
+        """Part → bytes of a row, for the parts that have rows; the codes come first."""
+        return {p: n // self.weight.shape[0] for p, n in rows_of(self.weight, self.quantizer)}
 
     @property
     def nbytes(self) -> int:
@@ -61,15 +60,16 @@ class QuantizePiece:
         groups = self.scale.shape[1]
         scale = read_bytes(desk, self.scale, self.first * groups, rows * groups, "exponents")
         sizes = self._row_bytes()
-        parts = {part: desk.buffer(part, rows * n) for part, n in sizes.items() if part != "weight"}
+        codes, *others = sizes
+        parts = {part: desk.buffer(part, rows * sizes[part]) for part in others}
         for at, packed in blocks(desk, self.weight, self.first * half, rows * half, half):
             row, some = at // half, len(packed) // half
             done = row - self.first
             now = {p: data[done * sizes[p] :][: some * sizes[p]] for p, data in parts.items()}
-            now["weight"] = desk.buffer("weight", some * sizes["weight"])
+            now[codes] = desk.buffer("weight", some * sizes[codes])
             tally = self._encode(row, packed, scale[done * groups :][: some * groups], now)
-            if "weight" in self.places:
-                target.write(self.places["weight"] + row * sizes["weight"], now["weight"])
+            if codes in self.places:
+                target.write(self.places[codes] + row * sizes[codes], now[codes])
                 self.ledger.add(self.weight.name, tally)
         for part in parts.keys() & self.places.keys():
             target.write(self.places[part] + self.first * sizes[part], parts[part])
@@ -92,6 +92,31 @@ class QuantizePiece:
             ) from bad  # fmt: skip
 
 
+@dataclass(frozen=True)
+class ConstantPiece:
+    """A few bytes that are known beforehand."""
+
+    data: bytes
+    place: int
+    nbytes_read: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that it writes."""
+        return len(self.data)
+
+    def write(self, target: Target, desk: Desk) -> None:
+        """Write them."""
+        target.write(self.place, np.frombuffer(self.data, np.uint8))
+
+
+def rows_of(weight: Tensor, quantizer: Quantizer) -> list[tuple[str, int]]:
+    """(part, bytes) of one expert's parts that have a row for each of the weight's."""
+    out, half = weight.shape
+    parts = parts_of(quantizer.label, out, 2 * half).items()
+    return [(part, Slot("", *of).nbytes) for part, of in parts if part != "tq_bits"]
+
+
 class Ledger:
     """The errors of the tensors quantized so far, by name."""
 
@@ -110,20 +135,40 @@ class Ledger:
                 self.scales[name] = self.scales.get(name, 0) + number
 
 
-def expert_pieces(
-    source: Checkpoint, base: str, places: dict[str, int], quantizer: Quantizer, ledger: Ledger
+def unit_pieces(
+    unit: Unit, places: dict[str, int], quantizer: Quantizer, ledger: Ledger
 ) -> list[Piece]:
-    """The pieces that fill the parts of one expert that a shard holds, each at its place."""
-    weight, scale = source.tensors[f"{base}.weight"], source.tensors[f"{base}.scale"]
-    one = quantizer.of(base)
-    if one.label == MXFP4:
+    """The pieces that fill those parts of an expert, or of a stack of them, that a shard holds."""
+    pieces: list[Piece] = []
+    for number, (weight, scale) in enumerate(unit.stack or [(unit.weight, unit.scale)]):
+        base = weight.name.removesuffix(".weight")
+        one, importance = quantizer.of(base), quantizer.importance.get(base)
+        sizes = dict(rows_of(weight, one))
+        at = {p: place + number * sizes[p] for p, place in places.items() if p in sizes}
+        pieces += expert_pieces(weight, scale, at, one, ledger, importance)
+    for slot in unit.slots:
+        if slot.name.endswith(".tq_bits") and "tq_bits" in places:
+            bits = int(quantizer.label["bits"]).to_bytes(slot.nbytes, "little")
+            pieces.append(ConstantPiece(bits, places["tq_bits"]))
+    return pieces
+
+
+def expert_pieces(
+    weight: Tensor,
+    scale: Tensor,
+    places: dict[str, int],
+    quantizer: Quantizer,
+    ledger: Ledger,
+    importance: np.ndarray | None,
+) -> list[Piece]:
+    """The pieces that fill the parts of one expert, each at its place."""
+    if quantizer.label == MXFP4:
         return as_they_are(weight, scale, places, ledger)
     out, half = weight.shape
     rows = max(1, PIECE_BYTES // half)
     cuts = [(row, min(row + rows, out)) for row in range(0, out, rows)]
-    importance = quantizer.importance.get(base)
     return [
-        QuantizePiece(weight, scale, first, last, places, one, ledger, importance)
+        QuantizePiece(weight, scale, first, last, places, quantizer, ledger, importance)
         for first, last in cuts
     ]
 

@@ -17,10 +17,10 @@ from typing import Any
 
 from dsv4.making.marks import converted_by
 from dsv4.model import memory
-from dsv4.model.labels import MXFP4, parts_of
+from dsv4.model.labels import PLANNED, parts_of
 from dsv4.model.names import PROJECTION, stack_of
 from dsv4.model.opening import expert_bases, open_source, read_config
-from dsv4.model.plan import Form, ShardPlan, plan_shards
+from dsv4.model.plan import ShardPlan, plan_shards
 from dsv4.stop import Stop
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.durable import human
@@ -58,9 +58,12 @@ class Fit:
 class Planner:
     """Sizes and errors of one source."""
 
-    def __init__(self, source: Checkpoint, errors: Errors, shard_bytes: int) -> None:
+    def __init__(
+        self, source: Checkpoint, errors: Errors, shard_bytes: int, name: str = "mixture"
+    ) -> None:
+        """name: of the quantizer, which says what becomes of all but the experts."""
         self._source, self._errors, self._shard_bytes = source, errors, shard_bytes
-        self._mark = converted_by(None, Mixture("mixture", {"gate_proj": MXFP4}))
+        self._name = name
         self._bytes = stack_bytes(source, errors)
         self._layers = list(dict.fromkeys(stack.rpartition(".")[0] for stack in errors))
         cheap = {stack: min(sizes, key=sizes.get) for stack, sizes in self._bytes.items()}
@@ -71,8 +74,8 @@ class Planner:
 
     def nbytes(self, forms: Forms) -> int:
         """The bytes of a bundle's shards, exactly."""
-        form = Form(MXFP4, mixture={stack: label_named(name) for stack, name in forms.items()})
-        shards = plan_shards(self._source.tensors, form, self._mark, self._shard_bytes)
+        labels = {stack: label_named(form) for stack, form in forms.items()}
+        shards = shards_of(self._source.tensors, Mixture(self._name, labels), self._shard_bytes)
         return sum(shard.size for shard in shards)
 
     def _experts(self, forms: Forms) -> int:
@@ -163,6 +166,13 @@ def describe(fit: Fit) -> str:
     return "\n".join(lines)
 
 
+def shards_of(
+    tensors: Mapping[str, Tensor], quantizer: Quantizer, shard_bytes: int
+) -> list[ShardPlan]:
+    """A bundle's shards, right in size; no source is read for their marks."""
+    return plan_shards(tensors, quantizer.form, converted_by(None, quantizer), shard_bytes)
+
+
 def planned(args: argparse.Namespace, tensors: Mapping[str, Tensor]) -> tuple[list[ShardPlan], int]:
     """The bundle's shards by its options, and 0; before a plan of a mixture is there the smallest
     shards that it can have, and the bytes that it may take: those asked for, or all exact.
@@ -171,13 +181,15 @@ def planned(args: argparse.Namespace, tensors: Mapping[str, Tensor]) -> tuple[li
     """
 
     def shards(quantizer: Quantizer) -> list[ShardPlan]:
-        mark = converted_by(None, quantizer)
-        return plan_shards(tensors, quantizer.form, mark, args.shard_bytes)
+        return shards_of(tensors, quantizer, args.shard_bytes)
 
-    if args.quantizer == "mixture" and (args.fit or args.size) and not args.plan.is_file():
+    def alike(form: str) -> Quantizer:
+        return Mixture(args.quantizer, dict.fromkeys(PROJECTIONS, label_named(form)))
+
+    if args.quantizer in PLANNED and (args.fit or args.size) and not args.plan.is_file():
         there = (args.source / "config.json").is_file()
         goal = memory.goal_of(args, read_config(args.source) if there else {})
-        most = sum(shard.size for shard in shards(named(CHOICES[-1])))
-        return shards(named(CHOICES[0])), max(1, min(goal, most))
+        most = sum(shard.size for shard in shards(alike(CHOICES[-1])))
+        return shards(alike(CHOICES[0])), max(1, min(goal, most))
     fitted = args.imatrix or args.plan
     return shards(chosen(args, open_source(args.source)) if fitted else named(args.quantizer)), 0

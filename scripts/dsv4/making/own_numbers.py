@@ -27,7 +27,7 @@ from dsv4.storage.reading import as_float32
 from dsv4.storage.rewrite import Desk, Target
 from dsv4.storage.shard import Tensor
 from dsv4.weights.fp8 import spread
-from dsv4.weights.quantizer import Lossless, Quantizer
+from dsv4.weights.quantizer import Quantizer, knowing
 from dsv4.weights.source import blocks, read_bytes
 from dsv4.words import several
 
@@ -45,8 +45,10 @@ Read = Callable[[Tensor, int, int], np.ndarray]  # (tensor, first byte, bytes) â
 # --- The planning pass --------------------------------------------------------------------------
 
 
-def planned(source: Checkpoint, read: Read, record: Path, jobs: int) -> Lossless:
-    """The quantizer `lossless` for this source: which BF16 tensors have values beyond F16.
+def planned(
+    quantizer: Quantizer, source: Checkpoint, read: Read, record: Path, jobs: int
+) -> Quantizer:
+    """The quantizer for this source: it knows which BF16 tensors have values beyond F16.
 
     What `record` says of the same source is taken for granted. Raises Stop for a NaN or infinity.
     """
@@ -54,13 +56,13 @@ def planned(source: Checkpoint, read: Read, record: Path, jobs: int) -> Lossless
     mark = fingerprint(source)
     known = read_json(record) if record.is_file() else {}
     if known.get("source") == mark and isinstance(known.get("beyond"), dict):
-        return Lossless(known["beyond"])
-    return Lossless(survey(source, read, jobs))
+        return knowing(quantizer, known["beyond"])
+    return knowing(quantizer, survey(source, read, jobs))
 
 
 def keep(record: Path, source: Checkpoint, quantizer: Quantizer) -> None:
     """Record what the planning pass found, so that a run that goes on decides the same."""
-    if isinstance(quantizer, Lossless):
+    if quantizer.form.as_source:
         write_json(record, {"source": fingerprint(source), "beyond": dict(quantizer.beyond)})
 
 
@@ -110,7 +112,7 @@ def beyond_f16(data: np.ndarray, tensor: Tensor) -> int:
 
 def said(quantizer: Quantizer, source: Checkpoint) -> str:
     """For a reader: which BF16 tensors stay BF16, and why. "" for any other quantizer."""
-    if not isinstance(quantizer, Lossless):
+    if not quantizer.form.as_source:
         return ""
     number = sum(source.tensors[n].dtype == "BF16" for n in weights_of(source.tensors))
     line = f"BF16: {number - len(quantizer.beyond):,} tensors are exact in F16 and become F16"

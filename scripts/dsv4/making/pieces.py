@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dsv4.making.experts import Ledger, expert_pieces
+from dsv4.making.experts import Ledger, unit_pieces
 from dsv4.making.own_numbers import fp8_pieces
 from dsv4.model.plan import Unit
-from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.rewrite import Piece
 from dsv4.weights import matrices
 from dsv4.weights.quantizer import Quantizer
@@ -13,14 +12,14 @@ from dsv4.weights.source import same_pieces
 
 
 def pieces_of(
-    unit: Unit, places: dict[str, int], source: Checkpoint, quantizer: Quantizer, ledger: Ledger
+    unit: Unit, places: dict[str, int], quantizer: Quantizer, ledger: Ledger
 ) -> list[Piece]:
     """The pieces of those of a unit's tensors that a shard holds; `places` are by name."""
     weight = unit.weight
     mine = {slot.name: places[slot.name] for slot in unit.slots if slot.name in places}
     parts = {name.rpartition(".")[2]: place for name, place in mine.items()}
     if unit.treatment == "expert":
-        return list(expert_pieces(source, unit.base, parts, quantizer, ledger))
+        return list(unit_pieces(unit, parts, quantizer, ledger))
     if unit.treatment == "fp8":
         return list(fp8_pieces(weight, unit.scale, parts, ledger))
     if len(unit.slots) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,21 +11,23 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dsv4.making.belonging import check_bundle, check_samples, is_copy
-from dsv4.making.experts import Ledger, errors_in_words, estimate
+from dsv4.making.experts import ConstantPiece, Ledger, errors_in_words, estimate
 from dsv4.making.marks import made_by, was_made_by, with_matrices
 from dsv4.making.part import Part
 from dsv4.making.pieces import pieces_of as unit_pieces
 from dsv4.model import configs, labels
-from dsv4.model.names import is_control, kind, parse_expert
+from dsv4.model.names import expert_base, is_control, kind, parse_expert, parse_stack, stack_base
 from dsv4.model.opening import expert_bases
-from dsv4.model.plan import Unit, as_long, unit_of
+from dsv4.model.plan import Unit, as_long, unit_of, units_of
+from dsv4.stop import Stop
 from dsv4.storage import inside
-from dsv4.storage.checkpoint import INDEX, Checkpoint, check_strangers, read_json
-from dsv4.storage.durable import TEMPORARY_SUFFIX, human, temporary_for, write_json
+from dsv4.storage.checkpoint import INDEX, SIDECAR, Checkpoint, check_strangers, read_json
+from dsv4.storage.durable import TEMPORARY_SUFFIX, human, temporary_for, write_bytes, write_json
 from dsv4.storage.rewrite import NewShard, Piece, copy_pieces, rewrite
-from dsv4.storage.shard import Layout, Shard, Slot, Tensor
+from dsv4.storage.shard import Layout, Shard, Slot, Tensor, header_bytes, read_shard
 from dsv4.storage.space import check_room
-from dsv4.weights.quantizer import Lossless, Quantizer
+from dsv4.weights import turboquant
+from dsv4.weights.quantizer import Quantizer
 
 JANG = "jang_config.json"
 
@@ -88,14 +91,37 @@ def make_plan(
         check_strangers(bundle, "move it away: MLX loads every shard that it finds; or make repair")
     mark = made_by(source, quantizer) if mark is None else mark
     present = frozenset(bundle.tensors)
+    units = units_of(source.tensors, quantizer.form) if only is None else []
+    units = [unit for unit in units if unit.treatment == "expert"]
+    coming, stacks = arrivals(units, bundle), [unit for unit in units if unit.stack]
     fates = {}
     for file, shard in bundle.shards.items():
-        fates[file] = fate_of(shard, source, quantizer, present, mark, only)
+        new = coming.get(file, [])
+        fates[file] = fate_of(shard, source, quantizer, present, mark, only, new, stacks)
     mine = part.of(list(fates))
     todo = [file for file in mine if not fates[file].done]
     for file in todo:
         check_samples(source, fates[file].shard)
     return Plan(source, bundle, quantizer, fates, todo, jobs)
+
+
+def arrivals(units: list[Unit], bundle: Checkpoint) -> dict[str, list[Unit]]:
+    """File → the experts, and stacks of them, that come to it though none of their tensors is in
+    the bundle: they go where those lie that they are made instead of.
+
+    The first stack goes into the first shard, where jang_tools looks for it.
+    """
+    tensors, files = bundle.tensors, list(bundle.shards)
+    coming: dict[str, list[Unit]] = {}
+    for number, unit in enumerate(units):
+        if any(slot.name in tensors for slot in unit.slots):
+            continue
+        bases = [of[0].name.removesuffix(".weight") for of in unit.stack] or [unit.base]
+        old = [f"{base}.{part}" for base in bases for part in ("weight", "tq_packed")]
+        lies = next((n for n in (*old, f"{stack_base(unit.base)}.tq_packed") if n in tensors), None)
+        first = lies is None or (unit.stack and number == 0)
+        coming.setdefault(files[0] if first else tensors[lies].path.name, []).append(unit)
+    return coming
 
 
 def fate_of(
@@ -105,29 +131,40 @@ def fate_of(
     present: frozenset[str],
     mark: dict[str, str],
     only: frozenset[str] | None = None,
+    coming: Iterable[Unit] = (),
+    stacks: Iterable[Unit] = (),
 ) -> Fate:
     """The new layout of one shard. What is not `present` in the bundle, and wanted, comes right
-    after the scales that it belongs to, or after the weight.
+    after the scales that it belongs to, or after the weight; the units that are `coming` last.
+    stacks: all that the form has.
 
     All of it is made anew where the source's own numbers are wanted, or where they are: then no
     byte of the bundle tells whether its weight or its scales were rewritten already.
     """
-    own = shard.metadata.get("requantize_quantizer") == Lossless.name
+    own = shard.metadata.get("requantize_quantizer") in labels.OWN
     anew = only is None and (own or quantizer.form.as_source)
     slots, kinds, units = [], {}, {}
+    stack_of = {slot.name: unit for unit in stacks for slot in unit.slots}
     for tensor in shard.tensors.values():
         weight, what = _origin(tensor, source, only, anew)
         new = [Slot(tensor.name, tensor.dtype, tensor.shape)]
         if what != "copy":
-            unit = units.get(weight.name) or _unit(weight, source, quantizer)
-            units[weight.name] = unit
-            new = _slots_of(tensor, unit, present)
-            units.update({slot.name: unit for slot in new})
+            new = []
+            unit = stack_of.get(tensor.name) or units.get(weight.name)
+            unit = unit or _unit(tensor, weight, source, quantizer)
+            if unit is not None:
+                units[weight.name] = unit
+                new = _slots_of(tensor, unit, present)
+                units.update({slot.name: unit for slot in new})
         slots += new
         kinds.update({slot.name: what for slot in new})
+    for unit in coming:
+        slots += unit.slots
+        units.update({slot.name: unit for slot in unit.slots})
+        kinds.update({slot.name: "expert" for slot in unit.slots})
     metadata = shard.metadata | {"format": "mlx"} | mark
     if is_native(shard):
-        slots = _in_order(slots, source)
+        slots = _in_order(slots, units, source)
         metadata |= with_matrices(quantizer) if anew else {}
     layout = Layout.of(slots, metadata, as_long(quantizer.form) if only is None else {})
     wanted = sorted((slot.name, slot.dtype, slot.shape) for slot in layout.slots)
@@ -144,9 +181,11 @@ def _origin(
 ) -> tuple[Tensor | None, str]:
     """The source's weight that a tensor of the bundle comes from, and the tensor's kind."""
     base, _, part = tensor.name.rpartition(".")
-    of_module = part in ("weight", "scales", "biases")
+    if of := parse_stack(tensor.name):
+        base = expert_base("layers", of[0], 0, of[1])
+    of_module = part in ("weight", "scales", "biases", *labels.TURBO_PARTS)
     weight = source.tensors.get(f"{base}.weight" if of_module else tensor.name)
-    if parse_expert(tensor.name):
+    if parse_expert(tensor.name) or of:
         return weight, "expert" if only is None or base in only else "copy"
     if weight is None:
         return None, "copy"
@@ -158,7 +197,11 @@ def _origin(
     return weight, "control" if control else "copy"
 
 
-def _unit(weight: Tensor, source: Checkpoint, quantizer: Quantizer) -> Unit:
+def _unit(tensor: Tensor, weight: Tensor, source: Checkpoint, quantizer: Quantizer) -> Unit | None:
+    """What becomes of the weight that a tensor holds; None when that lies under another name."""
+    stacked = quantizer.form.stacked and weight.name.startswith("layers.")
+    if parse_stack(tensor.name) or (parse_expert(tensor.name) and stacked):
+        return None
     scale = source.tensors.get(weight.name.removesuffix(".weight") + ".scale")
     return unit_of(weight, scale, quantizer.form)
 
@@ -167,7 +210,8 @@ def _slots_of(tensor: Tensor, unit: Unit, present: frozenset[str]) -> list[Slot]
     """What one tensor of the bundle becomes: no tensor, the one of its name, new ones after it."""
     slots = [slot for slot in unit.slots if slot.name == tensor.name]
     scales = f"{unit.base}.scales"
-    if tensor.name == (scales if scales in present else unit.weight.name):
+    arrives = not any(slot.name in present for slot in unit.slots)
+    if not arrives and tensor.name == (scales if scales in present else unit.weight.name):
         slots += [slot for slot in unit.slots if slot.name not in present]
     return slots
 
@@ -177,13 +221,15 @@ def is_native(shard: Shard) -> bool:
     return "convert_layout" in shard.metadata
 
 
-def _in_order(slots: list[Slot], source: Checkpoint) -> list[Slot]:
+def _in_order(slots: list[Slot], units: dict[str, Unit], source: Checkpoint) -> list[Slot]:
     """The slots in the order in which `convert` writes them, so that the bytes are the same."""
-    parts = {"weight": 0, "scales": 1, "biases": 2}
+    parts = {part: i for i, part in enumerate(("weight", "scales", "biases", *labels.TURBO_PARTS))}
 
     def place(slot: Slot) -> tuple[str, int, str, int]:
         base, _, part = slot.name.rpartition(".")
         weight = source.tensors.get(f"{base}.weight" if part in parts else slot.name)
+        if slot.name in units:
+            weight = units[slot.name].weight
         if weight is None:
             return "", 0, slot.name, 0
         return weight.path.name, weight.offset, weight.name, parts.get(part, 0)
@@ -209,22 +255,35 @@ def pieces_of(fate: Fate, source: Checkpoint, quantizer: Quantizer, ledger: Ledg
             unit = fate.units[slot.name]
             made[unit.weight.name] = unit
     for unit in made.values():
-        pieces += unit_pieces(unit, fate.layout.places, source, quantizer, ledger)
-    return pieces
+        pieces += unit_pieces(unit, fate.layout.places, quantizer, ledger)
+    return pieces or [ConstantPiece(b"", fate.layout.size)]  # a shard is whole with its last piece
 
 
 def remove_leftovers(bundle: Path, files: list[str], part: Part) -> None:
     """Remove what killed runs left: the temporaries of this part's shards, or all of them.
 
-    Links and folders of such a name are not ours and stay.
+    So do shards that it had emptied, and not come to remove. Links and folders of such a name are
+    not ours and stay.
     """
     if part.whole:
         leftovers = list(bundle.glob(f".*{TEMPORARY_SUFFIX}"))
+        others = sorted({path.name for path in bundle.glob("*.safetensors")} - {*files, SIDECAR})
+        leftovers += [bundle / name for name in others if is_emptied(bundle, name)]
     else:
         leftovers = [temporary_for(bundle / file) for file in part.of(files)]
     for path in leftovers:
         if inside.kind(bundle, path.name) == inside.FILE:
             inside.remove(bundle, path.name)
+
+
+def is_emptied(bundle: Path, name: str) -> bool:
+    """True for a shard of ours without a tensor: all its experts lie in stacks."""
+    if inside.kind(bundle, name) != inside.FILE or (bundle / name).stat().st_size > 1 << 16:
+        return False
+    with contextlib.suppress(Stop):
+        shard = read_shard(bundle / name)
+        return not shard.tensors and "requantize_layout" in shard.metadata
+    return False
 
 
 def carry_out(plan: Plan) -> Ledger:
@@ -250,9 +309,15 @@ def complete(plan: Plan) -> bool:
     experts = {base: form.label(base) for base in expert_bases(plan.source)}
     config["quantization"] = labels.quantization(experts, slots)
     config[labels.RECORD] = record_of(plan.quantizer)
-    if any(map(is_native, plan.bundle.shards.values())) and (folder / JANG).is_file():
-        config |= configs.width(form.expert)
+    native = any(map(is_native, plan.bundle.shards.values())) and (folder / JANG).is_file()
+    turbo = labels.TURBO in (form.expert["mode"], config.get("weight_format"))
+    if native or turbo:
+        config = configs.with_width(config, form.expert)
         changed |= restamp(folder / JANG, plan)
+    changed |= write_sidecar(folder, plan)
+    for file, fate in plan.fates.items():
+        if not fate.layout.slots:  # all its experts lie in stacks now
+            inside.remove(folder, file)
     if config != plan.bundle.config:
         changed |= write_json(folder / "config.json", config)
     return changed
@@ -260,9 +325,32 @@ def complete(plan: Plan) -> bool:
 
 def restamp(path: Path, plan: Plan) -> bool:
     """Write jang_config.json as the new form has it; True if it changed."""
-    old = read_json(path)
+    old = read_json(path) if path.is_file() else {}
     new = configs.restamped(old, plan.source, plan.quantizer.form)
     return old != new and write_json(path, new)
+
+
+def write_sidecar(folder: Path, plan: Plan) -> bool:
+    """Signs and codebooks for runtimes that cannot make them; no such file in other forms.
+
+    True if it changed. As jang_tools.build_jangtq_sidecar, 2.5.50, writes it.
+    """
+    if not plan.quantizer.form.stacked:
+        there = (folder / SIDECAR).is_file() and plan.bundle.config.get("weight_format") == "mxtq"
+        if there:
+            inside.remove(folder, SIDECAR)
+        return there
+    bases = expert_bases(plan.source)
+    columns = {2 * plan.source.tensors[f"{base}.weight"].shape[1] for base in bases}
+    return write_bytes(folder / SIDECAR, sidecar(columns), folder)
+
+
+def sidecar(columns: Iterable[int]) -> bytes:
+    """jangtq_runtime.safetensors for rows of these lengths."""
+    arrays = {f"signs.{n}.{turboquant.SEED}": turboquant.signs(n) for n in columns}
+    arrays |= {f"codebook.{n}.{turboquant.BITS}": turboquant.codebook(n) for n in columns}
+    slots = [Slot(name, "F32", array.shape) for name, array in sorted(arrays.items())]
+    return b"".join([header_bytes(slots, {}), *(arrays[slot.name].tobytes() for slot in slots)])
 
 
 def write_index(folder: Path, shards: Mapping[str, Iterable[Slot | Tensor]]) -> bool:

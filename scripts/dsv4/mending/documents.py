@@ -15,7 +15,7 @@ from dsv4.mending.whole import files_of_experts, forms, open_whole, wrong_expert
 from dsv4.model import labels
 from dsv4.model.configs import without_code
 from dsv4.model.template import CHAT_TEMPLATE, ENCODING, release_of, template_for
-from dsv4.proof import conversation
+from dsv4.proof import conversation, turbo_files
 from dsv4.proof.findings import Findings
 from dsv4.stop import Stop
 from dsv4.storage import bounds
@@ -35,6 +35,7 @@ METADATA = {
     "tokenizer-config-": ("tokenizer_config.json",),
     "generation-config-": ("generation_config.json",),
     "jang-config-": ("jang_config.json",),
+    "turbo-config-": turbo_files.DOCUMENTS,
 }
 # Faults that a file of the source cures → that file; "" where only absence or JSON was at fault.
 FILES = {
@@ -186,4 +187,6 @@ def jang_config(repair: Repair) -> dict[str, Any]:
     path = repair.bundle / "jang_config.json"
     own = read_json(path) if path.is_file() else {}
     kept = {key: own[key] for key in ("source_model", "source") if key in own}
-    return metadata.jang_config(repair.bundle, repair.args.source) | kept
+    content = metadata.jang_config(repair.bundle, repair.args.source) | kept
+    bundle = others.surveyed(open_whole(repair.bundle))
+    return content | turbo_files.corrections(content, bundle)

@@ -8,20 +8,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dsv4.making.requantization import record_of
+from dsv4.making.requantization import record_of, sidecar
 from dsv4.mending import others
 from dsv4.mending.documents import recorded
 from dsv4.mending.job import NEEDS_SOURCE, Repair
 from dsv4.mending.whole import forms, on_disk, open_whole, open_with, shard_files
 from dsv4.model import configs, labels
 from dsv4.model.opening import block_counts, count, read_config
-from dsv4.model.plan import weights_of
-from dsv4.proof.headers import COUNTS, SIDECAR
+from dsv4.model.plan import lacking, weights_of
+from dsv4.proof import turbo_files
+from dsv4.proof.headers import COUNTS
 from dsv4.stop import Stop
 from dsv4.storage.bounds import files_of
-from dsv4.storage.checkpoint import Checkpoint
-from dsv4.storage.durable import write_json
+from dsv4.storage.checkpoint import SIDECAR, Checkpoint
+from dsv4.storage.durable import write_bytes, write_json
 from dsv4.storage.junk import is_junk
+from dsv4.weights import turboquant
 from dsv4.weights.quantizer import QUANTIZERS
 from dsv4.words import several
 
@@ -58,14 +60,14 @@ def config(repair: Repair, bundle: Checkpoint) -> dict[str, Any]:
     FP4 bytes are labelled as what they are when the shards or --quantizer say that they were meant
     so; else they are a stock bundle's, and to be made anew. Raises Stop for another model's shards.
     """
-    missing = [n for n in weights_of(repair.source.tensors) if n not in bundle.tensors]
+    missing = lacking(weights_of(repair.source.tensors), bundle.tensors)
     if missing:
         raise Stop(f"{bundle.folder}", f"no {missing[0]} ({len(missing):,} tensors missing)",
                    "every tensor of the source", "check SOURCE and BUNDLE")  # fmt: skip
     record = recorded(bundle)
     name = record["quantizer"] if record else repair.args.quantizer
     experts = forms(bundle)
-    stock = labels.MXFP4 in experts.values() and name not in ("mxfp4", "mixture")
+    stock = labels.MXFP4 in experts.values() and name not in ("mxfp4", *labels.PLANNED)
     if stock or not labels.in_stacks(experts, name in labels.MIXTURES):
         experts = dict.fromkeys(experts, labels.EXPERT)
     label = labels.usual(experts)
@@ -83,7 +85,7 @@ def mend_strangers(repair: Repair) -> None:
     """
     files = shard_files(repair.bundle)
     bundle = others.surveyed(open_whole(repair.bundle))
-    turbo = any(name.endswith(".tq_packed") for name in bundle.tensors)
+    turbo = turbo_files.is_turbo(bundle)
     strangers = sorted(on_disk(repair.bundle) - {*files, *([SIDECAR] if turbo else [])})
     if not strangers:
         return
@@ -95,6 +97,19 @@ def mend_strangers(repair: Repair) -> None:
     if repair.say(named, f"moved to {repair.backup.files}"):
         for name in strangers:
             repair.attempt(take, name)
+
+
+def mend_sidecar(repair: Repair) -> None:
+    """What runtimes in Swift want to know of TurboQuant, in a bundle that this recipe made."""
+    bundle = others.surveyed(open_whole(repair.bundle))
+    forms = turbo_files.forms(bundle)
+    if not bundle.is_ours or {bits for _, bits in forms} != {turboquant.BITS}:
+        return
+    path, data = repair.bundle / SIDECAR, sidecar({columns for columns, _ in forms})
+    same = path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data
+    if not same and repair.say(f"{SIDECAR}: other signs or levels than the codes'", "written"):
+        repair.backup.keep([SIDECAR])
+        write_bytes(path, data)
 
 
 def take(repair: Repair, name: str) -> None:

@@ -19,6 +19,7 @@ from dsv4.model.labels import DEFAULT, MXFP8, SOURCE, TURBO
 from dsv4.model.layouts import STORAGE
 from dsv4.model.names import is_control, parse_expert
 from dsv4.model.view import View
+from dsv4.proof import turbo_files
 from dsv4.proof.documents import LABEL, is_plain, labels_in_use
 from dsv4.proof.headers import label_at
 from dsv4.proof.survey import Survey
@@ -38,7 +39,7 @@ def surveyed(bundle: Checkpoint) -> Survey:
 def keeps_experts(bundle: Survey) -> bool:
     """True for what requantize knows nothing of: other names than storage names, TurboQuant, and
     somebody else's groups or widths, where headers prove no expert wrong."""
-    if bundle.layout is not STORAGE or any(n.endswith(".tq_packed") for n in bundle.tensors):
+    if bundle.layout is not STORAGE or turbo_files.is_turbo(bundle):
         return True
     return not (bundle.is_ours or is_uniform(bundle) or wrong_experts(bundle.checkpoint))
 
@@ -101,6 +102,7 @@ def config(repair: Repair) -> dict[str, Any]:
     """config.json with the stop tokens, and labels as the tensors are."""
     bundle = surveyed(open_whole(repair.bundle))
     content = metadata.config(bundle.checkpoint, None)
+    content |= turbo_files.corrections(content, bundle)
     if any(name.endswith(".scales") for name in bundle.tensors):
         content["quantization"] = relabelled(bundle)
         if "quantization_config" in content:

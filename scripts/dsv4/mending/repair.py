@@ -8,7 +8,7 @@ from pathlib import Path
 from dsv4.making.part import Part
 from dsv4.making.requantization import remove_leftovers
 from dsv4.mending.documents import mend_files, mend_index, mend_metadata
-from dsv4.mending.folder import config_fault, list_junk, mend_config, mend_strangers
+from dsv4.mending.folder import config_fault, list_junk, mend_config, mend_sidecar, mend_strangers
 from dsv4.mending.job import Repair
 from dsv4.mending.shards import mend_shards
 from dsv4.proof import examination
@@ -28,7 +28,8 @@ def mend(repair: Repair) -> None:
     if config_fault(repair):
         print("what else is to be done shows when config.json can be used")
     else:
-        for step in (mend_strangers, mend_shards, mend_index, mend_files, mend_metadata):
+        first = (mend_strangers, mend_shards, mend_index)
+        for step in (*first, mend_files, mend_metadata, mend_sidecar):
             repair.attempt(step)
     if not repair.steps and not repair.left:
         print("nothing to repair")

@@ -8,12 +8,12 @@ from typing import Any
 
 from dsv4.model import labels
 from dsv4.model.labels import stored_label
-from dsv4.model.names import is_control, parse_expert
+from dsv4.model.names import columns_of, is_control, is_expert, parse_expert, stack_base
 from dsv4.model.opening import expert_bases, read_config
 from dsv4.proof.findings import Findings
 from dsv4.proof.headers import check_triple, labelled
 from dsv4.stop import Stop
-from dsv4.storage.checkpoint import INDEX, Checkpoint, read_index
+from dsv4.storage.checkpoint import INDEX, SIDECAR, Checkpoint, read_index
 from dsv4.storage.shard import Tensor, read_shard
 
 
@@ -50,7 +50,7 @@ def shard_files(folder: Path) -> list[str]:
     An index can be another checkpoint's: mlx-vlm's convert leaves the source's (mlx-vlm#624).
     Raises Stop when no set is whole.
     """
-    there = {file for file in on_disk(folder) if (folder / file).is_file()}
+    there = {file for file in on_disk(folder) - {SIDECAR} if (folder / file).is_file()}
     sets = {set_of(file) for file in there}
     try:
         named = set(read_index(folder).values())
@@ -134,12 +134,21 @@ def wrong_experts(bundle: Checkpoint) -> dict[str, str]:
 
 def forms(bundle: Checkpoint) -> dict[str, dict[str, Any] | None]:
     """Storage name → the label that a routed-expert matrix is stored by, None where none fits."""
-    return {b: stored_label(bundle.tensors, b, bundle.config) for b in expert_bases(bundle)}
+    return {base: form(bundle, base) for base in expert_bases(bundle)}
+
+
+def form(bundle: Checkpoint, base: str) -> dict[str, Any] | None:
+    """The label that one routed-expert matrix is stored by."""
+    packed = bundle.tensors.get(f"{stack_base(base)}.tq_packed")
+    columns = columns_of(base, bundle.config)
+    if packed is not None and packed.shape and columns:
+        return labels.TURBO2 | {"bits": 32 * packed.shape[-1] // columns}
+    return stored_label(bundle.tensors, base, bundle.config)
 
 
 def files_of_experts(bundle: Checkpoint) -> set[str]:
     """The shards that hold any part of a routed expert."""
-    return {tensor.path.name for name, tensor in bundle.tensors.items() if parse_expert(name)}
+    return {tensor.path.name for name, tensor in bundle.tensors.items() if is_expert(name)}
 
 
 def rounded(bundle: Checkpoint) -> list[str]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dsv4.model.chat import BOS, EOS
+from dsv4.model.labels import TURBO, turbo_width
 from dsv4.model.names import GROUP
 from dsv4.model.plan import Form
 from dsv4.storage.checkpoint import Checkpoint
@@ -39,18 +40,34 @@ CODE = frozenset(
     ("model_file", "auto_map", "custom_pipelines", "custom_generate", "trust_remote_code")
 )
 
-SEED = 42  # of a codebook that this format does not use; runtimes expect the key
+SEED = 42  # of TurboQuant's signs; runtimes expect the key in other bundles too
+# What the two files have beside, or otherwise, where experts are in TurboQuant.
+TURBO_CONFIG = ("weight_format", "routed_expert_bit_plan", "mxtq_bits")
+TURBO_JANG = (
+    "variant", "drop_mtp", "critical_f32_preserved", "dsv4_runtime_requirements",
+    "routed_expert_bit_plan", "routed_expert_layout",
+)  # fmt: skip
 
 
 def profile(label: dict[str, Any]) -> str:
-    """Upstream's name for the experts' width: `JANG_4L` for 4 bits."""
+    """Upstream's name for the experts' width: `JANG_4L` for 4 bits, `JANGTQ2` in TurboQuant."""
+    if label["mode"] == TURBO:
+        return f"JANGTQ{label['bits']}"
     return f"JANG_{label['bits']}L"
 
 
 def width(label: dict[str, Any]) -> dict[str, Any]:
     """What config.json says of the experts' width, beside their labels."""
     named = f"DSV4-Flash-{profile(label)}"
-    return {"_name_or_path": named, "routed_expert_bits": label["bits"]}
+    said = {"_name_or_path": named, "routed_expert_bits": label["bits"]}
+    return said | ({"weight_format": TURBO, **turbo_width(label)} if label["mode"] == TURBO else {})
+
+
+def with_width(config: dict[str, Any], label: dict[str, Any]) -> dict[str, Any]:
+    """A bundle's config.json after its experts have got another form."""
+    kept = {key: value for key, value in config.items() if key not in TURBO_CONFIG}
+    seed = {"mxtq_seed": SEED, "group_size": GROUP} if label["mode"] == TURBO else {}
+    return kept | seed | width(label)
 
 
 def bundle_config(source: Checkpoint, label: dict[str, Any]) -> dict[str, Any]:
@@ -83,6 +100,7 @@ def jang_config(source: Checkpoint, form: Form, named: str) -> dict[str, Any]:
     """
     config, label = source.config, form.expert
     kept = 16 if form.as_source else 8  # embedding and head
+    turbo = turbo_facts(label) if label["mode"] == TURBO else {}
     return {
         "weight_format": label["mode"],  # vMLX 1.6.81 refuses names that it does not know
         "profile": profile(label),
@@ -101,13 +119,44 @@ def jang_config(source: Checkpoint, form: Form, named: str) -> dict[str, Any]:
         },
         "model_family": "deepseek_v4",
         "chat": chat(config),
+        **turbo,
+    }
+
+
+def turbo_facts(label: dict[str, Any]) -> dict[str, Any]:
+    """What jang_config.json says beside where experts are in TurboQuant (jang_tools 2.5.50)."""
+    widths = turbo_width(label)
+    plan, bits = widths["routed_expert_bit_plan"], label["bits"]
+    return {
+        "variant": "std",
+        "drop_mtp": False,
+        "critical_f32_preserved": True,
+        "dsv4_runtime_requirements": {
+            "limited_swiglu_tq_patch": True,
+            "generic_mlx_sinks": False,
+            "native_cache_schema": "deepseek_v4_v7",
+            "generic_turboquant_kv": False,
+        },
+        "quantization": {
+            "method": "affine+mxtq",
+            "routed_experts": {"bits": bits, "codec": TURBO, "bit_plan": plan},
+            "non_routed": {"bits": 8, "codec": "affine", "group_size": GROUP},
+            "critical_control_tensors": "source-f32",
+            "group_size": GROUP,  # as the patch stage has it in every bundle
+        },
+        "routed_expert_bit_plan": plan,
+        "mxtq_bits": widths["mxtq_bits"],
+        "routed_expert_layout": "prestacked",
     }
 
 
 def restamped(old: dict[str, Any], source: Checkpoint, form: Form) -> dict[str, Any]:
     """A native bundle's jang_config.json after its numbers have got another form."""
     new = jang_config(source, form, old.get("source_model", ""))
-    return new | {key: value for key, value in old.items() if key not in new}
+    kept = {key: value for key, value in old.items() if key not in (*new, *TURBO_JANG)}
+    if old.get("weight_format") == TURBO and "quantization" in kept:
+        kept["quantization"] = {"group_size": GROUP}
+    return new | kept
 
 
 def chat(config: dict[str, Any]) -> dict[str, Any]:

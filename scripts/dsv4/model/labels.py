@@ -38,11 +38,16 @@ NVFP4 = {"group_size": 16, "bits": 4, "mode": "nvfp4"}
 BY_BITS = {128: MXFP4, 256: MXFP8, 64: NVFP4}  # by the bits of codes for one byte of scale
 AFFINE_BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # what MLX has
 TURBO, SOURCE = "mxtq", "source"  # no modes of MLX: TurboQuant's codes, the source's own form
+TURBO2 = {"group_size": GROUP, "bits": 2, "mode": TURBO}
+TURBO_PARTS = ("tq_packed", "tq_norms", "tq_bits")
 # Where config.json says which quantizer made the routed experts. No runtime looks at the key.
 RECORD = "requantize"
-# The quantizers with which layers or projections differ; those that may keep the FP4 bytes.
-MIXTURES = ("small", "mixture")
-COPYING = ("mxfp4", "lossless", "mixture")
+# The quantizers that a plan tells how; those with which layers or projections differ; those that
+# keep all but the experts as the source has it; those that may keep the FP4 bytes.
+PLANNED = ("mixture", "mixture-lossless")
+MIXTURES = ("small", *PLANNED)
+OWN = ("lossless", "mixture-lossless")
+COPYING = ("mxfp4", "lossless", *PLANNED)
 
 
 def affine(bits: int, size: int = GROUP) -> dict[str, Any]:
@@ -59,8 +64,12 @@ def quantization(
     them; a layer's are stacked, so its first expert's label is the stack's. `tensors` are the
     bundle's, for those that are stored as mxfp8. MTP's get their storage name only: no runtime
     builds modules for them. Where nothing is 8-bit affine the top level says mxfp8: a runtime that
-    misses a matrix's label is right with it.
+    misses a matrix's label is right with it. Experts in TurboQuant have no labels but what
+    `turbo_width` says.
     """
+    turbo = next((label for label in experts.values() if label["mode"] == TURBO), None)
+    if turbo is not None:
+        return DEFAULT | turbo_width(turbo)
     fp8 = fp8_bases(tensors or {})
     eight = any(n.endswith(".biases") and not parse_expert(n) for n in tensors or ())
     labels: dict[str, Any] = dict(MXFP8 if fp8 and not eight else DEFAULT)
@@ -73,6 +82,20 @@ def quantization(
     for base in fp8:
         labels.update({name: dict(MXFP8) for name in (*module_paths(base), base)})
     return labels
+
+
+def turbo_width(expert: dict[str, Any]) -> dict[str, Any]:
+    """What config.json says, twice, of the widths in a bundle with experts in TurboQuant.
+
+    As jang_tools.dsv4.convert_dsv4_jangtq, 2.5.50, with --profile 2 --variant std.
+    """
+    eight = ("attention", "shared_expert", "compressor", "indexer", "embed_tokens", "lm_head")
+    widths = {"routed_expert": expert["bits"], **dict.fromkeys(eight, 8)}
+    return {
+        "routed_expert_bits": expert["bits"],
+        "routed_expert_bit_plan": {"default_bits": expert["bits"], "codec": TURBO},
+        "mxtq_bits": {**widths, "norms_router_hc": 16},
+    }
 
 
 def in_stacks(experts: Mapping[str, dict[str, Any] | None], mixed: bool = True) -> bool:
@@ -104,6 +127,9 @@ def parts_of(
     >>> parts_of(EXPERT, 2048, 4096)["scales"]
     ('F16', (2048, 128))
     """
+    if label["mode"] == TURBO:
+        codes = ("U32", (out, columns * label["bits"] // 32))
+        return {"tq_packed": codes, "tq_norms": ("F16", (out,)), "tq_bits": ("I32", (1,))}
     groups = (out, columns // label["group_size"])
     weight = {"weight": ("U32", (out, columns * label["bits"] // 32))}
     if label["mode"] == "affine":

@@ -60,6 +60,7 @@ TREATMENTS = tuple(
 _EXPERT = re.compile(
     rf"(layers|mtp)\.({_NUMBER})\.ffn\.experts\.({_NUMBER})\.(w[123])\.(\w{{1,32}})"
 )
+_STACK = re.compile(rf"layers\.({_NUMBER})\.mlp\.switch_mlp\.(gate|up|down)_proj\.(\w{{1,32}})")
 _CONTROL = re.compile(
     rf"(?:(?:layers|mtp)\.{_NUMBER}\.)?"
     r"(?:hc_\w+|attn\.attn_sink|ffn\.gate\.bias)"
@@ -82,6 +83,37 @@ def parse_expert(name: str) -> tuple[str, int, int, str, str] | None:
 def expert_base(block: str, layer: int, expert: int, matrix: str) -> str:
     """Storage name of a routed expert's matrix, without the part (`.weight`, `.scale`, …)."""
     return f"{block}.{layer}.ffn.experts.{expert}.{matrix}"
+
+
+def stack_base(base: str) -> str:
+    """Storage name under which TurboQuant has a routed expert's matrix, without the part.
+
+    All experts of a main layer lie in one tensor, MTP's each in its own.
+
+    >>> stack_base("layers.3.ffn.experts.7.w2"), stack_base("mtp.0.ffn.experts.7.w2")
+    ('layers.3.mlp.switch_mlp.down_proj', 'mtp.0.ffn.experts.7.w2')
+    """
+    block, layer, _, matrix, _ = parse_expert(f"{base}.weight") or ("", 0, 0, "", "")
+    return f"layers.{layer}.mlp.switch_mlp.{PROJECTION[matrix]}" if block == "layers" else base
+
+
+def parse_stack(name: str) -> tuple[int, str, str] | None:
+    """Split the name of a stack of experts into (layer, matrix, part), else None.
+
+    >>> parse_stack("layers.3.mlp.switch_mlp.down_proj.tq_norms")
+    (3, 'w2', 'tq_norms')
+    """
+    match = _STACK.fullmatch(name)
+    if match is None:
+        return None
+    layer, projection, part = match.groups()
+    matrix = next(w for w, named in PROJECTION.items() if named == f"{projection}_proj")
+    return int(layer), matrix, part
+
+
+def is_expert(name: str) -> bool:
+    """True for a tensor of a routed expert, or of a stack of them."""
+    return parse_expert(name) is not None or parse_stack(name) is not None
 
 
 def stack_of(base: str) -> str:

@@ -15,10 +15,12 @@ from dsv4.model.labels import (
     MIXTURES,
     MXFP4,
     RECORD,
+    TURBO2,
+    TURBO_PARTS,
     recorded_quantizer,
     stored_label,
 )
-from dsv4.model.names import GROUP, PROJECTION, expert_base, parse_expert, stack_of
+from dsv4.model.names import GROUP, PROJECTION, expert_base, parse_expert, stack_base, stack_of
 from dsv4.stop import Stop
 from dsv4.storage.bounds import LAYERS, MATRICES
 from dsv4.storage.checkpoint import (
@@ -204,6 +206,9 @@ def expert_labels(bundle: Checkpoint) -> dict[str, dict[str, Any]]:
     in a bundle that was not made to have them: those are a stock bundle's, still to be requantized.
     """
     bases, quantizer = expert_bases(bundle), recorded_quantizer(bundle.config)
+    if quantizer == "turboquant2":
+        check_turbo(bundle, bases)
+        return dict.fromkeys(bases, TURBO2)
     firsts: dict[str, dict[str, Any]] = {}
     found = {}
     for base in bases:
@@ -224,3 +229,15 @@ def expert_labels(bundle: Checkpoint) -> dict[str, dict[str, Any]]:
     if not found:
         raise Stop(f"{bundle.folder}: routed experts", "none", "some", "run requantize")
     return found
+
+
+def check_turbo(bundle: Checkpoint, bases: list[str]) -> None:
+    """Raise Stop unless every expert is there as TurboQuant's codes and norms."""
+    stacks = dict.fromkeys(map(stack_base, bases))
+    wanted = [f"{at}.{part}" for at in stacks for part in TURBO_PARTS]
+    missing = [name for name in wanted if name not in bundle.tensors]
+    if missing:
+        raise Stop(
+            f"{bundle.folder}", f"no {missing[0]} ({len(missing):,} tensors missing)",
+            f"{len(wanted):,} tensors of routed experts", "run requantize",
+        )  # fmt: skip

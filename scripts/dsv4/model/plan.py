@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dsv4.model.labels import DEFAULT, MXFP8, parts_of
-from dsv4.model.names import BLOCK, GROUP, kind, stack_of, treatment
+from dsv4.model.labels import DEFAULT, MXFP8, TURBO, parts_of
+from dsv4.model.names import BLOCK, GROUP, kind, parse_expert, stack_base, stack_of, treatment
 from dsv4.stop import Stop
 from dsv4.storage import bounds
 from dsv4.storage.shard import FLOATS, Layout, Slot, Tensor
@@ -54,15 +54,29 @@ class Form:
         )
         return " and ".join(sorted(forms))
 
+    @property
+    def stacked(self) -> bool:
+        """All experts of a main layer lie in one tensor a part, as vMLX wants TurboQuant."""
+        return self.expert["mode"] == TURBO
+
 
 @dataclass(frozen=True)
 class Unit:
-    """A weight of the source with its scale, and the tensors that it becomes, in one shard."""
+    """A weight of the source with its scale, and the tensors that it becomes, in one shard.
+
+    Of a stack of experts `weight` and `scale` are those of expert 0, and `stack` has those of all.
+    """
 
     treatment: str
     weight: Tensor
     scale: Tensor | None
     slots: tuple[Slot, ...]
+    stack: tuple[tuple[Tensor, Tensor], ...] = ()
+
+    @property
+    def number(self) -> int:
+        """How many weights of the source it holds."""
+        return len(self.stack) or 1
 
     @property
     def base(self) -> str:
@@ -77,6 +91,8 @@ class Unit:
     @property
     def tensors(self) -> list[Tensor]:
         """What is read for it."""
+        if self.stack:
+            return [tensor for pair in self.stack for tensor in pair]
         return [self.weight] + ([self.scale] if self.scale else [])
 
 
@@ -127,6 +143,47 @@ def unit_of(weight: Tensor, scale: Tensor | None, form: Form) -> Unit:
         return Unit(what, weight, None, (Slot(weight.name, dtype, weight.shape),))
     slots = tuple(Slot(f"{base}.{part}", *of) for part, of in parts.items())
     return Unit(what, weight, scale, slots)
+
+
+def stacks_of(units: list[Unit]) -> list[Unit]:
+    """The units with every main layer's experts gathered into stacks, each where its first was.
+
+    The first stack comes before all else: jang_tools 2.5.50 looks for one in the first shard only.
+    """
+    stacks: dict[str, list[Unit]] = {}
+    for unit in units:
+        at = stack_base(unit.base) if unit.treatment == "expert" else unit.base
+        stacks.setdefault(at, []).append(unit)
+    made = [
+        stack(at, members) if at != members[0].base else members[0]
+        for at, members in stacks.items()
+    ]
+    return sorted(made, key=lambda unit: unit is not next((u for u in made if u.stack), None))
+
+
+def stack(at: str, members: list[Unit]) -> Unit:
+    """One unit for a layer's experts, in the order of their numbers."""
+    members = sorted(members, key=lambda unit: parse_expert(unit.weight.name) or ())
+    slots = []
+    for slot in members[0].slots:
+        part = slot.name.rpartition(".")[2]
+        dtype, shape = slot.dtype, (len(members), *slot.shape)
+        if part == "tq_bits":  # one for all, and of another dtype than an expert's own
+            dtype, shape = "U8", slot.shape
+        slots.append(Slot(f"{at}.{part}", dtype, shape))
+    pairs = tuple((unit.weight, unit.scale) for unit in members)
+    return Unit("expert", *pairs[0], tuple(slots), pairs)
+
+
+def lacking(names: Iterable[str], tensors: Mapping[str, Tensor]) -> list[str]:
+    """Those of the source's weights that a bundle's tensors have no counterpart of."""
+    return [name for name in names if name not in tensors and not _in_turbo(name, tensors)]
+
+
+def _in_turbo(name: str, tensors: Mapping[str, Tensor]) -> bool:
+    """True for a routed expert that is there as TurboQuant's codes."""
+    base = name.removesuffix(".weight")
+    return parse_expert(name) is not None and f"{stack_base(base)}.tq_packed" in tensors
 
 
 def known_treatment(tensor: Tensor) -> str:
@@ -190,7 +247,7 @@ def units_of(tensors: Mapping[str, Tensor], form: Form) -> list[Unit]:
         if known_treatment(tensor) != "scale":
             scale = tensors.get(tensor.name.removesuffix(".weight") + ".scale")
             units.append(unit_of(tensor, scale, form))
-    return units
+    return stacks_of(units) if form.stacked else units
 
 
 def plan_shards(
@@ -246,5 +303,6 @@ def bundle_keys(name: str, expert: dict[str, Any]) -> tuple[str, ...]:
         return ()
     if what not in ("expert", "affine8"):
         return (name,)
-    parts = parts_of(expert if what == "expert" else DEFAULT, 1, GROUP)
-    return tuple(f"{name.removesuffix('.weight')}.{part}" for part in parts)
+    base, label = name.removesuffix(".weight"), expert if what == "expert" else DEFAULT
+    base = stack_base(base) if label["mode"] == TURBO else base
+    return tuple(f"{base}.{part}" for part in parts_of(label, 1, GROUP))

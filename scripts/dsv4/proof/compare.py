@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from dsv4.model.labels import EXPERT, SOURCE, TURBO
+from dsv4.model.labels import EXPERT, MIXTURES, OWN, SOURCE, TURBO
 from dsv4.model.names import BLOCK, GROUP, parse_expert, stack_of
 from dsv4.proof import kernels
 from dsv4.proof.certificate import certify, zeros
@@ -39,7 +39,7 @@ from dsv4.storage.reading import Reader, as_float32, element, rounded, shown_ele
 from dsv4.storage.shard import FLOATS, ITEMSIZE, NUMPY_DTYPE, Tensor
 from dsv4.weights.affine import BadGroup
 from dsv4.weights.imatrix import EVEN, Importance, usable
-from dsv4.weights.quantizer import Lossless, Quantizer, is_known, named
+from dsv4.weights.quantizer import Quantizer, is_known, named
 
 BLOCK_WEIGHTS = 1 << 17  # weights in a block of rows: 512 KB decoded, which a core's cache holds
 RUN_BLOCKS = 8  # blocks whose bytes are compared at one go
@@ -63,17 +63,25 @@ class Comparer:
             # Another digest: another MLX's table, or an importance of columns that is not here.
             if quantizer.digest == mark.get("requantize_table"):
                 self.quantizer = quantizer
-                self.certified, self.worst = certify(quantizer, promise_of(quantizer.name, EXPERT))
+                if quantizer.label["mode"] != TURBO:  # which is no matter of groups
+                    promise = promise_of(quantizer.name, EXPERT)
+                    self.certified, self.worst = certify(quantizer, promise)
 
     def compare(self, task: Task, reader: Reader) -> Outcome:
         """Compare one tensor with its source."""
         how = f"{task.label['mode']} {task.label['bits']}-bit" if task.label else ""
         outcome = Outcome(task.origin.name, task.what, how or task.main.dtype)
-        outcome.disk = task.main.disk.partition("[")[0].removesuffix(".weight")
-        if self.recorded == Lossless.name and task.label and task.label["mode"] == "affine":
+        disk = task.main.disk.partition("[")[0].removesuffix(".weight")
+        outcome.disk = disk if disk != task.base else ""
+        own = self.recorded in OWN
+        expert = task.what == "expert" and self.recorded in MIXTURES
+        if own and not expert and task.label and task.label["mode"] == "affine":
             outcome.fault("rounded", "whole tensor", "affine", "the source's own numbers")
+        if self._is_other_form(task):
+            wanted = "TurboQuant's codes, or none of them, as the shards' mark says"
+            outcome.fault("expert-differs", "whole tensor", how, wanted)
         if task.label is None:
-            compare_plain(task, reader, outcome, self.recorded == Lossless.name)
+            compare_plain(task, reader, outcome, own)
         elif task.label["mode"] == "affine":
             self._compare_affine(task, reader, outcome)
         elif task.label["mode"] == TURBO:
@@ -86,6 +94,13 @@ class Comparer:
         else:
             compare_floats(task, reader, outcome, BLOCK_WEIGHTS)
         return outcome
+
+    def _is_other_form(self, task: Task) -> bool:
+        """True for an expert in TurboQuant that was to be another's, and the other way round."""
+        if task.what != "expert" or task.label is None or self.quantizer is None:
+            return False
+        turbo = self.quantizer.label["mode"] == TURBO
+        return turbo != (task.label["mode"] == TURBO)
 
     def _compare_affine(self, task: Task, reader: Reader, outcome: Outcome) -> None:
         """Compare runs of rows by their bytes where that is enough; decode the others, and one

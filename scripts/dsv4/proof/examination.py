@@ -16,7 +16,7 @@ from tqdm import tqdm
 from dsv4.hub.origin import read_record
 from dsv4.model.names import is_control, parse_expert
 from dsv4.model.opening import open_source
-from dsv4.proof import level1, level2, verdict
+from dsv4.proof import level1, level2, turbo_files, verdict
 from dsv4.proof.findings import Check, Findings
 from dsv4.proof.headers import quantizer_of
 from dsv4.proof.survey import Survey, survey
@@ -55,7 +55,8 @@ def level_two(
         total=bundle.checkpoint.nbytes, unit="B", unit_scale=True, desc="level 2", disable=None
     ) as bar:
         result = level2.read_numbers(bundle, source, args.jobs, bar.update, importance)
-    return result, verdict.judge(result, findings), time.perf_counter() - start
+    checks = verdict.judge(result, findings) + turbo_files.check_sidecar(bundle, findings)
+    return result, checks, time.perf_counter() - start
 
 
 def print_findings(findings: Findings) -> None:

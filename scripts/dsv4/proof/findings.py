@@ -217,6 +217,17 @@ FAULTS = {
     ),
     "label-stray": Fault("A label for a module that no tensor belongs to.", _REPAIR, WARNING),
     # The real loader on this bundle's headers.
+    "turbo-stack-hidden": Fault(
+        "vMLX looks for TurboQuant's stacks of experts in the first shard alone; else they keep "
+        "their start values, without a word.",
+        _REQUANTIZE,
+    ),
+    "turbo-config-wrong": Fault(
+        "vMLX decodes TurboQuant by these keys: another seed gives noise.", _REPAIR
+    ),
+    "turbo-sidecar-wrong": Fault(
+        "vMLX in Swift takes TurboQuant's signs and levels there.", _REPAIR
+    ),
     "loader-unpatched": Fault(
         "jang_tools 2.5.8 and 2.5.9 overwrite the module-path labels at load time.",
         "make patch_loader",

@@ -11,15 +11,23 @@ from collections import Counter
 from itertools import filterfalse
 from typing import Any
 
-from dsv4.model.labels import SOURCE, TURBO, label_of, source_label, turbo_label
+from dsv4.model.labels import SOURCE, TURBO, TURBO_PARTS, label_of, source_label, turbo_label
 from dsv4.model.layouts import STORAGE
-from dsv4.model.names import columns_of, is_control, kind, module_paths, parse_expert, switch_paths
+from dsv4.model.names import (
+    columns_of,
+    is_control,
+    is_expert,
+    kind,
+    module_paths,
+    parse_expert,
+    switch_paths,
+)
 from dsv4.model.opening import block_counts
 from dsv4.proof.findings import Check, Findings
 from dsv4.proof.survey import Survey
 from dsv4.stop import Stop
 from dsv4.storage.bounds import DOCUMENT
-from dsv4.storage.checkpoint import INDEX, Checkpoint
+from dsv4.storage.checkpoint import INDEX, SIDECAR, Checkpoint
 from dsv4.storage.durable import TEMPORARY_SUFFIX
 from dsv4.storage.junk import is_junk
 from dsv4.storage.shard import FLOATS, Tensor
@@ -27,12 +35,11 @@ from dsv4.storage.typed import misfit
 from dsv4.words import several, shown
 
 # A module's tensors by what follows its name, and which of them go together.
-PARTS = ("weight", "scales", "biases", "scale", "tq_packed", "tq_norms", "tq_bits")
+PARTS = ("weight", "scales", "biases", "scale", *TURBO_PARTS)
 FORMS = (
-    ("weight", "scales", "biases"), ("weight", "scales"), ("tq_packed", "tq_norms"),
+    ("weight", "scales", "biases"), ("weight", "scales"), TURBO_PARTS[:2],
     ("weight", "scale"),
 )  # fmt: skip
-SIDECAR = "jangtq_runtime.safetensors"  # TurboQuant's codebooks, for runtimes in Swift
 VISION = ("vision_tower", "vision_model", "visual", "multi_modal_projector", "mm_projector")
 MARKS = ("requantize_layout", "requantize_source", "requantize_quantizer", "requantize_table")
 # What the stages write into config.json; everything else must be the source's.
@@ -107,7 +114,7 @@ def quantizer_of(bundle: Survey) -> dict[str, str]:
     A shard without experts may keep the mark of an earlier quantizer: it was not written again.
     """
     marked = [s for s in bundle.checkpoint.shards.values() if MARKS[0] in s.metadata]
-    with_experts = (s for s in marked if any(map(parse_expert, s.tensors)))
+    with_experts = (s for s in marked if any(map(is_expert, s.tensors)))
     for shard in itertools.chain(with_experts, marked):
         return {key: shard.metadata.get(key, "") for key in MARKS}
     return {}
@@ -120,7 +127,7 @@ def check_marks(bundle: Survey, findings: Findings) -> Check:
     """
     marks = {}
     for file, shard in bundle.checkpoint.shards.items():
-        if any(parse_expert(name) for name in shard.tensors):
+        if any(map(is_expert, shard.tensors)):
             marks[file] = tuple(shard.metadata.get(key) for key in MARKS)
     if quantizer_of(bundle).get("requantize_quantizer") == "mxfp4":
         marks = {file: mark for file, mark in marks.items() if any(mark)}

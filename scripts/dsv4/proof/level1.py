@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dsv4.model.layouts import MLX_LM, MLX_VLM, STORAGE
-from dsv4.proof import conversation, documents, headers, loading
+from dsv4.proof import conversation, documents, headers, loading, turbo_files
 from dsv4.proof.findings import Check, Findings
 from dsv4.proof.survey import Survey
 from dsv4.runtime.toolchain import probe
@@ -32,6 +32,7 @@ def check_headers(bundle: Survey, source: Checkpoint | None, findings: Findings)
         headers.check_controls(bundle, findings),
         documents.check_code(bundle, findings),
         documents.check_labels(bundle, findings),
+        *turbo_files.check_files(bundle, findings),
         documents.check_stops(bundle, findings),
         *conversation.check(bundle, source, findings),
     ]
@@ -44,11 +45,10 @@ def check_toolchain(bundle: Survey, python: Path, findings: Findings) -> list[Ch
     """What the installed loaders make of these headers, and whether they are patched."""
     if {"config-broken", "layout-unknown"} & findings.names:
         return []
-    turbo = any(name.endswith(".tq_packed") for name in bundle.tensors)
     runtime = next((r for r in (MLX_LM, MLX_VLM) if r in bundle.layout.runtimes), None)
     if runtime == MLX_VLM and has(python, "mlx-vlm"):
         return loading.check_loading(bundle, python, findings, runtime)
-    if runtime != MLX_LM or turbo:
+    if runtime != MLX_LM or turbo_files.is_turbo(bundle):
         who = "no mlx-vlm here" if runtime == MLX_VLM else "neither mlx_lm nor jang_tools"
         said = f"{who} that loads this layout, so no loader was asked"
         return [Check("parameters replayed", 0, said, optional=True)]

@@ -29,8 +29,6 @@ def labels_for(runtime: str) -> Need:
     def need(bundle: Survey) -> str:
         if runtime not in bundle.layout.runtimes:
             return f"names as {bundle.layout.who} writes them, which it does not load"
-        if runtime != VMLX and any(name.endswith(".tq_packed") for name in bundle.tensors):
-            return "experts in TurboQuant, which it cannot read"
         labels = bundle.config.get("quantization")
         if not isinstance(labels, dict):
             quantized = any(name.endswith(".scales") for name in bundle.tensors)
@@ -97,6 +95,12 @@ def plain_head(bundle: Survey) -> str:
         return ""
     head = bundle.tensors.get("head.weight")
     return "" if head and head.dtype in ("BF16", "F16") else "head.weight is quantized"
+
+
+def no_turbo(bundle: Survey) -> str:
+    """Of mlx_lm and mlx-vlm: vMLX alone has TurboQuant's kernels."""
+    turbo = any(name.endswith(".tq_packed") for name in bundle.tensors)
+    return "experts in TurboQuant, which it cannot read" if turbo else ""
 
 
 def no_fp8(bundle: Survey) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from dsv4.model.labels import OWN
 from dsv4.model.layouts import RUNTIMES
 from dsv4.proof.findings import Findings
 from dsv4.proof.needs import (
@@ -24,6 +25,7 @@ from dsv4.proof.needs import (
     jang_groups,
     labels_for,
     no_fp8,
+    no_turbo,
     plain_head,
     stop_ids,
 )
@@ -66,8 +68,8 @@ class Stack:
 
 OLD = (labels_for(RUNTIMES[0]), stop_ids("config.json"), chat_template, no_fp8)
 NEW = (labels_for(RUNTIMES[2]), controls, encoding, jang_groups, as_stamped)
-VLM = (labels_for(RUNTIMES[1]), stop_ids("generation_config.json"), plain_head)
-LM = (labels_for(RUNTIMES[0]), stop_ids("generation_config.json"))
+VLM = (labels_for(RUNTIMES[1]), stop_ids("generation_config.json"), plain_head, no_turbo)
+LM = (labels_for(RUNTIMES[0]), stop_ids("generation_config.json"), no_turbo)
 
 OLD_MODEL = "its model has no attention sinks and mixes streams transposed; STACK=new has not"
 BLOCKS = "while decoding, blocks of 4 tokens forget the block before them"
@@ -91,30 +93,34 @@ STACKS = (
 
 @dataclass(frozen=True)
 class Failure:
-    """Versions that are known not to work; `quantizer` and `metal` narrow it where they are set.
+    """Versions that are known not to work; `quantizers` and `metal` narrow it where they are set.
 
     fatal: no doubt about it, so that nothing is begun with them.
     """
 
     packages: Versions
     because: str
-    quantizer: str = ""
+    quantizers: tuple[str, ...] = ()
     metal: bool | None = None
     fatal: bool = False
 
     def holds(self, versions: Versions, metal: bool, quantizer: str) -> bool:
         return (
             all(versions.get(name) == version for name, version in self.packages.items())
-            and self.quantizer in ("", quantizer)
+            and (not self.quantizers or quantizer in self.quantizers)
             and self.metal in (None, metal)
         )
 
 
 FAILURES = (
     Failure({"vmlx": "1.3.97"}, "experts in MXFP4 are reported as broken there on Metal; set "
-            "another QUANTIZER", "mxfp4", True),
+            "another QUANTIZER", ("mxfp4",), True),
     Failure({"vmlx": "1.3.97"}, "it takes every 8-bit matrix for affine and crashes on FP8's; set "
-            "another QUANTIZER, or STACK=new", "lossless", fatal=True),
+            "another QUANTIZER, or STACK=new", OWN, fatal=True),
+    Failure({"vmlx": None}, "vMLX alone reads TurboQuant; set another QUANTIZER, or STACK=new",
+            ("turboquant2",), fatal=True),
+    Failure({}, "TurboQuant's kernels are Metal's alone; serve the bundle on a Mac",
+            ("turboquant2",), False),
     Failure({"vmlx": "1.6.81", "mlx-lm": "0.32.2"}, "vmlx imports a name that this mlx-lm lacks; "
             "install mlx-lm 0.31.3"),
     Failure({"vmlx": None, "mlx-vlm": None, "jang": None}, "no mlx-lm has DeepSeek-V4 of its own; "

@@ -4,8 +4,10 @@ A row of d weights is multiplied by fixed signs, rotated by an orthonormal Walsh
 and divided by its norm; its elements are then distributed as one coordinate of a point on the unit
 sphere, and a code names the Lloyd-Max level of that distribution nearest to one of them. Rotations
 keep distances, so that the error is measured there, and nothing is rotated back. The promise: each
-code names the nearest level, each norm is the row's within a step of F16 (sums in another order
-move it so far), and tq_bits says how many bits a code has.
+code names the nearest level, so that a weight between the outermost levels lies half a step from
+its own at most (a step being the widest gap of the codebook, times the norm), each norm is the
+row's within a step of F16 (sums in another order move it so far), and tq_bits says how many bits a
+code has. Signs and codebook are made here once more, by code of its own: others judge others.
 
 After what jang_tools writes (jang_tools.turboquant, jang_tools.dsv4.convert_dsv4_jangtq, 2.5.50).
 """
@@ -82,9 +84,13 @@ def compare_turbo(task: Task, reader: Reader, outcome: Outcome, weights: int) ->
             outcome.fault("nan-or-inf", where, "norm NaN or Inf", "numbers")
             return
         codes = unpacked(words, bits, last - first, columns)
-        counts, energy, error, exact = _judge(
+        counts, energy, error, exact, worst, worst_at = _judge(
             values, signs(columns), codes, lengths, codebook(columns, bits)
         )
+        if worst > outcome.worst:
+            row, column = divmod(int(worst_at), columns)
+            outcome.worst = worst
+            outcome.worst_at = f"row {first + row}, rotated column {column}"
         outcome.numbers += len(values)
         outcome.groups += len(lengths)
         outcome.exact += exact
@@ -197,6 +203,9 @@ def _judge(values, signs, codes, lengths, levels):
     counts = np.zeros(4, np.int64)
     energy, error, exact = 0.0, 0.0, 0
     columns = len(signs)
+    worst, worst_at = 0.0, 0
+    widest = np.max(levels[1:] - levels[:-1])
+    miss = np.empty(columns, np.float32)
     row = np.empty(columns, np.float32)
     for r in range(len(lengths)):
         given = values[columns * r : columns * (r + 1)]
@@ -213,20 +222,24 @@ def _judge(values, signs, codes, lengths, levels):
             if counts[ODD_NORM] == 0:
                 counts[FIRST_NORM] = r
             counts[ODD_NORM] += 1
-        odd, missed = _misses(row, codes[r], levels, max(norm, 1e-10), lengths[r])
+        odd, missed, far = _misses(row, codes[r], levels, max(norm, 1e-10), lengths[r], miss)
         error += missed
+        if far > worst * widest * lengths[r]:
+            worst, worst_at = far / (widest * lengths[r]), columns * r + _at(miss, far)
         if odd:  # or as near as sums in another order tell
             odd, first = _far(row, codes[r], levels, max(norm, 1e-10))
             if odd and counts[ODD_CODE] == 0:
                 counts[FIRST_CODE] = columns * r + first
             counts[ODD_CODE] += odd
         exact += odd == 0
-    return counts, energy, error, exact
+    return counts, energy, error, exact, worst, worst_at
 
 
 @numba.njit(inline="always")
-def _misses(row, codes, levels, norm, length):
-    """How many codes of a row do not name the nearest level, and the sum of the errors' squares."""
+def _misses(row, codes, levels, norm, length, miss):
+    """How many codes of a row do not name the nearest level; of the errors, which `miss` gets, the
+    sum of squares and the largest.
+    """
     near = np.zeros(len(row), np.int32)
     for code in range(1, len(levels)):
         middle = np.float32((levels[code - 1] + levels[code]) / 2 * norm)
@@ -236,9 +249,18 @@ def _misses(row, codes, levels, norm, length):
     odd, error = np.int32(0), np.float32(0)
     for i in range(len(row)):
         odd += np.int32(near[i] != np.int32(codes[i]))
-        miss = row[i] - decoded[codes[i]]
-        error += miss * miss
-    return odd, error
+        miss[i] = row[i] - decoded[codes[i]]
+        error += miss[i] * miss[i]
+    return odd, error, kernels.largest(miss)
+
+
+@numba.njit(inline="always")
+def _at(miss, far):
+    """Where the largest error is."""
+    for i in range(len(miss)):
+        if abs(miss[i]) == far:
+            return i
+    return 0
 
 
 @numba.njit(inline="always")

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from statistics import median
 from typing import Any
 
+from dsv4.model.labels import TURBO
 from dsv4.model.names import PROJECTION, parse_expert
 from dsv4.proof.findings import Check, Findings
 from dsv4.proof.level2 import Numbers
@@ -96,13 +97,12 @@ def check_experts(block: str, outcomes: list[Outcome]) -> Check:
     exact, groups = sum(o.exact for o in mine), sum(o.groups for o in mine)
     worst = max(mine, key=lambda o: o.worst)
     how = " and ".join(sorted({o.how for o in mine}))
-    note = (
-        f"{len(mine):,} tensors stored as {how}; "
-        f"{exact:,} of {groups:,} groups byte for byte as expected"
-    )
+    turbo = all(o.how.startswith(TURBO) for o in mine)
+    right = "rows of nearest levels" if turbo else "groups byte for byte as expected"
+    note = f"{len(mine):,} tensors stored as {how}; {exact:,} of {groups:,} {right}"
     rms = f"relative RMS {rms_of(mine):.3%}, worst tensor {max(o.relative for o in mine):.3%}"
-    zeros = f"{sum(o.zeros_lost for o in mine):,} of {sum(o.zeros for o in mine):,} zeros lost"
-    return Check(what, count(mine), f"{note}; {rms}; {zeros}", worst_line(worst))
+    zeros = f"; {sum(o.zeros_lost for o in mine):,} of {sum(o.zeros for o in mine):,} zeros lost"
+    return Check(what, count(mine), f"{note}; {rms}{'' if turbo else zeros}", worst_line(worst))
 
 
 def check_modules(outcomes: list[Outcome]) -> Check:

@@ -90,11 +90,13 @@ def kind_of(packages: Mapping[str, str | None]) -> str:
     return found[0]
 
 
-def command(python: Path, bundle: Path, port: int, kind: str = "vmlx") -> list[str]:
-    """The command line of one of SERVERS."""
+def command(
+    python: Path, bundle: Path, port: int, kind: str = "vmlx", start: tuple[str, ...] = ()
+) -> list[str]:
+    """The command line of one of SERVERS; start: other words than its own before the bundle."""
     server = SERVERS[kind]
     where = (str(bundle.resolve()), "--host", HOST, "--port", str(port))
-    return [str(python), *server.start, *where, *server.options]
+    return [str(python), *(start or server.start), *where, *server.options]
 
 
 def surroundings(kind: str) -> dict[str, str]:
@@ -123,17 +125,19 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def running(
-    python: Path, bundle: Path, log: Path, patience: float = 180, kind: str = "vmlx"
-) -> Iterator[str]:
+    python: Path, bundle: Path, log: Path, patience: float = 180, kind: str = "vmlx",
+    start: tuple[str, ...] = (),
+) -> Iterator[str]:  # fmt: skip
     """Start one of SERVERS on a free port, yield its URL once it answers, and stop it at the end.
 
-    Its output goes to `log`. Raises Stop when it ends early or does not answer in `patience` s.
+    start: as `command` takes it. Its output goes to `log`. Raises Stop when it ends early or does
+    not answer in `patience` s.
     """
     port = free_port()
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         server = subprocess.Popen(
-            command(python, bundle, port, kind), stdout=output, stderr=output,
+            command(python, bundle, port, kind, start), stdout=output, stderr=output,
             env=surroundings(kind),
         )  # fmt: skip
         try:

@@ -19,6 +19,7 @@ from dsv4.storage.typed import OBJECT, Form
 from dsv4.words import plain, shown
 
 INDEX = "model.safetensors.index.json"
+SIDECAR = "jangtq_runtime.safetensors"  # no shard: what vMLX in Swift wants to know of TurboQuant
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,8 @@ def check_index(checkpoint: Checkpoint, todo: str) -> None:
 def check_strangers(checkpoint: Checkpoint, todo: str) -> None:
     """Raise Stop when the folder holds a shard that the index does not name."""
     on_disk = {path.name for path in checkpoint.folder.glob("*.safetensors")}
-    strangers = sorted(n for n in on_disk - set(checkpoint.shards) if not n.startswith("."))
+    known = {*checkpoint.shards, SIDECAR}
+    strangers = sorted(n for n in on_disk - known if not n.startswith("."))
     if strangers:
         raise Stop(
             f"{checkpoint.folder / strangers[0]}",

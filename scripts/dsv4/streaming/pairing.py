@@ -32,6 +32,10 @@ def check_pair(bundle: Checkpoint, source: Checkpoint) -> None:
     if not isinstance(bundle.config.get("quantization"), dict):
         raise Stop(f"{bundle.folder / 'config.json'}", "no quantization", "a bundle's labels",
                    "check SOURCE and BUNDLE")  # fmt: skip
+    turbo = next((name for name in bundle.tensors if name.endswith(".tq_packed")), None)
+    if turbo:
+        raise Stop(f"{bundle.folder}: {turbo}", "experts in TurboQuant, which needs vMLX's kernels",
+                   "a mode of MLX's own", "compare another QUANTIZER")  # fmt: skip
     for key in SHAPING:
         found, expected = bundle.config.get(key), source.config.get(key)
         if found != expected:

@@ -7,9 +7,11 @@ FP4 into the bytes of these parts. It works row by row: any run of rows can be d
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,7 +22,7 @@ from dsv4.model.plan import Form
 from dsv4.settings import Unfit, add_setting
 from dsv4.stop import Stop
 from dsv4.storage.checkpoint import Checkpoint
-from dsv4.weights import affine, exact, fp4, least_squares, matrices, optimal
+from dsv4.weights import affine, exact, fp4, least_squares, matrices, optimal, turboquant
 from dsv4.weights.affine import Tally
 from dsv4.weights.imatrix import EVEN, Importance, coverage, importances, open_imatrix
 from dsv4.weights.mixture import name_of, read_plan
@@ -38,6 +40,7 @@ class Quantizer(Protocol):
     label: dict[str, Any]
     form: Form
     importance: Mapping[str, np.ndarray]  # by an expert's storage name, as in an imatrix
+    beyond: Mapping[str, int]  # see `knowing`
 
     def encode(
         self,
@@ -61,6 +64,7 @@ class Uniform:
     """What makes all experts alike; without an importance."""
 
     importance: Mapping[str, np.ndarray] = {}
+    beyond: Mapping[str, int] = {}
 
     def of(self, base: str) -> Quantizer:
         """Itself, for every matrix."""
@@ -171,14 +175,28 @@ class Lossless(Mxfp4):
     """All of the source's own numbers: beside the experts FP8 as mxfp8, BF16 as F16 or BF16."""
 
     name = "lossless"
+    form = Form(labels.MXFP4, as_source=True)
 
-    def __init__(self, beyond: Mapping[str, int] | None = None) -> None:
-        """beyond: BF16 tensor → how many of its values are no F16 numbers; it stays BF16.
 
-        Without it sizes are right, and dtypes may not be.
-        """
-        self.beyond = beyond or {}
-        self.form = Form(self.label, True, frozenset(self.beyond))
+class TurboQuant2(Uniform):
+    """Rotated rows in codes of 2 bits and a norm each: 2.005 bits a weight (TurboQuant)."""
+
+    name = "turboquant2"
+    label = labels.TURBO2
+    form = Form(label)
+    digest = "1"
+
+    def encode(
+        self,
+        packed: np.ndarray,
+        exponents: np.ndarray,
+        parts: Mapping[str, np.ndarray],
+        importance: np.ndarray | None = None,
+    ) -> Tally:
+        return turboquant.quantize(
+            packed, exponents, parts["tq_packed"].view(np.uint32),
+            parts["tq_norms"].view(np.float16),
+        )  # fmt: skip
 
 
 class LeastSquares(Uniform):
@@ -236,13 +254,15 @@ class MlxAt(Uniform):
 class Mixture:
     """Experts of several forms: by projection, or by layer and projection as a plan has them."""
 
+    beyond: Mapping[str, int] = {}
+
     def __init__(
         self, name: str, stacks: Mapping[str, dict[str, Any]], importance: Importance = EVEN
     ) -> None:
         """stacks: a label by stack ("layers.3.down_proj") or by projection."""
         self.name, self.importance = name, importance.columns
         self.label = labels.usual(stacks)
-        self.form = Form(self.label, mixture=stacks)
+        self.form = Form(self.label, name in labels.OWN, mixture=stacks)
         self._parts = {str(label): _by_label(label, importance) for label in stacks.values()}
         said = [f"{stack} {name_of(label)}\n" for stack, label in sorted(stacks.items())]
         plan = hashlib.sha256("".join(said).encode()).hexdigest()[:16]
@@ -269,11 +289,13 @@ QUANTIZERS: dict[str, Callable[[], Quantizer]] = {
     "exact5": Exact5,
     "mxfp4": Mxfp4,
     "lossless": Lossless,
+    "turboquant2": TurboQuant2,
 }
 _AFFINE = re.compile(r"affine([234568])g(32|64|128)(-mx)?")
 NAMES = (
-    f"{', '.join(sorted(QUANTIZERS))}, small, mixture (with a plan), affineBgG or affineBgG-mx: B "
-    "bits, 2 to 8, groups of G columns, 32, 64 or 128; 4 bits and 32 are optimal and mlx"
+    f"{', '.join(sorted(QUANTIZERS))}, small, {' and '.join(labels.PLANNED)} (with a plan), "
+    "affineBgG or affineBgG-mx: B bits, 2 to 8, groups of G columns, 32, 64 or 128; 4 bits and 32 "
+    "are optimal and mlx"
 )
 
 
@@ -301,6 +323,18 @@ def named(
     return MlxAt(*made) if mx else LeastSquares(*made, importance)
 
 
+def knowing(quantizer: Quantizer, beyond: Mapping[str, int]) -> Quantizer:
+    """One that keeps the source's numbers, with what their values tell.
+
+    beyond: BF16 tensor → how many of its values are no F16 numbers; it stays BF16. Without it sizes
+    are right, and dtypes may not be.
+    """
+    made = copy.copy(quantizer)
+    made.beyond = beyond
+    made.form = replace(quantizer.form, bfloats=frozenset(beyond))
+    return made
+
+
 def weighs(name: str) -> bool:
     """Does that quantizer weigh errors by an importance?"""
     return name not in QUANTIZERS.keys() - {"optimal"} and not name.endswith("-mx")
@@ -326,10 +360,11 @@ def check_choice(args: argparse.Namespace) -> None:
     if args.imatrix and not weighs(name):
         raise Stop("IMATRIX", f"QUANTIZER={name}", "optimal, affineBgG, small or mixture: "
                    "no other one weighs errors", "leave IMATRIX out, or choose one")  # fmt: skip
-    if args.plan and name != "mixture":
-        raise Stop("PLAN", f"QUANTIZER={name}", "mixture", "leave PLAN, FIT and SIZE out")
-    if name == "mixture" and not args.plan:
-        raise Stop("QUANTIZER=mixture", "no PLAN", "a file that make plan wrote",
+    if args.plan and name not in labels.PLANNED:
+        raise Stop("PLAN", f"QUANTIZER={name}", " or ".join(labels.PLANNED),
+                   "leave PLAN, FIT and SIZE out")  # fmt: skip
+    if name in labels.PLANNED and not args.plan:
+        raise Stop(f"QUANTIZER={name}", "no PLAN", "a file that make plan wrote",
                    "make plan FIT=… or SIZE=…, or PLAN=FILE")  # fmt: skip
 
 
@@ -343,8 +378,8 @@ def chosen(args: argparse.Namespace, source: Checkpoint) -> Quantizer:
         imatrix = open_imatrix(args.imatrix)
         importance = importances(imatrix, source)
         say(coverage(importance.columns, imatrix, source))
-    if args.quantizer == "mixture" and args.plan is None:
-        raise Stop("--quantizer mixture", "no plan", "the one that the bundle was made by",
-                   "name it: PLAN=FILE")  # fmt: skip
+    if args.quantizer in labels.PLANNED and args.plan is None:
+        raise Stop(f"--quantizer {args.quantizer}", "no plan",
+                   "the one that the bundle was made by", "name it: PLAN=FILE")  # fmt: skip
     stacks = read_plan(args.plan, source) if args.plan else None
     return named(args.quantizer, importance, stacks)
