@@ -226,9 +226,12 @@ def test_the_largest_model_of_the_family_is_within_the_bounds():
 
 
 def test_memory_does_not_grow_with_the_largest_plain_tensor(tmp_path):
-    """A head of 64 MB in BF16 would be 128 MB decoded, and as much again for its comparison."""
+    """A head of 128 MB in BF16 would be 256 MB decoded, and as much again for its comparison.
+
+    Slices of it take 20 MB; which thread meets which slice adds up to 16 more.
+    """
     peaks = []
-    for rows in (64, 512 * 1024):
+    for rows in (64, 1024 * 1024):
         folder = tmp_path / f"{rows}"
         source, _, _ = small.make(folder, small.Sizes(1, 1, 0, whole=True), 1)
         arrays = bundles.load(source)
@@ -238,7 +241,7 @@ def test_memory_does_not_grow_with_the_largest_plain_tensor(tmp_path):
         subprocess.run([sys.executable, SCRIPTS / "convert.py", "--source", source, "--bundle",
                         bundle], check=True, capture_output=True)  # fmt: skip
         peaks.append(peak_of(source, bundle))
-    assert peaks[1] - peaks[0] < 32 << 20, peaks
+    assert peaks[1] - peaks[0] < 64 << 20, peaks
 
 
 def peak_of(source: Path, bundle: Path) -> int:

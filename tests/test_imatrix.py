@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import small
-from conftest import must
+from conftest import SCRIPTS, must, script
 
 from dsv4.model.opening import expert_bases, open_bundle, open_source
 from dsv4.stop import Stop
@@ -20,7 +20,6 @@ from dsv4.storage.shard import read_array
 from dsv4.weights.imatrix import FLOOR, entry_name, importances, open_imatrix, usable
 from dsv4.weights.quantizer import Optimal
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "requantize.py"
 SIZES = small.Sizes(layers=2, experts=3, mtp=1, hidden=64, width=32)
 
 Entries = dict[str, np.ndarray]
@@ -50,8 +49,7 @@ def example(seed: int) -> Entries:
 
 
 def requantize(source: Path, bundle: Path, *options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, SCRIPT, "--source", source, "--bundle", bundle, *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return script("requantize", "--source", source, "--bundle", bundle, *options)
 
 
 def test_each_expert_gets_its_own_slice(tmp_path: Path) -> None:
@@ -116,7 +114,7 @@ def test_verify_recomputes_what_an_imatrix_made(tmp_path: Path) -> None:
     assert requantize(source, bundle, "--quantizer", "optimal", "--imatrix", path).returncode == 0
     command = [
         sys.executable,
-        SCRIPT.with_name("verify.py"),
+        SCRIPTS / "verify.py",
         "--source",
         source,
         "--bundle",

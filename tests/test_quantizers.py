@@ -6,7 +6,6 @@ import hashlib
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import ml_reference
@@ -24,15 +23,13 @@ from dsv4.storage.shard import read_array
 from dsv4.weights.affine import BadGroup
 from dsv4.weights.quantizer import QUANTIZERS
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "requantize.py"
 EXACT = ("exact5", "mxfp4")
 NAMES = sorted(QUANTIZERS.keys() - {"turboquant2"})  # of which test_turboquant.py
 
 
 def requantize(source: Path, bundle: Path, name: str, *options: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, SCRIPT, "--source", source, "--bundle", bundle]
-    command += ["--quantizer", name, *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    folders = ("--source", source, "--bundle", bundle)
+    return script("requantize", *folders, "--quantizer", name, *options)
 
 
 def digests(bundle: Path) -> dict[str, str]:

@@ -9,7 +9,7 @@ import re
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-from conftest import must, refusal
+from conftest import must, refusal, script
 
 from dsv4.proof.page import page, ticks
 
@@ -62,15 +62,9 @@ def test_the_page_names_verdict_source_versions_and_hashes(result):
 
 
 def test_a_failed_bundle_shows_fault_reason_and_repair(stock, source, tmp_path):
-    import subprocess
-    import sys
-
-    from conftest import SCRIPTS
-
     out = tmp_path / "verify.json"
-    command = [sys.executable, SCRIPTS / "verify.py", "--bundle", stock, "--source", source]
-    command += ["--without-loader", "--level", "1", "--json", out]
-    assert subprocess.run(command, capture_output=True).returncode == 1
+    options = ("--without-loader", "--level", "1", "--json", out)
+    assert script("verify", "--bundle", stock, "--source", source, *options).returncode == 1
     shown = page(json.loads(out.read_text()))
     assert "class='verdict failed'" in shown
     assert "<b>stock-experts</b> (error, 120×)" in shown

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import conftest
 import numpy as np
 import pytest
 import small
@@ -43,10 +44,8 @@ def command(source: Path, bundle: Path, *options: str) -> list[str]:
 def requantize(
     source: Path, bundle: Path, *options: str, before: Callable[[], None] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(source, bundle, *options),
-        capture_output=True, text=True, timeout=120, check=False, preexec_fn=before,
-    )  # fmt: skip
+    how = {"preexec_fn": before} if before else {}
+    return conftest.script("requantize", *command(source, bundle, *options)[2:], **how)
 
 
 def requantize_here(

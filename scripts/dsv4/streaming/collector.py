@@ -15,11 +15,7 @@ import numpy as np
 
 from dsv4.model.names import PROJECTION
 from dsv4.storage.shard import Planned, write_shard
-
-
-def sums_of(folder: Path, layer: int) -> Path:
-    """A layer's sums: `w1`, `w2`, `w3` float32 (experts, columns), `tokens` uint32 (experts,)."""
-    return folder / f"sums-{layer:03d}.safetensors"
+from dsv4.streaming.states import sums_of
 
 
 class Watched:

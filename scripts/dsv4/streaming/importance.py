@@ -13,9 +13,9 @@ from dsv4.model.opening import count, open_source
 from dsv4.storage.locks import held
 from dsv4.storage.shard import read_array, read_shard
 from dsv4.streaming import pairing, passes, states
-from dsv4.streaming.collector import sums_of
 from dsv4.streaming.evaluation import digest
 from dsv4.streaming.passes import Engine, Settings
+from dsv4.streaming.states import sums_of
 from dsv4.weights.imatrix import entry_name, write_imatrix
 from dsv4.words import several
 

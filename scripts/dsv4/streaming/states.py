@@ -2,8 +2,9 @@
 
 In a pass's folder: record.json; after-NNN.npy, the hidden states after NNN layers, float32
 (tokens, hc_mult, hidden), which holds F16 and BF16 exactly; logits.npy, float32 (tokens,
-vocabulary). Each file takes its name when it is whole, record.json last: a pass that was killed
-goes on after the last layer that it names.
+vocabulary); sums-NNN.safetensors, what the experts of a layer were fed. Each file takes its name
+when it is whole, record.json last: a pass that was killed goes on after the last layer that it
+names.
 """
 
 from __future__ import annotations
@@ -50,6 +51,11 @@ def write_record(folder: Path, record: Record) -> None:
 def after(folder: Path, layers: int) -> Path:
     """The file of the hidden states after so many layers."""
     return folder / f"after-{layers:03d}.npy"
+
+
+def sums_of(folder: Path, layer: int) -> Path:
+    """A layer's sums: `w1`, `w2`, `w3` float32 (experts, columns), `tokens` uint32 (experts,)."""
+    return folder / f"sums-{layer:03d}.safetensors"
 
 
 def portions(tokens: int, most: int) -> list[slice]:
