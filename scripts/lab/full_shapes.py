@@ -21,13 +21,12 @@ from race import TALL, WIDE, Times, gaussian_fp4, machine, settle, turn
 
 from dsv4.proof.level2 import read_numbers
 from dsv4.proof.survey import Survey
-from dsv4.proof.turbo import codebook, rotate, signs
 from dsv4.proof.verdict import by_kind, in_rows
 from dsv4.stop import Stop, run
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.durable import human
 from dsv4.storage.shard import Planned, read_shard, write_shard
-from dsv4.weights import fp4
+from dsv4.weights import fp4, turboquant
 
 VOCABULARY, HIDDEN = 129_280, 4096
 FILE = "model.safetensors"
@@ -46,19 +45,12 @@ def affine(values: np.ndarray, bits: int) -> dict[str, tuple[str, np.ndarray]]:
     return dict(zip(("weight", "scales", "biases"), parts, strict=True))
 
 
-def turbo(values: np.ndarray, bits: int) -> dict[str, tuple[str, np.ndarray]]:
-    """TurboQuant of one matrix."""
-    rows, columns = values.shape
-    turned = values * signs(columns)
-    for row in turned:
-        rotate(row)
-    norms = np.linalg.norm(turned, axis=1)
-    levels = codebook(columns, bits)
-    codes = np.searchsorted((levels[1:] + levels[:-1]) / 2, turned / norms[:, None])
-    shifts = bits * np.arange(32 // bits, dtype=np.uint32)
-    packed = (codes.reshape(rows, -1, 32 // bits).astype(np.uint32) << shifts).sum(-1)
-    return {"tq_packed": ("U32", packed.astype(np.uint32)),
-            "tq_norms": ("F16", norms.astype(np.float16))}  # fmt: skip
+def turbo(packed: np.ndarray, exponents: np.ndarray) -> dict[str, tuple[str, np.ndarray]]:
+    """TurboQuant of one matrix in FP4."""
+    words = np.empty((len(packed), packed.shape[1] // 8), np.uint32)
+    norms = np.empty(len(packed), np.float16)
+    turboquant.quantize(packed.reshape(-1), exponents.reshape(-1), words.reshape(-1), norms)
+    return {"tq_packed": ("U32", words), "tq_norms": ("F16", norms)}
 
 
 def planned(name: str, dtype: str, one: np.ndarray, times: int = 0) -> Planned:
@@ -78,10 +70,12 @@ def make(folder: Path, experts: int) -> int:
             base = f"layers.0.ffn.experts.{expert}.{matrix}"
             source += [planned(f"{base}.weight", "I8", packed.view(np.int8)),
                        planned(f"{base}.scale", "F8_E8M0", exponents)]  # fmt: skip
-        values = fp4.decode(packed.view(np.int8), exponents, matrix)
-        made = affine(values, 4) if matrix == "w1" else turbo(values, 2)
-        if matrix == "w2":
+        if matrix == "w1":
+            made = affine(fp4.decode(packed.view(np.int8), exponents, matrix), 4)
+        elif matrix == "w2":
             made = {"weight": ("U32", packed.view(np.uint32)), "scales": ("U8", exponents)}
+        else:
+            made = turbo(packed, exponents)
         for part, (dtype, one) in made.items():
             bundle.append(planned(f"{PLACE}.{name}_proj.{part}", dtype, one, experts))
     words = rng.standard_normal((VOCABULARY, HIDDEN), np.float32).view(np.uint32) >> 16
