@@ -111,6 +111,15 @@ def test_streamed_logits_are_those_of_the_whole_model(both, tokens, portion, eng
     assert relative(found, reference[:tokens]) < 1e-5
 
 
+def test_mlx_vlms_model_taken_apart_is_the_whole_model_too(both, tmp_path_factory, tmp_path):
+    """In one portion: at the border of two its blocks of 4 tokens forget the block before them."""
+    folder, ids, reference = both
+    settings = passes.settings_for(PYTHON, "vlm", tmp_path_factory.mktemp("vlm"))
+    with passes.Engine(settings, "cpu") as engine:
+        engine.run(job(folder, "source", ids[:160], tmp_path), "test")
+    assert relative(np.load(tmp_path / states.LOGITS), reference[:160]) < 1e-5
+
+
 def test_a_lossless_bundle_in_float32_is_the_source(engine, tmp_path):
     """Bit for bit, after every layer and in the logits; so both are read rightly."""
     must("convert", "--source", NANO, "--bundle", tmp_path / "lossless", "--quantizer", "lossless")
