@@ -382,7 +382,7 @@ selftest: ## can this toolchain be trusted with the big model? Convert, load and
 
 # What each QUANTIZER costs: on full-shape weights, and through the nano model beside its source.
 .PHONY: fidelity
-fidelity: .venv/tests-installed ## measure every QUANTIZER: tables in build/fidelity, .github/fidelity.svg
+fidelity: .venv/tests-installed .toolchain/new/installed ## measure every QUANTIZER: tables in build/fidelity, .github/fidelity.svg
 	$(PYTHON) scripts/patch_loader.py --python $(PYTHON)
 	$(PYTHON) scripts/lab/fidelity.py --source scripts/nano/checkpoint --out build/fidelity \
 	  --picture .github/fidelity.svg

@@ -23,9 +23,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pictures import Curve, curves
-from rooms import NANO
+from rooms import NANO, NEW
 from source_tensors import FLASH, headers
-from through_model import every_logit, lessons, model_error, stage
+from through_model import SOURCE, TENSORS, Streamed, every_logit, lessons, model_error, stage
 
 from dsv4.model.names import is_expert
 from dsv4.model.opening import open_bundle
@@ -107,17 +107,22 @@ def measure(args: argparse.Namespace) -> list[Point]:
     shutil.rmtree(args.out, ignore_errors=True)
     args.out.mkdir(parents=True)
     ids, begins = lessons(NANO, NANO, args.additions)
-    python, points = Path(sys.executable), []
-    reference = every_logit(python, NANO, "source", ids, args.out / "source.npy")
     mixed = [f"mixture {bits}{end}" for bits in MIXTURES for end in ("", " any")]
-    for name in (TURBO, *OURS, *THEIRS, *mixed):
-        bundle = args.out / name.replace(" ", "-")
-        make(name, bundle)
-        found = every_logit(python, bundle, "tensors", ids, args.out / "found.npy")
-        kl, _, agreement, accuracy = model_error(found, reference, ids, begins)
-        bits = bits_of(bundle)
-        points.append(Point(name, bits, flash_bytes(name, bits), kl, agreement, accuracy))
-        print(f"{name}: {bits:.2f} bits, KL {kl:.5f}", file=sys.stderr, flush=True)
+    points = []
+    with Streamed(args.new, args.out / "streamed") as streamed:
+        truth = streamed.logits(NANO, SOURCE, ids)
+        for name in (TURBO, *OURS, *THEIRS, *mixed):
+            bundle = args.out / name.replace(" ", "-")
+            make(name, bundle)
+            if name == TURBO:  # whose kernels are Metal's alone
+                python, out = Path(sys.executable), args.out / "found.npy"
+                found = every_logit(python, bundle, TENSORS, ids, out)
+            else:
+                found = streamed.logits(bundle, TENSORS, ids)
+            kl, _, agreement, accuracy = model_error(found, truth, ids, begins)
+            bits = bits_of(bundle)
+            points.append(Point(name, bits, flash_bytes(name, bits), kl, agreement, accuracy))
+            print(f"{name}: {bits:.2f} bits, KL {kl:.5f}", file=sys.stderr, flush=True)
     return points
 
 
@@ -160,6 +165,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("build/by_size"))
     parser.add_argument("--picture", type=Path, help="default: by_size.svg in --out")
     parser.add_argument("--additions", type=int, default=40, help="held-out ones to go through")
+    parser.add_argument("--new", type=Path, default=NEW, help="Python of the new stack")
     args = parser.parse_args()
     points = measure(args)
     print(table(points))

@@ -2,10 +2,10 @@
 
 Weights: full-shape synthetic experts (2048 × 4096), normal and Laplace, under both rules for FP4
 scales. The model: the nano source is converted with each quantizer, finalized and patched by the
-stages themselves; then its next-token distribution is compared with the source's at
-every token of held-out additions. So is what another upstream entry, jang_tools.dsv4.
-convert_dsv4_jang --profile 4, makes of the same source. A second source that was trained less
-(--source2) is less sure of itself and shows more.
+stages themselves; then its next-token distribution is compared with the source's at every token of
+held-out additions, by the engine of `make evaluate`, in float32 and as it is served. So is what
+another upstream entry, jang_tools.dsv4.convert_dsv4_jang --profile 4, makes of the same source. A
+second source that was trained less (--source2) is less sure of itself and shows more.
 
 What this can tell: whether a quantizer does what it says, and how the quantizers rank. What it
 cannot: how large the effect is in the full model. The nano has 2 million parameters, experts of
@@ -29,11 +29,22 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import rooms  # noqa: F401
 from on_weights import WeightError, weight_error
 from pictures import Bar, bars
+from rooms import NEW
 from source_tensors import FLASH, headers
-from through_model import ALONE, ModelError, every_logit, lessons, model_error, stage
+from through_model import (
+    ALONE,
+    SERVED,
+    SOURCE,
+    TENSORS,
+    ModelError,
+    Streamed,
+    every_logit,
+    lessons,
+    model_error,
+    stage,
+)
 
 from dsv4.model.plan import plan_shards
 from dsv4.runtime.toolchain import call
@@ -44,10 +55,9 @@ from dsv4.weights.quantizer import QUANTIZERS
 from dsv4.weights.synthetic import RULES
 
 JANG = "convert_dsv4_jang"
-# With the source decoded to float32, and as the toolchain's loader runs the bundle.
-HOWS = ("tensors", "loader")
-# By the old stack's loader, or not without Metal; and the new stack's gives the last row alone.
-UNLOADED = ("lossless", "turboquant2")
+TURBO = "turboquant2"
+# What jang's model cannot run here: names of its own, kernels for Metal alone.
+APART = (JANG, TURBO)
 
 
 # --- The model ----------------------------------------------------------------------------------
@@ -70,18 +80,23 @@ def make_bundles(source: Path, work: Path, python: Path) -> dict[str, Path]:
 
 
 def measure_model(
-    label: str, source: Path, record: Path, number: int, work: Path, python: Path
+    label: str, source: Path, record: Path, number: int, work: Path, pythons: tuple[Path, Path]
 ) -> list[ModelError]:
     """Every bundle of one source against it; the source against itself comes first."""
-    bundles = make_bundles(source, work, python)
+    old, new = pythons
+    bundles = make_bundles(source, work, old)
     ids, begins = lessons(source, record, number)
-    reference = every_logit(python, source, "source", ids, work / "source.npy")
-    out = [ModelError(label, "source", "source", *model_error(reference, reference, ids, begins))]
-    for name, bundle in bundles.items():
-        for how in HOWS[:1] if name in UNLOADED else HOWS:
-            print(f"{label}: {name} by {how}", file=sys.stderr, flush=True)
-            found = every_logit(python, bundle, how, ids, work / f"{name}-{how}.npy")
-            out.append(ModelError(label, name, how, *model_error(found, reference, ids, begins)))
+    with Streamed(new, work / "streamed") as streamed:
+        truth = streamed.logits(source, SOURCE, ids)
+        out = [ModelError(label, SOURCE, SOURCE, *model_error(truth, truth, ids, begins))]
+        for name, bundle in bundles.items():
+            for how in (TENSORS,) if name in APART else (TENSORS, SERVED):
+                print(f"{label}: {name} by {how}", file=sys.stderr, flush=True)
+                if name in APART:
+                    found = every_logit(old, bundle, how, ids, work / "found.npy")
+                else:
+                    found = streamed.logits(bundle, how, ids)
+                out.append(ModelError(label, name, how, *model_error(found, truth, ids, begins)))
     return out
 
 
@@ -131,7 +146,7 @@ def readme_rows(weights: list[WeightError], models: list[ModelError], sizes: dic
     the last source, which is the less trained one where it was given.
     """
     last = models[-1].source
-    through = {e.quantizer: e for e in models if (e.source, e.how) == (last, "tensors")}
+    through = {e.quantizer: e for e in models if (e.source, e.how) == (last, TENSORS)}
     rows = []
     for e in weights:
         if (e.kind, e.rule) == ("normal", "ceil"):
@@ -160,7 +175,7 @@ def picture(weights: list[WeightError], models: list[ModelError]) -> str:
     ]  # fmt: skip
     charts = [("RMS error relative to the RMS of the weights (normal, full shape)", left)]
     for source in dict.fromkeys(e.source for e in models):
-        mine = [e for e in models if (e.source, e.how) == (source, "tensors")]
+        mine = [e for e in models if (e.source, e.how) == (source, TENSORS)]
         charts.append((
             f"KL divergence from the {source} source's next-token distribution (nats)",
             [Bar(e.quantizer, e.kl, f"{e.kl:.2g}") for e in mine],
@@ -180,8 +195,9 @@ def parse_arguments() -> argparse.Namespace:
         "--python",
         type=Path,
         default=Path(sys.executable),
-        help="of the old stack, whose model gives the logits of every token",
+        help="of the old stack, which has jang's other converter",
     )
+    parser.add_argument("--new", type=Path, default=NEW, help="Python of the new stack")
     parser.add_argument("--additions", type=int, default=40, help="held-out ones to go through")
     return parser.parse_args()
 
@@ -199,10 +215,8 @@ def main() -> int:
     models = []
     for label, source in (("nano", args.source), ("early", args.source2)):
         if source is not None:
-            work = args.out / label
-            models += measure_model(
-                label, source, args.source, args.additions, work, args.python
-            )  # fmt: skip
+            work, pythons = args.out / label, (args.python, args.new)
+            models += measure_model(label, source, args.source, args.additions, work, pythons)
     rows = readme_rows(weights, models, flash_bytes())
     print(f"\n{models_table(models)}\n\n{CAVEAT}\n\nREADME:\n{rows}")
     text = f"{weights_table(weights)}\n\n{models_table(models)}\n\n{CAVEAT}\n"

@@ -11,5 +11,6 @@ from pathlib import Path
 
 SCRIPTS = Path(__file__).resolve().parents[1]
 NANO = SCRIPTS / "nano" / "checkpoint"
+NEW = SCRIPTS.parent / ".toolchain" / "new" / "bin" / "python"  # of the stack that serves
 
 sys.path.insert(0, str(SCRIPTS))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,12 @@ from tokenizers import Tokenizer
 from dsv4.model.chat import ASSISTANT, BOS, EOS, USER
 from dsv4.runtime.toolchain import call, script
 from dsv4.served.nano import held_out
+from dsv4.streaming import passes, states
 from dsv4.streaming.comparison import log_softmax
 
 THINK, END_THINK = "<think>", "</think>"
 ALONE = "run it alone to see why"
+SOURCE, TENSORS, SERVED = "source", "tensors", "runtime"  # in float32, in float32, as served
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,38 @@ def lessons(source: Path, record: Path, number: int) -> tuple[list[list[int]], l
     return ids, begins
 
 
+class Streamed:
+    """Logits after every token, by the model code that `make evaluate` runs; a context manager."""
+
+    def __init__(self, python: Path, work: Path) -> None:
+        """python: the new stack's. work: a folder that its passes may use."""
+        work.mkdir(parents=True, exist_ok=True)
+        self._engine = passes.Engine(passes.settings_for(python, "jang", work), "cpu")
+        self._work = work / "pass"
+
+    def __enter__(self) -> Streamed:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._engine.__exit__(*error)
+
+    def logits(self, folder: Path, how: str, ids: list[list[int]]) -> np.ndarray:
+        """float64 (tokens, vocabulary) of a source, or of a bundle, in float32 or as served."""
+        job = {"folder": str(folder), "work": str(self._work), "wide": how == TENSORS,
+               "kind": "source" if how == SOURCE else "bundle"}  # fmt: skip
+        rows = []
+        for tokens in ids:
+            shutil.rmtree(self._work, ignore_errors=True)
+            self._work.mkdir()
+            self._engine.run(job | {"ids": tokens}, folder.name)
+            rows.append(states.read_rows(self._work / states.LOGITS))
+        return np.concatenate(rows).astype(np.float64)
+
+
 def every_logit(
     python: Path, folder: Path, how: str, ids: list[list[int]], out: Path
 ) -> np.ndarray:
-    """float64 (tokens, vocabulary), the logits after every token, computed by logits.py."""
+    """The same by logits.py, for bundles that jang's own model cannot run."""
     command = script(python, "lab/logits", "--folder", folder, "--how", how)
     call([*command, "--every", "--out", str(out)], f"logits of {folder}", ALONE, json.dumps(ids))
     return np.load(out).astype(np.float64)
