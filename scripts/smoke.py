@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import argparse
 
-from dsv4.runtime.server import HOST, ask, served_name
+from dsv4.runtime.server import HOST, ask
+from dsv4.served.client import found
 from dsv4.served.questions import MOON, SUM, sentence_fault, sum_fault
 from dsv4.settings import add_setting
 from dsv4.stop import Stop, run
@@ -26,7 +27,7 @@ def main() -> int:
     add_setting(parser, "PORT", default=8010)
     args = parser.parse_args()
     url = f"http://{HOST}:{args.port}"
-    name, wrong = served_name(url), 0
+    name, wrong = found(url, "", "").model, 0
     for question, limit, judge in ((MOON, 400, sentence_fault), (SUM, 200, sum_fault)):
         answer = ask(url, question, limit, model=name)
         fault = judge(answer)

@@ -108,7 +108,7 @@ def test_a_child_that_hangs_is_ended_with_all_that_it_began(tmp_path):
     with pytest.raises(Stop, match="no answer in 2 s"):
         child.run([sys.executable, "-c", code], dict(os.environ), tmp_path / "log", 2, "it")
     assert time.monotonic() - start < 10
-    assert child.last_line(tmp_path / "log") == "began"
+    assert child.last_words(tmp_path / "log") == "began"
 
 
 def test_known_fields_are_no_code():

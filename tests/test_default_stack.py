@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from dsv4.model.template import ENCODING
 from dsv4.proof.stacks import STACKS
 from dsv4.runtime.memory import resident
-from dsv4.runtime.server import SERVERS, complete, running, served_name
+from dsv4.runtime.server import SERVERS, complete, running
 from dsv4.served import abilities, basics, case, client
 
 PYTHON = ROOT / ".toolchain" / "new" / "bin" / "python"
@@ -109,7 +109,7 @@ def test_a_request_reaches_the_model_as_the_encoder_s_prompt(kind, talking, tmp_
     tokenizer = Tokenizer.from_file(str(talking / "tokenizer.json"))
     found, expected = {}, {}
     with running(PYTHON, talking, tmp_path / "server.log", kind=kind) as url:
-        model = served_name(url)
+        model = client.found(url, "", "").model
         for name, talk in TALKS.items():
             prompt = random_talk.official(encoding, {**talk, "add_generation_prompt": True})
             expected[name] = len(tokenizer.encode(prompt, add_special_tokens=False).ids)

@@ -29,7 +29,7 @@ from dsv4.proof.page import page
 from dsv4.proof.result import read_result
 from dsv4.proof.stacks import runtimes
 from dsv4.proof.survey import DOCUMENTS, survey
-from dsv4.runtime import server, toolchain
+from dsv4.runtime import child, toolchain
 from dsv4.runtime.server import ask
 from dsv4.stop import Stop
 from dsv4.storage.checkpoint import read_json
@@ -386,4 +386,4 @@ def test_the_last_words_of_a_log_cost_no_memory(tmp_path):
         file.truncate(1 << 40)
         file.seek(0, 2)
         file.write(b"\nValueError: at last\n")
-    assert server.last_words(log) == "ValueError: at last"
+    assert child.last_words(log) == "ValueError: at last"

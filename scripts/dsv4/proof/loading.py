@@ -66,7 +66,7 @@ def replay(python: Path, bundle: Survey, runtime: str) -> dict[str, dict[str, An
                    "--runtime", runtime]  # fmt: skip
         status = child.run(command, with_rooms(), log, LIMIT, what)
         if status or not out.is_file():
-            raise Stop(what, child.last_line(log), "an answer", "make check")
+            raise Stop(what, child.last_words(log), "an answer", "make check")
         return read_json(out, ANSWERS)
 
 

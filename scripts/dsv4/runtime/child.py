@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dsv4.stop import Stop
+
+LOG_BYTES = 1 << 20  # of a log's end
 
 
 def run(command: list[str], env: Mapping[str, str], log: Path, limit: float, what: str) -> int:
@@ -39,10 +42,15 @@ def run(command: list[str], env: Mapping[str, str], log: Path, limit: float, wha
         except subprocess.TimeoutExpired:
             raise Stop(what, f"no answer in {limit:.0f} s", "an answer", "see its input") from None
         finally:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(child.pid, signal.SIGKILL)
+            end(child)
             child.wait()
             child.stdin.close()
+
+
+def end(child: subprocess.Popen) -> None:
+    """End a child with a session of its own and all that it began, which may hold its pipes."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.pid, signal.SIGKILL)
 
 
 def end_with_parent(folder: Path) -> None:
@@ -56,9 +64,11 @@ def end_with_parent(folder: Path) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def last_line(log: Path) -> str:
-    """The last line of what a child said, 300 characters at most."""
+def last_words(log: Path) -> str:
+    """The last exception that a log shows, else its last line; 300 characters at most."""
     with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - 4096))
-        lines = file.read(4096).decode("utf-8", "replace").strip().splitlines()
-    return (lines or ["no answer"])[-1][:300]
+        file.seek(max(0, log.stat().st_size - LOG_BYTES))
+        text = file.read(LOG_BYTES).decode(errors="replace")
+    lines = text.strip().splitlines() or ["no output"]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception): ", line)]
+    return (errors or lines)[-1][:300]

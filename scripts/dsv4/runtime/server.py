@@ -10,7 +10,6 @@ import contextlib
 import http.client
 import json
 import queue
-import re
 import socket
 import subprocess
 import threading
@@ -20,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dsv4.runtime.child import last_words
 from dsv4.runtime.toolchain import LONG_PROMPTS, environment
 from dsv4.stop import Stop
 from dsv4.storage.checkpoint import parse_json
@@ -30,9 +30,7 @@ NAME = "deepseek-v4-flash-mlx-q4q8"
 LM_NAME = "default_model"  # what mlx_lm calls the model that it was started with
 HOST = "127.0.0.1"
 ANSWER_BYTES = 4 << 20  # of an answer: 1,000 tokens take 10 KB
-LOG_BYTES = 1 << 20  # of a log's end
 TEXT = (str, None)
-MODELS = {"data": [{"id": str}]}
 MESSAGE = {"content?": TEXT, "reasoning_content?": TEXT, "reasoning?": TEXT}
 ANSWER = {"choices": [{"message": MESSAGE, "finish_reason?": TEXT}]}
 
@@ -170,31 +168,11 @@ def _wait_for(server: subprocess.Popen, url: str, log: Path, patience: float) ->
     raise Stop("the server", f"no answer in {patience:.0f} s", "an answer", f"read {log}")
 
 
-def last_words(log: Path) -> str:
-    """The last exception that a log shows, else its last line; 300 characters at most."""
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - LOG_BYTES))
-        text = file.read(LOG_BYTES).decode(errors="replace")
-    lines = text.strip().splitlines() or ["no output"]
-    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception): ", line)]
-    return (errors or lines)[-1][:300]
-
-
-def served_name(url: str) -> str:
-    """What a request must call the model: vMLX is told NAME, mlx-vlm goes by the bundle's path.
-
-    mlx_lm lists its model last, or nothing where the hub has no cache; it takes any of the names.
-    """
-    _, data = exchange(url, "GET", "/v1/models", "", 60)
-    try:
-        names = [one["id"] for one in parse_json(data, f"{url}: its models", MODELS)["data"]]
-    except Stop:
-        names = []
-    return our_name(names) or LM_NAME
-
-
 def our_name(names: list[str]) -> str:
-    """Of the names that a server lists the one by which `make serve` serves; "" without one."""
+    """Of the names that a server lists the one by which `make serve` serves; "" without one.
+
+    vMLX is told NAME; mlx-vlm and mlx_lm go by the bundle's path.
+    """
     return next((name for name in names if name == NAME or Path(name).is_absolute()), "")
 
 

@@ -6,10 +6,8 @@ a process of its own, and never imported here.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -18,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
+from dsv4.runtime.child import end
 from dsv4.settings import without_settings
 from dsv4.stop import Stop
 from dsv4.storage.checkpoint import parse_json
@@ -114,7 +113,7 @@ def hear(command: list[str], seconds: float) -> tuple[int, bytes, bytes]:
                          env=environment(), start_new_session=True) as child,
         ThreadPoolExecutor(2) as pool,
     ):  # fmt: skip
-        alarm = threading.Timer(seconds, _end, (child,))
+        alarm = threading.Timer(seconds, end, (child,))
         alarm.start()
         try:
             texts = [pool.submit(_hear, child, stream) for stream in (child.stdout, child.stderr)]
@@ -122,19 +121,13 @@ def hear(command: list[str], seconds: float) -> tuple[int, bytes, bytes]:
             return child.wait(), said, errors
         finally:
             alarm.cancel()
-            _end(child)
-
-
-def _end(child: subprocess.Popen) -> None:
-    """End a child and all that it began, which may hold its pipes open."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(child.pid, signal.SIGKILL)
+            end(child)
 
 
 def _hear(child: subprocess.Popen, stream: IO[bytes]) -> bytes:
     text = stream.read(HEARD + 1)
     if len(text) > HEARD:
-        _end(child)
+        end(child)
     return text[:HEARD]
 
 

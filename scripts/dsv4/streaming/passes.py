@@ -21,7 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dsv4.making.marks import fingerprint
-from dsv4.runtime.child import last_line
+from dsv4.runtime.child import last_words
 from dsv4.runtime.toolchain import LONG_PROMPTS, ROOT, asked, with_rooms
 from dsv4.stop import Stop
 from dsv4.storage import space
@@ -118,7 +118,7 @@ class Engine:
             yield told
             if told.get("done"):
                 return
-        raise Stop(what, last_line(self._log), "a pass to its end",
+        raise Stop(what, last_words(self._log), "a pass to its end",
                    f"read {self._log}; the same command goes on")  # fmt: skip
 
     def run(self, job: Mapping[str, Any], name: str) -> int:
