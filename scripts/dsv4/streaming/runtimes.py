@@ -17,6 +17,7 @@ import mlx.nn as nn
 
 from dsv4.model.configs import known_fields
 from dsv4.model.labels import MXFP4, MXFP8
+from dsv4.runtime.without_torchvision import hide
 from dsv4.stop import Stop
 
 Label = dict[str, Any]
@@ -87,6 +88,7 @@ class Vlm:
     around = "language_model."
 
     def __init__(self, config: Mapping[str, Any]) -> None:
+        hide()
         from mlx_vlm.models.base import create_attention_mask
         from mlx_vlm.models.deepseek_v4 import deepseek_v4, language
 
