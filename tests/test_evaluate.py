@@ -8,13 +8,14 @@ that is not what the experts are fed.
 import json
 import re
 import shutil
+import subprocess
 from dataclasses import replace
 
 import logits
 import make_source
 import numpy as np
 import pytest
-from conftest import NANO, ROOT, made_once
+from conftest import NANO, ROOT, SCRIPTS, made_once
 from here import here, must, refusal
 
 from dsv4.model.opening import open_bundle, open_source
@@ -111,13 +112,39 @@ def test_streamed_logits_are_those_of_the_whole_model(both, tokens, portion, eng
     assert relative(found, reference[:tokens]) < 1e-5
 
 
-def test_mlx_vlms_model_taken_apart_is_the_whole_model_too(both, tmp_path_factory, tmp_path):
-    """In one portion: at the border of two its blocks of 4 tokens forget the block before them."""
-    folder, ids, reference = both
-    settings = passes.settings_for(PYTHON, "vlm", tmp_path_factory.mktemp("vlm"))
-    with passes.Engine(settings, "cpu") as engine:
-        engine.run(job(folder, "source", ids[:160], tmp_path), "test")
-    assert relative(np.load(tmp_path / states.LOGITS), reference[:160]) < 1e-5
+WHOLE = """
+import sys, json, numpy as np
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/lab"]
+from dsv4.streaming.forward import Job, Pass
+from dsv4.streaming.runtimes import Vlm
+jobs = json.load(sys.stdin)
+for job in jobs:
+    Pass(Job(**job), Vlm, lambda told: None).run()
+import logits
+from pathlib import Path
+for job in jobs:
+    rows = logits.mlx_vlm(Path(job["folder"])).rows(job["ids"], 0)
+    np.save(job["work"] + "/whole.npy", rows)
+"""
+
+
+def test_streamed_logits_of_mlx_vlm_are_those_of_its_whole_model(bundles, compressed, tmp_path):
+    """RUNTIME=vlm, bit for bit: affine in F16, and lossless in F32 with compressed caches."""
+    must("convert", "--source", compressed, "--bundle", tmp_path / "b", "--quantizer", "lossless")
+    must("finalize", "--source", compressed, "--bundle", tmp_path / "b")
+    ids = [0, *map(int, np.random.default_rng(SEED).integers(2, 512, 159))]
+    jobs = [
+        job(bundles[0], "bundle", ids[:24], tmp_path / "affine"),
+        job(tmp_path / "b", "bundle", ids, tmp_path / "lossless"),
+    ]
+    subprocess.run(
+        [PYTHON, "-c", WHOLE, SCRIPTS], input=json.dumps(jobs), text=True, check=True,
+        env={"HF_HUB_OFFLINE": "1", "MLX_DISABLE_COMPILE": "1"},
+    )  # fmt: skip
+    for one in jobs:
+        found, whole = (np.load(f"{one['work']}/{name}") for name in (states.LOGITS, "whole.npy"))
+        assert found.shape == (len(one["ids"]), 512)
+        assert np.array_equal(found, whole)
 
 
 def test_a_lossless_bundle_in_float32_is_the_source(engine, tmp_path):

@@ -15,6 +15,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import rooms  # noqa: F401
+
+from dsv4.runtime.without_torchvision import hide
+
 MAX_TOKENS = 40
 
 Speaker = Callable[[str], dict[str, str]]
@@ -39,6 +43,7 @@ def mlx_lm_speaker(bundle: Path) -> Speaker:
 
 def mlx_vlm_speaker(bundle: Path) -> Speaker:
     """mlx_vlm.stream_generate, greedy."""
+    hide()
     from mlx_vlm import load, stream_generate
     from mlx_vlm.prompt_utils import apply_chat_template
 

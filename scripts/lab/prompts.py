@@ -22,6 +22,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import rooms  # noqa: F401
+
+from dsv4.runtime.without_torchvision import hide
+
 Writer = Callable[..., str]  # (messages, tools=…, enable_thinking=…, …) → prompt
 
 
@@ -46,6 +50,7 @@ def untokenized(tokenizer: Any) -> Writer:
 
 
 def mlx_vlm(folder: Path) -> Writer:
+    hide()
     from mlx_vlm import load
     from mlx_vlm.prompt_utils import apply_chat_template
 
