@@ -29,7 +29,7 @@ import numpy as np
 import rooms  # noqa: F401
 import turbo_kernels
 
-from dsv4.model.labels import TURBO_PARTS, stored_label
+from dsv4.model.labels import TURBO_PARTS, in_turbo, stored_label
 from dsv4.model.names import expert_base, parse_stack
 from dsv4.model.opening import open_bundle, open_source
 from dsv4.runtime.without_torchvision import hide
@@ -150,7 +150,7 @@ class MlxModel:
 def loader(folder: Path) -> MlxModel:
     from vmlx_engine.loaders.load_jangtq_dsv4 import load_jangtq_dsv4_model
 
-    if any(name.endswith(".tq_packed") for name in open_bundle(folder).tensors):
+    if in_turbo(open_bundle(folder).tensors):
         turbo_kernels.stand_in()
     model, _ = load_jangtq_dsv4_model(folder)
     return MlxModel(model, lambda ids, cache: model(ids, cache=cache))

@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 from rooms import NANO
 
+from dsv4.model.labels import in_turbo
 from dsv4.proof.examination import examine
 from dsv4.proof.stacks import STACKS, runtimes
 from dsv4.runtime.toolchain import call, has_metal, script
@@ -112,9 +113,8 @@ def verdict(folder: Path, source: Path) -> tuple[list[str], dict[str, str], bool
         bundle=folder, source=source, level=2, without_loader=True, imatrix=None, jobs=cores()
     )
     done = examine(asked)
-    turbo = any(name.endswith(".tq_packed") for name in done.bundle.tensors)
     faults = sorted(finding.name for finding in done.findings.errors)
-    return faults, runtimes(done.bundle, done.findings), turbo
+    return faults, runtimes(done.bundle, done.findings), in_turbo(done.bundle.tensors)
 
 
 def distance(python: Path, folder: Path, how: str, ids: list[list[int]], truth: np.ndarray) -> Any:

@@ -85,8 +85,8 @@ def mend_strangers(repair: Repair) -> None:
     """
     files = shard_files(repair.bundle)
     bundle = others.surveyed(open_whole(repair.bundle))
-    turbo = turbo_files.is_turbo(bundle)
-    strangers = sorted(on_disk(repair.bundle) - {*files, *([SIDECAR] if turbo else [])})
+    known = {*files, SIDECAR} if labels.in_turbo(bundle.tensors) else {*files}
+    strangers = sorted(on_disk(repair.bundle) - known)
     if not strangers:
         return
     named = f"shard-stranger: {several(strangers)}"

@@ -15,7 +15,7 @@ from typing import Any
 from dsv4.making import metadata
 from dsv4.mending.job import NEEDS_SOURCE, Repair
 from dsv4.mending.whole import open_whole, wrong_experts
-from dsv4.model.labels import DEFAULT, MXFP8, SOURCE, TURBO
+from dsv4.model.labels import DEFAULT, MXFP8, SOURCE, TURBO, in_turbo
 from dsv4.model.layouts import STORAGE
 from dsv4.model.names import is_control, parse_expert
 from dsv4.model.view import View
@@ -39,7 +39,7 @@ def surveyed(bundle: Checkpoint) -> Survey:
 def keeps_experts(bundle: Survey) -> bool:
     """True for what requantize knows nothing of: other names than storage names, TurboQuant, and
     somebody else's groups or widths, where headers prove no expert wrong."""
-    if bundle.layout is not STORAGE or turbo_files.is_turbo(bundle):
+    if bundle.layout is not STORAGE or in_turbo(bundle.tensors):
         return True
     return not (bundle.is_ours or is_uniform(bundle) or wrong_experts(bundle.checkpoint))
 

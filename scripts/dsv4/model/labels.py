@@ -16,7 +16,7 @@ the two module paths that names.py gives it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dsv4.model.names import (
@@ -96,6 +96,11 @@ def turbo_width(expert: dict[str, Any]) -> dict[str, Any]:
         "routed_expert_bit_plan": {"default_bits": expert["bits"], "codec": TURBO},
         "mxtq_bits": {**widths, "norms_router_hc": 16},
     }
+
+
+def in_turbo(names: Iterable[str]) -> bool:
+    """Are a bundle's experts in TurboQuant, by the names of its tensors?"""
+    return any(name.endswith(".tq_packed") for name in names)
 
 
 def in_stacks(experts: Mapping[str, dict[str, Any] | None], mixed: bool = True) -> bool:

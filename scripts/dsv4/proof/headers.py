@@ -11,7 +11,15 @@ from collections import Counter
 from itertools import filterfalse
 from typing import Any
 
-from dsv4.model.labels import SOURCE, TURBO, TURBO_PARTS, label_of, source_label, turbo_label
+from dsv4.model.labels import (
+    SOURCE,
+    TURBO,
+    TURBO_PARTS,
+    in_turbo,
+    label_of,
+    source_label,
+    turbo_label,
+)
 from dsv4.model.layouts import STORAGE
 from dsv4.model.names import (
     columns_of,
@@ -99,7 +107,7 @@ def check_strangers(bundle: Survey, findings: Findings) -> None:
     for file in filterfalse(is_junk, bundle.files):
         if file.startswith(".") and file.endswith(TEMPORARY_SUFFIX):
             findings.add("leftover-files", file, f"{bundle.files[file]:,} bytes", "nothing")
-        elif file == SIDECAR and any(name.endswith(".tq_packed") for name in bundle.tensors):
+        elif file == SIDECAR and in_turbo(bundle.tensors):
             continue
         elif "/" not in file and file.endswith(".safetensors") and file not in named:
             findings.add("shard-stranger", file, "not in the index", "only the index's shards")

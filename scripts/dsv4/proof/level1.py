@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dsv4.model.labels import in_turbo
 from dsv4.model.layouts import MLX_LM, MLX_VLM, STORAGE
 from dsv4.proof import conversation, documents, headers, loading, turbo_files
 from dsv4.proof.findings import Check, Findings
@@ -48,7 +49,7 @@ def check_toolchain(bundle: Survey, python: Path, findings: Findings) -> list[Ch
     runtime = next((r for r in (MLX_LM, MLX_VLM) if r in bundle.layout.runtimes), None)
     if runtime == MLX_VLM and has(python, "mlx-vlm"):
         return loading.check_loading(bundle, python, findings, runtime)
-    if runtime != MLX_LM or turbo_files.is_turbo(bundle):
+    if runtime != MLX_LM or in_turbo(bundle.tensors):
         who = "no mlx-vlm here" if runtime == MLX_VLM else "neither mlx_lm nor jang_tools"
         said = f"{who} that loads this layout, so no loader was asked"
         return [Check("parameters replayed", 0, said, optional=True)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from dsv4.model.labels import fp8_bases
+from dsv4.model.labels import fp8_bases, in_turbo
 from dsv4.model.layouts import MLX_LM, STORAGE, VMLX
 from dsv4.model.template import ENCODING
 from dsv4.proof.documents import VMLX_GROUP, group_size, labels_in_use, silent
@@ -99,8 +99,7 @@ def plain_head(bundle: Survey) -> str:
 
 def no_turbo(bundle: Survey) -> str:
     """Of mlx_lm and mlx-vlm: vMLX alone has TurboQuant's kernels."""
-    turbo = any(name.endswith(".tq_packed") for name in bundle.tensors)
-    return "experts in TurboQuant, which it cannot read" if turbo else ""
+    return "experts in TurboQuant, which it cannot read" if in_turbo(bundle.tensors) else ""
 
 
 def no_fp8(bundle: Survey) -> str:
@@ -110,7 +109,7 @@ def no_fp8(bundle: Survey) -> str:
 
 def as_stamped(bundle: Survey) -> str:
     """Of vMLX 1.6.81, which asks for experts in TurboQuant wherever a file says that they are."""
-    if any(name.endswith(".tq_packed") for name in bundle.tensors):
+    if in_turbo(bundle.tensors):
         return ""
     files = {
         "config.json": bundle.config,

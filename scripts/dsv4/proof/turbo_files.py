@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dsv4.model.labels import TURBO
+from dsv4.model.labels import TURBO, in_turbo
 from dsv4.model.names import columns_of, parse_stack
 from dsv4.proof.findings import Check, Findings
 from dsv4.proof.headers import label_at
@@ -30,11 +30,6 @@ DOCUMENTS = ("config.json", "jang_config.json")
 PACKED = ".tq_packed"
 
 
-def is_turbo(bundle: Survey) -> bool:
-    """True for a bundle with experts in TurboQuant."""
-    return any(name.endswith(PACKED) for name in bundle.tensors)
-
-
 def forms(bundle: Survey) -> dict[tuple[int, int], int]:
     """(columns, bits) → how many matrices of experts have that form."""
     bases = (name.removesuffix(PACKED) for name in bundle.tensors if name.endswith(PACKED))
@@ -44,7 +39,7 @@ def forms(bundle: Survey) -> dict[tuple[int, int], int]:
 
 def check_files(bundle: Survey, findings: Findings) -> list[Check]:
     """Documents say what the tensors are, and runtimes find the stacks; [] without TurboQuant."""
-    if not is_turbo(bundle):
+    if not in_turbo(bundle.tensors):
         return []
     stacks = [n for n in bundle.checkpoint.tensors if parse_stack(n) and n.endswith(PACKED)]
     first = min((f for f in bundle.files if fnmatchcase(f, "model-*.safetensors")), default="")
@@ -84,7 +79,7 @@ def corrections(document: dict[str, Any], bundle: Survey) -> dict[str, Any]:
 
 def check_sidecar(bundle: Survey, findings: Findings) -> list[Check]:
     """The sidecar's signs and levels are those by which the codes were judged."""
-    if SIDECAR not in bundle.files or not is_turbo(bundle):
+    if SIDECAR not in bundle.files or not in_turbo(bundle.tensors):
         return []
     wanted = {}
     for columns, bits in forms(bundle):
