@@ -93,11 +93,11 @@ def make_plan(
     present = frozenset(bundle.tensors)
     units = units_of(source.tensors, quantizer.form) if only is None else []
     units = [unit for unit in units if unit.treatment == "expert"]
-    coming, stacks = arrivals(units, bundle), [unit for unit in units if unit.stack]
+    coming, experts = arrivals(units, bundle), {s.name: unit for unit in units for s in unit.slots}
     fates = {}
     for file, shard in bundle.shards.items():
         new = coming.get(file, [])
-        fates[file] = fate_of(shard, source, quantizer, present, mark, only, new, stacks)
+        fates[file] = fate_of(shard, source, quantizer, present, mark, only, new, experts)
     mine = part.of(list(fates))
     todo = [file for file in mine if not fates[file].done]
     for file in todo:
@@ -130,13 +130,13 @@ def fate_of(
     quantizer: Quantizer,
     present: frozenset[str],
     mark: dict[str, str],
-    only: frozenset[str] | None = None,
-    coming: Iterable[Unit] = (),
-    stacks: Iterable[Unit] = (),
+    only: frozenset[str] | None,
+    coming: Iterable[Unit],
+    experts: Mapping[str, Unit],
 ) -> Fate:
     """The new layout of one shard. What is not `present` in the bundle, and wanted, comes right
     after the scales that it belongs to, or after the weight; the units that are `coming` last.
-    stacks: all that the form has.
+    experts: the units of all that are made, by the names of their tensors.
 
     All of it is made anew where the source's own numbers are wanted, or where they are: then no
     byte of the bundle tells whether its weight or its scales were rewritten already.
@@ -144,13 +144,12 @@ def fate_of(
     own = shard.metadata.get("requantize_quantizer") in labels.OWN
     anew = only is None and (own or quantizer.form.as_source)
     slots, kinds, units = [], {}, {}
-    stack_of = {slot.name: unit for unit in stacks for slot in unit.slots}
     for tensor in shard.tensors.values():
         weight, what = _origin(tensor, source, only, anew)
         new = [Slot(tensor.name, tensor.dtype, tensor.shape)]
         if what != "copy":
             new = []
-            unit = stack_of.get(tensor.name) or units.get(weight.name)
+            unit = experts.get(tensor.name) or units.get(weight.name)
             unit = unit or _unit(tensor, weight, source, quantizer)
             if unit is not None:
                 units[weight.name] = unit
