@@ -37,7 +37,7 @@ from dsv4.storage.checkpoint import Checkpoint, read_json
 from dsv4.storage.durable import human, write_json
 from dsv4.storage.reading import Reader
 from dsv4.weights import sampling
-from dsv4.weights.imatrix import EVEN, Importance, coverage, importances, open_imatrix
+from dsv4.weights.imatrix import Importance, told
 from dsv4.weights.mixture import check_there
 from dsv4.weights.quantizer import check_choice, parse_name
 from dsv4.words import say
@@ -67,16 +67,6 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def importance_of(args: argparse.Namespace, source: Checkpoint) -> Importance:
-    """The imatrix, if any; says how far it reaches. Raises Stop when it is another model's."""
-    if args.imatrix is None:
-        return EVEN
-    imatrix = open_imatrix(args.imatrix)
-    found = importances(imatrix, source)
-    say(coverage(found.columns, imatrix, source))
-    return found
-
-
 def asked(args: argparse.Namespace, source: Checkpoint, importance: Importance) -> dict[str, Any]:
     """What the plan is for, and how its errors are measured: the head of the file."""
     return {
@@ -100,7 +90,7 @@ def main() -> int:
         say(f"no size was asked for (FIT, SIZE); {args.plan or 'no plan'} stays as it is")
         return 0
     with low_disk.opened(args) as (_, source, supply), contextlib.closing(Reader()) as reader:
-        importance = importance_of(args, source)
+        importance = told(args.imatrix, source)
         head = asked(args, source, importance)
         there = read_json(args.plan) if args.plan.is_file() else {}
         if head.items() <= there.items():

@@ -135,7 +135,7 @@ class Ledger:
                 self.scales[name] = self.scales.get(name, 0) + number
 
 
-def unit_pieces(
+def experts_pieces(
     unit: Unit, places: dict[str, int], quantizer: Quantizer, ledger: Ledger
 ) -> list[Piece]:
     """The pieces that fill those parts of an expert, or of a stack of them, that a shard holds."""

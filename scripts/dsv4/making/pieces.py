@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dsv4.making.experts import Ledger, unit_pieces
+from dsv4.making.experts import Ledger, experts_pieces
 from dsv4.making.own_numbers import fp8_pieces
 from dsv4.model.plan import Unit
 from dsv4.storage.rewrite import Piece
@@ -19,7 +19,7 @@ def pieces_of(
     mine = {slot.name: places[slot.name] for slot in unit.slots if slot.name in places}
     parts = {name.rpartition(".")[2]: place for name, place in mine.items()}
     if unit.treatment == "expert":
-        return list(unit_pieces(unit, parts, quantizer, ledger))
+        return list(experts_pieces(unit, parts, quantizer, ledger))
     if unit.treatment == "fp8":
         return list(fp8_pieces(weight, unit.scale, parts, ledger))
     if len(unit.slots) > 1:

@@ -145,7 +145,7 @@ def unit_of(weight: Tensor, scale: Tensor | None, form: Form) -> Unit:
     return Unit(what, weight, scale, slots)
 
 
-def stacks_of(units: list[Unit]) -> list[Unit]:
+def gathered(units: list[Unit]) -> list[Unit]:
     """The units with every main layer's experts gathered into stacks, each where its first was.
 
     The first stack comes before all else: jang_tools 2.5.50 looks for one in the first shard only.
@@ -247,7 +247,7 @@ def units_of(tensors: Mapping[str, Tensor], form: Form) -> list[Unit]:
         if known_treatment(tensor) != "scale":
             scale = tensors.get(tensor.name.removesuffix(".weight") + ".scale")
             units.append(unit_of(tensor, scale, form))
-    return stacks_of(units) if form.stacked else units
+    return gathered(units) if form.stacked else units
 
 
 def plan_shards(

@@ -59,13 +59,12 @@ class Comparer:
         self.recorded = mark.get("requantize_quantizer")
         self.quantizer: Quantizer | None = None
         if is_known(self.recorded):
-            quantizer = named(self.recorded, importance, stacks_of(bundle))
+            quantizer = named(self.recorded, importance, labels_by_stack(bundle))
             # Another digest: another MLX's table, or an importance of columns that is not here.
             if quantizer.digest == mark.get("requantize_table"):
                 self.quantizer = quantizer
-                if quantizer.label["mode"] != TURBO:  # which is no matter of groups
-                    promise = promise_of(quantizer.name, EXPERT)
-                    self.certified, self.worst = certify(quantizer, promise)
+                promise = promise_of(quantizer.name, EXPERT)
+                self.certified, self.worst = certify(quantizer, promise)
 
     def compare(self, task: Task, reader: Reader) -> Outcome:
         """Compare one tensor with its source."""
@@ -159,7 +158,7 @@ class Comparer:
         return True
 
 
-def stacks_of(bundle: Survey) -> dict[str, dict[str, Any]]:
+def labels_by_stack(bundle: Survey) -> dict[str, dict[str, Any]]:
     """Stack → the label by which its first expert is stored: what a mixture's plan said."""
     found: dict[str, dict[str, Any]] = {}
     for base in bundle.bases:

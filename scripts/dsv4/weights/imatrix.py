@@ -33,7 +33,7 @@ from dsv4.storage.bounds import IMATRIX
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.durable import replacing
 from dsv4.storage.volume import UNKNOWN
-from dsv4.words import plain
+from dsv4.words import plain, say
 
 GGUF_NAME = {"w1": "ffn_gate_exps", "w2": "ffn_down_exps", "w3": "ffn_up_exps"}
 MAX_NAME = 4096
@@ -231,6 +231,19 @@ def usable(importance: np.ndarray, name: str) -> np.ndarray:
         raise Stop(f"imatrix: {name}", "a negative, infinite or NaN value", "squares", REDO)
     mean = math.fsum(values) / len(values)
     return np.maximum(values / mean, FLOOR) if mean > 0 else np.ones(len(values))
+
+
+def told(path: Path | None, source: Checkpoint) -> Importance:
+    """The importance by an imatrix, all columns alike without one; says how far it reaches.
+
+    Raises Stop when it is another model's.
+    """
+    if path is None:
+        return EVEN
+    imatrix = open_imatrix(path)
+    found = importances(imatrix, source)
+    say(coverage(found.columns, imatrix, source))
+    return found
 
 
 def coverage(found: dict[str, np.ndarray], imatrix: Imatrix, source: Checkpoint) -> str:

@@ -24,9 +24,8 @@ from dsv4.stop import Stop
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.weights import affine, exact, fp4, least_squares, matrices, optimal, turboquant
 from dsv4.weights.affine import Tally
-from dsv4.weights.imatrix import EVEN, Importance, coverage, importances, open_imatrix
+from dsv4.weights.imatrix import EVEN, Importance, told
 from dsv4.weights.mixture import name_of, read_plan
-from dsv4.words import say
 
 
 class Quantizer(Protocol):
@@ -373,11 +372,7 @@ def chosen(args: argparse.Namespace, source: Checkpoint) -> Quantizer:
 
     Raises Stop for an imatrix or a plan that does not fit the source.
     """
-    importance = EVEN
-    if args.imatrix is not None:
-        imatrix = open_imatrix(args.imatrix)
-        importance = importances(imatrix, source)
-        say(coverage(importance.columns, imatrix, source))
+    importance = told(args.imatrix, source)
     if args.quantizer in labels.PLANNED and args.plan is None:
         raise Stop(f"--quantizer {args.quantizer}", "no plan",
                    "the one that the bundle was made by", "name it: PLAN=FILE")  # fmt: skip

@@ -7,9 +7,8 @@ begins at another place in each. What an imatrix says of the columns counts. Fla
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 
@@ -70,7 +69,7 @@ def errors(
 def forms_of(source: Checkpoint, base: str) -> list[str]:
     """The forms that a matrix can have: its columns are whole groups."""
     columns = 2 * source.tensors[f"{base}.weight"].shape[1]
-    return [form for form in CHOICES if columns % _label(form)["group_size"] == 0]
+    return [form for form in CHOICES if columns % label_named(form)["group_size"] == 0]
 
 
 def run_of(source: Checkpoint, read: Read, base: str, which: int, importance: Importance) -> Run:
@@ -86,12 +85,8 @@ def run_of(source: Checkpoint, read: Read, base: str, which: int, importance: Im
     return base, codes, exponents, None if columns is None else usable(columns, base)
 
 
-def _label(form: str) -> Mapping[str, Any]:
-    return label_named(form) or MXFP4
-
-
 def _relative(runs: list[Run], form: str) -> float:
-    label, energy, error = _label(form), 0.0, 0.0
+    label, energy, error = label_named(form), 0.0, 0.0
     if label == MXFP4:
         return 0.0
     for base, codes, exponents, importance in runs:
