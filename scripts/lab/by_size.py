@@ -16,23 +16,20 @@ Writes by_size.json to --out and the picture to --picture, prints a table; bundl
 from __future__ import annotations
 
 import argparse
-import functools
 import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from on_weights import flash_bytes
 from pictures import Curve, curves
 from rooms import NANO, NEW
-from source_tensors import FLASH, headers
 from through_model import SOURCE, TENSORS, Streamed, every_logit, lessons, model_error, stage
 
 from dsv4.model.names import is_expert
 from dsv4.model.opening import open_bundle
-from dsv4.model.plan import plan_shards
 from dsv4.stop import run
 from dsv4.storage.durable import write_bytes, write_json
-from dsv4.weights.quantizer import named
 
 TURBO = "turboquant2"
 OURS = (
@@ -73,19 +70,12 @@ def bits_of(bundle: Path) -> float:
     return 4.25 * experts(bundle) / experts(NANO)  # the source's FP4 has 4.25
 
 
-def flash_bytes(name: str, bits: float) -> float:
+def size_of(name: str, bits: float) -> float:
     """Flash's shards in a form; of a mixture by its bits a weight of routed experts."""
     if name.startswith("mixture"):
-        low, high = planned("affine2g128"), planned("mxfp4")
+        low, high = flash_bytes("affine2g128"), flash_bytes("mxfp4")
         return low + (high - low) * (bits - 2.25) / (4.25 - 2.25)
-    return planned(name)
-
-
-@functools.cache
-def planned(name: str) -> int:
-    """The bytes of Flash's shards as convert would plan them."""
-    form = named(name).form
-    return sum(shard.size for shard in plan_shards(headers(FLASH), form, {"format": "mlx"}))
+    return flash_bytes(name)
 
 
 def make(name: str, bundle: Path) -> None:
@@ -121,7 +111,7 @@ def measure(args: argparse.Namespace) -> list[Point]:
                 found = streamed.logits(bundle, TENSORS, ids)
             kl, _, agreement, accuracy = model_error(found, truth, ids, begins)
             bits = bits_of(bundle)
-            points.append(Point(name, bits, flash_bytes(name, bits), kl, agreement, accuracy))
+            points.append(Point(name, bits, size_of(name, bits), kl, agreement, accuracy))
             print(f"{name}: {bits:.2f} bits, KL {kl:.5f}", file=sys.stderr, flush=True)
     return points
 

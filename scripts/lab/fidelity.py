@@ -29,10 +29,9 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from on_weights import WeightError, weight_error
+from on_weights import WeightError, flash_bytes, weight_error
 from pictures import Bar, bars
 from rooms import NEW
-from source_tensors import FLASH, headers
 from through_model import (
     ALONE,
     SERVED,
@@ -46,7 +45,6 @@ from through_model import (
     stage,
 )
 
-from dsv4.model.plan import plan_shards
 from dsv4.runtime.toolchain import call
 from dsv4.settings import add_setting
 from dsv4.stop import run
@@ -132,16 +130,7 @@ def models_table(errors: list[ModelError]) -> str:
     return "\n".join(lines)
 
 
-def flash_bytes() -> dict[str, int]:
-    """The bytes of DeepSeek-V4-Flash's shards by each quantizer, as convert would plan them."""
-    tensors = headers(FLASH)
-    return {
-        name: sum(shard.size for shard in plan_shards(tensors, make().form, {"format": "mlx"}))
-        for name, make in QUANTIZERS.items()
-    }
-
-
-def readme_rows(weights: list[WeightError], models: list[ModelError], sizes: dict[str, int]) -> str:
+def readme_rows(weights: list[WeightError], models: list[ModelError]) -> str:
     """The rows of lab/README.md's table, to paste: normal weights, scales rounded up, and
     the last source, which is the less trained one where it was given.
     """
@@ -154,8 +143,8 @@ def readme_rows(weights: list[WeightError], models: list[ModelError], sizes: dic
             rms, model = f"{e.rms:.2%}" if e.rms else "0", through[e.quantizer]
             kl = f"{model.kl:.2g}" if model.kl < 1e-5 else f"{model.kl:.5f}".removeprefix("0")
             rows.append(
-                f"| {name} | {e.bits:.2f} | {sizes[e.quantizer] / 1e9:.1f} | {rms} | {e.exact:.0%} "
-                f"| {kl} | {model.agreement:.1%} |"
+                f"| {name} | {e.bits:.2f} | {flash_bytes(e.quantizer) / 1e9:.1f} | {rms} "
+                f"| {e.exact:.0%} | {kl} | {model.agreement:.1%} |"
             )
     return "\n".join(rows)
 
@@ -217,7 +206,7 @@ def main() -> int:
         if source is not None:
             work, pythons = args.out / label, (args.python, args.new)
             models += measure_model(label, source, args.source, args.additions, work, pythons)
-    rows = readme_rows(weights, models, flash_bytes())
+    rows = readme_rows(weights, models)
     print(f"\n{models_table(models)}\n\n{CAVEAT}\n\nREADME:\n{rows}")
     text = f"{weights_table(weights)}\n\n{models_table(models)}\n\n{CAVEAT}\n"
     write_bytes(args.out / "fidelity.md", text.encode())

@@ -1,17 +1,19 @@
-"""How far each quantizer lies from its source, on synthetic experts of full shape."""
+"""What each quantizer costs: its error on synthetic experts of full shape, and Flash's bytes."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 import rooms  # noqa: F401
 import turbo_kernels
+from source_tensors import FLASH, headers
 
 from dsv4.model.labels import TURBO, parts_of
 from dsv4.model.names import GROUP
+from dsv4.model.plan import plan_shards
 from dsv4.storage.shard import ITEMSIZE, NUMPY_DTYPE, Slot
 from dsv4.weights.quantizer import Quantizer, named
 from dsv4.weights.synthetic import pack, random_weights, to_fp4
@@ -94,3 +96,10 @@ def weight_error(name: str, kind: str, rule: str) -> WeightError:
         name, kind, rule, 8 * nbytes / (OUT * COLUMNS), float(np.sqrt((wrong**2).mean()) / size),
         float(wrong.mean() / size), float((wrong == 0).all(axis=1).mean()), seconds,
     )  # fmt: skip
+
+
+@cache
+def flash_bytes(quantizer: str) -> int:
+    """The bytes of DeepSeek-V4-Flash's shards in a quantizer's form, as convert would plan them."""
+    form = named(quantizer).form
+    return sum(shard.size for shard in plan_shards(headers(FLASH), form, {"format": "mlx"}))

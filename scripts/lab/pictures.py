@@ -1,12 +1,15 @@
-"""Bar charts as SVG, drawn by matplotlib."""
+"""Bars and curves as SVG, drawn by matplotlib."""
 
 from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from typing import Any
 
 # A reader's dark page gets a dark picture; matplotlib draws in black on nothing.
 DARK = "<style>@media (prefers-color-scheme:dark){svg{background:#0d1117} text{fill:#ddd}}</style>"
+# The text stays text, and the same picture has the same bytes.
+SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "fixed", "font.size": 9}
 
 
 @dataclass(frozen=True)
@@ -18,14 +21,21 @@ class Bar:
     text: str
 
 
+def as_svg(figure: Any) -> str:
+    """A figure of matplotlib as text, for pages light and dark."""
+    out = io.StringIO()
+    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    head, _, body = out.getvalue().partition("<defs>")
+    return f"{head}{DARK}<defs>{body}"
+
+
 def bars(charts: list[tuple[str, list[Bar]]]) -> str:
     """Charts (title, bars) one below the other, each with a scale of its own from 0."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     rows = [len(chart) for _, chart in charts]
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "fixed", "font.size": 9}
-    with mpl.rc_context(settings):
+    with mpl.rc_context(SETTINGS):
         figure = Figure(figsize=(7, 0.24 * sum(rows) + 0.5 * len(rows)), layout="constrained")
         parts = figure.subplots(len(charts), height_ratios=[n + 1 for n in rows], squeeze=False)
         for axes, (title, chart) in zip(parts[:, 0], charts, strict=True):
@@ -37,10 +47,7 @@ def bars(charts: list[tuple[str, list[Bar]]]) -> str:
             axes.set_xticks([])
             axes.spines[:].set_visible(False)
             axes.tick_params(left=False)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    head, _, body = out.getvalue().partition("<defs>")
-    return f"{head}{DARK}<defs>{body}"
+        return as_svg(figure)
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ def curves(some: list[Curve], marks: dict[str, float], axes_names: tuple[str, st
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fixed", "font.size": 9}):
+    with mpl.rc_context(SETTINGS):
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         axes = figure.subplots()
         for curve in filter(lambda one: one.points, some):
@@ -74,7 +81,4 @@ def curves(some: list[Curve], marks: dict[str, float], axes_names: tuple[str, st
         axes.set_ylabel(axes_names[1])
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    head, _, body = out.getvalue().partition("<defs>")
-    return f"{head}{DARK}<defs>{body}"
+        return as_svg(figure)
