@@ -10,8 +10,8 @@ mlx-vlm 0.7.10 takes the source for MXFP8 throughout unless its config.json has 
 Writes one folder a specimen under --out, each under its name when it is whole; those that are there
 stay. Ten seconds each. With --judge each is judged twice then: by verify, which says whether a
 runtime will load it and why not, and by the logits of the runtimes themselves, by their median
-distance to the source's. What both say stands in one table, and in specimens.json; half a minute
-each.
+distance to the source's. TurboQuant's kernels are Metal's: elsewhere turbo_kernels.py stands in for
+them. What both say stands in one table, and in specimens.json; half a minute each.
 
     .venv/bin/python scripts/lab/specimens.py [--judge] [--out build/specimens] [NAME …]
 
@@ -31,10 +31,9 @@ from typing import Any
 import numpy as np
 from rooms import NANO
 
-from dsv4.model.labels import in_turbo
 from dsv4.proof.examination import examine
 from dsv4.proof.stacks import STACKS, runtimes
-from dsv4.runtime.toolchain import call, has_metal, script
+from dsv4.runtime.toolchain import call, script
 from dsv4.served import nano
 from dsv4.settings import cores
 from dsv4.stop import Stop, run
@@ -107,14 +106,14 @@ NEAR = 0.5
 ROWS = [stack for stack in STACKS if stack.name in ("new", "lm", "vlm")]
 
 
-def verdict(folder: Path, source: Path) -> tuple[list[str], dict[str, str], bool]:
-    """verify's findings, what stands in a runtime's way by them, and whether it is TurboQuant."""
+def verdict(folder: Path, source: Path) -> tuple[list[str], dict[str, str]]:
+    """verify's findings, and what stands in a runtime's way by them."""
     asked = argparse.Namespace(
         bundle=folder, source=source, level=2, without_loader=True, imatrix=None, jobs=cores()
     )
     done = examine(asked)
     faults = sorted(finding.name for finding in done.findings.errors)
-    return faults, runtimes(done.bundle, done.findings), in_turbo(done.bundle.tensors)
+    return faults, runtimes(done.bundle, done.findings)
 
 
 def distance(python: Path, folder: Path, how: str, ids: list[list[int]], truth: np.ndarray) -> Any:
@@ -132,15 +131,12 @@ def distance(python: Path, folder: Path, how: str, ids: list[list[int]], truth: 
 
 def judged(folder: Path, source: Path, python: Path, ids: list, truth: np.ndarray) -> list[dict]:
     """One row for each runtime: what verify expects of it, and what it does."""
-    faults, expected, turbo = verdict(folder, source)
+    faults, expected = verdict(folder, source)
     rows = []
     for row in ROWS:
         why_not = expected[row.runtime]
-        if turbo and not why_not and not has_metal():
-            found, agree = "not tried: TurboQuant's kernels are Metal's", True
-        else:
-            found = distance(python, folder, row.how, ids, truth)
-            agree = (not isinstance(found, str) and found <= NEAR) == (not why_not)
+        found = distance(python, folder, row.how, ids, truth)
+        agree = (not isinstance(found, str) and found <= NEAR) == (not why_not)
         rows.append({"specimen": folder.name, "runtime": row.runtime, "faults": faults,
                      "verify": why_not, "logits": found, "agree": agree})  # fmt: skip
         say(in_line(rows[-1]))

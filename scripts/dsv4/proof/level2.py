@@ -190,7 +190,10 @@ def everything(bundle: Survey) -> list[Tensor]:
 def cut(
     bundle: Survey, source: Checkpoint | None, kept: Kept
 ) -> Iterator[Path | list[Task | Tensor]]:
-    """The work in order: a file to hash, then the tensors whose weight lies in it, and so on."""
+    """The work in order: a file to hash, then the tensors whose weight lies in it, and so on.
+
+    Those that are a job by themselves go first, so that no thread is left with one at the end.
+    """
     work: dict[str, list[tuple[int, Task | Tensor]]] = {}
     every = make_tasks(bundle, source, kept) if source else everything(bundle)
     for one in every:
@@ -199,7 +202,8 @@ def cut(
     for file in hashable(bundle):
         yield bundle.checkpoint.folder / file
         some, size = [], 0
-        for _, one in sorted(work.get(file, []), key=lambda item: item[0]):
+        here = work.get(file, [])
+        for _, one in sorted(here, key=lambda item: (item[1].nbytes < JOB_BYTES, item[0])):
             some.append(one)
             size += one.nbytes
             if size >= JOB_BYTES:
