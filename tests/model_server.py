@@ -41,6 +41,7 @@ class Model(http.server.ThreadingHTTPServer):
     def __init__(self, fault: str = "", models: list[str] | None = None) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.fault, self.asked, self.headers = fault, 0, []
+        self.in_a_word = 1  # tokens, by its own count
         self.models = ["test-model"] if models is None else models
         self.last, self.busy, self.left = "", 0, False
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
@@ -96,7 +97,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if tokens > LIMIT and self.server.fault != "cut":
             return self.say(b'{"error": "too long"}', 400)
         message, reason = reply(body, min(tokens, LIMIT), self.server)
-        usage = {"prompt_tokens": min(tokens, LIMIT), "completion_tokens": 2}
+        counted = self.server.in_a_word * min(tokens, LIMIT)
+        usage = {"prompt_tokens": counted, "completion_tokens": 2}
         if body.get("stream"):
             return self.pieces(message, reason, usage)
         choice = {"message": message, "finish_reason": reason}

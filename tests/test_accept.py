@@ -239,6 +239,20 @@ def test_a_rate_is_told_of_enough_tokens_and_a_hang_is_a_fault(monkeypatch):
     assert all("no whole answer" in one.why for one in found)
 
 
+def test_a_prompt_has_the_tokens_that_the_server_counts():
+    with Model() as server:
+        server.in_a_word = 3
+        found = speed.measure(client.Endpoint(server.url, "m"), 1000)
+    assert [(one.prompt, one.at_once) for one in found] == [
+        (100, 1),
+        (100, 4),
+        (1000, 1),
+        (1000, 4),
+    ]
+    for one in found:  # a sentence of nine words is never cut
+        assert one.prompt - 3 * 9 < one.counted < one.prompt + 3 * 9
+
+
 def test_the_memory_of_a_server_elsewhere_is_not_told():
     assert resident("https://api.example.com") is None
     assert resident(f"http://127.0.0.1:{free_port()}") is None

@@ -1,6 +1,7 @@
 """How fast a server answers: time to the first token, and tokens a second, by length of prompt.
 
-No two prompts begin alike, so that nothing of one serves the next.
+No two prompts begin alike, so that nothing of one serves the next. How many tokens a word has tells
+the server's own count of a first prompt, with which it warms up too.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dsv4.served.client import Endpoint, Reply, stream
 from dsv4.stop import Stop
 
 AT_ONCE = (1, 4)
+FIRST = 100  # words of the prompt whose tokens are counted
 TOKENS = 64  # of an answer
 FEWEST = 4  # tokens after the first, of which a rate is told
 LIMIT = 120  # seconds of each request, and one more for each 20 tokens of prompt
@@ -22,7 +24,7 @@ LIMIT = 120  # seconds of each request, and one more for each 20 tokens of promp
 
 @dataclass(frozen=True)
 class Speed:
-    """prompt: tokens asked for; counted: by the server, 0 when it does not say; at_once: requests.
+    """prompt: tokens aimed at; counted: by the server, 0 when it does not say; at_once: requests.
 
     first: seconds to the first token, the median of the requests; rate: tokens a second of all of
     them together after their first, None when the answers were too short. why: what went wrong.
@@ -39,18 +41,34 @@ class Speed:
 
 def measure(endpoint: Endpoint, context: int) -> list[Speed]:
     """A Speed for each length of prompt up to `context` tokens, alone and with 4 at once."""
-    out, number = [], 0
+    out, number, in_a_word = [], 1, tokens_in_a_word(endpoint)
     for prompt in sizes(context):
         for at_once in AT_ONCE:
-            bodies = [_body(prompt, number + i) for i in range(at_once)]
+            words = int(prompt / in_a_word)
+            bodies = [_body(words, number + i) for i in range(at_once)]
             number += at_once
             out.append(_measured(endpoint, prompt, bodies))
     return out
 
 
-def _body(prompt: int, number: int) -> dict:
-    text = f"Log {number}, kept {time.time_ns()}. " + " ".join(long_text(prompt))
-    asked = f"{text} Write about the ships in your own words."
+def tokens_in_a_word(endpoint: Endpoint) -> float:
+    """By the server's count of its tokens in a prompt of FIRST words; 1 where it does not say."""
+    body = {**_body(FIRST, 0), "max_tokens": 1}
+    try:
+        counted = stream(endpoint, body, LIMIT).prompt_tokens
+    except Stop:
+        return 1.0  # what is measured next will say what is wrong
+    return max(1.0, counted / len(body["messages"][0]["content"].split()))
+
+
+def _body(words: int, number: int) -> dict:
+    """A request of so many words, up to a sentence."""
+    before, after = (
+        f"Log {number}, kept {time.time_ns()}.",
+        "Write about the ships in your own words.",
+    )
+    text = long_text(words - len(before.split()) - len(after.split()))
+    asked = " ".join((before, *text, after))
     return {"messages": [{"role": "user", "content": asked}], "max_tokens": TOKENS}
 
 
