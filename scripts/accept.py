@@ -71,10 +71,11 @@ def examine(endpoint: Endpoint, context: int) -> dict[str, Any]:
     for one in (*basics.CASES, *abilities.cases(context, endpoint.most)):
         one = one if answers else replace(one, skip="the first question had no answer")
         outcomes.append(told(case.judge(endpoint, one, nano)))
-    speeds = speed.measure(endpoint, context) if answers else []
-    for one in speeds:
+    speeds = []
+    for one in speed.measure(endpoint, context) if answers else ():
+        speeds.append(one)
         measured = one.why or f"first token {one.first:g} s, {one.rate or 'too few'} tokens/s"
-        say(f"speed   {one.prompt:,} tokens × {one.at_once}: {measured}")
+        say(f"speed   {one.prompt:,} tokens × {one.at_once}: {measured}", flush=True)
     return {
         "url": endpoint.url, "model": endpoint.model, "nano": nano,
         "memory": resident(endpoint.url),

@@ -235,14 +235,14 @@ def test_a_rate_is_told_of_enough_tokens_and_a_hang_is_a_fault(monkeypatch):
     assert "without a token" in speed.summed(100, [reply(0, 0.0)], 6.0).why
     monkeypatch.setattr(speed, "LIMIT", -4.9)  # and 5 s for 100 tokens
     with Model("hang") as server:
-        found = speed.measure(client.Endpoint(server.url, "m"), 100)
+        found = list(speed.measure(client.Endpoint(server.url, "m"), 100))
     assert all("no whole answer" in one.why for one in found)
 
 
 def test_a_prompt_has_the_tokens_that_the_server_counts():
     with Model() as server:
         server.in_a_word = 3
-        found = speed.measure(client.Endpoint(server.url, "m"), 1000)
+        found = list(speed.measure(client.Endpoint(server.url, "m"), 1000))
     assert [(one.prompt, one.at_once) for one in found] == [
         (100, 1),
         (100, 4),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -39,16 +40,15 @@ class Speed:
     why: str = ""
 
 
-def measure(endpoint: Endpoint, context: int) -> list[Speed]:
+def measure(endpoint: Endpoint, context: int) -> Iterator[Speed]:
     """A Speed for each length of prompt up to `context` tokens, alone and with 4 at once."""
-    out, number, in_a_word = [], 1, tokens_in_a_word(endpoint)
+    number, in_a_word = 1, tokens_in_a_word(endpoint)
     for prompt in sizes(context):
         for at_once in AT_ONCE:
             words = int(prompt / in_a_word)
             bodies = [_body(words, number + i) for i in range(at_once)]
             number += at_once
-            out.append(_measured(endpoint, prompt, bodies))
-    return out
+            yield _measured(endpoint, prompt, bodies)
 
 
 def tokens_in_a_word(endpoint: Endpoint) -> float:
