@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import logits
 import make_source
+import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import NANO, ROOT, SCRIPTS, made_once
@@ -22,7 +23,7 @@ from dsv4.model.opening import open_bundle, open_source
 from dsv4.stop import Stop
 from dsv4.storage.checkpoint import INDEX, read_json
 from dsv4.storage.shard import read_array, read_shard
-from dsv4.streaming import evaluation, passes, states
+from dsv4.streaming import evaluation, passes, products, states
 from dsv4.streaming.evaluation import Asked
 from dsv4.streaming.pairing import tokens_of
 from dsv4.weights.imatrix import open_imatrix
@@ -145,6 +146,58 @@ def test_streamed_logits_of_mlx_vlm_are_those_of_its_whole_model(bundles, compre
         found, whole = (np.load(f"{one['work']}/{name}") for name in (states.LOGITS, "whole.npy"))
         assert found.shape == (len(one["ids"]), 512)
         assert np.array_equal(found, whole)
+
+
+@pytest.mark.parametrize(
+    ("mode", "size", "bits"),
+    [("mxfp4", 32, 4), ("mxfp8", 32, 8), ("affine", 64, 2), ("affine", 32, 8)],
+)
+def test_products_by_blas_are_those_of_mlx(mode, size, bits):
+    """Float32 rows by packed matrices: plain, stacked as jang's wo_a, and sorted by expert."""
+    random = np.random.default_rng(SEED)
+    stack = mx.array(random.standard_normal((3, 64, 128), np.float32))
+    parts = mx.quantize(stack, size, bits, mode=mode)
+    form = {"group_size": size, "bits": bits, "mode": mode}
+    rows = mx.array(random.standard_normal((3, 1, 40, 128), np.float32))
+    experts = mx.array(np.repeat([0, 2], [37, 3]).astype(np.uint32))
+    asked = [
+        lambda x: mx.quantized_matmul(x[0, 0], *(part[0] for part in parts), **form),
+        lambda x: mx.quantized_matmul(x, *(part[:, None] for part in parts), **form),
+        lambda x: mx.gather_qmm(x[0, 0][:, None], *parts, rhs_indices=experts,
+                                sorted_indices=True, **form),
+    ]  # fmt: skip
+    for ask in asked:
+        own = np.array(ask(rows))
+        with products.by_blas(True):
+            found = np.array(ask(rows))
+            half = np.array(ask(rows.astype(mx.float16)))  # is MLX's in any case
+        assert found.shape == own.shape
+        assert relative(found, own) < 1e-6
+        assert np.array_equal(half, np.array(ask(rows.astype(mx.float16))))
+    assert mx.gather_qmm is products.gathered_product
+
+
+@pytest.mark.parametrize("sinks", [None, [0.5, -1.0, 3.0, 0.0]])
+@pytest.mark.parametrize("added", [False, True])
+def test_attention_by_blas_is_that_of_mlx(sinks, added):
+    """Four heads on one and on two of keys, masked by what is seen or by what is added."""
+    random = np.random.default_rng(SEED)
+    seen = mx.array(random.random((1, 1, 40, 56)) < 0.3) | (mx.arange(56) == 0)
+    mask = mx.where(seen, mx.array(0.0), mx.array(-1e9)) if added else seen
+    sinks = None if sinks is None else mx.array(sinks)
+    for heads in (1, 2):
+        q, k, v = (mx.array(random.standard_normal((1, n, rows, 32), np.float32))
+                   for n, rows in ((4, 40), (heads, 56), (heads, 56)))  # fmt: skip
+
+        def ask(q=q, k=k, v=v):
+            given = {"scale": 0.3, "mask": mask, "sinks": sinks}
+            return np.array(mx.fast.scaled_dot_product_attention(q, k, v, **given))
+
+        own = ask()
+        with products.by_blas(True):
+            found = ask()
+        assert relative(found, own) < 1e-6
+    assert mx.fast.scaled_dot_product_attention is products.attention
 
 
 def test_a_lossless_bundle_in_float32_is_the_source(engine, tmp_path):

@@ -22,6 +22,7 @@ from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.shard import Tensor
 from dsv4.streaming import states, tensors
 from dsv4.streaming.collector import Collector
+from dsv4.streaming.products import by_blas, on_cpu
 from dsv4.streaming.runtimes import Jang, Vlm, fill
 
 HEAD_TOKENS = 64  # whose logits are in memory together: 33 MB with Flash's vocabulary
@@ -73,9 +74,10 @@ class Pass:
         self.tell({"total": sum(sizes), "read": sum(sizes[1 : done + 1])})
         if done < 0:
             self.embed(ends)
-        for number in range(max(done, 0), self.layers):
-            self.layer(number, each[number])
-            self.tell({"read": sizes[number + 1], "layer": number, "error": self.last_error()})
+        with by_blas(on_cpu() and (self.job.kind == "source" or self.job.wide)):
+            for number in range(max(done, 0), self.layers):
+                self.layer(number, each[number])
+                self.tell({"read": sizes[number + 1], "layer": number, "error": self.last_error()})
         if not self.job.collect and not (self.work / states.LOGITS).is_file():
             self.logits(ends)
         self.tell({"read": sizes[0]})

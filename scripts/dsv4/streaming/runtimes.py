@@ -19,6 +19,7 @@ from dsv4.model.configs import known_fields
 from dsv4.model.labels import MXFP4, MXFP8
 from dsv4.runtime.without_torchvision import hide
 from dsv4.stop import Stop
+from dsv4.streaming.products import product
 
 Label = dict[str, Any]
 
@@ -76,7 +77,7 @@ class Jang:
 
         def logits(hidden: mx.array) -> mx.array:
             reduced = ends.model.norm(ends.model._hc_head_reduce(hidden))
-            return reduced.astype(mx.float32) @ weight.T
+            return product(reduced.astype(mx.float32), weight)
 
         return logits
 
