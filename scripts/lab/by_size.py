@@ -8,7 +8,8 @@ routed experts. It ranks the forms, as fidelity.py does for the others; it does 
 Flash loses.
 
 Writes by_size.json to --out and the picture to --picture, prints a table; bundles are made anew in
---out. Costs about 10 minutes on two cores.
+--out. Wants the jang of .venv patched, as `make fidelity` and `make test` leave it. Costs about 10
+minutes on two cores.
 
     .venv/bin/python scripts/lab/by_size.py [--out DIR] [--picture FILE] [--additions N]
 """

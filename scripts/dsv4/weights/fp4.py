@@ -24,7 +24,7 @@ def decode(packed: np.ndarray, scales: np.ndarray, name: str) -> np.ndarray:
     `name` is the tensor's, for the message. Raises Stop when a scale byte is 255.
     """
     check_scales(scales, name)
-    values = PAIRS[packed.view(np.uint8)].view(np.float32).reshape(*scales.shape, GROUP)
+    values = PAIRS.take(packed.view(np.uint8)).view(np.float32).reshape(*scales.shape, GROUP)
     values *= UE8M0[scales.view(np.uint8)][..., None]
     return values.reshape(len(packed), -1)
 
