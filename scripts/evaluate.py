@@ -16,7 +16,8 @@ NAME, and hidden states and logits to --work while it runs: 8 GB for Flash with 
 2,048 tokens. Killed at any moment, the same command goes on at the layer where it stopped.
 
 Memory: one layer (3.7 GB of Flash's source, 4.3 GB of the bundle) and about as much again for a
-moment. Costs the reading of all files, and the arithmetic of the device.
+moment. Costs the reading of all files, and the arithmetic of the device: in float32 on a CPU by
+NumPy's BLAS, else by MLX's kernels.
 
     .venv/bin/python scripts/evaluate.py --source DIR --bundle DIR [DIR ...] --out build/evaluate
 """

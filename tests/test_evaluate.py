@@ -406,6 +406,13 @@ def test_a_bundle_that_gives_no_numbers_or_fits_no_label_stops_at_its_layer(
           "layer 0: found Expected shape", "labels in config.json")  # fmt: skip
 
 
+def test_a_source_whose_scale_is_no_number_stops_at_its_layer(engine, tmp_path):
+    copy = shutil.copytree(NANO, tmp_path / "copy")
+    change(copy, "layers.1.ffn.experts.3.w1.scale", lambda old: old | 255)
+    stops(lambda: engine.run(job(copy, "source", [0, *range(2, 400)], tmp_path / "work"), "t"),
+          "layer 1: a matrix in FP4: found scale byte 255 (NaN)")  # fmt: skip
+
+
 def test_a_changed_input_is_another_pass(bundles, settings, tmp_path):
     """Other tokens, another device, a touched shard, another label: nothing is gone on with."""
     copy = shutil.copytree(bundles[0], tmp_path / "copy")

@@ -122,7 +122,12 @@ class Pass:
         dtype = getattr(mx, self.record.dtype)
         for some in self.portions:
             hidden = mx.array(before[some])[None].astype(dtype)
-            yield self.code.forward(layer, hidden, cache, self.ids[:, some])
+            try:
+                after = self.code.forward(layer, hidden, cache, self.ids[:, some])
+            except Stop as stop:
+                where = f"{self.checkpoint.folder}: layer {number}: {stop.parts[0]}"
+                raise Stop(where, *stop.parts[1:]) from stop
+            yield after
 
     def keep(
         self, layers: int, found: Iterator[mx.array], collector: Collector | None = None
