@@ -36,16 +36,20 @@ def by_blas(wanted: bool) -> Iterator[None]:
 
 
 def on_cpu() -> bool:
+    """True when MLX computes on a CPU by default."""
     return mx.default_device().type == mx.cpu
 
 
 def product(x: mx.array, matrix: mx.array) -> mx.array:
     """x (…, in) by a matrix (out, in), both float32: (…, out)."""
-    return mx.array(np.array(x) @ np.asarray(matrix).T) if on_cpu() else x @ matrix.T
+    return mx.array(np.asarray(x) @ np.asarray(matrix).T) if on_cpu() else x @ matrix.T
 
 
 def decoded(weight: mx.array, scales: mx.array, biases: mx.array | None, **form: Any) -> np.ndarray:
-    """Packed matrices (…, out, packed) as float32 (…, out, in)."""
+    """Packed matrices (…, out, packed) as float32 (…, out, in); form: bits, group_size and mode.
+
+    Raises Stop for a scale of FP4 that is no number.
+    """
     if form.get("mode") == "mxfp4":
         rows = [np.asarray(part).reshape(-1, part.shape[-1]) for part in (weight, scales)]
         values = fp4.decode(rows[0].view(np.int8), rows[1], "a matrix in FP4")
