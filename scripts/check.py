@@ -26,7 +26,7 @@ from dsv4.hub.origin import read_record
 from dsv4.making import low_disk
 from dsv4.making.fitting import planned
 from dsv4.model import memory
-from dsv4.model.implied import check_whole
+from dsv4.model.implied import check_whole, lacking_mtp
 from dsv4.model.opening import open_bundle, open_source, read_config
 from dsv4.model.plan import SHARD_BYTES
 from dsv4.model.roles import place_of
@@ -172,7 +172,8 @@ def source_need(source: Path, repo: str, revision: str) -> tuple[Line, int]:
             opened = open_source(source)
             check_whole(opened)
             known = " as downloaded" if repo and recorded(source, repo, revision) else ""
-            return Line(True, "source", f"complete{known}, {human(opened.nbytes)}"), 0
+            lacks = f"; {words}" if (words := lacking_mtp(opened)) else ""
+            return Line(True, "source", f"complete{known}, {human(opened.nbytes)}{lacks}"), 0
         except Stop as stop:
             if not repo:
                 return Line(False, "source", str(stop)), 0

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 
 from dsv4.making import low_disk, own_numbers
 from dsv4.making.conversion import (
@@ -43,7 +44,7 @@ from dsv4.making.conversion import (
 from dsv4.making.low_disk import Supply
 from dsv4.making.part import Part, parse_part
 from dsv4.making.workplace import claim, publish, unmark, workplace
-from dsv4.model.implied import check_whole
+from dsv4.model.implied import check_whole, lacking_mtp
 from dsv4.model.opening import open_bundle
 from dsv4.model.plan import SHARD_BYTES
 from dsv4.model.roles import place_of
@@ -136,10 +137,14 @@ def main() -> int:
                 unmark(args.bundle)
             if supply and not args.dry_run:
                 supply.keep_only(set())
-        elif args.converter == "jang":
-            said = run_upstream(args, source)
         else:
-            said = run_native(args, source, headers, supply)
+            if lacks := lacking_mtp(source):
+                say(f"note: {plain(source.folder)}: {lacks}; the bundle has the same",
+                    file=sys.stderr)  # fmt: skip
+            if args.converter == "jang":
+                said = run_upstream(args, source)
+            else:
+                said = run_native(args, source, headers, supply)
     say(f"{plain(args.bundle)}: {said}")
     return 0
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import ml_reference
 import numpy as np
 
-from dsv4.model.implied import BLOCK, MTP, TOP
+from dsv4.model.implied import BLOCK, MTP, TOP, of_dspark
 from dsv4.model.names import kind
 from dsv4.storage.shard import NUMPY_DTYPE, Planned, write_shard
 
@@ -31,6 +31,7 @@ class Sizes:
     source_shard: int = 17
     bundle_shard: int = 23
     metadata: dict = field(default_factory=dict)
+    dspark: bool = False  # its stages under mtp, in place of the first release's MTP
     whole: bool = False  # all that config.json calls for, as download and convert want it
 
 
@@ -78,14 +79,16 @@ def source_arrays(sizes: Sizes, rng: np.random.Generator) -> Arrays:
                 base = f"{block}.ffn.experts.{expert}.{matrix}"
                 arrays[f"{base}.weight"] = ("I8", packed)
                 arrays[f"{base}.scale"] = ("F8_E8M0", exponents)
-    return arrays | the_rest(arrays, blocks, rng) if sizes.whole else arrays
+    return arrays | the_rest(arrays, sizes, blocks, rng) if sizes.whole else arrays
 
 
-def the_rest(arrays: Arrays, blocks: list[str], rng: np.random.Generator) -> Arrays:
+def the_rest(arrays: Arrays, sizes: Sizes, blocks: list[str], rng: np.random.Generator) -> Arrays:
     """What a config.json calls for beside: a BF16 matrix, vector or F32 control of each name."""
     names = [*TOP, "head.weight"]
     names += [f"{block}.{name}" for block in blocks for name in BLOCK]
-    names += [f"{b}.{name}" for b in blocks if b.startswith("mtp.") for name in MTP]
+    for layer in range(sizes.mtp):
+        own = of_dspark(layer, sizes.mtp) if sizes.dspark else MTP
+        names += [f"mtp.{layer}.{name}" for name in own]
     rest: Arrays = {}
     for name in (name for name in names if name not in arrays):
         if "hc_" in name:

@@ -1,8 +1,9 @@
 """Write a small random-weight checkpoint in DeepSeek-V4's exact source layout.
 
 Tests need a source of any size that has every kind of tensor: hash-routed and routed layers,
-attention with compress ratios 0, 4 and 128 (compressor, indexer), shared experts, MTP; in FP4, FP8,
-BF16, F32 and integers; over several shards that split weights from their scales.
+attention with compress ratios 0, 4 and 128 (compressor, indexer), shared experts, MTP or, with
+--dspark, DSpark; in FP4, FP8, BF16, F32 and integers; over several shards that split weights from
+their scales.
 Its tokenizer and encoding are those of the nano checkpoint. The words that it says are noise.
 
     .venv/bin/python scripts/lab/make_source.py --source build/random --seed 1
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from rooms import NANO
-from source_tensors import Sizes, Writer, tensors
+from source_tensors import Sizes, Writer, tensors, with_dspark
 
 from dsv4.stop import Stop, run
 from dsv4.storage.checkpoint import INDEX
@@ -40,7 +41,11 @@ def config_of(sizes: Sizes) -> dict:
         "architectures": ["DeepseekV4ForCausalLM"],
         "model_type": "deepseek_v4",
         "torch_dtype": "bfloat16",
-        **{k: list(v) if isinstance(v, tuple) else v for k, v in vars(sizes).items()},
+        **{
+            k: list(v) if isinstance(v, tuple) else v
+            for k, v in vars(sizes).items()
+            if sizes.dspark_markov_rank or not k.startswith("dspark_")
+        },
         "attention_bias": False,
         "bos_token_id": 0,
         "eos_token_id": 1,
@@ -117,11 +122,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shards", type=int, default=5)
     parser.add_argument("--sizes", type=json.loads, default={}, help="JSON: fields of Sizes")
+    parser.add_argument("--dspark", action="store_true", help="DSpark in place of MTP")
     args = parser.parse_args()
     if args.source.exists() and any(args.source.iterdir()):
         raise Stop(f"{args.source}", "a folder with files", "an empty folder", "choose another")
     args.source.mkdir(parents=True, exist_ok=True)
     sizes = replace(Sizes(), **args.sizes)
+    sizes = with_dspark(sizes) if args.dspark else sizes
     number = write_source(args.source, sizes, args.seed, args.shards)
     print(f"{args.source}: {number} tensors in {args.shards} shards, seed {args.seed}",
           file=sys.stderr)  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,19 @@ class Sizes:
     index_head_dim: int = 128
     index_topk: int = 8
     compress_ratios: tuple[int, ...] = (0, 4, 128, 4, 0)
+    # Of releases with DSpark in place of MTP (`with_dspark`); a rank of 0: the first release's MTP.
+    dspark_markov_rank: int = 0
+    dspark_block_size: int = 5
+    dspark_noise_token_id: int = 5
+    dspark_target_layer_ids: tuple[int, ...] = ()
+
+    @property
+    def mtp_layers(self) -> int:
+        """How many layers lie under mtp, whatever config.json declares."""
+        return DSPARK_STAGES if self.dspark_markov_rank else self.num_nextn_predict_layers
+
+
+DSPARK_STAGES = 3
 
 
 # DeepSeek-V4-Flash's, as jang's and transformers' model have them.
@@ -46,6 +59,19 @@ FLASH = Sizes(
     moe_intermediate_size=2048, num_hash_layers=3, vocab_size=129280, index_n_heads=64,
     index_topk=512, compress_ratios=(0, 0, *(4, 128) * 20, 4, 0),
 )  # fmt: skip
+
+
+def with_dspark(sizes: Sizes, rank: int = 32, declared: int = 1) -> Sizes:
+    """The same model with DSpark, as -0731 has it; declared: num_nextn_predict_layers, 1 or 3."""
+    layers = sizes.num_hidden_layers
+    ratios = (*sizes.compress_ratios[:layers], *(0,) * DSPARK_STAGES)
+    targets = tuple(range(max(0, layers - 3), layers))
+    return replace(
+        sizes, num_nextn_predict_layers=declared, compress_ratios=ratios, dspark_markov_rank=rank,
+        dspark_target_layer_ids=targets,
+    )  # fmt: skip
+
+
 Array = tuple[str, np.ndarray]  # a safetensors dtype and the array that holds its bytes
 
 
@@ -134,13 +160,35 @@ def tensors(sizes: Sizes, writer: Writer) -> Iterator[tuple[str, Array]]:
     yield "norm.weight", writer.bf16(hidden, std=0.05, mean=1)
     yield "head.weight", writer.bf16(sizes.vocab_size, hidden, std=hidden**-0.5)
     yield from hyper_head(writer, sizes, "")
-    for layer in range(sizes.num_nextn_predict_layers):
+    for layer in range(sizes.mtp_layers):
         yield from block(writer, sizes, f"mtp.{layer}", 0, hashed=False)
-        for name in ("e_proj", "h_proj"):
-            yield from writer.fp8(f"mtp.{layer}.{name}", hidden, hidden)
-        for name in ("enorm", "hnorm", "norm"):
-            yield f"mtp.{layer}.{name}.weight", writer.bf16(hidden, std=0.05, mean=1)
-        yield from hyper_head(writer, sizes, f"mtp.{layer}.")
+        own = dspark(writer, sizes, layer) if sizes.dspark_markov_rank else mtp(writer, sizes)
+        for name, array in own:
+            yield f"mtp.{layer}.{name}", array
+
+
+def mtp(writer: Writer, sizes: Sizes) -> Iterator[tuple[str, Array]]:
+    """What an MTP layer of the first release has beside a block's tensors."""
+    hidden = sizes.hidden_size
+    for name in ("e_proj", "h_proj"):
+        yield from writer.fp8(name, hidden, hidden)
+    for name in ("enorm", "hnorm", "norm"):
+        yield f"{name}.weight", writer.bf16(hidden, std=0.05, mean=1)
+    yield from hyper_head(writer, sizes, "")
+
+
+def dspark(writer: Writer, sizes: Sizes, stage: int) -> Iterator[tuple[str, Array]]:
+    """What one of DSpark's stages has beside a block's tensors: the first and the last alone."""
+    hidden, rank = sizes.hidden_size, sizes.dspark_markov_rank
+    if stage == 0:
+        yield from writer.fp8("main_proj", hidden, hidden * len(sizes.dspark_target_layer_ids))
+        yield "main_norm.weight", writer.bf16(hidden, std=0.05, mean=1)
+    if stage == DSPARK_STAGES - 1:
+        yield "norm.weight", writer.bf16(hidden, std=0.05, mean=1)
+        yield from hyper_head(writer, sizes, "")
+        for matrix in ("markov_w1", "markov_w2"):
+            yield f"markov_head.{matrix}.weight", writer.bf16(sizes.vocab_size, rank, std=0.05)
+        yield "confidence_head.proj.weight", writer.bf16(1, hidden + rank, std=0.05)
 
 
 def hyper_head(writer: Writer, sizes: Sizes, prefix: str) -> Iterator[tuple[str, Array]]:

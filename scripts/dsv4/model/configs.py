@@ -20,7 +20,8 @@ from dsv4.storage.checkpoint import Checkpoint
 # transformers and MLX's converters add. What a loader is shown has no other: some keys name code.
 FIELDS = frozenset((
     "_name_or_path", "architectures", "attention_bias", "attention_dropout", "bos_token_id",
-    "compress_ratios", "compress_rope_theta", "dtype", "eos_token_id", "expert_dtype",
+    "compress_ratios", "compress_rope_theta", "dspark_block_size", "dspark_markov_rank",
+    "dspark_noise_token_id", "dspark_target_layer_ids", "dtype", "eos_token_id", "expert_dtype",
     "group_size", "hc_eps", "hc_mult", "hc_sinkhorn_iters", "head_dim", "hidden_act",
     "hidden_size", "index_head_dim", "index_n_heads", "index_topk", "initializer_range",
     "intermediate_size", "kv_lora_rank", "max_position_embeddings", "model_type",

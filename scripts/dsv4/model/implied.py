@@ -6,14 +6,16 @@ only a loader notices, hours later: it leaves the parameter at its start value o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-from dsv4.model.opening import count, expert_bases
+from dsv4.model.names import mtp_layer
+from dsv4.model.opening import block_counts, count, expert_bases, mtp_declared
 from dsv4.stop import Stop
 from dsv4.storage.checkpoint import Checkpoint
 
-TOP = ("embed.weight", "norm.weight", "hc_head_fn", "hc_head_base", "hc_head_scale")
+HEAD = ("norm.weight", "hc_head_fn", "hc_head_base", "hc_head_scale")
+TOP = ("embed.weight", *HEAD)
 BLOCK = (
     "attn_norm.weight", "ffn_norm.weight",
     *(f"hc_{part}_{name}" for part in ("attn", "ffn") for name in ("fn", "base", "scale")),
@@ -23,9 +25,12 @@ BLOCK = (
 )  # fmt: skip
 COMPRESSOR = ("wkv.weight", "wgate.weight", "ape", "norm.weight")
 INDEXER = ("wq_b.weight", "weights_proj.weight", *(f"compressor.{part}" for part in COMPRESSOR))
-# Of an MTP layer of the first release; -0731's have a main_proj, and heads that vary.
-MTP = ("e_proj.weight", "h_proj.weight", "enorm.weight", "hnorm.weight", "norm.weight",
-       "hc_head_fn", "hc_head_base", "hc_head_scale")  # fmt: skip
+# What an MTP layer has beside a block's: each of the first release; DSpark's first stage, and its
+# last. Tensors, not config.json, say how many there are and whose.
+MTP = ("e_proj.weight", "h_proj.weight", "enorm.weight", "hnorm.weight", *HEAD)
+DSPARK_FIRST = ("main_proj.weight", "main_norm.weight")
+DSPARK_LAST = (*HEAD, "markov_head.markov_w1.weight", "markov_head.markov_w2.weight",
+               "confidence_head.proj.weight")  # fmt: skip
 
 
 def implied(source: Checkpoint) -> Iterator[str]:
@@ -44,10 +49,27 @@ def implied(source: Checkpoint) -> Iterator[str]:
         yield f"layers.{layer}.ffn.gate.{'tid2eid' if layer < hashed else 'bias'}"
     for base in expert_bases(source):
         yield f"{base}.weight"
-    for layer in mtp_layers(source.tensors):
-        if f"mtp.{layer}.main_proj.weight" not in source.tensors:
-            yield from (f"mtp.{layer}.{name}" for name in (*block(config, layers + layer), *MTP))
-            yield f"mtp.{layer}.ffn.gate.bias"
+    stages, is_dspark = block_counts(source)["mtp"], has_dspark(source)
+    for stage in range(stages):
+        own = of_dspark(stage, stages) if is_dspark else MTP
+        names = (*block(config, layers + stage), "ffn.gate.bias", *own)
+        yield from (f"mtp.{stage}.{name}" for name in names)
+
+
+def of_dspark(stage: int, stages: int) -> tuple[str, ...]:
+    """What one of DSpark's stages has beside a block's tensors."""
+    return DSPARK_FIRST * (stage == 0) + DSPARK_LAST * (stage == stages - 1)
+
+
+def has_dspark(source: Checkpoint) -> bool:
+    """True for DSpark under mtp: by a tensor that is its alone, else by config.json where none is
+    of the first release's MTP alone.
+    """
+    stored = {n.split(".", 2)[-1] for n in source.tensors if mtp_layer(n) is not None}
+    dspark = {*DSPARK_FIRST, *DSPARK_LAST}
+    if not stored & (dspark ^ set(MTP)):
+        return any(key.startswith("dspark_") for key in source.config)
+    return bool(stored & (dspark - set(MTP)))
 
 
 def block(config: dict[str, Any], layer: int) -> Iterator[str]:
@@ -61,11 +83,6 @@ def block(config: dict[str, Any], layer: int) -> Iterator[str]:
         yield from (f"attn.indexer.{part}" for part in INDEXER)
 
 
-def mtp_layers(names: Iterable[str]) -> list[int]:
-    """The numbers of the MTP layers that any tensor belongs to."""
-    return sorted({int(n.split(".")[1]) for n in names if n.startswith("mtp.")})
-
-
 def check_whole(source: Checkpoint) -> None:
     """Raise Stop when the source lacks a tensor that its config.json calls for."""
     wanted = list(implied(source))
@@ -76,3 +93,11 @@ def check_whole(source: Checkpoint) -> None:
             "every tensor that config.json calls for",
             "fetch the source again, or restore config.json",
         )  # fmt: skip
+
+
+def lacking_mtp(source: Checkpoint) -> str:
+    """Words for a source with fewer MTP layers than config.json declares, which is legal, or ""."""
+    declared, stored = mtp_declared(source.config, source.folder), block_counts(source)["mtp"]
+    if stored >= declared:
+        return ""
+    return f"MTP layers: {declared} declared in config.json, {stored or 'none'} there"

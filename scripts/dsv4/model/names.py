@@ -42,7 +42,7 @@ _TABLE = (
     (r"B attn.(indexer.)?compressor.(wkv|wgate).weight", "affine8"),
     (r"B attn.indexer.(wq_b|weights_proj).weight", "affine8"),
     (r"B ffn.shared_experts.w[123].weight", "affine8"),
-    # MTP's own: of the first release, and of -0731
+    # MTP's own: of the first release, and of those with DSpark
     (r"mtp.N.(e_proj|h_proj|main_proj).weight", "affine8"),
     (r"mtp.N.(markov_head.markov_w[12]|confidence_head.proj).weight", "affine8"),
 )
@@ -61,6 +61,7 @@ _EXPERT = re.compile(
     rf"(layers|mtp)\.({_NUMBER})\.ffn\.experts\.({_NUMBER})\.(w[123])\.(\w{{1,32}})"
 )
 _STACK = re.compile(rf"layers\.({_NUMBER})\.mlp\.switch_mlp\.(gate|up|down)_proj\.(\w{{1,32}})")
+_MTP = re.compile(rf"mtp\.({_NUMBER})\.")
 _CONTROL = re.compile(
     rf"(?:(?:layers|mtp)\.{_NUMBER}\.)?"
     r"(?:hc_\w+|attn\.attn_sink|ffn\.gate\.bias)"
@@ -83,6 +84,16 @@ def parse_expert(name: str) -> tuple[str, int, int, str, str] | None:
 def expert_base(block: str, layer: int, expert: int, matrix: str) -> str:
     """Storage name of a routed expert's matrix, without the part (`.weight`, `.scale`, …)."""
     return f"{block}.{layer}.ffn.experts.{expert}.{matrix}"
+
+
+def mtp_layer(name: str) -> int | None:
+    """The number of the MTP layer that a storage name belongs to: one of DSpark's stages, say.
+
+    >>> mtp_layer("mtp.2.markov_head.markov_w1.weight"), mtp_layer("layers.2.attn_norm.weight")
+    (2, None)
+    """
+    match = _MTP.match(name)
+    return int(match[1]) if match else None
 
 
 def stack_base(base: str) -> str:
@@ -126,10 +137,11 @@ def stack_of(base: str) -> str:
     return f"{block}.{layer}.{PROJECTION[matrix]}"
 
 
-# The input width of each matrix of a block, in words of config.json.
+# The input width of a matrix by the end of its name, in words of config.json.
 INPUT = (
     ("attn.wq_b", "q_lora_rank"), ("attn.indexer.wq_b", "q_lora_rank"),
-    (".w2", "moe_intermediate_size"),
+    (".w2", "moe_intermediate_size"), ("markov_head.markov_w1", "dspark_markov_rank"),
+    ("markov_head.markov_w2", "dspark_markov_rank"),
 )  # fmt: skip
 
 
@@ -149,8 +161,12 @@ def columns_of(base: str, config: Mapping[str, Any]) -> int:
         return number("num_attention_heads") * number("head_dim") // groups if groups else 0
     if base.endswith("attn.wo_b"):
         return groups * number("o_lora_rank")
-    if any(part in base for part in ("main_proj", "markov_head", "confidence_head")):
-        return 0
+    if base.endswith(".main_proj"):  # takes the hidden states of those layers side by side
+        layers = config.get("dspark_target_layer_ids")
+        return number("hidden_size") * len(layers) if isinstance(layers, list) else 0
+    if base.endswith(".confidence_head.proj"):
+        rank = number("dspark_markov_rank")
+        return number("hidden_size") + rank if rank else 0
     return number(next((key for end, key in INPUT if base.endswith(end)), "hidden_size"))
 
 

@@ -6,6 +6,7 @@ so that everything after it can trust a name to lead to its bytes.
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,15 @@ from dsv4.model.labels import (
     recorded_quantizer,
     stored_label,
 )
-from dsv4.model.names import GROUP, PROJECTION, expert_base, parse_expert, stack_base, stack_of
+from dsv4.model.names import (
+    GROUP,
+    PROJECTION,
+    expert_base,
+    mtp_layer,
+    parse_expert,
+    stack_base,
+    stack_of,
+)
 from dsv4.stop import Stop
 from dsv4.storage.bounds import LAYERS, MATRICES
 from dsv4.storage.checkpoint import (
@@ -63,26 +72,34 @@ def count(config: dict[str, Any], key: str, folder: Path) -> int:
     return value
 
 
-def block_counts(checkpoint: Checkpoint) -> dict[str, int]:
-    """How many main and MTP layers config.json and the tensors call for: {"layers", "mtp"}.
+def mtp_declared(config: dict[str, Any], folder: Path) -> int:
+    """The MTP layers that config.json declares; how many are stored, only the tensors tell.
 
+    DSpark's three stages go with 1 or 3, copies that were stripped of MTP keep the number, others
+    say 0 and have it. Raises as `count` does.
+    """
+    key = "num_nextn_predict_layers"
+    return count(config, key, folder) if key in config else 0
+
+
+def block_counts(checkpoint: Checkpoint) -> dict[str, int]:
+    """How many main layers config.json calls for, and MTP layers the tensors: {"layers", "mtp"}.
+
+    A bundle's labels name its experts: MTP layers that got lost are called for by them.
     Raises Stop for more layers, or more matrices of experts, than any index could name.
     """
     config, folder = checkpoint.config, checkpoint.folder
-    experts = count(config, "n_routed_experts", folder)
-    layers = {"layers": count(config, "num_hidden_layers", folder), "mtp": 0}
-    if "num_nextn_predict_layers" in config:
-        layers["mtp"] = count(config, "num_nextn_predict_layers", folder)
-    for name in checkpoint.tensors:
-        parsed = parse_expert(name)
-        if parsed and parsed[0] == "mtp":
-            layers["mtp"] = max(layers["mtp"], parsed[1] + 1)
+    experts, declared = count(config, "n_routed_experts", folder), mtp_declared(config, folder)
+    labels = config.get("quantization")
+    names = itertools.chain(checkpoint.tensors, labels if isinstance(labels, dict) else ())
+    stored = max((n + 1 for name in names if (n := mtp_layer(name)) is not None), default=0)
+    layers = {"layers": count(config, "num_hidden_layers", folder), "mtp": stored}
     matrices = sum(layers.values()) * experts * len(PROJECTION)
-    if max(layers.values()) > LAYERS or matrices > MATRICES:
+    if max(*layers.values(), declared) > LAYERS or matrices > MATRICES:
         raise Stop(
             f"{folder / 'config.json'}",
-            f"{shown(layers['layers'])} layers, {shown(layers['mtp'])} of MTP by it or by a "
-            f"tensor's name, {shown(experts)} experts",
+            f"{shown(layers['layers'])} layers, {shown(max(stored, declared))} of MTP by it or by "
+            f"a tensor's name, {shown(experts)} experts",
             f"at most {LAYERS:,} layers and {MATRICES:,} matrices",
             "restore config.json",
         )
@@ -135,9 +152,7 @@ def _check_scales(source: Checkpoint) -> None:
 def expert_bases(checkpoint: Checkpoint) -> list[str]:
     """Storage names of all routed-expert matrices that config.json and the tensors call for.
 
-    Main layers: num_hidden_layers × n_routed_experts × 3. MTP layers: as many as config.json's
-    num_nextn_predict_layers or the tensors' own names say, whichever is more. Raises as
-    `block_counts` does.
+    As many layers as `block_counts` says, × n_routed_experts × 3. Raises as it does.
     """
     experts = count(checkpoint.config, "n_routed_experts", checkpoint.folder)
     return [

@@ -27,6 +27,7 @@ from dsv4.model.names import (
     is_expert,
     kind,
     module_paths,
+    mtp_layer,
     parse_expert,
     switch_paths,
 )
@@ -169,7 +170,8 @@ def check_layout(bundle: Survey, findings: Findings) -> Check:
 def absences(bundle: Survey) -> str:
     """The layout in words, and what is left out or added as makers of bundles do."""
     said = [f"{bundle.layout.name} ({bundle.layout.who})"]
-    if not bundle.has_mtp and bundle.config.get("num_nextn_predict_layers"):
+    has_mtp = any(mtp_layer(name) is not None for name in bundle.tensors)
+    if not has_mtp and bundle.config.get("num_nextn_predict_layers"):
         said.append("MTP left out")
     seen = [name for name in bundle.view.recognised.unknown if is_vision(name)]
     if seen:
