@@ -224,6 +224,18 @@ def source(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def dspark(tmp_path_factory) -> Path:
+    """A random source as -0731 is made: DSpark's three stages, after two main layers."""
+    sizes = {"num_hidden_layers": 2, "n_routed_experts": 4, "compress_ratios": [4, 128]}
+
+    def make(folder: Path) -> None:
+        must("lab/make_source", "--source", folder, "--seed", 8, "--dspark",
+             "--sizes", json.dumps(sizes))  # fmt: skip
+
+    return made_once(tmp_path_factory, "dspark", make)
+
+
+@pytest.fixture(scope="session")
 def stock(source, tmp_path_factory) -> Path:
     """That source as upstream's converter leaves it."""
 

@@ -54,7 +54,7 @@ def engine(settings):
 
 @pytest.fixture(scope="module")
 def compressed(tmp_path_factory):
-    """A random source with compress ratios 4 and 128, and one MTP layer that must not matter.
+    """A random source with compress ratios 4 and 128, and DSpark, which must not matter.
 
     16 heads of the indexer: with 4 many of its scores are exactly 0, and who wins among them is
     nobody's truth.
@@ -63,7 +63,7 @@ def compressed(tmp_path_factory):
     def make(folder):
         folder.mkdir()
         make_source.write_source(
-            folder, replace(make_source.Sizes(), index_n_heads=16), SEED, shards=3
+            folder, make_source.with_dspark(make_source.Sizes(index_n_heads=16)), SEED, shards=3
         )
 
     return made_once(tmp_path_factory, "compressed", make)

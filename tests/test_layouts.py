@@ -108,8 +108,14 @@ def test_a_bundle_of_another_maker_is_judged_by_its_numbers(specimen, name):
     assert judge(folder) == WRONG.get(name, set())
 
 
-def test_every_line_of_every_table_leads_there_and_back():
-    names = [name for name in open_source(NANO).tensors if not name.endswith(".scale")]
+@pytest.fixture(params=["MTP", "DSpark"])
+def names(request) -> list[str]:
+    """The weights of a source."""
+    folder = NANO if request.param == "MTP" else request.getfixturevalue("dspark")
+    return [name for name in open_source(folder).tensors if not name.endswith(".scale")]
+
+
+def test_every_line_of_every_table_leads_there_and_back(names):
     for layout in LAYOUTS.values():
         for name in names:
             disk = layout.called(name)
@@ -119,8 +125,7 @@ def test_every_line_of_every_table_leads_there_and_back():
                 assert place.name.replace(".E.", f".{expert and expert[1]}.") == name
 
 
-def test_a_layout_is_told_by_its_names_alone():
-    names = [name for name in open_source(NANO).tensors if not name.endswith(".scale")]
+def test_a_layout_is_told_by_its_names_alone(names):
     for layout in LAYOUTS.values():
         mine = {(layout.called(name) or "").replace(".G.", ".0.") for name in names} - {""}
         told = recognise(mine)

@@ -34,9 +34,11 @@ SHARD_BYTES = "6e5"
 
 @pytest.fixture(scope="module")
 def origin(tmp_path_factory) -> Path:
-    """A source of 6 MB in twelve shards, as it lies on the hub."""
+    """A source of 6 MB in twelve shards, as it lies on the hub; with DSpark."""
     folder = tmp_path_factory.mktemp("origin") / "source"
-    must("lab/make_source", "--source", folder, "--seed", 11, "--shards", 12)
+    sizes = '{"num_hidden_layers": 2, "compress_ratios": [4, 128]}'
+    must("lab/make_source", "--source", folder, "--seed", 11, "--shards", 12, "--dspark",
+         "--sizes", sizes)  # fmt: skip
     return folder
 
 

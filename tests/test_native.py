@@ -14,6 +14,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,7 +36,7 @@ from dsv4.storage.shard import Planned, read_array, read_shard, write_shard
 from dsv4.weights.quantizer import QUANTIZERS
 
 KILLS = int(os.environ.get("KILLS", "20"))
-# Names of DeepSeek-V4-Flash, of its MTP layer, and of -0731's MTP layers, which tests do not make.
+# Names of DeepSeek-V4-Flash, of its MTP layer, and of -0731's DSpark.
 REAL_NAMES = """
 embed.weight head.weight norm.weight hc_head_fn hc_head_base hc_head_scale
 layers.42.attn.wq_a.weight layers.42.attn.wo_b.weight layers.2.attn.attn_sink
@@ -100,7 +101,21 @@ def content(folder: Path, name: str) -> tuple:
 # ------------------------------------------------------------------------------- the same result
 
 
-def test_every_tensor_is_upstreams_or_requantizes(source, stock, good, native):
+@pytest.fixture(params=["MTP", "DSpark"])
+def all_made(request, tmp_path) -> tuple[Path, Path, Path, Path]:
+    """A source; upstream's bundle, that one requantized, and the native one."""
+    if request.param == "MTP":
+        return tuple(map(request.getfixturevalue, ("source", "stock", "good", "native")))
+    source = request.getfixturevalue("dspark")
+    must("convert", "--source", source, "--bundle", tmp_path / "stock", "--converter", "jang")
+    good = shutil.copytree(tmp_path / "stock", tmp_path / "good")
+    assert run(source, good, name="requantize")[0] == 0
+    convert(source, tmp_path / "native")
+    return source, tmp_path / "stock", good, tmp_path / "native"
+
+
+def test_every_tensor_is_upstreams_or_requantizes(all_made):
+    source, stock, good, native = all_made
     origin, ours = open_source(source).tensors, open_bundle(native).tensors
     stock, good = open_bundle(stock).tensors, open_bundle(good).tensors
     assert set(ours) == set(good)
@@ -417,6 +432,7 @@ def test_odd_shapes_and_layers_over_9(tmp_path):
     """FP8 blocks that are begun and not full; experts that are no multiple of anything but 32."""
     for seed, sizes in enumerate([
         small.Sizes(layers=11, experts=1, mtp=2, source_shard=7, whole=True),
+        small.Sizes(layers=1, experts=2, mtp=3, dspark=True, source_shard=9, whole=True),
         small.Sizes(hidden=160, width=96, source_shard=1, whole=True),
     ]):  # fmt: skip
         source, _, expected = small.make(tmp_path / f"{seed}", sizes, seed)

@@ -157,9 +157,17 @@ def test_a_shard_that_was_emptied_and_not_removed_is_no_stranger(turbo, tmp_path
     assert not emptied.exists()
 
 
-def test_mtps_experts_are_single_and_all_others_stacked(turbo):
+@pytest.mark.parametrize("layers", [1, 3], ids=["MTP", "DSpark"])
+def test_mtps_experts_are_single_and_all_others_stacked(layers, turbo, dspark, tmp_path):
+    if layers == 3:
+        turbo = tmp_path / "bundle"
+        here("convert", "--source", dspark, "--bundle", turbo, *TURBO)
+        here("finalize", "--source", dspark, "--bundle", turbo)
+        here("patch", "--bundle", turbo)
+        assert not bundles.judge(turbo, dspark).errors
     names = set(json.loads((turbo / INDEX).read_text())["weight_map"])
-    assert {parse_expert(name)[0] for name in names if parse_expert(name)} == {"mtp"}
+    experts = {parse_expert(name)[:2] for name in names if parse_expert(name)}
+    assert experts == {("mtp", layer) for layer in range(layers)}
     bits = {name: read_array(tensor)[0] for name, tensor in open_bundle(turbo).tensors.items()
             if name.endswith(".tq_bits")}  # fmt: skip
     assert set(bits.values()) == {2}
