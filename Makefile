@@ -185,28 +185,30 @@ $(STAMPS)/no_PLAN: FORCE
 .PHONY: venv
 venv: .venv/installed $(TOOLCHAIN) ## make .venv for the scripts and .toolchain/STACK (2.5 GB)
 
-# Each is made by scripts/lab/install.py, which imports the modules named last before make touches
-# the stamp. One whose Python is gone, or of another version by now, loses its stamp.
-$(shell for e in .venv .toolchain/*; do v=`$$e/bin/python -ISc \
-  'import sys; print("python%d.%d" % sys.version_info[:2])' 2> /dev/null`; \
-  test -d $$e/lib/$$v/site-packages || rm -f $$e/installed $$e/tests-installed; done)
+# scripts/lab/install.py makes each, and leaves a copy of its pins as the stamp when the modules named
+# last can be imported. STALE: the stamps that are no such copy, or stand where an installation was
+# interrupted, or where Python is gone or of another version by now. Dates do not count.
 INSTALL = $(python3) scripts/lab/install.py
+STALE := $(shell exec 2> /dev/null; \
+  has() { v=`$$1/bin/python -ISc 'import sys; print("python%d.%d" % sys.version_info[:2])'`; \
+    test -d $$1/lib/$$v/site-packages && test ! -s $$1/made-by-install && \
+    cmp -s $$2 $$1/installed; }; \
+  if has .venv requirements.txt; then \
+    cmp -s tests/requirements.txt .venv/tests-installed || echo .venv/tests-installed; \
+  else echo .venv/installed .venv/tests-installed; fi; \
+  $(foreach stack,$(STACKS),has .toolchain/$(stack) scripts/stacks/$(stack).txt || \
+    echo .toolchain/$(stack)/installed;))
+$(STALE): FORCE
 
-.venv/installed: requirements.txt
-	rm -f $@
-	@$(INSTALL) .venv requirements.txt mlx.core numba safetensors huggingface_hub tokenizers socksio
-	touch $@
+.venv/installed: | requirements.txt
+	@$(INSTALL) $@ requirements.txt mlx.core numba safetensors huggingface_hub tokenizers socksio
 
-.toolchain/%/installed: scripts/stacks/%.txt
-	rm -rf $(@D)
-	@$(INSTALL) $(@D) $< mlx.core transformers
-	touch $@
+.toolchain/%/installed: | scripts/stacks/%.txt
+	@$(INSTALL) --anew $@ scripts/stacks/$*.txt mlx.core transformers
 
 # Also the old stack, whose converter and loaders the tests compare with; pytest, ruff.
-.venv/tests-installed: tests/requirements.txt .venv/installed
-	rm -f $@
-	@$(INSTALL) .venv tests/requirements.txt mlx.core transformers pytest hypothesis
-	touch $@
+.venv/tests-installed: | tests/requirements.txt .venv/installed
+	@$(INSTALL) $@ tests/requirements.txt mlx.core transformers pytest hypothesis
 
 # -------------------------------------------------------------------------------------- stages
 
@@ -228,7 +230,7 @@ $(STAMPS)/patch_loader.stamp: $(STAMPS)/check.stamp $(needs_patch_loader) \
 	touch $@
 
 unpatch_loader: .venv/installed ## put the original loader back, byte for byte
-	rm -f build/*/patch_loader.stamp
+	rm -f build/[0-9]*/patch_loader.stamp
 	$(PYTHON) scripts/patch_loader.py --undo
 
 # 160 GB from the hub, pinned to a commit, each file compared with the hub's size and hash.
@@ -375,9 +377,14 @@ matrix: .venv/tests-installed ## which runtime loads which bundle of the small m
 	$(PYTHON) scripts/patch_loader.py --python $(PYTHON)
 	$(PYTHON) scripts/lab/matrix.py
 
-# The same from nothing each time, for a toolchain of your own: TOOLCHAIN_PYTHON=…
+# The same from nothing each time, for a toolchain of your own: TOOLCHAIN_PYTHON=… What the last run
+# left in build/selftest goes; anything else there stops it.
 selftest: ## can this toolchain be trusted with the big model? Convert, load and serve the small one
+	@test ! -e build/selftest || test -f build/selftest/made-by-selftest && test ! -L build/selftest || \
+	  { echo "error: build/selftest: found what this target did not make, expected nothing there;" \
+	  "look at it, and move it away" >&2; exit 1; }
 	rm -rf build/selftest
+	@mkdir -p build/selftest && touch build/selftest/made-by-selftest
 	$(MAKE) demo NANO_WORK=build/selftest
 
 # What each QUANTIZER costs: on full-shape weights, and through the nano model beside its source.
@@ -423,7 +430,10 @@ format: .venv/tests-installed ## format the code
 	$(PYTHON) -m ruff format scripts tests
 
 clean: ## remove stamps and reports; never a bundle or a source
-	rm -f build/*/*.stamp build/*/settings build/*/verify.json build/*/verify.html
-	rm -f build/*/evaluate.json build/*/evaluate.md build/*/evaluate.html
-	rm -f build/*/accept.json build/*/accept.html
-	rm -f build/matrix/matrix.json build/fidelity/fidelity.*
+	cd build && for key in [0-9]*; do \
+	  case $$key in *[!0-9]*) continue;; esac; \
+	  test -L $$key || rm -f $$key/*.stamp $$key/settings $$key/verify.json $$key/verify.html \
+	    $$key/evaluate.json $$key/evaluate.md $$key/evaluate.html $$key/accept.json $$key/accept.html; \
+	done
+	rm -f build/matrix/matrix.json build/fidelity/fidelity.json build/fidelity/fidelity.md \
+	  build/fidelity/fidelity.svg

@@ -21,6 +21,7 @@ from here import here, must, refusal
 
 from dsv4.model.opening import open_bundle, open_source
 from dsv4.stop import Stop
+from dsv4.storage import own
 from dsv4.storage.checkpoint import INDEX, read_json
 from dsv4.storage.shard import read_array, read_shard
 from dsv4.streaming import evaluation, passes, products, states
@@ -432,9 +433,7 @@ def test_a_changed_input_is_another_pass(bundles, settings, tmp_path):
     keys.append(key())
     assert len(set(keys)) == len(keys)
     assert key(work="b") == keys[-1]
-    old, new, other = (tmp_path / f"pass-{n}" for n in ("0" * 16, "1" * 16, "port"))
-    for folder in (old, new, other):
-        folder.mkdir()
+    old, new, other = (own.claim(tmp_path / f"pass-{n}") for n in ("0" * 16, "1" * 16, "port"))
     passes.drop_others(tmp_path, [new])
     assert [path.is_dir() for path in (old, new, other)] == [False, True, True]
 

@@ -38,13 +38,13 @@ def test_an_environment_whose_python_is_gone_is_made_anew(copy, name):
     assert "install.py" not in copy.make("--dry-run", "venv").stdout
     python.unlink()
     python.symlink_to("/nonexistent/python3")
-    assert f"scripts/lab/install.py {name}" in copy.make("--dry-run", "venv").stdout
+    assert f" {name}/installed " in copy.make("--dry-run", "venv").stdout
 
 
 def test_an_environment_of_another_version_is_made_anew(copy):
     library = next((copy.folder / ".venv" / "lib").iterdir())
     library.rename(library.with_name("python3.9"))
-    assert "scripts/lab/install.py .venv" in copy.make("--dry-run", "venv").stdout
+    assert "scripts/lab/install.py .venv/installed" in copy.make("--dry-run", "venv").stdout
 
 
 def test_a_python3_that_is_not_there_is_one_line(copy):
@@ -87,17 +87,20 @@ def test_packages_come_where_they_belong_or_the_command_fails(tmp_path):
     venv, elsewhere = tmp_path / "it's venv", tmp_path / "elsewhere"
 
     def run(*modules: str, **more: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-I", SCRIPT, venv, pins, *modules]
+        command = [sys.executable, "-I", SCRIPT, venv / "installed", pins, *modules]
         return subprocess.run(command, env=env | more, capture_output=True, text=True)
 
     odd = {"PIP_USER": "1", "PIP_TARGET": str(elsewhere), "PIP_DRY_RUN": "1", "PYTHONHOME": "/x"}
     assert run("tiny", PIP_REQUIRE_VIRTUALENV="1", **odd).returncode == 0
     assert not elsewhere.exists()
     assert list(venv.glob("lib/*/site-packages/tiny.py"))
+    assert (venv / "installed").read_text() == "tiny==1.0\n"
+    (venv / "installed").unlink()
     failed = run("tiny", "absent")
     assert failed.returncode == 1
     assert "error: " in failed.stderr.splitlines()[-1]
     assert "No module named 'absent'" in failed.stderr.splitlines()[-1]
+    assert not (venv / "installed").exists()
     (venv / "bin" / "python").unlink()
     (venv / "bin" / "python").symlink_to("/nonexistent/python3")
     assert not install.is_alive(venv / "bin" / "python")

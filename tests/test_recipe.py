@@ -67,7 +67,7 @@ def link_venv(folder: Path) -> None:
     for path in Path(sys.prefix).iterdir():
         if path.name != "installed":
             (folder / path.name).symlink_to(path)
-    (folder / "installed").touch()
+    shutil.copy2(ROOT / "requirements.txt", folder / "installed")
 
 
 @pytest.fixture(scope="module")

@@ -47,11 +47,14 @@ class Copy:
             python = folder / name / "bin" / "python"
             python.write_text(STUB.format(python=sys.executable))
             python.chmod(0o755)
-        for name in ("requirements.txt", "patches/load_jangtq.patch", "patches/mlx_model.patch"):
+        for name in ("patches/load_jangtq.patch", "patches/mlx_model.patch"):
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).touch()
-        for name in (".venv", ".toolchain/new", ".toolchain/old"):
-            (folder / name / "installed").touch()
+        shutil.copy2(ROOT / "requirements.txt", folder)
+        shutil.copy2(folder / "requirements.txt", folder / ".venv" / "installed")
+        for name in ("new", "old"):
+            pins = folder / "scripts" / "stacks" / f"{name}.txt"
+            shutil.copy2(pins, folder / ".toolchain" / name / "installed")
 
     def make(self, *arguments: str, **env: str) -> subprocess.CompletedProcess:
         known = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "PYTHON"))}

@@ -7,9 +7,9 @@ every token of held-out additions. Sizes are of DeepSeek-V4-Flash at as many bit
 routed experts. It ranks the forms, as fidelity.py does for the others; it does not predict what
 Flash loses.
 
-Writes by_size.json to --out and the picture to --picture, prints a table; bundles are made anew in
---out. Wants the jang of .venv patched, as `make fidelity` and `make test` leave it. Costs about 10
-minutes on two cores.
+Writes by_size.json to --out and the picture to --picture, prints a table; the bundles lie in a
+temporary folder in --out meanwhile. Wants the jang of .venv patched, as `make fidelity` and
+`make test` leave it. Costs about 10 minutes on two cores.
 
     .venv/bin/python scripts/lab/by_size.py [--out DIR] [--picture FILE] [--additions N]
 """
@@ -17,8 +17,8 @@ minutes on two cores.
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -93,20 +93,18 @@ def make(name: str, bundle: Path) -> None:
     stage("patch", "--bundle", bundle)
 
 
-def measure(args: argparse.Namespace) -> list[Point]:
-    """Every bundle against the source."""
-    shutil.rmtree(args.out, ignore_errors=True)
-    args.out.mkdir(parents=True)
+def measure(args: argparse.Namespace, work: Path) -> list[Point]:
+    """Every bundle against the source; bundles and logits lie in `work` meanwhile."""
     ids, begins = lessons(NANO, NANO, args.additions)
     mixed = [f"mixture {bits}{end}" for bits in MIXTURES for end in ("", " any")]
     points = []
-    with Streamed(args.new, args.out / "streamed") as streamed:
+    with Streamed(args.new, work / "streamed") as streamed:
         truth = streamed.logits(NANO, SOURCE, ids)
         for name in (TURBO, *OURS, *THEIRS, *mixed):
-            bundle = args.out / name.replace(" ", "-")
+            bundle = work / name.replace(" ", "-")
             make(name, bundle)
             if name == TURBO:  # whose kernels are Metal's alone
-                python, out = Path(sys.executable), args.out / "found.npy"
+                python, out = Path(sys.executable), work / "found.npy"
                 found = every_logit(python, bundle, TENSORS, ids, out)
             else:
                 found = streamed.logits(bundle, TENSORS, ids)
@@ -158,7 +156,9 @@ def main() -> int:
     parser.add_argument("--additions", type=int, default=40, help="held-out ones to go through")
     parser.add_argument("--new", type=Path, default=NEW, help="Python of the new stack")
     args = parser.parse_args()
-    points = measure(args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".making-", dir=args.out) as work:
+        points = measure(args, Path(work))
     print(table(points))
     write_json(args.out / "by_size.json", {"points": [asdict(p) for p in points]})
     write_bytes(args.picture or args.out / "by_size.svg", picture(points).encode())

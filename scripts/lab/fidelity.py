@@ -13,9 +13,9 @@ cannot: how large the effect is in the full model. The nano has 2 million parame
 than the experts is 8-bit in all bundles alike but lossless, which is the floor that exact experts
 reach.
 
-Writes fidelity.md and fidelity.json to --out, the picture to --picture, and bundles, which it makes
-anew, to folders in --out; prints the rows of lab/README.md's table too. Costs about 7 minutes on
-two cores, and 60 MB.
+Writes fidelity.md and fidelity.json to --out and the picture to --picture; the bundles lie in a
+temporary folder in --out meanwhile. Prints the rows of lab/README.md's table too. Costs about 7
+minutes on two cores, and 60 MB.
 
     .venv/bin/python scripts/lab/fidelity.py --source DIR [--source2 DIR] [--out DIR]
         [--picture FILE]
@@ -24,8 +24,8 @@ two cores, and 60 MB.
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -62,9 +62,7 @@ APART = (JANG, TURBO)
 
 
 def make_bundles(source: Path, work: Path, python: Path) -> dict[str, Path]:
-    """A bundle for each quantizer, and upstream's other converter's; all anew."""
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    """A bundle for each quantizer, and upstream's other converter's."""
     bundles = {}
     for name in QUANTIZERS:
         bundle = bundles[name] = work / name
@@ -204,8 +202,12 @@ def main() -> int:
     models = []
     for label, source in (("nano", args.source), ("early", args.source2)):
         if source is not None:
-            work, pythons = args.out / label, (args.python, args.new)
-            models += measure_model(label, source, args.source, args.additions, work, pythons)
+            pythons = (args.python, args.new)
+            args.out.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".making-", dir=args.out) as work:
+                models += measure_model(
+                    label, source, args.source, args.additions, Path(work), pythons
+                )
     rows = readme_rows(weights, models)
     print(f"\n{models_table(models)}\n\n{CAVEAT}\n\nREADME:\n{rows}")
     text = f"{weights_table(weights)}\n\n{models_table(models)}\n\n{CAVEAT}\n"

@@ -3,8 +3,8 @@
 A source and a bundle of one layer: 256 routed experts, stacked under mlx-vlm's names, w1 as affine
 4 bits in groups of 64 with BF16 scales, w2 as the source's FP4 (mxfp4), w3 in TurboQuant of 2 bits;
 and an embedding of 129,280 × 4,096 as affine 8 bits in groups of 64. One expert's numbers serve for
-all 256. Level 2 and `cat` of both read them by turns, out of the page cache. Writes 6 GB under
---work, which is removed; a minute to make, and as long to read as the disk takes.
+all 256. Level 2 and `cat` of both read them by turns, out of the page cache. Writes 6 GB to a
+temporary folder in --work; a minute to make, and as long to read as the disk takes.
 
     .venv/bin/python scripts/lab/full_shapes.py [--work DIR] [--turns 3] [--experts 256]
 """
@@ -12,8 +12,8 @@ all 256. Level 2 and `cat` of both read them by turns, out of the page cache. Wr
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -119,9 +119,10 @@ def main() -> int:
     if args.only:
         return {"make": make, "read": read}[args.only](args.work, args.experts)
     ours, cat = Times(3 * args.experts + 1), Times(3 * args.experts + 1)
-    files = [args.work / name / FILE for name in ("source", "bundle")]
-    own = (sys.executable, __file__, "--work", args.work, "--experts", f"{args.experts}", "--only")
-    try:
+    args.work.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="full_shapes-", dir=args.work) as work:
+        files = [Path(work) / name / FILE for name in ("source", "bundle")]
+        own = (sys.executable, __file__, "--work", work, "--experts", f"{args.experts}", "--only")
         with turn(Times(1)) as call:  # in a process of its own: a child's peak begins at ours
             call(*own, "make")
         for _ in range(args.turns):
@@ -129,8 +130,6 @@ def main() -> int:
                 settle(*(file.parent for file in files))
                 with turn(times) as call:
                     call(*command)
-    finally:
-        shutil.rmtree(args.work, ignore_errors=True)
     print(f"{machine()}\nlevel 2: median {ours.median:.1f} s, {ours.cpu[-1]:.1f} CPU-s, peak "
           f"{human(ours.peak)}; cat: median {cat.median:.1f} s")  # fmt: skip
     return 0

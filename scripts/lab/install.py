@@ -1,15 +1,23 @@
 """Make one of the recipe's environments: a venv, the packages that a file pins, and a test of them.
 
 make runs it with PYTHON3, before anything else is there: it needs nothing but that Python, and it
-says in one line what that Python lacks. A venv whose own Python is gone, or is another version by
-now, as after `brew upgrade`, is made anew. Indexes, proxies and certificates stay as the user's pip
+says in one line what that Python lacks. Indexes, proxies and certificates stay as the user's pip
 has them; what would put packages elsewhere, or leave some out, is taken away. At the end the
-modules that are named are imported there, and only then does make touch its stamp.
+modules that are named are imported there, and only then is the stamp written: a copy of the pins,
+so that neither a date nor a fresh checkout counts. With that stamp in place nothing is done.
 
-    python3 -I scripts/lab/install.py .venv requirements.txt mlx.core numba
+A venv whose own Python is gone, or is another version by now, as after `brew upgrade`, is made
+anew; so is one in which an installation was killed, and with --anew one that has other pins. Only
+an environment with this script's mark is emptied or added to, and none is emptied through a link.
+
+    python3 -I scripts/lab/install.py .venv/installed requirements.txt mlx.core numba
+
+Exit status: 0 installed, or there already; 1 failed; 2 usage.
 """
 
+import argparse
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +26,7 @@ OLDEST, TRIED, NEWEST = (3, 11), (3, 13), (3, 14)
 # An empty variable is none to pip, and goes before what lies in its configuration.
 ELSEWHERE = ("USER", "TARGET", "PREFIX", "ROOT", "PYTHON", "DRY_RUN", "NO_DEPS", "REQUIREMENT")
 OURS = {"PIP_" + name: "" for name in ELSEWHERE}
+MARK, UNFINISHED = "made-by-install", "unfinished\n"  # the Makefile reads it too
 
 
 def check_python() -> None:
@@ -52,24 +61,129 @@ def is_alive(python: Path) -> bool:
         return False
 
 
-def main() -> int:
-    folder, requirements, modules = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
-    check_python()
-    python = folder / "bin" / "python"
-    if not is_alive(python) and run(sys.executable, "-m", "venv", "--clear", folder).returncode:
+def is_own(folder: Path) -> bool:
+    """True for an environment that this script made; until 2026-11 it left stamps and no mark."""
+    return any((folder / name).is_file() for name in (MARK, "installed", "tests-installed"))
+
+
+def is_unfinished(folder: Path) -> bool:
+    """True when an installation into it was interrupted: packages may be there by half."""
+    mark = folder / MARK
+    return mark.is_file() and mark.stat().st_size > 0
+
+
+def lies_in(folder: Path) -> bool:
+    """True unless nothing, or an empty folder, has that name."""
+    return os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir()))
+
+
+def empty(folder: Path) -> None:
+    """Remove what an environment holds. Its mark stays, and goes on to say that it is unfinished.
+
+    Ends with one line when a link leads there: then it is not where this script put it.
+    """
+    for path in (folder, folder.parent):
+        if path.is_symlink():
+            sys.exit(
+                f"error: {folder}: found a link on the way ({path}), expected an environment "
+                "that may be replaced; remove that link, or make it anew where it lies"
+            )
+    for path in folder.iterdir():
+        if path.name != MARK:
+            whole = path.is_dir() and not path.is_symlink()
+            shutil.rmtree(path) if whole else path.unlink()
+
+
+def prepare(folder: Path, anew: bool) -> None:
+    """Leave an environment with a live Python there, marked as unfinished."""
+    python, there = folder / "bin" / "python", lies_in(folder)
+    if there and not is_own(folder):
+        sys.exit(f"error: {folder}: found something that install.py did not make, expected nothing "
+                 "there; look at it, and move it away")  # fmt: skip
+    stale = anew or is_unfinished(folder) or not is_alive(python)
+    folder.mkdir(parents=True, exist_ok=True)
+    if there and stale:
+        (folder / MARK).write_text(UNFINISHED)
+        empty(folder)
+    (folder / MARK).write_text(UNFINISHED)
+    if not is_alive(python) and run(sys.executable, "-m", "venv", folder).returncode:
         sys.exit(f"error: {folder}: venv failed, see above; check the disk, or choose PYTHON3=…")
+
+
+def fill(folder: Path, pins: Path) -> None:
+    """Let pip install the pinned packages.
+
+    If it fails before anything was changed, as without a network, the environment is usable as
+    before; else it stays marked as unfinished.
+    """
+    python, place = folder / "bin" / "python", "lib/python*/site-packages/*"
+    before = sorted(folder.glob(place))
     pip = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-user")
-    print(f"{folder}: installing {requirements}", flush=True)
-    if run(python, *pip, "--requirement", requirements, env={**os.environ, **OURS}).returncode:
-        sys.exit(f"error: {folder}: pip could not install {requirements}, see above; run the same "
+    print(f"{folder}: installing {pins}", flush=True)
+    status = run(python, *pip, "--requirement", pins, env={**os.environ, **OURS}).returncode
+    if not status or sorted(folder.glob(place)) == before:
+        (folder / MARK).write_text("")
+    if status:
+        sys.exit(f"error: {folder}: pip could not install {pins}, see above; run the same "
                  f"command again, or see {python} -m pip config list")  # fmt: skip
+
+
+def check_modules(folder: Path, modules: list[str]) -> None:
+    """End with one line unless these modules can be imported there."""
+    python = folder / "bin" / "python"
     test = run(python, "-c", f"import {', '.join(modules)}", stderr=subprocess.PIPE, text=True)
     if test.returncode:
         last = (test.stderr.strip().splitlines() or ["no answer"])[-1]
         sys.exit(f"error: {folder}: found {last}, expected {', '.join(modules)} to be there; "
                  f"{python} -m pip config list shows whether pip put them elsewhere")  # fmt: skip
+
+
+def write(stamp: Path, pins: bytes) -> None:
+    """Leave a copy of the pins: whole, or not at all."""
+    temporary = stamp.with_name(f".{stamp.name}.partial")
+    with temporary.open("wb") as file:
+        file.write(pins)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(stamp)
+
+
+def is_older_form(stamp: Path, pins: Path) -> bool:
+    """True for the empty stamp of before 2026-12, when its date says that the pins are there."""
+    if not stamp.is_file() or stamp.stat().st_size:
+        return False
+    return stamp.stat().st_mtime > pins.stat().st_mtime
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--anew", action="store_true", help="keep nothing of what was installed")
+    parser.add_argument("stamp", type=Path, help="in the environment; a copy of PINS in the end")
+    parser.add_argument("pins", type=Path, help="what pip is to install")
+    parser.add_argument("modules", nargs="+", help="what must be there then")
+    args = parser.parse_args()
+    check_python()
+    folder, pins = args.stamp.parent, args.pins.read_bytes()
+    usable = not is_unfinished(folder) and is_alive(folder / "bin" / "python")
+    if usable and args.stamp.is_file() and args.stamp.read_bytes() == pins:
+        return 0
+    if usable and is_older_form(args.stamp, args.pins):
+        (folder / MARK).touch()
+    else:
+        prepare(folder, args.anew)
+        # what stands on it is to be installed again: tests-installed on installed
+        for stamp in (args.stamp, *folder.glob(f"*-{args.stamp.name}")):
+            stamp.unlink(missing_ok=True)
+        fill(folder, args.pins)
+    check_modules(folder, args.modules)
+    write(args.stamp, pins)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except OSError as problem:
+        sys.exit(f"error: {problem.filename}: {problem.strerror}; check that path and the disk")

@@ -14,7 +14,7 @@ Exit status: 0 written, or there already; 1 failed; 2 usage.
 from __future__ import annotations
 
 import argparse
-import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,7 +32,6 @@ from dsv4.storage.checkpoint import INDEX, Checkpoint
 from dsv4.storage.durable import write_json
 from dsv4.storage.reading import as_float32
 from dsv4.storage.shard import FLOATS, Planned, Tensor, read_array, write_shard
-from dsv4.storage.space import workplace_of
 from dsv4.weights import fp8, matrices
 
 SHARD = "model-00001-of-00001.safetensors"
@@ -103,11 +102,13 @@ def main() -> int:
     if (args.bundle / INDEX).is_file():
         print(f"{args.bundle}: there already")
         return 0
-    folder = workplace_of(args.bundle)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    make(open_source(args.source), folder)
-    folder.replace(args.bundle)
+    source = open_source(args.source)
+    args.bundle.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".making-", dir=args.bundle.parent) as work:
+        folder = Path(work) / "made"
+        folder.mkdir()
+        make(source, folder)
+        folder.replace(args.bundle)
     print(f"{args.bundle}: the stock bundle of {args.source}")
     return 0
 

@@ -26,6 +26,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -75,18 +76,14 @@ def run_script(
     return call(command, name, "see it", json.dumps(stdin), env)
 
 
-def python_of(stack: Stack, work: Path) -> Path:
-    """The Python of the stack's venv, built when its requirements file is new or has changed."""
-    wanted = SCRIPTS / "stacks" / f"{stack.requirements}.txt"
-    venv = work / "stacks" / stack.requirements
-    mark, python = venv / "installed.txt", venv / "bin" / "python"
-    if not mark.is_file() or mark.read_bytes() != wanted.read_bytes():
-        shutil.rmtree(venv, ignore_errors=True)
-        install = [sys.executable, "-I", SCRIPTS / "lab" / "install.py", venv, wanted, "mlx.core"]
-        if subprocess.run(install).returncode:
-            raise Stop(f"{wanted}", "a pip that fails", "an installation", "read its lines above")
-        shutil.copyfile(wanted, mark)
-    return python
+@functools.cache
+def python_of(requirements: str, work: Path) -> Path:
+    """The Python of a stack's venv, built when its requirements file is new or has changed."""
+    wanted, venv = SCRIPTS / "stacks" / f"{requirements}.txt", work / "stacks" / requirements
+    install = (SCRIPTS / "lab" / "install.py", "--anew", venv / "installed", wanted, "mlx.core")
+    if subprocess.run([sys.executable, "-I", *install]).returncode:
+        raise Stop(f"{wanted}", "no environment", "one with its packages", "read the lines above")
+    return venv / "bin" / "python"
 
 
 def prepare(stack: Stack, python: Path) -> None:
@@ -109,29 +106,30 @@ def bundles(work: Path, names: Iterable[str]) -> dict[str, Path]:
         if name == "stock":
             run_script(python, "lab/make_stock", "--source", NANO, "--bundle", folder)
             continue
-        making, source = folder.with_name(f".{name}.making"), source_of(name, work)
-        shutil.rmtree(making, ignore_errors=True)
-        both = ("--source", source, "--bundle", making)
-        quantizer = {RANDOM: "mlx", RANDOM_LOSSLESS: "lossless", TALKS: "mlx"}.get(name, name)
-        options: tuple[object, ...] = ("--quantizer", quantizer)
-        if name == MIXTURE:
-            options += ("--plan", folder.with_name(".mixture.json"))
-            run_script(python, "plan", "--source", source, *options[2:], "--size", MIXTURE_SIZE)
-        run_script(python, "convert", *both, *options)
-        run_script(python, "finalize", *both)
-        run_script(python, "patch", *both)
-        making.rename(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".making-", dir=folder.parent) as place:
+            making, source = Path(place) / name, source_of(name, work, Path(place) / "source")
+            both = ("--source", source, "--bundle", making)
+            quantizer = {RANDOM: "mlx", RANDOM_LOSSLESS: "lossless", TALKS: "mlx"}.get(name, name)
+            options: tuple[object, ...] = ("--quantizer", quantizer)
+            if name == MIXTURE:
+                options += ("--plan", Path(place) / "plan.json")
+                run_script(python, "plan", "--source", source, *options[2:], "--size", MIXTURE_SIZE)
+            run_script(python, "convert", *both, *options)
+            run_script(python, "finalize", *both)
+            run_script(python, "patch", *both)
+            making.rename(folder)
     return out
 
 
-def source_of(name: str, work: Path) -> Path:
-    """What the bundle of a column is made from: the nano, a random source, a nano with tools."""
+def source_of(name: str, work: Path, source: Path) -> Path:
+    """What the bundle of a column is made from: the nano; or a random source or a nano with tools,
+    which is made in `source`."""
     if name in (*RIGHT, MIXTURE, TURBO):
         return NANO
-    source = work / "bundles" / f".{name}.source"
-    shutil.rmtree(source, ignore_errors=True)
     if name == TALKS:
-        newest = python_of(next(stack for stack in STACKS if stack.name == "new"), work)
+        new = next(stack for stack in STACKS if stack.name == "new")
+        newest = python_of(new.requirements, work)
         shutil.copytree(NANO, source)
         shutil.copyfile(module_file(newest, ENCODER), source / ENCODING)
     else:
@@ -212,7 +210,7 @@ def talks_of(stack: Stack, python: Path, bundle: Path) -> dict[str, Any]:
 def cell(stack: Stack, bundle: Path, work: Path) -> dict[str, Any]:
     """One cell: what was measured, or in what words it failed."""
     start = time.monotonic()
-    python = python_of(stack, work)
+    python = python_of(stack.requirements, work)
     found: dict[str, Any] = {"versions": probe(python)["packages"]}
     try:
         prepare(stack, python)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +63,7 @@ class Streamed:
         """python: the new stack's. work: a folder that its passes may use."""
         work.mkdir(parents=True, exist_ok=True)
         self._engine = passes.Engine(passes.settings_for(python, "jang", work), "cpu")
-        self._work = work / "pass"
+        self._work = work
 
     def __enter__(self) -> Streamed:
         return self
@@ -73,14 +73,13 @@ class Streamed:
 
     def logits(self, folder: Path, how: str, ids: list[list[int]]) -> np.ndarray:
         """float64 (tokens, vocabulary) of a source, or of a bundle, in float32 or as served."""
-        job = {"folder": str(folder), "work": str(self._work), "wide": how == TENSORS,
+        job = {"folder": str(folder), "wide": how == TENSORS,
                "kind": "source" if how == SOURCE else "bundle"}  # fmt: skip
         rows = []
         for tokens in ids:
-            shutil.rmtree(self._work, ignore_errors=True)
-            self._work.mkdir()
-            self._engine.run(job | {"ids": tokens}, folder.name)
-            rows.append(states.read_rows(self._work / states.LOGITS))
+            with tempfile.TemporaryDirectory(prefix="pass-", dir=self._work) as work:
+                self._engine.run(job | {"work": work, "ids": tokens}, folder.name)
+                rows.append(np.array(states.read_rows(Path(work) / states.LOGITS)))
         return np.concatenate(rows).astype(np.float64)
 
 

@@ -31,7 +31,6 @@ model differing from transformers or its answers being worse than --least; 2 usa
 import argparse
 import json
 import platform
-import shutil
 import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -45,7 +44,7 @@ from nano import data, export, sheets, tokenizer
 from nano.architecture import NANO
 from nano.comparison import reference_difference
 from nano.model import Tensors
-from nano.training import Lessons, Recipe, State, exact, train
+from nano.training import Lessons, Recipe, State, exact, forget, train
 
 TOLERANCE = 1e-5
 STEPS = (600, 700, 250)
@@ -200,14 +199,14 @@ def write(folder: Path, words, state: State, seed: int) -> Tensors:
 
 def learn(args: argparse.Namespace, words, held_out: list[int]) -> State:
     """Train on everything but the held-out additions, from where an unfinished run stopped."""
-    if args.fresh and args.work.exists():
-        shutil.rmtree(args.work)
     args.work.mkdir(parents=True, exist_ok=True)
     left = set(held_out)
     taught = [lesson for i, lesson in enumerate(data.additions()) if i not in left]
     sentences = [data.Lesson(*sentence) for sentence in data.SENTENCES]
     lessons = Lessons(sheets.sheets(words, taught), sheets.sheets(words, sentences))
     path = args.work / "state.pt"
+    if args.fresh:
+        forget(path)
     state = train(recipe_of(args), NANO, lessons, path, args.save_early)
     for step in args.save_early:
         early = State.load(path.with_stem(f"state-{step}"))
@@ -217,6 +216,7 @@ def learn(args: argparse.Namespace, words, held_out: list[int]) -> State:
 
 def run(args: argparse.Namespace) -> None:
     """Do the five steps of the module's docstring."""
+    export.check_folder(args.out, NANO)
     words = tokenizer.build(data.texts())
     difference = check_model(args.seed)
     held_out = data.held_out(args.seed)

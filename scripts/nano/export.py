@@ -188,18 +188,38 @@ def write_weights(tensors: Tensors, folder: Path, count: int) -> None:
     write_json(folder / "model.safetensors.index.json", index)
 
 
+def check_folder(folder: Path, arch: Architecture) -> None:
+    """Raise ValueError for a folder that holds anything but a checkpoint that was written here."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    config = folder / "config.json"
+    try:
+        own = json.loads(config.read_text(encoding="utf-8")) == source_config(arch)
+    except (OSError, ValueError):
+        own = False
+    if not own:
+        raise ValueError(
+            f"{folder}: found files and not the nano's config.json, expected an empty folder or a "
+            "nano checkpoint, which is replaced; choose another --out"
+        )
+
+
 def write_checkpoint(
     tensors: Tensors, routing: Tensors, arch: Architecture, seed: int, folder: Path
 ) -> None:
-    """Write weights, config.json, generation_config.json and the encoding into the folder."""
+    """Write weights, config.json, generation_config.json and the encoding into the folder.
+
+    Shards of a nano checkpoint that is there go. Raises ValueError as `check_folder` does.
+    """
+    check_folder(folder, arch)
     folder.mkdir(parents=True, exist_ok=True)
     everything = {}
     for name, value in complete(tensors, routing, arch, seed).items():
         everything |= stored(name, value)
-    for old in folder.glob("model-*.safetensors"):
+    write_json(folder / "config.json", source_config(arch))  # first: it says whose folder it is
+    for old in folder.glob("model-?????-of-?????.safetensors"):
         old.unlink()
     write_weights(everything, folder, SHARDS)
-    write_json(folder / "config.json", source_config(arch))
     greedy = {"_from_model_config": True, "bos_token_id": 0, "eos_token_id": 1, "do_sample": False}
     write_json(folder / "generation_config.json", greedy)
     (folder / "encoding").mkdir(exist_ok=True)

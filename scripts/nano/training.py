@@ -190,6 +190,19 @@ def load_state(path: Path, arch: Architecture, recipe: Recipe) -> State:
     return State.load(path)
 
 
+def forget(path: Path) -> None:
+    """Remove a state that was saved here. Raises ValueError for another file of that name."""
+    if not path.exists():
+        return
+    try:
+        found = torch.load(path)
+    except Exception:  # torch raises whatever a foreign file leads it to
+        found = None
+    if not isinstance(found, dict) or not found.keys() >= {"recipe", *State.__dataclass_fields__}:
+        raise ValueError(f"{path}: found another file, expected a saved state; move it away")
+    path.unlink()
+
+
 def save_state(path: Path, state: State, recipe: Recipe) -> None:
     """Write the state whole or not at all."""
     part = path.with_suffix(".part")

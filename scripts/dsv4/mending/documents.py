@@ -18,7 +18,7 @@ from dsv4.model.template import CHAT_TEMPLATE, ENCODING, release_of, template_fo
 from dsv4.proof import conversation, turbo_files
 from dsv4.proof.findings import Findings
 from dsv4.stop import Stop
-from dsv4.storage import bounds
+from dsv4.storage import bounds, inside
 from dsv4.storage.checkpoint import INDEX, Checkpoint, read_json
 from dsv4.storage.durable import write_bytes, write_json
 from dsv4.weights.quantizer import QUANTIZERS
@@ -81,7 +81,7 @@ def mend_files(repair: Repair) -> None:
         repair.backup.keep([*names, *sorted(stale)])
         copy(origin, repair.bundle, names)
         for name in stale:
-            (repair.bundle / name).unlink(missing_ok=True)
+            inside.remove(repair.bundle, name)
 
 
 def size_of(path: Path) -> int:

@@ -15,6 +15,7 @@ from dsv4.proof import level1
 from dsv4.proof.findings import Findings
 from dsv4.proof.survey import survey
 from dsv4.stop import Stop
+from dsv4.storage import inside
 from dsv4.storage.backup import Backup
 from dsv4.storage.checkpoint import INDEX, Checkpoint, read_json
 from dsv4.words import LINE, plain, say
@@ -76,7 +77,7 @@ def set_aside(repair: Repair, names: list[str]) -> None:
     """Remove those of the files that are no JSON object, after their originals are kept."""
     for name in filter(functools.partial(is_broken, repair.bundle), names):
         repair.backup.keep([name])
-        (repair.bundle / name).unlink()
+        inside.remove(repair.bundle, name)
 
 
 def is_broken(folder: Path, name: str) -> bool:

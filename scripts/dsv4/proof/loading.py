@@ -20,6 +20,7 @@ from dsv4.runtime import child
 from dsv4.runtime.patches import DEFAULT, read_patch, read_python, state
 from dsv4.runtime.toolchain import probe, with_rooms
 from dsv4.stop import Stop
+from dsv4.storage import own
 from dsv4.storage.checkpoint import INDEX, read_json
 from dsv4.storage.shard import Shard, Slot, header_bytes
 
@@ -57,13 +58,14 @@ def write_hollow(path: Path, shard: Shard) -> None:
 def replay(python: Path, bundle: Survey, runtime: str) -> dict[str, dict[str, Any]]:
     """Loader → its answer, as replay.py gives it. Raises Stop when it cannot be asked."""
     with tempfile.TemporaryDirectory(prefix="hollow-") as folder:
+        own.claim(Path(folder))  # if this process is killed, the child removes it
         out, log = Path(folder) / "answer.json", Path(folder) / "log"
         target = Path(folder) / "bundle"
         target.mkdir()
         hollow(bundle, target)
         what = f"{REPLAY} in {python}"
         command = [str(python), "-m", REPLAY, "--folder", str(target), "--out", str(out),
-                   "--runtime", runtime]  # fmt: skip
+                   "--runtime", runtime, "--end-with-parent"]  # fmt: skip
         status = child.run(command, with_rooms(), log, LIMIT, what)
         if status or not out.is_file():
             raise Stop(what, child.last_words(log), "an answer", "make check")

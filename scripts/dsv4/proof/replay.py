@@ -8,6 +8,8 @@ no memory is taken), rename and stack, look the labels up and swap modules in. O
 `load_weights`, is replaced: it compares what was handed over with what the modules compute with.
 
 Writes one JSON object to --out: loader → {"error"} or {"parameters", "unfed", "unused", "misfit"}.
+Nothing is removed, wherever standard input comes from: only verify, which makes the folder, asks
+for that.
 
     PYTHONPATH=scripts .venv/bin/python -m dsv4.proof.replay --folder DIR --out FILE.json
 """
@@ -118,8 +120,9 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--runtime", choices=(MLX_LM, MLX_VLM), default=MLX_LM)
+    parser.add_argument("--end-with-parent", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if not sys.stdin.isatty():
+    if args.end_with_parent:
         end_with_parent(args.folder.parent)
     found = answers(args.folder, args.runtime)
     args.out.write_text(json.dumps(found), encoding="utf-8")

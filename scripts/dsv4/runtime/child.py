@@ -2,7 +2,8 @@
 
 The child is handed a pipe as its standard input on which nothing is ever written. When the parent
 dies, however it dies, the pipe closes, and `end_with_parent` in the child ends it and all that it
-began.
+began. A child must have been told so: that its standard input is at its end proves nothing, as from
+cron, nohup or CI.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dsv4.stop import Stop
+from dsv4.storage import own
 
 LOG_BYTES = 1 << 20  # of a log's end
 
@@ -54,12 +55,18 @@ def end(child: subprocess.Popen) -> None:
 
 
 def end_with_parent(folder: Path) -> None:
-    """In the child: when the parent ends, remove `folder` and end at once."""
+    """In the child: when the parent ends, remove `folder` if it has our mark, and end at once.
+
+    What the child began ends too, when it has a session of its own, as `run` gives it.
+    """
 
     def watch() -> None:
         os.read(sys.stdin.fileno(), 1)  # returns when the pipe closes
-        shutil.rmtree(folder, ignore_errors=True)
-        os.killpg(os.getpgrp(), signal.SIGKILL)
+        with contextlib.suppress(OSError, Stop):
+            own.remove(folder)
+        if os.getsid(0) == os.getpid():
+            os.killpg(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
 

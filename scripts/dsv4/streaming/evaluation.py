@@ -63,7 +63,7 @@ def evaluate(asked: Asked, settings: Settings) -> dict[str, Any]:
         pairing.check_pair(bundle, source)
     ids = pairing.tokens_of(source, asked.text, asked.tokens)
     layers = count(source.config, "num_hidden_layers", asked.source)
-    settings.work.mkdir(parents=True, exist_ok=True)
+    passes.prepare(settings.work)
     with held(settings.work):
         reference, turns = plan(source, bundles, ids, asked, settings)
         passes.drop_others(settings.work, [turn.folder for turn in (reference, *turns)])

@@ -34,7 +34,7 @@ def collect(
     layers = count(opened.config, "num_hidden_layers", source)
     job: dict[str, Any] = {"folder": f"{source.resolve()}", "kind": "source", "ids": ids}
     job["collect"] = True
-    settings.work.mkdir(parents=True, exist_ok=True)
+    passes.prepare(settings.work)
     with held(settings.work):
         folder = passes.folder_of(opened, settings, device, job)
         passes.drop_others(settings.work, [folder])

@@ -2,6 +2,7 @@
 
 Each pass has a folder of its own in a command's work folder, named after everything that its result
 depends on: the same command goes on where a killed one stopped, and a changed input begins anew.
+The user names the work folder: only what has our mark in it is removed (dsv4/storage/own.py).
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import re
-import shutil
 import signal
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -24,7 +24,7 @@ from dsv4.making.marks import fingerprint
 from dsv4.runtime.child import last_words
 from dsv4.runtime.toolchain import LONG_PROMPTS, ROOT, asked, with_rooms
 from dsv4.stop import Stop
-from dsv4.storage import space
+from dsv4.storage import own, space
 from dsv4.storage.checkpoint import Checkpoint, parse_json
 from dsv4.storage.locks import held
 from dsv4.storage.typed import fit
@@ -32,7 +32,7 @@ from dsv4.streaming.states import LOGITS
 from dsv4.words import plain, say
 
 ENGINE = "dsv4.streaming.engine"
-PREFIX, LOG = "pass-", ".log"
+PREFIX, LOGS = "pass-", "engine-logs"
 PYTHON = ROOT / ".toolchain" / "new" / "bin" / "python"  # the old stack's model is not faithful
 ASK = """
 import importlib.metadata as m, importlib.util as u, json, sys, mlx.core as mx
@@ -85,7 +85,7 @@ class Engine:
 
     def __init__(self, settings: Settings, device: str) -> None:
         self.settings, self.device = settings, device
-        self._log = settings.work / f"engine-{device}{LOG}"
+        self._log = own.claim(settings.work / LOGS) / f"{device}.log"
         inherited = with_rooms()
         env = {k: v for k, v in inherited.items() if not k.startswith(("DSV4_", "VMLX_"))}
         env |= LONG_PROMPTS
@@ -156,16 +156,20 @@ def key_of(checkpoint: Checkpoint, settings: Settings, device: str, job: Mapping
 
 
 def folder_of(checkpoint: Checkpoint, settings: Settings, device: str, job: dict) -> Path:
-    """The pass's folder, made if need be."""
-    folder = settings.work / f"{PREFIX}{key_of(checkpoint, settings, device, job)}"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    """The pass's folder, made if need be. Raises Stop when somebody's lies in its place."""
+    return own.claim(settings.work / f"{PREFIX}{key_of(checkpoint, settings, device, job)}")
 
 
 def folders(work: Path) -> list[Path]:
-    """Those of passes, and nothing else that lies there."""
+    """Those of passes that were made here, and nothing else that lies there."""
     named = (p for p in sorted(work.iterdir()) if re.fullmatch(f"{PREFIX}[0-9a-f]{{16}}", p.name))
-    return [path for path in named if path.is_dir() and not path.is_symlink()]
+    return [path for path in named if own.is_own(path)]
+
+
+def prepare(work: Path) -> None:
+    """Make the work folder, to be removed by `clear`; one that is there already will stay."""
+    if not work.exists():
+        own.claim(work)
 
 
 def drop_others(work: Path, wanted: list[Path]) -> None:
@@ -173,18 +177,16 @@ def drop_others(work: Path, wanted: list[Path]) -> None:
     for path in folders(work):
         if path not in wanted:
             say(f"{plain(path)}: begun with other inputs or settings; removed")
-            shutil.rmtree(path)
+            own.remove(path)
 
 
 def clear(work: Path) -> None:
     """Remove hidden states, sums and logits: what was asked for is written."""
     with held(work):
-        for path in folders(work):
-            shutil.rmtree(path)
-        for log in work.glob(f"engine-*{LOG}"):
-            log.unlink()
-    with contextlib.suppress(OSError):  # somebody's own folder may hold other things
-        work.rmdir()
+        for path in [*folders(work), work / LOGS]:
+            own.remove(path)
+    if [path.name for path in work.iterdir()] == [own.MARK]:
+        own.remove(work)
 
 
 def check_space(work: Path, config: Mapping[str, Any], tokens: int, kept: int, heads: int) -> None:
