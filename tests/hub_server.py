@@ -57,8 +57,7 @@ class Fault:
     status: answer with it. break_after: cut the connection after that many bytes of the body.
     corrupt: change a byte. delay: seconds before each 16 KiB. no_range: ignore Range. text: answer
     200 with this instead (a proxy's page). body: the refusal's, instead of {"error": …}. endless:
-    answer with the status and then the body again and again, as long as it is taken. drip: seconds
-    before each byte of headers that do not end.
+    answer 200 and then the body again and again, as long as it is taken.
     """
 
     path: str
@@ -73,7 +72,6 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes | None = None
     endless: bool = False
-    drip: float = 0
 
 
 @dataclass
@@ -169,9 +167,7 @@ class Handler(BaseHTTPRequestHandler):
         self.login = login == f"Bearer {TOKEN}"
         self.now = self.hub.fault(self.route, self.command) or Fault("")
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            if self.now.drip:
-                self.drip_headers()
-            elif self.now.endless:
+            if self.now.endless:
                 self.pour()
             elif self.now.status:
                 self.refuse(self.now.status, **self.now.headers)
@@ -197,24 +193,13 @@ class Handler(BaseHTTPRequestHandler):
         body = json.dumps({"error": f"refused {code}"}).encode()
         self.answer(code, body if self.now.body is None else self.now.body, headers)
 
-    def drip_headers(self) -> None:
-        self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Long: ")
-        self.close_connection = True
-        for _ in range(1000):
-            self.wfile.write(b"x")
-            self.wfile.flush()
-            time.sleep(self.now.drip)
-
     def pour(self) -> None:
         """Answer without end, up to 2 GB."""
-        self.note.status = self.now.status or 200
-        self.send_response(self.note.status)
-        for key, value in self.now.headers.items():
-            self.send_header(key, value)
+        self.note.status = 200
+        self.send_response(200)
         self.end_headers()
         self.close_connection = True
         while self.note.sent < 2 << 30:
-            time.sleep(self.now.delay)
             self.wfile.write(self.now.body)
             self.wfile.flush()
             self.note.sent += len(self.now.body)

@@ -1,4 +1,4 @@
-"""Where a source came from, and what is proven of it: the record in SOURCE/.download.json.
+"""The record of a download, SOURCE/.download.json: where it came from, and what is verified.
 
 The record is written before the first byte is fetched, so that a download goes on at the commit
 at which it began, and again after each file that was verified, so that a reboot costs nothing.
@@ -44,7 +44,7 @@ class Record:
 
     @classmethod
     def pinned(cls, repo: str, revision: str, listing: Listing) -> Record:
-        """A new record: nothing verified yet."""
+        """Return a new record: nothing verified yet."""
         return cls(repo, revision, listing.commit, {file.name: file for file in listing.files})
 
     @property
@@ -74,6 +74,12 @@ class Record:
         if self.low_disk.get(name) == "freed":  # fetched once more, by download
             del self.low_disk[name]
 
+    def keep_shards(self, names: set[str]) -> None:
+        """Drop every shard that is not in `names`, wherever it was listed."""
+        for name in [n for n in self.files if n.endswith(".safetensors") and n not in names]:
+            for entries in (self.files, self.verified, self.low_disk):
+                entries.pop(name, None)
+
     def write(self, source: Path) -> None:
         write_json(source / RECORD, self.to_json())
 
@@ -91,10 +97,10 @@ class Record:
 
 
 def read_record(source: Path) -> Record | None:
-    """The record of `source`, None when it has none.
+    """Read the record of `source`; None when it has none.
 
-    Raises Stop when it cannot be read: the record may have come with the folder, so every name and
-    every type in it is checked before it is believed.
+    Raises Stop when it cannot be read. The record may have come with the folder, so every name and
+    every type in it is validated.
     """
     path = source / RECORD
     if not source.is_dir() or inside.expect(source, RECORD, FILE, NOTHING) == NOTHING:
@@ -103,7 +109,7 @@ def read_record(source: Path) -> Record | None:
     head = [value.get(key) for key in ("repo", "revision", "commit")]
     entries = value.get("files")
     if not isinstance(entries, dict) or not all(isinstance(text, str) for text in head):
-        raise no_record(path, "another form")
+        raise malformed(path, "another form")
     for name, entry in entries.items():
         check_entry(path, name, entry)
     files = {
@@ -120,11 +126,11 @@ def read_record(source: Path) -> Record | None:
 def check_entry(path: Path, name: str, entry: Any) -> None:
     """Raise Stop unless a record's entry has the form that `Record.to_json` gives it.
 
-    Files that the stages keep for themselves are nobody's to fetch, and only shards come and go.
+    Reserved names must not be listed; only shards may be marked as fetched or freed.
     """
     inside.check_name(f"{path}", name)
     if name.split("/")[0] in OWN or name.endswith(TEMPORARY_SUFFIX):
-        raise no_record(path, f"the file {shown(name)}, which is this recipe's own")
+        raise malformed(path, f"the file {shown(name)}, which is this recipe's own")
     entry = entry if isinstance(entry, dict) else {}
     hashes = [
         isinstance(entry.get(key), str) and re.fullmatch(f"[0-9a-f]{{{digits}}}", entry[key])
@@ -134,18 +140,18 @@ def check_entry(path: Path, name: str, entry: Any) -> None:
     whole = all(isinstance(count, int) and not isinstance(count, bool) for count in counts)
     state = entry.get("low_disk", "fetched")
     if not any(hashes) or not whole or counts[0] < 0 or state not in ("fetched", "freed"):
-        raise no_record(path, f"another form of {shown(name)}")
+        raise malformed(path, f"another form of {shown(name)}")
     if "low_disk" in entry and ("/" in name or not name.endswith(".safetensors")):
-        raise no_record(path, f"{shown(name)} as one that comes and goes")
+        raise malformed(path, f"{shown(name)} as one that comes and goes")
 
 
-def no_record(path: Path, found: str) -> Stop:
+def malformed(path: Path, found: str) -> Stop:
     todo = "delete it; download then hashes what is there"
     return Stop(f"{path}", found, "a record of a download", todo)
 
 
 def provenance(source: Path) -> dict[str, Any] | None:
-    """What may be said in public of where `source` came from: repo, commit, files' hashes.
+    """Return what is published of where `source` came from: repo, commit, files' hashes.
 
     None when it did not come through download, or not wholly.
     """
@@ -160,7 +166,7 @@ def provenance(source: Path) -> dict[str, Any] | None:
 
 
 def source_name(source: Path) -> str:
-    """REPO@COMMIT of a source that came through download, else the folder's name."""
+    """Return REPO@COMMIT of a source that came through download, else the folder's name."""
     with contextlib.suppress(Stop):
         if record := read_record(source):
             return f"{record.repo}@{record.commit}"
