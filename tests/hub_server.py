@@ -4,7 +4,7 @@ Two servers: the hub, and the store ("CDN") on another port to which the hub red
 as the real one does. Repositories lie in memory. Every request is written down, with the bytes that
 were sent for it, so that a test can say what was asked for and what was not.
 
-Read:  GET api/models/R[/revision/V][?blobs], api/models/R/tree/V, HEAD and GET R/resolve/V/FILE.
+Read:  GET api/models/R[/revision/V][?blobs], HEAD and GET R/resolve/V/FILE.
 Write: POST api/repos/create, preupload, LFS batch, PUT to the store, verify, commit; whoami.
 """
 
@@ -260,17 +260,6 @@ class Handler(BaseHTTPRequestHandler):
             "siblings": [self.entry(n, d) for n, d in sorted(files.items())],
         })  # fmt: skip
 
-    def tree(self, _: bytes, repo: str, revision: str) -> None:
-        files = self.find(repo, revision)
-        if files is None:
-            return
-        self.reply([
-            {"type": "file", "path": n, "size": len(d), "oid": git_sha1(d)}
-            | ({"lfs": {"oid": sha256(d), "size": len(d), "pointerSize": 134}}
-               if n.endswith(LARGE) else {})
-            for n, d in sorted(files.items())
-        ])  # fmt: skip
-
     def resolve(self, _: bytes, repo: str, revision: str, file: str) -> None:
         files = self.find(repo, revision)
         if files is None:
@@ -411,7 +400,6 @@ ROUTES = (
     (r"api/validate-yaml", "validate"),
     (rf"api/models/{NAME}", "model_info"),
     (rf"api/models/{NAME}/revision/(?P<revision>.+)", "model_info"),
-    (rf"api/models/{NAME}/tree/(?P<revision>[^/]+).*", "tree"),
     (rf"api/models/{NAME}/preupload/(?P<revision>[^/]+)", "preupload"),
     (rf"api/models/{NAME}/commit/(?P<revision>[^/]+)", "commit_files"),
     (rf"api/models/{NAME}/xet-write-token/.+", "xet_token"),

@@ -415,29 +415,6 @@ def test_a_stalled_server_is_left_after_the_timeout(hub, tmp_path):
     assert "no connection" in run.line
 
 
-def test_waiting_doubles_up_to_a_minute_and_obeys_the_server(capsys):
-    from dsv4.hub.hub_errors import TruncatedResponse
-    from dsv4.hub.retry import with_retries
-
-    class Busy(TruncatedResponse):
-        """429 with a Retry-After of 100 seconds."""
-
-        class response:
-            status_code, headers = 429, {"Retry-After": "100"}
-
-    waits: list[float] = []
-    errors = [TruncatedResponse("x")] * 8 + [Busy("x")]
-
-    def attempt() -> str:
-        if errors:
-            raise errors.pop(0)
-        return "done"
-
-    assert with_retries(attempt, 1000, pause=waits.append) == "done"
-    assert waits == [1, 2, 4, 8, 16, 32, 60, 60, 100]
-    assert "trying again in 100 s" in capsys.readouterr().out
-
-
 def test_patience_counts_from_the_last_byte():
     from dsv4.hub.hub_errors import TruncatedResponse
     from dsv4.hub.retry import with_retries

@@ -257,6 +257,7 @@ def test_a_requested_delay_is_kept_even_beyond_patience(capsys):
     assert delays([Limited(Retry_After="86400")], 30) == [-1]
     assert delays([Limited(Retry_After="1")] * 99, 30) == [1, 2, 4, 8, -1]
     assert delays([Limited(Retry_After="9")], 0) == [-1]
+    assert delays([Limited()] * 8, 1000) == [1, 2, 4, 8, 16, 32, 60, 60]
 
 
 @pytest.mark.parametrize("path", ["api/models", "resolve", STORE])

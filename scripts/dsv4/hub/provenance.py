@@ -14,7 +14,7 @@ from typing import Any
 
 from dsv4.hub.client import HubFile, Listing
 from dsv4.stop import Stop
-from dsv4.storage import inside
+from dsv4.storage import inside, typed
 from dsv4.storage.checkpoint import read_json
 from dsv4.storage.durable import TEMPORARY_SUFFIX, write_json
 from dsv4.storage.inside import FILE, NOTHING
@@ -24,6 +24,9 @@ from dsv4.words import shown
 RECORD = ".download.json"
 HEADERS = ".headers"  # with --low-disk: each shard's header, from which the bundle is planned
 OWN = {RECORD, HEADERS, LOCK}
+TODO = "delete it; download then hashes what is there"
+ENTRY = {"size": int, "sha256?": str, "git_sha1?": str, "verified_mtime_ns?": int, "low_disk?": str}
+FORM = {"repo": str, "revision": str, "commit": str, "files": {str: ENTRY}}
 
 
 @dataclass
@@ -105,11 +108,8 @@ def read_record(source: Path) -> Record | None:
     path = source / RECORD
     if not source.is_dir() or inside.expect(source, RECORD, FILE, NOTHING) == NOTHING:
         return None
-    value = read_json(path)
-    head = [value.get(key) for key in ("repo", "revision", "commit")]
-    entries = value.get("files")
-    if not isinstance(entries, dict) or not all(isinstance(text, str) for text in head):
-        raise malformed(path, "another form")
+    value = typed.fit(path, read_json(path), FORM, TODO)
+    entries = value["files"]
     for name, entry in entries.items():
         check_entry(path, name, entry)
     files = {
@@ -120,10 +120,11 @@ def read_record(source: Path) -> Record | None:
         {name: entry[key] for name, entry in entries.items() if key in entry}
         for key in ("verified_mtime_ns", "low_disk")
     )
+    head = (value["repo"], value["revision"], value["commit"])
     return Record(*head, files, verified, low_disk)
 
 
-def check_entry(path: Path, name: str, entry: Any) -> None:
+def check_entry(path: Path, name: str, entry: dict[str, Any]) -> None:
     """Raise Stop unless a record's entry has the form that `Record.to_json` gives it.
 
     Reserved names must not be listed; only shards may be marked as fetched or freed.
@@ -131,23 +132,17 @@ def check_entry(path: Path, name: str, entry: Any) -> None:
     inside.check_name(f"{path}", name)
     if name.split("/")[0] in OWN or name.endswith(TEMPORARY_SUFFIX):
         raise malformed(path, f"the file {shown(name)}, which is this recipe's own")
-    entry = entry if isinstance(entry, dict) else {}
-    hashes = [
-        isinstance(entry.get(key), str) and re.fullmatch(f"[0-9a-f]{{{digits}}}", entry[key])
-        for key, digits in (("sha256", 64), ("git_sha1", 40))
-    ]
-    counts = [entry.get("size"), entry.get("verified_mtime_ns", 0)]
-    whole = all(isinstance(count, int) and not isinstance(count, bool) for count in counts)
+    hashes = [re.fullmatch(f"[0-9a-f]{{{digits}}}", entry.get(key, ""))
+              for key, digits in (("sha256", 64), ("git_sha1", 40))]  # fmt: skip
     state = entry.get("low_disk", "fetched")
-    if not any(hashes) or not whole or counts[0] < 0 or state not in ("fetched", "freed"):
+    if not any(hashes) or entry["size"] < 0 or state not in ("fetched", "freed"):
         raise malformed(path, f"another form of {shown(name)}")
     if "low_disk" in entry and ("/" in name or not name.endswith(".safetensors")):
         raise malformed(path, f"{shown(name)} as one that comes and goes")
 
 
 def malformed(path: Path, found: str) -> Stop:
-    todo = "delete it; download then hashes what is there"
-    return Stop(f"{path}", found, "a record of a download", todo)
+    return Stop(f"{path}", found, "a record of a download", TODO)
 
 
 def provenance(source: Path) -> dict[str, Any] | None:
