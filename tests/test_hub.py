@@ -439,6 +439,16 @@ def test_an_endpoint_that_is_no_address_is_told(hub, monkeypatch):
         listing(REPO, "main", patience=30)
 
 
+def test_offline_mode_is_told_at_once(hub, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    start = time.monotonic()
+    with pytest.raises(Stop, match="HF_HUB_OFFLINE set"):
+        listing(REPO, "main", patience=3)
+    assert time.monotonic() - start < 1
+
+
 def test_no_proxy_is_asked_for_a_server_of_this_machine(hub, monkeypatch):
     """The server that demo, selftest and smoke ask."""
     for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "ALL_PROXY"):

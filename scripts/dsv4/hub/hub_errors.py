@@ -37,7 +37,9 @@ STATUS = {
     412: CHANGED,
     429: (": too many requests", "an answer", ""),
 }
-FINAL = ("LocalProtocolError", "UnsupportedProtocol", "ProxyError", "InvalidURL")  # of httpx2
+FINAL = (  # of httpx2 and huggingface_hub
+    "LocalProtocolError", "UnsupportedProtocol", "ProxyError", "InvalidURL", "OfflineModeIsEnabled",
+)  # fmt: skip
 
 
 class TruncatedResponse(Exception):
