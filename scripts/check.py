@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsv4.hub import client
-from dsv4.hub.fetching import recorded, remaining
-from dsv4.hub.origin import read_record
+from dsv4.hub.download import recorded, remaining
+from dsv4.hub.provenance import read_record
 from dsv4.making import low_disk
 from dsv4.making.fitting import planned
 from dsv4.model import memory

@@ -3,9 +3,10 @@
 The first run pins the commit that REVISION stands for, in SOURCE/.download.json, and every later
 run goes on at that commit; a newer one upstream is reported, never used. Files come by ranged HTTP
 requests and resume in the middle of a file, also after a reboot. Each file gets its name only when
-its size and hash (SHA-256; git's blob hash for small files) are the hub's. At the end every shard
-that the index names must be there, whole by its header. A complete source is recognised in seconds
-without a network; --verify-hashes reads everything again.
+its size and hash (SHA-256; git's blob hash for small files) are the hub's. The small files come
+first; of the shards, those that the index names are fetched, and no others. At the end each of them
+must be whole by its header. A complete source is recognised in seconds without a network;
+--verify-hashes reads everything again.
 
 160 GB (149 GiB) for DeepSeek-V4-Flash. A source that came some other way is used as it is with
 --repo "" (its headers are checked, its hashes cannot be). The login is `hf auth login` or HF_TOKEN.
@@ -19,8 +20,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from dsv4.hub import client, fetching
-from dsv4.hub.origin import read_record
+from dsv4.hub import client
+from dsv4.hub import download as hub
+from dsv4.hub.provenance import read_record
 from dsv4.making import low_disk
 from dsv4.model.implied import check_whole
 from dsv4.model.opening import open_source
@@ -44,21 +46,21 @@ def download(args: argparse.Namespace) -> str:
     source, repo, revision = args.source, args.repo, args.revision
     record = read_record(source)
     if record is not None:
-        fetching.check_pin(source, record, repo, revision)
+        hub.check_pin(source, record, repo, revision)
         if record.is_complete(source) and not args.verify_hashes:
             check_whole(open_source(source))
             return f"complete already: {len(record.files)} files at {record.commit[:12]}"
-        fetching.report_news(record)
+        hub.report_news(record)
     else:
         check_no_bundle(source)
-        record = fetching.pin(source, repo, revision, args.patience)
+        record = hub.pin(source, repo, revision, args.patience)
     with locks.held(source):
-        needed = fetching.remaining(source, tuple(record.files.values()))
+        hub.fetch_documents(source, record, args.patience, args.workers, args.verify_hashes)
+        needed = hub.remaining(source, record.files.values())
         print(f"{source}: {human(record.nbytes)} in all, {human(needed)} still to fetch")
         todo = "free space, or set SOURCE to another volume"
         check_room(source, needed, " for what is still to fetch", todo)
-        fetching.hash_present(source, record, args.verify_hashes)
-        fetching.fetch(source, record, args.patience, args.workers)
+        hub.fetch_shards(source, record, args.patience, args.workers, args.verify_hashes)
         check_whole(open_source(source))
     said = f"{len(record.files)} files, {human(record.nbytes)}, sizes and hashes as on the hub"
     return f"{said} at {record.commit[:12]}"
@@ -70,10 +72,10 @@ def prepare(args: argparse.Namespace) -> str:
     record = read_record(source)
     if record is None:
         check_no_bundle(source)
-        record = fetching.pin(source, repo, revision, args.patience)
-    fetching.check_pin(source, record, repo, revision)
+        record = hub.pin(source, repo, revision, args.patience)
+    hub.check_pin(source, record, repo, revision)
     with locks.held(source):
-        fetching.fetch(source, record, args.patience, args.workers, shards_too=False)
+        hub.fetch_documents(source, record, args.patience, args.workers)
         came = low_disk.fetch_headers(source, record, args.patience)
     return f"headers of {came} shards fetched; the shards come and go while convert runs"
 
@@ -87,11 +89,11 @@ def main() -> int:
     add_setting(parser, "REVISION", default="main", help="commit hash, tag or branch")
     add_setting(parser, "VERIFY_HASHES", help="reread and hash every file")
     parser.add_argument(
-        "--patience", type=parse_seconds, default=fetching.PATIENCE, metavar="SECONDS",
+        "--patience", type=parse_seconds, default=hub.PATIENCE, metavar="SECONDS",
         help="how long to try again while nothing comes (default %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--workers", type=parse_jobs, default=fetching.WORKERS, help="files fetched at once"
+        "--workers", type=parse_jobs, default=hub.WORKERS, help="files fetched at once"
     )
     add_setting(parser, "LOW_DISK", help="leave the shards to convert --low-disk")
     args = parser.parse_args()

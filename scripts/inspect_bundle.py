@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 
 from dsv4.hub import client
-from dsv4.hub.remote import Skeleton, fetch_skeleton
+from dsv4.hub.remote_headers import Skeleton, fetch_skeleton
 from dsv4.model.opening import open_source
 from dsv4.proof import conversation, level1
 from dsv4.proof.findings import Check, Findings

@@ -27,9 +27,9 @@ from tqdm import tqdm
 
 from dsv4.hub import client
 from dsv4.hub.client import HubFile
-from dsv4.hub.origin import provenance
-from dsv4.hub.transfer import file_hash
-from dsv4.hub.upload import Item, check_login, made, upload
+from dsv4.hub.file_transfer import file_hash
+from dsv4.hub.provenance import provenance
+from dsv4.hub.upload import Item, check_login, list_all, made, stale_shards, upload
 from dsv4.model.forms import origin_of
 from dsv4.proof.card import Facts, card, licence_of
 from dsv4.proof.findings import Findings
@@ -40,7 +40,7 @@ from dsv4.stop import Stop, run
 from dsv4.storage import bounds
 from dsv4.storage.checkpoint import INDEX
 from dsv4.storage.durable import human
-from dsv4.words import plain, say, several, shown
+from dsv4.words import LINE, plain, say, several, shown
 
 FILES = (
     "config.json", "generation_config.json", "jang_config.json", "tokenizer.json",
@@ -173,6 +173,17 @@ def prepare(args: argparse.Namespace) -> tuple[list[Item], str, list[str]]:
     return items, text, sorted(set(bundle.files) - {item.name for item in items})
 
 
+def show_deletions(args: argparse.Namespace, items: list[Item]) -> None:
+    """Print which shards of the repository would be deleted, or why that is not known."""
+    try:
+        remote = list_all(args.to, 0)
+    except Stop as stop:
+        say(f"would be deleted: unknown, or nothing when {args.to} is new ({plain(stop, LINE)})")
+        return
+    for name in stale_shards({item.name for item in items}, remote):
+        say(f"would be deleted: {plain(name)}")
+
+
 def publish(args: argparse.Namespace) -> int:
     """Prepare, show or upload."""
     if not re.fullmatch(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+", args.to):
@@ -189,6 +200,7 @@ def publish(args: argparse.Namespace) -> int:
     for name in left:
         say(f"stays here: {plain(name)}")
     if args.dry_run:
+        show_deletions(args, items)
         print(f"{len(items)} files, {total}; nothing was uploaded")
         return 0
     print(f"{args.to}: {len(items)} files, {total}")

@@ -4,7 +4,7 @@ Two servers: the hub, and the store ("CDN") on another port to which the hub red
 as the real one does. Repositories lie in memory. Every request is written down, with the bytes that
 were sent for it, so that a test can say what was asked for and what was not.
 
-Read:  GET api/models/R[/revision/V][?blobs], api/models/R/tree/V, HEAD and GET R/resolve/V/FILE.
+Read:  GET api/models/R[/revision/V][?blobs], HEAD and GET R/resolve/V/FILE.
 Write: POST api/repos/create, preupload, LFS batch, PUT to the store, verify, commit; whoami.
 """
 
@@ -57,8 +57,7 @@ class Fault:
     status: answer with it. break_after: cut the connection after that many bytes of the body.
     corrupt: change a byte. delay: seconds before each 16 KiB. no_range: ignore Range. text: answer
     200 with this instead (a proxy's page). body: the refusal's, instead of {"error": …}. endless:
-    answer with the status and then the body again and again, as long as it is taken. drip: seconds
-    before each byte of headers that do not end.
+    answer 200 and then the body again and again, as long as it is taken.
     """
 
     path: str
@@ -73,7 +72,6 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes | None = None
     endless: bool = False
-    drip: float = 0
 
 
 @dataclass
@@ -169,9 +167,7 @@ class Handler(BaseHTTPRequestHandler):
         self.login = login == f"Bearer {TOKEN}"
         self.now = self.hub.fault(self.route, self.command) or Fault("")
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            if self.now.drip:
-                self.drip_headers()
-            elif self.now.endless:
+            if self.now.endless:
                 self.pour()
             elif self.now.status:
                 self.refuse(self.now.status, **self.now.headers)
@@ -197,24 +193,13 @@ class Handler(BaseHTTPRequestHandler):
         body = json.dumps({"error": f"refused {code}"}).encode()
         self.answer(code, body if self.now.body is None else self.now.body, headers)
 
-    def drip_headers(self) -> None:
-        self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Long: ")
-        self.close_connection = True
-        for _ in range(1000):
-            self.wfile.write(b"x")
-            self.wfile.flush()
-            time.sleep(self.now.drip)
-
     def pour(self) -> None:
         """Answer without end, up to 2 GB."""
-        self.note.status = self.now.status or 200
-        self.send_response(self.note.status)
-        for key, value in self.now.headers.items():
-            self.send_header(key, value)
+        self.note.status = 200
+        self.send_response(200)
         self.end_headers()
         self.close_connection = True
         while self.note.sent < 2 << 30:
-            time.sleep(self.now.delay)
             self.wfile.write(self.now.body)
             self.wfile.flush()
             self.note.sent += len(self.now.body)
@@ -274,17 +259,6 @@ class Handler(BaseHTTPRequestHandler):
             "gated": "manual" if self.hub.repos[repo].gated else False,
             "siblings": [self.entry(n, d) for n, d in sorted(files.items())],
         })  # fmt: skip
-
-    def tree(self, _: bytes, repo: str, revision: str) -> None:
-        files = self.find(repo, revision)
-        if files is None:
-            return
-        self.reply([
-            {"type": "file", "path": n, "size": len(d), "oid": git_sha1(d)}
-            | ({"lfs": {"oid": sha256(d), "size": len(d), "pointerSize": 134}}
-               if n.endswith(LARGE) else {})
-            for n, d in sorted(files.items())
-        ])  # fmt: skip
 
     def resolve(self, _: bytes, repo: str, revision: str, file: str) -> None:
         files = self.find(repo, revision)
@@ -426,7 +400,6 @@ ROUTES = (
     (r"api/validate-yaml", "validate"),
     (rf"api/models/{NAME}", "model_info"),
     (rf"api/models/{NAME}/revision/(?P<revision>.+)", "model_info"),
-    (rf"api/models/{NAME}/tree/(?P<revision>[^/]+).*", "tree"),
     (rf"api/models/{NAME}/preupload/(?P<revision>[^/]+)", "preupload"),
     (rf"api/models/{NAME}/commit/(?P<revision>[^/]+)", "commit_files"),
     (rf"api/models/{NAME}/xet-write-token/.+", "xet_token"),

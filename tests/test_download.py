@@ -21,7 +21,7 @@ import pytest
 from hub_server import TOKEN, Fault, Hub
 from small import Sizes, save, source_arrays
 
-from dsv4.hub.origin import RECORD, provenance
+from dsv4.hub.provenance import RECORD, provenance
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "download.py"
 REPO = "deepseek-ai/DeepSeek-V4-Flash"
@@ -124,27 +124,34 @@ def test_the_login_does_not_reach_the_store(hub, tmp_path):
     assert wrong == []
 
 
+def cut_once(name: str) -> list[Fault]:
+    """The connection breaks in the middle of a shard, and then its store has a fault."""
+    store = f"^[0-9a-f]{{64}}/{name}"
+    return [Fault(store, break_after=100_000, times=1), Fault(store, 503)]
+
+
 def test_a_broken_transfer_goes_on_where_it_stopped(hub, files, tmp_path):
-    hub.faults.append(Fault(FIRST, break_after=100_000))
+    hub.faults += cut_once(FIRST)
     first = download(hub, tmp_path / "s", "--workers", "1")
     assert first.code == 1
-    assert "no connection" in first.line
+    assert "HTTP 503" in first.line
     assert not (tmp_path / "s" / FIRST).exists()
     hub.faults.clear()
     hub.requests.clear()
     assert download(hub, tmp_path / "s").code == 0
     assert_whole(tmp_path / "s", files)
     (request,) = [r for r in hub.asked(FIRST) if r.store]
-    assert request.range == "bytes=100000-"
-    assert request.sent == len(files[FIRST]) - 100_000
+    assert request.range == "bytes=65536-"  # what came, but for the last piece of 64 KiB
+    assert request.sent == len(files[FIRST]) - 65_536
 
 
 def test_within_one_run_a_lost_connection_is_taken_up_again(hub, files, tmp_path):
-    hub.faults += [Fault(FIRST, break_after=100_000, times=1), Fault("00002-of", 503, times=1)]
+    hub.faults += [*cut_once(FIRST)[:1], Fault("00002-of", 503, times=1)]
     run = download(hub, tmp_path / "s", "--patience", "30")
     assert (run.code, run.err) == (0, "")
     assert_whole(tmp_path / "s", files)
-    assert sent_of_shards(hub) == sum(len(d) for n, d in files.items() if "model-" in n)
+    lost = 100_000 - 65_536
+    assert sent_of_shards(hub) == lost + sum(len(d) for n, d in files.items() if "model-" in n)
 
 
 @pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGINT])
@@ -183,18 +190,18 @@ def test_wrong_bytes_never_get_the_final_name(hub, files, tmp_path):
 
 def test_a_damaged_partial_file_is_fetched_anew(hub, files, tmp_path):
     """A machine that lost power: the partial file has its length, but not its bytes."""
-    hub.faults.append(Fault(FIRST, break_after=100_000))
+    hub.faults += cut_once(FIRST)
     download(hub, tmp_path / "s")
     hub.faults.clear()
     (partial,) = (tmp_path / "s").glob(f".{FIRST}.*.partial")
-    partial.write_bytes(bytes(100_000))
+    partial.write_bytes(bytes(65_536))
     assert download(hub, tmp_path / "s").code == 0
     assert_whole(tmp_path / "s", files)
 
 
 def test_a_server_without_ranges_costs_time_but_no_bytes(hub, files, tmp_path):
-    hub.faults.append(Fault(FIRST, break_after=100_000, times=2))
-    download(hub, tmp_path / "s")
+    hub.faults += cut_once(FIRST)
+    assert download(hub, tmp_path / "s").code == 1
     hub.faults[:] = [Fault(".", no_range=True)]
     assert download(hub, tmp_path / "s").code == 0
     assert_whole(tmp_path / "s", files)
@@ -243,7 +250,6 @@ def test_our_own_names_are_not_taken_from_a_hub(hub, files, tmp_path):
     hub.repos[REPO].commit(files | dict.fromkeys(ours, b'{"created": ["../x"]}'))
     run = download(hub, tmp_path / "s")
     assert (run.code, run.err) == (0, "")
-    assert "hidden files are left alone: .before-repair/repair.json and 2 more" in run.out
     assert [p.name for p in (tmp_path / "s").glob(".*")] == [RECORD]
     assert provenance(tmp_path / "s")["repo"] == REPO
     assert "complete already" in download(hub, tmp_path / "s").out
@@ -318,6 +324,46 @@ def test_a_shard_that_the_hub_lacks_stops_before_any_shard_is_fetched(hub, files
     assert sent_of_shards(hub) == 0
 
 
+OTHERS = ("adapter_model.safetensors", "consolidated.00.safetensors", "original/model.safetensors",
+          "checkpoint-100/model.safetensors", "original/params.json")  # fmt: skip
+
+
+def test_only_the_shards_that_the_index_names_are_fetched(hub, files, tmp_path):
+    hub.repos[REPO].commit(files | dict.fromkeys(OTHERS, b"another's"))
+    run = download(hub, tmp_path / "s")
+    assert (run.code, run.err) == (0, "")
+    assert_whole(tmp_path / "s", files)
+    assert not hub.asked("|".join(OTHERS))
+    assert not any((tmp_path / "s" / name).exists() for name in OTHERS)
+    hub.requests.clear()
+    assert "complete already" in download(hub, tmp_path / "s").out
+    assert hub.requests == []
+
+
+def test_a_record_of_more_shards_than_the_index_names_is_mended(hub, files, tmp_path):
+    """An earlier version recorded every shard of the repository, and fetched them for ever."""
+    source = tmp_path / "s"
+    hub.repos[REPO].commit(files | dict.fromkeys(OTHERS, b"another's"))
+    download(hub, source)
+    record = json.loads((source / RECORD).read_text())
+    record["files"]["original/model.safetensors"] = {"size": 9, "sha256": "0" * 64}
+    (source / RECORD).write_text(json.dumps(record))
+    hub.requests.clear()
+    assert download(hub, source).code == 0
+    assert not hub.asked("resolve")
+    assert "complete already" in download(hub, source).out
+
+
+def test_without_an_index_the_one_shard_is_fetched(hub, files, tmp_path):
+    one = {"config.json": files["config.json"], "model.safetensors": files[FIRST]}
+    hub.repos[REPO].commit(one | dict.fromkeys(OTHERS, b"another's"))
+    download(hub, tmp_path / "s")
+    assert_whole(tmp_path / "s", one)
+    assert set(json.loads((tmp_path / "s" / RECORD).read_text())["files"]) == set(one)
+    hub.repos[REPO].commit({"config.json": b"{}", "adapter_model.safetensors": b"another's"})
+    assert "found model.safetensors and 0 more" in download(hub, tmp_path / "t").line
+
+
 def test_the_provenance_has_hashes_and_no_local_path(hub, tmp_path):
     download(hub, tmp_path / "s")
     origin = provenance(tmp_path / "s")
@@ -369,41 +415,18 @@ def test_a_stalled_server_is_left_after_the_timeout(hub, tmp_path):
     assert "no connection" in run.line
 
 
-def test_waiting_doubles_up_to_a_minute_and_obeys_the_server(capsys):
-    from dsv4.hub.patience import patiently
-    from dsv4.hub.refusals import Short
-
-    class Busy(Short):
-        """429 with a Retry-After of 100 seconds."""
-
-        class response:
-            status_code, headers = 429, {"Retry-After": "100"}
-
-    waits: list[float] = []
-    errors = [Short("x")] * 8 + [Busy("x")]
-
-    def attempt() -> str:
-        if errors:
-            raise errors.pop(0)
-        return "done"
-
-    assert patiently(attempt, 1000, pause=waits.append) == "done"
-    assert waits == [1, 2, 4, 8, 16, 32, 60, 60, 100]
-    assert "trying again in 100 s" in capsys.readouterr().out
-
-
 def test_patience_counts_from_the_last_byte():
-    from dsv4.hub.patience import patiently
-    from dsv4.hub.refusals import Short
+    from dsv4.hub.hub_errors import TruncatedResponse
+    from dsv4.hub.retry import with_retries
 
     came, waits = [0], []
 
     def attempt() -> None:
         came[0] += len(waits) < 20
-        raise Short("x")
+        raise TruncatedResponse("x")
 
-    with pytest.raises(Short):
-        patiently(attempt, 7, lambda: came[0], waits.append)
+    with pytest.raises(TruncatedResponse):
+        with_retries(attempt, 7, lambda: came[0], waits.append)
     assert waits == [1] * 20 + [2, 4]
 
 
@@ -418,20 +441,20 @@ def test_an_unknown_revision_has_one_clear_line(hub, tmp_path):
 
 
 def test_a_file_name_that_leads_out_is_refused(hub, files, tmp_path):
-    hub.repos[REPO].commit(files | {"../evil.json": b"{}"})
-    assert "'../evil.json'" in download(hub, tmp_path / "s").line
+    hub.repos[REPO].commit(files | {"encoding/../../evil.json": b"{}"})
+    assert "'encoding/../../evil.json'" in download(hub, tmp_path / "s").line
     assert not (tmp_path / "evil.json").exists()
 
 
 def test_a_disk_too_small_is_said_before_anything_is_fetched(tmp_path):
-    from dsv4.hub import fetching
+    from dsv4.hub import download as hub
     from dsv4.hub.client import HubFile
-    from dsv4.hub.origin import Record
+    from dsv4.hub.provenance import Record
     from dsv4.stop import Stop
     from dsv4.storage.space import check_room
 
     record = Record("r", "main", "c", {"big": HubFile("big", 1 << 60, "0" * 64)})
-    needed = fetching.remaining(tmp_path, tuple(record.files.values()))
+    needed = hub.remaining(tmp_path, record.files.values())
     with pytest.raises(Stop, match=r"free, expected .* for what is still to fetch; free space"):
         check_room(tmp_path, needed, " for what is still to fetch", "free space")
 

@@ -24,7 +24,7 @@ from hub_server import Hub
 from test_download import environment
 from test_recipe import Recipe
 
-from dsv4.hub.origin import provenance, read_record
+from dsv4.hub.provenance import provenance, read_record
 from dsv4.storage.checkpoint import SIDECAR
 
 REPO = "deepseek-ai/DeepSeek-V4-Flash"

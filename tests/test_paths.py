@@ -19,7 +19,7 @@ from conftest import NANO
 from here import here, must, refusal
 
 from dsv4.hub.client import HubFile
-from dsv4.hub.origin import HEADERS, RECORD, Record, read_record
+from dsv4.hub.provenance import HEADERS, RECORD, Record, read_record
 from dsv4.making import low_disk
 from dsv4.making.workplace import MARK, claim, workplace
 from dsv4.stop import Stop
@@ -421,15 +421,15 @@ def test_download_renames_nothing_behind_a_link(source_copy, outside, tmp_path):
     (source_copy / "encoding").symlink_to(outside)
     record_with(source_copy, **{"encoding/x": entry()})
     before = state(tmp_path)
-    from dsv4.hub.fetching import hash_present
+    from dsv4.hub.download import hash_present
 
     with pytest.raises(Stop, match="a symbolic link"):
-        hash_present(source_copy, read_record(source_copy), again=True)
+        hash_present(source_copy, read_record(source_copy), ["encoding/x"], again=True)
     assert state(tmp_path) == before
 
 
 def test_a_transfer_writes_through_no_link(outside, tmp_path):
-    from dsv4.hub.transfer import Transfer, partial_for
+    from dsv4.hub.file_transfer import Transfer, partial_for
 
     source = tmp_path / "source"
     source.mkdir()

@@ -18,7 +18,7 @@ from conftest import must, script
 from hub_server import TOKEN, Fault, Hub, sha256
 
 from dsv4.hub.client import HubFile
-from dsv4.hub.origin import Record
+from dsv4.hub.provenance import Record
 
 TO = "user/DeepSeek-V4-nano-MLX"
 
@@ -96,9 +96,10 @@ def sent_up(hub) -> int:
     return sum(r.received for r in hub.requests if r.store and r.method == "PUT" and r.status < 300)
 
 
-def test_a_dry_run_shows_everything_and_asks_nobody(hub, place):
+def test_a_dry_run_shows_everything_and_uploads_nothing(hub, place):
     out = publish(hub, place, "--dry-run", token="")
-    assert hub.requests == []
+    assert {request.method for request in hub.requests} == {"GET"}
+    assert f"would be deleted: unknown, or nothing when {TO} is new" in out
     assert "license: mit\nbase_model: deepseek-ai/DeepSeek-V4-Flash\n" in out
     assert f"commit `{'c' * 40}`" in out
     assert "| layers.0 | 8." in out
@@ -159,12 +160,16 @@ def test_an_interrupted_upload_shows_nothing_and_goes_on(hub, place):
     assert len(hub.commits) == 1
 
 
-def test_shards_of_an_earlier_bundle_go_in_the_same_commit(hub, place):
-    old = {"model-00009-of-00009.safetensors": b"old", "picture.png": b"kept"}
-    hub.add(TO, old)
-    publish(hub, place)
-    assert "model-00009-of-00009.safetensors" not in published(hub)
-    assert published(hub)["picture.png"] == b"kept"
+def test_shards_of_an_earlier_bundle_go_in_the_same_commit_and_a_dry_run_lists_them(hub, place):
+    old = "model-00009-of-00009.safetensors"
+    kept = {"picture.png": b"kept", f"earlier/{old}": b"kept"}
+    hub.add(TO, {old: b"old"} | kept)
+    out = publish(hub, place, "--dry-run")
+    assert [said for said in out.splitlines() if "deleted" in said] == [f"would be deleted: {old}"]
+    assert old in published(hub)
+    assert f"deleted in the same commit: {old}" in publish(hub, place)
+    assert old not in published(hub)
+    assert kept.items() <= published(hub).items()
     assert len(hub.commits) == 1
 
 

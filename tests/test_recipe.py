@@ -102,7 +102,7 @@ REACHED = {
     "model/implied.py": "check",
     "model/plan.py": "check",
     "model/chat_template.jinja": "check",
-    "hub/transfer.py": "check",
+    "hub/file_transfer.py": "check",
     "runtime/upstream.py": "convert",
     "runtime/server.py": None,
     "runtime/memory.py": None,

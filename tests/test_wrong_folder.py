@@ -15,7 +15,7 @@ from conftest import NANO
 from here import here, must, refusal
 from test_paths import state
 
-from dsv4.hub.origin import RECORD
+from dsv4.hub.provenance import RECORD
 from dsv4.model.roles import BUNDLE, SOURCE, kind_of
 from dsv4.storage.checkpoint import INDEX
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import rooms  # noqa: F401
 
-from dsv4.hub.origin import source_name
+from dsv4.hub.provenance import source_name
 from dsv4.making.tokenizer_files import finalize
 from dsv4.model import configs, labels
 from dsv4.model.names import PROJECTION, kind, switch_paths

@@ -1,3 +1,3 @@
-"""The Hugging Face hub: what it lists, its files fetched and resumed, where a source came from.
+"""The Hugging Face hub: listings, resumable downloads, uploads, and the record of each.
 May import: storage and what lies below it.
 """

@@ -1,7 +1,6 @@
-"""What the hub says of a repository, taken for no more than it is.
+"""A repository of the hub: its commit, and its files with sizes and hashes.
 
-The JSON is read here and not by huggingface_hub, which believes in its form: each name, size and
-hash that is taken from it is checked first.
+Names, sizes and hashes of a listing are validated before anything is done with them.
 """
 
 from __future__ import annotations
@@ -9,22 +8,24 @@ from __future__ import annotations
 import re
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from typing import Any
-from urllib.parse import quote
+from typing import TYPE_CHECKING, Any
 
-from dsv4.hub import wire
-from dsv4.hub.names import REFUSED, check_apart, check_name, is_hidden
-from dsv4.hub.patience import patiently
-from dsv4.hub.refusals import OTHER, clear_words, words
+from dsv4.hub import http
+from dsv4.hub.hub_errors import OTHER, one_line, translated
+from dsv4.hub.retry import with_retries
 from dsv4.stop import Stop
-from dsv4.storage import bounds
+from dsv4.storage import inside
+from dsv4.storage.durable import TEMPORARY_SUFFIX
 from dsv4.words import shown
 
-# Everything that the build reads; weights in other formats and pictures stay where they are.
-WANTED = ("*.safetensors", "*.json", "encoding/*", "LICENSE*", "README.md", "*.jinja")
-LARGEST_FILE = 10**12  # bytes
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import ModelInfo, RepoSibling
+
+ROOT_FILES = ("*.safetensors", "*.json", "LICENSE*", "README.md", "*.jinja")
+TIMEOUT = 30  # seconds for a listing
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,27 @@ class Listing:
     files: tuple[HubFile, ...]
 
 
+def is_source_file(name: str) -> bool:
+    """True for what the build reads: files of the root, and encoding/.
+
+    Which of the shards are wanted, the index says (`download.select_shards`).
+    """
+    of_root = "/" not in name and any(fnmatch(name, pattern) for pattern in ROOT_FILES)
+    return of_root or name.startswith("encoding/")
+
+
+def is_any_file(name: str) -> bool:
+    """True for every name: to list a whole repository."""
+    return True
+
+
 def quiet(bars: bool = False) -> None:
-    """Stop huggingface_hub's own warnings, and its bars: what they say is said here, in one line.
+    """Stop huggingface_hub's warnings and progress bars: both are printed here, in one line.
 
     With `bars` its progress bars stay, where stderr is a terminal.
     Raises Stop for settings in the environment with which it cannot work.
     """
-    wire.install()
+    http.install()
     from huggingface_hub.utils import disable_progress_bars, logging
 
     logging.set_verbosity_error()
@@ -69,97 +84,71 @@ def quiet(bars: bool = False) -> None:
             disable_progress_bars()
 
 
-def model_info(repo: str, revision: str, files: bool, patience: float = 0) -> dict[str, Any]:
-    """The hub's JSON object on a revision, unchecked. Raises Stop when the hub does not give it."""
+def model_info(repo: str, revision: str, files: bool, patience: float) -> ModelInfo:
+    """Ask the hub about a revision. Raises Stop when it does not answer, or with no commit."""
+    http.check_login()
+    from huggingface_hub import HfApi
 
-    def ask() -> dict[str, Any]:
-        wire.session()
-        from huggingface_hub import constants
-        from huggingface_hub.utils import validate_repo_id
+    def ask() -> ModelInfo:
+        return HfApi().model_info(repo, revision=revision, files_metadata=files, timeout=TIMEOUT)
 
-        validate_repo_id(repo)
-        url = f"{constants.ENDPOINT}/api/models/{repo}/revision/{quote(revision, safe='')}"
-        return wire.ask(url, {"blobs": True} if files else {})
-
-    with clear_words(repo):
-        return patiently(ask, patience)
+    with translated(repo):
+        info = with_retries(ask, patience)
+    if not is_hash(info.sha, 40):
+        raise malformed(repo, f"the commit {shown(info.sha)}", "40 hexadecimal digits")
+    return info
 
 
 def commit_of(repo: str, revision: str, patience: float = 0) -> str:
-    """The commit hash that `revision` stands for now. Raises Stop when the hub does not say it."""
-    return checked_commit(repo, model_info(repo, revision, False, patience))
-
-
-def checked_commit(repo: str, info: dict[str, Any]) -> str:
-    commit = info.get("sha")
-    if not is_hash(commit, 40):
-        raise odd(repo, f"the commit {shown(commit)}", "40 hexadecimal digits")
-    return commit
+    """Return the commit hash that `revision` stands for now. Raises Stop as `model_info` does."""
+    return model_info(repo, revision, False, patience).sha
 
 
 def listing(
-    repo: str, revision: str, patience: float = 0, wanted: tuple[str, ...] = WANTED
+    repo: str,
+    revision: str,
+    patience: float = 0,
+    wanted: Callable[[str], bool] = is_source_file,
 ) -> Listing:
-    """The wanted files of `repo` at `revision`, but for hidden ones, which are told and left.
+    """List the wanted files of `repo` at `revision`, but for hidden ones.
 
-    Raises Stop when the hub does not give them, and for names, sizes or hashes that are none.
+    Raises Stop when the hub does not give them, and for invalid names, sizes and hashes.
     """
     info = model_info(repo, revision, True, patience)
-    commit, hidden, files = checked_commit(repo, info), [], []
-    for entry in entries(repo, info):
-        name = entry["rfilename"]
-        if not any(fnmatch(name, pattern) for pattern in wanted):
-            continue
-        if is_hidden(name):
-            hidden.append(name)
-            continue
-        check_name(repo, name)
-        files.append(file_of(repo, entry))
-    check_apart(repo, (file.name for file in files))
-    report_hidden(repo, hidden)
-    if not files and "*" not in wanted:
+    siblings = [s for s in info.siblings or [] if wanted(s.rfilename)]
+    files = [file_of(repo, s) for s in siblings if not is_hidden(s.rfilename)]
+    if not files and wanted is is_source_file:
         raise Stop(f"hub: {repo}", "no file that the build reads", "a checkpoint", "check its name")
-    return Listing(commit, tuple(files))
+    return Listing(info.sha, tuple(files))
 
 
-def report_hidden(repo: str, names: list[str]) -> None:
-    """Say which files stay on the hub because their names are our own records' kind."""
-    told = [name for name in names if name != ".gitattributes"]
-    if told:
-        more = f" and {len(told) - 1:,} more" if len(told) > 1 else ""
-        print(f"note: {repo}: hidden files are left alone: {words(told[0], 80)}{more}")
+def is_hidden(name: str) -> bool:
+    """True for a name of which a part begins with a dot, or that ends as a temporary's does.
+
+    Records, backups, locks and temporaries of the stages have such names: a hub's must not pass
+    for them.
+    """
+    parts = name.split("/")
+    return name.endswith(TEMPORARY_SUFFIX) or any(p.startswith(".") and p != ".." for p in parts)
 
 
-def entries(repo: str, info: dict[str, Any]) -> list[dict[str, Any]]:
-    """The listing's entries, each with a name. Raises Stop for another form, or too many."""
-    siblings = info.get("siblings")
-    if not isinstance(siblings, list):
-        raise odd(repo, f"a {type(siblings).__name__} as its files", "a list")
-    if len(siblings) > bounds.FILES:
-        raise Stop(f"hub: {repo}", f"{len(siblings):,} files", f"at most {bounds.FILES:,}", REFUSED)
-    for entry in siblings:
-        if not isinstance(entry, dict) or not isinstance(entry.get("rfilename"), str):
-            raise odd(repo, f"the file {shown(entry)}", "a name, a size and a hash")
-    return siblings
-
-
-def file_of(repo: str, entry: dict[str, Any]) -> HubFile:
-    """One file of the listing. Raises Stop for a size or a hash that is none."""
-    name, size, lfs, git = (entry.get(key) for key in ("rfilename", "size", "lfs", "blobId"))
-    what = words(name)
-    if type(size) is not int or not 0 <= size <= LARGEST_FILE:
-        raise odd(repo, f"{what} with the size {shown(size)}", f"bytes, at most {LARGEST_FILE:,}")
-    if lfs is not None and not (isinstance(lfs, dict) and is_hash(lfs.get("sha256"), 64)):
-        raise odd(repo, f"{what} with the hash {shown(lfs)}", "64 hexadecimal digits")
-    if (lfs is None or git is not None) and not is_hash(git, 40):
-        raise odd(repo, f"{what} with the hash {shown(git)}", "40 hexadecimal digits")
-    return HubFile(name, size, lfs["sha256"] if lfs else None, git)
+def file_of(repo: str, sibling: RepoSibling) -> HubFile:
+    """Return one file of a listing. Raises Stop for an invalid name, size or hash."""
+    name, size, lfs, git = sibling.rfilename, sibling.size, sibling.lfs, sibling.blob_id
+    inside.check_name(f"hub: {repo}", name)
+    if type(size) is not int or size < 0:
+        raise malformed(repo, f"{one_line(name)} with the size {shown(size)}", "bytes")
+    found, digits = (lfs.sha256, 64) if lfs else (git, 40)
+    if not is_hash(found, digits):
+        raise malformed(repo, f"{one_line(name)} with the hash {shown(found)}",
+                        f"{digits} hexadecimal digits")  # fmt: skip
+    return HubFile(name, size, lfs.sha256 if lfs else None, git)
 
 
 def is_hash(value: Any, digits: int) -> bool:
     return isinstance(value, str) and re.fullmatch(f"[0-9a-f]{{{digits}}}", value) is not None
 
 
-def odd(repo: str, found: str, expected: str) -> Stop:
-    """What to raise for a listing that no hub gives."""
+def malformed(repo: str, found: str, expected: str) -> Stop:
+    """Return the error for a listing that no hub gives."""
     return Stop(f"hub: {repo}", found, expected, OTHER)

@@ -1,24 +1,23 @@
-"""Bring a repository of the hub to some files in one commit, and hold it to their hashes."""
+"""Bring a repository of the hub to some files in one commit, and compare their hashes after."""
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsv4.hub import client
+from dsv4.hub import client, http
 from dsv4.hub.client import HubFile
-from dsv4.hub.patience import patiently
-from dsv4.hub.refusals import AGAIN, LOGIN, clear_words, is_limited
-from dsv4.hub.transfer import bytes_hash
+from dsv4.hub.hub_errors import AGAIN, LOGIN, translated
+from dsv4.hub.retry import with_retries
 from dsv4.stop import Stop
 from dsv4.storage import bounds
-
-BATCH = 4  # shards handed over at once
+from dsv4.words import plain
 
 
 @dataclass(frozen=True)
 class Item:
-    """One file that goes up: its name there, where it lies or what it holds, and its hash."""
+    """One file to upload: its name there, its path or content here, and its hash."""
 
     file: HubFile
     path: Path | None = None
@@ -30,77 +29,87 @@ class Item:
 
 
 def made(name: str, text: str) -> Item:
-    """An item that is written here."""
+    """Return an item whose content is `text`."""
     data = text.encode()
-    return Item(HubFile(name, len(data), bytes_hash(data)), data=data)
+    return Item(HubFile(name, len(data), hashlib.sha256(data).hexdigest()), data=data)
 
 
 def check_login(repo: str) -> None:
     """Raise Stop when there is no login that the hub knows, before hours are spent."""
+    http.check_login()
     from huggingface_hub import HfApi, get_token
 
     if not get_token():
         raise Stop(f"hub: {repo}", "no login", "one that may write there", LOGIN)
-    with clear_words(repo):
-        patiently(lambda: HfApi().whoami(), 30)
+    with translated(repo):
+        with_retries(lambda: HfApi().whoami(), 30)
 
 
 def missing(items: list[Item], remote: client.Listing) -> list[Item]:
-    """The items whose bytes the repository does not have under their name."""
+    """Return the items whose bytes the repository does not have under their name."""
     have = {file.name: file for file in remote.files}
     return [item for item in items if not is_there(item, have.get(item.name))]
 
 
 def is_there(item: Item, remote: HubFile | None) -> bool:
     """True when the hub's file has the item's bytes; a small one is known by git's hash."""
+    from huggingface_hub.utils.sha import git_hash
+
     if remote is None or remote.size != item.file.size:
         return False
     if remote.sha256:
         return remote.sha256 == item.file.sha256
-    data = bounds.read(item.path) if item.path else item.data
-    return bytes_hash(data, git=True) == remote.git_sha1
+    return git_hash(bounds.read(item.path) if item.path else item.data) == remote.git_sha1
+
+
+def list_all(to: str, patience: float) -> client.Listing:
+    """List every file of the repository's main branch."""
+    return client.listing(to, "main", patience, client.is_any_file)
+
+
+def stale_shards(names: set[str], remote: client.Listing) -> list[str]:
+    """Return the shards of an earlier bundle, which loaders would read too: those in the
+    repository's root that are not in `names`. What lies in folders is not ours.
+    """
+    return [file.name for file in remote.files if file.name.endswith(".safetensors")
+            and "/" not in file.name and file.name not in names]  # fmt: skip
 
 
 def upload(to: str, items: list[Item], private: bool, patience: float) -> str:
-    """Bring the repository to these items in one commit; returns the commit's hash.
+    """Bring the repository to these items in one commit; return the commit's hash.
 
-    Raises Stop for the hub's and the network's refusals, and when the hub's hashes differ after.
+    Raises Stop for errors of the hub and the network, and when the hub's hashes differ after.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi()
-    with clear_words(to):
-        patiently(lambda: api.create_repo(to, private=private, exist_ok=True), patience)
-    remote = client.listing(to, "main", patience, wanted=("*",))
-    todo = missing(items, remote)
-    names = {item.name for item in items}
-    stale = [f.name for f in remote.files if f.name.endswith(".safetensors")
-             and f.name not in names]  # fmt: skip
-    if not todo and not stale:
-        return remote.commit
-    adds = [CommitOperationAdd(item.name, str(item.path) if item.path else item.data)
-            for item in todo]  # fmt: skip
-    shards = [add for add in adds if add.path_in_repo.endswith(".safetensors")]
-    with clear_words(to):
-        for start in range(0, len(shards), BATCH):
-            batch = shards[start : start + BATCH]
-            patiently(lambda some=batch: api.preupload_lfs_files(to, some), patience)
-            print(f"{min(start + BATCH, len(shards))} of {len(shards)} shards are up")
-        operations = [*adds, *(CommitOperationDelete(name) for name in stale)]
-        message = f"Publish {len(items)} verified files"
-        patiently(
-            lambda: api.create_commit(
-                to, operations, commit_message=message, parent_commit=remote.commit
-            ),
-            patience,
-            passing=is_limited,  # after any other failure it may stand there already
-        )
+    with translated(to):
+        with_retries(lambda: api.create_repo(to, private=private, exist_ok=True), patience)
+    adds: dict[str, CommitOperationAdd] = {}  # kept: each one hashes its file when it is made
+
+    def commit() -> None:
+        remote = list_all(to, patience)  # anew: a failed attempt may have succeeded
+        stale = stale_shards({item.name for item in items}, remote)
+        todo = missing(items, remote)
+        for item in todo:
+            if item.name not in adds:
+                content = str(item.path) if item.path else item.data
+                adds[item.name] = CommitOperationAdd(item.name, content)
+        operations = [*(adds[item.name] for item in todo), *map(CommitOperationDelete, stale)]
+        if operations:
+            message = f"Publish {len(items)} verified files"
+            api.create_commit(to, operations, commit_message=message, parent_commit=remote.commit)
+        for name in stale:
+            print(f"{to}: deleted in the same commit: {plain(name)}")
+
+    with translated(to):
+        with_retries(commit, patience)
     return check_published(to, items, patience)
 
 
 def check_published(to: str, items: list[Item], patience: float) -> str:
-    """Compare the hub's hashes with the items'; returns the commit's hash."""
-    remote = client.listing(to, "main", patience, wanted=("*",))
+    """Compare the hub's hashes with the items'; return the commit's hash."""
+    remote = list_all(to, patience)
     wrong = missing(items, remote)
     if wrong:
         raise Stop(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dsv4.hub.origin import source_name
+from dsv4.hub.provenance import source_name
 from dsv4.making import low_disk, own_numbers, requantization, workplace
 from dsv4.making.experts import Ledger, errors_in_words, estimate
 from dsv4.making.low_disk import Supply

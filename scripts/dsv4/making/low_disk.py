@@ -21,10 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dsv4.hub import client, fetching, remote
-from dsv4.hub.fetching import at_pin, fetch_all
-from dsv4.hub.origin import HEADERS, Record, read_record
-from dsv4.hub.transfer import Transfer, file_hash
+from dsv4.hub import client, download, remote_headers
+from dsv4.hub.download import at_pin, fetch_all
+from dsv4.hub.file_transfer import Transfer, file_hash
+from dsv4.hub.provenance import HEADERS, Record, read_record
 from dsv4.model.opening import open_source
 from dsv4.settings import add_setting, parse_jobs, parse_seconds
 from dsv4.stop import Stop, naming
@@ -54,14 +54,16 @@ def fetch_headers(source: Path, record: Record, patience: float) -> int:
 
     def bring(name: str) -> None:
         file = record.files[name]
-        head = remote.read_header(record.repo, record.commit, file, patience)
+        head = remote_headers.read_header(record.repo, record.commit, file, patience)
         head = head[: header_length(head)]
         with tempfile.TemporaryDirectory(prefix="header-") as work:
             places = sample_places(read_shard(lay(Path(work) / name, head, file.size)))
         data = [head]
         for place, nbytes in places:
             end = place + nbytes
-            data.append(remote.read_range(record.repo, record.commit, file, place, end, patience))
+            data.append(
+                remote_headers.read_range(record.repo, record.commit, file, place, end, patience)
+            )
         write_bytes(folder / name, b"".join(data), source)
 
     with at_pin(source, record), ThreadPoolExecutor(WORKERS) as pool:
@@ -112,7 +114,7 @@ def tensors_of(source: Path, repo: str, revision: str) -> dict[str, Tensor]:
     except Stop:
         if not repo:
             raise
-        return remote.tensors(repo, revision)
+        return remote_headers.tensors(repo, revision)
 
 
 def fill(path: Path, kept: bytes, size: int) -> None:
@@ -161,7 +163,7 @@ class Supply:
         """Some bytes of a tensor, from the hub: for what must be known before any shard comes."""
         file, begin = self.record.files[tensor.path.name], tensor.offset + first
         place = (self.record.repo, self.record.commit, file, begin, begin + nbytes)
-        return np.frombuffer(remote.read_range(*place, self.patience), np.uint8)
+        return np.frombuffer(remote_headers.read_range(*place, self.patience), np.uint8)
 
     def size(self, names: set[str]) -> int:
         """Bytes of these shards."""
@@ -254,10 +256,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options by which a command is told to take the source from the hub."""
     add_setting(parser, "LOW_DISK", help="fetch and free the source's shards as it goes")
     add_setting(parser, "REPO", default="", help="--low-disk: where they come from")
-    parser.add_argument("--patience", type=parse_seconds, default=fetching.PATIENCE,
+    parser.add_argument("--patience", type=parse_seconds, default=download.PATIENCE,
                         metavar="SECONDS",
                         help="--low-disk: how long to try again while nothing comes")  # fmt: skip
-    parser.add_argument("--workers", type=parse_jobs, default=fetching.WORKERS,
+    parser.add_argument("--workers", type=parse_jobs, default=download.WORKERS,
                         help="--low-disk: files fetched at once")  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dsv4.hub.origin import provenance
+from dsv4.hub.provenance import provenance
 from dsv4.model.chat import BOS, EOS, text_of, token_ids
 from dsv4.model.configs import without_code
 from dsv4.model.forms import origin_of

@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dsv4.hub.origin import read_record
+from dsv4.hub.provenance import read_record
 from dsv4.model.names import is_control, parse_expert
 from dsv4.model.opening import open_source
 from dsv4.proof import level1, level2, turbo_files, verdict

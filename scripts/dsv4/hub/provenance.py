@@ -1,4 +1,4 @@
-"""Where a source came from, and what is proven of it: the record in SOURCE/.download.json.
+"""The record of a download, SOURCE/.download.json: where it came from, and what is verified.
 
 The record is written before the first byte is fetched, so that a download goes on at the commit
 at which it began, and again after each file that was verified, so that a reboot costs nothing.
@@ -14,7 +14,7 @@ from typing import Any
 
 from dsv4.hub.client import HubFile, Listing
 from dsv4.stop import Stop
-from dsv4.storage import inside
+from dsv4.storage import inside, typed
 from dsv4.storage.checkpoint import read_json
 from dsv4.storage.durable import TEMPORARY_SUFFIX, write_json
 from dsv4.storage.inside import FILE, NOTHING
@@ -24,6 +24,9 @@ from dsv4.words import shown
 RECORD = ".download.json"
 HEADERS = ".headers"  # with --low-disk: each shard's header, from which the bundle is planned
 OWN = {RECORD, HEADERS, LOCK}
+TODO = "delete it; download then hashes what is there"
+ENTRY = {"size": int, "sha256?": str, "git_sha1?": str, "verified_mtime_ns?": int, "low_disk?": str}
+FORM = {"repo": str, "revision": str, "commit": str, "files": {str: ENTRY}}
 
 
 @dataclass
@@ -44,7 +47,7 @@ class Record:
 
     @classmethod
     def pinned(cls, repo: str, revision: str, listing: Listing) -> Record:
-        """A new record: nothing verified yet."""
+        """Return a new record: nothing verified yet."""
         return cls(repo, revision, listing.commit, {file.name: file for file in listing.files})
 
     @property
@@ -74,6 +77,12 @@ class Record:
         if self.low_disk.get(name) == "freed":  # fetched once more, by download
             del self.low_disk[name]
 
+    def keep_shards(self, names: set[str]) -> None:
+        """Drop every shard that is not in `names`, wherever it was listed."""
+        for name in [n for n in self.files if n.endswith(".safetensors") and n not in names]:
+            for entries in (self.files, self.verified, self.low_disk):
+                entries.pop(name, None)
+
     def write(self, source: Path) -> None:
         write_json(source / RECORD, self.to_json())
 
@@ -91,19 +100,16 @@ class Record:
 
 
 def read_record(source: Path) -> Record | None:
-    """The record of `source`, None when it has none.
+    """Read the record of `source`; None when it has none.
 
-    Raises Stop when it cannot be read: the record may have come with the folder, so every name and
-    every type in it is checked before it is believed.
+    Raises Stop when it cannot be read. The record may have come with the folder, so every name and
+    every type in it is validated.
     """
     path = source / RECORD
     if not source.is_dir() or inside.expect(source, RECORD, FILE, NOTHING) == NOTHING:
         return None
-    value = read_json(path)
-    head = [value.get(key) for key in ("repo", "revision", "commit")]
-    entries = value.get("files")
-    if not isinstance(entries, dict) or not all(isinstance(text, str) for text in head):
-        raise no_record(path, "another form")
+    value = typed.fit(path, read_json(path), FORM, TODO)
+    entries = value["files"]
     for name, entry in entries.items():
         check_entry(path, name, entry)
     files = {
@@ -114,38 +120,33 @@ def read_record(source: Path) -> Record | None:
         {name: entry[key] for name, entry in entries.items() if key in entry}
         for key in ("verified_mtime_ns", "low_disk")
     )
+    head = (value["repo"], value["revision"], value["commit"])
     return Record(*head, files, verified, low_disk)
 
 
-def check_entry(path: Path, name: str, entry: Any) -> None:
+def check_entry(path: Path, name: str, entry: dict[str, Any]) -> None:
     """Raise Stop unless a record's entry has the form that `Record.to_json` gives it.
 
-    Files that the stages keep for themselves are nobody's to fetch, and only shards come and go.
+    Reserved names must not be listed; only shards may be marked as fetched or freed.
     """
     inside.check_name(f"{path}", name)
     if name.split("/")[0] in OWN or name.endswith(TEMPORARY_SUFFIX):
-        raise no_record(path, f"the file {shown(name)}, which is this recipe's own")
-    entry = entry if isinstance(entry, dict) else {}
-    hashes = [
-        isinstance(entry.get(key), str) and re.fullmatch(f"[0-9a-f]{{{digits}}}", entry[key])
-        for key, digits in (("sha256", 64), ("git_sha1", 40))
-    ]
-    counts = [entry.get("size"), entry.get("verified_mtime_ns", 0)]
-    whole = all(isinstance(count, int) and not isinstance(count, bool) for count in counts)
+        raise malformed(path, f"the file {shown(name)}, which is this recipe's own")
+    hashes = [re.fullmatch(f"[0-9a-f]{{{digits}}}", entry.get(key, ""))
+              for key, digits in (("sha256", 64), ("git_sha1", 40))]  # fmt: skip
     state = entry.get("low_disk", "fetched")
-    if not any(hashes) or not whole or counts[0] < 0 or state not in ("fetched", "freed"):
-        raise no_record(path, f"another form of {shown(name)}")
+    if not any(hashes) or entry["size"] < 0 or state not in ("fetched", "freed"):
+        raise malformed(path, f"another form of {shown(name)}")
     if "low_disk" in entry and ("/" in name or not name.endswith(".safetensors")):
-        raise no_record(path, f"{shown(name)} as one that comes and goes")
+        raise malformed(path, f"{shown(name)} as one that comes and goes")
 
 
-def no_record(path: Path, found: str) -> Stop:
-    todo = "delete it; download then hashes what is there"
-    return Stop(f"{path}", found, "a record of a download", todo)
+def malformed(path: Path, found: str) -> Stop:
+    return Stop(f"{path}", found, "a record of a download", TODO)
 
 
 def provenance(source: Path) -> dict[str, Any] | None:
-    """What may be said in public of where `source` came from: repo, commit, files' hashes.
+    """Return what is published of where `source` came from: repo, commit, files' hashes.
 
     None when it did not come through download, or not wholly.
     """
@@ -160,7 +161,7 @@ def provenance(source: Path) -> dict[str, Any] | None:
 
 
 def source_name(source: Path) -> str:
-    """REPO@COMMIT of a source that came through download, else the folder's name."""
+    """Return REPO@COMMIT of a source that came through download, else the folder's name."""
     with contextlib.suppress(Stop):
         if record := read_record(source):
             return f"{record.repo}@{record.commit}"

@@ -1,10 +1,9 @@
 """One file from the hub, resumed where it stopped, whatever stopped it.
 
-huggingface_hub 2.4.0 cannot resume inside a file: it writes to a temporary of a random name and
-deletes that on any failure, so a lost connection costs up to a shard (3.5 GB), and so does a
-transfer through hf_xet. Hence the bytes come over plain ranged HTTP here, which every endpoint of
-the hub speaks, into a partial file that is named by the content that it will have. Headers, login,
-redirects and the words for errors stay huggingface_hub's.
+hf_hub_download of huggingface_hub 2.4.0 cannot resume inside a file: it writes to a temporary of a
+random name and deletes that on any failure, so a lost connection or a reboot costs up to a shard
+(3.5 GB). Its http_get can: here it appends to a partial file that is named by the content that it
+will have.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from dsv4.hub import wire
+from dsv4.hub import http
 from dsv4.hub.client import HubFile
-from dsv4.hub.patience import patiently
-from dsv4.hub.refusals import Short, clear_words
+from dsv4.hub.hub_errors import translated
+from dsv4.hub.retry import with_retries
 from dsv4.stop import Stop, naming
 from dsv4.storage import inside, volume
 
@@ -28,11 +27,11 @@ Advance = Callable[[int], Any]  # told how many bytes came (or, negative, were t
 
 
 class Interrupted(Exception):
-    """Another transfer failed, or the user pressed Ctrl-C: leave, keeping what came."""
+    """Another transfer failed, or the user pressed Ctrl-C: stop, keeping what came."""
 
 
 def partial_for(path: Path, file: HubFile) -> Path:
-    """Where `path` grows until it is whole: hidden, beside it, named by its content."""
+    """Return the partial file of `path`: hidden, beside it, named by its content."""
     return path.with_name(f".{path.name}.{file.digest[:12]}.partial")
 
 
@@ -41,7 +40,7 @@ def size_of(path: Path) -> int:
 
 
 def file_hash(path: Path, file: HubFile, advance: Advance = lambda n: None) -> str:
-    """The hash of `path` in the kind that the hub knows `file` by."""
+    """Return the hash of `path` in the kind that the hub knows `file` by."""
     digest = hashlib.sha256()
     if not file.sha256:
         digest = hashlib.sha1(b"blob %d\0" % size_of(path), usedforsecurity=False)
@@ -50,14 +49,6 @@ def file_hash(path: Path, file: HubFile, advance: Advance = lambda n: None) -> s
             digest.update(chunk)
             advance(len(chunk))
     return digest.hexdigest()
-
-
-def bytes_hash(data: bytes, git: bool = False) -> str:
-    """SHA-256 of `data`, or git's blob hash of it."""
-    if git:
-        blob = b"blob %d\0" % len(data) + data
-        return hashlib.sha1(blob, usedforsecurity=False).hexdigest()
-    return hashlib.sha256(data).hexdigest()
 
 
 class Transfer:
@@ -103,7 +94,7 @@ class Transfer:
         return path.relative_to(self.folder).as_posix()
 
     def _open(self, partial: Path) -> IO[bytes]:
-        """A partial file, to write on at its end. Raises Stop for a link or another's file."""
+        """Open a partial file for appending. Raises Stop for a link or another's file."""
         flags = os.O_WRONLY | os.O_APPEND
         return os.fdopen(inside.open_own(self.folder, self._name(partial), flags), "ab")
 
@@ -115,42 +106,16 @@ class Transfer:
         """Append to `partial` until it has the file's size. Raises Stop when that cannot be."""
         if size_of(partial) > file.size:
             self._drop(partial)
-        self._open(partial).close()
-        with clear_words(self.repo):
-            patiently(
-                lambda: self._stream(file, partial),
-                self.patience,
-                lambda: size_of(partial),
-                self.stopped.wait,
-            )
 
-    def _stream(self, file: HubFile, partial: Path) -> None:
-        """One request for what is missing."""
-        have = size_of(partial)
-        if have == file.size:
-            return
-        part = f"bytes={have}-" if have else ""
-        self._go_on()
-        with wire.opened(self.repo, file.name, self.commit, part) as response:
-            if have and response.status_code != 206:  # a server that ignores Range
-                self._drop(partial)
+        def attempt() -> None:
             with naming(partial), self._open(partial) as out:
-                self._write(response, out, file)
+                http.resume(self.repo, file.name, self.commit, out, file.size, self._count)
 
-    def _write(self, response: Any, out: IO[bytes], file: HubFile) -> None:
-        """Append what comes, and leave a server that goes on past the file's size."""
-        position = out.tell()
-        for chunk in response.iter_bytes():
-            self._go_on()
-            kept = chunk[: file.size - position]
-            out.write(kept)
-            position += len(kept)
-            self.advance(len(kept))
-            if len(kept) < len(chunk):
-                break
-        if position < file.size:
-            raise Short(f"{file.name} ending after {position:,} of {file.size:,} bytes")
+        with translated(self.repo):
+            with_retries(attempt, self.patience, lambda: size_of(partial), self.stopped.wait)
 
-    def _go_on(self) -> None:
+    def _count(self, nbytes: int) -> None:
+        """Report progress. Raises Interrupted once the transfer shall stop."""
         if self.stopped.is_set():
             raise Interrupted
+        self.advance(nbytes)

@@ -1,30 +1,30 @@
-"""A published checkpoint's JSON and headers, laid out as a folder, without its tensors.
+"""A published checkpoint's JSON and headers, written as a folder, without its tensors.
 
-Each shard becomes a file of the right length that holds the header and then a hole, so that
-whatever judges a local folder by headers judges a published one by the same code. A bundle of
-180 GB costs some 30 MB of transfer: index, labels, and a hundred thousand header entries.
+Each shard becomes a sparse file of the right length with the header's bytes, so that the code that
+reads a local folder's headers reads a published one's. A bundle of 180 GB costs some 30 MB of
+transfer: index, labels, and a hundred thousand header entries. huggingface_hub's
+get_safetensors_metadata returns a parsed header; offsets and faults are in the bytes of it.
 """
 
 from __future__ import annotations
 
 import tempfile
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dsv4.hub import client, wire
+from dsv4.hub import client, http
 from dsv4.hub.client import HubFile
-from dsv4.hub.patience import patiently
-from dsv4.hub.refusals import Short, clear_words
-from dsv4.hub.transfer import Transfer
-from dsv4.stop import Stop
+from dsv4.hub.file_transfer import Transfer
+from dsv4.hub.hub_errors import translated
+from dsv4.hub.retry import with_retries
 from dsv4.storage import volume
+from dsv4.storage.checkpoint import INDEX, read_index
 from dsv4.storage.shard import MAX_HEADER, Tensor, read_shard
 
 FIRST = 64 << 10  # bytes of a shard that are asked for at once; upstream's headers have 60 kB
-LARGEST = 200_000_000  # of a JSON file that is read whole
-MOST = 10**9  # bytes in all that one skeleton may cost
 WHOLE = (".json", ".jinja", ".py")
 WORKERS = 8
 
@@ -45,22 +45,21 @@ class Skeleton:
         return sum(file.size for file in self.files)
 
     def count(self, nbytes: int) -> None:
-        """Add to what was read. Raises Stop when that is more than a bundle's JSON and headers."""
+        """Add to what was read."""
         with self.lock:
             self.read += nbytes
-        if self.read > MOST:
-            raise Stop(
-                f"hub: {self.repo}", f"more than {MOST:,} bytes of JSON and headers",
-                "some 30 MB of them", "do not use this bundle",
-            )  # fmt: skip
 
 
 def fetch_skeleton(
-    repo: str, revision: str, folder: Path, patience: float, wanted: tuple[str, ...] = ("*",)
+    repo: str,
+    revision: str,
+    folder: Path,
+    patience: float,
+    wanted: Callable[[str], bool] = client.is_any_file,
 ) -> Skeleton:
     """Make `folder` look like `repo` at `revision` to everything that reads JSON and headers.
 
-    Raises Stop when the hub does not give them, or when they are beyond all bounds.
+    Raises Stop when the hub does not give them.
     """
     listing = client.listing(repo, revision, patience, wanted)
     skeleton = Skeleton(repo, listing.commit, listing.files)
@@ -68,7 +67,7 @@ def fetch_skeleton(
     volume.check_case(f"hub: {repo}", (file.name for file in listing.files), folder)
     transfer = Transfer(repo, listing.commit, folder, patience, lambda count: None)
     with ThreadPoolExecutor(WORKERS) as pool:
-        running = [pool.submit(lay, skeleton, transfer, file) for file in listing.files]
+        running = [pool.submit(write_sparse, skeleton, transfer, file) for file in listing.files]
         try:
             for done in running:
                 done.result()
@@ -79,12 +78,11 @@ def fetch_skeleton(
     return skeleton
 
 
-def lay(skeleton: Skeleton, transfer: Transfer, file: HubFile) -> None:
-    """Lay one file of the skeleton: whole, or header and hole, or a hole alone."""
+def write_sparse(skeleton: Skeleton, transfer: Transfer, file: HubFile) -> None:
+    """Write one file of the skeleton: full content, header plus sparse data, or fully sparse."""
     path = transfer.folder / file.name
     path.parent.mkdir(parents=True, exist_ok=True)
     if file.name.endswith(WHOLE):
-        check_length(skeleton.repo, file)
         skeleton.count(file.size)
         transfer.fetch(file)
         return
@@ -99,30 +97,31 @@ def lay(skeleton: Skeleton, transfer: Transfer, file: HubFile) -> None:
 
 
 def tensors(repo: str, revision: str) -> dict[str, Tensor]:
-    """Every tensor of a published checkpoint by name, from the shards' headers.
+    """Return every tensor of a published checkpoint by name, from the headers of the shards that
+    its index names; without an index, of all in the root.
 
     Paths are the shards' names. Raises Stop as `fetch_skeleton` and `read_shard` do.
     """
     found = {}
     with tempfile.TemporaryDirectory(prefix="headers-") as work:
         folder = Path(work)
-        skeleton = fetch_skeleton(repo, revision, folder, 0, ("*.safetensors",))
-        for file in skeleton.files:
-            for name, tensor in read_shard(folder / file.name).tensors.items():
-                found[name] = replace(tensor, path=Path(file.name))
+        skeleton = fetch_skeleton(repo, revision, folder, 0, is_tensor_file)
+        shards = {file.name for file in skeleton.files} - {INDEX}
+        if (folder / INDEX).exists():
+            shards &= set(read_index(folder).values())
+        for name in sorted(shards):
+            for tensor in read_shard(folder / name).tensors.values():
+                found[tensor.name] = replace(tensor, path=Path(name))
     return found
 
 
-def check_length(repo: str, file: HubFile) -> None:
-    if file.size > LARGEST:
-        raise Stop(
-            f"hub: {repo}: {file.name}", f"{file.size:,} bytes", f"at most {LARGEST:,}",
-            "do not use this bundle",
-        )  # fmt: skip
+def is_tensor_file(name: str) -> bool:
+    """True for the index and the shards of the root."""
+    return name == INDEX or ("/" not in name and name.endswith(".safetensors"))
 
 
 def read_header(repo: str, commit: str, file: HubFile, patience: float) -> bytes:
-    """The first bytes of a shard, at least its header unless its length makes no sense."""
+    """Return the first bytes of a shard, at least its header unless its length is impossible."""
     head = read_range(repo, commit, file, 0, min(FIRST, file.size), patience)
     needed = 8 + int.from_bytes(head[:8], "little")
     if len(head) < needed <= min(file.size, MAX_HEADER):
@@ -133,22 +132,8 @@ def read_header(repo: str, commit: str, file: HubFile, patience: float) -> bytes
 def read_range(
     repo: str, commit: str, file: HubFile, begin: int, end: int, patience: float
 ) -> bytes:
-    """Bytes `begin` to `end` of a published file; no more is read, whatever the server sends."""
-
-    def ask() -> bytes:
-        with wire.opened(repo, file.name, commit, f"bytes={begin}-{end - 1}") as response:
-            skip = 0 if response.status_code == 206 else begin  # a server that ignores Range
-            data = bytearray()
-            for chunk in response.iter_bytes():
-                data += chunk[min(skip, len(chunk)) :]
-                skip -= min(skip, len(chunk))
-                if len(data) >= end - begin:
-                    break
-        if len(data) < end - begin:
-            raise Short(f"{file.name} ending before byte {end:,}")
-        return bytes(data[: end - begin])
-
+    """Return bytes `begin` to `end` of a published file. Raises Stop when the hub does not."""
     if begin == end:
         return b""
-    with clear_words(repo):
-        return patiently(ask, patience)
+    with translated(repo):
+        return with_retries(lambda: http.read_range(repo, file.name, commit, begin, end), patience)

@@ -1,4 +1,4 @@
-"""Bring a source to the state of one pinned commit, whatever is there already."""
+"""Bring a source folder to one pinned commit, whatever is there already."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import errno
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -14,19 +14,20 @@ from tqdm import tqdm
 
 from dsv4.hub import client
 from dsv4.hub.client import HubFile
-from dsv4.hub.origin import RECORD, Record, read_record
-from dsv4.hub.refusals import Gone
-from dsv4.hub.transfer import Interrupted, Transfer, file_hash, partial_for, size_of
+from dsv4.hub.file_transfer import Interrupted, Transfer, file_hash, partial_for, size_of
+from dsv4.hub.hub_errors import RevisionNotFound
+from dsv4.hub.provenance import RECORD, Record, read_record
 from dsv4.stop import Stop
 from dsv4.storage import inside, locks, volume
 from dsv4.storage.checkpoint import INDEX, read_index
 
 PATIENCE = 300  # seconds without a byte, after which a transfer gives up
 WORKERS = 4  # files at once: one HTTP stream seldom fills a fast line
+SINGLE = "model.safetensors"  # the shard of a checkpoint that has no index
 
 
 def recorded(source: Path, repo: str, revision: str) -> Record | None:
-    """The record of a complete download of this revision whose files are untouched, else None."""
+    """Return the record of a complete, untouched download of this revision, else None."""
     record = read_record(source)
     if record is None or record.repo != repo:
         return None
@@ -34,8 +35,9 @@ def recorded(source: Path, repo: str, revision: str) -> Record | None:
     return record if same and record.is_complete(source) else None
 
 
-def remaining(source: Path, files: tuple[HubFile, ...]) -> int:
-    """Bytes still to fetch: files that are absent or of another size, less their partial parts."""
+def remaining(source: Path, files: Iterable[HubFile]) -> int:
+    """Return the bytes still to fetch: absent files, and those of another size, less what their
+    partial files hold."""
     total = 0
     for file in files:
         path = source / file.name
@@ -44,7 +46,7 @@ def remaining(source: Path, files: tuple[HubFile, ...]) -> int:
     return total
 
 
-# ------------------------------------------------------------------------------------ the pin
+# --- The pinned commit ----------------------------------------------------------------------------
 
 
 def check_pin(source: Path, record: Record, repo: str, revision: str) -> None:
@@ -78,10 +80,10 @@ def pin(source: Path, repo: str, revision: str, patience: float) -> Record:
 
 @contextlib.contextmanager
 def at_pin(source: Path, record: Record) -> Iterator[None]:
-    """Say, when the pinned commit is no longer on the hub, what stays and how to go on."""
+    """Raise a Stop that says how to go on, when the pinned commit is no longer on the hub."""
     try:
         yield
-    except Gone:
+    except RevisionNotFound:
         raise Stop(
             f"hub: {record.repo}", f"the pinned commit {record.commit[:12]} gone from the hub",
             "it there, as when this download began",
@@ -91,7 +93,7 @@ def at_pin(source: Path, record: Record) -> Iterator[None]:
 
 
 def report_news(record: Record) -> None:
-    """Say when the revision stands for another commit by now. Silent when the hub is silent."""
+    """Print when the revision stands for another commit by now. Errors of the hub are ignored."""
     with contextlib.suppress(Stop):
         now = client.commit_of(record.repo, record.revision)
         if now != record.commit:
@@ -101,20 +103,20 @@ def report_news(record: Record) -> None:
             )
 
 
-# ---------------------------------------------------------------------------- what is there
+# --- Files on the disk ----------------------------------------------------------------------------
 
 
-def hash_present(source: Path, record: Record, again: bool) -> None:
-    """Hash every file that is there and not known (with `again`: every file), and record it.
+def hash_present(source: Path, record: Record, names: list[str], again: bool) -> None:
+    """Hash those of the files that are there and not verified (with `again`: all), and record it.
 
     Raises Stop when some differ from the hub's, after moving them aside; before anything is done
     when a link leads out of the folder on the way to one.
     """
-    for name in record.files:
+    for name in names:
         inside.kind(source, name)
     todo = [
-        file
-        for name, file in record.files.items()
+        record.files[name]
+        for name in names
         if (source / name).is_file() and (again or not record.is_verified(source, name))
     ]
     wrong = []
@@ -139,27 +141,62 @@ def hash_present(source: Path, record: Record, again: bool) -> None:
         )
 
 
-def check_listing(source: Path, record: Record) -> None:
-    """Raise Stop when the index names a shard that the repository does not have."""
-    missing = sorted(set(read_index(source).values()) - set(record.files))
+def select_shards(source: Path, record: Record) -> None:
+    """Keep in the record the shards that the index names; without an index, model.safetensors.
+
+    A repository may hold others (an adapter's, consolidated ones), which are not fetched. Raises
+    Stop when it lacks one that is named.
+    """
+    if INDEX in record.files:
+        where, named = f"{source / INDEX}", set(read_index(source).values())
+    else:
+        where, named = f"hub: {record.repo}, which has no {INDEX}", {SINGLE}
+    missing = sorted(named - set(record.files))
     if missing:
         raise Stop(
-            f"{source / INDEX}", f"{missing[0]} and {len(missing) - 1} more that the hub lacks",
+            where, f"{missing[0]} and {len(missing) - 1} more that the hub lacks",
             "only shards that can be fetched", "use another revision",
         )  # fmt: skip
+    before = len(record.files)
+    record.keep_shards(named)
+    if len(record.files) < before:
+        record.write(source)
 
 
-# ------------------------------------------------------------------------------------ fetching
+# --- Fetching -------------------------------------------------------------------------------------
+
+
+def fetch_documents(
+    source: Path, record: Record, patience: float, workers: int, again: bool = False
+) -> None:
+    """Fetch what is missing of the JSON and text files, and select the shards by the index.
+
+    Raises Stop for failures, and as `hash_present` and `select_shards` do.
+    """
+    fetch(source, record, documents(record), patience, workers, again)
+    select_shards(source, record)
+
+
+def fetch_shards(
+    source: Path, record: Record, patience: float, workers: int, again: bool = False
+) -> None:
+    """Fetch the shards that are missing. Raises Stop for failures, and as `hash_present` does."""
+    names = [name for name in record.files if name not in documents(record)]
+    fetch(source, record, names, patience, workers, again)
+
+
+def documents(record: Record) -> list[str]:
+    """Return the names of all files but the shards."""
+    return [name for name in record.files if not name.endswith(".safetensors")]
 
 
 def fetch(
-    source: Path, record: Record, patience: float, workers: int, shards_too: bool = True
+    source: Path, record: Record, names: list[str], patience: float, workers: int, again: bool
 ) -> None:
-    """Fetch what is missing: first JSON and text, then, when the index agrees, the shards."""
-    missing = [file for name, file in record.files.items() if not record.is_verified(source, name)]
-    shards = [file for file in missing if file.name.endswith(".safetensors")]
-    needed = remaining(source, tuple(missing))
-    total = sum(file.size for file in missing)
+    """Hash those of the files that are there, and fetch the others, with a progress bar."""
+    hash_present(source, record, names, again)
+    missing = [record.files[name] for name in names if not record.is_verified(source, name)]
+    needed, total = remaining(source, missing), sum(file.size for file in missing)
     with tqdm(
         total=total, initial=total - needed, unit="B", unit_scale=True, desc="download",
         disable=None if missing else True,
@@ -171,10 +208,7 @@ def fetch(
                 bar.update(count)
 
         transfer = Transfer(record.repo, record.commit, source, patience, advance)
-        fetch_all(transfer, record, [file for file in missing if file not in shards], workers)
-        check_listing(source, record)
-        if shards_too:
-            fetch_all(transfer, record, shards, workers)
+        fetch_all(transfer, record, missing, workers)
 
 
 def fetch_all(transfer: Transfer, record: Record, files: list[HubFile], workers: int) -> None:
@@ -196,7 +230,7 @@ def fetch_all(transfer: Transfer, record: Record, files: list[HubFile], workers:
 
 
 def first_cause(error: BaseException, running: dict) -> BaseException:
-    """The error to tell: a full disk in the project's words, and never a mere Interrupted."""
+    """Return the error to raise: for a full disk a Stop, and never a mere Interrupted."""
     if isinstance(error, Interrupted):
         causes = [f.exception() for f in running if f.done() and not f.cancelled()]
         error = next((c for c in causes if c and not isinstance(c, Interrupted)), error)
