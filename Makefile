@@ -63,14 +63,14 @@ endif
 TOOLCHAIN_PYTHON ?= .toolchain/$(STACK)/bin/python
 # Where the server listens, on this machine only.
 PORT ?= 8010
-# How routed experts are stored: mlx (as mx.quantize does, 5 bits a weight), optimal (5 bits, least
-# error), exact5 (6 bits, exact), mxfp4 (4.25 bits, exact; not every runtime), lossless (mxfp4, and
-# everything else as the source has it too, FP8 as mxfp8; STACK=new), affineBgG (B bits in groups of G
-# columns, least error: affine2g64), affineBgG-mx (as mx.quantize does), small (2.67 bits, a shape for
-# which vMLX has fused kernels), turboquant2 (2 bits, jang's TurboQuant, for vMLX on Metal alone).
+# How routed experts are stored: mlx (as mx.quantize does, 5 bits a weight), mxfp4 (4.25 bits, exact;
+# not every runtime), lossless (mxfp4, and everything else as the source has it too, FP8 as mxfp8;
+# STACK=new), affineBgG (B bits in groups of G columns, least error: affine4g32 has mlx's form), small
+# (2.67 bits, a shape for which vMLX has fused kernels), turboquant2 (2 bits, jang's TurboQuant, for
+# vMLX on Metal alone).
 # Changing it on a finished bundle requantizes from the source.
 QUANTIZER ?= mlx
-# With optimal, affineBgG or small: a llama.cpp/ds4 importance matrix (.dat) that weighs the error; empty for none.
+# With affineBgG or small: a llama.cpp/ds4 importance matrix (.dat) that weighs the error; empty for none.
 IMATRIX ?=
 # The bundle that fits your Mac: FIT=96GB (its memory, with CONTEXT tokens) or SIZE=88GB (the bundle's
 # own) plan a mixture of forms by layer. PLAN: the file that holds it, which you may edit, or your own.
@@ -327,7 +327,7 @@ unrepair: .venv/installed ## put back every file that repair changed, byte for b
 evaluate: .venv/installed $(TOOLCHAIN) ## how far is the bundle from its source? (BUNDLES="a b", TEXT, TOKENS, DEVICE)
 	$(PYTHON) scripts/evaluate.py --out $(STAMPS)/evaluate
 
-# For QUANTIZER=optimal. Reads the source once.
+# For QUANTIZER=affine4g32 and its like. Reads the source once.
 imatrix: .venv/installed $(TOOLCHAIN) ## measure how much each column of each expert matters, for IMATRIX (TEXT, DEVICE)
 	$(PYTHON) scripts/imatrix.py --out $(STAMPS)/imatrix.dat
 

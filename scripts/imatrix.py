@@ -2,7 +2,7 @@
 
 The source runs losslessly over a calibration text, one layer at a time, as in evaluate; the mean
 square of what comes in at every column of every routed expert's three matrices is what
-QUANTIZER=optimal weighs its error by (IMATRIX=FILE). For w2 that is the activation times the
+QUANTIZER=affine4g32 weighs its error by (IMATRIX=FILE). For w2 that is the activation times the
 router's weight, which DeepSeek's own code multiplies before w2.
 
 The text of dsv4/streaming, written for this, has 70 kB, 19,586 tokens of DeepSeek's, of prose,

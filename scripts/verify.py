@@ -32,7 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add_setting(parser, "BUNDLE", required=True)
     add_setting(parser, "SOURCE", if_there=True, help="the FP4/FP8 source to compare with")
-    add_setting(parser, "IMATRIX", help="what `optimal` was given (.dat)")
+    add_setting(parser, "IMATRIX", help="what the quantizer was given (.dat)")
     add_setting(
         parser, "LEVEL", default=2, metavar="{1,2}", help="1: headers and JSON, 2: every number"
     )

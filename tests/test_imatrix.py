@@ -18,7 +18,7 @@ from dsv4.model.opening import expert_bases, open_bundle, open_source
 from dsv4.stop import Stop
 from dsv4.storage.shard import read_array
 from dsv4.weights.imatrix import FLOOR, entry_name, importances, open_imatrix, usable
-from dsv4.weights.quantizer import Optimal
+from dsv4.weights.quantizer import named
 
 SIZES = small.Sizes(layers=2, experts=3, mtp=1, hidden=64, width=32)
 
@@ -68,7 +68,7 @@ def test_each_expert_gets_its_own_slice(tmp_path: Path) -> None:
 def test_a_bundle_holds_what_its_imatrix_makes_best(tmp_path: Path) -> None:
     source, bundle, _ = small.make(tmp_path, SIZES, seed=52)
     path = write(tmp_path / "i.dat", example(2))
-    options = ("--quantizer", "optimal", "--imatrix", path)
+    options = ("--quantizer", "affine4g32", "--imatrix", path)
     dry = requantize(source, bundle, *options, "--dry-run")
     assert "18 of 27 expert matrices have importances (9 of MTP layers have none" in dry.stdout
     assert "data set talk.txt" in dry.stdout
@@ -76,7 +76,7 @@ def test_a_bundle_holds_what_its_imatrix_makes_best(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     opened, origin = open_bundle(bundle), open_source(source)
     found = importances(open_imatrix(path), origin).columns
-    quantizer, changed = Optimal(), 0
+    quantizer, changed = named("affine4g32"), 0
     for base in expert_bases(origin):
         packed = read_array(origin.tensors[f"{base}.weight"]).view(np.uint8).reshape(-1)
         exponents = read_array(origin.tensors[f"{base}.scale"]).reshape(-1)
@@ -91,14 +91,14 @@ def test_a_bundle_holds_what_its_imatrix_makes_best(tmp_path: Path) -> None:
             changed += base in found and not np.array_equal(array, plain[part])
     assert changed > 10
     other = write(tmp_path / "other.dat", example(3))
-    again = requantize(source, bundle, "--quantizer", "optimal", "--imatrix", other)
+    again = requantize(source, bundle, "--quantizer", "affine4g32", "--imatrix", other)
     assert "nothing to do" not in again.stdout
     assert "nothing to do" in requantize(source, bundle, *options[:3], other).stdout
 
 
 def test_the_native_converter_weighs_errors_alike(tmp_path: Path) -> None:
     source, bundle, _ = small.make(tmp_path, replace(SIZES, whole=True), seed=53)
-    options = ("--quantizer", "optimal", "--imatrix", write(tmp_path / "i.dat", example(4)))
+    options = ("--quantizer", "affine4g32", "--imatrix", write(tmp_path / "i.dat", example(4)))
     assert requantize(source, bundle, *options).returncode == 0
     must("convert", "--source", source, "--bundle", tmp_path / "native", *options)
     theirs, ours = open_bundle(bundle).tensors, open_bundle(tmp_path / "native").tensors
@@ -111,7 +111,9 @@ def test_the_native_converter_weighs_errors_alike(tmp_path: Path) -> None:
 def test_verify_recomputes_what_an_imatrix_made(tmp_path: Path) -> None:
     source, bundle, _ = small.make(tmp_path, SIZES, seed=54)
     path = write(tmp_path / "i.dat", example(5))
-    assert requantize(source, bundle, "--quantizer", "optimal", "--imatrix", path).returncode == 0
+    assert (
+        requantize(source, bundle, "--quantizer", "affine4g32", "--imatrix", path).returncode == 0
+    )
     command = [
         sys.executable,
         SCRIPTS / "verify.py",
@@ -164,13 +166,13 @@ def test_a_run_that_is_stopped_by_its_imatrix_writes_nothing(tmp_path: Path) -> 
     entries["blk.1.ffn_up_exps.weight"][7] = np.nan
     before = {path.name: path.read_bytes() for path in bundle.iterdir()}
     path = write(tmp_path / "i.dat", entries)
-    done = requantize(source, bundle, "--quantizer", "optimal", "--imatrix", path)
+    done = requantize(source, bundle, "--quantizer", "affine4g32", "--imatrix", path)
     assert done.returncode == 1
     assert "negative, infinite or NaN" in done.stderr
     changed = [p.name for p in bundle.iterdir() if before.get(p.name) != p.read_bytes()]
     assert len(changed) < len(before)  # shards before the bad expert are done, and stay valid
     wrong = requantize(source, bundle, "--imatrix", path)
-    assert (wrong.returncode, "QUANTIZER=mlx, expected optimal" in wrong.stderr) == (1, True)
+    assert (wrong.returncode, "QUANTIZER=mlx, expected affineBgG" in wrong.stderr) == (1, True)
 
 
 def test_experts_that_were_never_reached_count_all_columns_alike() -> None:

@@ -96,13 +96,37 @@ def test_what_f16_cannot_hold_stops_and_what_it_loses_is_counted() -> None:
     assert quantized(packed, np.array([[80, 80]], np.uint8), 3, 64)[1].tally.underflows == 1
 
 
-def test_names_of_widths_and_the_two_that_have_others() -> None:
+def test_names_of_widths() -> None:
     assert is_known("affine2g64")
-    assert is_known("affine3g128-mx")
-    assert [n for n in ("affine4g32", "affine4g32-mx", "affine7g64", "affine2g16", "", None)
+    assert is_known("affine4g32")
+    assert [n for n in ("affine4g32-mx", "affine7g64", "affine2g16", "optimal", "exact5", "", None)
             if is_known(n)] == []  # fmt: skip
     assert named("affine3g64").label == {"group_size": 64, "bits": 3, "mode": "affine"}
-    assert named("affine2g64-mx").digest != named("affine3g64-mx").digest
+
+
+# The search over all assignments of values to levels, which this quantizer has taken the place of,
+# left .0429 of normal weights by the same rule.
+def test_four_bits_in_groups_of_32_leave_half_of_what_mlx_leaves() -> None:
+    packed, scales, values = matrix(512, 6)
+    found, errors = quantized(packed, scales, 4, 32)
+    assert errors.tally.relative <= 0.052
+    exact = (found == values).reshape(-1, 32).all(axis=1).mean()
+    assert exact >= 0.4
+
+
+@pytest.mark.parametrize(("bits", "size"), SHAPES)
+def test_weights_so_uneven_that_no_turn_helps_are_no_fault_of_the_source(
+    bits: int, size: int
+) -> None:
+    """31 zeros and one -4 that hardly counts, beside a zero that counts for all: sums of float32
+    lose it, no range gets better, and a division by zero said that the values are too large."""
+    packed = np.zeros((1, size // 2), np.uint8)
+    packed[0, 7] = 0xE0
+    importance = np.full(size, 0.1)
+    importance[[13, 15]] = 700, 1e-3
+    scales = np.full((1, size // 32), 127, np.uint8)
+    found, _ = quantized(packed, scales, bits, size, importance)
+    assert np.abs(found - fp4.decode(packed, scales, "test")).max() < 0.5
 
 
 def test_small_is_labelled_by_projection_and_held_to_its_bytes(source, tmp_path) -> None:

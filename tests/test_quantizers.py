@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shutil
 import subprocess
 from pathlib import Path
 
+import bundles
 import ml_reference
 import mlx.core as mx
 import numpy as np
@@ -19,12 +21,13 @@ from dsv4.model import labels
 from dsv4.model.opening import expert_bases, expert_labels, open_bundle, open_source
 from dsv4.stop import Stop
 from dsv4.storage.checkpoint import check_index
-from dsv4.storage.shard import read_array
+from dsv4.storage.shard import Planned, read_array, write_shard
 from dsv4.weights.affine import BadGroup
-from dsv4.weights.quantizer import QUANTIZERS
+from dsv4.weights.quantizer import named
 
-EXACT = ("exact5", "mxfp4")
-NAMES = sorted(QUANTIZERS.keys() - {"turboquant2"})  # of which test_turboquant.py
+NAMES = ("mlx", "affine4g32", "mxfp4", "lossless")  # turboquant2: test_turboquant.py
+# Quantizers that are no more: what is like their bundles, and the name that these record.
+GONE = {"optimal": "affine4g32", "exact5": "affine5g32", "affine3g64-mx": "affine3g64"}
 
 
 def requantize(source: Path, bundle: Path, name: str, *options: str) -> subprocess.CompletedProcess:
@@ -38,7 +41,7 @@ def digests(bundle: Path) -> dict[str, str]:
 
 def encode(name: str, packed: np.ndarray, exponents: np.ndarray) -> dict[str, np.ndarray]:
     """One matrix, packed (out, in/2) and exponents (out, in/32), as the parts of a quantizer."""
-    quantizer = QUANTIZERS[name]()
+    quantizer = named(name)
     sizes = {"U32": (4, np.uint32), "F16": (2, np.float16), "U8": (1, np.uint8)}
     parts = labels.parts_of(quantizer.label, len(packed), 2 * packed.shape[1])
     flat = {
@@ -56,53 +59,20 @@ def decode(label: dict, parts: dict[str, np.ndarray]) -> np.ndarray:
     return np.array(mx.dequantize(*arrays, **label, stream=mx.cpu).astype(mx.float32))
 
 
-@pytest.mark.parametrize("name", EXACT)
-def test_every_value_at_every_exponent_comes_back_exactly(name: str) -> None:
-    exponents = np.arange(104, 141, dtype=np.uint8)[:, None]
+def test_every_value_at_every_exponent_comes_back_exactly() -> None:
+    name, exponents = "mxfp4", np.arange(104, 141, dtype=np.uint8)[:, None]
     packed = np.tile(np.arange(0, 256, 17, dtype=np.uint8), (len(exponents), 1))
     packed[::2] = packed[::2, ::-1]
-    decoded = decode(QUANTIZERS[name].label, encode(name, packed, exponents))
+    decoded = decode(named(name).label, encode(name, packed, exponents))
     assert np.array_equal(decoded, ml_reference.decode(packed, exponents))
 
 
-@pytest.mark.parametrize("name", EXACT)
-def test_random_matrices_come_back_exactly(name: str) -> None:
-    rng = np.random.default_rng(11)
+def test_random_matrices_come_back_exactly() -> None:
+    name, rng = "mxfp4", np.random.default_rng(11)
     packed = rng.integers(0, 256, (96, 80)).astype(np.uint8)
     exponents = rng.integers(104, 141, (96, 5)).astype(np.uint8)
-    decoded = decode(QUANTIZERS[name].label, encode(name, packed, exponents))
+    decoded = decode(named(name).label, encode(name, packed, exponents))
     assert np.array_equal(decoded, ml_reference.decode(packed, exponents))
-
-
-def test_exact5_packs_levels_as_mlx_does() -> None:
-    levels = np.array([12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0] * 2)
-    bits = (levels[:, None] >> np.arange(5) & 1).astype(np.uint8)
-    expected = np.packbits(bits.reshape(-1), bitorder="little")
-    packed = np.frombuffer(bytes.fromhex("1032547698badcfe" * 2), np.uint8)[None]
-    parts = encode("exact5", packed, np.array([[127]], np.uint8))
-    assert parts["weight"].tobytes() == expected.tobytes()
-    assert (parts["scales"][0, 0], parts["biases"][0, 0]) == (0.5, -6)
-
-
-@pytest.mark.parametrize("exponent", [0, 103])
-def test_exact5_turns_groups_below_f16_into_zeros_and_counts_them(exponent: int) -> None:
-    packed = np.full((1, 16), 0x21, np.uint8)
-    quantizer = QUANTIZERS["exact5"]()
-    parts = {p: np.empty(n, np.uint8) for p, n in (("weight", 20), ("scales", 2), ("biases", 2))}
-    tally = quantizer.encode(packed[0], np.array([exponent], np.uint8), parts)
-    assert tally.underflows == 1
-    assert tally.error == tally.energy
-    assert not parts["scales"].any()
-    assert not parts["biases"].any()
-
-
-@pytest.mark.parametrize("exponent", [141, 254])
-def test_exact5_refuses_what_f16_cannot_hold_but_takes_zeros(exponent: int) -> None:
-    exponents = np.array([[exponent]], np.uint8)
-    with pytest.raises(BadGroup, match="too large"):
-        encode("exact5", np.full((1, 16), 0x10, np.uint8), exponents)
-    zeros = encode("exact5", np.full((1, 16), 0x80, np.uint8), exponents)
-    assert not decode(QUANTIZERS["exact5"].label, zeros).any()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -115,7 +85,7 @@ def assert_made_with(name: str, source: Path, bundle: Path) -> None:
     """Every expert holds what the quantizer gives; index, labels and record agree."""
     opened, origin = open_bundle(bundle), open_source(source)
     check_index(opened, "test")
-    label = QUANTIZERS[name].label
+    label = named(name).label
     assert all(one == label for one in expert_labels(opened).values())
     assert labels.recorded_quantizer(opened.config) == name
     for base in expert_bases(origin):
@@ -146,7 +116,7 @@ def test_a_stock_bundle_becomes_what_the_quantizer_gives(tmp_path: Path, name: s
 
 def test_a_change_of_quantizer_starts_from_the_source_again(tmp_path: Path) -> None:
     source, bundle, expected = small.make(tmp_path, small.Sizes(), seed=22)
-    for name in ("exact5", "mxfp4", "optimal", "mlx"):
+    for name in ("affine5g32", "mxfp4", "affine4g32", "mlx"):
         done = requantize(source, bundle, name)
         assert (done.returncode, done.stderr) == (0, ""), name
         assert_made_with(name, source, bundle)
@@ -155,7 +125,7 @@ def test_a_change_of_quantizer_starts_from_the_source_again(tmp_path: Path) -> N
         assert read_array(opened.tensors[name]).tobytes() == np.ascontiguousarray(array).tobytes()
 
 
-@pytest.mark.parametrize(("first", "then"), [("mlx", "mxfp4"), ("mxfp4", "exact5")])
+@pytest.mark.parametrize(("first", "then"), [("mlx", "mxfp4"), ("mxfp4", "affine5g32")])
 def test_a_change_that_was_interrupted_goes_on(tmp_path: Path, first: str, then: str) -> None:
     sizes = small.Sizes(bundle_shard=5)
     source, bundle, _ = small.make(tmp_path, sizes, seed=23)
@@ -168,10 +138,10 @@ def test_a_change_that_was_interrupted_goes_on(tmp_path: Path, first: str, then:
 
 def test_a_change_of_mind_in_the_middle_leads_back(tmp_path: Path) -> None:
     source, bundle, _ = small.make(tmp_path, small.Sizes(bundle_shard=5), seed=24)
-    assert requantize(source, bundle, "exact5").returncode == 0
+    assert requantize(source, bundle, "affine5g32").returncode == 0
     assert requantize(source, bundle, "mxfp4", "--part", "1/2").returncode == 0
-    assert requantize(source, bundle, "exact5").returncode == 0
-    assert_made_with("exact5", source, bundle)
+    assert requantize(source, bundle, "affine5g32").returncode == 0
+    assert_made_with("affine5g32", source, bundle)
 
 
 def test_another_source_still_stops_whatever_the_quantizer(tmp_path: Path) -> None:
@@ -179,7 +149,7 @@ def test_another_source_still_stops_whatever_the_quantizer(tmp_path: Path) -> No
     other, _, _ = small.make(tmp_path / "two", small.Sizes(), seed=26)
     assert requantize(source, bundle, "mlx").returncode == 0
     before = digests(bundle)
-    done = requantize(other, bundle, "exact5")
+    done = requantize(other, bundle, "affine5g32")
     assert done.returncode == 1
     assert "a shard made from source" in done.stderr
     assert digests(bundle) == before
@@ -220,10 +190,9 @@ def test_a_bundle_fits_its_own_label_and_no_other(tmp_path: Path, name: str) -> 
     config = json.loads((bundle / "config.json").read_text())
     base = "layers.0.ffn.experts.0.w1"
     stored = labels.stored_label(open_bundle(bundle).tensors, base, config)
-    assert stored == config["quantization"][base] == QUANTIZERS[name].label
-    others = [quantizer.label for quantizer in QUANTIZERS.values()]
-    shared = ("mlx", "optimal"), ("mxfp4", "lossless")  # one form of the experts, in pairs
-    assert sum(stored == label for label in others) == 1 + any(name in pair for pair in shared)
+    assert stored == config["quantization"][base] == named(name).label
+    same = {"mlx", "affine4g32"} if name in ("mlx", "affine4g32") else {"mxfp4", "lossless"}
+    assert {other for other in NAMES if named(other).label == stored} == same
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -237,9 +206,67 @@ def test_verify_passes_every_quantizer_and_fails_it_under_anothers_label(
     options = ("--bundle", bundle, "--source", source, "--without-loader")
     assert "passed" in must("verify", *options)
     config = json.loads((bundle / "config.json").read_text())
-    other = QUANTIZERS["exact5" if name != "exact5" else "mxfp4"].label
+    other = labels.affine(5)
     labelled = {key: other if ".experts." in key else value
                 for key, value in config["quantization"].items()}  # fmt: skip
     config["quantization"] = labelled
     (bundle / "config.json").write_text(json.dumps(config))
     assert script("verify", *options, "--level", "1").returncode == 1
+
+
+@pytest.fixture(scope="module", params=GONE)
+def gone(request, source: Path, stock: Path, tmp_path_factory) -> tuple[Path, str]:
+    """A bundle whose shards and config.json record a quantizer that this version does not have."""
+    bundle = shutil.copytree(stock, tmp_path_factory.mktemp("gone") / "bundle")
+    name = request.param
+    must("requantize", "--source", source, "--bundle", bundle, "--quantizer", GONE[name])
+    must("finalize", "--source", source, "--bundle", bundle)
+    must("patch", "--bundle", bundle)
+    for file, shard in open_bundle(bundle).shards.items():
+        arrays = [
+            Planned(
+                t.name, t.dtype, t.shape, functools.partial(lambda a: [a], read_array(t).copy())
+            )
+            for t in shard.tensors.values()
+        ]
+        if "requantize_quantizer" in shard.metadata:
+            mark = {"requantize_quantizer": name, "requantize_table": "0123456789abcdef"}
+            write_shard(bundle / file, arrays, shard.metadata | mark)
+    config = json.loads((bundle / "config.json").read_text())
+    config["requantize"] = {"quantizer": name, "table": "0123456789abcdef"}
+    (bundle / "config.json").write_text(json.dumps(config))
+    return bundle, name
+
+
+def test_a_bundle_of_a_quantizer_that_is_gone_is_judged_by_its_errors(gone, source, tmp_path):
+    bundle, name = gone
+    assert bundles.judge(bundle, None, level=1).names == set()
+    findings = bundles.judge(bundle, source)
+    assert (findings.names, findings.errors) == ({"quantizer-unknown"}, [])
+    assert name in bundles.places(findings, "quantizer-unknown")
+    done = script("verify", "--bundle", bundle, "--source", source, "--without-loader")
+    assert done.returncode == 0
+    assert "a quantizer that this version does not have" in done.stdout + done.stderr
+    damaged = shutil.copytree(bundle, tmp_path / "damaged")
+    arrays = bundles.load(damaged)
+    arrays["layers.1.ffn.experts.3.w1.scales"][1].view(np.float16)[:] *= 2
+    metadata = next(iter(open_bundle(damaged).shards.values())).metadata
+    bundles.save(damaged, arrays, 1, metadata)
+    assert any("layers.1.ffn.experts.3.w1" in str(f) for f in bundles.judge(damaged, source).errors)
+
+
+def test_a_bundle_of_a_quantizer_that_is_gone_is_kept_or_made_anew(gone, source, tmp_path):
+    bundle, _ = gone
+    options = ("--source", source, "--quantizer", "mlx")
+    assert "nothing to repair" in must("repair", "--bundle", bundle, *options, "--without-loader")
+    half = shutil.copytree(bundle, tmp_path / "half")
+    arrays, shards = bundles.load(half), open_bundle(half).shards
+    del arrays["layers.1.ffn.experts.3.w1.scales"]
+    bundles.save(half, arrays, 1, next(iter(shards.values())).metadata)
+    refused = script("repair", "--bundle", half, *options, "--without-loader")
+    assert refused.returncode == 1
+    assert "; make requantize to make every expert" in refused.stderr
+    anew = shutil.copytree(bundle, tmp_path / "anew")
+    must("requantize", "--bundle", anew, *options)
+    must("patch", "--bundle", anew)
+    assert bundles.judge(anew, source).names == set()

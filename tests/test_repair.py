@@ -288,7 +288,9 @@ def test_one_stock_layer_in_a_bundle_from_elsewhere(good, source, tmp_path):
 def test_experts_of_another_quantizer_than_those_that_stay_are_refused(case):
     bundle, source = case
     stock_experts(bundle, source)
-    last = script("repair", "--bundle", bundle, "--source", source, "--quantizer", "exact5", *FAST)
+    last = script(
+        "repair", "--bundle", bundle, "--source", source, "--quantizer", "affine5g32", *FAST
+    )
     assert last.returncode == 1
     assert "set QUANTIZER to theirs" in last.stderr
     assert "QUANTIZER=mlx" in last.stderr

@@ -278,7 +278,7 @@ def test_two_runs_at_once_make_one_bundle(tmp_path: Path) -> None:
         ("2/3", [], "another run"),
         ("2/3", ["--part", "2/3"], "another run"),
         ("2/3", ["--part", "2/2"], "a part of 3 begun"),
-        ("2/3", ["--part", "1/3", "--quantizer", "optimal"], "a part with other settings begun"),
+        ("2/3", ["--part", "1/3", "--quantizer", "affine4g32"], "a part with other settings begun"),
         ("2/3", ["--part", "1/3"], ""),
     ],
     ids=["whole-whole", "part-whole", "same-part", "overlapping", "other-quantizer", "disjoint"],

@@ -203,7 +203,7 @@ def test_what_no_command_could_take_is_one_line_that_names_the_setting(name, mon
 
 def test_a_quantizer_or_converter_that_nobody_knows_is_one_line(monkeypatch):
     monkeypatch.setenv("RECIPE_QUANTIZER", "int4")
-    with pytest.raises(Stop, match="QUANTIZER: found 'int4', expected one of exact5, "):
+    with pytest.raises(Stop, match="QUANTIZER: found 'int4', expected one of lossless, "):
         add_choice(argparse.ArgumentParser())
     monkeypatch.setenv("RECIPE_CONVERTER", "gguf")
     with pytest.raises(Stop, match="CONVERTER: found 'gguf', expected one of native, jang"):

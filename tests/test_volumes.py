@@ -265,8 +265,8 @@ def test_sixty_four_open_files_are_enough_for_any_number_of_shards(source, tmp_p
         for name, *arguments in (
             ("check", *folders, "--python", sys.executable),
             ("convert", *folders, *jobs, "--shard-bytes", 30_000),
-            ("requantize", *folders, *jobs, "--quantizer", "optimal", "--part", "1/1"),
-            ("requantize", *folders, *jobs, "--quantizer", "optimal"),
+            ("requantize", *folders, *jobs, "--quantizer", "affine4g32", "--part", "1/1"),
+            ("requantize", *folders, *jobs, "--quantizer", "affine4g32"),
             ("finalize", *folders),
             ("patch", "--bundle", bundle),
             ("verify", *folders, *jobs, "--without-loader"),

@@ -22,22 +22,25 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from on_weights import flash_bytes
+from on_weights import by_mlx, flash_bytes
 from pictures import Curve, curves
 from rooms import NANO, NEW
 from through_model import SOURCE, TENSORS, Streamed, every_logit, lessons, model_error, stage
 
 from dsv4.model.names import is_expert
-from dsv4.model.opening import open_bundle
+from dsv4.model.opening import expert_labels, open_bundle, open_source
 from dsv4.stop import run
 from dsv4.storage.durable import write_bytes, write_json
+from dsv4.storage.shard import read_array
+from dsv4.weights import fp4
 
 TURBO = "turboquant2"
 OURS = (
     "affine2g128", "affine2g64", "small", "affine2g32", "affine3g128", "affine3g64", "affine3g32",
     "mxfp4",
 )  # fmt: skip
-THEIRS = tuple(f"{name}-mx" for name in OURS if name.startswith("affine"))
+MLX = "-mx"  # what mx.quantize makes, in a form of ours
+THEIRS = tuple(f"{name}{MLX}" for name in OURS if name.startswith("affine"))
 # Bits a weight of the routed experts that mixtures are planned to.
 MIXTURES = (2.5, 2.75, 3.0, 3.5)
 # The nano: bytes of everything but experts, and of its experts at one bit a weight, MTP included.
@@ -76,12 +79,12 @@ def size_of(name: str, bits: float) -> float:
     if name.startswith("mixture"):
         low, high = flash_bytes("affine2g128"), flash_bytes("mxfp4")
         return low + (high - low) * (bits - 2.25) / (4.25 - 2.25)
-    return flash_bytes(name)
+    return flash_bytes(name.removesuffix(MLX))
 
 
 def make(name: str, bundle: Path) -> None:
     """A bundle of the nano; a mixture's name is its bits and, with "any", that shapes are free."""
-    options: tuple[object, ...] = ("--quantizer", name)
+    options: tuple[object, ...] = ("--quantizer", name.removesuffix(MLX))
     if name.startswith("mixture"):
         plan, bits = bundle.with_name(f"{bundle.name}.json"), float(name.split()[1])
         options = ("--quantizer", "mixture", "--plan", plan)
@@ -91,6 +94,20 @@ def make(name: str, bundle: Path) -> None:
     stage("convert", "--source", NANO, "--bundle", bundle, *options)
     stage("finalize", "--source", NANO, "--bundle", bundle)
     stage("patch", "--bundle", bundle)
+    if name.endswith(MLX):
+        replace_experts(bundle)
+
+
+def replace_experts(bundle: Path) -> None:
+    """Put what mx.quantize makes of each expert in the place of what is there, of the same form."""
+    source, made = open_source(NANO).tensors, open_bundle(bundle)
+    for base, label in expert_labels(made).items():
+        packed, scales = (read_array(source[f"{base}.{part}"]) for part in ("weight", "scale"))
+        for part, array in by_mlx(fp4.decode(packed, scales, base), label).items():
+            tensor = made.tensors[f"{base}.{part}"]
+            with tensor.path.open("r+b") as file:
+                file.seek(tensor.offset)
+                file.write(array.tobytes())
 
 
 def measure(args: argparse.Namespace, work: Path) -> list[Point]:

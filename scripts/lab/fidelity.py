@@ -29,7 +29,7 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from on_weights import WeightError, flash_bytes, weight_error
+from on_weights import MEASURED, WeightError, flash_bytes, weight_error
 from pictures import Bar, bars
 from rooms import NEW
 from through_model import (
@@ -49,7 +49,6 @@ from dsv4.runtime.toolchain import call
 from dsv4.settings import add_setting
 from dsv4.stop import run
 from dsv4.storage.durable import write_bytes, write_json
-from dsv4.weights.quantizer import QUANTIZERS
 from dsv4.weights.synthetic import RULES
 
 JANG = "convert_dsv4_jang"
@@ -64,7 +63,7 @@ APART = (JANG, TURBO)
 def make_bundles(source: Path, work: Path, python: Path) -> dict[str, Path]:
     """A bundle for each quantizer, and upstream's other converter's."""
     bundles = {}
-    for name in QUANTIZERS:
+    for name in MEASURED:
         bundle = bundles[name] = work / name
         stage("convert", "--source", source, "--bundle", bundle, "--quantizer", name)
         stage("finalize", "--source", source, "--bundle", bundle)
@@ -150,8 +149,8 @@ def readme_rows(weights: list[WeightError], models: list[ModelError]) -> str:
 CAVEAT = """\
 The first table is about the format and holds for every model with such weights. The second is about
 a model of 2 million parameters: it shows the order of the quantizers, not the size of their effect
-in the full one. Everything but the routed experts is 8-bit in all bundles but lossless; what exact5
-and mxfp4 leave is that alone. convert_dsv4_jang quantizes the experts as mlx does."""
+in the full one. Everything but the routed experts is 8-bit in all bundles but lossless; what mxfp4
+leaves is that alone. convert_dsv4_jang quantizes the experts as mlx does."""
 
 
 def picture(weights: list[WeightError], models: list[ModelError]) -> str:
@@ -196,7 +195,7 @@ def main() -> int:
         weight_error(name, kind, rule)
         for kind in ("normal", "laplace")
         for rule in RULES
-        for name in QUANTIZERS
+        for name in MEASURED
     ]
     print(weights_table(weights), flush=True)
     models = []

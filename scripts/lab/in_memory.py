@@ -7,13 +7,14 @@ from collections.abc import Callable
 
 import numpy as np
 import rooms  # noqa: F401
+from on_weights import MEASURED
 from race import GROUPS, WIDE
 
 from dsv4.model.labels import parts_of
 from dsv4.model.names import GROUP
 from dsv4.storage.shard import ITEMSIZE
 from dsv4.weights.fp4 import E2M1, UE8M0
-from dsv4.weights.quantizer import QUANTIZERS
+from dsv4.weights.quantizer import named
 from dsv4.weights.synthetic import RULES, pack, random_weights, to_fp4
 
 
@@ -28,7 +29,7 @@ def kernel_times(rule: str, runs: int) -> dict[str, float]:
     decoder = np.stack([E2M1[np.arange(256) & 15], E2M1[np.arange(256) >> 4]], axis=-1)
 
     def turn_of(name: str) -> Callable[[], None]:
-        quantizer = QUANTIZERS[name]()
+        quantizer = named(name)
         shapes = parts_of(quantizer.label, *WIDE).items()
         sizes = {part: ITEMSIZE[kind] * int(np.prod(shape)) for part, (kind, shape) in shapes}
         parts = {part: np.empty(size, np.uint8) for part, size in sizes.items()}
@@ -43,7 +44,7 @@ def kernel_times(rule: str, runs: int) -> dict[str, float]:
     def jang() -> None:
         tq_quantize_weight(decode().reshape(WIDE), bits=2)
 
-    turns = {name: turn_of(name) for name in QUANTIZERS} | {PLAN_KERNEL: plan, JANG_KERNEL: jang}
+    turns = {name: turn_of(name) for name in MEASURED} | {PLAN_KERNEL: plan, JANG_KERNEL: jang}
     spent: dict[str, list[float]] = {name: [] for name in turns}
     for _ in range(runs + 1):  # the first compiles and is not counted
         for name, act in turns.items():

@@ -44,7 +44,7 @@ from dsv4.served.questions import MOON
 from dsv4.stop import Stop, run
 from dsv4.storage.durable import write_json
 
-RIGHT = ("mlx", "optimal", "exact5", "mxfp4", "lossless")
+RIGHT = ("mlx", "affine4g32", "mxfp4", "lossless")
 # A bundle of random weights with compress ratios 4 and 128: no answers, but logits of prompts that
 # are longer than the sliding window (128) and hold more compressed blocks than are looked at (8).
 RANDOM, LENGTHS = "random", (24, 160)

@@ -11,15 +11,16 @@ import rooms  # noqa: F401
 import turbo_kernels
 from source_tensors import FLASH, headers
 
-from dsv4.model.labels import TURBO, parts_of
+from dsv4.model.labels import TURBO, affine, parts_of
 from dsv4.model.names import GROUP
 from dsv4.model.plan import plan_shards
 from dsv4.storage.shard import ITEMSIZE, NUMPY_DTYPE, Slot
-from dsv4.weights.quantizer import Quantizer, named
+from dsv4.weights.quantizer import QUANTIZERS, Quantizer, named
 from dsv4.weights.synthetic import pack, random_weights, to_fp4
 
 OUT, COLUMNS = 2048, 4096
 SEED = 2026
+MEASURED = (*QUANTIZERS, "affine4g32")  # by fidelity.py and bench.py
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,22 @@ def expert(kind: str, rule: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     packed = pack(halves).reshape(OUT, COLUMNS // 2)
     scale_bytes = (exponents + 127).astype(np.uint8).reshape(OUT, COLUMNS // GROUP)
     return packed, scale_bytes, np.ldexp(halves.astype(np.float32), exponents[:, None] - 1)
+
+
+def by_mlx(values: np.ndarray, label: dict) -> dict[str, np.ndarray]:
+    """What mx.quantize makes of float32 (out, in), scales and biases rounded to F16."""
+    import mlx.core as mx
+
+    weight, *rest = mx.quantize(mx.array(values), **label, stream=mx.cpu)
+    scales, biases = (np.array(part.astype(mx.float16)) for part in rest)
+    return {"weight": np.array(weight), "scales": scales, "biases": biases}
+
+
+def mlx_error(bits: int, size: int, kind: str, rule: str) -> float:
+    """The relative RMS error of mx.quantize at any width, to compare affineBgG with."""
+    true, label = expert(kind, rule)[2].reshape(OUT, COLUMNS), affine(bits, size)
+    wrong = decode(label, by_mlx(true, label)).astype(np.float64) - true
+    return float(np.sqrt((wrong**2).mean() / (true.astype(np.float64) ** 2).mean()))
 
 
 def weight_error(name: str, kind: str, rule: str) -> WeightError:

@@ -23,7 +23,7 @@ from dsv4.stop import Stop
 from dsv4.storage.checkpoint import INDEX, Checkpoint
 from dsv4.storage.durable import human
 from dsv4.storage.space import check_room
-from dsv4.weights.quantizer import Quantizer, chosen
+from dsv4.weights.quantizer import Quantizer, chosen, is_known
 from dsv4.words import plain
 
 
@@ -108,9 +108,11 @@ def marks_all(
         name = f"{odd[0]}"
     else:
         return len(marked) == len(shards)
+    gone = other is not None and not is_known(other["requantize_quantizer"])
+    every = "make requantize to make every expert"
     raise Stop(f"{bundle.folder}", f"{len(kept):,} right expert matrices of {name}",
                f"the form of {shown(made)}",
-               "set QUANTIZER to theirs, or make requantize to make every expert")  # fmt: skip
+               every if gone else f"set QUANTIZER to theirs, or {every}")  # fmt: skip
 
 
 def was_requantized(bundle: Checkpoint, file: str) -> bool:

@@ -290,19 +290,3 @@ def as_long(form: Form) -> dict[str, str]:
 def weights_of(names: Iterable[str]) -> list[str]:
     """Those of the source's names that have a counterpart of their own: all but the scales."""
     return [name for name in names if kind(name) != "scale"]
-
-
-def bundle_keys(name: str, expert: dict[str, Any]) -> tuple[str, ...]:
-    """The tensors of a finished bundle that hold the source tensor `name`.
-
-    >>> bundle_keys("head.weight", DEFAULT), bundle_keys("embed.weight", DEFAULT)
-    (('head.weight',), ('embed.weight', 'embed.scales', 'embed.biases'))
-    """
-    what = kind(name)
-    if what == "scale":
-        return ()
-    if what not in ("expert", "affine8"):
-        return (name,)
-    base, label = name.removesuffix(".weight"), expert if what == "expert" else DEFAULT
-    base = stack_base(base) if label["mode"] == TURBO else base
-    return tuple(f"{base}.{part}" for part in parts_of(label, 1, GROUP))

@@ -1,6 +1,6 @@
 """Level 2's shortcut: which bytes need no decoding, because every case of them was judged before.
 
-What `mlx` and `exact5` write for a group depends on its exponent and on its least and greatest
+What `mlx` writes for a group depends on its exponent and on its least and greatest
 value alone, and within a group on each code alone. So a group for each such case, holding every
 code between its ends, goes through the quantizer and then through kernels.py, which decodes it
 in its own way and holds every weight to the quantizer's promise. Where an exponent passes, bytes
@@ -19,7 +19,7 @@ from dsv4.storage.reading import as_float32
 from dsv4.weights.affine import RANK, BadGroup
 from dsv4.weights.quantizer import Quantizer
 
-BY_CASE = ("mlx", "exact5")
+BY_CASE = ("mlx",)
 
 
 def cases() -> np.ndarray:

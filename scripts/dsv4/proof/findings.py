@@ -290,8 +290,8 @@ FAULTS = {
         WARNING,
     ),
     "quantizer-unknown": Fault(
-        "The shards name a quantizer, or a table of it, that this verify cannot recompute; bounds "
-        "hold.",
+        "The shards name a quantizer that this version does not have, or a table of it that it "
+        "cannot make again; the experts are judged by the size of their errors.",
         "name the imatrix that it was made with, if any: make verify IMATRIX=FILE; or requantize",
         WARNING,
     ),

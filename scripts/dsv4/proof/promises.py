@@ -31,13 +31,9 @@ class Promise:
 
 
 # Measured: mx.quantize errs by at most one step (the far end is clipped) and by 8.6% RMS on
-# Gaussian FP4 weights; 5 bits with scale 0.5 · 2^e and bias -6 · 2^e are exact; MXFP4 keeps the
-# source's own bytes.
+# Gaussian FP4 weights; MXFP4 keeps the source's own bytes.
 PROMISES = {
     "mlx": Promise(),
-    # Zeros may move, and a clipped end may lie more than a step away; 4.9 to 6.7% was measured.
-    "optimal": Promise(steps=2.0, zeros=False),
-    "exact5": Promise(steps=0.0, rms=0.0),
     "mxfp4": Promise(steps=0.0, rms=0.0),
     "lossless": Promise(steps=0.0, rms=0.0),
 }
@@ -52,7 +48,7 @@ CEILING = {2: 1.2, 3: 0.5, 4: 0.2, 5: 0.08, 6: 0.04, 8: 0.015}
 
 def promise_of(quantizer: str | None, label: dict[str, Any]) -> Promise:
     """The promise of a recorded quantizer for a module stored as `label` says; of one without a
-    name here, what any may promise.
+    name here, such as those that earlier versions had, what any may promise.
 
     None, for a bundle without a record, is taken for mx.quantize.
     """
@@ -61,7 +57,7 @@ def promise_of(quantizer: str | None, label: dict[str, Any]) -> Promise:
     ceiling = CEILING[label["bits"]]
     if quantizer is None and label == EXPERT:
         return Promise()
-    if quantizer is None or quantizer.endswith("-mx"):
+    if quantizer is None:
         return Promise(rms=ceiling)
     if quantizer.startswith("affine") or quantizer in MIXTURES:
         return Promise(steps=CLIPPED, zeros=False, rms=ceiling)

@@ -7,7 +7,7 @@ of what a hub answers, and every check of level 1 works on either.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,6 @@ class Survey:
     files: dict[str, int]
     documents: dict[str, dict[str, Any]]
     unread: frozenset[str] = frozenset()
-    notes: dict[str, str] = field(default_factory=dict)
 
     @property
     def config(self) -> dict[str, Any]:

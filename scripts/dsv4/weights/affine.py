@@ -21,14 +21,14 @@ import numpy as np
 from dsv4.model.names import GROUP
 from dsv4.stop import Stop
 from dsv4.weights.fp4 import E2M1, UE8M0
-from dsv4.weights.vectors import ENERGY_BITS, look_up
 
 BITS = 4
 # A code's place among the 15 values -6 … 6; both zeros are number 7.
 RANK = np.array([7, 8, 9, 10, 11, 12, 13, 14, 7, 6, 5, 4, 3, 2, 1, 0])
 
 OK, UNDERFLOW, BAD = 0, 1, 2  # what an entry says of its case
-ERROR_MAX = (1 << 14) - 1  # of a squared error in its row's unit: 32 of them take 19 bits
+ERROR_MAX = (1 << 14) - 1  # of a squared error in its row's unit
+SUM_BITS = 13  # a group's 32 squares of values × 4, at most 32 × 144
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,9 @@ class Table:
 
     entries: int64 (65536,), index exponent << 8 | least rank << 4 | greatest rank; bits 0–15 the
       scale and 16–31 the bias (F16 bits), 32–47 the row, 48–49 OK, UNDERFLOW or BAD.
-    rows: uint8 (n, 64), four lookups by code: the level; the value's square × 4; low and high byte
-      of the squared error in the row's unit. Values and errors are in units of 2^exponent.
+    rows: int32 (n, 16), by code: bits 0–3 the level; from bit 4 on SUM_BITS for the value's square
+      × 4; above them the squared error in the row's unit. Values and errors are in units of
+      2^exponent.
     units: float64 (n,), each row's unit of squared errors.
     powers: float64 (256,), 4^(e - 127): turns squares in those units into squares.
     digest: 16 hex digits that change when any answer does.
@@ -77,6 +78,17 @@ class BadGroup(Exception):
     def __init__(self, group: int, found: str, expected: str) -> None:
         super().__init__(found)
         self.group, self.found, self.expected = group, found, expected
+
+
+def bad_exponent(group: int, exponent: int) -> BadGroup:
+    """The error for a group whose exponent byte is 255 or too large for F16."""
+    if exponent == 255:
+        return BadGroup(group, "scale byte 255 (NaN)", "bytes from 0 to 254")
+    return BadGroup(
+        group,
+        f"scale byte {exponent}: values too large for an F16 scale or bias",
+        "values that F16 can hold",
+    )
 
 
 def build_table() -> Table:
@@ -187,8 +199,10 @@ def _assemble(
         | which << 32
         | flags << 48
     )
-    rows, units = _rows(levels[kinds], steps[kinds], offsets[kinds])
-    digest = hashlib.sha256(entries.astype("<i8").tobytes() + rows.tobytes()).hexdigest()[:16]
+    columns, units = _rows(levels[kinds], steps[kinds], offsets[kinds])
+    digest = hashlib.sha256(entries.astype("<i8").tobytes() + columns.tobytes()).hexdigest()[:16]
+    level, energy, low, high = columns.astype(np.int64).reshape(-1, 4, 16).swapaxes(0, 1)
+    rows = (level | energy << 4 | (high << 8 | low) << (4 + SUM_BITS)).astype(np.int32)
     return Table(entries, rows, units, np.ldexp(1.0, 2 * (np.arange(256) - 127)), digest)
 
 
@@ -212,8 +226,10 @@ def _distinct(
 def _rows(
     levels: np.ndarray, steps: np.ndarray, offsets: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and units of a Table.
+    """What the rows of a Table hold, uint8 (n, 64), and its units.
 
+    Four columns for each code: the level; the value's square × 4; low and high byte of the squared
+    error.
     levels: (n, 16), -1 where a code lies outside a case's range and so never meets its row; scale
     and bias in units of 2^exponent, (n,).
     """
@@ -245,14 +261,8 @@ def quantize(
         packed, exponents, table.entries, table.rows, table.units, table.powers,
         weight, scales, biases,
     )  # fmt: skip
-    if bad >= 0 and exponents[bad] == 255:
-        raise BadGroup(bad, "scale byte 255 (NaN)", "bytes from 0 to 254")
     if bad >= 0:
-        raise BadGroup(
-            bad,
-            f"scale byte {exponents[bad]}: values too large for an F16 scale or bias",
-            "values that F16 can hold",
-        )
+        raise bad_exponent(bad, int(exponents[bad]))
     return Tally(energy, error, underflows)
 
 
@@ -319,8 +329,15 @@ def _quantize(packed, exponents, entries, rows, units, powers, weight, scales, b
             steps[i] = entry
             offsets[i] = entry >> 16
             row = (entry >> 32) & 0xFFFF
-            sums = look_up(words, i, rows, row, levels)
+            sums = 0
+            for half in range(2):
+                codes, made = words[2 * i + half], 0
+                for place in range(0, 64, 4):
+                    found = rows[row, (codes >> place) & 15]
+                    made |= (found & 15) << place
+                    sums += found >> 4
+                levels[2 * i + half] = made
             power = powers[bytes_[i]]
-            energy += (sums & ((1 << ENERGY_BITS) - 1)) * power
-            error += (sums >> ENERGY_BITS) * (units[row] * power)
+            energy += (sums & ((1 << SUM_BITS) - 1)) * power
+            error += (sums >> SUM_BITS) * (units[row] * power)
     return -1, underflows, energy / 4, error

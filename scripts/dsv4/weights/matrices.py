@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -31,15 +29,15 @@ PIECE_ELEMENTS = 1 << 20  # decoded at a time: 4 MB of float32
 _one_at_a_time = threading.Lock()  # MLX has one CPU stream; its evaluation is not ours to race in
 
 
-def quantize(values: np.ndarray, label: dict[str, Any] = DEFAULT) -> dict[str, np.ndarray]:
-    """float32 (rows, columns) → weight uint32, scales and biases float16; or other bits.
+def quantize(values: np.ndarray) -> dict[str, np.ndarray]:
+    """float32 (rows, columns) → weight uint32, scales and biases float16.
 
     A scale or bias beyond F16 comes out as infinity, which the caller must look for.
     """
     import mlx.core as mx  # here, because importing it takes longer than most runs' planning
 
     with _one_at_a_time:
-        answer = mx.quantize(mx.array(values), **label, stream=mx.cpu)
+        answer = mx.quantize(mx.array(values), **DEFAULT, stream=mx.cpu)
         mx.eval(*answer)
         weight, scales, biases = (np.array(part) for part in answer)
     with np.errstate(over="ignore"):
@@ -50,18 +48,8 @@ def quantize(values: np.ndarray, label: dict[str, Any] = DEFAULT) -> dict[str, n
         }
 
 
-def dequantize(parts: Mapping[str, np.ndarray], label: dict[str, Any]) -> np.ndarray:
-    """What MLX decodes them to, float32 (rows, columns); scales and biases are widened first."""
-    import mlx.core as mx
-
-    with _one_at_a_time:
-        rest = [mx.array(parts[part].astype(np.float32)) for part in ("scales", "biases")]
-        return np.array(mx.dequantize(mx.array(parts["weight"]), *rest, **label, stream=mx.cpu))
-
-
-def digest(label: dict[str, Any] = DEFAULT) -> str:
-    """16 hex digits that change when the installed MLX quantizes, to 8 bits if not told others, in
-    another way.
+def digest() -> str:
+    """16 hex digits that change when the installed MLX quantizes to 8 bits in another way.
 
     Asked: 2,048 groups of a fixed sequence, in sizes from 2^-16 to 2^15, some one-sided.
     """
@@ -70,7 +58,7 @@ def digest(label: dict[str, Any] = DEFAULT) -> str:
     values[::7] = np.abs(values[::7])
     values[3::7] = -np.abs(values[3::7])
     values *= np.exp2(np.arange(2048) % 32 - 16).astype(np.float32)[:, None]
-    parts = quantize(values.reshape(512, -1), label)  # rows of whole groups of any size
+    parts = quantize(values.reshape(512, -1))
     return hashlib.sha256(b"".join(part.tobytes() for part in parts.values())).hexdigest()[:16]
 
 

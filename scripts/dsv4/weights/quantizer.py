@@ -17,12 +17,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from dsv4.model import labels
-from dsv4.model.names import GROUP
 from dsv4.model.plan import Form
 from dsv4.settings import Unfit, add_setting
 from dsv4.stop import Stop
 from dsv4.storage.checkpoint import Checkpoint
-from dsv4.weights import affine, exact, fp4, least_squares, matrices, optimal, turboquant
+from dsv4.weights import affine, least_squares, turboquant
 from dsv4.weights.affine import Tally
 from dsv4.weights.imatrix import EVEN, Importance, told
 from dsv4.weights.mixture import name_of, read_plan
@@ -98,60 +97,6 @@ class MlxAffine(Uniform):
         )
 
 
-class Optimal(Uniform):
-    """4-bit affine with the least squared error; weighted by column where an imatrix says so."""
-
-    name = "optimal"
-    label = labels.EXPERT
-    form = Form(label)
-
-    def __init__(self, importance: Importance = EVEN) -> None:
-        self._table = optimal.build_table()
-        self.importance = importance.columns
-        self.digest = self._table.digest + importance.suffix
-
-    def encode(
-        self,
-        packed: np.ndarray,
-        exponents: np.ndarray,
-        parts: Mapping[str, np.ndarray],
-        importance: np.ndarray | None = None,
-    ) -> Tally:
-        return optimal.quantize(
-            self._table,
-            packed.view(np.int64),
-            exponents,
-            np.empty(0, np.float32) if importance is None else importance,
-            parts["weight"].view(np.int64),
-            parts["scales"].view(np.uint16),
-            parts["biases"].view(np.uint16),
-        )
-
-
-class Exact5(Uniform):
-    """5-bit affine that decodes to the source's values exactly: 6.0 bits a weight."""
-
-    name = "exact5"
-    label = labels.EXPERT | {"bits": exact.BITS}
-    form = Form(label)
-    digest = "1"
-
-    def encode(
-        self,
-        packed: np.ndarray,
-        exponents: np.ndarray,
-        parts: Mapping[str, np.ndarray],
-        importance: np.ndarray | None = None,
-    ) -> Tally:
-        return exact.quantize(
-            packed,
-            exponents,
-            parts["weight"].view(np.uint32),
-            parts["scales"].view(np.uint16),
-            parts["biases"].view(np.uint16),
-        )
-
-
 class Mxfp4(Uniform):
     """The source's own FP4 bytes, under the label that says so: 4.25 bits a weight."""
 
@@ -167,7 +112,10 @@ class Mxfp4(Uniform):
         parts: Mapping[str, np.ndarray],
         importance: np.ndarray | None = None,
     ) -> Tally:
-        return exact.copy(packed, exponents, parts["weight"], parts["scales"])
+        if (bad := np.flatnonzero(exponents == 255)).size:
+            raise affine.bad_exponent(int(bad[0]), 255)
+        parts["weight"][:], parts["scales"][:] = packed, exponents
+        return Tally()  # of no error: the sum of squares would be read by nobody
 
 
 class Lossless(Mxfp4):
@@ -221,35 +169,6 @@ class LeastSquares(Uniform):
         ).tally
 
 
-class MlxAt(Uniform):
-    """What `mx.quantize` gives at any width, to compare with."""
-
-    def __init__(self, bits: int, size: int) -> None:
-        self.name, self.label = f"affine{bits}g{size}-mx", labels.affine(bits, size)
-        self.form, self.digest = Form(self.label), matrices.digest(self.label)
-
-    def encode(
-        self,
-        packed: np.ndarray,
-        exponents: np.ndarray,
-        parts: Mapping[str, np.ndarray],
-        importance: np.ndarray | None = None,
-    ) -> Tally:
-        if (bad := np.flatnonzero(exponents == 255)).size:
-            raise exact.bad_exponent(int(bad[0]), 255)
-        values = fp4.decode(packed.reshape(len(exponents), -1), exponents[:, None], "")
-        values = values.reshape(-1, self.label["group_size"])
-        made = matrices.quantize(values, self.label)
-        for part, array in made.items():
-            parts[part][:] = array.reshape(-1).view(np.uint8)
-        if (bad := np.flatnonzero(~np.isfinite(made["scales"] + made["biases"]).all(axis=1))).size:
-            group = int(bad[0]) * (self.label["group_size"] // GROUP)
-            raise exact.bad_exponent(group, int(exponents[group]))
-        error = values - matrices.dequantize(made, self.label)
-        return Tally(float(np.square(values, dtype=np.float64).sum()),
-                     float(np.square(error, dtype=np.float64).sum()))  # fmt: skip
-
-
 class Mixture:
     """Experts of several forms: by projection, or by layer and projection as a plan has them."""
 
@@ -284,25 +203,21 @@ SMALL = {"gate_proj": labels.affine(2, 64), "up_proj": labels.affine(2, 64),
          "down_proj": labels.affine(2, 32)}  # fmt: skip
 QUANTIZERS: dict[str, Callable[[], Quantizer]] = {
     "mlx": MlxAffine,
-    "optimal": Optimal,
-    "exact5": Exact5,
     "mxfp4": Mxfp4,
     "lossless": Lossless,
     "turboquant2": TurboQuant2,
 }
-_AFFINE = re.compile(r"affine([234568])g(32|64|128)(-mx)?")
+_AFFINE = re.compile(r"affine([234568])g(32|64|128)")
 NAMES = (
     f"{', '.join(sorted(QUANTIZERS))}, small, {' and '.join(labels.PLANNED)} (with a plan), "
-    "affineBgG or affineBgG-mx: B bits, 2 to 8, groups of G columns, 32, 64 or 128; 4 bits and 32 "
-    "are optimal and mlx"
+    "affineBgG: B bits, 2 to 8 but 7, groups of G columns, 32, 64 or 128"
 )
 
 
 def is_known(name: str | None) -> bool:
     """Is there a quantizer of that name?"""
-    affine = _AFFINE.fullmatch(name or "")
-    other = affine is not None and affine.group(1, 2) != ("4", "32")
-    return name in QUANTIZERS or name in labels.MIXTURES or other
+    affine = _AFFINE.fullmatch(name or "") is not None
+    return name in QUANTIZERS or name in labels.MIXTURES or affine
 
 
 def named(
@@ -311,15 +226,12 @@ def named(
     stacks: Mapping[str, dict[str, Any]] | None = None,
 ) -> Quantizer:
     """The quantizer of a known name; stacks: what a plan says, for `mixture`."""
-    if name == "optimal":
-        return Optimal(importance)
     if name in QUANTIZERS:
         return QUANTIZERS[name]()
     if name in labels.MIXTURES:
         return Mixture(name, SMALL if name == "small" else stacks or {}, importance)
-    bits, size, mx = _AFFINE.fullmatch(name).groups()
-    made = (int(bits), int(size))
-    return MlxAt(*made) if mx else LeastSquares(*made, importance)
+    bits, size = _AFFINE.fullmatch(name).groups()
+    return LeastSquares(int(bits), int(size), importance)
 
 
 def knowing(quantizer: Quantizer, beyond: Mapping[str, int]) -> Quantizer:
@@ -336,7 +248,7 @@ def knowing(quantizer: Quantizer, beyond: Mapping[str, int]) -> Quantizer:
 
 def weighs(name: str) -> bool:
     """Does that quantizer weigh errors by an importance?"""
-    return name not in QUANTIZERS.keys() - {"optimal"} and not name.endswith("-mx")
+    return name not in QUANTIZERS
 
 
 def parse_name(text: str) -> str:
@@ -357,8 +269,8 @@ def check_choice(args: argparse.Namespace) -> None:
     """Raise Stop when the options do not go together."""
     name = args.quantizer
     if args.imatrix and not weighs(name):
-        raise Stop("IMATRIX", f"QUANTIZER={name}", "optimal, affineBgG, small or mixture: "
-                   "no other one weighs errors", "leave IMATRIX out, or choose one")  # fmt: skip
+        raise Stop("IMATRIX", f"QUANTIZER={name}", "affineBgG, small or mixture: no other "
+                   "one weighs errors", "leave IMATRIX out, or choose one")  # fmt: skip
     if args.plan and name not in labels.PLANNED:
         raise Stop("PLAN", f"QUANTIZER={name}", " or ".join(labels.PLANNED),
                    "leave PLAN, FIT and SIZE out")  # fmt: skip

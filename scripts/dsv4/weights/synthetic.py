@@ -12,7 +12,6 @@ import numpy as np
 from dsv4.model.names import GROUP
 from dsv4.weights.fp4 import E2M1
 
-KINDS = ("normal", "laplace", "student", "uniform")
 RULES = ("ceil", "floor")
 # Halves: 2 × E2M1's magnitudes; and the borders between neighbours.
 _MAGNITUDES = np.rint(2 * E2M1[:8]).astype(np.int64)
@@ -20,14 +19,9 @@ _BORDERS = (_MAGNITUDES[1:] + _MAGNITUDES[:-1]) / 2
 
 
 def random_weights(rng: np.random.Generator, n: int, kind: str) -> np.ndarray:
-    """float64 (n, 32) of one distribution of KINDS; Student's t has 4 degrees of freedom."""
-    draw = {
-        "normal": rng.standard_normal,
-        "laplace": lambda size: rng.laplace(size=size),
-        "student": lambda size: rng.standard_t(4, size=size),
-        "uniform": lambda size: rng.uniform(-1, 1, size),
-    }[kind]
-    return draw((n, GROUP))
+    """float64 (n, 32), of a normal or Laplace distribution; kind: "normal" or "laplace"."""
+    draw = {"normal": rng.standard_normal, "laplace": rng.laplace}[kind]
+    return draw(size=(n, GROUP))
 
 
 def to_fp4(weights: np.ndarray, rule: str) -> tuple[np.ndarray, np.ndarray]:
@@ -40,11 +34,6 @@ def to_fp4(weights: np.ndarray, rule: str) -> tuple[np.ndarray, np.ndarray]:
     scaled = 2 * np.abs(weights) / np.exp2(exponents)[:, None]
     halves = _MAGNITUDES[np.searchsorted(_BORDERS, scaled)]
     return np.where(weights < 0, -halves, halves), exponents.astype(np.int64)
-
-
-def random_groups(rng: np.random.Generator, n: int, kind: str, rule: str) -> np.ndarray:
-    """The values in halves, int64 (n, 32), of random groups."""
-    return to_fp4(random_weights(rng, n, kind), rule)[0]
 
 
 def pack(halves: np.ndarray) -> np.ndarray:

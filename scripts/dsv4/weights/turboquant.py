@@ -19,8 +19,7 @@ import numba
 import numpy as np
 
 from dsv4.model.names import GROUP
-from dsv4.weights.affine import BadGroup, Tally
-from dsv4.weights.exact import bad_exponent
+from dsv4.weights.affine import BadGroup, Tally, bad_exponent
 from dsv4.weights.fp4 import E2M1, UE8M0
 
 BITS, EACH = 2, 16  # of a code; codes in a word of 32 bits
