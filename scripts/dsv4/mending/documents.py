@@ -12,8 +12,7 @@ from dsv4.making.tokenizer_files import REQUIRED, copy, wanted
 from dsv4.mending import others
 from dsv4.mending.job import NEEDS_SOURCE, Repair, faults, is_broken, set_aside, write_index
 from dsv4.mending.whole import files_of_experts, forms, open_whole, wrong_experts
-from dsv4.model import labels
-from dsv4.model.configs import without_code
+from dsv4.model import defaults, labels
 from dsv4.model.template import CHAT_TEMPLATE, ENCODING, release_of, template_for
 from dsv4.proof import conversation, turbo_files
 from dsv4.proof.findings import Findings
@@ -27,6 +26,8 @@ from dsv4.weights.quantizer import QUANTIZERS
 DOCUMENTS = ("config.json", "generation_config.json", "jang_config.json", "tokenizer_config.json")
 METADATA = {
     "config-runs-code": DOCUMENTS,
+    "answer-limit": defaults.DOCUMENTS,
+    "sampling-differs": defaults.DOCUMENTS,
     "label-": ("config.json",),
     "scales-without-label": ("config.json",),
     "eos-": ("config.json", "generation_config.json"),
@@ -139,7 +140,8 @@ def mend_document(repair: Repair, name: str, make: Callable[[], dict[str, Any]])
     elif is_broken(repair.bundle, name):
         repair.say(f"{name}: no JSON object", "made anew")
         return
-    content = without_code(make())
+    source = repair.source.folder if repair.source is not None else None
+    content = metadata.cleaned(repair.bundle, source, name, make())
     metadata.check_json(name, content)
     changes = metadata.differences(repair.bundle, {name: content})
     keys = [change.removeprefix(f"{name}: ") for change in changes]
