@@ -13,8 +13,10 @@ from dsv4.mending import others
 from dsv4.mending.job import NEEDS_SOURCE, Repair, faults, is_broken, set_aside, write_index
 from dsv4.mending.whole import files_of_experts, forms, open_whole, wrong_experts
 from dsv4.model import defaults, labels
+from dsv4.model.names import GROUP
 from dsv4.model.template import CHAT_TEMPLATE, ENCODING, release_of, template_for
 from dsv4.proof import conversation, turbo_files
+from dsv4.proof.documents import group_size
 from dsv4.proof.findings import Findings
 from dsv4.stop import Stop
 from dsv4.storage import bounds
@@ -100,7 +102,7 @@ def mend_metadata(repair: Repair) -> None:
         "config.json": lambda: config(repair, bundle),
         "generation_config.json": lambda: metadata.generation_config(repair.bundle),
         "tokenizer_config.json": lambda: tokenizer_config(repair, found),
-        "jang_config.json": lambda: jang_config(repair),
+        "jang_config.json": lambda: jang_config(repair, found),
     }
     if repair.experts or recorded(bundle) != bundle.config.get(labels.RECORD):
         files.add("config.json")
@@ -184,11 +186,18 @@ def tokenizer_config(repair: Repair, found: Findings) -> dict[str, Any]:
     return content
 
 
-def jang_config(repair: Repair) -> dict[str, Any]:
-    """jang_config.json; what it says of its source stays."""
+def jang_config(repair: Repair, found: Findings) -> dict[str, Any]:
+    """jang_config.json; what it says of its source stays, and of its groups unless that is wrong."""
     path = repair.bundle / "jang_config.json"
     own = read_json(path) if path.is_file() else {}
     kept = {key: own[key] for key in ("source_model", "source") if key in own}
     content = metadata.jang_config(repair.bundle, repair.args.source) | kept
     bundle = others.surveyed(open_whole(repair.bundle))
+    quantized = own.get("quantization")
+    if "jang-config-group-size" in found:
+        content["quantization"]["group_size"] = group_size(bundle) or GROUP
+    elif quantized is not None:
+        content["quantization"] = quantized
+    else:
+        del content["quantization"]
     return content | turbo_files.corrections(content, bundle)
