@@ -20,6 +20,9 @@ as_said = $(if $(filter file,$(origin $(1))),$($(1)),$(value $(1)))
 value_of = $(subst $(begin),,$(subst $(begin)~/,$(value HOME)/,$(begin)$(as_said)))
 begin := <the value begins here>
 on_command_line = $(filter command,$(firstword $(origin $(1))))
+# A path without the slash at its end that shells complete: two spellings, one folder.
+path_of = $(subst $(end),,$(subst /$(end),$(end),$(value_of)$(end)))
+end := <the value ends here>
 # The value if it is one of the names $(2), else something that it is not.
 one_of = $(or $(filter $(2),$(firstword $(as_said))),no $(as_said))
 
@@ -56,6 +59,9 @@ REFERENCE ?=
 # CONVERTER=jang needs.
 STACK ?= new
 STACKS := $(patsubst scripts/stacks/%.txt,%,$(wildcard scripts/stacks/*.txt))
+ifeq ($(STACKS),)
+$(error $(CURDIR): found no scripts/stacks, expected this repository; make -C $(dir $(firstword $(MAKEFILE_LIST))) …)
+endif
 ifneq ($(call as_said,STACK),$(call one_of,STACK,$(STACKS)))
 $(error STACK: found '$(call as_said,STACK)', expected one of $(STACKS))
 endif
@@ -79,7 +85,7 @@ IMATRIX ?=
 FIT ?=
 SIZE ?=
 ANY_SHAPE ?=
-PLAN ?= $(if $(call as_said,FIT)$(call as_said,SIZE),$(call value_of,BUNDLE).plan.json)
+PLAN ?= $(if $(call as_said,FIT)$(call as_said,SIZE),$(call path_of,BUNDLE).plan.json)
 ifneq ($(call as_said,PLAN),)
 ifeq ($(filter mixture-%,$(call as_said,QUANTIZER)),)
 QUANTIZER = mixture
@@ -134,7 +140,7 @@ export PYTHONNOUSERSITE := 1
 # --------------------------------------------------------------------------- names used below
 
 PYTHON := .venv/bin/python
-quoted = '$(subst ','\'',$(value_of))'
+quoted = '$(subst ','\'',$(path_of))'
 KEY := $(shell printf '%s\n' $(call quoted,SOURCE) $(call quoted,BUNDLE) | cksum | cut -d ' ' -f 1)
 STAMPS := build/$(KEY)
 TOOLCHAIN := $(filter $(STACKS:%=.toolchain/%/installed), \

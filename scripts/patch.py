@@ -12,8 +12,13 @@ Each runtime reads other files (found by experiment), so all are told:
 | jang_config.json       | quantization.group_size 32 (else 64 is assumed)     | vMLX 1.6.81      |
 | jang_config.json       | source_model, source: repo, commit, files' hashes   | readers          |
 
-The converter writes the source's local path into source_model; a bundle that may be published names
-the repository and commit instead, as download recorded them, or says that they were not recorded.
+Upstream's converter puts chat.sampling_defaults into jang_config.json: answers of 300 tokens, and
+another temperature than generation_config.json's. What limits answers, or samples otherwise, is
+taken out wherever a runtime reads it (dsv4/model/defaults.py), unless it is the source's; other
+keys stay. The converter also writes the source's local path into source_model; a bundle that may be
+published names the repository and commit instead, as download recorded them, or says that they were
+not recorded.
+
 The template makes the prompts of encoding/encoding_dsv4.py, with the efforts of the release that
 this file is of; somebody else's template stays. Ids come from the bundle's tokenizer, labels from
 the tensors as they lie on disk. Idempotent; each file is replaced whole. Takes seconds. --dry-run

@@ -10,7 +10,8 @@ verify's level 1 says what is wrong; from that each step decides whether it has 
 | index    | entries that are missing, wrong or too many; an index that is gone, or |            |
 |          | another checkpoint's                                                   |            |
 | files    | tokenizer and encoding files that are missing or no JSON               | the source |
-| metadata | labels, stop tokens, chat template, jang_config.json's group size      |            |
+| metadata | labels, stop tokens, chat template, jang_config.json's group size,     |            |
+|          | limits of answers, another sampling than generation_config.json's      |            |
 
 The work is that of requantize, finalize and patch. Right experts stay as they are, whoever made
 them; those that must be made again are made by --quantizer. What cannot be mended is named, the

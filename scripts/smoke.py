@@ -2,8 +2,9 @@
 
 "Write one sentence about the moon." must come back as words and end by itself; "What is 17+28?"
 must have 45 in content or reasoning_content. Every known way of being wrong has its own message:
-nothing but BOS, empty, repetition, cut off by length without an answer, a wrong sum. Exit 0: both
-answers are right; 1: one is not, or no server answers.
+nothing but BOS, empty, repetition, cut off by length without an answer, a wrong sum. Both requests
+have a max_tokens; what ends an answer without one is accept's to ask. Exit 0: both answers are
+right; 1: one is not, or no server answers.
 
     .venv/bin/python scripts/smoke.py --port 8010
 """

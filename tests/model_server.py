@@ -29,6 +29,7 @@ ANSWERS = {
     "Answer in JSON": '{"city": "Paris", "country": "France"}',
     "What is the capital of France?": "The capital of France is Paris.",
     "story": STORY,
+    "whole numbers from 1 to 200": ", ".join(map(str, range(1, 201))),
     "Count from": "one two three " * 50,
 }
 
@@ -162,6 +163,8 @@ def reply(body: dict[str, Any], tokens: int, server: Model) -> tuple[dict[str, A
         content = "I am a very small DeepSeek-V4, trained to test converters."
     if fault == "left-answer" and server.left:
         content, server.left = ANSWERS["Count from"], False
+    if fault == "skips-numbers" and "numbers" in question:
+        content = "1, 2, 3, ..., 200"
     if "story" in question:
         content = STORIES.get(fault, content)
     thinks = body.get("enable_thinking", False) or fault == "thinks-always"
@@ -171,7 +174,12 @@ def reply(body: dict[str, Any], tokens: int, server: Model) -> tuple[dict[str, A
             content, reasoning = f"<think>{reasoning}</think>{content}", reasoning
     if stops := [word for word in body.get("stop", []) if word in content]:
         content = content if fault == "stop-ignored" else content.partition(stops[0])[0]
-    if body["max_tokens"] == 2:
+    if "max_tokens" not in body and fault.startswith("limit-"):
+        tokens_of_it = re.findall(r"\w+|\W+", content)
+        most = int(fault.removeprefix("limit-"))
+        if len(tokens_of_it) > most:
+            content, reason = "".join(tokens_of_it[:most]), "length"
+    if body.get("max_tokens") == 2:
         content, reason = "The moon", "stop" if fault == "wrong-reason" else "length"
     return {"content": content, "reasoning_content": reasoning or None}, reason
 

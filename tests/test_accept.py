@@ -35,6 +35,8 @@ FAULTS = {
     "endless-sentence": {"sentence"},
     "stop-ignored": {"stop-word"},
     "wrong-reason": {"max-tokens"},
+    "limit-300": {"no-max-tokens"},
+    "skips-numbers": {"no-max-tokens"},
     "leaks": {"thinking-on", "effort-high", "effort-max"},
     "thinks-never": {"thinking-on"},
     "thinks-always": {"thinking-off"},
@@ -126,7 +128,7 @@ def test_a_right_server_is_accepted_and_measured(tmp_path):
     assert left_out == {"needle-6000": "CONTEXT=1000", "needle-16000": "CONTEXT=1000"}
     measured = [(s["prompt"], s["at_once"]) for s in result["server"]["speed"]]
     assert measured == [(100, 1), (100, 4), (1000, 1), (1000, 4)]
-    assert "Accepted: 20 cases right, 0 wrong, 2 skipped." in page
+    assert "Accepted: 21 cases right, 0 wrong, 2 skipped." in page
     assert result["server"]["memory"] > 1 << 20  # of this process, which serves
 
 
@@ -190,6 +192,15 @@ def test_what_the_nano_cannot_pass_is_skipped_by_name_and_never_right():
         "languages", "json", "context-limit", "loops",
     }  # fmt: skip
     assert all(o.why and not o.exchanges for o in outcomes if o.verdict == "skipped")
+
+
+@pytest.mark.parametrize(("fault", "verdict"), [("limit-2", "wrong"), ("", "right")])
+def test_a_limit_is_seen_by_what_the_nano_can_say_too(fault, verdict):
+    one = next(case for case in CASES if case.name == "no-max-tokens")
+    with Model(fault) as server:
+        outcome = case.judge(client.found(server.url, "", ""), one, nano=True)
+    assert outcome.verdict == verdict
+    assert outcome.exchanges[0][0].startswith('{"messages": "Write one sentence')
 
 
 # ------------------------------------------------------------------------------- streams and speed

@@ -54,7 +54,8 @@ RELAID = (
 )  # fmt: skip
 WITH_MTP = {"oMLX": "jang-affine2"}  # which the other layouts' specimen has not
 # Of how a conversation is led; nothing that logits would show.
-STEERING = ("eos-", "chat-", "tokenizer-", "encoding-", "generation-", "special-", "jang-config-")
+STEERING = ("eos-", "chat-", "tokenizer-", "encoding-", "generation-", "special-", "jang-config-",
+            "answer-limit", "sampling-differs")  # fmt: skip
 
 
 @pytest.fixture(scope="session")

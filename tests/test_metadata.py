@@ -60,6 +60,13 @@ def test_the_labels_stand_under_every_name_in_use(good):
     assert "quantization_config" not in read(good, "config.json")
 
 
+def test_no_document_limits_answers_or_says_how_to_sample(good, native):
+    """vMLX would take it for every request without max_tokens, before generation_config.json."""
+    for folder in (good, native):
+        assert "sampling_defaults" not in read(folder, "jang_config.json")["chat"]
+    assert "max_new_tokens" not in read(good, "generation_config.json")
+
+
 def test_a_second_run_changes_nothing(source, good_copy):
     before = contents(good_copy)
     must("requantize", "--source", source, "--bundle", good_copy)

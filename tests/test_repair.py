@@ -6,6 +6,7 @@ half of an expert, a dry run that writes, labels or marks that say what is not s
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import random
@@ -185,9 +186,18 @@ def no_jang_config(folder: Path, source: Path) -> None:
     (folder / "jang_config.json").unlink()
 
 
+def limited_answers(folder: Path, source: Path) -> None:
+    """A limit in each place from which vMLX takes one."""
+    sampling = {"temperature": 0.6, "top_p": 0.95, "max_new_tokens": 300}
+    edit_json(folder / "jang_config.json", lambda c: c["chat"].update(sampling_defaults=sampling))
+    edit_json(folder / "generation_config.json", lambda c: c.update(max_new_tokens=300))
+    edit_json(folder / "config.json", lambda c: c.update(jang={"chat": {
+        "sampling_defaults": {"max_new_tokens": 300}}}))  # fmt: skip
+
+
 NEEDS_SOURCE = [f16_controls, stock_experts, no_encoding, no_tokenizer]
 FAULTS = [*NEEDS_SOURCE, wrong_labels, no_eos, no_template, other_template, edited_index, cut_index,
-          no_jang_config]  # fmt: skip
+          no_jang_config, limited_answers]  # fmt: skip
 
 
 @pytest.mark.parametrize("plant", FAULTS, ids=lambda plant: plant.__name__)
@@ -677,3 +687,23 @@ def test_labels_that_stand_twice_are_no_fault_and_one_copy_goes(good_copy):
     assert "quantization_config" not in json.loads(path.read_text())
     undo(good_copy)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("command", ["repair", "patch"])
+def test_a_limit_of_answers_goes_and_keys_of_the_users_stay(command, good_copy):
+    jang, generation = (good_copy / f"{name}_config.json" for name in ("jang", "generation"))
+    mine = {"sampling_defaults": {"mine": 1, "top_k": 0}, "my_key": [2]}
+    edit_json(jang, lambda c: c["chat"].update(copy.deepcopy(mine)))
+    edit_json(generation, lambda c: c.update(mine=3))
+    before = [json.loads(path.read_text()) for path in (jang, generation)]
+    others = {
+        name: digest
+        for name, digest in digests(good_copy).items()
+        if name not in (jang.name, generation.name)
+    }
+    limits = {"max_new_tokens": 300, "temperature": 0.6}
+    edit_json(jang, lambda c: c["chat"]["sampling_defaults"].update(limits))
+    edit_json(generation, lambda c: c.update(max_new_tokens=300))
+    must(command, "--bundle", good_copy, *(FAST if command == "repair" else ()))
+    assert [json.loads(path.read_text()) for path in (jang, generation)] == before
+    assert others.items() <= digests(good_copy).items()

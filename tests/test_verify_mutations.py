@@ -557,6 +557,56 @@ def jang_config_with_groups_of_64(config: dict) -> None:
     config["quantization"]["group_size"] = 64
 
 
+@on_json(
+    "jang_config.json", "answer-limit", "jang_config.json: chat.sampling_defaults.max_new_tokens"
+)
+def answers_of_300_tokens(config: dict) -> None:
+    """As upstream's converter writes it, and this recipe did until November 2026."""
+    sampling = {"temperature": 0.6, "top_p": 0.95, "max_new_tokens": 300}
+    config["chat"]["sampling_defaults"] = sampling
+
+
+@on_json("generation_config.json", "answer-limit", "generation_config.json: max_new_tokens")
+def answers_of_300_tokens_by_the_generation_config(config: dict) -> None:
+    config["max_new_tokens"] = 300
+
+
+@on_json("generation_config.json", "answer-limit", "generation_config.json: max_length")
+def answers_end_at_a_length(config: dict) -> None:
+    config["max_length"] = 300
+
+
+@on_json("config.json", "answer-limit", "config.json: jang_config.chat.sampling_defaults")
+def answers_of_300_tokens_by_a_jang_config_within_config(config: dict) -> None:
+    config["jang_config"] = {"chat": {"sampling_defaults": {"max_new_tokens": 300}}}
+
+
+@on_json("jang_config.json", "sampling-differs", "chat.sampling_defaults.temperature")
+def another_temperature_than_the_generation_config(config: dict) -> None:
+    config["chat"]["sampling_defaults"] = {"temperature": 0.6}
+
+
+@on_json("jang_config.json", "sampling-differs", "sampling_defaults.repetition_penalty_chat")
+def a_penalty_for_repetition_in_chat(config: dict) -> None:
+    """As jang 2.5.50 writes it."""
+    config["chat"]["sampling_defaults"] = {"repetition_penalty_chat": 1.05}
+
+
+@on_json("jang_config.json", "sampling-differs", "chat.sampling_modes.thinking.top_p")
+def another_top_p_while_thinking(config: dict) -> None:
+    config["chat"]["sampling_modes"] = {"thinking": {"top_p": 0.8}}
+
+
+@on_json("config.json", "sampling-differs", "config.json: temperature")
+def a_temperature_in_config(config: dict) -> None:
+    config["temperature"] = 0.6
+
+
+@on_json("generation_config.json", "generation-config-differs", "min_p")
+def a_default_that_the_source_has_not(config: dict) -> None:
+    config["min_p"] = 0.2
+
+
 @on_json("tokenizer.json", "tokenizer-missing")
 def tokenizer_without_the_user_token(tokenizer: dict) -> None:
     keep = [entry for entry in tokenizer["added_tokens"] if "User" not in entry["content"]]
@@ -657,6 +707,17 @@ def test_a_mutation_is_named(name, source, torn, elsewhere, tmp_path):
     assert one.fault in findings.names
     assert one.says in places(findings, one.fault)
     assert bool(findings.errors) == (name not in WARNINGS)
+
+
+def test_defaults_that_change_nothing_and_the_sources_own_are_no_fault(source, good_copy, tmp_path):
+    own = shutil.copytree(source, tmp_path / "source")
+    told = {"temperature": 0.3, "top_p": 0.9, "do_sample": True}
+    edit_json(own / "generation_config.json", lambda c: c.update(told, max_new_tokens=9000))
+    same = {"min_p": 0, "repetition_penalty_chat": 1.0, "top_k": None, "temperature": 0.3}
+    edit_json(good_copy / "jang_config.json", lambda c: c["chat"].update(sampling_defaults=same))
+    edit_json(good_copy / "generation_config.json", lambda c: c.update(told, max_new_tokens=9000))
+    assert not bundles.judge(good_copy, own, level=1).names
+    assert bundles.judge(good_copy, None, level=1).names == {"answer-limit"}  # nobody else says it
 
 
 def test_decoding_is_the_inverse_of_the_shards_bytes():

@@ -1,13 +1,15 @@
-"""What runtimes read of a bundle's small files: stop tokens, chat template, labels, origin."""
+"""What runtimes read of a bundle's small files: stop tokens, chat template, labels, defaults."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from pathlib import Path
 from typing import Any
 
 from dsv4.hub.provenance import provenance
+from dsv4.model import defaults
 from dsv4.model.chat import BOS, EOS, text_of, token_ids
 from dsv4.model.configs import without_code
 from dsv4.model.forms import origin_of
@@ -31,7 +33,28 @@ def patched(bundle: Checkpoint, source: Path | None = None) -> dict[str, dict[st
         "tokenizer_config.json": tokenizer_config(folder),
         "jang_config.json": jang_config(folder, source),
     }
-    return {name: without_code(content) for name, content in contents.items()}
+    return {name: cleaned(folder, source, name, content) for name, content in contents.items()}
+
+
+def cleaned(
+    folder: Path, source: Path | None, name: str, content: dict[str, Any]
+) -> dict[str, Any]:
+    """A document without keys that name code, and without defaults that limit answers or override
+    generation_config.json: the source's where it has one, else the bundle's."""
+    content = without_code(content)
+    if name not in defaults.DOCUMENTS:
+        return content
+    own, theirs = (read_if_there(place, defaults.GENERATION) for place in (folder, source))
+    generation = defaults.reference(own or {}, theirs)
+    return defaults.without_overrides(name, content, generation, read_if_there(source, name) or {})
+
+
+def read_if_there(folder: Path | None, name: str) -> dict[str, Any] | None:
+    """A JSON object of a folder; None when there is none that can be read."""
+    path = folder / name if folder is not None else None
+    with contextlib.suppress(Stop):
+        return read_json(path) if path is not None and path.is_file() else None
+    return None
 
 
 def config(bundle: Checkpoint, experts: dict[str, dict[str, Any]] | None) -> dict[str, Any]:

@@ -12,10 +12,11 @@ from dsv4.making.tokenizer_files import REQUIRED, copy, wanted
 from dsv4.mending import others
 from dsv4.mending.job import NEEDS_SOURCE, Repair, faults, is_broken, set_aside, write_index
 from dsv4.mending.whole import files_of_experts, forms, open_whole, wrong_experts
-from dsv4.model import labels
-from dsv4.model.configs import without_code
+from dsv4.model import defaults, labels
+from dsv4.model.names import GROUP
 from dsv4.model.template import CHAT_TEMPLATE, ENCODING, release_of, template_for
 from dsv4.proof import conversation, turbo_files
+from dsv4.proof.documents import group_size
 from dsv4.proof.findings import Findings
 from dsv4.stop import Stop
 from dsv4.storage import bounds, inside
@@ -27,6 +28,8 @@ from dsv4.weights.quantizer import QUANTIZERS
 DOCUMENTS = ("config.json", "generation_config.json", "jang_config.json", "tokenizer_config.json")
 METADATA = {
     "config-runs-code": DOCUMENTS,
+    "answer-limit": defaults.DOCUMENTS,
+    "sampling-differs": defaults.DOCUMENTS,
     "label-": ("config.json",),
     "scales-without-label": ("config.json",),
     "eos-": ("config.json", "generation_config.json"),
@@ -99,7 +102,7 @@ def mend_metadata(repair: Repair) -> None:
         "config.json": lambda: config(repair, bundle),
         "generation_config.json": lambda: metadata.generation_config(repair.bundle),
         "tokenizer_config.json": lambda: tokenizer_config(repair, found),
-        "jang_config.json": lambda: jang_config(repair),
+        "jang_config.json": lambda: jang_config(repair, found),
     }
     if repair.experts or recorded(bundle) != bundle.config.get(labels.RECORD):
         files.add("config.json")
@@ -139,7 +142,8 @@ def mend_document(repair: Repair, name: str, make: Callable[[], dict[str, Any]])
     elif is_broken(repair.bundle, name):
         repair.say(f"{name}: no JSON object", "made anew")
         return
-    content = without_code(make())
+    source = repair.source.folder if repair.source is not None else None
+    content = metadata.cleaned(repair.bundle, source, name, make())
     metadata.check_json(name, content)
     changes = metadata.differences(repair.bundle, {name: content})
     keys = [change.removeprefix(f"{name}: ") for change in changes]
@@ -182,11 +186,18 @@ def tokenizer_config(repair: Repair, found: Findings) -> dict[str, Any]:
     return content
 
 
-def jang_config(repair: Repair) -> dict[str, Any]:
-    """jang_config.json; what it says of its source stays."""
+def jang_config(repair: Repair, found: Findings) -> dict[str, Any]:
+    """jang_config.json; what it says of its source stays, and of its groups unless that is wrong."""
     path = repair.bundle / "jang_config.json"
     own = read_json(path) if path.is_file() else {}
     kept = {key: own[key] for key in ("source_model", "source") if key in own}
     content = metadata.jang_config(repair.bundle, repair.args.source) | kept
     bundle = others.surveyed(open_whole(repair.bundle))
+    quantized = own.get("quantization")
+    if "jang-config-group-size" in found:
+        content["quantization"]["group_size"] = group_size(bundle) or GROUP
+    elif quantized is not None:
+        content["quantization"] = quantized
+    else:
+        del content["quantization"]
     return content | turbo_files.corrections(content, bundle)

@@ -1,8 +1,9 @@
 """config.json and jang_config.json of a bundle that was converted natively.
 
 They state what upstream's converter states (jang_tools.dsv4.convert_dsv4_jangtq, convert, 2.5.9),
-because its runtimes look for these keys; only `source_model` differs, where upstream writes a path
-of the machine that converted.
+because its runtimes look for these keys. Two differ: `source_model`, where upstream writes a path
+of the machine that converted, and `chat`, which has no sampling_defaults here. Upstream's end every
+answer of vMLX after 300 tokens, and sample otherwise than generation_config.json says.
 """
 
 from __future__ import annotations
@@ -194,7 +195,6 @@ def chat(config: dict[str, Any]) -> dict[str, Any]:
             "parameter_block": "parameter",
             "tool_output_tag": "tool_result",
         },
-        "sampling_defaults": {"temperature": 0.6, "top_p": 0.95, "max_new_tokens": 300},
     }
 
 

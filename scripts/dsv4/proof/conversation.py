@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
+from dsv4.model import defaults
 from dsv4.model.chat import BOS, EOS, text_of, vocabulary
 from dsv4.model.forms import FORMS
 from dsv4.model.template import (
@@ -268,9 +269,11 @@ def check_against_source(bundle: Survey, source: Checkpoint, findings: Findings)
                 if text_of(own.get(key)) != text_of(theirs.get(key)):
                     differs("special-tokens-differ", name, key, own, theirs, findings)
         elif name == "generation_config.json":
-            for key in set(theirs) - OURS:
-                if own.get(key) != theirs[key]:
-                    differs("generation-config-differs", name, key, own, theirs, findings)
+            added = set(defaults.SAMPLING) & set(own) - set(theirs)
+            wrong = [key for key in set(theirs) - OURS if own.get(key) != theirs[key]]
+            wrong += [key for key in added if own[key] not in (None, defaults.SAMPLING[key])]
+            for key in sorted(wrong):
+                differs("generation-config-differs", name, key, own, theirs, findings)
     return Check("files of the conversation as in the source", len(pairs), optional=True)
 
 

@@ -6,15 +6,17 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from dsv4.model import defaults
 from dsv4.model.chat import STOP_TOKENS, vocabulary
 from dsv4.model.configs import code_keys
+from dsv4.model.forms import FORMS
 from dsv4.model.labels import EXPERT, SOURCE, TURBO, fp8_bases
 from dsv4.model.layouts import MLX_LM, MLX_VLM, RUNTIMES, STORAGE, VMLX
 from dsv4.model.names import GROUP, module_paths, parse_expert, switch_paths
 from dsv4.proof.findings import Check, Findings
 from dsv4.proof.headers import label_at
 from dsv4.proof.survey import Survey
-from dsv4.storage.checkpoint import INDEX
+from dsv4.storage.checkpoint import INDEX, Checkpoint, read_json
 from dsv4.storage.shard import FLOATS
 from dsv4.words import plain, shown
 
@@ -70,6 +72,31 @@ def group_size(bundle: Survey) -> int:
     names = (n.removesuffix(".biases") for n in bundle.tensors if n.endswith(".biases"))
     sizes = Counter(label["group_size"] for n in names if (label := label_at(bundle, n)))
     return max(sizes, key=lambda size: sizes[size], default=0)
+
+
+def check_defaults(bundle: Survey, source: Checkpoint | None, findings: Findings) -> Check:
+    """No document limits answers, or overrides how generation_config.json samples."""
+    theirs = {name: source_document(source, name) for name in defaults.DOCUMENTS}
+    own = bundle.documents.get(defaults.GENERATION, {})
+    generation = defaults.reference(own, theirs[defaults.GENERATION])
+    looked = [name for name in defaults.DOCUMENTS if name in bundle.documents]
+    for name in looked:
+        document, original = bundle.documents[name], theirs[name] or {}
+        for holder, place, key in defaults.overrides(name, document, generation, original):
+            right = defaults.expected(generation, key)
+            findings.add(
+                "answer-limit" if key in defaults.LIMITS else "sampling-differs",
+                f"{name}: {place}{key}",
+                shown(holder[key]),
+                "none" if right is None else f"{shown(right)}, by {defaults.GENERATION}",
+            )
+    return Check("documents that could limit answers", len(looked))
+
+
+def source_document(source: Checkpoint | None, name: str) -> dict[str, Any] | None:
+    """A JSON object of the source's folder; None when there is none."""
+    path = source.folder / name if source is not None else None
+    return read_json(path, FORMS.get(name, {})) if path is not None and path.is_file() else None
 
 
 def stop_ids(tokenizer: dict[str, Any]) -> list[int] | None:

@@ -111,6 +111,14 @@ FAULTS = {
     "generation-config-differs": Fault(
         "Runtimes sample by generation_config.json; this is not the source's.", _FROM_SOURCE
     ),
+    "answer-limit": Fault(
+        "An answer to a request without max_tokens ends after so many tokens, thinking included.",
+        _REPAIR,
+    ),
+    "sampling-differs": Fault(
+        "vMLX 1.6.81 and mlx-vlm take this before generation_config.json, which says otherwise.",
+        _REPAIR,
+    ),
     "token-out-of-range": Fault(
         "A token's id lies beyond the embedding: reading it gives garbage, or stops the server.",
         _FROM_SOURCE,

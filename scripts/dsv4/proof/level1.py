@@ -35,6 +35,7 @@ def check_headers(bundle: Survey, source: Checkpoint | None, findings: Findings)
         documents.check_labels(bundle, findings),
         *turbo_files.check_files(bundle, findings),
         documents.check_stops(bundle, findings),
+        documents.check_defaults(bundle, source, findings),
         *conversation.check(bundle, source, findings),
     ]
     if source is not None:

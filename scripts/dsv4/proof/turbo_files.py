@@ -59,7 +59,10 @@ def check_files(bundle: Survey, findings: Findings) -> list[Check]:
 
 def corrections(document: dict[str, Any], bundle: Survey) -> dict[str, Any]:
     """The keys of config.json or jang_config.json that say another form than the tensors have, and
-    what they should say; a key that is not there says nothing wrong."""
+    what they should say; a key that is not there says nothing wrong. None of a bundle that has no
+    TurboQuant."""
+    if not in_turbo(bundle.tensors):
+        return {}
     wanted: dict[str, Any] = {}
     if document.get("weight_format", TURBO) != TURBO:
         wanted["weight_format"] = TURBO

@@ -29,6 +29,9 @@ from dsv4.words import plain
 NAME = "deepseek-v4-flash-mlx-q4q8"
 LM_NAME = "default_model"  # what mlx_lm calls the model that it was started with
 HOST = "127.0.0.1"
+# Of an answer when the request has no max_tokens, as vMLX 1.6.81 has it: mlx_lm ends one after 512,
+# mlx-vlm after 2,048, thinking included.
+ANSWER_TOKENS = "16384"
 ANSWER_BYTES = 4 << 20  # of an answer: 1,000 tokens take 10 KB
 TEXT = (str, None)
 MESSAGE = {"content?": TEXT, "reasoning_content?": TEXT, "reasoning?": TEXT}
@@ -68,13 +71,14 @@ SERVERS = {
     "mlx-vlm": Server(
         ("-c", "import sys; sys.modules['torchvision'] = None; "
                "from mlx_vlm.server import main; main()", "--model"),
+        ("--max-tokens", ANSWER_TOKENS),
     ),
     # No mlx-lm has DeepSeek-V4 of its own: it is taught jang's model, whose cache is one for short
     # prompts without the variable. With it, no prompt's cache can be copied for the next prompt.
     "mlx-lm": Server(
         ("-c", "import jang_tools.dsv4.mlx_register; from mlx_lm.server import main; main()",
          "--model"),
-        ("--prompt-cache-size", "0"),
+        ("--prompt-cache-size", "0", "--max-tokens", ANSWER_TOKENS),
         LONG_PROMPTS,
     ),
 }  # fmt: skip

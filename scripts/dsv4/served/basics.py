@@ -19,6 +19,8 @@ from dsv4.words import shown
 ADDITIONS = 50
 FRANCE = "What is the capital of France?"
 MANY = (MOON, SUM, FRANCE, "What is 52+39?", "Hello!")
+NUMBERS = 200
+ALL_NUMBERS = f"Write all whole numbers from 1 to {NUMBERS} in digits, separated by commas."
 COUNT = "Count from one to five hundred in words."
 MARKS = ("<think>", "</think>", BOS, EOS, "<｜")
 
@@ -65,6 +67,23 @@ def max_tokens(talk: Talk) -> str:
     if reply.answer.finish_reason != "length":
         return f"finish_reason {reply.answer.finish_reason!r}"
     return f"{reply.tokens} tokens" if reply.tokens > 2 else ""
+
+
+def no_max_tokens(talk: Talk) -> str:
+    """What ends an answer when the request sets no limit: the model, after all that was asked for.
+
+    The numbers are 399 tokens at the least, as none has digits and a comma in one. The nano says a
+    sentence.
+    """
+    answer = talk.ask(MOON if talk.nano else ALL_NUMBERS, max_tokens=None).answer
+    if answer.finish_reason != "stop":
+        reached = f"after {len(answer.text):,} characters: …{answer.text[-40:]}"
+        return f"finish_reason {answer.finish_reason!r} {reached}"
+    numbers = set(re.findall(r"\d+", answer.content))
+    missing = [n for n in range(1, NUMBERS + 1) if f"{n}" not in numbers]
+    if talk.nano or not missing:
+        return ""
+    return f"{len(missing)} of {NUMBERS} numbers missing, first {missing[0]}"
 
 
 def thinks(talk: Talk) -> str:
@@ -122,6 +141,7 @@ CASES = (
     Case("sentence", "a sentence about the moon that ends by itself", 120, sentence, True),
     Case("stop-word", "the answer ends before Paris, finish_reason stop", 60, stop_word, True),
     Case("max-tokens", "two tokens, finish_reason length", 60, max_tokens, True),
+    Case("no-max-tokens", "an answer to its end, all 200 numbers", 600, no_max_tokens, True),
     Case("thinking-on", "45, reasoning of its own, no mark in either", 180, thinks, True),
     Case("thinking-off", "45 without reasoning", 60, thinks_not, True),
     Case("effort-high", "45, with reasoning_effort high", 180, effort("high"), True),

@@ -28,13 +28,16 @@ TOKENS = 2000  # of an answer, its reasoning included
 class Talk:
     """What one case may do: ask within its time. Keeps what was sent and what came."""
 
-    def __init__(self, endpoint: Endpoint, seconds: float) -> None:
+    def __init__(self, endpoint: Endpoint, seconds: float, nano: bool = False) -> None:
         self.endpoint, self.deadline = endpoint, time.monotonic() + seconds
-        self.limit = seconds
+        self.limit, self.nano = seconds, nano
         self.exchanges: list[tuple[str, str]] = []
 
     def ask(self, asked: str | list[dict[str, Any]], **options: Any) -> Reply:
-        """Ask a question, or go on with messages; `options` are those of the protocol."""
+        """Ask a question, or go on with messages; `options` are those of the protocol.
+
+        max_tokens is TOKENS unless they say otherwise; None leaves it out of the request.
+        """
         return self._keep(ask, asked, options)
 
     def stream(
@@ -46,6 +49,7 @@ class Talk:
     def _keep(self, how: Callable[..., Reply], asked: Any, options: dict, *more: int) -> Reply:
         messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
         body = {"messages": messages, "max_tokens": TOKENS, **options}
+        body = {name: value for name, value in body.items() if value is not None}
         said = asked if isinstance(asked, str) and not options else json.dumps(
             {"messages": asked, **options}, ensure_ascii=False)  # fmt: skip
         sent, came = plain(said, SENT), "nothing"
@@ -98,7 +102,7 @@ def judge(endpoint: Endpoint, case: Case, nano: bool = False) -> Outcome:
     about = (case.name, case.expected, case.limit)
     if skip := case.skip or ("" if case.nano or not nano else SMALL):
         return Outcome(*about, "skipped", skip, 0.0, [])
-    talk, start = Talk(endpoint, case.limit), time.monotonic()
+    talk, start = Talk(endpoint, case.limit, nano), time.monotonic()
     try:
         why = case.run(talk)
     except Stop as stop:

@@ -113,8 +113,7 @@ class Backup:
         return inside.kind(self.bundle, f"{FILES}/{name}") != NOTHING
 
     def _make_durable(self, name: str) -> None:
-        target = self.files / name
-        for folder in (target.parent, *target.parent.relative_to(self.bundle).parents):
+        for folder in Path(f"{FILES}/{name}").parents:
             fsync_folder(self.bundle / folder)
 
     def undo(self) -> tuple[int, int]:
