@@ -159,8 +159,14 @@ def chosen(
 def announcement(
     args: argparse.Namespace, made: Recorded | None, quantizer: Quantizer, number: int
 ) -> str:
-    """One line before `number` matrices of a bundle get another form; "" where it stays."""
-    if number == 0 or (made and made.names == (made.mark[0],) and marked(quantizer) == made.mark):
+    """One line before `number` matrices of a bundle get another form; "" where it stays, and for
+    what upstream's converter left, which has none that is right.
+    """
+    if made is None:
+        same = is_stock(args.bundle)
+    else:
+        same = made.names == (made.mark[0],) and marked(quantizer) == made.mark
+    if number == 0 or same:
         return ""
     settings = {"QUANTIZER": args.quantizer, "IMATRIX": args.imatrix, "PLAN": args.plan}
     asked = " ".join(f"{name}={value}" for name, value in settings.items() if value)
