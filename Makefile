@@ -2,7 +2,8 @@
 #
 # Read from top to bottom: the stages stand in the order in which they run. Each stage has a phony
 # name and a stamp in build/, one folder for each pair of SOURCE and BUNDLE. A stage is redone when
-# its script, a module that it uses, a setting, or a stage before it has changed.
+# its script, a module that it uses, a setting, or a stage before it has changed. `make all` is all of
+# them; a stage's own name is it and those before it; but `make verify` is verify alone, which reads.
 # `make help` lists the targets. GNU Make 3.81 (macOS) will do.
 
 MAKEFLAGS += --no-builtin-rules
@@ -74,9 +75,11 @@ PORT ?= 8010
 # STACK=new), affineBgG (B bits in groups of G columns, least error: affine4g32 has mlx's form), small
 # (2.67 bits, a shape for which vMLX has fused kernels), turboquant2 (2 bits, jang's TurboQuant, for
 # vMLX on Metal alone).
-# Changing it on a finished bundle requantizes from the source.
-QUANTIZER ?= mlx
-# With affineBgG or small: a llama.cpp/ds4 importance matrix (.dat) that weighs the error; empty for none.
+# Empty: as the bundle has them by its own record; a new one mlx, or mixture where there is a PLAN.
+# Only a name makes the experts of a finished bundle anew, from the source.
+QUANTIZER ?=
+# With affineBgG or small: a llama.cpp/ds4 importance matrix (.dat) that weighs the error;
+# empty for none, or for that which the bundle was made with.
 IMATRIX ?=
 # The bundle that fits your Mac: FIT=96GB (its memory, with CONTEXT tokens) or SIZE=88GB (the bundle's
 # own) plan a mixture of forms by layer. PLAN: the file that holds it, which you may edit, or your own.
@@ -85,12 +88,8 @@ IMATRIX ?=
 FIT ?=
 SIZE ?=
 ANY_SHAPE ?=
+# All empty: a bundle that is a mixture already stays the one that it is.
 PLAN ?= $(if $(call as_said,FIT)$(call as_said,SIZE),$(call path_of,BUNDLE).plan.json)
-ifneq ($(call as_said,PLAN),)
-ifeq ($(filter mixture-%,$(call as_said,QUANTIZER)),)
-QUANTIZER = mixture
-endif
-endif
 # Processors that requantize uses; empty for all.
 JOBS ?=
 # What verify looks at: 1 for headers and JSON, 2 for every number too.
@@ -148,6 +147,8 @@ TOOLCHAIN := $(filter $(STACKS:%=.toolchain/%/installed), \
 # What every stage uses.
 CORE := .venv/installed $(TOOLCHAIN) $(STAMPS)/settings
 on = $(filter-out 0 no false off,$(call as_said,$(1)))
+# Stages leave another maker's bundle alone, unless requantize is called by its name.
+OURS = $(if $(filter requantize,$(MAKECMDGOALS)),,--ours)
 
 # needs_NAME: scripts/NAME.py and all modules that its imports lead to, told by the imports.
 -include build/needs.mk
@@ -223,7 +224,7 @@ $(STALE): FORCE
 check: $(STAMPS)/check.stamp ## say whether the build can succeed: toolchain, volumes, free space
 $(STAMPS)/check.stamp: $(CORE) $(needs_check) patches/load_jangtq.patch patches/mlx_model.patch
 	rm -f $@
-	$(PYTHON) scripts/check.py
+	$(PYTHON) scripts/check.py $(OURS)
 	touch $@
 
 # Mends the installed jang_tools. Belongs to the toolchain, not to the bundle.
@@ -271,13 +272,14 @@ $(STAMPS)/convert.stamp: $(STAMPS)/plan.stamp $(STAMPS)/plan $(STAMPS)/no_BUNDLE
 	touch $@
 
 # What upstream's converter left wrong: experts to 4-bit affine, controls back to F32; shard by shard.
-# After CONVERTER=native it finds nothing to do; with LOW_DISK=1 there is no source left to ask.
+# After CONVERTER=native it finds nothing to do; with LOW_DISK=1 there is no source left to ask. A
+# finished bundle gets another form only if QUANTIZER, IMATRIX, PLAN, FIT or SIZE asks for one.
 .PHONY: requantize
 requantize: $(STAMPS)/requantize.stamp ## make the routed experts right, from the FP4 source
 $(STAMPS)/requantize.stamp: $(STAMPS)/convert.stamp $(needs_requantize)
 	rm -f $@
 	$(if $(call on,LOW_DISK),@echo 'requantize: convert compared every shard with the source before it was freed', \
-	  $(PYTHON) scripts/requantize.py)
+	  $(PYTHON) scripts/requantize.py $(OURS))
 	touch $@
 
 # Tokenizer and encoding files.
@@ -296,13 +298,14 @@ $(STAMPS)/patch.stamp: $(STAMPS)/finalize.stamp $(needs_patch)
 	$(PYTHON) scripts/patch.py
 	touch $@
 
+# By its own name it runs no stage, and changes no bundle: any that is there, whoever made it.
 # With LOW_DISK=1 without the source, which is gone: convert compared each shard with it.
 # LEVEL=1: headers and JSON, seconds. 2: every number against the source, at the disk's speed.
 # A SOURCE of the command line must be there and goes as an option; any other counts if it is there.
 WITH_SOURCE = $(if $(call on_command_line,SOURCE),RECIPE_SOURCE= $(1) --source="$$RECIPE_SOURCE",$(1))
 VERIFY = $(if $(call on,LOW_DISK),RECIPE_SOURCE= $(1),$(WITH_SOURCE)) --json $(STAMPS)/verify.json
 .PHONY: verify report
-verify: $(STAMPS)/patch.stamp ## prove the finished bundle right, or name what is wrong (LEVEL=1: fast)
+verify: .venv/installed $(TOOLCHAIN) ## prove a bundle right, or name what is wrong; changes nothing (LEVEL=1: fast)
 	$(call VERIFY,$(PYTHON) scripts/verify.py)
 $(STAMPS)/verify.stamp: $(STAMPS)/patch.stamp $(needs_verify)
 	rm -f $@

@@ -25,6 +25,7 @@ from dsv4.hub.download import recorded, remaining
 from dsv4.hub.provenance import read_record
 from dsv4.making import low_disk
 from dsv4.making.fitting import planned
+from dsv4.making.recorded import Recorded, check_ours, recorded_in, settle
 from dsv4.model import memory
 from dsv4.model.implied import check_whole, lacking_mtp
 from dsv4.model.opening import open_bundle, open_source, read_config
@@ -38,7 +39,7 @@ from dsv4.storage import space, volume
 from dsv4.storage.checkpoint import INDEX
 from dsv4.storage.durable import human
 from dsv4.storage.space import workplace_of
-from dsv4.weights.quantizer import add_choice, check_choice
+from dsv4.weights.quantizer import add_choice
 from dsv4.words import LINE, plain
 
 NEEDED = {
@@ -203,7 +204,7 @@ def low_disk_need(source: Path, repo: str, revision: str) -> tuple[Line, int]:
     return Line(True, "source", found), sum(largest)
 
 
-def bundle_need(args: argparse.Namespace) -> tuple[list[Line], int]:
+def bundle_need(args: argparse.Namespace, made: Recorded | None) -> tuple[list[Line], int]:
     """The bundle's final size, the Mac that it fits, and the bytes that its volume must still take.
 
     The size is that of the plan by which convert writes the shards; what is there already, of a
@@ -211,7 +212,8 @@ def bundle_need(args: argparse.Namespace) -> tuple[list[Line], int]:
     """
     try:
         space.check_own(args.bundle)
-        shards, goal = planned(args, low_disk.tensors_of(args.source, args.repo, args.revision))
+        tensors = low_disk.tensors_of(args.source, args.repo, args.revision)
+        shards, goal = planned(args, tensors, made)
     except Stop as stop:
         return [Line(False, "bundle size", f"unknown ({stop})")], 0
     total = sum(shard.size for shard in shards)
@@ -236,7 +238,7 @@ def memory_line(args: argparse.Namespace, final: int) -> list[Line]:
     if not (args.source / "config.json").is_file():
         return []
     config = read_config(args.source)
-    said = memory.fit_in_words(config, final, args.context, args.fit or 0)
+    said = memory.fit_in_words(config, final, args.context or memory.CONTEXT, args.fit or 0)
     return [Line(True, "memory", said, doubt="does not" in said)]
 
 
@@ -269,18 +271,20 @@ def main() -> int:
     add_setting(parser, "CONVERTER", choices=("native", "jang"), default="native")
     add_setting(parser, "SHARD_BYTES", default=SHARD_BYTES)
     add_setting(parser, "LOW_DISK")
+    parser.add_argument("--ours", action="store_true", help="stop at another maker's bundle")
     add_choice(parser)
     memory.add_goal(parser)
     args = parser.parse_args()
-    check_choice(args)
     memory.check_goal(args)
     source, bundle = args.source, place_of(args.bundle, args.source)
-    args.bundle = bundle
+    args.bundle, made = bundle, recorded_in(bundle, args.quantizer)
+    check_ours(args, made)
+    settle(args, made)
     lines = check_toolchain(args.python, args.converter, args.app, args.quantizer)
     lines += [check_patch(args.python, args.app, path) for path in patches.DEFAULT]
     need = low_disk_need if args.low_disk else source_need
     source_line, fetch = need(source, args.repo, args.revision)
-    bundle_lines, build = bundle_need(args)
+    bundle_lines, build = bundle_need(args, made)
     lines += check_volume("source volume", source, written=fetch > 0 or args.low_disk)
     lines += check_volume("bundle volume", bundle, written=True)
     lines += [source_line, *bundle_lines, *check_space(source, bundle, fetch, build)]

@@ -43,6 +43,7 @@ from dsv4.making.conversion import (
 )
 from dsv4.making.low_disk import Supply
 from dsv4.making.part import Part, parse_part
+from dsv4.making.recorded import chosen, recorded_in, settle
 from dsv4.making.workplace import claim, publish, unmark, workplace
 from dsv4.model.implied import check_whole, lacking_mtp
 from dsv4.model.opening import open_bundle
@@ -55,7 +56,7 @@ from dsv4.stop import Stop, run
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.reading import Reader
 from dsv4.storage.space import workplace_of
-from dsv4.weights.quantizer import Quantizer, add_choice, check_choice, chosen
+from dsv4.weights.quantizer import Quantizer, add_choice
 from dsv4.words import plain, say
 
 
@@ -77,7 +78,6 @@ def parse_arguments() -> argparse.Namespace:
     add_choice(parser)
     low_disk.add_options(parser)
     args = parser.parse_args()
-    check_choice(args)
     if not args.part.whole and (args.low_disk or args.converter == "jang"):
         parser.error("--part: not with --low-disk or --converter jang")
     return args
@@ -100,7 +100,7 @@ def run_upstream(args: argparse.Namespace, source: Checkpoint) -> str:
 def run_native(args: argparse.Namespace, source: Checkpoint, headers: Checkpoint,
                supply: Supply | None) -> str:  # fmt: skip
     """The native converter, or its plan; return what to say."""
-    quantizer = chosen(args, headers)
+    quantizer, _ = chosen(args, headers, None)
     if quantizer.form.as_source:
         quantizer = survey(quantizer, args, source, headers, supply)
         say(own_numbers.said(quantizer, headers))
@@ -130,6 +130,7 @@ def main() -> int:
     """Convert, or say what would be done. Returns 0."""
     args = parse_arguments()
     args.bundle = place_of(args.bundle, args.source)
+    settle(args, recorded_in(args.bundle, args.quantizer))
     with low_disk.opened(args) as (source, headers, supply):
         if is_done(args.bundle, source):
             said = f"holds every tensor of {args.source} already; delete it to convert afresh"

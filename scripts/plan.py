@@ -9,10 +9,12 @@ with --quantizer mixture-lossless, here and there, it is as in the source: 0.2 G
 --fit 96GB is a Mac's memory: the rule from there to the bundle's size is in dsv4/model/memory.py.
 --size 88GB is the bundle's own. Where the size allows, layers get the shape for which vMLX has
 fused kernels, or stay exact; --any-shape takes the least error instead. A plan that is there
-already, for the same size, source and imatrix, is kept, edited or not.
+already, for the same size, source and imatrix, is kept, edited or not; what was left out of
+context, any-shape and imatrix is as in it. The form of all but the experts is --bundle's, if that
+is a mixture.
 
     .venv/bin/python scripts/plan.py --source DIR --plan FILE (--fit 96GB | --size 88GB)
-        [--imatrix FILE] [--context TOKENS] [--any-shape] [--dry-run]
+        [--bundle DIR] [--imatrix FILE] [--context TOKENS] [--any-shape] [--dry-run]
 
 Reads 0.3 GB of Flash, takes minutes; does nothing without --fit and --size. With --low-disk what it
 reads comes from the hub.
@@ -29,6 +31,7 @@ from tqdm import tqdm
 
 from dsv4.making import fitting, low_disk
 from dsv4.making.marks import fingerprint
+from dsv4.making.recorded import recorded_in, settle
 from dsv4.model import memory
 from dsv4.model.plan import SHARD_BYTES
 from dsv4.settings import add_setting, cores
@@ -39,7 +42,7 @@ from dsv4.storage.reading import Reader
 from dsv4.weights import sampling
 from dsv4.weights.imatrix import Importance, told
 from dsv4.weights.mixture import check_there
-from dsv4.weights.quantizer import check_choice, parse_name
+from dsv4.weights.quantizer import parse_name
 from dsv4.words import say
 
 
@@ -48,10 +51,11 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_setting(parser, "SOURCE", required=True)
+    add_setting(parser, "BUNDLE", help="that is to have the plan, and may be a mixture already")
     add_setting(parser, "PLAN", help="the file to write")
     memory.add_goal(parser)
-    add_setting(parser, "QUANTIZER", type=parse_name, default="mixture",
-                help="mixture or mixture-lossless")  # fmt: skip
+    add_setting(parser, "QUANTIZER", type=parse_name,
+                help="mixture or mixture-lossless; default: the bundle's, or mixture")  # fmt: skip
     add_setting(parser, "IMATRIX", help="importance of columns (.dat)")
     add_setting(parser, "ANY_SHAPE", help="not only what vMLX has fused")
     add_setting(parser, "SHARD_BYTES", default=SHARD_BYTES)
@@ -63,8 +67,18 @@ def parse_arguments() -> argparse.Namespace:
     if (args.fit or args.size) and not args.plan:
         parser.error("--fit and --size need --plan FILE, where the plan is written")
     if args.fit or args.size:
-        check_choice(args)
+        settle(args, recorded_in(args.bundle, args.quantizer) if args.bundle else None)
     return args
+
+
+def take_over(args: argparse.Namespace, there: dict[str, Any]) -> str:
+    """Fill in what was left out as a plan for the same size has it; the digest of its imatrix."""
+    if there.get("fit") != args.fit or not (args.fit or there.get("size") == args.size):
+        return ""
+    context = there.get("context")
+    args.context = args.context or (context if isinstance(context, int) else None)
+    args.any_shape = args.any_shape or there.get("any_shape") is True
+    return "" if args.imatrix else f"{there.get('imatrix', '')}"
 
 
 def asked(args: argparse.Namespace, source: Checkpoint, importance: Importance) -> dict[str, Any]:
@@ -91,9 +105,11 @@ def main() -> int:
         return 0
     with low_disk.opened(args) as (_, source, supply), contextlib.closing(Reader()) as reader:
         importance = told(args.imatrix, source)
-        head = asked(args, source, importance)
         there = read_json(args.plan) if args.plan.is_file() else {}
-        if head.items() <= there.items():
+        measured = take_over(args, there)
+        args.context = args.context or memory.CONTEXT
+        head = asked(args, source, importance)
+        if {**head, "imatrix": measured or importance.digest}.items() <= there.items():
             say(f"{args.plan}: there already, for {human(head['size'])}; delete it to plan afresh")
             return 0
         stacks = sampling.sampled(source)

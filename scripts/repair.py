@@ -14,9 +14,10 @@ verify's level 1 says what is wrong; from that each step decides whether it has 
 |          | limits of answers, another sampling than generation_config.json's      |            |
 
 The work is that of requantize, finalize and patch. Right experts stay as they are, whoever made
-them; those that must be made again are made by --quantizer. What cannot be mended is named, the
-rest is done. The originals stay in BUNDLE/.before-repair as second names of the same files: only
-rewritten shards cost disk. --undo puts every byte back; delete that folder to keep the repair.
+them; those that must be made again are made by --quantizer, or by that of the bundle's record. What
+cannot be mended is named, the rest is done. The originals stay in BUNDLE/.before-repair as second
+names of the same files: only rewritten shards cost disk. --undo puts every byte back; delete that
+folder to keep the repair.
 Half-written files of killed runs are removed for good.
 
 Can be killed at any moment: the same command goes on. It ends with verify's level 1.

@@ -10,6 +10,11 @@ at a time for each worker, which takes the old one's name only when it is whole 
 a run can be killed at any moment: the same command goes on where it stopped. What is done is read
 from the shards themselves, whose metadata says which source and which quantizer made them.
 
+A bundle keeps the form that its own record says: only --quantizer, --imatrix or --plan asks for
+another, and a line on stderr says so first. Another maker's bundle is taken when its experts are
+FP4 bytes under an affine label, or a quantizer is named; with --ours (`make all`) not at all, but
+for one of --converter jang.
+
     .venv/bin/python scripts/requantize.py --source DIR --bundle DIR [--dry-run] [--jobs N]
         [--part K/N]
 
@@ -22,18 +27,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 import time
 
 from dsv4.making import own_numbers
 from dsv4.making.experts import Ledger
 from dsv4.making.marks import made_by
 from dsv4.making.part import Part, parse_part
+from dsv4.making.recorded import announcement, check_ours, chosen, recorded_in, settle
 from dsv4.making.requantization import (
     carry_out,
     complete,
     describe,
     make_plan,
     remove_leftovers,
+    rewritten,
     summarize,
 )
 from dsv4.model.opening import open_bundle, open_source, read_config
@@ -43,7 +51,7 @@ from dsv4.stop import run
 from dsv4.storage import inside, locks
 from dsv4.storage.checkpoint import read_index
 from dsv4.storage.reading import Reader
-from dsv4.weights.quantizer import add_choice, check_choice, chosen
+from dsv4.weights.quantizer import add_choice
 from dsv4.words import say
 
 
@@ -57,9 +65,9 @@ def parse_arguments() -> argparse.Namespace:
     add_setting(parser, "JOBS", default=cores(), help="threads (all cores)")
     parser.add_argument("--part", type=parse_part, default=Part(), help="K/N: a share of the work")
     add_choice(parser)
-    arguments = parser.parse_args()
-    check_choice(arguments)
-    return arguments
+    add_setting(parser, "CONVERTER", choices=("native", "jang"), default="native")
+    parser.add_argument("--ours", action="store_true", help="stop at another maker's bundle")
+    return parser.parse_args()
 
 
 def main() -> int:
@@ -67,8 +75,12 @@ def main() -> int:
     arguments = parse_arguments()
     start = time.perf_counter()
     place_of(arguments.bundle, arguments.source)
+    made = recorded_in(arguments.bundle, arguments.quantizer)
+    check_ours(arguments, made)
+    stay = settle(arguments, made)
     source = open_source(arguments.source)
-    quantizer, record = chosen(arguments, source), arguments.bundle / own_numbers.RECORD
+    quantizer, lack = chosen(arguments, source, made, stay)
+    record = arguments.bundle / own_numbers.RECORD
     read_config(arguments.bundle)
     if quantizer.form.as_source:
         with contextlib.closing(Reader()) as reader:
@@ -83,7 +95,13 @@ def main() -> int:
         if not arguments.dry_run:
             remove_leftovers(arguments.bundle, files, arguments.part)
         bundle = open_bundle(arguments.bundle)
-        plan = make_plan(source, bundle, quantizer, arguments.part, arguments.jobs)
+        lost = stay and made.complete  # a killed run's shards may be somebody's, and look alike
+        plan = make_plan(source, bundle, quantizer, arguments.part, arguments.jobs, stay=lost)
+        number = rewritten(plan)
+        if lack and number:
+            raise lack
+        if line := announcement(arguments, made, quantizer, number):
+            say(line, file=sys.stderr)
         if arguments.dry_run:
             say(describe(plan))
             return 0

@@ -171,7 +171,7 @@ def test_a_run_that_is_stopped_by_its_imatrix_writes_nothing(tmp_path: Path) -> 
     assert "negative, infinite or NaN" in done.stderr
     changed = [p.name for p in bundle.iterdir() if before.get(p.name) != p.read_bytes()]
     assert len(changed) < len(before)  # shards before the bad expert are done, and stay valid
-    wrong = requantize(source, bundle, "--imatrix", path)
+    wrong = requantize(source, bundle, "--imatrix", path, "--quantizer", "mlx")
     assert (wrong.returncode, "QUANTIZER=mlx, expected affineBgG" in wrong.stderr) == (1, True)
 
 

@@ -116,9 +116,13 @@ def test_a_stock_bundle_becomes_what_the_quantizer_gives(tmp_path: Path, name: s
 
 def test_a_change_of_quantizer_starts_from_the_source_again(tmp_path: Path) -> None:
     source, bundle, expected = small.make(tmp_path, small.Sizes(), seed=22)
+    before = ""
     for name in ("affine5g32", "mxfp4", "affine4g32", "mlx"):
         done = requantize(source, bundle, name)
-        assert (done.returncode, done.stderr) == (0, ""), name
+        said = f"holds experts as {before}; QUANTIZER={name} asks for" if before else ""
+        assert (done.returncode, done.stderr.count("\n")) == (0, bool(before)), name
+        assert said in done.stderr
+        before = name
         assert_made_with(name, source, bundle)
     opened = open_bundle(bundle)
     for name, (_, array) in expected.items():
@@ -132,7 +136,8 @@ def test_a_change_that_was_interrupted_goes_on(tmp_path: Path, first: str, then:
     assert requantize(source, bundle, first).returncode == 0
     assert requantize(source, bundle, then, "--part", "2/3").returncode == 0
     done = requantize(source, bundle, then)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr.count("\n")) == (0, 1)
+    assert f"; QUANTIZER={then} asks for" in done.stderr
     assert_made_with(then, source, bundle)
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsv4.making.marks import converted_by
+from dsv4.making.recorded import Recorded, chosen
 from dsv4.model import memory
 from dsv4.model.labels import PLANNED, parts_of
 from dsv4.model.names import PROJECTION, stack_of
@@ -26,8 +27,9 @@ from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.durable import human
 from dsv4.storage.shard import Slot, Tensor
 from dsv4.weights import knapsack
+from dsv4.weights.imatrix import EVEN
 from dsv4.weights.mixture import label_named
-from dsv4.weights.quantizer import Mixture, Quantizer, chosen, named
+from dsv4.weights.quantizer import Mixture, Quantizer, named
 from dsv4.weights.sampling import CHOICES
 
 PROJECTIONS = tuple(PROJECTION.values())  # gate, down, up
@@ -173,9 +175,12 @@ def shards_of(
     return plan_shards(tensors, quantizer.form, converted_by(None, quantizer), shard_bytes)
 
 
-def planned(args: argparse.Namespace, tensors: Mapping[str, Tensor]) -> tuple[list[ShardPlan], int]:
+def planned(
+    args: argparse.Namespace, tensors: Mapping[str, Tensor], made: Recorded | None
+) -> tuple[list[ShardPlan], int]:
     """The bundle's shards by its options, and 0; before a plan of a mixture is there the smallest
     shards that it can have, and the bytes that it may take: those asked for, or all exact.
+    made: the record of the bundle that is there.
 
     Raises Stop as `chosen` and `plan_shards` do.
     """
@@ -191,5 +196,7 @@ def planned(args: argparse.Namespace, tensors: Mapping[str, Tensor]) -> tuple[li
         goal = memory.goal_of(args, read_config(args.source) if there else {})
         most = sum(shard.size for shard in shards(alike(CHOICES[-1])))
         return shards(alike(CHOICES[0])), max(1, min(goal, most))
-    fitted = args.imatrix or args.plan
-    return shards(chosen(args, open_source(args.source)) if fitted else named(args.quantizer)), 0
+    if args.imatrix or args.plan:
+        return shards(chosen(args, open_source(args.source), made)[0]), 0
+    stacks = made.stacks if made and made.mark[0] == args.quantizer else None
+    return shards(named(args.quantizer, EVEN, stacks)), 0

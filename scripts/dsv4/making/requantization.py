@@ -80,11 +80,13 @@ def make_plan(
     jobs: int,
     only: frozenset[str] | None = None,
     mark: dict[str, str] | None = None,
+    stay: bool = False,
 ) -> Plan:
     """Decide every shard's fate. Raises Stop when bundle and source do not belong together.
 
     only: storage names of the expert matrices that are made; the others are copied as they lie
     (None: all are made). mark: metadata of the shards that are written (None: who made them).
+    stay: a shard that has lost its marks is right where its header is.
     """
     check_bundle(source, bundle)
     if only is None:  # repair moves strangers away itself
@@ -97,7 +99,7 @@ def make_plan(
     fates = {}
     for file, shard in bundle.shards.items():
         new = coming.get(file, [])
-        fates[file] = fate_of(shard, source, quantizer, present, mark, only, new, experts)
+        fates[file] = fate_of(shard, source, quantizer, present, mark, only, new, experts, stay)
     mine = part.of(list(fates))
     todo = [file for file in mine if not fates[file].done]
     for file in todo:
@@ -133,6 +135,7 @@ def fate_of(
     only: frozenset[str] | None,
     coming: Iterable[Unit],
     experts: Mapping[str, Unit],
+    stay: bool,
 ) -> Fate:
     """The new layout of one shard. What is not `present` in the bundle, and wanted, comes right
     after the scales that it belongs to, or after the weight; the units that are `coming` last.
@@ -168,7 +171,8 @@ def fate_of(
     layout = Layout.of(slots, metadata, as_long(quantizer.form) if only is None else {})
     wanted = sorted((slot.name, slot.dtype, slot.shape) for slot in layout.slots)
     found = sorted((t.name, t.dtype, t.shape) for t in shard.tensors.values())
-    ours = was_made_by(shard, mark) and wanted == found
+    lost = stay and not mark.keys() & shard.metadata.keys()
+    ours = (was_made_by(shard, mark) or lost) and wanted == found
     untouched = wanted == found and (
         not {"expert", "own"} & set(kinds.values()) or is_copy(shard, source, quantizer)
     )
@@ -256,6 +260,17 @@ def pieces_of(fate: Fate, source: Checkpoint, quantizer: Quantizer, ledger: Ledg
     for unit in made.values():
         pieces += unit_pieces(unit, fate.layout.places, quantizer, ledger)
     return pieces or [ConstantPiece(b"", fate.layout.size)]  # a shard is whole with its last piece
+
+
+def rewritten(plan: Plan) -> int:
+    """How many matrices of routed experts are made anew."""
+    units = {
+        fate.units[slot.name].weight.name: fate.units[slot.name].number
+        for fate in plan.work
+        for slot in fate.layout.slots
+        if fate.kinds[slot.name] == "expert"
+    }
+    return sum(units.values())
 
 
 def remove_leftovers(bundle: Path, files: list[str], part: Part) -> None:

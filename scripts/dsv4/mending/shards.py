@@ -7,6 +7,7 @@ from typing import Any
 
 from dsv4.making import marks, requantization
 from dsv4.making.part import Part
+from dsv4.making.recorded import chosen, recorded_in, settle
 from dsv4.mending import others
 from dsv4.mending.job import NEEDS_SOURCE, Repair, write_index
 from dsv4.mending.whole import (
@@ -23,7 +24,7 @@ from dsv4.stop import Stop
 from dsv4.storage.checkpoint import INDEX, Checkpoint
 from dsv4.storage.durable import human
 from dsv4.storage.space import check_room
-from dsv4.weights.quantizer import Quantizer, chosen, is_known
+from dsv4.weights.quantizer import Quantizer, is_known
 from dsv4.words import plain
 
 
@@ -58,8 +59,12 @@ def all_fp4(bundle: Checkpoint) -> bool:
 
 def from_source(repair: Repair, bundle: Checkpoint, wrong: dict[str, str], found: str) -> None:
     """Rewrite the shards that need it. Raises Stop when source and bundle do not fit."""
-    quantizer = chosen(repair.args, repair.source)
-    if quantizer.form.as_source and labels.recorded_quantizer(bundle.config) != quantizer.name:
+    before = recorded_in(repair.bundle, repair.args.quantizer)
+    stay = settle(repair.args, before)
+    quantizer, lack = chosen(repair.args, repair.source, before, stay)
+    if lack and wrong:
+        raise lack
+    if quantizer.form.as_source and not (before and before.mark[0] == quantizer.name):
         raise Stop(f"{repair.bundle}", "a bundle that is not lossless", "another QUANTIZER",
                    "make requantize QUANTIZER=lossless, which makes every tensor anew")  # fmt: skip
     made = marks.made_by(repair.source, quantizer)

@@ -35,7 +35,7 @@ def add_goal(parser: argparse.ArgumentParser) -> None:
     """The options by which a command is told what a bundle is to fit."""
     add_setting(parser, "FIT", type=parse_memory, metavar="96GB", help="a Mac's memory")
     add_setting(parser, "SIZE", type=parse_size, metavar="88GB", help="the bundle's size")
-    add_setting(parser, "CONTEXT", type=parse_context, default=CONTEXT, metavar="TOKENS")
+    add_setting(parser, "CONTEXT", type=parse_context, metavar="TOKENS", help=f"default {CONTEXT}")
 
 
 def check_goal(args: argparse.Namespace) -> None:
@@ -46,7 +46,7 @@ def check_goal(args: argparse.Namespace) -> None:
 
 def goal_of(args: argparse.Namespace, config: dict[str, Any]) -> int:
     """The bytes that the bundle may have, by these options."""
-    return args.size or max(0, room(config, args.fit, args.context))
+    return args.size or max(0, room(config, args.fit, args.context or CONTEXT))
 
 
 def wired_by_default(memory: int) -> int:

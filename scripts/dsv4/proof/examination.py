@@ -162,6 +162,9 @@ def describe(args: argparse.Namespace, done: Examination) -> str:
         lines += [check.text() for check in done.second]
         if done.read.compared:
             lines += verdict.in_rows(verdict.by_kind(done.read.outcomes))
+    if done.source is None:
+        values = ", every value" * (args.level == 2)
+        lines.append(f"not compared, for want of a source: tensors, tokenizer, encoding{values}")
     return "\n".join(lines)
 
 

@@ -20,11 +20,10 @@ from dsv4.model import labels
 from dsv4.model.plan import Form
 from dsv4.settings import Unfit, add_setting
 from dsv4.stop import Stop
-from dsv4.storage.checkpoint import Checkpoint
 from dsv4.weights import affine, least_squares, turboquant
 from dsv4.weights.affine import Tally
-from dsv4.weights.imatrix import EVEN, Importance, told
-from dsv4.weights.mixture import name_of, read_plan
+from dsv4.weights.imatrix import EVEN, Importance
+from dsv4.weights.mixture import name_of
 
 
 class Quantizer(Protocol):
@@ -260,13 +259,14 @@ def parse_name(text: str) -> str:
 
 def add_choice(parser: argparse.ArgumentParser) -> None:
     """The options by which a command is told its quantizer."""
-    add_setting(parser, "QUANTIZER", type=parse_name, default="mlx", help=NAMES, metavar="NAME")
+    said = "default: the bundle's own; for a new one mlx, with a plan mixture"
+    add_setting(parser, "QUANTIZER", type=parse_name, metavar="NAME", help=f"{NAMES}; {said}")
     add_setting(parser, "IMATRIX", help="importance of columns (.dat)")
     add_setting(parser, "PLAN", help="what plan.py wrote, for --quantizer mixture")
 
 
-def check_choice(args: argparse.Namespace) -> None:
-    """Raise Stop when the options do not go together."""
+def check_choice(args: argparse.Namespace, planned: bool = False) -> None:
+    """Raise Stop when the options do not go together. planned: the bundle was made by a plan."""
     name = args.quantizer
     if args.imatrix and not weighs(name):
         raise Stop("IMATRIX", f"QUANTIZER={name}", "affineBgG, small or mixture: no other "
@@ -274,19 +274,6 @@ def check_choice(args: argparse.Namespace) -> None:
     if args.plan and name not in labels.PLANNED:
         raise Stop("PLAN", f"QUANTIZER={name}", " or ".join(labels.PLANNED),
                    "leave PLAN, FIT and SIZE out")  # fmt: skip
-    if name in labels.PLANNED and not args.plan:
+    if name in labels.PLANNED and not args.plan and not planned:
         raise Stop(f"QUANTIZER={name}", "no PLAN", "a file that make plan wrote",
                    "make plan FIT=… or SIZE=…, or PLAN=FILE")  # fmt: skip
-
-
-def chosen(args: argparse.Namespace, source: Checkpoint) -> Quantizer:
-    """The quantizer that was asked for; says on stdout how far an imatrix reaches.
-
-    Raises Stop for an imatrix or a plan that does not fit the source.
-    """
-    importance = told(args.imatrix, source)
-    if args.quantizer in labels.PLANNED and args.plan is None:
-        raise Stop(f"--quantizer {args.quantizer}", "no plan",
-                   "the one that the bundle was made by", "name it: PLAN=FILE")  # fmt: skip
-    stacks = read_plan(args.plan, source) if args.plan else None
-    return named(args.quantizer, importance, stacks)
