@@ -6,6 +6,8 @@ import json
 import struct
 import subprocess
 import sys
+from collections import Counter
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +16,16 @@ import pytest
 import small
 from conftest import SCRIPTS, must, script
 
+from dsv4.making import experts
 from dsv4.model.opening import expert_bases, open_bundle, open_source
+from dsv4.proof import compare
+from dsv4.proof.findings import Findings
+from dsv4.proof.level2 import read_numbers
+from dsv4.proof.survey import survey
 from dsv4.stop import Stop
+from dsv4.storage.rewrite import Desk
 from dsv4.storage.shard import read_array
+from dsv4.weights import source as reading
 from dsv4.weights.imatrix import FLOOR, entry_name, importances, open_imatrix, usable
 from dsv4.weights.quantizer import named
 
@@ -134,6 +143,38 @@ def test_verify_recomputes_what_an_imatrix_made(tmp_path: Path) -> None:
     unknown = "this project's table"
     assert unknown in results["without"]
     assert unknown not in results["with"]
+
+
+def test_an_importance_is_prepared_once_for_a_matrix(tmp_path: Path, monkeypatch) -> None:
+    """By convert and by verify, however many blocks the matrix has."""
+    folder, bundle, _ = small.make(tmp_path, SIZES, seed=54)
+    path, source = write(tmp_path / "i.dat", example(4)), open_source(folder)
+    assert requantize(folder, bundle, "--quantizer", "optimal", "--imatrix", path).returncode == 0
+    importance = importances(open_imatrix(path), source)
+    prepared: Counter[str] = Counter()
+
+    def counted(values: np.ndarray, name: str) -> np.ndarray:
+        prepared[name.removesuffix(".weight")] += 1
+        return usable(values, name)
+
+    for module in (experts, compare):
+        monkeypatch.setattr(module, "usable", counted)
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 1)  # of one row each
+    monkeypatch.setattr(compare, "BLOCK_WEIGHTS", 1)
+    quantizer, tensors = Optimal(importance), source.tensors
+    with closing(Desk()) as desk:
+        for base, columns in importance.columns.items():
+            both = tensors[f"{base}.weight"], tensors[f"{base}.scale"]
+            places = dict.fromkeys(("weight", "scales", "biases"), 0)
+            ledger = experts.Ledger()
+            for piece in experts.expert_pieces(*both, places, quantizer, ledger, columns):
+                piece.write(experts.Nowhere(), desk)
+    once = dict.fromkeys(importance.columns, 1)
+    assert prepared == once
+    prepared.clear()
+    done = read_numbers(survey(bundle, Findings()), source, 1, lambda n: None, importance)
+    assert any(outcome.recomputed for outcome in done.outcomes)
+    assert prepared == once
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,18 @@
 """Runs of zeros, as a download manager leaves them: found where the model has none.
 
-Catches: a hole that is missed because of where it begins, a run that is named and is none, a source
-with a hole, or with a tensor of nothing but zeros, that is converted without a word.
+Catches: a hole that is missed because of where it begins or how it is read, a run that is named and
+is none, numbers that make the search slow, a source with a hole, or with a tensor of nothing but
+zeros, that is converted without a word.
 """
 
 import json
 import random
 import shutil
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +21,17 @@ from conftest import NANO, must, refusal, script
 
 from dsv4.model.opening import open_bundle, open_source
 from dsv4.proof.findings import Findings
-from dsv4.proof.level2 import read_numbers
+from dsv4.proof.level2 import Worker, read_numbers
 from dsv4.proof.survey import survey
 from dsv4.proof.verdict import judge
+from dsv4.stop import Stop
 from dsv4.storage.checkpoint import INDEX
+from dsv4.storage.rewrite import BLOCK_BYTES, Desk
 from dsv4.storage.shard import Planned, Tensor, read_array, write_shard
-from dsv4.storage.zeros import zero_run
+from dsv4.storage.zeros import Watch, first_run
+from dsv4.weights.imatrix import EVEN
+from dsv4.weights.quantizer import MlxAffine
+from dsv4.weights.source import blocks
 
 
 def runs(data: np.ndarray, least: int) -> list[int]:
@@ -36,7 +47,8 @@ def runs(data: np.ndarray, least: int) -> list[int]:
     return found
 
 
-def test_a_run_is_found_wherever_it_begins():
+def pieces_of_zeros() -> Iterator[tuple[np.ndarray, int]]:
+    """Bytes with runs of zeros somewhere, and how many are a run; by a seed that is printed."""
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     rng = np.random.default_rng(seed)
@@ -44,9 +56,138 @@ def test_a_run_is_found_wherever_it_begins():
         data = rng.integers(0, 3, int(rng.integers(1, 6000))).astype(np.uint8)
         at = int(rng.integers(0, len(data)))
         data[at : at + int(rng.integers(0, 3000))] = 0
-        least = int(rng.choice([1, 2, 7, 8, 9, 100, 512, 1000]))
-        found, wanted = zero_run(data, least), runs(data, least)
-        assert found in wanted if wanted else found is None, (least, found, wanted)
+        yield data, int(rng.choice([1, 2, 7, 8, 9, 100, 512, 1000]))
+
+
+def test_the_first_run_is_found_wherever_it_begins():
+    for data, least in pieces_of_zeros():
+        begin, end = first_run(data, least, 0)
+        wanted = runs(data, least)
+        if wanted:
+            assert (begin, end) == (wanted[0], wanted[0] + least), least
+        else:
+            assert end == len(data), least
+            assert end - begin < least
+            assert not data[begin:].any()
+            assert not begin or data[begin - 1]
+
+
+def test_verify_finds_a_run_however_it_is_cut_into_reads(tmp_path):
+    rng = np.random.default_rng(0)
+    for data, least in pieces_of_zeros():
+        tensor = Tensor("one", "U8", data.shape, tmp_path / "one", 100, len(data))
+        watch = Watch(lambda *_, least=least: least)
+        cuts = sorted(rng.integers(0, len(data) + 1, int(rng.integers(0, 6))).tolist())
+        for first, last in pairwise([0, *cuts, len(data)]):
+            watch.see(tensor, first, data[first:last])
+        wanted = runs(data, least)
+        assert watch.holes == ({tensor: 100 + wanted[0]} if wanted else {}), (least, cuts)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "least"),
+    [("layers.0.ffn.experts.0.w1.weight", "I8", 4096), ("embed.weight", "BF16", 1 << 20)],
+)
+def test_convert_finds_a_run_across_blocks(tmp_path, name, dtype, least):
+    size, path = (2 << 20) + 4321, tmp_path / "shard"
+    tensor = Tensor(name, dtype, (size,), path, 0, size)
+    for begin in (max(0, BLOCK_BYTES - least // 2), BLOCK_BYTES - 1, BLOCK_BYTES, size - least):
+        data = np.ones(size, np.uint8)
+        data[begin : begin + least] = 0
+        data.tofile(path)
+        with closing(Desk()) as desk, pytest.raises(Stop) as stopped:
+            list(blocks(desk, tensor, 0, size))
+        assert f"from byte {begin:,} on" in str(stopped.value)
+        data[begin + least // 2] = 1
+        data.tofile(path)
+        with closing(Desk()) as desk:
+            assert sum(len(block) for _, block in blocks(desk, tensor, 0, size)) == size
+
+
+def test_what_is_read_twice_or_by_leaps_is_no_run(tmp_path):
+    tensor, least = Tensor("one", "U8", (99,), tmp_path / "one", 0, 99), 8
+    watch = Watch(lambda *_: least)
+    for first in (0, 0, 50, 20, 20):
+        watch.see(tensor, first, np.zeros(5, np.uint8))
+    assert not watch.holes
+    watch.see(tensor, 25, np.zeros(5, np.uint8))
+    assert watch.holes == {tensor: 20}
+
+
+class Counted:
+    """Bytes of which none may be looked at twice."""
+
+    def __init__(self, data: np.ndarray) -> None:
+        self.data, self.seen = data, set()
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, at: int) -> int:
+        assert at not in self.seen, at
+        self.seen.add(at)
+        return self.data[at]
+
+
+def halves() -> np.ndarray:
+    """Scales of mx.quantize of FP4 in F16: nearly each second byte is zero."""
+    rng, groups = np.random.default_rng(0), 1 << 13
+    parts = {"weight": np.empty(16 * groups, np.uint8)}
+    parts |= {part: np.empty(2 * groups, np.uint8) for part in ("scales", "biases")}
+    codes = rng.integers(0, 256, 16 * groups, dtype=np.uint8)
+    MlxAffine().encode(codes, rng.integers(116, 120, groups).astype(np.uint8), parts)
+    return parts["scales"]
+
+
+def ones_every(distance: int, width: int = 1) -> np.ndarray:
+    return (np.arange(1 << 14) % distance < width).astype(np.uint8)
+
+
+SLOW = {
+    "F16 scales of FP4": halves,
+    "every second byte": lambda: ones_every(2),
+    "all but one": lambda: ones_every(1 << 14),
+    "a one just before each run is long enough": lambda: ones_every(512),
+    "a one a byte earlier": lambda: ones_every(511),
+    "two ones, and zeros for one byte less than a run": lambda: ones_every(513, 2),
+    "half a run, a one": lambda: ones_every(256),
+    "ones": lambda: ones_every(1),
+    "zeros": lambda: np.zeros(1 << 14, np.uint8),
+}
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_no_byte_is_looked_at_twice(name):
+    """So a search is linear, whatever the numbers are."""
+    for data in (SLOW[name](), SLOW[name]()[::-1]):
+        for least in (512, 4096):
+            again = first_run.py_func(Counted(data), least, 0)
+            assert again == first_run(data.copy(), least, 0)
+
+
+def test_of_scales_few_bytes_are_looked_at():
+    counted = Counted(halves())
+    first_run.py_func(counted, 4096, 0)
+    assert len(counted.seen) <= 2 * len(counted) // 4096 + 1
+
+
+def test_each_thread_has_a_watch_of_its_own(nano_bundle):
+    """Threads that begin at the same time too."""
+    worker, both = (
+        Worker(survey(nano_bundle, Findings()), EVEN, lambda n: None),
+        threading.Barrier(2),
+    )
+
+    class Waits(list):
+        def append(self, one) -> None:
+            super().append(one)
+            both.wait(60)
+
+    worker._watches = Waits()
+    with ThreadPoolExecutor(2) as pool:
+        readers = [one.result() for one in [pool.submit(worker._reader) for _ in range(2)]]
+    assert readers[0]._watch is not readers[1]._watch
+    assert {id(reader._watch) for reader in readers} == {id(watch) for watch in worker._watches}
 
 
 @pytest.fixture

@@ -62,12 +62,16 @@ class QuantizePiece:
         sizes = self._row_bytes()
         codes, *others = sizes
         parts = {part: desk.buffer(part, rows * sizes[part]) for part in others}
+        weights = self.importance
+        if weights is not None:
+            weights = usable(weights, self.weight.name)
         for at, packed in blocks(desk, self.weight, self.first * half, rows * half, half):
             row, some = at // half, len(packed) // half
             done = row - self.first
             now = {p: data[done * sizes[p] :][: some * sizes[p]] for p, data in parts.items()}
             now[codes] = desk.buffer("weight", some * sizes[codes])
-            tally = self._encode(row, packed, scale[done * groups :][: some * groups], now)
+            exponents = scale[done * groups :][: some * groups]
+            tally = self._encode(row, packed, exponents, now, weights)
             if codes in self.places:
                 target.write(self.places[codes] + row * sizes[codes], now[codes])
                 self.ledger.add(self.weight.name, tally)
@@ -75,12 +79,14 @@ class QuantizePiece:
             target.write(self.places[part] + self.first * sizes[part], parts[part])
 
     def _encode(
-        self, row: int, packed: np.ndarray, exponents: np.ndarray, parts: dict[str, np.ndarray]
+        self,
+        row: int,
+        packed: np.ndarray,
+        exponents: np.ndarray,
+        parts: dict[str, np.ndarray],
+        weights: np.ndarray | None,
     ) -> Tally:
-        """Quantize some rows from `row` on into `parts`."""
-        weights = self.importance
-        if weights is not None:
-            weights = usable(weights, self.weight.name)
+        """Quantize some rows from `row` on into `parts`; weights: of the columns, usable."""
         try:
             return self.quantizer.encode(packed, exponents, parts, weights)
         except BadGroup as bad:

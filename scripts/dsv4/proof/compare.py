@@ -110,6 +110,9 @@ class Comparer:
         quantizer = self.quantizer.of(task.base) if expert and self.quantizer else None
         if quantizer is not None and quantizer.label != task.label:
             quantizer = None
+        importance = quantizer and self.quantizer.importance.get(task.base)
+        if importance is not None:
+            importance = usable(importance, task.base)
         out, columns = task.origin.shape[0], task.columns
         rows = max(1, BLOCK_WEIGHTS // columns)
         sample = zlib.crc32(task.base.encode()) % -(-out // rows) * rows
@@ -127,7 +130,7 @@ class Comparer:
                     return
                 block.bounds(outcome, promise)
                 if quantizer:
-                    block.recompute(outcome, quantizer, self.quantizer.importance.get(task.base))
+                    block.recompute(outcome, quantizer, importance)
                 else:
                     block.formula(outcome)
         finish(outcome, promise)
@@ -304,9 +307,7 @@ class Block:
     def recompute(
         self, outcome: Outcome, quantizer: Quantizer, importance: np.ndarray | None
     ) -> None:
-        """Quantize the source rows again and compare bytes."""
-        if importance is not None:
-            importance = usable(importance, self.task.base)
+        """Quantize the source rows again and compare bytes; importance: of the columns, usable."""
         parts = {part: np.empty(len(data), np.uint8) for part, data in self.stored.items()}
         outcome.recomputed = True
         outcome.groups += len(self.scales)

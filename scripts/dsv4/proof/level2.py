@@ -92,8 +92,9 @@ class Worker:
 
     def _reader(self) -> Reader:
         if not hasattr(self._local, "reader"):
-            self._watches.append(Watch(most_zeros))
-            self._local.reader = Reader(self._watches[-1])
+            watch = Watch(most_zeros)  # each thread's own, whichever is appended last
+            self._local.reader = Reader(watch)
+            self._watches.append(watch)
             self._readers.append(self._local.reader)
         return self._local.reader
 

@@ -4,54 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numba
 import numpy as np
 
 from dsv4.storage.shard import Tensor
 
-PAGE = 4096
-SAMPLES = 8  # bytes that are looked at in a run of the length that is asked for
 
+@numba.njit(nogil=True, cache=True)
+def first_run(data: np.ndarray, least: int, before: int) -> tuple[int, int]:
+    """Find the first `least` zeros in a row in `data`, uint8 and flat: (begin, begin + least).
 
-def zero_run(data: np.ndarray, least: int) -> int | None:
-    """Where in `data`, uint8 and flat, a run of at least `least` zero bytes begins; None if none.
+    Where there are none, it is the zeros that `data` ends with, fewer than `least`, maybe none.
+    before: how many zeros lie before `data`; a run may begin among them, at a negative index.
 
-    Looks at a few bytes of each stretch first: it costs next to nothing where there is no such run.
-
-    >>> zero_run(np.array([1, *[0] * 64, 1], np.uint8), 64), zero_run(np.ones(99, np.uint8), 8)
-    (1, None)
+    A run that begins at `begin` has no other byte up to its end, so that end is looked at first,
+    and from there back to the last byte that is no zero: the next run can only begin behind it. No
+    byte is looked at twice, and of most pages one or two are.
     """
-    if len(data) < least or least < 1:
-        return None
-    step = max(1, least // SAMPLES)
-    width = least // step  # so many multiples of `step` lie in any run of `least` bytes
-    near = np.flatnonzero(data[::step] == 0)
-    if len(near) < width:
-        return None
-    starts = near[: len(near) - width + 1]
-    for start in starts[near[width - 1 :] - starts == width - 1]:
-        begin, end = _around(data, int(start) * step)
-        if end - begin >= least:
-            return begin
-    return None
-
-
-def _around(data: np.ndarray, at: int) -> tuple[int, int]:
-    """The run of zeros around byte `at`, which is zero: where it begins, where it ends."""
-    before = np.flatnonzero(data[max(0, at - (1 << 20)) : at])
-    begin = max(0, at - (1 << 20)) + int(before[-1]) + 1 if len(before) else max(0, at - (1 << 20))
-    after = np.flatnonzero(data[at : at + (1 << 20)])
-    return begin, at + int(after[0]) if len(after) else min(len(data), at + (1 << 20))
+    begin, seen = -before, 0  # what was seen so far is zeros from `begin` on
+    while True:
+        end = min(begin + least, len(data))
+        at = end - 1
+        while at >= seen and data[at] == 0:
+            at -= 1
+        if at < seen:
+            return begin, end
+        begin, seen = at + 1, end
 
 
 class Watch:
-    """Looks for holes in what is read of tensors, each from its beginning, in pieces of any size.
+    """Looks for holes in what is read of tensors, in pieces of any size, one after another.
 
     most: (name, dtype, bytes of a tensor) → how many zero bytes in a row are a hole, or None.
     """
 
     def __init__(self, most: Callable[[str, str, int], int | None]) -> None:
         self._most = most
-        self._zeros: dict[Tensor, int] = {}  # at the end of what was read so far
+        self._ends: dict[Tensor, tuple[int, int]] = {}  # how far it was read; zeros before that
         self.holes: dict[Tensor, int] = {}  # tensor → the byte of the file from which on
 
     def see(self, tensor: Tensor, first: int, data: np.ndarray) -> None:
@@ -59,11 +48,9 @@ class Watch:
         least = self._most(tensor.name, tensor.dtype, tensor.nbytes)
         if least is None or tensor in self.holes:
             return
-        before = self._zeros.pop(tensor, 0)
-        if not data.any():
-            if before + len(data) >= least:
-                self.holes[tensor] = tensor.offset + first - before
-            else:
-                self._zeros[tensor] = before + len(data)
-        elif (at := zero_run(data, least)) is not None:
-            self.holes[tensor] = tensor.offset + first + at
+        end, zeros = self._ends.pop(tensor, (0, 0))
+        begin, end = first_run(data, least, zeros if end == first else 0)
+        if end - begin == least:
+            self.holes[tensor] = tensor.offset + first + begin
+        elif end > begin:
+            self._ends[tensor] = first + end, end - begin

@@ -11,7 +11,7 @@ from dsv4.model.names import most_zeros
 from dsv4.stop import Stop
 from dsv4.storage.rewrite import BLOCK_BYTES, COPY_BYTES, Desk, Target
 from dsv4.storage.shard import Tensor
-from dsv4.storage.zeros import PAGE, zero_run
+from dsv4.storage.zeros import first_run
 
 
 def read_bytes(desk: Desk, tensor: Tensor, first: int, nbytes: int, use: str) -> np.ndarray:
@@ -30,31 +30,33 @@ def blocks(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """The same bytes as (first byte, data), whole rows of `row` bytes, about BLOCK_BYTES at a time.
 
-    So little stays in a core's own cache until it is written. A hole is found across blocks too:
-    the page before a block lies before it in the buffer. Tensors that may have longer runs of zeros
-    come in one block.
+    So little stays in a core's own cache until it is written. A hole is found across blocks too.
     """
-    least = most_zeros(tensor.name, tensor.dtype, tensor.nbytes) or 0
-    step = max(row, BLOCK_BYTES // row * row) if least <= PAGE else nbytes
-    room = desk.buffer("block", PAGE + min(step, nbytes))
+    step = max(row, BLOCK_BYTES // row * row)
+    room, zeros = desk.buffer("block", min(step, nbytes)), 0
     for at in range(first, first + nbytes, step):
-        end = PAGE + min(step, first + nbytes - at)
-        begin = 0 if at > first else PAGE
-        desk.read(tensor.path, tensor.offset + at, room[PAGE:end])
-        check_hole(tensor, tensor.offset + at - (PAGE - begin), room[begin:end])
-        yield at, room[PAGE:end]
-        room[:PAGE] = room[end - PAGE : end]
+        data = room[: min(step, first + nbytes - at)]
+        desk.read(tensor.path, tensor.offset + at, data)
+        zeros = check_hole(tensor, tensor.offset + at, data, zeros)
+        yield at, data
 
 
-def check_hole(tensor: Tensor, offset: int, data: np.ndarray) -> None:
-    """Raise Stop when `data`, of a tensor and read at `offset` of its file, has too many zeros."""
+def check_hole(tensor: Tensor, offset: int, data: np.ndarray, before: int = 0) -> int:
+    """Raise Stop when `data`, of a tensor and read at `offset` of its file, has too many zeros.
+
+    before: how many zeros the tensor has just before `data`. Returns how many it ends with.
+    """
     least = most_zeros(tensor.name, tensor.dtype, tensor.nbytes)
-    if least is not None and (at := zero_run(data, least)) is not None:
+    if least is None:
+        return 0
+    begin, end = first_run(data, least, before)
+    if end - begin == least:
         raise Stop(
             f"{tensor.path}: {tensor.name}",
-            f"{least:,} zero bytes or more from byte {offset + at:,} on",
+            f"{least:,} zero bytes or more from byte {offset + begin:,} on",
             "numbers there: a download left a hole", "fetch this file again",
         )  # fmt: skip
+    return end - begin
 
 
 @dataclass(frozen=True)
