@@ -161,7 +161,7 @@ def test_an_importance_is_prepared_once_for_a_matrix(tmp_path: Path, monkeypatch
         monkeypatch.setattr(module, "usable", counted)
     monkeypatch.setattr(reading, "BLOCK_BYTES", 1)  # of one row each
     monkeypatch.setattr(compare, "BLOCK_WEIGHTS", 1)
-    quantizer, tensors = Optimal(importance), source.tensors
+    quantizer, tensors = named("affine4g32", importance), source.tensors
     with closing(Desk()) as desk:
         for base, columns in importance.columns.items():
             both = tensors[f"{base}.weight"], tensors[f"{base}.scale"]
