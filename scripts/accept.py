@@ -22,15 +22,15 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from dsv4.runtime.memory import resident
+from dsv4.runtime.memory import resident_bytes
 from dsv4.runtime.server import HOST
 from dsv4.served import abilities, basics, case, speed
-from dsv4.served.client import Endpoint, found, key_of
+from dsv4.served.client import Endpoint, find_model, api_key
 from dsv4.served.page import page
-from dsv4.settings import add_setting, parse_context, parse_path, parse_url, read_as
-from dsv4.stop import Stop, run
+from dsv4.settings import add_setting, parse_context, parse_path, parse_url, parse_as
+from dsv4.stop import UserError, run
 from dsv4.storage.durable import write_bytes, write_json
-from dsv4.words import say
+from dsv4.words import print_escaped
 
 FORMAT = 1
 
@@ -48,16 +48,16 @@ def parse() -> argparse.Namespace:
                 help="tokens of the longest prompt (%(default)s)")  # fmt: skip
     parser.add_argument("--out", type=parse_path, required=True, help="OUT.html and OUT.json")
     args = parser.parse_args()
-    args.url = read_as("URL", args.url or f"http://{HOST}:{args.port}", parse_url)
-    args.against = args.against and read_as("AGAINST", args.against, parse_url)
-    args.context = read_as("CONTEXT", str(args.context), parse_context)
+    args.url = parse_as("URL", args.url or f"http://{HOST}:{args.port}", parse_url)
+    args.against = args.against and parse_as("AGAINST", args.against, parse_url)
+    args.context = parse_as("CONTEXT", str(args.context), parse_context)
     return args
 
 
-def told(outcome: case.Outcome) -> case.Outcome:
+def told(outcome: case.CaseResult) -> case.CaseResult:
     """Say an outcome."""
     why = f": {outcome.why}" if outcome.why else ""
-    say(f"{outcome.verdict:8}{outcome.name} ({outcome.seconds:g} s){why}", flush=True)
+    print_escaped(f"{outcome.verdict:8}{outcome.name} ({outcome.seconds:g} s){why}", flush=True)
     return outcome
 
 
@@ -66,19 +66,19 @@ def examine(endpoint: Endpoint, context: int) -> dict[str, Any]:
 
     One that gives no usable answer to the first question is asked nothing else.
     """
-    first, nano = case.introduce(endpoint)
+    first, nano = case.identify_model(endpoint)
     outcomes, answers = [told(first)], first.verdict == "right"
     for one in (*basics.CASES, *abilities.cases(context, endpoint.most)):
         one = one if answers else replace(one, skip="the first question had no answer")
-        outcomes.append(told(case.judge(endpoint, one, nano)))
+        outcomes.append(told(case.run_case(endpoint, one, nano)))
     speeds = []
     for one in speed.measure(endpoint, context) if answers else ():
         speeds.append(one)
         measured = one.why or f"first token {one.first:g} s, {one.rate or 'too few'} tokens/s"
-        say(f"speed   {one.prompt:,} tokens × {one.at_once}: {measured}", flush=True)
+        print_escaped(f"speed   {one.prompt:,} tokens × {one.at_once}: {measured}", flush=True)
     return {
         "url": endpoint.url, "model": endpoint.model, "nano": nano,
-        "memory": resident(endpoint.url),
+        "memory": resident_bytes(endpoint.url),
         "cases": [asdict(one) for one in outcomes], "speed": [asdict(one) for one in speeds],
     }  # fmt: skip
 
@@ -92,13 +92,13 @@ def faults(side: dict[str, Any]) -> list[str]:
 
 def main() -> int:
     args = parse()
-    ends = [found(args.url, args.model_name, key_of("OPENAI_API_KEY"))]
+    ends = [find_model(args.url, args.model_name, api_key("OPENAI_API_KEY"))]
     if args.against:
-        key = key_of("AGAINST_API_KEY")
-        ends.append(found(args.against, args.against_name, key, "AGAINST_NAME"))
+        key = api_key("AGAINST_API_KEY")
+        ends.append(find_model(args.against, args.against_name, key, "AGAINST_NAME"))
     sides = []
     for end in ends:
-        say(f"{end.model} at {end.url}")
+        print_escaped(f"{end.model} at {end.url}")
         sides.append(examine(end, args.context))
     wrong = faults(sides[0])
     result = {
@@ -109,9 +109,9 @@ def main() -> int:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.out.with_suffix(".json"), result)
     write_bytes(args.out.with_suffix(".html"), page(result).encode())
-    say(args.out.with_suffix(".html"))
+    print_escaped(args.out.with_suffix(".html"))
     if wrong:
-        raise Stop(args.url, f"wrong: {', '.join(wrong)}", "all right", "see the page")
+        raise UserError(args.url, f"wrong: {', '.join(wrong)}", "all right", "see the page")
     return 0
 
 

@@ -24,23 +24,23 @@ from dsv4.hub import client
 from dsv4.hub.download import recorded, remaining
 from dsv4.hub.provenance import read_record
 from dsv4.making import low_disk
-from dsv4.making.fitting import planned
-from dsv4.making.recorded import Recorded, check_ours, recorded_in, settle
+from dsv4.making.fitting import planned_shards
+from dsv4.making.recorded import Recorded, check_ours, recorded_in, resolve_quantizer
 from dsv4.model import memory
 from dsv4.model.implied import check_whole, lacking_mtp
 from dsv4.model.opening import open_bundle, open_source, read_config
 from dsv4.model.plan import SHARD_BYTES
-from dsv4.model.roles import place_of
+from dsv4.model.roles import bundle_path
 from dsv4.proof import stacks
 from dsv4.runtime import patches, toolchain
 from dsv4.settings import add_setting, parse_path
-from dsv4.stop import Stop, run
+from dsv4.stop import UserError, run
 from dsv4.storage import space, volume
 from dsv4.storage.checkpoint import INDEX
-from dsv4.storage.durable import human
-from dsv4.storage.space import workplace_of
-from dsv4.weights.quantizer import add_choice
-from dsv4.words import LINE, plain
+from dsv4.storage.durable import format_bytes
+from dsv4.storage.space import staging_folder
+from dsv4.weights.quantizer import add_quantizer_options
+from dsv4.words import LINE, escape_line
 
 NEEDED = {
     "jang": "the model",
@@ -69,14 +69,14 @@ class Line:
     def __str__(self) -> str:
         mark = "NO " if not self.holds else "?? " if self.doubt else "ok "
         todo = "" if self.holds or not self.todo else f"; {self.todo}"
-        return plain(f"{mark} {self.what}: {self.found}{todo}", LINE)
+        return escape_line(f"{mark} {self.what}: {self.found}{todo}", LINE)
 
 
 def check_toolchain(python: Path, converter: str, app: Path, quantizer: str) -> list[Line]:
     """The toolchain Python and its packages; torch only where upstream's converter is to run."""
     try:
         info = toolchain.probe(python)
-    except Stop as stop:
+    except UserError as stop:
         return [Line(False, "toolchain", str(stop))]
     lines = [Line(True, "toolchain", f"Python {info['python']} at {info['executable']}")]
     for name, role in NEEDED.items():
@@ -105,8 +105,8 @@ def check_toolchain(python: Path, converter: str, app: Path, quantizer: str) -> 
 
 def meaning(what: str, versions: stacks.Versions, lacking: tuple[str, ...], quantizer: str) -> Line:
     """What the installed versions mean for the user, by the rows of dsv4/proof/stacks.py."""
-    works, line = stacks.recognise(versions, lacking, toolchain.has_metal(), quantizer)
-    return Line(not stacks.refused(versions, quantizer), what, line, doubt=not works)
+    works, line = stacks.recognize_stack(versions, lacking, toolchain.has_metal(), quantizer)
+    return Line(not stacks.refusal_reason(versions, quantizer), what, line, doubt=not works)
 
 
 def pending(python: Path | None, app: Path) -> tuple[str, ...]:
@@ -115,9 +115,9 @@ def pending(python: Path | None, app: Path) -> tuple[str, ...]:
     for patch in map(patches.read_patch, patches.DEFAULT):
         if not patch.concerns_this_machine:
             continue
-        with contextlib.suppress(Stop):  # no jang_tools: said elsewhere
+        with contextlib.suppress(UserError):  # no jang_tools: said elsewhere
             file = toolchain.module_file(python, patch.target, app)
-            if patches.state(patches.read_python(file), patch) == "pristine":
+            if patches.patch_state(patches.read_python(file), patch) == "pristine":
                 lacking.append(patch.path.name)
     return tuple(lacking)
 
@@ -130,8 +130,8 @@ def check_patch(python: Path, app: Path, path: Path) -> Line:
         return Line(True, what, "not needed where Metal is")
     try:
         file = toolchain.module_file(python, patch.target, app)
-        state = patches.state(patches.read_python(file), patch)
-    except Stop as stop:
+        state = patches.patch_state(patches.read_python(file), patch)
+    except UserError as stop:
         return Line(False, what, str(stop))
     found = {
         "pristine": "not applied yet; patch_loader does it",
@@ -156,14 +156,14 @@ def check_volume(what: str, folder: Path, written: bool) -> list[Line]:
     writable = parent.is_dir() and os.access(parent, os.W_OK)
     line = Line(writable or not written, what, f"{folder} on {parent}, {room(folder)} free",
                 f"{parent} is not writable: choose another path")  # fmt: skip
-    lacks = volume.lacks(parent) if writable and written else []
+    lacks = volume.missing_features(parent) if writable and written else []
     return [line, *(Line(True, what, one, doubt=True) for one in lacks)]
 
 
 def room(folder: Path) -> str:
     """What is free on the volume of `folder`, for a reader."""
-    there = space.free(folder)
-    return "an unknown number of bytes" if there is None else human(there)
+    there = space.free_bytes(folder)
+    return "an unknown number of bytes" if there is None else format_bytes(there)
 
 
 def source_need(source: Path, repo: str, revision: str) -> tuple[Line, int]:
@@ -174,19 +174,19 @@ def source_need(source: Path, repo: str, revision: str) -> tuple[Line, int]:
             check_whole(opened)
             known = " as downloaded" if repo and recorded(source, repo, revision) else ""
             lacks = f"; {words}" if (words := lacking_mtp(opened)) else ""
-            return Line(True, "source", f"complete{known}, {human(opened.nbytes)}{lacks}"), 0
-        except Stop as stop:
+            return Line(True, "source", f"complete{known}, {format_bytes(opened.nbytes)}{lacks}"), 0
+        except UserError as stop:
             if not repo:
                 return Line(False, "source", str(stop)), 0
     if not repo:
         return Line(False, "source", f"no {source / INDEX}", "set SOURCE, or REPO to fetch it"), 0
     try:
         listing = client.listing(repo, revision)
-    except Stop as stop:
+    except UserError as stop:
         return Line(False, "source", str(stop)), 0
     needed = remaining(source, listing.files)
     total = sum(file.size for file in listing.files)
-    found = f"{human(total)} on the hub at {listing.commit[:12]}, {human(needed)} still to fetch"
+    found = f"{format_bytes(total)} on the hub at {listing.commit[:12]}, {format_bytes(needed)} still to fetch"
     return Line(True, "source", found), needed
 
 
@@ -196,11 +196,11 @@ def low_disk_need(source: Path, repo: str, revision: str) -> tuple[Line, int]:
         record = read_record(source)
         known = record is not None and record.repo == repo
         files = list(record.files.values()) if known else client.listing(repo, revision).files
-    except Stop as stop:
+    except UserError as stop:
         return Line(False, "source", str(stop)), 0
     largest = sorted((file.size for file in files), reverse=True)[:AT_ONCE]
     total = sum(file.size for file in files)
-    found = f"{human(total)} on the hub, {human(sum(largest))} of it here at one time"
+    found = f"{format_bytes(total)} on the hub, {format_bytes(sum(largest))} of it here at one time"
     return Line(True, "source", found), sum(largest)
 
 
@@ -211,25 +211,25 @@ def bundle_need(args: argparse.Namespace, made: Recorded | None) -> tuple[list[L
     bundle or a killed run, is taken off, and one shard is made room for.
     """
     try:
-        space.check_own(args.bundle)
-        tensors = low_disk.tensors_of(args.source, args.repo, args.revision)
-        shards, goal = planned(args, tensors, made)
-    except Stop as stop:
+        space.check_not_volume_root(args.bundle)
+        tensors = low_disk.source_tensors(args.source, args.repo, args.revision)
+        shards, goal = planned_shards(args, tensors, made)
+    except UserError as stop:
         return [Line(False, "bundle size", f"unknown ({stop})")], 0
     total = sum(shard.size for shard in shards)
     final = goal or total
     if total > final:
-        least = f"{human(goal)} asked for, {human(total)} at least"
+        least = f"{format_bytes(goal)} asked for, {format_bytes(total)} at least"
         return [Line(False, "bundle size", least, "ask for a larger one, or a larger Mac")], 0
     try:
         have = open_bundle(args.bundle).nbytes
-    except Stop:
-        have = space.folder_bytes(workplace_of(args.bundle))
+    except UserError:
+        have = space.folder_bytes(staging_folder(args.bundle))
     largest = max(shard.size for shard in shards)
     spare = largest if have or args.converter == "jang" else 0  # rewritten by requantize
     needed = max(0, final - have) + spare
     about = "at most " * bool(goal)
-    size = Line(True, "bundle size", f"{about}{human(final)} finished, {human(have)} there")
+    size = Line(True, "bundle size", f"{about}{format_bytes(final)} finished, {format_bytes(have)} there")
     return [size, *memory_line(args, final)], needed
 
 
@@ -238,7 +238,7 @@ def memory_line(args: argparse.Namespace, final: int) -> list[Line]:
     if not (args.source / "config.json").is_file():
         return []
     config = read_config(args.source)
-    said = memory.fit_in_words(config, final, args.context or memory.CONTEXT, args.fit or 0)
+    said = memory.describe_fit(config, final, args.context or memory.CONTEXT, args.fit or 0)
     return [Line(True, "memory", said, doubt="does not" in said)]
 
 
@@ -249,8 +249,8 @@ def check_space(source: Path, bundle: Path, fetch: int, build: int) -> list[Line
     else:
         needs = [("space for the source", source, fetch), ("space for the bundle", bundle, build)]
     return [
-        Line((there := space.free(folder)) is None or there >= need, what,
-             f"{room(folder)} free, {human(need)} needed",
+        Line((there := space.free_bytes(folder)) is None or there >= need, what,
+             f"{room(folder)} free, {format_bytes(need)} needed",
              "free some, or move SOURCE or BUNDLE to another volume", doubt=there is None)
         for what, folder, need in needs
     ]  # fmt: skip
@@ -263,7 +263,7 @@ def main() -> int:
     add_setting(parser, "SOURCE", required=True)
     add_setting(parser, "BUNDLE", required=True)
     add_setting(
-        parser, "TOOLCHAIN_PYTHON", option="--python", default=toolchain.default(), help="toolchain"
+        parser, "TOOLCHAIN_PYTHON", option="--python", default=toolchain.default_python(), help="toolchain"
     )
     parser.add_argument("--app", type=parse_path, default=toolchain.APP)
     add_setting(parser, "REPO", default="", help="where the source can be fetched from")
@@ -272,14 +272,14 @@ def main() -> int:
     add_setting(parser, "SHARD_BYTES", default=SHARD_BYTES)
     add_setting(parser, "LOW_DISK")
     parser.add_argument("--ours", action="store_true", help="stop at another maker's bundle")
-    add_choice(parser)
+    add_quantizer_options(parser)
     memory.add_goal(parser)
     args = parser.parse_args()
     memory.check_goal(args)
-    source, bundle = args.source, place_of(args.bundle, args.source)
+    source, bundle = args.source, bundle_path(args.bundle, args.source)
     args.bundle, made = bundle, recorded_in(bundle, args.quantizer)
     check_ours(args, made)
-    settle(args, made)
+    resolve_quantizer(args, made)
     lines = check_toolchain(args.python, args.converter, args.app, args.quantizer)
     lines += [check_patch(args.python, args.app, path) for path in patches.DEFAULT]
     need = low_disk_need if args.low_disk else source_need
@@ -291,7 +291,7 @@ def main() -> int:
     print(*lines, sep="\n")
     failed = [line for line in lines if not line.holds]
     if failed:
-        raise Stop("check", f"{len(failed)} of {len(lines)} lines NO", "none", "see above")
+        raise UserError("check", f"{len(failed)} of {len(lines)} lines NO", "none", "see above")
     return 0
 
 

@@ -37,27 +37,27 @@ from dsv4.making import low_disk, own_numbers
 from dsv4.making.conversion import (
     check_complete,
     convert,
-    describe,
+    describe_plan,
     is_done,
     make_plan,
 )
-from dsv4.making.low_disk import Supply
-from dsv4.making.part import Part, parse_part
-from dsv4.making.recorded import chosen, recorded_in, settle
-from dsv4.making.workplace import claim, publish, unmark, workplace
+from dsv4.making.low_disk import ShardFetcher
+from dsv4.making.part import JobPart, parse_part
+from dsv4.making.recorded import quantizer_for, recorded_in, resolve_quantizer
+from dsv4.making.workplace import mark, move_into_place, unmark, staging
 from dsv4.model.implied import check_whole, lacking_mtp
 from dsv4.model.opening import open_bundle
 from dsv4.model.plan import SHARD_BYTES
-from dsv4.model.roles import place_of
+from dsv4.model.roles import bundle_path
 from dsv4.runtime import upstream
-from dsv4.runtime.toolchain import default
-from dsv4.settings import add_setting, cores
-from dsv4.stop import Stop, run
+from dsv4.runtime.toolchain import default_python
+from dsv4.settings import add_setting, available_cores
+from dsv4.stop import UserError, run
 from dsv4.storage.checkpoint import Checkpoint
-from dsv4.storage.reading import Reader
-from dsv4.storage.space import workplace_of
-from dsv4.weights.quantizer import Quantizer, add_choice
-from dsv4.words import plain, say
+from dsv4.storage.reading import TensorReader
+from dsv4.storage.space import staging_folder
+from dsv4.weights.quantizer import Quantizer, add_quantizer_options
+from dsv4.words import escape_line, print_escaped
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -67,15 +67,15 @@ def parse_arguments() -> argparse.Namespace:
     add_setting(parser, "SOURCE", required=True, help="the FP4/FP8 checkpoint")
     add_setting(parser, "BUNDLE", required=True, help="the folder to make")
     add_setting(parser, "CONVERTER", choices=("native", "jang"), default="native")
-    add_setting(parser, "TOOLCHAIN_PYTHON", option="--python", default=default(),
+    add_setting(parser, "TOOLCHAIN_PYTHON", option="--python", default=default_python(),
                 help="jang: the toolchain")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
-    add_setting(parser, "JOBS", default=cores(), help="threads (all cores)")
+    add_setting(parser, "JOBS", default=available_cores(), help="threads (all cores)")
     add_setting(parser, "SHARD_BYTES", default=SHARD_BYTES, help="the largest shard (5e9)")
     parser.add_argument(
-        "--part", type=parse_part, default=Part(), help="K/N: a share of the shards"
+        "--part", type=parse_part, default=JobPart(), help="K/N: a share of the shards"
     )
-    add_choice(parser)
+    add_quantizer_options(parser)
     low_disk.add_options(parser)
     args = parser.parse_args()
     if not args.part.whole and (args.low_disk or args.converter == "jang"):
@@ -86,52 +86,52 @@ def parse_arguments() -> argparse.Namespace:
 def run_upstream(args: argparse.Namespace, source: Checkpoint) -> str:
     """Upstream's converter; return what to say."""
     if args.dry_run or args.low_disk:
-        raise Stop("--converter jang", "--dry-run or --low-disk", "neither", "use native for them")
+        raise UserError("--converter jang", "--dry-run or --low-disk", "neither", "use native for them")
     check_whole(source)
-    with workplace(args.bundle) as folder:
-        upstream.clear(folder)
-        claim(folder)
-        upstream.fill(folder, source.folder, args.python)
+    with staging(args.bundle) as folder:
+        upstream.clear_folder(folder)
+        mark(folder)
+        upstream.convert_into(folder, source.folder, args.python)
         check_complete(open_bundle(folder), source)
-        publish(folder, args.bundle)
+        move_into_place(folder, args.bundle)
     return f"converted, {len(source.tensors):,} source tensors"
 
 
 def run_native(args: argparse.Namespace, source: Checkpoint, headers: Checkpoint,
-               supply: Supply | None) -> str:  # fmt: skip
+               supply: ShardFetcher | None) -> str:  # fmt: skip
     """The native converter, or its plan; return what to say."""
-    quantizer, _ = chosen(args, headers, None)
+    quantizer, _ = quantizer_for(args, headers, None)
     if quantizer.form.as_source:
         quantizer = survey(quantizer, args, source, headers, supply)
-        say(own_numbers.said(quantizer, headers))
+        print_escaped(own_numbers.message(quantizer, headers))
     plan = make_plan(source, headers, quantizer, args.shard_bytes)
     check_whole(source)
     if args.dry_run:
-        return "would be made\n" + describe(plan, args.bundle, args.jobs, args.part, supply)
+        return "would be made\n" + describe_plan(plan, args.bundle, args.jobs, args.part, supply)
     said = convert(plan, args.bundle, args.jobs, args.part, supply)
     return said if args.part.whole else f"{said}\n{args.part.said}"
 
 
 def survey(quantizer: Quantizer, args: argparse.Namespace, source: Checkpoint, headers: Checkpoint,
-           supply: Supply | None) -> Quantizer:  # fmt: skip
+           supply: ShardFetcher | None) -> Quantizer:  # fmt: skip
     """The quantizer, which knows the source's BF16 values now: read here, or from the hub."""
     if supply is None:
-        record = workplace_of(args.bundle) / own_numbers.RECORD
-        with contextlib.closing(Reader()) as reader:
-            return own_numbers.planned(quantizer, source, reader.read, record, 1)
-    record = low_disk.own_headers(args.source) / own_numbers.RECORD
-    quantizer = own_numbers.planned(quantizer, headers, supply.read, record, args.workers)
+        record = staging_folder(args.bundle) / own_numbers.RECORD
+        with contextlib.closing(TensorReader()) as reader:
+            return own_numbers.with_measured_overflow(quantizer, source, reader.read, record, 1)
+    record = low_disk.headers_folder(args.source) / own_numbers.RECORD
+    quantizer = own_numbers.with_measured_overflow(quantizer, headers, supply.read, record, args.workers)
     if not args.dry_run:
-        own_numbers.keep(record, headers, quantizer)
+        own_numbers.write_record(record, headers, quantizer)
     return quantizer
 
 
 def main() -> int:
     """Convert, or say what would be done. Returns 0."""
     args = parse_arguments()
-    args.bundle = place_of(args.bundle, args.source)
-    settle(args, recorded_in(args.bundle, args.quantizer))
-    with low_disk.opened(args) as (source, headers, supply):
+    args.bundle = bundle_path(args.bundle, args.source)
+    resolve_quantizer(args, recorded_in(args.bundle, args.quantizer))
+    with low_disk.open_checkpoints(args) as (source, headers, supply):
         if is_done(args.bundle, source):
             said = f"holds every tensor of {args.source} already; delete it to convert afresh"
             if not args.dry_run:
@@ -140,13 +140,13 @@ def main() -> int:
                 supply.keep_only(set())
         else:
             if lacks := lacking_mtp(source):
-                say(f"note: {plain(source.folder)}: {lacks}; the bundle has the same",
+                print_escaped(f"note: {escape_line(source.folder)}: {lacks}; the bundle has the same",
                     file=sys.stderr)  # fmt: skip
             if args.converter == "jang":
                 said = run_upstream(args, source)
             else:
                 said = run_native(args, source, headers, supply)
-    say(f"{plain(args.bundle)}: {said}")
+    print_escaped(f"{escape_line(args.bundle)}: {said}")
     return 0
 
 

@@ -23,8 +23,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dsv4.runtime.server import Answer, ask, running
-from dsv4.runtime.toolchain import default
+from dsv4.runtime.server import Answer, ask_question, running_server
+from dsv4.runtime.toolchain import default_python
 from dsv4.served.nano import (
     MAX_DISTANCE,
     MIN_EXACT,
@@ -32,12 +32,12 @@ from dsv4.served.nano import (
     Logits,
     compare,
     held_out,
-    logits,
-    prompts,
+    run_logits,
+    token_prompts,
 )
 from dsv4.served.questions import MOON, SUM, sentence_fault, sum_fault
 from dsv4.settings import add_setting, parse_path
-from dsv4.stop import Stop, run
+from dsv4.stop import UserError, run
 from dsv4.storage.space import folder_bytes
 
 TOKENS = 20  # of an addition's answer, which takes 15 at most, its reasoning included
@@ -67,22 +67,22 @@ def talk(
 ) -> Talk:
     """Serve the bundle and ask everything."""
     start = time.monotonic()
-    with running(python, bundle, work / f"server-{bundle.name}.log") as url:
-        moon, total = ask(url, MOON, 60), ask(url, SUM, TOKENS)
+    with running_server(python, bundle, work / f"server-{bundle.name}.log") as url:
+        moon, total = ask_question(url, MOON, 60), ask_question(url, SUM, TOKENS)
         exact = 0
         for a, b in additions:
-            exact += ask(url, f"What is {a}+{b}?", TOKENS).content.strip() == str(a + b)
+            exact += ask_question(url, f"What is {a}+{b}?", TOKENS).content.strip() == str(a + b)
             bar.update()
     return Talk(moon, total, exact, time.monotonic() - start)
 
 
-def examine(args: argparse.Namespace) -> tuple[Seen | Stop, Seen, Logits]:
+def examine(args: argparse.Namespace) -> tuple[Seen | UserError, Seen, Logits]:
     """The stock bundle, or how it was refused; the right one; its logits against its own tensors'.
 
     Raises Stop when the right bundle cannot be loaded and asked.
     """
     additions = held_out(args.source, QUESTIONS)
-    ids, work = prompts(args.source, additions), args.bundle.parent
+    ids, work = token_prompts(args.source, additions), args.bundle.parent
     with (
         tqdm(total=2 * len(additions), desc="additions", disable=None) as bar,
         ThreadPoolExecutor(os.cpu_count()) as pool,
@@ -93,12 +93,12 @@ def examine(args: argparse.Namespace) -> tuple[Seen | Stop, Seen, Logits]:
         ]
         wanted = [(args.source, "source"), (args.bundle, "loader"),
                   (args.bundle, "tensors"), (args.stock, "loader")]  # fmt: skip
-        found = [pool.submit(logits, args.python, *one, ids, work) for one in wanted]
+        found = [pool.submit(run_logits, args.python, *one, ids, work) for one in wanted]
         source, loaded, own = (answer.result() for answer in found[:3])
         right = Seen(compare(loaded, source), talks[0].result(), args.bundle)
         try:
             stock = Seen(compare(found[3].result(), source), talks[1].result(), args.stock)
-        except Stop as refusal:
+        except UserError as refusal:
             stock = refusal
     return stock, right, compare(loaded, own)
 
@@ -115,9 +115,9 @@ ROWS = [
 ]  # fmt: skip
 
 
-def column(seen: Seen | Stop) -> list[str]:
+def column(seen: Seen | UserError) -> list[str]:
     """One bundle's side of the table, in the order of ROWS."""
-    if isinstance(seen, Stop):
+    if isinstance(seen, UserError):
         return ["refuses to load", *[""] * (len(ROWS) - 1)]
     return [
         shorten(seen.talk.sum),
@@ -133,15 +133,15 @@ def column(seen: Seen | Stop) -> list[str]:
     ]
 
 
-def table(stock: Seen | Stop, right: Seen) -> str:
+def table(stock: Seen | UserError, right: Seen) -> str:
     """The two bundles side by side, one row a measure."""
     rows = zip(ROWS, column(stock), column(right), strict=True)
     head = f"{'':36}{'stock bundle':50}right bundle"
     lines = [head, *(f"{name:36}{a:50}{b}" for name, a, b in rows)]
-    return "\n".join([*lines, f"stock bundle: {stock}"] if isinstance(stock, Stop) else lines)
+    return "\n".join([*lines, f"stock bundle: {stock}"] if isinstance(stock, UserError) else lines)
 
 
-def faults(stock: Seen | Stop, right: Seen, own: Logits) -> list[str]:
+def faults(stock: Seen | UserError, right: Seen, own: Logits) -> list[str]:
     """What is not as it must be: in the right bundle, or a stock bundle that looks right."""
     out = []
     if fault := sentence_fault(right.talk.moon):
@@ -153,7 +153,7 @@ def faults(stock: Seen | Stop, right: Seen, own: Logits) -> list[str]:
     for what, value in (("the source", right.logits), ("its own tensors", own)):
         if not value.distance <= MAX_DISTANCE:
             out.append(f"right bundle: distance {value.distance:.3f} to {what} > {MAX_DISTANCE}")
-    loaded = not isinstance(stock, Stop)
+    loaded = not isinstance(stock, UserError)
     if loaded and stock.logits.distance <= MAX_DISTANCE and stock.talk.exact >= MIN_EXACT:
         out.append("the stock bundle is right too: this demonstration shows nothing")
     return out
@@ -170,14 +170,14 @@ def main() -> int:
     parser.add_argument(
         "--bundle", type=parse_path, required=True, help="bundle after all the stages"
     )
-    add_setting(parser, "TOOLCHAIN_PYTHON", option="--python", default=default(), help="toolchain")
+    add_setting(parser, "TOOLCHAIN_PYTHON", option="--python", default=default_python(), help="toolchain")
     args = parser.parse_args()
     stock, right, own = examine(args)
     print(table(stock, right))
     print(f"right bundle to its own tensors, dequantized: cosine {own.cosine:.4f}")
     found = faults(stock, right, own)
     if found:
-        raise Stop("demo", "; ".join(found), "a right bundle", "do not build the big model yet")
+        raise UserError("demo", "; ".join(found), "a right bundle", "do not build the big model yet")
     print("This toolchain loads and serves a right bundle right.")
     return 0
 

@@ -30,15 +30,15 @@ from dsv4.model.roles import check_no_bundle
 from dsv4.settings import add_setting, parse_jobs, parse_seconds
 from dsv4.stop import run
 from dsv4.storage import locks
-from dsv4.storage.durable import human
-from dsv4.storage.space import check_room
+from dsv4.storage.durable import format_bytes
+from dsv4.storage.space import check_free_space
 
 
 def check_local(source: Path) -> str:
     """Check a source that did not come from here by its headers; return what to say."""
     opened = open_source(source)
     check_whole(opened)
-    return f"{len(opened.shards)} shards, {human(opened.nbytes)}, whole by their headers"
+    return f"{len(opened.shards)} shards, {format_bytes(opened.nbytes)}, whole by their headers"
 
 
 def download(args: argparse.Namespace) -> str:
@@ -54,15 +54,15 @@ def download(args: argparse.Namespace) -> str:
     else:
         check_no_bundle(source)
         record = hub.pin(source, repo, revision, args.patience)
-    with locks.held(source):
+    with locks.locked(source):
         hub.fetch_documents(source, record, args.patience, args.workers, args.verify_hashes)
         needed = hub.remaining(source, record.files.values())
-        print(f"{source}: {human(record.nbytes)} in all, {human(needed)} still to fetch")
+        print(f"{source}: {format_bytes(record.nbytes)} in all, {format_bytes(needed)} still to fetch")
         todo = "free space, or set SOURCE to another volume"
-        check_room(source, needed, " for what is still to fetch", todo)
+        check_free_space(source, needed, " for what is still to fetch", todo)
         hub.fetch_shards(source, record, args.patience, args.workers, args.verify_hashes)
         check_whole(open_source(source))
-    said = f"{len(record.files)} files, {human(record.nbytes)}, sizes and hashes as on the hub"
+    said = f"{len(record.files)} files, {format_bytes(record.nbytes)}, sizes and hashes as on the hub"
     return f"{said} at {record.commit[:12]}"
 
 
@@ -74,7 +74,7 @@ def prepare(args: argparse.Namespace) -> str:
         check_no_bundle(source)
         record = hub.pin(source, repo, revision, args.patience)
     hub.check_pin(source, record, repo, revision)
-    with locks.held(source):
+    with locks.locked(source):
         hub.fetch_documents(source, record, args.patience, args.workers)
         came = low_disk.fetch_headers(source, record, args.patience)
     return f"headers of {came} shards fetched; the shards come and go while convert runs"

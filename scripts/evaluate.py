@@ -33,7 +33,7 @@ from dsv4.storage.durable import write_bytes, write_json
 from dsv4.streaming import evaluation, passes
 from dsv4.streaming.page import page
 from dsv4.streaming.pairing import EVALUATION
-from dsv4.words import say
+from dsv4.words import print_escaped
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -59,18 +59,18 @@ def main() -> int:
     args = parse_arguments()
     work = args.work or args.out.with_name(f"{args.out.name}.work")
     settings = passes.settings_for(args.python, args.runtime, work)
-    devices = passes.chosen_devices(args.device, settings)
-    asked = evaluation.Asked(
+    devices = passes.devices_from_args(args.device, settings)
+    asked = evaluation.EvalRequest(
         args.source, args.bundles or args.bundle, args.text, args.tokens, devices, args.float32
     )
     result = evaluation.evaluate(asked, settings)
-    evaluation.announce(result)
+    evaluation.print_result(result)
     write_json(args.out.with_name(f"{args.out.name}.json"), result)
     write_bytes(args.out.with_name(f"{args.out.name}.md"), evaluation.tables(result).encode())
     html = args.out.with_name(f"{args.out.name}.html")
     write_bytes(html, page(result).encode())
-    passes.clear(work)
-    say(html)
+    passes.remove_intermediates(work)
+    print_escaped(html)
     return 0
 
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 
-from dsv4.making.tokenizer_files import finalize
+from dsv4.making.tokenizer_files import copy_tokenizer_files
 from dsv4.model.opening import read_config
-from dsv4.model.roles import place_of
+from dsv4.model.roles import bundle_path
 from dsv4.settings import add_setting
 from dsv4.stop import run
 from dsv4.storage import locks
-from dsv4.words import plain, say
+from dsv4.words import escape_line, print_escaped
 
 
 def main() -> int:
@@ -28,13 +28,13 @@ def main() -> int:
     add_setting(parser, "BUNDLE", required=True)
     add_setting(parser, "REFERENCE", help="take the files from this bundle instead")
     args = parser.parse_args()
-    place_of(args.bundle, args.source)
+    bundle_path(args.bundle, args.source)
     read_config(args.bundle)
     origin = args.reference or args.source
-    with locks.held(args.bundle):
-        written = finalize(origin, args.bundle, keep_edited=args.reference is None)
-    said = ", ".join(map(plain, written)) or "nothing"
-    say(f"{plain(args.bundle)}: {said} copied from {plain(origin)}")
+    with locks.locked(args.bundle):
+        written = copy_tokenizer_files(origin, args.bundle, keep_edited=args.reference is None)
+    said = ", ".join(map(escape_line, written)) or "nothing"
+    print_escaped(f"{escape_line(args.bundle)}: {said} copied from {escape_line(origin)}")
     return 0
 
 

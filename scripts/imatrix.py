@@ -26,7 +26,7 @@ from dsv4.stop import run
 from dsv4.storage.durable import write_json
 from dsv4.streaming import importance, passes
 from dsv4.streaming.pairing import CALIBRATION
-from dsv4.words import say
+from dsv4.words import print_escaped
 
 
 def main() -> int:
@@ -43,12 +43,12 @@ def main() -> int:
     args = parser.parse_args()
     work = args.work or args.out.with_name(f"{args.out.name}.work")
     settings = passes.settings_for(args.python, "jang", work)
-    (device,) = passes.chosen_devices(args.device, settings)
+    (device,) = passes.devices_from_args(args.device, settings)
     result = importance.collect(args.source, args.text, args.tokens, device, settings, args.out)
     write_json(args.out.with_name(f"{args.out.name}.json"), result)
-    say(importance.described(result))
-    passes.clear(work)
-    say(args.out)
+    print_escaped(importance.describe_result(result))
+    passes.remove_intermediates(work)
+    print_escaped(args.out)
     return 0
 
 

@@ -25,13 +25,13 @@ from dsv4.hub.remote_headers import Skeleton, fetch_skeleton
 from dsv4.model.opening import open_source
 from dsv4.proof import conversation, level1
 from dsv4.proof.findings import Check, Findings
-from dsv4.proof.stacks import runtimes
-from dsv4.proof.summary import Row, failed, row, table
-from dsv4.proof.survey import Survey, survey
+from dsv4.proof.stacks import runtime_verdicts
+from dsv4.proof.summary import Row, failed_row, summary_row, markdown_table
+from dsv4.proof.survey import Scan, scan
 from dsv4.settings import add_setting, parse_seconds
-from dsv4.stop import Stop, run
-from dsv4.storage.durable import human
-from dsv4.words import LINE, plain, say, several
+from dsv4.stop import UserError, run
+from dsv4.storage.durable import format_bytes
+from dsv4.words import LINE, escape_line, print_escaped, join_some
 
 PATIENCE = 30  # seconds without an answer, after which it gives up
 SHOWN = 2  # places of each fault
@@ -56,49 +56,49 @@ def mending(findings: Findings) -> str:
 
 def show(skeleton: Skeleton, checks: list[Check], findings: Findings) -> None:
     """What was looked at, and what was found."""
-    say(
-        f"{plain(skeleton.repo)} at {plain(skeleton.commit[:12])}: {len(skeleton.files)} files, "
-        f"{human(skeleton.nbytes)}; {human(skeleton.read)} of it read"
+    print_escaped(
+        f"{escape_line(skeleton.repo)} at {escape_line(skeleton.commit[:12])}: {len(skeleton.files)} files, "
+        f"{format_bytes(skeleton.nbytes)}; {format_bytes(skeleton.read)} of it read"
     )
     for check in checks:
-        say(f"{check.number:>9,} {check.what}{'; ' + check.note if check.note else ''}")
+        print_escaped(f"{check.number:>9,} {check.what}{'; ' + check.note if check.note else ''}")
     for finding in findings:
         print(f"{finding.fault.severity}: {finding.name}, {finding.count:,}×: {finding.fault.why}")
         for place in finding.places[:SHOWN]:
-            say(f"    {place['where']}: found {place['found']}, expected {place['expected']}")
+            print_escaped(f"    {place['where']}: found {place['found']}, expected {place['expected']}")
         print(f"    repair: {finding.repair}")
 
 
 def show_runtimes(loads: dict[str, str]) -> None:
     print("will it load, by what is known of each runtime:")
     for name, fault in loads.items():
-        say(f"  {'no ' if fault else 'yes'} {name}{': ' + fault if fault else ''}")
+        print_escaped(f"  {'no ' if fault else 'yes'} {name}{': ' + fault if fault else ''}")
 
 
-def show_conversation(bundle: Survey) -> None:
+def show_conversation(bundle: Scan) -> None:
     print("what of a conversation reaches the model:")
     for name, kept in conversation.per_runtime(bundle).items():
-        say(f"  {name}: {kept}")
+        print_escaped(f"  {name}: {kept}")
 
 
 def inspect(args: argparse.Namespace, repo: str, work: Path) -> tuple[Row, str, str]:
     """Read, judge, print; returns its row, the names of its faults and what mends them."""
     findings = Findings()
     skeleton = fetch_skeleton(repo, args.revision, work / "bundle", args.patience)
-    bundle = survey(work / "bundle", findings)
+    bundle = scan(work / "bundle", findings)
     source = None
     if bundle and args.against:
         if not (work.parent / "source").exists():
             fetch_skeleton(args.against, "main", work.parent / "source", args.patience)
         source = open_source(work.parent / "source")
     checks = level1.check_headers(bundle, source, findings) if bundle else []
-    level1.demand_something(checks, findings)
+    level1.require_nonempty(checks, findings)
     show(skeleton, checks, findings)
-    show_runtimes(runtimes(bundle, findings))
+    show_runtimes(runtime_verdicts(bundle, findings))
     if bundle:
         show_conversation(bundle)
     names = ", ".join(finding.name for finding in findings.errors)
-    return row(repo, skeleton.nbytes, bundle, findings), names, mending(findings) if names else ""
+    return summary_row(repo, skeleton.nbytes, bundle, findings), names, mending(findings) if names else ""
 
 
 def inspect_all(args: argparse.Namespace, work: Path) -> int:
@@ -107,22 +107,22 @@ def inspect_all(args: argparse.Namespace, work: Path) -> int:
     for number, repo in enumerate(repos):
         try:
             found, names, cure = inspect(args, repo, work / f"{number}")
-        except Stop as stop:
+        except UserError as stop:
             if len(repos) == 1:
                 raise
-            print(f"error: {plain(stop, LINE)}")
-            found, names, cure = failed(repo, f"{stop}"), "what could not be read", ""
+            print(f"error: {escape_line(stop, LINE)}")
+            found, names, cure = failed_row(repo, f"{stop}"), "what could not be read", ""
         rows.append(found)
         if names:
             wrong.append((repo, names, cure))
         shutil.rmtree(work / f"{number}", ignore_errors=True)
     if len(repos) > 1:
-        say(table(rows))
+        print_escaped(markdown_table(rows))
     if len(repos) == 1 and wrong:
-        raise Stop(*wrong[0][:2], "a bundle without faults", wrong[0][2])
+        raise UserError(*wrong[0][:2], "a bundle without faults", wrong[0][2])
     if wrong:
-        named = several([repo for repo, _, _ in wrong])
-        raise Stop(named, f"faults in {len(wrong)}", f"none in {len(repos)}", "see the table")
+        named = join_some([repo for repo, _, _ in wrong])
+        raise UserError(named, f"faults in {len(wrong)}", f"none in {len(repos)}", "see the table")
     print("no fault in headers and JSON; the numbers: download it, then make verify")
     return 0
 

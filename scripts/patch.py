@@ -35,17 +35,17 @@ import contextlib
 from dsv4.making.metadata import (
     chat_templates,
     check_json,
-    differences,
-    patched,
+    changed_keys,
+    patched_documents,
 )
 from dsv4.model.opening import open_bundle, read_config
-from dsv4.model.roles import place_of
+from dsv4.model.roles import bundle_path
 from dsv4.model.template import CHAT_TEMPLATE
 from dsv4.settings import add_setting
 from dsv4.stop import run
 from dsv4.storage import bounds, locks
 from dsv4.storage.durable import write_bytes, write_json
-from dsv4.words import plain, say
+from dsv4.words import escape_line, print_escaped
 
 
 def main() -> int:
@@ -56,16 +56,16 @@ def main() -> int:
     add_setting(parser, "SOURCE", help="record where it was downloaded from")
     parser.add_argument("--dry-run", action="store_true", help="say what would change")
     args = parser.parse_args()
-    place_of(args.bundle, args.source)
+    bundle_path(args.bundle, args.source)
     read_config(args.bundle)
-    with contextlib.nullcontext() if args.dry_run else locks.held(args.bundle):
-        wanted = patched(open_bundle(args.bundle), args.source)
+    with contextlib.nullcontext() if args.dry_run else locks.locked(args.bundle):
+        wanted = patched_documents(open_bundle(args.bundle), args.source)
         template, text = args.bundle / CHAT_TEMPLATE, chat_templates(args.bundle)[0].encode()
-        changes = differences(args.bundle, wanted)
-        if not template.is_file() or bounds.read(template) != text:
+        changes = changed_keys(args.bundle, wanted)
+        if not template.is_file() or bounds.read_bounded(template) != text:
             changes.append(CHAT_TEMPLATE)
         for line in changes:
-            say(f"{'would set' if args.dry_run else 'set'} {plain(line)}")
+            print_escaped(f"{'would set' if args.dry_run else 'set'} {escape_line(line)}")
         for name, content in wanted.items():
             check_json(name, content)
             if not args.dry_run:

@@ -19,9 +19,9 @@ import argparse
 from pathlib import Path
 
 from dsv4.runtime import toolchain
-from dsv4.runtime.patches import DEFAULT, do, read_patch, undo
+from dsv4.runtime.patches import DEFAULT, patch_file, read_patch, unpatch_file
 from dsv4.settings import add_setting, parse_path
-from dsv4.stop import Stop, run
+from dsv4.stop import UserError, run
 
 
 def main() -> int:
@@ -39,13 +39,13 @@ def main() -> int:
     if args.file:
         patches = [patch for patch in patches if Path(patch.target).name == args.file.name]
         if not patches:
-            raise Stop(f"{args.file}", "no patch for a file of that name", "one", "see --patch")
+            raise UserError(f"{args.file}", "no patch for a file of that name", "one", "see --patch")
     for patch in patches:
         if not patch.concerns_this_machine:
             print(f"{patch.target}: not needed where Metal is")
             continue
         file = args.file or toolchain.module_file(args.python, patch.target, args.app)
-        print(f"{file}: {(undo if args.undo else do)(file, patch)}")
+        print(f"{file}: {(unpatch_file if args.undo else patch_file)(file, patch)}")
     return 0
 
 

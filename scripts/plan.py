@@ -31,19 +31,19 @@ from tqdm import tqdm
 
 from dsv4.making import fitting, low_disk
 from dsv4.making.marks import fingerprint
-from dsv4.making.recorded import recorded_in, settle
+from dsv4.making.recorded import recorded_in, resolve_quantizer
 from dsv4.model import memory
 from dsv4.model.plan import SHARD_BYTES
-from dsv4.settings import add_setting, cores
+from dsv4.settings import add_setting, available_cores
 from dsv4.stop import run
 from dsv4.storage.checkpoint import Checkpoint, read_json
-from dsv4.storage.durable import human, write_json
-from dsv4.storage.reading import Reader
+from dsv4.storage.durable import format_bytes, write_json
+from dsv4.storage.reading import TensorReader
 from dsv4.weights import sampling
-from dsv4.weights.imatrix import Importance, told
-from dsv4.weights.mixture import check_there
+from dsv4.weights.imatrix import Importance, load_imatrix
+from dsv4.weights.mixture import check_plan_exists
 from dsv4.weights.quantizer import parse_name
-from dsv4.words import say
+from dsv4.words import print_escaped
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -61,13 +61,13 @@ def parse_arguments() -> argparse.Namespace:
     add_setting(parser, "SHARD_BYTES", default=SHARD_BYTES)
     low_disk.add_options(parser)
     parser.add_argument("--dry-run", action="store_true", help="write nothing")
-    add_setting(parser, "JOBS", default=cores())
+    add_setting(parser, "JOBS", default=available_cores())
     args = parser.parse_args()
     memory.check_goal(args)
     if (args.fit or args.size) and not args.plan:
         parser.error("--fit and --size need --plan FILE, where the plan is written")
     if args.fit or args.size:
-        settle(args, recorded_in(args.bundle, args.quantizer) if args.bundle else None)
+        resolve_quantizer(args, recorded_in(args.bundle, args.quantizer) if args.bundle else None)
     return args
 
 
@@ -88,7 +88,7 @@ def asked(args: argparse.Namespace, source: Checkpoint, importance: Importance) 
         "quantizer": args.quantizer,
         "imatrix": importance.digest,
         "fit": args.fit,
-        "size": memory.goal_of(args, source.config),
+        "size": memory.size_goal(args, source.config),
         "context": args.context,
         "any_shape": args.any_shape,
         "sample": {"experts": sampling.EXPERTS, "weights": sampling.WEIGHTS},
@@ -100,31 +100,31 @@ def main() -> int:
     args = parse_arguments()
     if not (args.fit or args.size):
         if args.plan:
-            check_there(args.plan)
-        say(f"no size was asked for (FIT, SIZE); {args.plan or 'no plan'} stays as it is")
+            check_plan_exists(args.plan)
+        print_escaped(f"no size was asked for (FIT, SIZE); {args.plan or 'no plan'} stays as it is")
         return 0
-    with low_disk.opened(args) as (_, source, supply), contextlib.closing(Reader()) as reader:
-        importance = told(args.imatrix, source)
+    with low_disk.open_checkpoints(args) as (_, source, supply), contextlib.closing(TensorReader()) as reader:
+        importance = load_imatrix(args.imatrix, source)
         there = read_json(args.plan) if args.plan.is_file() else {}
         measured = take_over(args, there)
         args.context = args.context or memory.CONTEXT
         head = asked(args, source, importance)
         if {**head, "imatrix": measured or importance.digest}.items() <= there.items():
-            say(f"{args.plan}: there already, for {human(head['size'])}; delete it to plan afresh")
+            print_escaped(f"{args.plan}: there already, for {format_bytes(head['size'])}; delete it to plan afresh")
             return 0
-        stacks = sampling.sampled(source)
+        stacks = sampling.sampled_tensors(source)
         with tqdm(total=len(stacks), unit="stack", desc="plan", disable=None) as bar:
             read = supply.read if supply else reader.read
-            errors = sampling.errors(source, read, importance, args.jobs, bar.update)
-    planner = fitting.Planner(source, errors, args.shard_bytes, args.quantizer)
+            errors = sampling.sample_errors(source, read, importance, args.jobs, bar.update)
+    planner = fitting.SizePlanner(source, errors, args.shard_bytes, args.quantizer)
     fit = planner.fit(head["size"], args.any_shape)
-    say(fitting.describe(fit))
-    say(memory.fit_in_words(source.config, fit.nbytes, args.context, args.fit or 0))
+    print_escaped(fitting.describe_fit(fit))
+    print_escaped(memory.describe_fit(source.config, fit.nbytes, args.context, args.fit or 0))
     if not args.dry_run:
         args.plan.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.plan, fitting.document(fit, errors, head))
+        write_json(args.plan, fitting.plan_document(fit, errors, head))
         chosen = f"QUANTIZER={args.quantizer} PLAN={args.plan}"
-        say(f"{args.plan}: written; {human(fit.nbytes)} with {chosen}")
+        print_escaped(f"{args.plan}: written; {format_bytes(fit.nbytes)} with {chosen}")
     return 0
 
 

@@ -34,13 +34,13 @@ from dsv4.model.forms import origin_of
 from dsv4.proof.card import Facts, card, licence_of
 from dsv4.proof.findings import Findings
 from dsv4.proof.result import read_result
-from dsv4.proof.survey import Survey, survey
+from dsv4.proof.survey import Scan, scan
 from dsv4.settings import add_setting, parse_path, parse_seconds
-from dsv4.stop import Stop, run
+from dsv4.stop import UserError, run
 from dsv4.storage import bounds
 from dsv4.storage.checkpoint import INDEX
-from dsv4.storage.durable import human
-from dsv4.words import LINE, plain, say, several, shown
+from dsv4.storage.durable import format_bytes
+from dsv4.words import LINE, escape_line, print_escaped, join_some, short_repr
 
 FILES = (
     "config.json", "generation_config.json", "jang_config.json", "tokenizer.json",
@@ -58,23 +58,23 @@ def read_report(path: Path) -> dict[str, Any]:
     """verify.json. Raises Stop unless every number was compared with the source and passed."""
     todo = "make verify, then make publish"
     if not path.is_file():
-        raise Stop(f"{path}", "no report", "verify's, on this bundle", todo)
+        raise UserError(f"{path}", "no report", "verify's, on this bundle", todo)
     report = read_result(path)
     expected = "a bundle whose every number passed"
     if report["verdict"] != "passed":
-        names = several(finding["name"] for finding in report["findings"])
-        raise Stop(f"{path}", f"verdict {plain(report['verdict'])} ({names})", expected, todo)
+        names = join_some(finding["name"] for finding in report["findings"])
+        raise UserError(f"{path}", f"verdict {escape_line(report['verdict'])} ({names})", expected, todo)
     if 2 not in report["levels"]:
-        raise Stop(f"{path}", "level 1 only", expected, f"{todo} (LEVEL=2)")
+        raise UserError(f"{path}", "level 1 only", expected, f"{todo} (LEVEL=2)")
     if not report["errors"].get("experts") or not report["sizes"]:
-        raise Stop(f"{path}", "numbers that were compared with no source", expected, todo)
+        raise UserError(f"{path}", "numbers that were compared with no source", expected, todo)
     return report
 
 
 # ------------------------------------------------------------------------------ what goes up
 
 
-def wanted(bundle: Survey) -> list[str]:
+def wanted(bundle: Scan) -> list[str]:
     """The files of the bundle that runtimes read."""
     shards = set(bundle.checkpoint.weight_map.values())
     return [
@@ -90,12 +90,12 @@ def hashed(folder: Path, names: list[str], sizes: dict[str, int], known: dict[st
     with tqdm(total=total, unit="B", unit_scale=True, desc="hashing", disable=None) as bar:
         for name in names:
             if name not in known:
-                raise Stop(f"{folder / name}", "a file that verify has not seen", "only files that "
+                raise UserError(f"{folder / name}", "a file that verify has not seen", "only files that "
                            "it has", "make verify, then make publish")  # fmt: skip
             file = HubFile(name, sizes[name], known[name])
             found = file_hash(folder / name, file, bar.update)
             if found != known[name]:
-                raise Stop(f"{folder / name}", f"SHA-256 {found[:16]}…", f"{known[name][:16]}… as "
+                raise UserError(f"{folder / name}", f"SHA-256 {found[:16]}…", f"{known[name][:16]}… as "
                            "verified", "make verify, then make publish")  # fmt: skip
             items.append(Item(file, folder / name))
     return items
@@ -112,7 +112,7 @@ def attachments(args: argparse.Namespace, report: dict[str, Any], text: str) -> 
     items = [made("README.md", text), made("verify.json", public(report, args.to))]
     if args.page and args.page.is_file():
         if args.page.stat().st_mtime < args.report.stat().st_mtime:
-            raise Stop(f"{args.page}", "a page older than the report", "one of it", "make report")
+            raise UserError(f"{args.page}", "a page older than the report", "one of it", "make report")
         page = text_of(args.page)
         page = page.replace(report["bundle"], args.to) if report["bundle"] else page
         folder = (report["source"] or {}).get("folder")
@@ -125,12 +125,12 @@ def attachments(args: argparse.Namespace, report: dict[str, Any], text: str) -> 
 def text_of(path: Path) -> str:
     """A text file. Raises Stop when it is larger than any document, or no UTF-8."""
     try:
-        return bounds.read(path).decode("utf-8")
+        return bounds.read_bounded(path).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise Stop(f"{path}", f"no UTF-8 ({error})", "text", "restore this file") from error
+        raise UserError(f"{path}", f"no UTF-8 ({error})", "text", "restore this file") from error
 
 
-def check_secrets(items: list[Item], bundle: Survey, places: list[str]) -> None:
+def check_secrets(items: list[Item], bundle: Scan, places: list[str]) -> None:
     """Raise Stop when something that goes up holds a token or a path of this machine."""
     texts = {
         item.name: item.data.decode("utf-8") if item.path is None else text_of(item.path)
@@ -145,7 +145,7 @@ def check_secrets(items: list[Item], bundle: Survey, places: list[str]) -> None:
         if ours and local is None and (match := LOCAL.search(text)):
             local = match[0]
         if local or SECRET.search(text):
-            raise Stop(
+            raise UserError(
                 name, f"the local path {local}" if local else "a token", "nothing of this machine",
                 "remove it (make patch does, in jang_config.json), make verify, then make publish",
             )  # fmt: skip
@@ -158,9 +158,9 @@ def prepare(args: argparse.Namespace) -> tuple[list[Item], str, list[str]]:
     """Everything that goes up, the card, and what stays here."""
     report = read_report(args.report)
     findings = Findings()
-    bundle = survey(args.bundle, findings)
+    bundle = scan(args.bundle, findings)
     if bundle is None or findings.errors:
-        raise Stop(f"{args.bundle}", several(sorted(findings.names)), "no fault", "make verify")
+        raise UserError(f"{args.bundle}", join_some(sorted(findings.names)), "no fault", "make verify")
     origin = provenance(args.source) if args.source else None
     origin = origin or origin_of(bundle.documents.get("jang_config.json", {}))
     text = card(Facts(args.to, bundle, report, origin, licence_of(args.source)))
@@ -177,28 +177,28 @@ def show_deletions(args: argparse.Namespace, items: list[Item]) -> None:
     """Print which shards of the repository would be deleted, or why that is not known."""
     try:
         remote = list_all(args.to, 0)
-    except Stop as stop:
-        say(f"would be deleted: unknown, or nothing when {args.to} is new ({plain(stop, LINE)})")
+    except UserError as stop:
+        print_escaped(f"would be deleted: unknown, or nothing when {args.to} is new ({escape_line(stop, LINE)})")
         return
     for name in stale_shards({item.name for item in items}, remote):
-        say(f"would be deleted: {plain(name)}")
+        print_escaped(f"would be deleted: {escape_line(name)}")
 
 
 def publish(args: argparse.Namespace) -> int:
     """Prepare, show or upload."""
     if not re.fullmatch(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+", args.to):
-        raise Stop("TO", shown(args.to), "user/name", "make publish TO=user/name")
+        raise UserError("TO", short_repr(args.to), "user/name", "make publish TO=user/name")
     if not args.dry_run:
         check_login(args.to)
     items, text, left = prepare(args)
-    total = human(sum(item.file.size for item in items))
+    total = format_bytes(sum(item.file.size for item in items))
     if args.dry_run:
-        say(text)
+        print_escaped(text)
         for item in items:
-            said = f"{item.file.size:,} bytes  {plain(item.file.sha256)}"
-            say(f"would go up: {plain(item.name)}  {said}")
+            said = f"{item.file.size:,} bytes  {escape_line(item.file.sha256)}"
+            print_escaped(f"would go up: {escape_line(item.name)}  {said}")
     for name in left:
-        say(f"stays here: {plain(name)}")
+        print_escaped(f"stays here: {escape_line(name)}")
     if args.dry_run:
         show_deletions(args, items)
         print(f"{len(items)} files, {total}; nothing was uploaded")

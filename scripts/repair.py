@@ -34,20 +34,20 @@ import argparse
 import contextlib
 import sys
 
-from dsv4.making.part import Part
+from dsv4.making.part import JobPart
 from dsv4.making.requantization import remove_leftovers
-from dsv4.mending.job import Repair
-from dsv4.mending.repair import judge, mend, undo
+from dsv4.mending.job import RepairContext
+from dsv4.mending.repair import print_remaining, repair_bundle, undo_repair
 from dsv4.mending.whole import shard_files
 from dsv4.model.opening import open_source
-from dsv4.model.roles import check_named, place_of
-from dsv4.runtime.toolchain import default
-from dsv4.settings import add_setting, cores
-from dsv4.stop import Stop, run
+from dsv4.model.roles import check_bundle_path, bundle_path
+from dsv4.runtime.toolchain import default_python
+from dsv4.settings import add_setting, available_cores
+from dsv4.stop import UserError, run
 from dsv4.storage import locks
 from dsv4.storage.backup import Backup
-from dsv4.weights.quantizer import add_choice
-from dsv4.words import say
+from dsv4.weights.quantizer import add_quantizer_options
+from dsv4.words import print_escaped
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -57,34 +57,34 @@ def parse_arguments() -> argparse.Namespace:
     add_setting(parser, "BUNDLE", required=True)
     add_setting(parser, "SOURCE", if_there=True, help="the FP4/FP8 source that it was made of")
     add_setting(parser, "REFERENCE", help="a bundle to take tokenizer, encoding from")
-    add_choice(parser)
+    add_quantizer_options(parser)
     add_setting(parser, "DRY_RUN", help="say what would be done")
     parser.add_argument("--undo", action="store_true", help="put every original back")
-    add_setting(parser, "TOOLCHAIN_PYTHON", option="--python", default=default(), help="toolchain")
+    add_setting(parser, "TOOLCHAIN_PYTHON", option="--python", default=default_python(), help="toolchain")
     parser.add_argument("--without-loader", action="store_true", help="do not ask its loaders")
-    add_setting(parser, "JOBS", default=cores())
+    add_setting(parser, "JOBS", default=available_cores())
     return parser.parse_args()
 
 
 def main() -> int:
     args = parse_arguments()
-    check_named(args.bundle)
+    check_bundle_path(args.bundle)
     if args.undo:
-        return undo(args.bundle)
-    place_of(args.bundle, args.source)
+        return undo_repair(args.bundle)
+    bundle_path(args.bundle, args.source)
     files = shard_files(args.bundle)
     source = open_source(args.source) if args.source else None
-    repair = Repair(args, source, Backup(args.bundle))
-    lock = locks.held(args.bundle)
+    repair = RepairContext(args, source, Backup(args.bundle))
+    lock = locks.locked(args.bundle)
     with contextlib.nullcontext() if args.dry_run else lock:
         if not args.dry_run:
-            remove_leftovers(args.bundle, files, Part())
-        mend(repair)
+            remove_leftovers(args.bundle, files, JobPart())
+        repair_bundle(repair)
     for line in repair.left:
-        say(f"left: {line}", file=sys.stderr)
-    wrong = [] if args.dry_run else judge(repair)
+        print_escaped(f"left: {line}", file=sys.stderr)
+    wrong = [] if args.dry_run else print_remaining(repair)
     if wrong or repair.left:
-        raise Stop(f"{args.bundle}", ", ".join(wrong) or f"{len(repair.left)} not mended",
+        raise UserError(f"{args.bundle}", ", ".join(wrong) or f"{len(repair.left)} not mended",
                    "a bundle that level 1 passes", "see above")  # fmt: skip
     if not args.dry_run:
         print("level 1 holds; every number: scripts/verify.py --bundle DIR --source DIR")

@@ -15,9 +15,9 @@ import argparse
 from dsv4.proof.page import page
 from dsv4.proof.result import read_result
 from dsv4.settings import parse_path
-from dsv4.stop import Stop, run
+from dsv4.stop import UserError, run
 from dsv4.storage.durable import write_bytes
-from dsv4.words import say
+from dsv4.words import print_escaped
 
 
 def main() -> int:
@@ -28,10 +28,10 @@ def main() -> int:
     parser.add_argument("--out", type=parse_path, required=True, help="the page")
     args = parser.parse_args()
     if not args.json.is_file():
-        raise Stop(f"{args.json}", "no such file", "verify's result", "make verify")
+        raise UserError(f"{args.json}", "no such file", "verify's result", "make verify")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(args.out, page(read_result(args.json)).encode())
-    say(args.out)
+    print_escaped(args.out)
     return 0
 
 

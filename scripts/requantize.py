@@ -31,28 +31,28 @@ import sys
 import time
 
 from dsv4.making import own_numbers
-from dsv4.making.experts import Ledger
+from dsv4.making.experts import ErrorLog
 from dsv4.making.marks import made_by
-from dsv4.making.part import Part, parse_part
-from dsv4.making.recorded import announcement, check_ours, chosen, recorded_in, settle
+from dsv4.making.part import JobPart, parse_part
+from dsv4.making.recorded import describe_change, check_ours, quantizer_for, recorded_in, resolve_quantizer
 from dsv4.making.requantization import (
-    carry_out,
+    write_updates,
     complete,
-    describe,
+    describe_plan,
     make_plan,
     remove_leftovers,
     rewritten,
-    summarize,
+    summary_line,
 )
 from dsv4.model.opening import open_bundle, open_source, read_config
-from dsv4.model.roles import place_of
-from dsv4.settings import add_setting, cores
+from dsv4.model.roles import bundle_path
+from dsv4.settings import add_setting, available_cores
 from dsv4.stop import run
 from dsv4.storage import inside, locks
 from dsv4.storage.checkpoint import read_index
-from dsv4.storage.reading import Reader
-from dsv4.weights.quantizer import add_choice
-from dsv4.words import say
+from dsv4.storage.reading import TensorReader
+from dsv4.weights.quantizer import add_quantizer_options
+from dsv4.words import print_escaped
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -62,9 +62,9 @@ def parse_arguments() -> argparse.Namespace:
     add_setting(parser, "SOURCE", required=True, help="the FP4/FP8 checkpoint")
     add_setting(parser, "BUNDLE", required=True, help="the converted bundle")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
-    add_setting(parser, "JOBS", default=cores(), help="threads (all cores)")
-    parser.add_argument("--part", type=parse_part, default=Part(), help="K/N: a share of the work")
-    add_choice(parser)
+    add_setting(parser, "JOBS", default=available_cores(), help="threads (all cores)")
+    parser.add_argument("--part", type=parse_part, default=JobPart(), help="K/N: a share of the work")
+    add_quantizer_options(parser)
     add_setting(parser, "CONVERTER", choices=("native", "jang"), default="native")
     parser.add_argument("--ours", action="store_true", help="stop at another maker's bundle")
     return parser.parse_args()
@@ -74,23 +74,23 @@ def main() -> int:
     """Plan, and unless it is a dry run, write. Returns 0."""
     arguments = parse_arguments()
     start = time.perf_counter()
-    place_of(arguments.bundle, arguments.source)
+    bundle_path(arguments.bundle, arguments.source)
     made = recorded_in(arguments.bundle, arguments.quantizer)
     check_ours(arguments, made)
-    stay = settle(arguments, made)
+    stay = resolve_quantizer(arguments, made)
     source = open_source(arguments.source)
-    quantizer, lack = chosen(arguments, source, made, stay)
+    quantizer, lack = quantizer_for(arguments, source, made, stay)
     record = arguments.bundle / own_numbers.RECORD
     read_config(arguments.bundle)
     if quantizer.form.as_source:
-        with contextlib.closing(Reader()) as reader:
-            quantizer = own_numbers.planned(quantizer, source, reader.read, record, 1)
-        print(own_numbers.said(quantizer, source))
+        with contextlib.closing(TensorReader()) as reader:
+            quantizer = own_numbers.with_measured_overflow(quantizer, source, reader.read, record, 1)
+        print(own_numbers.message(quantizer, source))
     files = sorted(set(read_index(arguments.bundle).values()))
     lock = contextlib.nullcontext()
     if not arguments.dry_run:
         work = f"{made_by(source, quantizer)}"
-        lock = locks.held(arguments.bundle, arguments.part.to_hold(work))
+        lock = locks.locked(arguments.bundle, arguments.part.to_hold(work))
     with lock:
         if not arguments.dry_run:
             remove_leftovers(arguments.bundle, files, arguments.part)
@@ -100,19 +100,19 @@ def main() -> int:
         number = rewritten(plan)
         if lack and number:
             raise lack
-        if line := announcement(arguments, made, quantizer, number):
-            say(line, file=sys.stderr)
+        if line := describe_change(arguments, made, quantizer, number):
+            print_escaped(line, file=sys.stderr)
         if arguments.dry_run:
-            say(describe(plan))
+            print_escaped(describe_plan(plan))
             return 0
         if plan.todo and arguments.part.whole:  # parts would write it at once
-            own_numbers.keep(record, source, quantizer)
-        ledger = carry_out(plan) if plan.todo else Ledger()
+            own_numbers.write_record(record, source, quantizer)
+        ledger = write_updates(plan) if plan.todo else ErrorLog()
         changed = complete(plan) if arguments.part.whole else False
         if arguments.part.whole:
             inside.remove(arguments.bundle, own_numbers.RECORD)
     if plan.todo:
-        say(summarize(plan, ledger, time.perf_counter() - start))
+        print_escaped(summary_line(plan, ledger, time.perf_counter() - start))
     elif changed:
         print("every shard was requantized already; index and config completed")
     else:

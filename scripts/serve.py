@@ -15,19 +15,19 @@ from typing import Any
 
 from dsv4.model.labels import recorded_quantizer
 from dsv4.model.opening import read_config
-from dsv4.proof.stacks import Versions, refused
-from dsv4.runtime.server import check_free, command, kind_of, surroundings
-from dsv4.runtime.toolchain import default, probe
+from dsv4.proof.stacks import Versions, refusal_reason
+from dsv4.runtime.server import check_free, server_command, server_kind, server_environment
+from dsv4.runtime.toolchain import default_python, probe
 from dsv4.settings import add_setting
-from dsv4.stop import Stop, run
+from dsv4.stop import UserError, run
 
 
 def check_loads(versions: Versions, config: dict[str, Any]) -> None:
     """Raise Stop for a runtime that is known to crash on bundles of this quantizer."""
     quantizer = recorded_quantizer(config) or ""
-    if because := refused(versions, quantizer):
+    if because := refusal_reason(versions, quantizer):
         found = f"vmlx {versions['vmlx'] or 'not installed'} and QUANTIZER={quantizer}"
-        raise Stop("serve", found, "a runtime that loads it", because)
+        raise UserError("serve", found, "a runtime that loads it", because)
 
 
 def main() -> int:
@@ -36,18 +36,18 @@ def main() -> int:
     )
     add_setting(parser, "BUNDLE", required=True)
     add_setting(parser, "PORT", default=8010)
-    add_setting(parser, "TOOLCHAIN_PYTHON", option="--python", default=default(), help="toolchain")
+    add_setting(parser, "TOOLCHAIN_PYTHON", option="--python", default=default_python(), help="toolchain")
     args = parser.parse_args()
     config = read_config(args.bundle)
     versions = probe(args.python)["packages"]
     check_loads(versions, config)
     check_free(args.port)
-    kind = kind_of(versions)
-    words = command(args.python, args.bundle, args.port, kind)
+    kind = server_kind(versions)
+    words = server_command(args.python, args.bundle, args.port, kind)
     try:
-        os.execvpe(args.python, words, surroundings(kind))
+        os.execvpe(args.python, words, server_environment(kind))
     except OSError as error:
-        raise Stop(
+        raise UserError(
             f"{args.python}", error.strerror or str(error), "a Python", "set TOOLCHAIN_PYTHON"
         ) from error
 

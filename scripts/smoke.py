@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import argparse
 
-from dsv4.runtime.server import HOST, ask
-from dsv4.served.client import found
+from dsv4.runtime.server import HOST, ask_question
+from dsv4.served.client import find_model
 from dsv4.served.questions import MOON, SUM, sentence_fault, sum_fault
 from dsv4.settings import add_setting
-from dsv4.stop import Stop, run
-from dsv4.words import plain, shown
+from dsv4.stop import UserError, run
+from dsv4.words import escape_line, short_repr
 
 
 def main() -> int:
@@ -28,19 +28,19 @@ def main() -> int:
     add_setting(parser, "PORT", default=8010)
     args = parser.parse_args()
     url = f"http://{HOST}:{args.port}"
-    name, wrong = found(url, "", "").model, 0
+    name, wrong = find_model(url, "", "").model, 0
     for question, limit, judge in ((MOON, 400, sentence_fault), (SUM, 200, sum_fault)):
-        answer = ask(url, question, limit, model=name)
+        answer = ask_question(url, question, limit, model=name)
         fault = judge(answer)
         wrong += fault is not None
         print(f"{'WRONG' if fault else 'right'}  {question}")
-        content, reasoning = shown(answer.content), shown(answer.reasoning)
-        why = plain(answer.finish_reason)
+        content, reasoning = short_repr(answer.content), short_repr(answer.reasoning)
+        why = escape_line(answer.finish_reason)
         print(f"       content {content}, reasoning {reasoning}, finish_reason {why}")
         if fault:
-            print(f"       {plain(fault)}")
+            print(f"       {escape_line(fault)}")
     if wrong:
-        raise Stop(url, f"{wrong} of 2 answers wrong", "both right", "see above")
+        raise UserError(url, f"{wrong} of 2 answers wrong", "both right", "see above")
     return 0
 
 

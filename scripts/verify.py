@@ -18,12 +18,12 @@ from __future__ import annotations
 import argparse
 import sys
 
-from dsv4.proof.examination import as_json, describe, examine, print_findings
-from dsv4.runtime.toolchain import default
-from dsv4.settings import add_setting, cores, parse_path
+from dsv4.proof.examination import verification_json, describe_checks, verify, print_findings
+from dsv4.runtime.toolchain import default_python
+from dsv4.settings import add_setting, available_cores, parse_path
 from dsv4.stop import run
 from dsv4.storage.durable import write_json
-from dsv4.words import say
+from dsv4.words import print_escaped
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -36,26 +36,26 @@ def parse_arguments() -> argparse.Namespace:
     add_setting(
         parser, "LEVEL", default=2, metavar="{1,2}", help="1: headers and JSON, 2: every number"
     )
-    add_setting(parser, "TOOLCHAIN_PYTHON", option="--python", default=default(), help="toolchain")
+    add_setting(parser, "TOOLCHAIN_PYTHON", option="--python", default=default_python(), help="toolchain")
     parser.add_argument(
         "--without-loader",
         action="store_true",
         help="do not ask the toolchain's loaders (level 1 is then not whole)",
     )
     parser.add_argument("--hashes", action="store_true", help="SHA-256 of all files at level 1 too")
-    add_setting(parser, "JOBS", default=cores(), help="threads of level 2")
+    add_setting(parser, "JOBS", default=available_cores(), help="threads of level 2")
     parser.add_argument("--json", type=parse_path, help="write the whole result to this file")
     return parser.parse_args()
 
 
 def main() -> int:
     args = parse_arguments()
-    done = examine(args)
-    say(describe(args, done))
+    done = verify(args)
+    print_escaped(describe_checks(args, done))
     print_findings(done.findings)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.json, as_json(args, done))
+        write_json(args.json, verification_json(args, done))
     if done.passed:
         not_asked = ", but the loaders were not asked" if args.without_loader else ""
         print(f"passed: everything that was asked for was checked and holds{not_asked}")

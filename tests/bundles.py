@@ -18,12 +18,12 @@ from dsv4.model.names import parse_expert
 from dsv4.model.opening import open_bundle
 from dsv4.model.view import view_of
 from dsv4.proof import compare
-from dsv4.proof.examination import examine
+from dsv4.proof.examination import verify
 from dsv4.proof.findings import Findings
 from dsv4.storage.checkpoint import INDEX
-from dsv4.storage.reading import Reader
-from dsv4.storage.shard import NUMPY_DTYPE, Planned, Tensor, read_array, read_shard, write_shard
-from dsv4.weights.quantizer import QUANTIZERS, named
+from dsv4.storage.reading import TensorReader
+from dsv4.storage.shard import NUMPY_DTYPE, PendingTensor, Tensor, read_array, read_shard, write_shard
+from dsv4.weights.quantizer import QUANTIZERS, get_quantizer
 
 Arrays = dict[str, tuple[str, np.ndarray]]  # name → (safetensors dtype, array)
 
@@ -36,7 +36,7 @@ def quantizer(name: str):
 
 def shared(name: str, *others: Any):
     """The same for those that have a table, which no imatrix or plan changes here."""
-    return quantizer(name) if name in QUANTIZERS else named(name, *others)
+    return quantizer(name) if name in QUANTIZERS else get_quantizer(name, *others)
 
 
 def judge(bundle: Path, source: Path | None, loader: bool = False, level: int = 2) -> Findings:
@@ -44,16 +44,16 @@ def judge(bundle: Path, source: Path | None, loader: bool = False, level: int = 
 
     In small blocks, so that also of these small tensors most rows are compared by their bytes.
     """
-    before = compare.named, compare.BLOCK_WEIGHTS
-    compare.named, compare.BLOCK_WEIGHTS = shared, 1 << 11
+    before = compare.get_quantizer, compare.BLOCK_WEIGHTS
+    compare.get_quantizer, compare.BLOCK_WEIGHTS = shared, 1 << 11
     args = argparse.Namespace(
         bundle=bundle, source=source, level=level, python=Path(sys.executable),
         without_loader=not loader, hashes=False, jobs=2, json=None, imatrix=None,
     )  # fmt: skip
     try:
-        return examine(args).findings
+        return verify(args).findings
     finally:
-        compare.named, compare.BLOCK_WEIGHTS = before
+        compare.get_quantizer, compare.BLOCK_WEIGHTS = before
 
 
 def places(findings: Findings, name: str) -> str:
@@ -79,7 +79,7 @@ def save(folder: Path, arrays: Arrays, shards: int, metadata: dict[str, str]) ->
         file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
         mine = names[bounds[i] : bounds[i + 1]]
         planned = [
-            Planned(name, dtype, array.shape, lambda a=array: [np.ascontiguousarray(a)])
+            PendingTensor(name, dtype, array.shape, lambda a=array: [np.ascontiguousarray(a)])
             for name in mine
             for dtype, array in [arrays[name]]
         ]
@@ -147,7 +147,7 @@ def relaid(specimen: Path, folder: Path, layout: str) -> Path:
         if disk.endswith((".G.weight", ".G.scales", ".G.biases")):
             for block, rows in enumerate(np.split(array, 2)):
                 arrays[disk.replace(".G.", f".{block}.")] = tensor.dtype, rows
-        elif parse_expert(name) and target.place(disk).stacked:
+        elif parse_expert(name) and target.locate(disk).stacked:
             stacks.setdefault((disk, tensor.dtype), []).append(array)
         else:
             arrays[disk] = tensor.dtype, array
@@ -172,7 +172,7 @@ def relaid(specimen: Path, folder: Path, layout: str) -> Path:
 
 def read_whole(tensor: Tensor) -> np.ndarray:
     """A tensor of a view as an array."""
-    reader = Reader()
+    reader = TensorReader()
     data = reader.read(tensor).copy()
     reader.close()
     return data.view(NUMPY_DTYPE[tensor.dtype]).reshape(tensor.shape)

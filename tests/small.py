@@ -16,7 +16,7 @@ import numpy as np
 
 from dsv4.model.implied import BLOCK, MTP, TOP, of_dspark
 from dsv4.model.names import kind
-from dsv4.storage.shard import NUMPY_DTYPE, Planned, write_shard
+from dsv4.storage.shard import NUMPY_DTYPE, PendingTensor, write_shard
 
 
 @dataclass
@@ -150,7 +150,7 @@ def save(folder: Path, arrays: Arrays, per_shard: int, config: dict) -> None:
         file = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
         mine = names[i * per_shard : (i + 1) * per_shard]
         planned = [
-            Planned(name, dtype, array.shape, lambda a=array: [np.ascontiguousarray(a)])
+            PendingTensor(name, dtype, array.shape, lambda a=array: [np.ascontiguousarray(a)])
             for name in mine
             for dtype, array in [arrays[name]]
         ]

@@ -15,10 +15,10 @@ import pytest
 from conftest import refusal, script
 from model_server import LIMIT, Model
 
-from dsv4.runtime.memory import resident
+from dsv4.runtime.memory import resident_bytes
 from dsv4.runtime.server import Answer, free_port
 from dsv4.served import abilities, basics, case, client, speed
-from dsv4.stop import Stop
+from dsv4.stop import UserError
 
 CASES = (*basics.CASES, *abilities.cases(16000, LIMIT))
 # Each planted fault, and the cases that must see it; no other may be wrong.
@@ -71,9 +71,9 @@ def few(monkeypatch):
 def wrong(fault: str, cases=CASES) -> dict[str, str]:
     """Case → what it says is wrong, of a server with a fault."""
     with Model(fault) as model:
-        endpoint = client.found(model.url, "", "")
+        endpoint = client.find_model(model.url, "", "")
         assert endpoint.most == LIMIT
-        outcomes = [case.judge(endpoint, one) for one in cases]
+        outcomes = [case.run_case(endpoint, one) for one in cases]
     assert "skipped" not in {one.verdict for one in outcomes}
     return {one.name: one.why for one in outcomes if one.verdict == "wrong"}
 
@@ -184,9 +184,9 @@ def test_no_server_and_a_key_that_is_none_are_one_line_each(tmp_path, monkeypatc
 
 def test_what_the_nano_cannot_pass_is_skipped_by_name_and_never_right():
     with Model("nano") as server:
-        endpoint = client.found(server.url, "", "")
-        assert case.introduce(endpoint)[1]
-        outcomes = [case.judge(endpoint, one, True) for one in CASES]
+        endpoint = client.find_model(server.url, "", "")
+        assert case.identify_model(endpoint)[1]
+        outcomes = [case.run_case(endpoint, one, True) for one in CASES]
     assert {o.name for o in outcomes if o.verdict == "skipped"} == {
         "effort-max", "needle-1000", "needle-6000", "needle-16000", "tool-call", "turns",
         "languages", "json", "context-limit", "loops",
@@ -198,7 +198,7 @@ def test_what_the_nano_cannot_pass_is_skipped_by_name_and_never_right():
 def test_a_limit_is_seen_by_what_the_nano_can_say_too(fault, verdict):
     one = next(case for case in CASES if case.name == "no-max-tokens")
     with Model(fault) as server:
-        outcome = case.judge(client.found(server.url, "", ""), one, nano=True)
+        outcome = case.run_case(client.find_model(server.url, "", ""), one, nano=True)
     assert outcome.verdict == verdict
     assert outcome.exchanges[0][0].startswith('{"messages": "Write one sentence')
 
@@ -209,7 +209,7 @@ END = client.Endpoint("http://127.0.0.1:9", "m", "sk-secret")
 
 
 def joined(*pieces: str) -> client.Reply:
-    return client._joined([(float(i), piece.encode()) for i, piece in enumerate(pieces)], END, 9.0)
+    return client._join_events([(float(i), piece.encode()) for i, piece in enumerate(pieces)], END, 9.0)
 
 
 def chunk(**delta: str) -> str:
@@ -230,7 +230,7 @@ def test_the_first_token_is_the_first_text_and_an_event_may_come_in_pieces():
      '{"choices": ' + "[" * 5000],
 )  # fmt: skip
 def test_an_event_of_another_form_is_one_line(event):
-    with pytest.raises(Stop) as stopped:
+    with pytest.raises(UserError) as stopped:
         joined(f"data: {event}\n")
     assert str(stopped.value).isprintable()
 
@@ -239,11 +239,11 @@ def test_a_rate_is_told_of_enough_tokens_and_a_hang_is_a_fault(monkeypatch):
     def reply(tokens: int, first: float) -> client.Reply:
         return client.Reply(Answer("x", "", "stop"), (), 130, tokens, first, 6.0)
 
-    assert speed.summed(100, [reply(21, 1.0)], 6.0).rate == 4.0
-    both = speed.summed(100, [reply(21, 1.0), reply(21, 3.0)], 6.0)
+    assert speed.summarize_replies(100, [reply(21, 1.0)], 6.0).rate == 4.0
+    both = speed.summarize_replies(100, [reply(21, 1.0), reply(21, 3.0)], 6.0)
     assert (both.first, both.rate, both.counted) == (2.0, 8.0, 130)
-    assert speed.summed(100, [reply(3, 1.0)], 6.0).rate is None
-    assert "without a token" in speed.summed(100, [reply(0, 0.0)], 6.0).why
+    assert speed.summarize_replies(100, [reply(3, 1.0)], 6.0).rate is None
+    assert "without a token" in speed.summarize_replies(100, [reply(0, 0.0)], 6.0).why
     monkeypatch.setattr(speed, "LIMIT", -4.9)  # and 5 s for 100 tokens
     with Model("hang") as server:
         found = list(speed.measure(client.Endpoint(server.url, "m"), 100))
@@ -265,5 +265,5 @@ def test_a_prompt_has_the_tokens_that_the_server_counts():
 
 
 def test_the_memory_of_a_server_elsewhere_is_not_told():
-    assert resident("https://api.example.com") is None
-    assert resident(f"http://127.0.0.1:{free_port()}") is None
+    assert resident_bytes("https://api.example.com") is None
+    assert resident_bytes(f"http://127.0.0.1:{free_port()}") is None

@@ -23,7 +23,7 @@ def quantizer() -> MlxAffine:
 
 def encode(
     quantizer: MlxAffine, packed: np.ndarray, exponents: np.ndarray
-) -> tuple[dict[str, np.ndarray], affine.Tally]:
+) -> tuple[dict[str, np.ndarray], affine.ErrorStats]:
     """Quantize whole rows with the engine; parts come as uint32 and float16 matrices."""
     out, columns = len(packed), packed.shape[1] * 2
     flat = {

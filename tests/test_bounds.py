@@ -26,12 +26,12 @@ from dsv4.model.names import parse_expert, treatment
 from dsv4.model.opening import expert_bases, open_source
 from dsv4.proof import compare
 from dsv4.proof.findings import Findings
-from dsv4.proof.survey import survey
-from dsv4.stop import Stop
+from dsv4.proof.survey import scan
+from dsv4.stop import UserError
 from dsv4.storage import bounds
 from dsv4.storage.checkpoint import INDEX, Checkpoint, read_json
-from dsv4.storage.reading import Reader
-from dsv4.storage.shard import Planned, Shard, Tensor, read_shard, write_shard
+from dsv4.storage.reading import TensorReader
+from dsv4.storage.shard import PendingTensor, Shard, Tensor, read_shard, write_shard
 
 SECONDS, BYTES = 6, 600 << 20
 
@@ -74,7 +74,7 @@ HEADERS = {
 def test_a_hostile_header_stops_in_seconds_and_one_short_line(kind, tmp_path):
     path = shard(tmp_path / "x.safetensors", HEADERS[kind]())
     start = time.monotonic()
-    with pytest.raises(Stop) as stop:
+    with pytest.raises(UserError) as stop:
         read_shard(path)
     assert time.monotonic() - start < SECONDS
     assert len(f"{stop.value}") <= 2000
@@ -86,7 +86,7 @@ def test_a_header_of_100_mb_costs_little(tmp_path):
     shard(path, b" " * 100_000_000)
     tracemalloc.start()
     try:
-        with pytest.raises(Stop, match="a header of 100,000,000"):
+        with pytest.raises(UserError, match="a header of 100,000,000"):
             read_shard(path)
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
@@ -119,8 +119,8 @@ def test_a_sparse_document_is_not_read(name, size, good, tmp_path):
     tracemalloc.start()
     try:
         findings = Findings()
-        survey(bundle, findings)
-        with pytest.raises(Stop, match="at most"):
+        scan(bundle, findings)
+        with pytest.raises(UserError, match="at most"):
             read_json(bundle / name)
         assert tracemalloc.get_traced_memory()[1] < 64 << 20
     finally:
@@ -145,10 +145,10 @@ def test_a_sparse_file_is_not_copied_hashed_or_sent(good, source, tmp_path):
 
 def test_a_fifo_in_the_place_of_a_document_is_no_wait(tmp_path):
     os.mkfifo(tmp_path / "config.json")
-    with pytest.raises(Stop):
+    with pytest.raises(UserError):
         read_json(tmp_path / "config.json")
-    with pytest.raises(Stop, match="no plain file"):
-        bounds.read(tmp_path / "config.json")
+    with pytest.raises(UserError, match="no plain file"):
+        bounds.read_bounded(tmp_path / "config.json")
 
 
 def test_a_root_folder_is_not_listed(good, monkeypatch):
@@ -158,8 +158,8 @@ def test_a_root_folder_is_not_listed(good, monkeypatch):
     assert done.returncode == 1
     assert "config-broken" in done.stderr
     monkeypatch.setattr(bounds, "FILES", 3)
-    with pytest.raises(Stop, match="more than 3 files"):
-        survey(good, Findings())
+    with pytest.raises(UserError, match="more than 3 files"):
+        scan(good, Findings())
 
 
 # --- Counts
@@ -184,7 +184,7 @@ def test_a_count_beyond_every_index_is_not_enumerated(key, number, good, source,
         bundles.edit_json(folder / "config.json", lambda config: config.update({key: number}))
     findings = bundles.judge(bundle, None, level=1)
     assert "config-broken" in findings
-    with pytest.raises(Stop):
+    with pytest.raises(UserError):
         open_source(hostile)
     assert time.monotonic() - start < SECONDS
 
@@ -197,7 +197,7 @@ def test_a_number_in_a_name_is_not_counted_up_to(number, block, good, tmp_path):
     assert treatment(f"layers.{'9' * 7}.attn.wq_a.weight") is None
     bundle = shutil.copytree(good, tmp_path / "bundle")
     path = bundle / "extra.safetensors"
-    write_shard(path, [Planned(name, "U8", (1,), lambda: [b"x"])], {})
+    write_shard(path, [PendingTensor(name, "U8", (1,), lambda: [b"x"])], {})
     bundles.edit_json(bundle / INDEX, lambda index: index["weight_map"].update({name: path.name}))
     start = time.monotonic()
     findings = bundles.judge(bundle, None, level=1)
@@ -216,12 +216,12 @@ def test_the_largest_model_of_the_family_is_within_the_bounds():
              for base in bases for part in ("weight", "scales", "biases")}  # fmt: skip
     text = json.dumps({"weight_map": index}, indent=2).encode()
     assert len(text) < bounds.DOCUMENT / 2
-    bounds.check_marks(text, "index")
+    bounds.check_json_size(text, "index")
     header = {name: {"dtype": "U32", "shape": [2048, 512], "data_offsets": [10**12, 10**12]}
               for name in index}  # fmt: skip
     text = json.dumps(header, separators=(",", ":")).encode()
     assert len(text) < bounds.HEADER
-    bounds.check_marks(text, "header")
+    bounds.check_json_size(text, "header")
 
 
 # --- Level 2
@@ -268,14 +268,14 @@ def test_slices_find_the_same_place_as_the_whole(dtype, tmp_path, monkeypatch):
         wrong[at * size] ^= 1
         for name, data in (("source", right), ("bundle", wrong)):
             path = tmp_path / f"{name}.safetensors"
-            write_shard(path, [Planned("norm.weight", dtype, (50, 7), lambda d=data: [d])], {})
+            write_shard(path, [PendingTensor("norm.weight", dtype, (50, 7), lambda d=data: [d])], {})
         one, other = (
             read_shard(tmp_path / f"{name}.safetensors").tensors["norm.weight"]
             for name in ("source", "bundle")
         )
         task = compare.Task(one, None, {"weight": other}, "passthrough", None)
-        outcome = compare.Outcome("norm.weight", "passthrough", dtype)
-        compare.compare_plain(task, Reader(), outcome)
+        outcome = compare.TensorResult("norm.weight", "passthrough", dtype)
+        compare.compare_plain(task, TensorReader(), outcome)
         assert [fault[0] for fault in outcome.faults] == ["passthrough-differs"]
         assert f"element {list(divmod(at, 7))}" in outcome.faults[0][1]
 

@@ -18,7 +18,7 @@ from conftest import SCRIPTS, must, script
 
 from dsv4.model.configs import CODE, FIELDS, code_keys, known_fields, without_code
 from dsv4.runtime import child
-from dsv4.stop import Stop
+from dsv4.stop import UserError
 
 ENCODING = "encoding/encoding_dsv4.py"
 
@@ -105,10 +105,10 @@ def test_a_child_that_hangs_is_ended_with_all_that_it_began(tmp_path):
     code = ("import subprocess, sys, time; subprocess.Popen(['sleep', '1000']); "
             "print('began', flush=True); time.sleep(1000)")  # fmt: skip
     start = time.monotonic()
-    with pytest.raises(Stop, match="no answer in 2 s"):
-        child.run([sys.executable, "-c", code], dict(os.environ), tmp_path / "log", 2, "it")
+    with pytest.raises(UserError, match="no answer in 2 s"):
+        child.run_child([sys.executable, "-c", code], dict(os.environ), tmp_path / "log", 2, "it")
     assert time.monotonic() - start < 10
-    assert child.last_words(tmp_path / "log") == "began"
+    assert child.last_log_line(tmp_path / "log") == "began"
 
 
 def test_known_fields_are_no_code():

@@ -12,9 +12,9 @@ import bundles
 import pytest
 from conftest import NANO, must
 
-from dsv4.model.template import conversations, template
+from dsv4.model.template import conversations, template_text
 from dsv4.proof import conversation
-from dsv4.proof.conversation import judge, kinds
+from dsv4.proof.conversation import judge_template, features_used
 
 JINJA = "chat_template.jinja"
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
@@ -114,7 +114,7 @@ def test_templates_are_mended_without_a_source(right, tmp_path):
     bundle = shutil.copytree(right, tmp_path / "bundle")
     (bundle / JINJA).write_text(CHATML)
     must("repair", "--bundle", bundle, "--without-loader")
-    assert (bundle / JINJA).read_text() == template("nano")
+    assert (bundle / JINJA).read_text() == template_text("nano")
 
 
 def test_an_unknown_encoding_is_code_that_vmlx_will_run(right, tmp_path):
@@ -130,8 +130,8 @@ def test_an_unknown_encoding_is_code_that_vmlx_will_run(right, tmp_path):
 
 @pytest.mark.parametrize("release", ["first", "0731", "nano"])
 def test_the_recipes_template_loses_nothing_and_another_releases_loses_efforts(release):
-    assert judge(template(release), release) == ()
+    assert judge_template(template_text(release), release) == ()
     other = "0731" if release == "first" else "first"
-    assert judge(template(other), release)
-    found = set().union(*(kinds(talk) for _, talk, _ in conversations(release)))
+    assert judge_template(template_text(other), release)
+    found = set().union(*(features_used(talk) for _, talk, _ in conversations(release)))
     assert found == {"tools", "thinking", "efforts"}

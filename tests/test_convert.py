@@ -77,13 +77,13 @@ def test_a_missing_mtp_expert_stops_the_run(source_copy, tmp_path):
 
 def drop_tensor(folder: Path, name: str) -> None:
     """Write the tensor's shard again without it, and take it out of the index."""
-    from dsv4.storage.shard import Planned, read_array, read_shard, write_shard
+    from dsv4.storage.shard import PendingTensor, read_array, read_shard, write_shard
 
     index = json.loads((folder / INDEX).read_text())
     path = folder / index["weight_map"].pop(name)
     kept = [t for t in read_shard(path).tensors.values() if t.name != name]
     arrays = {t.name: read_array(t).copy() for t in kept}
-    write_shard(path, [Planned(t.name, t.dtype, t.shape, lambda a=arrays[t.name]: [a.data])
+    write_shard(path, [PendingTensor(t.name, t.dtype, t.shape, lambda a=arrays[t.name]: [a.data])
                        for t in kept], {})  # fmt: skip
     (folder / INDEX).write_text(json.dumps(index))
     with safe_open(path, "np") as file:

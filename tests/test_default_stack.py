@@ -17,8 +17,8 @@ from tokenizers import Tokenizer
 
 from dsv4.model.template import ENCODING
 from dsv4.proof.stacks import STACKS
-from dsv4.runtime.memory import resident
-from dsv4.runtime.server import SERVERS, complete, running
+from dsv4.runtime.memory import resident_bytes
+from dsv4.runtime.server import SERVERS, chat_completion, running_server
 from dsv4.served import abilities, basics, case, client
 
 PYTHON = ROOT / ".toolchain" / "new" / "bin" / "python"
@@ -51,11 +51,11 @@ def test_acceptance_says_of_each_server_what_is_so(kind, bundles, tmp_path, monk
     monkeypatch.setattr(basics, "ADDITIONS", 6)
     monkeypatch.setattr(basics, "MANY", basics.MANY[1:3])
     cases = [one for one in (*basics.CASES, *abilities.cases(1000, 0)) if one.name in ASKED[kind]]
-    with running(PYTHON, bundles["mlx"], tmp_path / "server.log", kind=kind) as url:
-        endpoint = client.found(url, "", "")
-        assert resident(url) > 50e6
-        first, nano = case.introduce(endpoint)
-        outcomes = {one.name: case.judge(endpoint, one, nano) for one in cases}
+    with running_server(PYTHON, bundles["mlx"], tmp_path / "server.log", kind=kind) as url:
+        endpoint = client.find_model(url, "", "")
+        assert resident_bytes(url) > 50e6
+        first, nano = case.identify_model(endpoint)
+        outcomes = {one.name: case.run_case(endpoint, one, nano) for one in cases}
     assert (first.verdict, nano) == ("right", True)
     skipped = {"effort-max", "tool-call"} & set(outcomes)
     assert {name for name, one in outcomes.items() if one.verdict == "skipped"} == skipped
@@ -108,12 +108,12 @@ def test_a_request_reaches_the_model_as_the_encoder_s_prompt(kind, talking, tmp_
     encoding = random_talk.encoder(random_talk.OFFICIAL, "0731")
     tokenizer = Tokenizer.from_file(str(talking / "tokenizer.json"))
     found, expected = {}, {}
-    with running(PYTHON, talking, tmp_path / "server.log", kind=kind) as url:
-        model = client.found(url, "", "").model
+    with running_server(PYTHON, talking, tmp_path / "server.log", kind=kind) as url:
+        model = client.find_model(url, "", "").model
         for name, talk in TALKS.items():
             prompt = random_talk.official(encoding, {**talk, "add_generation_prompt": True})
             expected[name] = len(tokenizer.encode(prompt, add_special_tokens=False).ids)
             options = {key: talk[key] for key in talk if key not in ("messages", "tools")}
             body = {**talk, "model": model, "chat_template_kwargs": options}
-            found[name] = json.loads(complete(url, body, 1))["usage"]["prompt_tokens"]
+            found[name] = json.loads(chat_completion(url, body, 1))["usage"]["prompt_tokens"]
     assert found == expected

@@ -25,7 +25,7 @@ from dsv4.model.configs import known_fields
 from dsv4.model.implied import check_whole, implied
 from dsv4.model.names import columns_of, kind, mtp_layer, parse_expert
 from dsv4.model.opening import open_bundle
-from dsv4.stop import Stop
+from dsv4.stop import UserError
 from dsv4.storage.checkpoint import INDEX, Checkpoint
 from dsv4.storage.shard import Shard, Tensor
 
@@ -125,7 +125,7 @@ def test_a_stage_that_lacks_is_missed():
     tensors = headers(with_dspark(TINY))
     for stage, words in ((0, "no mtp.0."), (1, "no mtp.1."), (2, "no mtp.1.norm.weight")):
         kept = {name: t for name, t in tensors.items() if mtp_layer(name) != stage}
-        with pytest.raises(Stop, match=words):
+        with pytest.raises(UserError, match=words):
             check_whole(by_headers(with_dspark(TINY), kept))
 
 
@@ -135,9 +135,9 @@ def test_where_no_own_tensor_is_left_config_says_whose_stages_they_are():
         name: tensor for name, tensor in headers(with_dspark(TINY)).items()
         if mtp_layer(name) is None or name.split(".")[2] not in own
     }  # fmt: skip
-    with pytest.raises(Stop, match=r"no mtp\.0\.main_proj\.weight"):
+    with pytest.raises(UserError, match=r"no mtp\.0\.main_proj\.weight"):
         check_whole(by_headers(with_dspark(TINY), tensors))
-    with pytest.raises(Stop, match=r"no mtp\.0\.e_proj\.weight"):
+    with pytest.raises(UserError, match=r"no mtp\.0\.e_proj\.weight"):
         check_whole(by_headers(TINY, tensors))
 
 

@@ -20,12 +20,12 @@ from conftest import NANO, ROOT, SCRIPTS, made_once
 from here import here, must, refusal
 
 from dsv4.model.opening import open_bundle, open_source
-from dsv4.stop import Stop
+from dsv4.stop import UserError
 from dsv4.storage import own
 from dsv4.storage.checkpoint import INDEX, read_json
 from dsv4.storage.shard import read_array, read_shard
 from dsv4.streaming import evaluation, passes, products, states
-from dsv4.streaming.evaluation import Asked
+from dsv4.streaming.evaluation import EvalRequest
 from dsv4.streaming.pairing import tokens_of
 from dsv4.weights.imatrix import open_imatrix
 
@@ -49,7 +49,7 @@ def settings(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(settings):
-    with passes.Engine(settings, "cpu") as engine:
+    with passes.WorkerProcess(settings, "cpu") as engine:
         yield engine
 
 
@@ -169,7 +169,7 @@ def test_products_by_blas_are_those_of_mlx(mode, size, bits):
     ]  # fmt: skip
     for ask in asked:
         own = np.array(ask(rows))
-        with products.by_blas(True):
+        with products.using_blas(True):
             found = np.array(ask(rows))
             half = np.array(ask(rows.astype(mx.float16)))  # is MLX's in any case
         assert found.shape == own.shape
@@ -195,7 +195,7 @@ def test_attention_by_blas_is_that_of_mlx(sinks, added):
             return np.array(mx.fast.scaled_dot_product_attention(q, k, v, **given))
 
         own = ask()
-        with products.by_blas(True):
+        with products.using_blas(True):
             found = ask()
         assert relative(found, own) < 1e-6
     assert mx.fast.scaled_dot_product_attention is products.attention
@@ -218,9 +218,9 @@ def test_a_killed_pass_goes_on_at_its_layer(settings, engine, tmp_path):
     ids = [0, *range(100, 130)]
     alone, killed = (job(NANO, "source", ids, tmp_path / n, keep=True) for n in ("a", "b"))
     engine.run(alone, "test")
-    with passes.Engine(settings, "cpu") as doomed:
-        next(told for told in doomed.said(killed) if told.get("layer") == 0)
-    kept = states.after(tmp_path / "b", 1)
+    with passes.WorkerProcess(settings, "cpu") as doomed:
+        next(told for told in doomed.messages(killed) if told.get("layer") == 0)
+    kept = states.states_path(tmp_path / "b", 1)
     (tmp_path / "b" / ".after-002.npy.partial").write_bytes(b"what a kill leaves")
     before = kept.stat().st_mtime_ns
     told = list(engine.said(killed))
@@ -231,7 +231,7 @@ def test_a_killed_pass_goes_on_at_its_layer(settings, engine, tmp_path):
 
 
 def test_the_engine_ends_with_whoever_asked(settings):
-    with passes.Engine(settings, "cpu") as engine:
+    with passes.WorkerProcess(settings, "cpu") as engine:
         engine._child.stdin.close()
         assert engine._child.wait(timeout=60) == 0
 
@@ -332,14 +332,14 @@ def watched(reference, ids, torch):
 
 
 def stops(call, *words):
-    with pytest.raises(Stop) as stop:
+    with pytest.raises(UserError) as stop:
         call()
     assert all(word in str(stop.value) for word in words), stop.value
 
 
 def asked(settings, bundle, text, **more):
     values = {"tokens": 48, "devices": ["cpu"], "wide": False} | more
-    return lambda: evaluation.evaluate(Asked(NANO, [bundle], text, **values), settings)
+    return lambda: evaluation.evaluate(EvalRequest(NANO, [bundle], text, **values), settings)
 
 
 def test_what_cannot_be_compared_is_refused(bundles, settings, tmp_path):
@@ -433,8 +433,8 @@ def test_a_changed_input_is_another_pass(bundles, settings, tmp_path):
     keys.append(key())
     assert len(set(keys)) == len(keys)
     assert key(work="b") == keys[-1]
-    old, new, other = (own.claim(tmp_path / f"pass-{n}") for n in ("0" * 16, "1" * 16, "port"))
-    passes.drop_others(tmp_path, [new])
+    old, new, other = (own.make_own(tmp_path / f"pass-{n}") for n in ("0" * 16, "1" * 16, "port"))
+    passes.remove_other_passes(tmp_path, [new])
     assert [path.is_dir() for path in (old, new, other)] == [False, True, True]
 
 
@@ -443,5 +443,5 @@ def test_a_volume_that_tells_no_room_stops_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(passes.space, "free", lambda path: None)
     passes.check_space(tmp_path, config, 2048, 44, 2)
     monkeypatch.setattr(passes.space, "free", lambda path: 10**9)
-    with pytest.raises(Stop, match=r"found 1\.0 GB"):
+    with pytest.raises(UserError, match=r"found 1\.0 GB"):
         passes.check_space(tmp_path, config, 2048, 44, 2)

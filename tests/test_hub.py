@@ -23,7 +23,7 @@ from dsv4.hub.client import listing
 from dsv4.hub.file_transfer import Transfer
 from dsv4.hub.upload import Item, made, upload
 from dsv4.runtime import server
-from dsv4.stop import Stop
+from dsv4.stop import UserError
 from dsv4.storage import volume
 from dsv4.storage.checkpoint import read_json
 from dsv4.storage.shard import read_shard
@@ -117,7 +117,7 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_a_listing_of_another_form_is_refused(hub, form):
     hub.faults.append(Fault("api/models", 200, body=json.dumps(FORMS[form]).encode()))
-    with pytest.raises(Stop) as stopped:
+    with pytest.raises(UserError) as stopped:
         listing(REPO, "main")
     assert line(stopped).startswith(f"hub: {REPO}: found ")
 
@@ -134,10 +134,10 @@ def test_hidden_names_are_left_on_the_hub(hub):
 def test_names_that_differ_in_case_need_a_volume_that_tells(hub, tmp_path, monkeypatch):
     hub.repos[REPO].commit(checkpoint() | {"CONFIG.json": b"[]"})
     monkeypatch.setattr(volume, "is_blind", lambda folder: True)
-    with pytest.raises(Stop) as stopped:
+    with pytest.raises(UserError) as stopped:
         remote_headers.fetch_skeleton(REPO, "main", tmp_path / "s", 0)
     assert "'CONFIG.json' and 'config.json'" in line(stopped)
-    with pytest.raises(Stop, match="names that the volume"):
+    with pytest.raises(UserError, match="names that the volume"):
         volume.check_case(REPO, ["\u00e4.json", "a\u0308.json"], tmp_path)
     monkeypatch.setattr(volume, "is_blind", lambda folder: False)
     volume.check_case(REPO, ["A", "a"], tmp_path)
@@ -154,10 +154,10 @@ def test_a_pointer_in_place_of_a_file_is_called_one(hub, tmp_path):
     path = tmp_path / SHARD
     path.write_bytes(POINTER)
     for read in (read_shard, read_json):
-        with pytest.raises(Stop, match=r"a Git LFS pointer in place of the file.*git lfs pull"):
+        with pytest.raises(UserError, match=r"a Git LFS pointer in place of the file.*git lfs pull"):
             read(path)
     hub.repos[REPO].commit(checkpoint() | {SHARD: POINTER})
-    with pytest.raises(Stop, match="a Git LFS pointer"):
+    with pytest.raises(UserError, match="a Git LFS pointer"):
         remote_headers.tensors(REPO, "main")
 
 
@@ -169,7 +169,7 @@ def test_a_refusal_with_any_body_is_one_line(hub, tmp_path, code):
     for body in (json.dumps({"error": ESCAPES}).encode(), b"", b"<html>", b"\xff\xfe"):
         for path in ("api/models", "resolve", STORE):
             hub.faults[:] = [Fault(path, code, body=body)]
-            with pytest.raises(Stop) as stopped:
+            with pytest.raises(UserError) as stopped:
                 fetch(tmp_path)
             assert f"HTTP {code}" in line(stopped)
 
@@ -177,7 +177,7 @@ def test_a_refusal_with_any_body_is_one_line(hub, tmp_path, code):
 def test_a_servers_message_is_shown_escaped_short_and_without_the_token(hub, login):
     body = json.dumps({"error": f"Bearer {TOKEN} is not enough; {ESCAPES * 100}"}).encode()
     hub.faults.append(Fault("api/models", 403, body=body))
-    with pytest.raises(Stop) as stopped:
+    with pytest.raises(UserError) as stopped:
         listing(REPO, "main")
     assert r"[token] is not enough; hostile \x1b]0;OWNED\x07" in line(stopped)
     assert "…" in line(stopped)
@@ -192,7 +192,7 @@ def test_an_expired_link_is_fetched_anew(hub, tmp_path):
 
 def test_a_store_that_stays_shut_is_told_without_advice_to_log_in(hub, tmp_path):
     hub.faults.append(Fault(STORE, 403, body=b"<Error>AccessDenied</Error>"))
-    with pytest.raises(Stop) as stopped:
+    with pytest.raises(UserError) as stopped:
         fetch(tmp_path)
     store = hub.store_url.removeprefix("http://")
     assert f"HTTP 403 from {store}, where the hub keeps files" in line(stopped)
@@ -202,7 +202,7 @@ def test_a_store_that_stays_shut_is_told_without_advice_to_log_in(hub, tmp_path)
 
 def test_the_hubs_own_403_is_final(hub):
     hub.faults.append(Fault("api/models", 403))
-    with pytest.raises(Stop):
+    with pytest.raises(UserError):
         listing(REPO, "main", patience=30)
     assert len(hub.requests) == 1
 
@@ -265,7 +265,7 @@ def test_a_delay_too_long_is_told_at_once(hub, tmp_path, path):
     """huggingface_hub itself would sleep for as long as it is told, in silence."""
     hub.faults.append(Fault(path, 429, headers={"Retry-After": "7200"}))
     start = time.monotonic()
-    with pytest.raises(Stop) as stopped:
+    with pytest.raises(UserError) as stopped:
         fetch(tmp_path, patience=30)
     assert "wait 7,200 s, as the hub asks" in line(stopped)
     assert time.monotonic() - start < 10
@@ -295,7 +295,7 @@ def test_a_range_from_a_server_without_ranges_is_refused(hub):
     hub.faults.append(Fault(STORE, no_range=True))
     found = listing(REPO, "main")
     file = next(file for file in found.files if file.name == SHARD)
-    with pytest.raises(Stop, match="in place of a range of it"):
+    with pytest.raises(UserError, match="in place of a range of it"):
         remote_headers.read_range(REPO, found.commit, file, 8, 20, 0)
     assert remote_headers.read_range(REPO, found.commit, file, 0, 20, 0) == checkpoint()[SHARD][:20]
 
@@ -322,7 +322,7 @@ def shard_of(folder: Path) -> Item:
 )
 def test_a_refused_upload_shows_the_servers_message(hub, login, step, code, said, advice):
     hub.faults.append(Fault(step, code, body=json.dumps({"error": said}).encode()))
-    with pytest.raises(Stop) as stopped:
+    with pytest.raises(UserError) as stopped:
         upload("user/new", MADE, False, 0)
     assert said.replace("\x1b", r"\x1b") in line(stopped)
     assert advice in line(stopped)
@@ -331,7 +331,7 @@ def test_a_refused_upload_shows_the_servers_message(hub, login, step, code, said
 def test_a_refused_object_shows_the_servers_message(hub, login, tmp_path):
     errors = {"objects": [{"oid": HASH, "size": 1, "error": {"code": 402, "message": "no room"}}]}
     hub.faults.append(Fault("objects/batch", 200, body=json.dumps(errors).encode()))
-    with pytest.raises(Stop) as stopped:
+    with pytest.raises(UserError) as stopped:
         upload("user/new", [shard_of(tmp_path)], False, 0)
     assert "no room" in line(stopped)
 
@@ -382,7 +382,7 @@ def test_a_setting_that_cannot_work_is_named(monkeypatch, name, value, expected)
         monkeypatch.delenv(other.lower(), raising=False)
     monkeypatch.setenv(name, value)
     check = http.install.__wrapped__ if name.startswith("HF_") else http.make_client
-    with pytest.raises(Stop) as stopped:
+    with pytest.raises(UserError) as stopped:
         check()
     assert line(stopped).startswith(f"{name}: found ")
     assert expected in line(stopped)
@@ -414,7 +414,7 @@ def test_a_token_that_none_can_be_is_told_and_not_shown(hub, tmp_path, monkeypat
     (tmp_path / "token").write_bytes(data)
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    with pytest.raises(Stop) as stopped:
+    with pytest.raises(UserError) as stopped:
         listing(REPO, "main")
     assert line(stopped).startswith("the hub's login: found a token ")
     assert "cret" not in line(stopped)
@@ -425,7 +425,7 @@ def test_a_login_that_cannot_be_read_is_one_line(hub, tmp_path, monkeypatch):
 
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path))
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(Stop) as stopped:
+    with pytest.raises(UserError) as stopped:
         listing(REPO, "main")
     assert f"the hub's login: found {tmp_path}: Is a directory" in line(stopped)
     assert "HF_HOME" in line(stopped)
@@ -435,7 +435,7 @@ def test_an_endpoint_that_is_no_address_is_told(hub, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", "huggingface.co")
-    with pytest.raises(Stop, match="check HF_ENDPOINT"):
+    with pytest.raises(UserError, match="check HF_ENDPOINT"):
         listing(REPO, "main", patience=30)
 
 
@@ -444,7 +444,7 @@ def test_offline_mode_is_told_at_once(hub, monkeypatch):
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     start = time.monotonic()
-    with pytest.raises(Stop, match="HF_HUB_OFFLINE set"):
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE set"):
         listing(REPO, "main", patience=3)
     assert time.monotonic() - start < 1
 
@@ -455,5 +455,5 @@ def test_no_proxy_is_asked_for_a_server_of_this_machine(hub, monkeypatch):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "")
-    status, data = server.exchange(hub.url, "GET", f"/api/models/{REPO}/revision/main", "", 20)
+    status, data = server.http_exchange(hub.url, "GET", f"/api/models/{REPO}/revision/main", "", 20)
     assert (status, json.loads(data)["id"]) == (200, REPO)

@@ -21,13 +21,13 @@ from dsv4.model.opening import expert_bases, open_bundle, open_source
 from dsv4.proof import compare
 from dsv4.proof.findings import Findings
 from dsv4.proof.level2 import read_numbers
-from dsv4.proof.survey import survey
-from dsv4.stop import Stop
-from dsv4.storage.rewrite import Desk
+from dsv4.proof.survey import scan
+from dsv4.stop import UserError
+from dsv4.storage.rewrite import WorkerBuffers
 from dsv4.storage.shard import read_array
 from dsv4.weights import source as reading
-from dsv4.weights.imatrix import FLOOR, entry_name, importances, open_imatrix, usable
-from dsv4.weights.quantizer import named
+from dsv4.weights.imatrix import FLOOR, entry_name, importances, open_imatrix, normalized
+from dsv4.weights.quantizer import get_quantizer
 
 SIZES = small.Sizes(layers=2, experts=3, mtp=1, hidden=64, width=32)
 
@@ -85,12 +85,12 @@ def test_a_bundle_holds_what_its_imatrix_makes_best(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     opened, origin = open_bundle(bundle), open_source(source)
     found = importances(open_imatrix(path), origin).columns
-    quantizer, changed = named("affine4g32"), 0
+    quantizer, changed = get_quantizer("affine4g32"), 0
     for base in expert_bases(origin):
         packed = read_array(origin.tensors[f"{base}.weight"]).view(np.uint8).reshape(-1)
         exponents = read_array(origin.tensors[f"{base}.scale"]).reshape(-1)
         sizes = {"weight": len(packed), "scales": 2 * len(exponents), "biases": 2 * len(exponents)}
-        importance = usable(found[base], base) if base in found else None
+        importance = normalized(found[base], base) if base in found else None
         parts = {part: np.empty(n, np.uint8) for part, n in sizes.items()}
         plain = {part: np.empty(n, np.uint8) for part, n in sizes.items()}
         quantizer.encode(packed, exponents, parts, importance)
@@ -155,24 +155,24 @@ def test_an_importance_is_prepared_once_for_a_matrix(tmp_path: Path, monkeypatch
 
     def counted(values: np.ndarray, name: str) -> np.ndarray:
         prepared[name.removesuffix(".weight")] += 1
-        return usable(values, name)
+        return normalized(values, name)
 
     for module in (experts, compare):
         monkeypatch.setattr(module, "usable", counted)
     monkeypatch.setattr(reading, "BLOCK_BYTES", 1)  # of one row each
     monkeypatch.setattr(compare, "BLOCK_WEIGHTS", 1)
-    quantizer, tensors = named("affine4g32", importance), source.tensors
-    with closing(Desk()) as desk:
+    quantizer, tensors = get_quantizer("affine4g32", importance), source.tensors
+    with closing(WorkerBuffers()) as desk:
         for base, columns in importance.columns.items():
             both = tensors[f"{base}.weight"], tensors[f"{base}.scale"]
             places = dict.fromkeys(("weight", "scales", "biases"), 0)
-            ledger = experts.Ledger()
+            ledger = experts.ErrorLog()
             for piece in experts.expert_pieces(*both, places, quantizer, ledger, columns):
-                piece.write(experts.Nowhere(), desk)
+                piece.write(experts.NullWriter(), desk)
     once = dict.fromkeys(importance.columns, 1)
     assert prepared == once
     prepared.clear()
-    done = read_numbers(survey(bundle, Findings()), source, 1, lambda n: None, importance)
+    done = read_numbers(scan(bundle, Findings()), source, 1, lambda n: None, importance)
     assert any(outcome.recomputed for outcome in done.outcomes)
     assert prepared == once
 
@@ -197,7 +197,7 @@ def test_a_missing_or_missized_entry_stops_the_run(tmp_path: Path, change, messa
     entries = example(4)
     change(entries)
     imatrix = open_imatrix(write(tmp_path / "i.dat", entries))
-    with pytest.raises(Stop, match=message):
+    with pytest.raises(UserError, match=message):
         importances(imatrix, open_source(source))
 
 
@@ -217,8 +217,8 @@ def test_a_run_that_is_stopped_by_its_imatrix_writes_nothing(tmp_path: Path) -> 
 
 
 def test_experts_that_were_never_reached_count_all_columns_alike() -> None:
-    assert np.array_equal(usable(np.zeros(32, np.float32), "x"), np.ones(32))
-    assert usable(np.array([0, 3], np.float32), "x").tolist() == [FLOOR, 2.0]
+    assert np.array_equal(normalized(np.zeros(32, np.float32), "x"), np.ones(32))
+    assert normalized(np.array([0, 3], np.float32), "x").tolist() == [FLOOR, 2.0]
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_experts_that_were_never_reached_count_all_columns_alike() -> None:
 def test_a_broken_file_ends_in_one_line(tmp_path: Path, data: bytes, message: str) -> None:
     path = tmp_path / "i.dat"
     path.write_bytes(data)
-    with pytest.raises(Stop, match=message):
+    with pytest.raises(UserError, match=message):
         open_imatrix(path)
 
 
@@ -265,7 +265,7 @@ def test_no_damage_gets_past_the_reader_but_as_a_stop(tmp_path: Path) -> None:
         path.write_bytes(bytes(data))
         try:
             opened = open_imatrix(path)
-        except Stop:
+        except UserError:
             refused += 1
         else:
             ends = [entry.offset + 4 * entry.count for entry in opened.entries.values()]

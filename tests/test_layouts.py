@@ -24,17 +24,17 @@ import pytest
 from bundles import Arrays, edit, edit_json, places
 from conftest import NANO, ROOT, SCRIPTS, made_once, must
 
-from dsv4.mending.job import Repair
-from dsv4.mending.repair import mend, undo
-from dsv4.model.layouts import LAYOUTS, knows, recognise
+from dsv4.mending.job import RepairContext
+from dsv4.mending.repair import repair_bundle, undo_repair
+from dsv4.model.layouts import LAYOUTS, has_name, recognise
 from dsv4.model.opening import open_bundle, open_source
 from dsv4.model.view import view_of
 from dsv4.proof.findings import FAULTS, Findings
-from dsv4.proof.headers import absences
-from dsv4.proof.loading import hollow
-from dsv4.proof.stacks import runtimes
-from dsv4.proof.summary import row
-from dsv4.proof.survey import survey
+from dsv4.proof.headers import describe_layout
+from dsv4.proof.loading import write_headers_only
+from dsv4.proof.stacks import runtime_verdicts
+from dsv4.proof.summary import summary_row
+from dsv4.proof.survey import scan
 from dsv4.served import nano
 from dsv4.storage.backup import Backup
 from dsv4.storage.checkpoint import Checkpoint
@@ -148,8 +148,8 @@ def test_names_and_stacks_beyond_any_model_are_not_followed():
 
 def test_what_is_left_out_is_a_note(specimen):
     findings = Findings()
-    bundle = survey(specimen("vlm-affine8"), findings)
-    assert "MTP left out" in absences(bundle)
+    bundle = scan(specimen("vlm-affine8"), findings)
+    assert "MTP left out" in describe_layout(bundle)
     assert "mtp" not in " ".join(bundle.tensors)
 
 
@@ -205,7 +205,7 @@ def named(arrays: Arrays, name: str, part: str = "weight") -> str:
     told = recognise(arrays)
     found = [
         disk for disk in arrays
-        if (place := told.layout.place(disk))
+        if (place := told.layout.locate(disk))
         and place.name.replace(".E.", ".0.") == name and disk.endswith(part)
     ]  # fmt: skip
     return found[0]
@@ -255,7 +255,7 @@ def mixed(arrays: Arrays) -> None:
     old = named(arrays, "layers.2.ffn_norm.weight")
     ways = (layout.called("layers.2.ffn_norm.weight") for layout in LAYOUTS.values())
     told = recognise(arrays).layout
-    new = next(way for way in ways if way != old and not knows(told, way))
+    new = next(way for way in ways if way != old and not has_name(told, way))
     arrays[new] = arrays.pop(old)
 
 
@@ -358,7 +358,7 @@ def test_the_verdict_is_what_the_runtimes_own_logits_say(specimen, tmp_path):
         ("source", NANO), ("mlx-vlm", right), ("mlx-vlm", swap), ("mlx-vlm", label),
         ("loader", affine2), ("loader", right), ("mlx-vlm", specimen("mlx-lm, hc_attn")),
     ]  # fmt: skip
-    ids = nano.prompts(NANO, nano.held_out(NANO, 8))
+    ids = nano.token_prompts(NANO, nano.held_out(NANO, 8))
     asked = [
         (how, str(folder), str(tmp_path / f"{i}.npy")) for i, (how, folder) in enumerate(cases)
     ]
@@ -382,10 +382,10 @@ def test_the_verdict_is_what_the_runtimes_own_logits_say(specimen, tmp_path):
     assert given[0] == {"parameters": 123, "unfed": [], "unused": [], "misfit": []}
     assert any("down_proj.scales" in name for name, *_ in given[1]["misfit"])
     assert any("hc_attn" in name for name in given[2]["unused"])
-    loads = runtimes(survey(right, Findings()), Findings())
+    loads = runtime_verdicts(scan(right, Findings()), Findings())
     assert "does not load" in loads["vMLX 1.6.81"]
     assert not loads["mlx-vlm 0.7.10"]
-    loads = runtimes(survey(affine2, Findings()), Findings())
+    loads = runtime_verdicts(scan(affine2, Findings()), Findings())
     assert not loads["vMLX 1.6.81"]
     assert "no right label" in loads["mlx-lm 0.32.2 with jang 2.5.50's model"]
 
@@ -393,14 +393,14 @@ def test_the_verdict_is_what_the_runtimes_own_logits_say(specimen, tmp_path):
 def test_vmlx_does_not_load_what_says_turboquant_and_is_none(specimen, tmp_path):
     folder = shutil.copytree(specimen("jang-affine2"), tmp_path / "bundle")
     edit_json(folder / "jang_config.json", lambda c: c.update(weight_format="mxtq"))
-    loads = runtimes(survey(folder, Findings()), Findings())
+    loads = runtime_verdicts(scan(folder, Findings()), Findings())
     assert "says TurboQuant" in loads["vMLX 1.6.81"]
 
 
 def hollowed(bundle: Path, folder: Path) -> tuple[str, str]:
     """(a folder with the bundle's headers alone, where the loader's answer goes)."""
     folder.mkdir()
-    hollow(survey(bundle, Findings()), folder)
+    write_headers_only(scan(bundle, Findings()), folder)
     return f"{folder}", f"{folder}.json"
 
 
@@ -420,8 +420,8 @@ def mended(folder: Path) -> list[str]:
         bundle=folder, source=NANO, reference=None, quantizer="mlx", imatrix=None, dry_run=False,
         without_loader=True, python=PYTHON, jobs=1,
     )  # fmt: skip
-    repair = Repair(args, open_source(NANO), Backup(folder))
-    mend(repair)
+    repair = RepairContext(args, open_source(NANO), Backup(folder))
+    repair_bundle(repair)
     return repair.left
 
 
@@ -437,7 +437,7 @@ def test_repair_mends_in_other_layouts_what_it_mends_in_ours(specimen, tmp_path,
     ).names
     assert mended(folder) == []
     assert bundles.judge(folder, NANO).names <= {"label-stray"}
-    undo(folder)
+    undo_repair(folder)
     assert before == {path: path.read_bytes() for path in before}
 
 
@@ -450,8 +450,8 @@ def damaged(config: dict) -> None:
 
 def test_a_row_says_what_a_bundle_is(specimen):
     findings = Findings()
-    bundle = survey(specimen("jangtq-2"), findings)
-    cells = row("x/y", 5, bundle, findings).cells
+    bundle = scan(specimen("jangtq-2"), findings)
+    cells = summary_row("x/y", 5, bundle, findings).cells
     assert cells[2:5] == (
         "jang, prestacked",
         "experts mxtq 2.13; shared, attention, embedding, head affine 9.00",

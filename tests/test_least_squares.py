@@ -12,7 +12,7 @@ from dsv4.model import labels
 from dsv4.model.opening import expert_labels, open_bundle
 from dsv4.weights import fp4, least_squares
 from dsv4.weights.affine import BadGroup
-from dsv4.weights.quantizer import SMALL, is_known, named
+from dsv4.weights.quantizer import SMALL, is_quantizer, get_quantizer
 from dsv4.weights.synthetic import pack, random_weights, to_fp4
 
 SHAPES = [(bits, size) for bits in labels.AFFINE_BITS for size in labels.GROUPS]
@@ -41,7 +41,7 @@ def quantized(
     errors = least_squares.quantize(*flat, importance, (bits, size), parts)
     rest = [mx.array(p.view(np.float16).astype(np.float32).reshape(out, -1)) for p in parts[1:]]
     levels = mx.array(parts[0].view(np.uint32).reshape(out, -1))
-    decoded = mx.dequantize(levels, *rest, **labels.affine(bits, size), stream=mx.cpu)
+    decoded = mx.dequantize(levels, *rest, **labels.affine_label(bits, size), stream=mx.cpu)
     return np.array(decoded), errors
 
 
@@ -51,8 +51,8 @@ def test_the_error_that_is_counted_is_that_of_what_mlx_decodes(bits: int, size: 
     found, errors = quantized(packed, scales, bits, size)
     assert errors.tally.error == pytest.approx(((found - values) ** 2).sum(), rel=1e-3, abs=1e-9)
     assert errors.tally.energy == pytest.approx((values.astype(np.float64) ** 2).sum(), rel=1e-6)
-    theirs = mx.quantize(mx.array(values), **labels.affine(bits, size), stream=mx.cpu)
-    theirs = np.array(mx.dequantize(*theirs, **labels.affine(bits, size), stream=mx.cpu))
+    theirs = mx.quantize(mx.array(values), **labels.affine_label(bits, size), stream=mx.cpu)
+    theirs = np.array(mx.dequantize(*theirs, **labels.affine_label(bits, size), stream=mx.cpu))
     assert errors.tally.error < ((theirs - values) ** 2).sum()
 
 
@@ -97,11 +97,11 @@ def test_what_f16_cannot_hold_stops_and_what_it_loses_is_counted() -> None:
 
 
 def test_names_of_widths() -> None:
-    assert is_known("affine2g64")
-    assert is_known("affine4g32")
+    assert is_quantizer("affine2g64")
+    assert is_quantizer("affine4g32")
     assert [n for n in ("affine4g32-mx", "affine7g64", "affine2g16", "optimal", "exact5", "", None)
-            if is_known(n)] == []  # fmt: skip
-    assert named("affine3g64").label == {"group_size": 64, "bits": 3, "mode": "affine"}
+            if is_quantizer(n)] == []  # fmt: skip
+    assert get_quantizer("affine3g64").label == {"group_size": 64, "bits": 3, "mode": "affine"}
 
 
 # The search over all assignments of values to levels, which this quantizer has taken the place of,

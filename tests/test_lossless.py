@@ -17,16 +17,16 @@ from conftest import made_once, must, refusal
 from test_low_disk import Place, files, hub, origin  # noqa: F401
 
 from dsv4.making.marks import converted_by
-from dsv4.making.own_numbers import RECORD, beyond_f16
+from dsv4.making.own_numbers import RECORD, f16_overflow
 from dsv4.model.labels import MXFP4, MXFP8
 from dsv4.model.opening import open_bundle, open_source
 from dsv4.model.plan import plan_shards
-from dsv4.proof.stacks import recognise, refused, runtimes
-from dsv4.proof.survey import survey
+from dsv4.proof.stacks import recognize_stack, refusal_reason, runtime_verdicts
+from dsv4.proof.survey import scan
 from dsv4.storage.shard import read_array, read_shard
-from dsv4.storage.space import workplace_of
+from dsv4.storage.space import staging_folder
 from dsv4.weights import affine
-from dsv4.weights.quantizer import QUANTIZERS, Lossless, knowing
+from dsv4.weights.quantizer import QUANTIZERS, Lossless, with_bf16_overflow
 
 LOSSLESS = ("--quantizer", "lossless")
 FP8 = "layers.1.attn.wq_b"
@@ -139,14 +139,14 @@ def test_of_all_bf16_numbers_those_beyond_f16_are_counted(source):
     with np.errstate(over="ignore"):
         expected = int((values.astype(np.float16) != values).sum())
     tensor = next(iter(open_source(source).tensors.values()))
-    assert beyond_f16(finite.view(np.uint8), tensor) == expected
+    assert f16_overflow(finite.view(np.uint8), tensor) == expected
 
 
 def test_sizes_do_not_depend_on_what_the_values_decide(source, lossless):
     tensors = open_source(source).tensors
     size = sum(path.stat().st_size for path in lossless.glob("*.safetensors"))
     every = dict.fromkeys((n for n, t in tensors.items() if t.dtype == "BF16"), 1)
-    for quantizer in (Lossless(), knowing(Lossless(), every)):
+    for quantizer in (Lossless(), with_bf16_overflow(Lossless(), every)):
         shards = plan_shards(tensors, quantizer.form, converted_by(None, quantizer))
         assert sum(shard.size for shard in shards) == size
 
@@ -225,12 +225,12 @@ def test_labels_stand_under_every_name(lossless):
 
 def test_old_vmlx_is_refused_and_no_other(lossless):
     old = {"vmlx": "1.3.97", "jang": "2.5.9", "mlx": "0.31.2", "mlx-lm": "0.31.2"}
-    assert refused(old, "lossless")
-    assert not refused(old, "mlx")
-    assert not refused(old | {"vmlx": "1.6.81"}, "lossless")
-    assert not recognise(old, quantizer="lossless")[0]
+    assert refusal_reason(old, "lossless")
+    assert not refusal_reason(old, "mlx")
+    assert not refusal_reason(old | {"vmlx": "1.6.81"}, "lossless")
+    assert not recognize_stack(old, quantizer="lossless")[0]
     findings = judge(lossless, None, level=1)
-    loads = runtimes(survey(lossless, findings), findings)
+    loads = runtime_verdicts(scan(lossless, findings), findings)
     assert loads["vMLX 1.6.81"] == loads["mlx-vlm 0.7.10"] == ""
     assert "crashes" in loads["vMLX 1.3.97, loader patched"]
 
@@ -322,7 +322,7 @@ def test_a_killed_conversion_goes_on_with_what_was_decided(source, lossless, tmp
     options = ("--source", source, *LOSSLESS, "--shard-bytes", "9e5")
     must("convert", "--bundle", whole, *options)
     must("convert", "--bundle", bundle, *options, "--dry-run")
-    place = workplace_of(bundle)
+    place = staging_folder(bundle)
     place.mkdir()
     for path in sorted(whole.glob("*.safetensors"))[::2]:
         shutil.copy2(path, place / path.name)

@@ -13,7 +13,7 @@ from conftest import must, refusal
 from random_talk import OFFICIAL
 
 from dsv4.model import rendering
-from dsv4.model.template import EARLIER, is_own, template
+from dsv4.model.template import EARLIER, is_own_template, template_text
 
 # What this project wrote until November 2026.
 BEFORE = (
@@ -98,7 +98,7 @@ def give_templates(folder, in_file, in_config):
 
 
 def test_one_template_stands_where_each_runtime_reads_it(good):
-    assert templates(good) == (template("nano"), template("nano"))
+    assert templates(good) == (template_text("nano"), template_text("nano"))
 
 
 @pytest.mark.parametrize(
@@ -107,10 +107,10 @@ def test_one_template_stands_where_each_runtime_reads_it(good):
         (("", "{{ mine }}"), ("{{ mine }}", "{{ mine }}")),
         (("{{ mine }}", ""), ("{{ mine }}", "{{ mine }}")),
         (("{{ one }}\n", "{{ another }}"), ("{{ one }}\n", "{{ another }}")),
-        ((template("first"), "{{ mine }}"), ("{{ mine }}", "{{ mine }}")),
-        ((template("0731"), template("first")), (template("nano"), template("nano"))),
+        ((template_text("first"), "{{ mine }}"), ("{{ mine }}", "{{ mine }}")),
+        ((template_text("0731"), template_text("first")), (template_text("nano"), template_text("nano"))),
         (("", [{"name": "default", "template": "x"}]),
-         (template("nano"), [{"name": "default", "template": "x"}])),
+         (template_text("nano"), [{"name": "default", "template": "x"}])),
     ],
 )  # fmt: skip
 def test_somebody_elses_template_is_kept_and_ours_is_renewed(good_copy, before, after):
@@ -121,11 +121,11 @@ def test_somebody_elses_template_is_kept_and_ours_is_renewed(good_copy, before, 
 
 def test_the_template_of_before_is_renewed(good_copy):
     assert hashlib.sha256(BEFORE.encode()).hexdigest() == EARLIER
-    assert is_own(BEFORE)
-    assert not is_own(BEFORE + " ")
+    assert is_own_template(BEFORE)
+    assert not is_own_template(BEFORE + " ")
     give_templates(good_copy, BEFORE, BEFORE)
     must("patch", "--bundle", good_copy)
-    assert templates(good_copy) == (template("nano"), template("nano"))
+    assert templates(good_copy) == (template_text("nano"), template_text("nano"))
 
 
 @pytest.mark.parametrize(("encoding", "release"), [(OFFICIAL, "0731"), (None, "first")])
@@ -134,13 +134,13 @@ def test_the_template_is_made_for_the_release_of_the_encoding(good_copy, encodin
     program = encoding.read_bytes() if encoding else unknown
     (good_copy / "encoding" / "encoding_dsv4.py").write_bytes(program)
     must("patch", "--bundle", good_copy)
-    assert templates(good_copy) == (template(release), template(release))
+    assert templates(good_copy) == (template_text(release), template_text(release))
 
 
 def test_finalize_keeps_the_template_that_patch_wrote(source_copy, good_copy):
     (source_copy / "chat_template.jinja").write_text("{{ the_sources }}")
     must("finalize", "--source", source_copy, "--bundle", good_copy)
-    assert templates(good_copy)[0] == template("nano")
+    assert templates(good_copy)[0] == template_text("nano")
     (good_copy / "chat_template.jinja").unlink()
     must("finalize", "--source", source_copy, "--bundle", good_copy)
     assert templates(good_copy)[0] == "{{ the_sources }}"
@@ -192,7 +192,7 @@ def test_the_template_renders_what_the_encoding_file_renders(source, system, thi
         {"role": "assistant", "content": "45"},
         {"role": "user", "content": "And 1+1?"},
     ]
-    rendered = rendering.environment().from_string(template("nano")).render(
+    rendered = rendering.environment().from_string(template_text("nano")).render(
         messages=messages, add_generation_prompt=True, enable_thinking=thinking
     )  # fmt: skip
     mode = "thinking" if thinking else "chat"

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 from conftest import must, refusal
 
-from dsv4.making.fitting import Planner
+from dsv4.making.fitting import SizePlanner
 from dsv4.model import memory
 from dsv4.model.names import stack_of
 from dsv4.model.opening import expert_labels, open_bundle, open_source
 from dsv4.model.plan import SHARD_BYTES
-from dsv4.proof.stacks import refused
+from dsv4.proof.stacks import refusal_reason
 from dsv4.settings import parse_context, parse_memory, parse_size
-from dsv4.stop import Stop
+from dsv4.stop import UserError
 from dsv4.weights import knapsack
-from dsv4.weights.mixture import name_of, read_plan
+from dsv4.weights.mixture import label_name, read_plan
 
 FLASH = {
     "num_hidden_layers": 43, "head_dim": 512, "sliding_window": 128, "index_head_dim": 128,
@@ -36,7 +36,7 @@ def test_the_choice_is_the_least_of_all(seed: int) -> None:
         [(int(7 * rng.integers(1, 30)), float(rng.random())) for _ in range(rng.integers(1, 6))]
         for _ in range(5)
     ]
-    budget = knapsack.least(items) + int(rng.integers(0, 300))
+    budget = knapsack.min_size(items) + int(rng.integers(0, 300))
     picks = knapsack.choose(items, budget)
     chosen = [options[pick] for options, pick in zip(items, picks, strict=True)]
     assert sum(size for size, _ in chosen) <= budget
@@ -48,7 +48,7 @@ def test_the_choice_is_the_least_of_all(seed: int) -> None:
 def test_sizes_of_no_common_unit_stay_within_the_budget() -> None:
     rng = np.random.default_rng(1)
     items = [[(int(rng.integers(1, 10**9)), float(rng.random())) for _ in range(4)] for _ in "abcd"]
-    budget = knapsack.least(items) + 10**9
+    budget = knapsack.min_size(items) + 10**9
     picks = knapsack.choose(items, budget)
     assert sum(of[pick][0] for of, pick in zip(items, picks, strict=True)) <= budget
 
@@ -58,13 +58,13 @@ def test_a_macs_memory_leaves_what_cache_server_and_macos_take() -> None:
     entries = 43 * 128 * 512 + 21 * (65536 // 4) * (512 + 128) + 20 * (65536 // 128) * 512
     assert memory.cache_bytes(FLASH, 65536) == 2 * entries
     gib = memory.GIB
-    assert memory.room(FLASH, 96 * gib, 65536) == 90 * gib - 3 * gib - 2 * entries
-    words = memory.fit_in_words(FLASH, 86 * gib, 65536)
+    assert memory.bundle_budget(FLASH, 96 * gib, 65536) == 90 * gib - 3 * gib - 2 * entries
+    words = memory.describe_fit(FLASH, 86 * gib, 65536)
     assert words == (
         "fits 96 GB with 65,536 tokens of context; needs sudo sysctl iogpu.wired_limit_mb=92160"
     )
-    assert "no sysctl needed" in memory.fit_in_words(FLASH, 60 * gib, 65536, 96 * gib)
-    assert "does not fit 64 GB" in memory.fit_in_words(FLASH, 60 * gib, 65536, 64 * gib)
+    assert "no sysctl needed" in memory.describe_fit(FLASH, 60 * gib, 65536, 96 * gib)
+    assert "does not fit 64 GB" in memory.describe_fit(FLASH, 60 * gib, 65536, 64 * gib)
 
 
 def test_sizes_are_read_as_they_are_said() -> None:
@@ -103,7 +103,7 @@ def test_the_bundle_has_the_size_and_the_forms_of_its_plan(planned, source) -> N
         f"{layer}.{p}": form for layer, of in document["experts"].items() for p, form in of.items()
     }
     labels = expert_labels(opened)
-    assert {stack_of(base): name_of(label) for base, label in labels.items()} == forms
+    assert {stack_of(base): label_name(label) for base, label in labels.items()} == forms
     assert len(set(forms.values())) > 1
     for base, label in labels.items():
         assert opened.config["quantization"][base] == label
@@ -143,7 +143,7 @@ def edited(planned, tmp_path: Path, change) -> Path:
 )
 def test_a_plan_that_does_not_fit_is_one_line(planned, source, tmp_path, change, said) -> None:
     path = edited(planned, tmp_path, change)
-    with pytest.raises(Stop) as stop:
+    with pytest.raises(UserError) as stop:
         read_plan(path, open_source(source))
     assert said in str(stop.value)
     assert "\n" not in str(stop.value)
@@ -177,7 +177,7 @@ def test_all_but_the_experts_can_be_the_sources_own(planned, source, tmp_path) -
     must("convert", *options, bundle)
     must("finalize", "--source", source, "--bundle", bundle)
     must("patch", "--bundle", bundle)
-    planner = Planner(open_source(source), document["squared_errors"], SHARD_BYTES, options[3])
+    planner = SizePlanner(open_source(source), document["squared_errors"], SHARD_BYTES, options[3])
     forms = {f"{n}.{p}": form for n, of in document["experts"].items() for p, form in of.items()}
     assert planner.nbytes(forms) == sum(f.stat().st_size for f in bundle.glob("*.safetensors"))
     other = shutil.copytree(made, tmp_path / "other")
@@ -190,7 +190,7 @@ def test_all_but_the_experts_can_be_the_sources_own(planned, source, tmp_path) -
     assert bundles.judge(bundle, source).names == set()
     bundles.flip(bundle, "layers.1.attn.wkv.scales", 2)
     assert bundles.judge(bundle, source).names == {"module-differs"}
-    assert "crashes on FP8's" in refused({"vmlx": "1.3.97"}, "mixture-lossless")
+    assert "crashes on FP8's" in refusal_reason({"vmlx": "1.3.97"}, "mixture-lossless")
 
 
 def test_a_plan_that_is_not_there_is_one_line(source, tmp_path) -> None:

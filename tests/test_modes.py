@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 
 from dsv4.proof.compare import Comparer
-from dsv4.proof.survey import Survey
-from dsv4.proof.tasks import Outcome, make_tasks
-from dsv4.proof.turbo import codebook, rotate, signs
+from dsv4.proof.survey import Scan
+from dsv4.proof.tasks import TensorResult, make_tasks
+from dsv4.proof.turbo import codebook, rotate, rotation_signs
 from dsv4.storage import reading
 from dsv4.storage.checkpoint import Checkpoint
-from dsv4.storage.reading import Reader
-from dsv4.storage.shard import NUMPY_DTYPE, Planned, read_shard, write_shard
+from dsv4.storage.reading import TensorReader
+from dsv4.storage.shard import NUMPY_DTYPE, PendingTensor, read_shard, write_shard
 from dsv4.weights import fp4, fp8
 
 ROWS, COLUMNS = 128, 256
@@ -31,7 +31,7 @@ Arrays = dict[str, tuple[str, np.ndarray]]
 
 def opened(folder: Path, arrays: Arrays) -> Checkpoint:
     planned = [
-        Planned(name, dtype, array.shape, lambda a=array: [np.ascontiguousarray(a)])
+        PendingTensor(name, dtype, array.shape, lambda a=array: [np.ascontiguousarray(a)])
         for name, (dtype, array) in arrays.items()
     ]
     write_shard(folder / "model.safetensors", planned, {})
@@ -78,7 +78,7 @@ def quantized(
 
 def turbo(base: str, values: np.ndarray, bits: int) -> Arrays:
     """TurboQuant by MLX's own Hadamard transform and a search for the nearest level."""
-    rotated = np.array(mx.hadamard_transform(mx.array(values * signs(COLUMNS)), stream=mx.cpu))
+    rotated = np.array(mx.hadamard_transform(mx.array(values * rotation_signs(COLUMNS)), stream=mx.cpu))
     norms = np.linalg.norm(rotated, axis=1, keepdims=True)
     levels, each = codebook(COLUMNS, bits), 32 // bits
     codes = np.abs((rotated / norms)[..., None] - levels).argmin(-1).astype(np.uint32)
@@ -89,19 +89,19 @@ def turbo(base: str, values: np.ndarray, bits: int) -> Arrays:
             f"{base}.tq_bits": ("U8", np.array([bits], np.uint8))}  # fmt: skip
 
 
-def outcome(tmp_path: Path, of: Arrays, made: Arrays) -> Outcome:
+def outcome(tmp_path: Path, of: Arrays, made: Arrays) -> TensorResult:
     for name in ("source", "bundle"):
         (tmp_path / name).mkdir(exist_ok=True)
     origin, bundle = opened(tmp_path / "source", of), opened(tmp_path / "bundle", made)
-    survey = Survey(bundle, {}, {})
+    survey = Scan(bundle, {}, {})
     (task,) = make_tasks(survey, origin, {})
-    reader = Reader()
+    reader = TensorReader()
     found = Comparer(survey).compare(task, reader)
     reader.close()
     return found
 
 
-def wrong(found: Outcome) -> bool:
+def wrong(found: TensorResult) -> bool:
     return bool(found.faults or found.wrong_places)
 
 
@@ -231,7 +231,7 @@ def test_rows_are_read_ahead_and_each_byte_once(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "AHEAD", 100)
     data = np.random.default_rng(7).integers(0, 256, (91, 7), np.uint8)
     made = {"a": ("U8", data), "b": ("U8", data[:, ::-1])}
-    tensors, seen, reader = opened(tmp_path, made).tensors, {"a": [], "b": []}, Reader()
+    tensors, seen, reader = opened(tmp_path, made).tensors, {"a": [], "b": []}, TensorReader()
     read = reader.read
 
     def noted(tensor, first, nbytes):

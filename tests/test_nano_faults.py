@@ -201,9 +201,9 @@ def test_a_fault_is_seen(fault, weights, lessons, config, truth):
 
 def loaded(bundle, work):
     """Logits through the real loader at the prompts of `make demo`, and the source's."""
-    ids = nano_model.prompts(NANO, nano_model.held_out(NANO, 10))
-    found = nano_model.logits(Path(sys.executable), bundle, "loader", ids, work)
-    truth = nano_model.logits(Path(sys.executable), NANO, "source", ids, work)
+    ids = nano_model.token_prompts(NANO, nano_model.held_out(NANO, 10))
+    found = nano_model.run_logits(Path(sys.executable), bundle, "loader", ids, work)
+    truth = nano_model.run_logits(Path(sys.executable), NANO, "source", ids, work)
     return nano_model.compare(found, truth)
 
 

@@ -31,7 +31,7 @@ from dsv4.model.labels import RECORD
 from dsv4.model.opening import open_bundle, open_source
 from dsv4.storage import locks
 from dsv4.storage.checkpoint import INDEX, check_index
-from dsv4.storage.shard import Planned, read_array, read_shard, write_shard
+from dsv4.storage.shard import PendingTensor, read_array, read_shard, write_shard
 from dsv4.weights.quantizer import QUANTIZERS
 
 KILLS = int(os.environ.get("KILLS", "20"))
@@ -346,7 +346,7 @@ def test_a_second_run_changes_nothing(source, native):
 def test_two_runs_at_once_are_refused(source, tmp_path):
     work = tmp_path / ".bundle.converting"
     work.mkdir()
-    with locks.held(work):
+    with locks.locked(work):
         assert "another run" in refused(source, tmp_path / "bundle")
 
 
@@ -397,7 +397,7 @@ def change(folder: Path, name: str, **new: object) -> None:
             key, dtype = new.get("key", key), new.get("dtype", dtype)
             array = new["edit"](array) if "edit" in new else array
         index["weight_map"][key] = path.name
-        planned.append(Planned(key, dtype, array.shape, lambda a=array: [np.ascontiguousarray(a)]))
+        planned.append(PendingTensor(key, dtype, array.shape, lambda a=array: [np.ascontiguousarray(a)]))
     write_shard(path, planned, {"format": "pt"})
     (folder / INDEX).write_text(json.dumps(index))
 

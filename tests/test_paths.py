@@ -21,8 +21,8 @@ from here import here, must, refusal
 from dsv4.hub.client import HubFile
 from dsv4.hub.provenance import HEADERS, RECORD, Record, read_record
 from dsv4.making import low_disk
-from dsv4.making.workplace import MARK, claim, workplace
-from dsv4.stop import Stop
+from dsv4.making.workplace import MARK, mark, staging
+from dsv4.stop import UserError
 from dsv4.storage import inside, locks
 from dsv4.storage.backup import FOLDER, Backup
 from dsv4.storage.durable import write_bytes
@@ -64,7 +64,7 @@ def state(folder: Path) -> dict[str, str]:
     ["../x", "/etc/x", "a/../../x", "", ".", "a//b", "a/", "a\\b", "a\0b", 5, None, ["x"], {}],
 )
 def test_a_name_that_leads_out_is_no_name(name, tmp_path):
-    with pytest.raises(Stop):
+    with pytest.raises(UserError):
         inside.check_name("record", name)
 
 
@@ -77,16 +77,16 @@ def test_no_link_on_the_way_is_followed(outside, tmp_path):
     for name in ("link/x", "link/new", "link/deep/y"):
         for step in (
             lambda n: inside.remove(root, n),
-            lambda n: inside.kind(root, n),
+            lambda n: inside.file_type(root, n),
             lambda n: inside.move(root, n, "taken"),
             lambda n: inside.move(root, "real/x", n),
-            lambda n: os.close(inside.open_own(root, n, os.O_RDWR)),
+            lambda n: os.close(inside.open_regular(root, n, os.O_RDWR)),
             lambda n: write_bytes(root / n, b"new", root),
         ):
-            with pytest.raises(Stop, match="a symbolic link"):
+            with pytest.raises(UserError, match="a symbolic link"):
                 step(name)
-    with pytest.raises(Stop, match="a symbolic link"):
-        inside.open_own(root, "real/x", os.O_RDWR)
+    with pytest.raises(UserError, match="a symbolic link"):
+        inside.open_regular(root, "real/x", os.O_RDWR)
     write_bytes(root / "real" / "x", b"ours", root)  # a link gets its own bytes, as in the cache
     assert (root / "real" / "x").read_bytes() == b"ours"
     assert state(outside) == before
@@ -97,8 +97,8 @@ def test_a_second_name_of_a_foreign_file_is_not_written_on(outside, tmp_path):
     (tmp_path / ".config.json.partial").hardlink_to(outside / "x")
     write_bytes(tmp_path / "config.json", b"new")
     (tmp_path / "part").hardlink_to(outside / "x")
-    with pytest.raises(Stop, match="another name"):
-        inside.open_own(tmp_path, "part", os.O_WRONLY | os.O_APPEND)
+    with pytest.raises(UserError, match="another name"):
+        inside.open_regular(tmp_path, "part", os.O_WRONLY | os.O_APPEND)
     assert (outside / "x").read_text() == "precious"
 
 
@@ -258,7 +258,7 @@ WRITERS = {
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_every_writer_takes_the_lock(name, bundle):
-    with locks.held(bundle):
+    with locks.locked(bundle):
         assert "another run" in refusal(name, "--bundle", bundle, *WRITERS[name])
     here(name, "--bundle", bundle, *WRITERS[name])
     assert not (bundle / ".lock").exists()
@@ -290,7 +290,7 @@ def test_somebodys_lock_files_are_not_removed(tmp_path):
     (tmp_path / f".part-1-of-4-{work}.lock").write_text("mine")
     (tmp_path / f".part-2-of-4-{work}.lock").mkdir()
     (tmp_path / f".part-3-of-4-{work}.lock").touch()
-    with locks.held(tmp_path):
+    with locks.locked(tmp_path):
         pass
     left = {path.name for path in tmp_path.iterdir()}
     mine = {f".part-{n}-of-4-{work}.lock" for n in (1, 2)}
@@ -344,8 +344,8 @@ def test_a_mark_that_a_killed_run_left_in_the_bundle_goes(source, native, tmp_pa
 
 
 def test_a_workplace_without_work_leaves_nothing(tmp_path):
-    with workplace(tmp_path / "b") as folder:
-        claim(folder)
+    with staging(tmp_path / "b") as folder:
+        mark(folder)
     assert not list(tmp_path.iterdir())
 
 
@@ -393,7 +393,7 @@ ENTRIES = [
 @pytest.mark.parametrize("value", ENTRIES, ids=repr)
 def test_a_record_of_other_types_is_one_line(value, tmp_path):
     record_with(tmp_path, **{"model-1.safetensors": value})
-    with pytest.raises(Stop, match=RECORD):
+    with pytest.raises(UserError, match=RECORD):
         read_record(tmp_path)
 
 
@@ -404,7 +404,7 @@ FORMS = ("[]", "5", '{"repo": 1, "revision": "", "commit": "", "files": {}}',
 @pytest.mark.parametrize("text", FORMS)
 def test_a_record_of_another_form_is_one_line(text, tmp_path):
     (tmp_path / RECORD).write_text(text)
-    with pytest.raises(Stop, match=RECORD):
+    with pytest.raises(UserError, match=RECORD):
         read_record(tmp_path)
 
 
@@ -412,7 +412,7 @@ def test_only_shards_come_and_go(source_copy):
     """A record that calls config.json fetched would have it deleted."""
     record_with(source_copy, **{"config.json": entry(source_copy / "config.json",
                                                      low_disk="fetched")})  # fmt: skip
-    with pytest.raises(Stop, match="comes and goes"):
+    with pytest.raises(UserError, match="comes and goes"):
         read_record(source_copy)
 
 
@@ -423,7 +423,7 @@ def test_download_renames_nothing_behind_a_link(source_copy, outside, tmp_path):
     before = state(tmp_path)
     from dsv4.hub.download import hash_present
 
-    with pytest.raises(Stop, match="a symbolic link"):
+    with pytest.raises(UserError, match="a symbolic link"):
         hash_present(source_copy, read_record(source_copy), ["encoding/x"], again=True)
     assert state(tmp_path) == before
 
@@ -437,16 +437,16 @@ def test_a_transfer_writes_through_no_link(outside, tmp_path):
     transfer = Transfer("a/b", "0" * 40, source, 0, lambda n: None)
     (source / "encoding").symlink_to(outside)
     before = state(outside)
-    with pytest.raises(Stop, match="a symbolic link"):
+    with pytest.raises(UserError, match="a symbolic link"):
         transfer.fetch(file)
     (source / "encoding").unlink()
     (source / "encoding").mkdir()
     partial_for(source / file.name, file).symlink_to(outside / "x")
-    with pytest.raises(Stop, match="a symbolic link"):
+    with pytest.raises(UserError, match="a symbolic link"):
         transfer.fetch(file)
     partial_for(source / file.name, file).unlink()
     partial_for(source / file.name, file).hardlink_to(outside / "x")
-    with pytest.raises(Stop, match="another name"):
+    with pytest.raises(UserError, match="another name"):
         transfer.fetch(file)
     assert state(outside) == before
 
@@ -455,9 +455,9 @@ def test_headers_go_into_no_link(source_copy, outside):
     (source_copy / HEADERS).symlink_to(outside)
     record = Record("a/b", "main", "0" * 40, {})
     before = state(outside)
-    with pytest.raises(Stop, match="a symbolic link"):
+    with pytest.raises(UserError, match="a symbolic link"):
         low_disk.fetch_headers(source_copy, record, 0)
-    with pytest.raises(Stop, match="a symbolic link"), low_disk.skeleton(source_copy, record):
+    with pytest.raises(UserError, match="a symbolic link"), low_disk.header_checkpoint(source_copy, record):
         pass
     assert state(outside) == before
 

@@ -11,9 +11,9 @@ from conftest import NANO, ROOT, must
 
 from dsv4.model.labels import DEFAULT, EXPERT, MXFP4, parts_of
 from dsv4.model.opening import open_bundle, open_source
-from dsv4.model.plan import Form, plan_shards
-from dsv4.stop import Stop
-from dsv4.storage.durable import human
+from dsv4.model.plan import StorageFormat, plan_shards
+from dsv4.stop import UserError
+from dsv4.storage.durable import format_bytes
 from dsv4.weights.quantizer import QUANTIZERS
 
 
@@ -28,7 +28,7 @@ def test_check_and_the_dry_run_name_the_bytes_that_are_written(quantizer, tmp_pa
     shown = re.search(r"disk: (.*) for the bundle", must("convert", *options, "--dry-run"))[1]
     must("convert", *options)
     written = sum(path.stat().st_size for path in bundle.glob("*.safetensors"))
-    assert promised == shown == human(written)
+    assert promised == shown == format_bytes(written)
     source, made, form = open_source(NANO), open_bundle(bundle), QUANTIZERS[quantizer]().form
     shards = plan_shards(source.tensors, form, {"format": "mlx"})
     # Whether lossless keeps a BF16 tensor so is not in the headers; both dtypes are as large.
@@ -52,7 +52,7 @@ def test_more_shards_than_a_folder_may_have_stop_the_plan(monkeypatch):
     monkeypatch.setattr("dsv4.storage.bounds.FILES", 8)
     form = QUANTIZERS["mlx"]().form
     with pytest.raises(
-        Stop, match=r"SHARD_BYTES: found 1 bytes, [0-9]+ shards, expected at most 4"
+        UserError, match=r"SHARD_BYTES: found 1 bytes, [0-9]+ shards, expected at most 4"
     ):
         plan_shards(open_source(NANO).tensors, form, {}, 1)
 
@@ -64,5 +64,5 @@ def test_an_unknown_name_stops_the_plan():
     odd["layers.0.attn.unheard_of.weight"] = type(tensor)(
         "layers.0.attn.unheard_of.weight", "BF16", (4, 32), tensor.path, 0, 256
     )
-    with pytest.raises(Stop, match="a name that this recipe does not know"):
-        plan_shards(odd, Form(EXPERT), {})
+    with pytest.raises(UserError, match="a name that this recipe does not know"):
+        plan_shards(odd, StorageFormat(EXPERT), {})

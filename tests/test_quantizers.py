@@ -19,11 +19,11 @@ from conftest import must, script
 
 from dsv4.model import labels
 from dsv4.model.opening import expert_bases, expert_labels, open_bundle, open_source
-from dsv4.stop import Stop
+from dsv4.stop import UserError
 from dsv4.storage.checkpoint import check_index
-from dsv4.storage.shard import Planned, read_array, write_shard
+from dsv4.storage.shard import PendingTensor, read_array, write_shard
 from dsv4.weights.affine import BadGroup
-from dsv4.weights.quantizer import named
+from dsv4.weights.quantizer import get_quantizer
 
 NAMES = ("mlx", "affine4g32", "mxfp4", "lossless")  # turboquant2: test_turboquant.py
 # Quantizers that are no more: what is like their bundles, and the name that these record.
@@ -41,7 +41,7 @@ def digests(bundle: Path) -> dict[str, str]:
 
 def encode(name: str, packed: np.ndarray, exponents: np.ndarray) -> dict[str, np.ndarray]:
     """One matrix, packed (out, in/2) and exponents (out, in/32), as the parts of a quantizer."""
-    quantizer = named(name)
+    quantizer = get_quantizer(name)
     sizes = {"U32": (4, np.uint32), "F16": (2, np.float16), "U8": (1, np.uint8)}
     parts = labels.parts_of(quantizer.label, len(packed), 2 * packed.shape[1])
     flat = {
@@ -63,7 +63,7 @@ def test_every_value_at_every_exponent_comes_back_exactly() -> None:
     name, exponents = "mxfp4", np.arange(104, 141, dtype=np.uint8)[:, None]
     packed = np.tile(np.arange(0, 256, 17, dtype=np.uint8), (len(exponents), 1))
     packed[::2] = packed[::2, ::-1]
-    decoded = decode(named(name).label, encode(name, packed, exponents))
+    decoded = decode(get_quantizer(name).label, encode(name, packed, exponents))
     assert np.array_equal(decoded, ml_reference.decode(packed, exponents))
 
 
@@ -71,7 +71,7 @@ def test_random_matrices_come_back_exactly() -> None:
     name, rng = "mxfp4", np.random.default_rng(11)
     packed = rng.integers(0, 256, (96, 80)).astype(np.uint8)
     exponents = rng.integers(104, 141, (96, 5)).astype(np.uint8)
-    decoded = decode(named(name).label, encode(name, packed, exponents))
+    decoded = decode(get_quantizer(name).label, encode(name, packed, exponents))
     assert np.array_equal(decoded, ml_reference.decode(packed, exponents))
 
 
@@ -85,7 +85,7 @@ def assert_made_with(name: str, source: Path, bundle: Path) -> None:
     """Every expert holds what the quantizer gives; index, labels and record agree."""
     opened, origin = open_bundle(bundle), open_source(source)
     check_index(opened, "test")
-    label = named(name).label
+    label = get_quantizer(name).label
     assert all(one == label for one in expert_labels(opened).values())
     assert labels.recorded_quantizer(opened.config) == name
     for base in expert_bases(origin):
@@ -184,7 +184,7 @@ def test_mxfp4_stops_at_stock_bytes_of_another_source(tmp_path: Path) -> None:
 
 def test_fp4_bytes_of_a_stock_bundle_get_no_label(tmp_path: Path) -> None:
     _, bundle, _ = small.make(tmp_path, small.Sizes(), seed=30)
-    with pytest.raises(Stop, match="FP4 bytes"):
+    with pytest.raises(UserError, match="FP4 bytes"):
         expert_labels(open_bundle(bundle))
 
 
@@ -195,9 +195,9 @@ def test_a_bundle_fits_its_own_label_and_no_other(tmp_path: Path, name: str) -> 
     config = json.loads((bundle / "config.json").read_text())
     base = "layers.0.ffn.experts.0.w1"
     stored = labels.stored_label(open_bundle(bundle).tensors, base, config)
-    assert stored == config["quantization"][base] == named(name).label
+    assert stored == config["quantization"][base] == get_quantizer(name).label
     same = {"mlx", "affine4g32"} if name in ("mlx", "affine4g32") else {"mxfp4", "lossless"}
-    assert {other for other in NAMES if named(other).label == stored} == same
+    assert {other for other in NAMES if get_quantizer(other).label == stored} == same
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -211,7 +211,7 @@ def test_verify_passes_every_quantizer_and_fails_it_under_anothers_label(
     options = ("--bundle", bundle, "--source", source, "--without-loader")
     assert "passed" in must("verify", *options)
     config = json.loads((bundle / "config.json").read_text())
-    other = labels.affine(5)
+    other = labels.affine_label(5)
     labelled = {key: other if ".experts." in key else value
                 for key, value in config["quantization"].items()}  # fmt: skip
     config["quantization"] = labelled
@@ -229,7 +229,7 @@ def gone(request, source: Path, stock: Path, tmp_path_factory) -> tuple[Path, st
     must("patch", "--bundle", bundle)
     for file, shard in open_bundle(bundle).shards.items():
         arrays = [
-            Planned(
+            PendingTensor(
                 t.name, t.dtype, t.shape, functools.partial(lambda a: [a], read_array(t).copy())
             )
             for t in shard.tensors.values()

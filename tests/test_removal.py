@@ -29,9 +29,9 @@ from here import must
 from test_settings import Copy
 
 from dsv4.mending import documents, job
-from dsv4.stop import Stop
+from dsv4.stop import UserError
 from dsv4.storage import inside, own
-from dsv4.storage.space import workplace_of
+from dsv4.storage.space import staging_folder
 from dsv4.streaming import passes, states
 
 
@@ -58,30 +58,30 @@ def seen(folder: Path) -> dict[str, str | None]:
 def test_a_folder_without_our_mark_is_neither_taken_nor_removed(tmp_path):
     theirs = plant(tmp_path / "folder")
     link = tmp_path / "a link"
-    link.symlink_to(own.claim(tmp_path / "ours"))
+    link.symlink_to(own.make_own(tmp_path / "ours"))
     before = seen(theirs)
     for path in (theirs, link, theirs / "theirs"):
-        assert not own.remove(path)
-        with pytest.raises(Stop, match=r"found .*, expected "):
-            own.claim(path)
-    assert not own.remove(tmp_path / "none")
+        assert not own.remove_own(path)
+        with pytest.raises(UserError, match=r"found .*, expected "):
+            own.make_own(path)
+    assert not own.remove_own(tmp_path / "none")
     assert seen(theirs) == before
     assert own.is_own(tmp_path / "ours")
 
 
 def test_what_a_link_in_our_folder_leads_to_stays(tmp_path):
     theirs = plant(tmp_path / "theirs")
-    ours = own.claim(own.claim(tmp_path / "ours"))
+    ours = own.make_own(own.make_own(tmp_path / "ours"))
     (ours / "folder").mkdir()
     (ours / "folder" / "link").symlink_to(theirs)
     (ours / "link").symlink_to(theirs)
-    assert own.remove(ours)
+    assert own.remove_own(ours)
     assert not ours.exists()
     assert (theirs / "theirs").exists()
 
 
 def test_a_removal_that_was_killed_leaves_the_mark(tmp_path, monkeypatch):
-    ours = own.claim(tmp_path / "ours")
+    ours = own.make_own(tmp_path / "ours")
     (ours / "file").touch()
 
     def killed(*_):
@@ -89,9 +89,9 @@ def test_a_removal_that_was_killed_leaves_the_mark(tmp_path, monkeypatch):
 
     monkeypatch.setattr(inside, "empty", killed)
     with pytest.raises(KeyboardInterrupt):
-        own.remove(ours)
+        own.remove_own(ours)
     monkeypatch.undo()
-    assert own.remove(ours)
+    assert own.remove_own(ours)
 
 
 # --------------------------------------------------------------------------- children, passes
@@ -125,7 +125,7 @@ time.sleep(100)
 
 @pytest.mark.parametrize("marked", [True, False])
 def test_a_child_whose_parent_ended_removes_only_a_folder_with_our_mark(tmp_path, marked):
-    folder = own.claim(tmp_path / "folder") if marked else plant(tmp_path / "folder")
+    folder = own.make_own(tmp_path / "folder") if marked else plant(tmp_path / "folder")
     (folder / "file").touch()
     env = {**os.environ, "PYTHONPATH": str(SCRIPTS)}
     process = subprocess.Popen(
@@ -149,16 +149,16 @@ def test_a_child_without_a_session_of_its_own_ends_alone(tmp_path):
 def test_a_pass_removes_only_folders_of_passes_that_carry_our_mark(tmp_path, monkeypatch):
     work = plant(tmp_path / "work", "engine-cpu.log", f"pass-{'0' * 16}/theirs", "cpu.log")
     before = seen(work)
-    ours = own.claim(work / f"pass-{'1' * 16}")
+    ours = own.make_own(work / f"pass-{'1' * 16}")
     (ours / "after-001.npy").touch()
-    own.claim(work / passes.LOGS)
+    own.make_own(work / passes.LOGS)
     passes.prepare(work)
-    passes.drop_others(work, [ours])
+    passes.remove_other_passes(work, [ours])
     assert ours.exists()
-    passes.clear(work)
+    passes.remove_intermediates(work)
     assert seen(work) == before
     monkeypatch.setattr(passes, "key_of", lambda *_: "0" * 16)
-    with pytest.raises(Stop, match="not made here"):
+    with pytest.raises(UserError, match="not made here"):
         passes.folder_of(None, SimpleNamespace(work=work), "cpu", {})
 
 
@@ -167,12 +167,12 @@ def test_a_work_folder_goes_only_if_it_was_made_and_is_empty(tmp_path):
     theirs.mkdir()
     for work in (made, theirs):
         passes.prepare(work)
-        own.claim(work / f"pass-{'1' * 16}")
-        passes.clear(work)
+        own.make_own(work / f"pass-{'1' * 16}")
+        passes.remove_intermediates(work)
     assert (made.exists(), theirs.exists()) == (False, True)
     passes.prepare(made)
     (made / "theirs").touch()
-    passes.clear(made)
+    passes.remove_intermediates(made)
     assert (made / "theirs").exists()
 
 
@@ -192,7 +192,7 @@ class Nothing:
         pass
 
     def logits(self, *_: object) -> np.ndarray:
-        raise Stop("a model", "none here", "one", "none")
+        raise UserError("a model", "none here", "one", "none")
 
 
 def test_by_size_leaves_what_lies_in_out(tmp_path, monkeypatch):
@@ -200,7 +200,7 @@ def test_by_size_leaves_what_lies_in_out(tmp_path, monkeypatch):
     before = seen(out)
     monkeypatch.setattr(by_size, "Streamed", Nothing)
     monkeypatch.setattr(sys, "argv", ["by_size.py", "--out", str(out)])
-    with pytest.raises(Stop, match="none here"):
+    with pytest.raises(UserError, match="none here"):
         by_size.main()
     assert seen(out) == before
 
@@ -212,14 +212,14 @@ def test_fidelity_leaves_what_lies_in_out(tmp_path, monkeypatch):
     before = seen(out)
 
     def stop(*_):
-        raise Stop("a stage", "none", "one", "none")
+        raise UserError("a stage", "none", "one", "none")
 
     monkeypatch.setattr(fidelity, "QUANTIZERS", {"mlx": None})
     monkeypatch.setattr(fidelity, "weight_error", lambda *_: None)
     monkeypatch.setattr(fidelity, "weights_table", lambda _: "")
     monkeypatch.setattr(fidelity, "stage", stop)
     monkeypatch.setattr(sys, "argv", ["fidelity.py", "--source", str(NANO), "--out", str(out)])
-    with pytest.raises(Stop):
+    with pytest.raises(UserError):
         fidelity.main()
     assert seen(out) == before
 
@@ -230,19 +230,19 @@ def test_full_shapes_leaves_what_lies_in_work(tmp_path, monkeypatch):
     argv = ["full_shapes.py", "--work", str(work), "--turns", "0", "--experts", "0"]
     monkeypatch.setattr(sys, "argv", argv)
     monkeypatch.setattr(full_shapes, "turn", stopped)
-    with pytest.raises(Stop):
+    with pytest.raises(UserError):
         full_shapes.main()
     assert seen(work) == before
 
 
 def stopped(*_: object) -> None:
-    raise Stop("a turn", "none", "one", "none")
+    raise UserError("a turn", "none", "one", "none")
 
 
 def test_make_stock_leaves_the_workplace_of_a_conversion(tmp_path):
     """BUNDLE's hidden sibling holds hours of convert's work when that was interrupted."""
     bundle = tmp_path / "bundle"
-    theirs = plant(workplace_of(bundle), "model-00001-of-00002.safetensors")
+    theirs = plant(staging_folder(bundle), "model-00001-of-00002.safetensors")
     before = seen(theirs)
     must("make_stock", "--source", NANO, "--bundle", bundle)
     assert seen(theirs) == before
@@ -256,9 +256,9 @@ def test_the_matrix_leaves_what_lies_in_work(tmp_path, monkeypatch):
     before = seen(work)
     monkeypatch.setattr(matrix, "run_script", stopped)
     for name in ("mlx", matrix.RANDOM):
-        with pytest.raises(Stop):
+        with pytest.raises(UserError):
             matrix.bundles(work, [name])
-    with pytest.raises(Stop, match="no environment"):
+    with pytest.raises(UserError, match="no environment"):
         matrix.python_of("new", work)
     assert seen(work) == before
 
@@ -313,7 +313,7 @@ def test_what_repair_removes_is_flushed_from_its_folder(tmp_path, monkeypatch, s
     (tmp_path / name).write_text("no JSON")
     monkeypatch.setattr(inside.volume, "flush_folder", lambda fd, path: flushed.append(path))
     args = argparse.Namespace(bundle=tmp_path, reference=NANO, source=None, dry_run=False)
-    repair = job.Repair(args, None, SimpleNamespace(keep=lambda names: None))
+    repair = job.RepairContext(args, None, SimpleNamespace(keep=lambda names: None))
     if step == "set_aside":
         job.set_aside(repair, [name])
     else:

@@ -106,7 +106,7 @@ def rewritten(folder: Path, change, marks: bool = True) -> None:
         after = {name: (dtype, array.tobytes()) for name, (dtype, array) in arrays.items()}
         if before != after:
             planned = [
-                bundles.Planned(n, dtype, a.shape, lambda a=a: [np.ascontiguousarray(a)])
+                bundles.PendingTensor(n, dtype, a.shape, lambda a=a: [np.ascontiguousarray(a)])
                 for n, (dtype, a) in arrays.items()
             ]
             bundles.write_shard(path, planned, shard.metadata if marks else {"format": "mlx"})

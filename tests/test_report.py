@@ -11,7 +11,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from conftest import must, refusal, script
 
-from dsv4.proof.page import page, ticks
+from dsv4.proof.page import page, axis_ticks
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_another_format_is_refused(result, tmp_path):
 
 @pytest.mark.parametrize("most", [0.087, 0.0003, 0, 1, 0.1])
 def test_ticks_reach_the_largest_value(most):
-    marks = ticks(most)
+    marks = axis_ticks(most)
     assert marks[0] == 0
     assert most <= marks[-1] <= 2 * most or most == 0
     assert 2 <= len(marks) <= 8

@@ -31,7 +31,7 @@ from dsv4.model.names import parse_expert
 from dsv4.model.opening import open_bundle, open_source
 from dsv4.storage import locks
 from dsv4.storage.checkpoint import check_index
-from dsv4.storage.shard import Planned, read_array, read_shard, write_shard
+from dsv4.storage.shard import PendingTensor, read_array, read_shard, write_shard
 from dsv4.weights.quantizer import QUANTIZERS
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "requantize.py"
@@ -289,7 +289,7 @@ def test_a_second_run_on_the_same_shards_stops(
     source, bundle, _ = small.make(tmp_path, small.Sizes(bundle_shard=8), seed=9)
     before = digests(bundle)
     work = f"{made_by(open_source(source), QUANTIZERS['mlx']())}"
-    with locks.held(bundle, parse_part(held).to_hold(work) if held else None):
+    with locks.locked(bundle, parse_part(held).lock_key(work) if held else None):
         second = requantize(source, bundle, *options)
     for lock in bundle.glob(".*.lock"):
         lock.unlink()  # parts leave them to a whole run
@@ -366,7 +366,7 @@ def drop_tensor(folder: Path, name: str) -> None:
 
 def save_shard(path: Path, arrays: small.Arrays, metadata: dict[str, str] | None = None) -> None:
     planned = [
-        Planned(name, dtype, array.shape, lambda a=array: [np.ascontiguousarray(a)])
+        PendingTensor(name, dtype, array.shape, lambda a=array: [np.ascontiguousarray(a)])
         for name, (dtype, array) in arrays.items()
     ]
     write_shard(path, planned, metadata or {})

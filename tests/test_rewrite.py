@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsv4.stop import Stop
+from dsv4.stop import UserError
 from dsv4.storage import volume
-from dsv4.storage.rewrite import Desk, NewShard, Target, copy_pieces, rewrite
-from dsv4.storage.shard import Slot, header_bytes, read_array, read_shard
+from dsv4.storage.rewrite import WorkerBuffers, NewShard, ShardWriter, copy_pieces, write_shards
+from dsv4.storage.shard import TensorSpec, header_bytes, read_array, read_shard
 
 
 def copying(path: Path, origin: Path, nbytes: int) -> NewShard:
     """A shard with one tensor, copied from byte 3 of `origin`."""
-    header = header_bytes([Slot("a", "U8", (nbytes,))], {})
+    header = header_bytes([TensorSpec("a", "U8", (nbytes,))], {})
     pieces = copy_pieces(origin, 3, len(header), nbytes)
     return NewShard(path, header, len(header) + nbytes, lambda: pieces)
 
@@ -30,7 +30,7 @@ def test_a_copy_larger_than_a_buffer_arrives_whole(tmp_path: Path, jobs: int) ->
     (tmp_path / "origin").write_bytes(b"xyz" + data.tobytes())
     shards = [copying(tmp_path / f"{i}", tmp_path / "origin", len(data)) for i in range(3)]
     seen: list[int] = []
-    rewrite(shards, jobs, seen.append)
+    write_shards(shards, jobs, seen.append)
     assert sum(seen) == 3 * len(data)
     for shard in shards:
         assert np.array_equal(read_array(read_shard(shard.path).tensors["a"]), data)
@@ -44,8 +44,8 @@ def test_a_source_that_ends_early_keeps_the_old_shard(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"old")
     origins = {"a": "origin", "b": "cut", "c": "origin"}
     shards = [copying(tmp_path / name, tmp_path / of, 900) for name, of in origins.items()]
-    with pytest.raises(Stop, match="cut: found its end at byte 500"):
-        rewrite(shards, 1, lambda _: None)
+    with pytest.raises(UserError, match="cut: found its end at byte 500"):
+        write_shards(shards, 1, lambda _: None)
     assert read_shard(tmp_path / "a").size > 900
     assert (tmp_path / "b").read_bytes() == (tmp_path / "c").read_bytes() == b"old"
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "c", "cut", "origin"}
@@ -54,7 +54,7 @@ def test_a_source_that_ends_early_keeps_the_old_shard(tmp_path: Path) -> None:
 def test_a_read_error_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()  # reading a folder is an error of the system's, as EIO is
     with pytest.raises(OSError, match="folder"):
-        rewrite([copying(tmp_path / "a", tmp_path / "folder", 10)], 2, lambda _: None)
+        write_shards([copying(tmp_path / "a", tmp_path / "folder", 10)], 2, lambda _: None)
     assert not list(tmp_path.glob(".*"))
 
 
@@ -67,7 +67,7 @@ def test_no_more_shards_are_open_than_workers_and_one(tmp_path: Path) -> None:
     class Watching:
         nbytes = 1
 
-        def write(self, target: Target, desk: Desk) -> None:
+        def write(self, target: ShardWriter, desk: WorkerBuffers) -> None:
             nonlocal most
             with lock:
                 most = max(most, len(list(tmp_path.glob(".*.partial"))))
@@ -77,7 +77,7 @@ def test_no_more_shards_are_open_than_workers_and_one(tmp_path: Path) -> None:
         plain = copying(tmp_path / f"{i}", tmp_path / "origin", 1000)
         pieces = [*plain.pieces(), Watching(), Watching()]
         shards.append(NewShard(plain.path, plain.header, plain.size, lambda p=pieces: p))
-    rewrite(shards, 3, lambda _: None)
+    write_shards(shards, 3, lambda _: None)
     assert 1 <= most <= 4
 
 
@@ -98,7 +98,7 @@ def test_workers_go_on_while_a_shard_is_flushed(tmp_path: Path, monkeypatch) -> 
             written.set()
 
     monkeypatch.setattr(volume, "flush", flush)
-    rewrite(shards, 1, progress)
+    write_shards(shards, 1, progress)
     assert named == [[], ["a"]]
 
 
@@ -118,10 +118,10 @@ def test_a_flush_that_fails_names_nothing_and_can_be_done_again(
     with monkeypatch.context() as patched:
         patched.setattr(volume, "flush", flush)
         with pytest.raises(OSError, match=os.strerror(error)) as raised:
-            rewrite(shards, 1, lambda _: None)
+            write_shards(shards, 1, lambda _: None)
     assert raised.value.filename == str(tmp_path / "b")
     assert {path.name for path in tmp_path.iterdir()} == {"a", "origin"}
-    rewrite(shards[1:], 1, lambda _: None)
+    write_shards(shards[1:], 1, lambda _: None)
     assert {path.name for path in tmp_path.iterdir()} == {*"abcd", "origin"}
     for shard in shards:
         assert read_shard(shard.path).size == shard.size
@@ -132,11 +132,11 @@ def test_a_kill_during_a_flush_leaves_no_name(tmp_path: Path) -> None:
     child = os.fork()
     if not child:
         volume.flush = lambda fd, path: os.kill(os.getpid(), signal.SIGKILL)
-        rewrite([copying(tmp_path / name, tmp_path / "origin", 900) for name in "ab"], 1, print)
+        write_shards([copying(tmp_path / name, tmp_path / "origin", 900) for name in "ab"], 1, print)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     assert not list(tmp_path.glob("[ab]"))
-    rewrite(
+    write_shards(
         [copying(tmp_path / name, tmp_path / "origin", 900) for name in "ab"], 1, lambda _: None
     )
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "origin"}

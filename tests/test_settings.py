@@ -18,9 +18,9 @@ import pytest
 from conftest import ROOT, SCRIPTS
 
 from dsv4 import settings
-from dsv4.runtime.toolchain import environment
-from dsv4.stop import Stop
-from dsv4.weights.quantizer import add_choice
+from dsv4.runtime.toolchain import toolchain_environment
+from dsv4.stop import UserError
+from dsv4.weights.quantizer import add_quantizer_options
 
 STUB = """#!/bin/sh
 case "$1" in -ISc) exec {python} "$@";; esac
@@ -128,9 +128,9 @@ def test_config_mk_is_expanded_and_keeps_the_blanks_before_a_comment(copy):
         config.unlink()
     assert given["SOURCE"] == "/Volumes/Dave's SSD/a # b $c"
     with pytest.raises(
-        Stop, match=r"BUNDLE: found '/x   ', expected no blanks at its ends; in config"
+        UserError, match=r"BUNDLE: found '/x   ', expected no blanks at its ends; in config"
     ):
-        settings.read("BUNDLE", given["BUNDLE"])
+        settings.parse_setting("BUNDLE", given["BUNDLE"])
 
 
 def test_a_tilde_is_the_home_folder(copy, monkeypatch):
@@ -139,7 +139,7 @@ def test_a_tilde_is_the_home_folder(copy, monkeypatch):
     assert handed(copy.given("serve", HOME="/h")[1])["BUNDLE"].startswith("/h/.cache/huggingface/")
     monkeypatch.setenv("HOME", "/h")
     assert settings.parse_path("~/x") == Path("/h/x")
-    with pytest.raises(settings.Unfit, match="nobody's home"):
+    with pytest.raises(settings.InvalidValue, match="nobody's home"):
         settings.parse_path("~no-such-user/x")
 
 
@@ -194,19 +194,19 @@ WRONG = {
 def test_what_no_command_could_take_is_one_line_that_names_the_setting(name, monkeypatch):
     for value in WRONG[name]:
         monkeypatch.setenv(settings.PREFIX + name, value)
-        with pytest.raises(Stop, match=f"^{name}: found .*, expected ") as stopped:
+        with pytest.raises(UserError, match=f"^{name}: found .*, expected ") as stopped:
             settings.add_setting(argparse.ArgumentParser(), name)
         assert "\n" not in str(stopped.value)
-        with pytest.raises(Stop, match=f"^{name}: "):  # by each command, also one without it
+        with pytest.raises(UserError, match=f"^{name}: "):  # by each command, also one without it
             settings.add_setting(argparse.ArgumentParser(), "TO")
 
 
 def test_a_quantizer_or_converter_that_nobody_knows_is_one_line(monkeypatch):
     monkeypatch.setenv("RECIPE_QUANTIZER", "int4")
-    with pytest.raises(Stop, match="QUANTIZER: found 'int4', expected one of lossless, "):
-        add_choice(argparse.ArgumentParser())
+    with pytest.raises(UserError, match="QUANTIZER: found 'int4', expected one of lossless, "):
+        add_quantizer_options(argparse.ArgumentParser())
     monkeypatch.setenv("RECIPE_CONVERTER", "gguf")
-    with pytest.raises(Stop, match="CONVERTER: found 'gguf', expected one of native, jang"):
+    with pytest.raises(UserError, match="CONVERTER: found 'gguf', expected one of native, jang"):
         settings.add_setting(argparse.ArgumentParser(), "CONVERTER", choices=("native", "jang"))
 
 
@@ -229,7 +229,7 @@ def test_an_option_wins_over_makes_setting_and_a_stray_variable_is_none(monkeypa
     assert port() == 8010
     for name in ("PYTHONPATH", "PYTHONHOME"):
         monkeypatch.setenv(name, "/evil")
-    children = environment()
+    children = toolchain_environment()
     assert not [
         name for name in children if name.startswith((settings.PREFIX, "PYTHONP", "PYTHONH"))
     ]

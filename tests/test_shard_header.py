@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv4.stop import Stop
+from dsv4.stop import UserError
 from dsv4.storage.shard import ITEMSIZE, read_shard
 
 CASES = 12_000
@@ -71,7 +71,7 @@ MALFORMED = {
 def test_a_malformed_header_stops(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(MALFORMED[kind])
-    with pytest.raises(Stop):
+    with pytest.raises(UserError):
         read_shard(path)
 
 
@@ -79,7 +79,7 @@ def test_a_header_length_costs_no_memory(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(assemble(b"{}", length=99_000_000))
     tracemalloc.start()
-    with pytest.raises(Stop):
+    with pytest.raises(UserError):
         read_shard(path)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -138,7 +138,7 @@ def test_no_damage_crashes_the_reader(tmp_path: Path) -> None:
         file.truncate()
         try:
             shard = read_shard(path)
-        except Stop:
+        except UserError:
             stops += 1
             continue
         position = 8 + int.from_bytes(data[:8], "little")

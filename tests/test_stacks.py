@@ -14,7 +14,7 @@ import pytest
 from conftest import NANO, SCRIPTS, must
 
 from dsv4.proof import stacks
-from dsv4.proof.stacks import LOADER, MODEL, STACKS, recognise
+from dsv4.proof.stacks import LOADER, MODEL, STACKS, recognize_stack
 from dsv4.runtime.toolchain import app_versions
 
 OLD = {"vmlx": "1.3.97", "jang": "2.5.9", "mlx": "0.31.2", "mlx-lm": "0.31.2", "mlx-vlm": "0.4.0"}
@@ -26,7 +26,7 @@ NONE = dict.fromkeys(("vmlx", "jang", "mlx", "mlx-lm", "mlx-vlm"))
 def test_every_measured_row_works(row):
     but = f", but {row.but}" if row.but else ""
     works = f"{row.runtime.split(',')[0]}: works{but}"
-    assert recognise({**NONE, **row.packages}) == (True, works)
+    assert recognize_stack({**NONE, **row.packages}) == (True, works)
 
 
 def test_every_row_has_its_file_and_every_file_its_row():
@@ -38,38 +38,38 @@ def test_every_row_has_its_file_and_every_file_its_row():
 
 def test_a_loader_that_lacks_a_patch_comes_after_patch_loader():
     for pending in ((LOADER,), (MODEL,), (LOADER, MODEL)):
-        works, line = recognise(OLD, pending)
+        works, line = recognize_stack(OLD, pending)
         assert works
         assert line.startswith("vMLX 1.3.97: works after patch_loader, but its model")
-    assert "works after patch_loader" in recognise(OLD | {"jang": "2.5.8"}, (LOADER,))[1]
-    assert recognise(NEW, (LOADER,)) == (True, "vMLX 1.6.81: works")
+    assert "works after patch_loader" in recognize_stack(OLD | {"jang": "2.5.8"}, (LOADER,))[1]
+    assert recognize_stack(NEW, (LOADER,)) == (True, "vMLX 1.6.81: works")
 
 
 def test_mxfp4_on_metal_is_known_to_fail_in_the_old_one_only():
-    works, line = recognise(OLD, metal=True, quantizer="mxfp4")
+    works, line = recognize_stack(OLD, metal=True, quantizer="mxfp4")
     assert not works
     assert "known to fail because experts in MXFP4" in line
-    assert recognise(OLD, quantizer="mxfp4")[0]
-    assert recognise(OLD, metal=True)[0]
-    assert recognise(NEW, metal=True, quantizer="mxfp4")[0]
+    assert recognize_stack(OLD, quantizer="mxfp4")[0]
+    assert recognize_stack(OLD, metal=True)[0]
+    assert recognize_stack(NEW, metal=True, quantizer="mxfp4")[0]
 
 
 def test_turboquant_is_read_by_vmlx_alone_and_runs_on_metal_alone():
-    assert recognise(NEW, metal=True, quantizer="turboquant2")[0]
-    assert "on a Mac" in recognise(NEW, quantizer="turboquant2")[1]
-    assert not stacks.refused(NEW, "turboquant2")  # it may be made here for a Mac
-    assert "vMLX alone" in stacks.refused({**NONE, "mlx-lm": "0.32.2"}, "turboquant2")
+    assert recognize_stack(NEW, metal=True, quantizer="turboquant2")[0]
+    assert "on a Mac" in recognize_stack(NEW, quantizer="turboquant2")[1]
+    assert not stacks.refusal_reason(NEW, "turboquant2")  # it may be made here for a Mac
+    assert "vMLX alone" in stacks.refusal_reason({**NONE, "mlx-lm": "0.32.2"}, "turboquant2")
 
 
 def test_an_mlx_lm_that_vmlx_cannot_import_is_known_to_fail():
-    works, line = recognise(NEW | {"mlx-lm": "0.32.2"})
+    works, line = recognize_stack(NEW | {"mlx-lm": "0.32.2"})
     assert not works
     assert "known to fail because" in line
     assert "install mlx-lm 0.31.3" in line
 
 
 def test_mlx_lm_alone_has_no_such_model():
-    works, line = recognise({**NONE, "mlx": "0.32.4", "mlx-lm": "0.32.2"})
+    works, line = recognize_stack({**NONE, "mlx": "0.32.4", "mlx-lm": "0.32.2"})
     assert not works
     assert "install jang" in line
 
@@ -84,7 +84,7 @@ def test_mlx_lm_alone_has_no_such_model():
     ],
 )
 def test_another_version_is_unknown_and_names_the_nearest(versions, nearest):
-    works, line = recognise(versions)
+    works, line = recognize_stack(versions)
     assert not works
     assert "unknown version: run `make selftest`" in line
     assert line.endswith(f"nearest known: {nearest}")
@@ -95,7 +95,7 @@ def test_an_app_is_known_by_its_packages(tmp_path):
     inside = tmp_path / "vMLX.app" / "Contents" / "Resources" / "site-packages"
     for name in ("vmlx-1.3.97", "jang-2.5.9", "mlx-0.31.2", "mlx_lm-0.31.2", "mlx_metal-0.31.2"):
         (inside / f"{name}.dist-info").mkdir(parents=True)
-    assert recognise(app_versions(tmp_path / "vMLX.app"))[1].startswith("vMLX 1.3.97: works")
+    assert recognize_stack(app_versions(tmp_path / "vMLX.app"))[1].startswith("vMLX 1.3.97: works")
     folders = ("--source", NANO, "--bundle", tmp_path / "bundle", "--python", sys.executable)
     said = must("check", *folders, "--app", tmp_path / "vMLX.app")
     assert f"ok  runtime in {tmp_path / 'vMLX.app'}: vMLX 1.3.97: works" in said

@@ -26,10 +26,10 @@ from dsv4.model.template import (
     RENDERING,
     TemplateFault,
     conversations,
-    release_of,
+    encoding_release,
     render,
     render_all,
-    template,
+    template_text,
 )
 
 SEED = "2026-11-25"
@@ -44,7 +44,7 @@ def encodings():
 
 @pytest.fixture(scope="module")
 def compiled():
-    return {name: rendering.environment().from_string(template(name)) for name in RELEASES}
+    return {name: rendering.environment().from_string(template_text(name)) for name in RELEASES}
 
 
 def seeded(number, seed=SEED):
@@ -91,7 +91,7 @@ def our_talks(release):
 def test_our_conversations_are_rendered_as_recorded(release):
     talks = list(our_talks(release))
     assert len(talks) > 30
-    told = render_all(template(release), [talk for _, talk, _ in talks])
+    told = render_all(template_text(release), [talk for _, talk, _ in talks])
     assert [name for (name, _, want), got in zip(talks, told, strict=True) if got != want] == []
 
 
@@ -138,7 +138,7 @@ def test_a_strict_jinja_renders_the_same(encodings):
     env.add_filter("tojson", rendering.tojson)
     env.add_function("raise_exception", rendering.raise_exception)
     for release in RELEASES:
-        env.add_template(release, template(release))
+        env.add_template(release, template_text(release))
 
     def rendered(release, talk):
         try:
@@ -168,7 +168,7 @@ def test_neither_trimming_nor_strict_names_change_a_prompt(trimming):
         trim_blocks=trimming, lstrip_blocks=trimming, undefined=StrictUndefined
     )
     for release in random_talk.RELEASES:
-        strict = env.from_string(template(release))
+        strict = env.from_string(template_text(release))
         for name, talk, prompt in conversations(release):
             assert strict.render(**talk) == prompt, name
 
@@ -178,7 +178,7 @@ def test_transformers_makes_the_same_prompts():
 
     for release in random_talk.RELEASES:
         tokenizer = PreTrainedTokenizerFast(
-            tokenizer_file=str(NANO / "tokenizer.json"), chat_template=template(release)
+            tokenizer_file=str(NANO / "tokenizer.json"), chat_template=template_text(release)
         )
         for name, talk, prompt in [*our_talks(release), *conversations(release)]:
             made = tokenizer.apply_chat_template(talk["messages"], tokenize=False, **without(talk))
@@ -193,7 +193,7 @@ def test_transformers_continues_an_answer(encodings):
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=str(NANO / "tokenizer.json"), chat_template=template("0731")
+        tokenizer_file=str(NANO / "tokenizer.json"), chat_template=template_text("0731")
     )
     messages = [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "1, 2, "}]
     wanted = "<｜begin▁of▁sentence｜><｜User｜>Count.<｜Assistant｜></think>1, 2, "
@@ -252,7 +252,7 @@ def test_the_built_in_prompts_are_the_encoders(encodings, release):
 @pytest.mark.parametrize("release", RELEASES)
 def test_each_release_has_a_template_that_makes_the_built_in_prompts(release):
     talks = conversations(release)
-    told = render_all(template(release), [talk for _, talk, _ in talks])
+    told = render_all(template_text(release), [talk for _, talk, _ in talks])
     assert [name for (name, _, want), got in zip(talks, told, strict=True) if got != want] == []
 
 
@@ -284,18 +284,18 @@ def test_the_built_in_prompts_tell_the_releases_apart(compiled):
 )  # fmt: skip
 def test_what_the_encoder_refuses_is_refused_in_a_sentence(talk, sentence):
     with pytest.raises(TemplateFault, match=sentence):
-        render(template("0731"), talk)
+        render(template_text("0731"), talk)
 
 
 def test_an_encoding_is_recognised_by_its_program_alone():
     official = OFFICIAL.read_bytes()
-    assert release_of(official) == "0731"
-    assert release_of(official[official.index(b'"""') :]) == "0731"
-    assert release_of(b"# a note\n\n" + official) == "0731"
-    assert release_of(official.replace(b"relentless", b"lenient")) is None
-    assert release_of(official + b"\n") is None
-    assert release_of((NANO / "encoding" / "encoding_dsv4.py").read_bytes()) == "nano"
-    assert release_of(b"") is None
+    assert encoding_release(official) == "0731"
+    assert encoding_release(official[official.index(b'"""') :]) == "0731"
+    assert encoding_release(b"# a note\n\n" + official) == "0731"
+    assert encoding_release(official.replace(b"relentless", b"lenient")) is None
+    assert encoding_release(official + b"\n") is None
+    assert encoding_release((NANO / "encoding" / "encoding_dsv4.py").read_bytes()) == "nano"
+    assert encoding_release(b"") is None
 
 
 # What a template from anywhere may do to whoever renders it.

@@ -24,7 +24,7 @@ from test_layouts import mended
 
 from dsv4.model.names import parse_expert
 from dsv4.model.opening import open_bundle
-from dsv4.runtime.server import ask, running
+from dsv4.runtime.server import ask_question, running_server
 from dsv4.served import nano
 from dsv4.storage.backup import FOLDER
 from dsv4.storage.checkpoint import INDEX, SIDECAR
@@ -274,7 +274,7 @@ def test_repair_says_what_the_tensors_are(finished, tmp_path):
 
 def test_its_logits_are_the_sources_but_for_two_bits(finished):
     """By jang's codebook and rotation in plain MLX; affine2g128's median of 20 prompts is .24."""
-    ids = nano.prompts(NANO, nano.held_out(NANO, 3))
+    ids = nano.token_prompts(NANO, nano.held_out(NANO, 3))
     ours, theirs = (
         np.concatenate([model.rows(one, 0)[-1:] for one in ids])
         for model in (logits.tensors(finished), logits.tensors(NANO))
@@ -284,5 +284,5 @@ def test_its_logits_are_the_sources_but_for_two_bits(finished):
 
 
 def test_vmlx_serves_it_with_stand_ins_for_its_metal_kernels(finished, tmp_path):
-    with running(NEW, finished, tmp_path / "server.log", start=matrix.STAND_INS) as url:
-        assert ask(url, "What is 17+28?", 40).content == "45"
+    with running_server(NEW, finished, tmp_path / "server.log", start=matrix.STAND_INS) as url:
+        assert ask_question(url, "What is 17+28?", 40).content == "45"

@@ -27,13 +27,13 @@ from dsv4.model.opening import open_bundle
 from dsv4.proof import card
 from dsv4.proof.page import page
 from dsv4.proof.result import read_result
-from dsv4.proof.stacks import runtimes
-from dsv4.proof.survey import DOCUMENTS, survey
+from dsv4.proof.stacks import runtime_verdicts
+from dsv4.proof.survey import DOCUMENTS, scan
 from dsv4.runtime import child, toolchain
-from dsv4.runtime.server import ask
-from dsv4.stop import Stop
+from dsv4.runtime.server import ask_question
+from dsv4.stop import UserError
 from dsv4.storage.checkpoint import read_json
-from dsv4.storage.typed import misfit
+from dsv4.storage.typed import first_mismatch
 
 SEED = 20261125
 VALUES = (
@@ -80,13 +80,13 @@ def with_value(document: Any, at: tuple, value: Any) -> Any:
     ],
 )
 def test_the_first_misfit_is_named(value, form, where):
-    assert misfit(value, form)[0] == where
+    assert first_mismatch(value, form)[0] == where
 
 
 def test_what_fits_fits():
     form = {"a": [int], "b?": (str, None), "c": {str: float}}
-    assert misfit({"a": [], "c": {"x": 1, "y": 2.5}, "more": object()}, form) is None
-    assert misfit({"a": [1], "b": None, "c": {}}, form) is None
+    assert first_mismatch({"a": [], "c": {"x": 1, "y": 2.5}, "more": object()}, form) is None
+    assert first_mismatch({"a": [1], "b": None, "c": {}}, form) is None
 
 
 # --- A bundle's documents
@@ -114,7 +114,7 @@ def test_a_tokenizer_of_other_types_is_a_finding_and_a_line(kind, good, tmp_path
     shutil.copytree(good, bundle)
     (bundle / "tokenizer.json").write_text(json.dumps(TOKENIZERS[kind]))
     assert "tokenizer-missing" in bundles.judge(bundle, None, level=1)
-    with pytest.raises(Stop, match=r"tokenizer\.json"):
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
         token_ids(bundle)
     assert "tokenizer.json" in refusal("patch", "--bundle", bundle)
 
@@ -136,10 +136,10 @@ def test_any_value_anywhere_in_a_document_is_no_traceback(name, good, tmp_path):
             try:
                 findings = bundles.judge(bundle, None, level=1)
                 found = bundles.Findings()
-                runtimes(survey(bundle, found), found)
+                runtime_verdicts(scan(bundle, found), found)
                 assert findings is not None, said
-                metadata.patched(open_bundle(bundle))
-            except Stop:
+                metadata.patched_documents(open_bundle(bundle))
+            except UserError:
                 pass
             except Exception as error:
                 raise AssertionError(said) from error
@@ -155,14 +155,14 @@ DEEP = {"arrays": b"[" * 100_000, "objects": b'{"a":' * 100_000, "closed": b"[" 
 def test_deep_json_is_one_line(kind, name, good, tmp_path):
     path = tmp_path / name
     path.write_bytes(b'{"x": ' + DEEP[kind] + (b"}" if kind == "closed" else b""))
-    with pytest.raises(Stop):
+    with pytest.raises(UserError):
         read_json(path)
 
 
 def test_half_a_surrogate_pair_is_no_document(tmp_path):
     path = tmp_path / "config.json"
     path.write_text('{"a": "\\ud800"}')
-    with pytest.raises(Stop, match="no valid JSON"):
+    with pytest.raises(UserError, match="no valid JSON"):
         read_json(path)
     path.write_text('{"a": "\\ud83d\\ude00 \\\\ud800"}')
     assert read_json(path) == {"a": "😀 \\ud800"}
@@ -181,7 +181,7 @@ def result(good, source, tmp_path_factory) -> dict:
 def test_any_value_anywhere_in_verify_json_is_no_traceback(result, good, tmp_path):
     path = tmp_path / "verify.json"
     found = bundles.Findings()
-    bundle = survey(good, found)
+    bundle = scan(good, found)
     rng = random.Random(SEED)
     for at in places_of(result):
         for value in rng.sample(VALUES, 6):
@@ -191,7 +191,7 @@ def test_any_value_anywhere_in_verify_json_is_no_traceback(result, good, tmp_pat
                 page(read)
                 if read["errors"].get("experts") and read["sizes"]:
                     card.card(card.Facts("a/b", bundle, read, None, None))
-            except Stop:
+            except UserError:
                 pass
             except Exception as error:
                 raise AssertionError((SEED, at, value)) from error
@@ -258,7 +258,7 @@ CHILDREN = {
 @pytest.mark.parametrize("kind", CHILDREN)
 def test_a_child_that_answers_nonsense_is_one_line(kind, tmp_path):
     python = stand_in(tmp_path, CHILDREN[kind])
-    with pytest.raises(Stop) as stop:
+    with pytest.raises(UserError) as stop:
         toolchain.probe(python)
     assert f"{stop.value}".isprintable()
 
@@ -266,7 +266,7 @@ def test_a_child_that_answers_nonsense_is_one_line(kind, tmp_path):
 def test_a_child_that_is_silent_is_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(toolchain, "PATIENCE", 0.5)
     start = time.monotonic()
-    with pytest.raises(Stop):
+    with pytest.raises(UserError):
         toolchain.probe(stand_in(tmp_path, "exec sleep 60"))
     assert time.monotonic() - start < 10
 
@@ -302,7 +302,7 @@ def served(answer, seconds: float = 5) -> Any:
         running.answer = answer
         threading.Thread(target=running.serve_forever, daemon=True).start()
         try:
-            return ask(f"http://127.0.0.1:{running.server_port}", "?", 5, seconds)
+            return ask_question(f"http://127.0.0.1:{running.server_port}", "?", 5, seconds)
         finally:
             running.shutdown()
 
@@ -337,13 +337,13 @@ def test_a_right_answer_is_read():
     ],
 )  # fmt: skip
 def test_an_answer_of_other_types_is_one_line(data):
-    with pytest.raises(Stop):
+    with pytest.raises(UserError):
         served(saying(data))
 
 
 @pytest.mark.parametrize("status", [302, 404, 500])
 def test_another_status_is_one_plain_line(status):
-    with pytest.raises(Stop) as stop:
+    with pytest.raises(UserError) as stop:
         served(saying(b"a\x1b[2K\npassed: b" * 1000, status))
     assert f"HTTP {status}" in f"{stop.value}"
     assert f"{stop.value}".isprintable()
@@ -364,13 +364,13 @@ def drop_by_drop(handler: Handler) -> None:
 
 
 def test_an_answer_without_end_is_cut():
-    with pytest.raises(Stop, match="more than"):
+    with pytest.raises(UserError, match="more than"):
         served(without_end)
 
 
 def test_an_answer_has_a_time_limit_in_all():
     start = time.monotonic()
-    with pytest.raises(Stop, match="no whole answer"):
+    with pytest.raises(UserError, match="no whole answer"):
         served(drop_by_drop, 1)
     assert time.monotonic() - start < 4
 
@@ -386,4 +386,4 @@ def test_the_last_words_of_a_log_cost_no_memory(tmp_path):
         file.truncate(1 << 40)
         file.seek(0, 2)
         file.write(b"\nValueError: at last\n")
-    assert child.last_words(log) == "ValueError: at last"
+    assert child.last_log_line(log) == "ValueError: at last"

@@ -31,10 +31,10 @@ from dsv4.proof import (
     verdict,
 )
 from dsv4.proof.findings import FAULTS, Findings
-from dsv4.proof.promises import promise_of
-from dsv4.proof.survey import survey
+from dsv4.proof.promises import tolerance_for
+from dsv4.proof.survey import scan
 from dsv4.runtime import patches
-from dsv4.stop import Stop
+from dsv4.stop import UserError
 from dsv4.storage import reading
 from dsv4.weights.fp4 import E2M1
 
@@ -183,7 +183,7 @@ def test_a_missing_expert_makes_the_loader_fail(good_copy):
 @pytest.mark.parametrize("which", ["good", "stock"])
 def test_what_an_unpatched_loader_drops_is_what_upstreams_function_drops(which, request):
     folder = request.getfixturevalue(which)
-    opened = survey(folder, Findings())
+    opened = scan(folder, Findings())
     config = json.loads(json.dumps(opened.config))
     pristine_loader()["_patch_quant_config_inplace"](folder, config)
     lost = opened.config["quantization"].keys() - config["quantization"].keys()
@@ -196,8 +196,8 @@ def pristine_loader() -> dict:
     patch = patches.read_patch(patches.PATCHES / "load_jangtq.patch")
     installed = importlib.util.find_spec("jang_tools.load_jangtq")
     text = Path(installed.origin).read_text()
-    if patches.state(text, patch) == "patched":
-        text = patches.apply(text, [hunk.reversed for hunk in patch.hunks])
+    if patches.patch_state(text, patch) == "patched":
+        text = patches.apply_hunks(text, [hunk.reversed for hunk in patch.hunks])
     names: dict = {"__name__": "pristine"}
     exec(compile(text, "load_jangtq.py", "exec"), names)
     return names
@@ -220,23 +220,23 @@ def test_a_flipped_bit_in_every_tensor_is_seen_in_every_tensor(
         tensor = open_bundle(folder).tensors[rng.choice(names)]
         bundles.flip(folder, tensor.name, int(rng.integers(tensor.nbytes)), int(rng.integers(8)))
     findings = Findings()
-    opened, origin = survey(folder, findings), open_source(source)
+    opened, origin = scan(folder, findings), open_source(source)
     read = level2.read_numbers(opened, origin, 2, lambda done: None)
     places = [o.faults + o.wrong_places + o.explained_places for o in read.outcomes]
     assert [o.name for o, seen in zip(read.outcomes, places, strict=True) if not seen] == []
     assert len(read.outcomes) == len(parts)
-    verdict.judge(read, findings)
+    verdict.aggregate(read, findings)
     assert {"expert-differs", "module-differs", "control-differs"} <= findings.names
 
 
 def test_a_bundle_from_elsewhere_is_held_to_mlx_formula(elsewhere, source):
     findings = Findings()
-    opened, origin = survey(elsewhere, findings), open_source(source)
+    opened, origin = scan(elsewhere, findings), open_source(source)
     read = level2.read_numbers(opened, origin, 2, lambda done: None)
     experts = [o for o in read.outcomes if o.what == "expert"]
     assert all(o.exact == o.groups and not o.recomputed for o in experts)
     assert sum(o.fragile for o in experts) > 0
-    verdict.judge(read, findings)
+    verdict.aggregate(read, findings)
     assert not findings.names
 
 
@@ -292,13 +292,13 @@ def test_a_name_of_another_layout_is_named_with_it(good_copy):
 def test_a_read_beyond_the_end_of_a_file_stops(good_copy):
     tensor = open_bundle(good_copy).tensors["norm.weight"]
     tensor.path.write_bytes(tensor.path.read_bytes()[: tensor.offset])
-    with pytest.raises(Stop, match="its end"):
-        reading.Reader().read(tensor)
+    with pytest.raises(UserError, match="its end"):
+        reading.TensorReader().read(tensor)
 
 
 def test_hidden_files_are_no_part_of_a_bundle():
     files = ["config.json", ".DS_Store", ".cache/x", "encoding/__pycache__/a.pyc", "encoding/a.py"]
-    assert level2.visible(files) == ["config.json", "encoding/a.py"]
+    assert level2.visible_files(files) == ["config.json", "encoding/a.py"]
 
 
 # --- The kernels --------------------------------------------------------------------------------
@@ -382,7 +382,7 @@ def test_zeros_are_counted_as_decoding_counts_them():
 
 @pytest.mark.parametrize("name", certificate.BY_CASE)
 def test_every_case_of_a_table_is_judged(name):
-    good, worst = certificate.certify(bundles.quantizer(name), promise_of(name, 0))
+    good, worst = certificate.judge_cases(bundles.quantizer(name), tolerance_for(name, 0))
     assert good[105:141].all()
     assert not good[[150, 255]].any()  # beyond what F16 can hold
     assert 0.9 < worst <= 1
@@ -401,7 +401,7 @@ def test_a_quantizer_with_one_wrong_case_is_not_certified(part):
                 parts[part][77 * len(parts[part]) // len(exponents)] ^= 0x40
             return tally
 
-    good, _ = certificate.certify(Wrong(), promise_of("mlx", 0))
+    good, _ = certificate.judge_cases(Wrong(), tolerance_for("mlx", 0))
     assert not good[120]
     assert good[[119, 121]].all()
 
@@ -411,7 +411,7 @@ def test_comparing_bytes_and_decoding_come_to_the_same_sums(good, source, monkey
     for names in (certificate.BY_CASE, ()):
         monkeypatch.setattr(certificate, "BY_CASE", names)
         monkeypatch.setattr(compare, "BLOCK_WEIGHTS", 1 << 11)
-        bundle = survey(good, Findings())
+        bundle = scan(good, Findings())
         done = level2.read_numbers(bundle, open_source(source), 2, lambda n: None)
         sums.append([o for o in done.outcomes if o.what == "expert"])
     for fast, slow in zip(*sums, strict=True):
@@ -427,7 +427,7 @@ def test_comparing_bytes_and_decoding_come_to_the_same_sums(good, source, monkey
 def test_rounding_to_a_dtype_is_numpys(dtype):
     rng = np.random.default_rng(5)
     values = (rng.standard_normal(4000) * 10.0 ** rng.integers(-9, 5, 4000)).astype(np.float32)
-    rounded = reading.as_float32(reading.rounded(values, dtype), dtype)
+    rounded = reading.as_float32(reading.round_to_dtype(values, dtype), dtype)
     kernel = [kernels._rounded(float(value), *kernels.ROUNDING[dtype]) for value in values]
     assert np.array_equal(np.array(kernel, np.float32), rounded)
 
@@ -437,13 +437,13 @@ def test_rounding_to_a_dtype_is_numpys(dtype):
 
 def test_upstreams_own_template_renders_plain_turns_and_loses_the_rest():
     converter = pytest.importorskip("jang_tools.dsv4.convert_dsv4_jangtq")
-    wrong = {name for _, name, _, _ in conversation.judge(converter.DSV4_CHAT_TEMPLATE_JINJA, "")}
+    wrong = {name for _, name, _, _ in conversation.judge_template(converter.DSV4_CHAT_TEMPLATE_JINJA, "")}
     assert "a question" not in wrong
     assert {"tools in the system message", "a call, its result, an answer, a question"} <= wrong
 
 
 def test_a_hostile_template_is_not_run():
-    faults = conversation.judge("{{ ''.__class__.__mro__[1].__subclasses__() }}", "first")
+    faults = conversation.judge_template("{{ ''.__class__.__mro__[1].__subclasses__() }}", "first")
     assert len(faults) == 30
     assert all("unsafe" in found or "SecurityError" in found for _, _, found, _ in faults)
 
@@ -451,7 +451,7 @@ def test_a_hostile_template_is_not_run():
 def test_level_one_takes_headers_alone(good):
     """No file is read: what inspect gets from a hub is enough."""
     findings = Findings()
-    opened = survey(good, findings)
+    opened = scan(good, findings)
     shutil.rmtree  # noqa: B018
     checks = level1.check_headers(opened, None, findings)
     assert not findings.names

@@ -23,7 +23,7 @@ from small import save
 from test_repair import digests
 
 from dsv4.model.opening import open_source
-from dsv4.settings import cores
+from dsv4.settings import available_cores
 from dsv4.storage import space
 from dsv4.storage.shard import read_array
 from dsv4.weights import imatrix
@@ -143,13 +143,13 @@ def test_check_says_what_the_volume_lacks_and_leaves_nothing(trouble, source, tm
 def test_an_imatrix_that_cannot_be_mapped_is_read(tmp_path, monkeypatch):
     path = tmp_path / "some.dat"
     path.write_bytes(bytes(range(200)))
-    mapped = imatrix.mapped(path)
+    mapped = imatrix.map_file(path)
 
     def refused(*_: object, **__: object) -> None:
         raise OSError(errno.ENODEV, "No such device")
 
     monkeypatch.setattr(imatrix.np, "memmap", refused)
-    assert (imatrix.mapped(path) == mapped).all()
+    assert (imatrix.map_file(path) == mapped).all()
 
 
 def test_a_volume_that_does_not_say_what_is_free_is_not_full(tmp_path, monkeypatch):
@@ -157,8 +157,8 @@ def test_a_volume_that_does_not_say_what_is_free_is_not_full(tmp_path, monkeypat
         raise OSError(errno.ENOSYS, "Function not implemented", str(path))
 
     monkeypatch.setattr(os, "statvfs", refused)
-    assert space.free(tmp_path) is None
-    space.check_room(tmp_path, 1 << 60, "", "")
+    assert space.free_bytes(tmp_path) is None
+    space.check_free_space(tmp_path, 1 << 60, "", "")
 
 
 # ------------------------------------------------------------------------------ what stops
@@ -286,4 +286,4 @@ def test_the_soft_limit_is_raised_and_threads_fit_what_is_left(monkeypatch):
     assert stop.run(lambda: 0) == 0
     assert limits["now"] == (10240, resource.RLIM_INFINITY)  # as macOS will have it
     limits["now"] = (24, 24)
-    assert cores() == 1
+    assert available_cores() == 1

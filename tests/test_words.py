@@ -22,9 +22,9 @@ from dsv4.model.forms import origin_of
 from dsv4.proof import card
 from dsv4.proof.findings import Check, Findings
 from dsv4.proof.page import SHOWN
-from dsv4.stop import Stop, naming, run
-from dsv4.storage.shard import Planned, read_shard, write_shard
-from dsv4.words import LINE, plain, several, shown, visible
+from dsv4.stop import UserError, with_path, run
+from dsv4.storage.shard import PendingTensor, read_shard, write_shard
+from dsv4.words import LINE, escape_line, join_some, short_repr, page_text
 
 OWNED = "mlx\x1b]0;OWNED\x07\x1b[2K\rpassed: all good"
 HOSTILE = [
@@ -40,17 +40,17 @@ def is_plain(text: str, limit: int) -> bool:
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_text_becomes_one_short_plain_line(text):
-    assert is_plain(plain(text), 200)
-    assert is_plain(shown(text), 200)
-    assert is_plain(shown([text, {text: [text] * 1000}] * 1000), 200)
-    assert is_plain(f"{Stop(text, text, text, text)}", LINE)
-    assert is_plain(several([text] * 10_000), LINE)
-    assert plain(plain(text)) == plain(text)
+    assert is_plain(escape_line(text), 200)
+    assert is_plain(short_repr(text), 200)
+    assert is_plain(short_repr([text, {text: [text] * 1000}] * 1000), 200)
+    assert is_plain(f"{UserError(text, text, text, text)}", LINE)
+    assert is_plain(join_some([text] * 10_000), LINE)
+    assert escape_line(escape_line(text)) == escape_line(text)
 
 
 def test_what_is_plain_stays_as_it_is():
     for text in ("layers.0.attn.wq_a.weight", "<｜end▁of▁sentence｜>", "Grüße, 你好", "a\\nb"):
-        assert plain(text) == text
+        assert escape_line(text) == text
 
 
 def test_random_text_becomes_plain():
@@ -58,7 +58,7 @@ def test_random_text_becomes_plain():
     rng = random.Random(seed)
     for i in range(20_000):
         text = "".join(chr(rng.randrange(0x110000)) for _ in range(rng.randrange(8)))
-        assert is_plain(plain(text, 40), 40), (seed, i)
+        assert is_plain(escape_line(text, 40), 40), (seed, i)
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
@@ -68,16 +68,16 @@ def test_findings_checks_card_and_page_are_plain(text):
     for place in next(iter(findings)).places:
         assert all(is_plain(value, 300) for value in place.values())
     assert all(is_plain(line, LINE) for line in Check(text, 1, text, text).text().split("\n"))
-    for said in (card.cell(text), card.yaml(text), card.code(text), visible(text, SHOWN)):
+    for said in (card.escape_cell(text), card.escape_yaml(text), card.escape_code(text), page_text(text, SHOWN)):
         assert "\n" not in said
         assert said.isprintable()
 
 
 def test_a_card_cannot_be_written_by_a_name():
-    assert card.yaml("a/b\nlicense: mit") == '"a/b\\\\nlicense: mit"'
-    assert "|" not in card.cell("a | b").replace("\\|", "")
-    assert "`" not in card.code("a`b")[1:-1]
-    assert "<" not in card.cell("<img src=x>") + card.code("<img src=x>")
+    assert card.escape_yaml("a/b\nlicense: mit") == '"a/b\\\\nlicense: mit"'
+    assert "|" not in card.escape_cell("a | b").replace("\\|", "")
+    assert "`" not in card.escape_code("a`b")[1:-1]
+    assert "<" not in card.escape_cell("<img src=x>") + card.escape_code("<img src=x>")
 
 
 ORIGIN = {"repo": "user/name", "commit": "0a" * 20, "files": {"a": {"sha256": "ab" * 32}}}
@@ -104,10 +104,10 @@ def test_metadata_and_names_of_a_bundle_reach_the_terminal_plain(good, tmp_path)
     path = next(bundle.glob("*.safetensors"))
     shard = read_shard(path)
     planned = [
-        Planned(t.name, t.dtype, t.shape, lambda t=t: [path_bytes(good, path.name, t)])
+        PendingTensor(t.name, t.dtype, t.shape, lambda t=t: [path_bytes(good, path.name, t)])
         for t in shard.tensors.values()
     ]
-    planned.append(Planned(f"x{OWNED}", "U8", (1,), lambda: [b"x"]))
+    planned.append(PendingTensor(f"x{OWNED}", "U8", (1,), lambda: [b"x"]))
     write_shard(path, planned, shard.metadata | {"requantize_quantizer": OWNED})
     (bundle / "a\x1b[2K.safetensors").write_bytes(b"")
     config = json.loads((bundle / "config.json").read_text())
@@ -131,7 +131,7 @@ def path_bytes(folder, name, tensor) -> bytes:
 
 def test_an_error_of_an_open_file_names_its_path(capsys):
     def main() -> int:
-        with naming("/there/it.is"):
+        with with_path("/there/it.is"):
             raise OSError(28, "No space left on device")
 
     assert run(main) == 1

@@ -16,7 +16,7 @@ from here import here, must, refusal
 from test_paths import state
 
 from dsv4.hub.provenance import RECORD
-from dsv4.model.roles import BUNDLE, SOURCE, kind_of
+from dsv4.model.roles import BUNDLE, SOURCE, folder_role
 from dsv4.storage.checkpoint import INDEX
 
 FAST = ("--without-loader", "--jobs", 1)
@@ -56,14 +56,14 @@ def test_a_damaged_source_is_one_all_the_same(broken, tmp_path):
 
 def test_kinds_are_told_by_dtypes(good, stock, source, tmp_path):
     """A stray shard of a source, or a label that mlx-vlm copied, makes no source of a bundle."""
-    assert (kind_of(good), kind_of(stock), kind_of(source)) == (BUNDLE, BUNDLE, SOURCE)
+    assert (folder_role(good), folder_role(stock), folder_role(source)) == (BUNDLE, BUNDLE, SOURCE)
     bundle = shutil.copytree(stock, tmp_path / "bundle")
     shutil.copy(next(NANO.glob("*.safetensors")), bundle / "a.safetensors")
     config = json.loads((bundle / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8"}
     (bundle / "config.json").write_text(json.dumps(config))
-    assert kind_of(bundle) == BUNDLE
-    assert kind_of(tmp_path) == kind_of(tmp_path / "none") == ""
+    assert folder_role(bundle) == BUNDLE
+    assert folder_role(tmp_path) == folder_role(tmp_path / "none") == ""
 
 
 @pytest.mark.parametrize("how", ["same", "link", "through ..", "inside", "inside a link", "around"])

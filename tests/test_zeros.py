@@ -21,17 +21,17 @@ from conftest import NANO, must, refusal, script
 
 from dsv4.model.opening import open_bundle, open_source
 from dsv4.proof.findings import Findings
-from dsv4.proof.level2 import Worker, read_numbers
-from dsv4.proof.survey import survey
-from dsv4.proof.verdict import judge
-from dsv4.stop import Stop
+from dsv4.proof.level2 import TensorWorker, read_numbers
+from dsv4.proof.survey import scan
+from dsv4.proof.verdict import aggregate
+from dsv4.stop import UserError
 from dsv4.storage.checkpoint import INDEX
-from dsv4.storage.rewrite import BLOCK_BYTES, Desk
-from dsv4.storage.shard import Planned, Tensor, read_array, write_shard
-from dsv4.storage.zeros import Watch, first_run
+from dsv4.storage.rewrite import BLOCK_BYTES, WorkerBuffers
+from dsv4.storage.shard import PendingTensor, Tensor, read_array, write_shard
+from dsv4.storage.zeros import HoleDetector, first_run
 from dsv4.weights.imatrix import EVEN
 from dsv4.weights.quantizer import MlxAffine
-from dsv4.weights.source import blocks
+from dsv4.weights.source import read_blocks
 
 
 def runs(data: np.ndarray, least: int) -> list[int]:
@@ -76,10 +76,10 @@ def test_verify_finds_a_run_however_it_is_cut_into_reads(tmp_path):
     rng = np.random.default_rng(0)
     for data, least in pieces_of_zeros():
         tensor = Tensor("one", "U8", data.shape, tmp_path / "one", 100, len(data))
-        watch = Watch(lambda *_, least=least: least)
+        watch = HoleDetector(lambda *_, least=least: least)
         cuts = sorted(rng.integers(0, len(data) + 1, int(rng.integers(0, 6))).tolist())
         for first, last in pairwise([0, *cuts, len(data)]):
-            watch.see(tensor, first, data[first:last])
+            watch.scan(tensor, first, data[first:last])
         wanted = runs(data, least)
         assert watch.holes == ({tensor: 100 + wanted[0]} if wanted else {}), (least, cuts)
 
@@ -95,22 +95,22 @@ def test_convert_finds_a_run_across_blocks(tmp_path, name, dtype, least):
         data = np.ones(size, np.uint8)
         data[begin : begin + least] = 0
         data.tofile(path)
-        with closing(Desk()) as desk, pytest.raises(Stop) as stopped:
-            list(blocks(desk, tensor, 0, size))
+        with closing(WorkerBuffers()) as desk, pytest.raises(UserError) as stopped:
+            list(read_blocks(desk, tensor, 0, size))
         assert f"from byte {begin:,} on" in str(stopped.value)
         data[begin + least // 2] = 1
         data.tofile(path)
-        with closing(Desk()) as desk:
-            assert sum(len(block) for _, block in blocks(desk, tensor, 0, size)) == size
+        with closing(WorkerBuffers()) as desk:
+            assert sum(len(block) for _, block in read_blocks(desk, tensor, 0, size)) == size
 
 
 def test_what_is_read_twice_or_by_leaps_is_no_run(tmp_path):
     tensor, least = Tensor("one", "U8", (99,), tmp_path / "one", 0, 99), 8
-    watch = Watch(lambda *_: least)
+    watch = HoleDetector(lambda *_: least)
     for first in (0, 0, 50, 20, 20):
-        watch.see(tensor, first, np.zeros(5, np.uint8))
+        watch.scan(tensor, first, np.zeros(5, np.uint8))
     assert not watch.holes
-    watch.see(tensor, 25, np.zeros(5, np.uint8))
+    watch.scan(tensor, 25, np.zeros(5, np.uint8))
     assert watch.holes == {tensor: 20}
 
 
@@ -174,7 +174,7 @@ def test_of_scales_few_bytes_are_looked_at():
 def test_each_thread_has_a_watch_of_its_own(nano_bundle):
     """Threads that begin at the same time too."""
     worker, both = (
-        Worker(survey(nano_bundle, Findings()), EVEN, lambda n: None),
+        TensorWorker(scan(nano_bundle, Findings()), EVEN, lambda n: None),
         threading.Barrier(2),
     )
 
@@ -252,7 +252,7 @@ def drop(source: Path, name: str) -> None:
     for file, shard in opened.shards.items():
         if gone & set(shard.tensors):
             kept = [
-                Planned(t.name, t.dtype, t.shape, lambda t=t: [read_array(t)])
+                PendingTensor(t.name, t.dtype, t.shape, lambda t=t: [read_array(t)])
                 for t in shard.tensors.values() if t.name not in gone
             ]  # fmt: skip
             write_shard(source / file, kept, shard.metadata)
@@ -297,9 +297,9 @@ def nano_bundle(tmp_path_factory):
 def level_two(bundle: Path, source: Path | None) -> Findings:
     """What level 2 alone finds."""
     findings = Findings()
-    opened = survey(bundle, Findings())
+    opened = scan(bundle, Findings())
     done = read_numbers(opened, open_source(source) if source else None, 2, lambda n: None)
-    judge(done, findings)
+    aggregate(done, findings)
     return findings
 
 

@@ -20,8 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dsv4.stop import Stop
-from dsv4.words import plain, shown
+from dsv4.stop import UserError
+from dsv4.words import escape_line, short_repr
 
 PREFIX = "RECIPE_"
 JOBS = 1024  # threads, beyond which no machine gains
@@ -29,17 +29,17 @@ OPEN, EACH = 24, 5  # files open in a process, and by each of its threads, at th
 ON, OFF = ("1", "yes", "true", "on"), ("0", "no", "false", "off")
 
 
-class Unfit(argparse.ArgumentTypeError):
+class InvalidValue(argparse.ArgumentTypeError):
     """A text that is not what was expected."""
 
     def __init__(self, text: str, expected: str) -> None:
-        super().__init__(f"found {shown(text)}, expected {expected}")
+        super().__init__(f"found {short_repr(text)}, expected {expected}")
         self.expected = expected
 
 
 def parse_jobs(text: str) -> int:
     """Read a number of threads: 1 to JOBS; fewer where the system lets few files be open."""
-    return min(_between(text, 1, JOBS, "a number of threads"), _affordable())
+    return min(_between(text, 1, JOBS, "a number of threads"), _threads_by_file_limit())
 
 
 def parse_port(text: str) -> int:
@@ -59,7 +59,7 @@ def parse_tokens(text: str) -> int:
 
 def _between(text: str, least: int, most: int, what: str) -> int:
     if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
-        raise Unfit(text, f"{what}, {least} to {most}")
+        raise InvalidValue(text, f"{what}, {least} to {most}")
     return int(text)
 
 
@@ -69,7 +69,7 @@ def parse_bytes(text: str) -> int:
         value = float(text)
         if math.isfinite(value) and value >= 1:
             return int(value)
-    raise Unfit(text, "a number of bytes, such as 5e9")
+    raise InvalidValue(text, "a number of bytes, such as 5e9")
 
 
 def parse_size(text: str) -> int:
@@ -84,7 +84,7 @@ def parse_memory(text: str) -> int:
     """Read a Mac's memory, which is sold in GB and counted in GiB: 96GB."""
     found = re.fullmatch(r"([1-9][0-9]{0,4})(GB)?", text)
     if not found:
-        raise Unfit(text, "a Mac's memory, such as 96GB")
+        raise InvalidValue(text, "a Mac's memory, such as 96GB")
     return int(found[1]) << 30
 
 
@@ -98,7 +98,7 @@ def parse_context(text: str) -> int:
 def parse_url(text: str) -> str:
     """Read a server's address, http or https, without the /v1 at its end."""
     if not re.fullmatch(r"https?://[\w.\-]+(:[0-9]{1,5})?(/[\w.\-]+)*/?", text, re.ASCII):
-        raise Unfit(text, "a server's address, such as http://127.0.0.1:8010")
+        raise InvalidValue(text, "a server's address, such as http://127.0.0.1:8010")
     return text.removesuffix("/").removesuffix("/v1")
 
 
@@ -107,13 +107,13 @@ def parse_seconds(text: str) -> float:
     with contextlib.suppress(ValueError):
         if 0 <= float(text) <= 86_400:
             return float(text)
-    raise Unfit(text, "seconds, 0 to 86400")
+    raise InvalidValue(text, "seconds, 0 to 86400")
 
 
 def parse_switch(text: str) -> bool:
     """Read 1 or 0, or a word for one of them."""
     if text.lower() not in ON + OFF:
-        raise Unfit(text, f"{', '.join(ON)}, or {', '.join(OFF)} or nothing")
+        raise InvalidValue(text, f"{', '.join(ON)}, or {', '.join(OFF)} or nothing")
     return text.lower() in ON
 
 
@@ -122,7 +122,7 @@ def parse_path(text: str) -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError:
-        raise Unfit(text, "a path; nobody's home folder is known by that name") from None
+        raise InvalidValue(text, "a path; nobody's home folder is known by that name") from None
 
 
 def parse_paths(text: str) -> list[Path]:
@@ -156,62 +156,62 @@ def add_setting(parser: argparse.ArgumentParser, name: str, *, option: str = "",
     """
     for each in TYPES:
         if text := os.environ.get(PREFIX + each):
-            read(each, text)
+            parse_setting(each, text)
     parse = how.pop("type", TYPES[name])
     how |= {"action": "store_true"} if parse is parse_switch else {"type": parse}
     action = parser.add_argument(option or "--" + name.lower().replace("_", "-"), **how)
     text = os.environ.get(PREFIX + name)
     if text is None or (not text and not action.required):
         return
-    read(name, text)
-    value = read_as(name, text, parse)
+    parse_setting(name, text)
+    value = parse_as(name, text, parse)
     if action.choices and value not in action.choices:
-        raise _wrong(name, text, f"one of {', '.join(map(str, action.choices))}")
+        raise _setting_error(name, text, f"one of {', '.join(map(str, action.choices))}")
     if if_there and not value.exists():
-        print(f"note: {name}: nothing lies at {plain(value)}; goes on without", file=sys.stderr)
+        print(f"note: {name}: nothing lies at {escape_line(value)}; goes on without", file=sys.stderr)
         return
     action.default, action.required = [value] if action.nargs else value, False
 
 
-def read(name: str, text: str) -> Any:
+def parse_setting(name: str, text: str) -> Any:
     """The value of the setting `name`. Raises Stop when it cannot be one."""
     if not text:
-        raise _wrong(name, text, "a value")
+        raise _setting_error(name, text, "a value")
     if text != text.strip():
         todo = "in config.mk put comments on lines of their own: blanks before them are kept"
-        raise Stop(name, shown(text), "no blanks at its ends", todo)
+        raise UserError(name, short_repr(text), "no blanks at its ends", todo)
     if "\n" in text or "\r" in text:
-        raise _wrong(name, text, "one line")
+        raise _setting_error(name, text, "one line")
     if "$(" in text or "${" in text:
-        raise _wrong(name, text, "the value itself: make expands only what config.mk says")
-    return read_as(name, text, TYPES[name])
+        raise _setting_error(name, text, "the value itself: make expands only what config.mk says")
+    return parse_as(name, text, TYPES[name])
 
 
-def read_as(name: str, text: str, parse: Callable[[str], Any]) -> Any:
+def parse_as(name: str, text: str, parse: Callable[[str], Any]) -> Any:
     """The value of a setting that came as text. Raises Stop when `parse` does not take it."""
     try:
         return parse(text)
-    except Unfit as unfit:
-        raise _wrong(name, text, unfit.expected) from None
+    except InvalidValue as unfit:
+        raise _setting_error(name, text, unfit.expected) from None
 
 
-def _wrong(name: str, text: str, expected: str) -> Stop:
-    return Stop(name, shown(text), expected, f"make … {name}=VALUE, or a line of config.mk")
+def _setting_error(name: str, text: str, expected: str) -> UserError:
+    return UserError(name, short_repr(text), expected, f"make … {name}=VALUE, or a line of config.mk")
 
 
-def without_settings() -> dict[str, str]:
+def environment_without_settings() -> dict[str, str]:
     """The environment for another program: without what make told this one."""
     return {k: v for k, v in os.environ.items() if not k.startswith(PREFIX)}
 
 
-def cores() -> int:
+def available_cores() -> int:
     """The cores that this process may use; fewer where the system lets few files be open."""
     if hasattr(os, "sched_getaffinity"):
-        return min(len(os.sched_getaffinity(0)), _affordable())
-    return min(os.cpu_count() or 1, _affordable())
+        return min(len(os.sched_getaffinity(0)), _threads_by_file_limit())
+    return min(os.cpu_count() or 1, _threads_by_file_limit())
 
 
-def _affordable() -> int:
+def _threads_by_file_limit() -> int:
     """The threads that can work within the limit of open files (`ulimit -n`); at least one."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return JOBS if soft == resource.RLIM_INFINITY else max(1, (soft - OPEN) // EACH)

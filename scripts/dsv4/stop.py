@@ -13,13 +13,13 @@ import resource
 import sys
 from collections.abc import Callable
 
-from dsv4.words import LINE, naming, plain
+from dsv4.words import LINE, with_path, escape_line
 
 FOUND, ELSE = 700, 400  # characters of what was found, and of each other part of a message
 DESCRIPTORS = 10240  # open files; macOS takes no larger limit, whatever it says of its hard one
 
 
-class Stop(Exception):
+class UserError(Exception):
     """Something that the user can act on: what was found, what was expected, what to do.
 
     Its text is one plain line, whatever its parts are made of; `parts` are what it was made of, for
@@ -28,7 +28,7 @@ class Stop(Exception):
 
     def __init__(self, what: str, found: str, expected: str, todo: str) -> None:
         self.parts = what, found, expected, todo
-        parts = plain(what, ELSE), plain(found, FOUND), plain(expected, ELSE), plain(todo, ELSE)
+        parts = escape_line(what, ELSE), escape_line(found, FOUND), escape_line(expected, ELSE), escape_line(todo, ELSE)
         super().__init__("{}: found {}, expected {}; {}".format(*parts))
 
 
@@ -37,28 +37,28 @@ def run(main: Callable[[], int]) -> int:
 
     Returns `main`'s own status, 1 after a `Stop` or an operating-system error, 130 after Ctrl-C.
     """
-    _open_streams()
-    _raise_descriptors()
+    _reopen_closed_streams()
+    _raise_file_limit()
     try:
         status = main()
-        with naming("standard output"):
+        with with_path("standard output"):
             sys.stdout.flush()
         return status
-    except Stop as stop:
-        return _fail(stop)
+    except UserError as stop:
+        return _print_error(stop)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        return _fail(_io_message(error))
+        return _print_error(_os_error_message(error))
     except KeyboardInterrupt:
-        _fail("interrupted; run the same command again to go on")
+        _print_error("interrupted; run the same command again to go on")
         return 130
 
 
-def _open_streams() -> None:
+def _reopen_closed_streams() -> None:
     """Let what is said go nowhere when stdout or stderr is closed (`>&-`).
 
     Else the next file that is opened would take their place, and receive what children say.
@@ -76,7 +76,7 @@ def _open_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _raise_descriptors() -> None:
+def _raise_file_limit() -> None:
     """Let this process open as many files as it may: macOS begins with 256, some shells with 64.
 
     What it may not stays as it is; dsv4/settings.py takes fewer threads then.
@@ -88,16 +88,16 @@ def _raise_descriptors() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _fail(what: object) -> int:
+def _print_error(what: object) -> int:
     """Say one line on stderr, after everything that was said on stdout; the exit status 1."""
     with contextlib.suppress(OSError):
         sys.stdout.flush()
     with contextlib.suppress(OSError):
-        print(f"error: {plain(what, LINE)}", file=sys.stderr, flush=True)
+        print(f"error: {escape_line(what, LINE)}", file=sys.stderr, flush=True)
     return 1
 
 
-def _io_message(error: OSError) -> str:
+def _os_error_message(error: OSError) -> str:
     """One line for an operating-system error, with the way out where there is a usual one."""
     todo = {
         errno.ENOSPC: "free space on that volume, then run the same command again",
@@ -110,5 +110,5 @@ def _io_message(error: OSError) -> str:
         errno.EROFS: "choose a path on a writable volume",
         errno.EIO: "check the disk, then run the same command again",
     }.get(error.errno or 0, "check that path, then run the same command again")
-    where = f"{plain(error.filename, ELSE)}: " if error.filename else ""
+    where = f"{escape_line(error.filename, ELSE)}: " if error.filename else ""
     return f"{where}{error.strerror or error}; {todo}"

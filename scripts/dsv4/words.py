@@ -22,7 +22,7 @@ _short.maxlevel, _short.maxlist, _short.maxtuple, _short.maxdict = 2, 8, 8, 4
 _short.maxstring = _short.maxother = _short.maxlong = PART
 
 
-def plain(text: object, limit: int = PART) -> str:
+def escape_line(text: object, limit: int = PART) -> str:
     r"""One line of at most `limit` printable characters; what is longer is cut in its middle.
 
     Escaped, as Python writes them: control characters (C0, C1, NUL, line breaks), marks that turn
@@ -32,29 +32,29 @@ def plain(text: object, limit: int = PART) -> str:
     >>> plain("mlx\x1b[2K\npassed: all good")
     'mlx\\x1b[2K\\npassed: all good'
     """
-    text = _cut(str(text), limit)  # before anything is escaped: a megabyte costs nothing
+    text = _truncate_middle(str(text), limit)  # before anything is escaped: a megabyte costs nothing
     if not text.isprintable():
         text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-    return _cut(text, limit)
+    return _truncate_middle(text, limit)
 
 
-def _cut(text: str, limit: int) -> str:
+def _truncate_middle(text: str, limit: int) -> str:
     if len(text) <= limit:
         return text
     head = (limit - 1) // 2
     return f"{text[:head]}…{text[len(text) - (limit - 1 - head) :]}"
 
 
-def shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """A value of any type, as Python writes it: strings in quotes, long lists and strings cut.
 
     >>> shown([1, "a", None]), shown("a\\nb")
     ("[1, 'a', None]", "'a\\\\nb'")
     """
-    return plain(_short.repr(value))
+    return escape_line(_short.repr(value))
 
 
-def several(names: Any, most: int = 8) -> str:
+def join_some(names: Any, most: int = 8) -> str:
     """Some names in one line, the first of them and how many more there are.
 
     >>> several(["a", "b", "c"], 2)
@@ -62,15 +62,15 @@ def several(names: Any, most: int = 8) -> str:
     """
     names = list(names)
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(plain(name) for name in names[:most]) + more
+    return ", ".join(escape_line(name) for name in names[:most]) + more
 
 
-def visible(value: Any, limit: int) -> Any:
+def page_text(value: Any, limit: int) -> Any:
     """What a page shows of a value: text made plain; whoever makes HTML of it still escapes it."""
-    return plain(value, limit) if type(value) is str else value
+    return escape_line(value, limit) if type(value) is str else value
 
 
-def filled(template: Path, limit: int, **values: Any) -> str:
+def render_html(template: Path, limit: int, **values: Any) -> str:
     """A page of HTML: a jinja2 template, in which each text is plain, at most `limit` characters of
     it, and then escaped.
     """
@@ -78,13 +78,13 @@ def filled(template: Path, limit: int, **values: Any) -> str:
 
     environment = Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True,
-        finalize=lambda value: visible(value, limit),
+        finalize=lambda value: page_text(value, limit),
     )  # fmt: skip
     return environment.from_string(template.read_text(encoding="utf-8")).render(**values)
 
 
 @contextlib.contextmanager
-def naming(path: Path | str) -> Iterator[None]:
+def with_path(path: Path | str) -> Iterator[None]:
     """Give an operating-system error of the body the path that it is about, if it names none.
 
     Reading, writing and flushing by a file that is open do not say which file it is.
@@ -97,9 +97,9 @@ def naming(path: Path | str) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def say(text: object, **options: Any) -> None:
+def print_escaped(text: object, **options: Any) -> None:
     """Print the lines of a text, each of them plain. Its parts must be plain before they are
     joined: a line break in one of them would still begin a line.
     """
-    with naming("standard output"):
-        print("\n".join(plain(line, LINE) for line in str(text).split("\n")), **options)
+    with with_path("standard output"):
+        print("\n".join(escape_line(line, LINE) for line in str(text).split("\n")), **options)

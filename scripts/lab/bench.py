@@ -44,8 +44,8 @@ from dsv4.model.names import GROUP, expert_base, parse_expert
 from dsv4.model.opening import MODEL_TYPE, open_bundle, open_source
 from dsv4.proof import level2, verdict
 from dsv4.proof.findings import Findings
-from dsv4.proof.survey import survey
-from dsv4.stop import Stop, run
+from dsv4.proof.survey import scan
+from dsv4.stop import UserError, run
 from dsv4.storage import volume
 from dsv4.storage.checkpoint import INDEX
 from dsv4.storage.durable import fsync_folder
@@ -126,11 +126,11 @@ def plans_method(source: Path, bundle: Path, tensors: int) -> None:
 
 def level_two(source: Path, bundle: Path) -> None:
     """verify's level 2 of a bundle that has no more than experts. Raises Stop for any fault."""
-    opened, findings = survey(bundle, Findings()), Findings()
+    opened, findings = scan(bundle, Findings()), Findings()
     done = level2.read_numbers(opened, open_source(source), os.cpu_count() or 1, lambda n: None)
-    verdict.judge(done, findings)
+    verdict.aggregate(done, findings)
     if findings.errors or not done.compared:
-        raise Stop(f"{bundle}", f"{findings.names}", "a bundle that is right", "debug")
+        raise UserError(f"{bundle}", f"{findings.names}", "a bundle that is right", "debug")
 
 
 def compete(folder: Path, tensors: int, runs: int) -> dict[str, Times]:
@@ -154,7 +154,7 @@ def compete(folder: Path, tensors: int, runs: int) -> dict[str, Times]:
         with turn(times[PLAN]) as call:
             call(sys.executable, __file__, "--plans-method", source, work, share)
         if sys.platform == "linux" and not same_tensors(work, done, share // SHARD_TENSORS):
-            raise Stop("the plan's method", "other bytes than requantize's", "the same", "debug")
+            raise UserError("the plan's method", "other bytes than requantize's", "the same", "debug")
         requantize(times[ONE], source, fresh(work), "--jobs", "1")
         requantize(times[IDLE], source, work)
         settle(source, stock, done)
@@ -264,7 +264,7 @@ def main() -> int:
         print(machine(), kernel_table(), sep="\n\n")
         return 0
     if arguments.tensors < 96 or arguments.tensors % SHARD_TENSORS or arguments.runs < 1:
-        raise Stop(
+        raise UserError(
             "--tensors", f"{arguments.tensors}", "a multiple of 24, at least 96", "change it"
         )
     arguments.folder.mkdir(parents=True, exist_ok=True)

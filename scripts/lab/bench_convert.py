@@ -36,11 +36,11 @@ from dsv4.model.implied import BLOCK as OF_A_BLOCK
 from dsv4.model.implied import TOP
 from dsv4.model.opening import MODEL_TYPE, open_bundle
 from dsv4.runtime.upstream import CONVERTER
-from dsv4.stop import Stop, run
+from dsv4.stop import UserError, run
 from dsv4.storage import volume
 from dsv4.storage.checkpoint import INDEX
-from dsv4.storage.durable import human
-from dsv4.storage.shard import Planned, read_array, write_shard
+from dsv4.storage.durable import format_bytes
+from dsv4.storage.shard import PendingTensor, read_array, write_shard
 from dsv4.weights.fp8 import BLOCK
 
 FLASH_SOURCE = 160e9  # bytes
@@ -62,7 +62,7 @@ VOCABULARY = 129280 // 43
 # --- Synthetic sources ----------------------------------------------------------------------------
 
 
-def source_tensors(experts: int) -> Iterator[Planned]:
+def source_tensors(experts: int) -> Iterator[PendingTensor]:
     """One layer with so many experts, its other matrices shrunk to the same share of 256."""
     rng = np.random.default_rng(0)
     share = experts / 256
@@ -76,7 +76,7 @@ def source_tensors(experts: int) -> Iterator[Planned]:
     known = {"embed.weight", *(f"layers.0.{name}.weight" for name in LAYER), f"{GATE}.weight"}
     for name in (*TOP, *(f"layers.0.{name}" for name in OF_A_BLOCK), f"{GATE}.bias"):
         if name not in known:
-            yield Planned(name, "F32", (4096,), lambda: [np.ones(4096, np.float32)])
+            yield PendingTensor(name, "F32", (4096,), lambda: [np.ones(4096, np.float32)])
     matrices = [gaussian_fp4(rng) for _ in range(2)]
     for i in range(3 * experts):
         base = f"layers.0.ffn.experts.{i // 3}.w{i % 3 + 1}"
@@ -87,17 +87,17 @@ def blocks(rows: float) -> int:
     return max(1, round(rows / BLOCK))
 
 
-def bf16(rng: np.random.Generator, name: str, shape: tuple[int, int]) -> Planned:
+def bf16(rng: np.random.Generator, name: str, shape: tuple[int, int]) -> PendingTensor:
     values = rng.standard_normal(shape, dtype=np.float32)
-    return Planned(name, "BF16", shape, lambda: [(values.view(np.uint32) >> 16).astype(np.uint16)])
+    return PendingTensor(name, "BF16", shape, lambda: [(values.view(np.uint32) >> 16).astype(np.uint16)])
 
 
-def fp8(rng: np.random.Generator, base: str, shape: tuple[int, int]) -> Iterator[Planned]:
+def fp8(rng: np.random.Generator, base: str, shape: tuple[int, int]) -> Iterator[PendingTensor]:
     """Codes of either sign below 448, and a scale for each block."""
     codes = rng.integers(0, 120, shape, dtype=np.uint8) | rng.integers(0, 2, shape, np.uint8) << 7
     scales = rng.integers(112, 118, [-(-n // BLOCK) for n in shape], dtype=np.uint8)
-    yield Planned(f"{base}.weight", "F8_E4M3", shape, lambda: [codes])
-    yield Planned(f"{base}.scale", "F8_E8M0", scales.shape, lambda: [scales])
+    yield PendingTensor(f"{base}.weight", "F8_E4M3", shape, lambda: [codes])
+    yield PendingTensor(f"{base}.scale", "F8_E8M0", scales.shape, lambda: [scales])
 
 
 def make_source(folder: Path, experts: int) -> None:
@@ -217,10 +217,10 @@ def compete(folder: Path, experts: int, small: int, runs: int) -> str:
         native(ours_little, little, folder / "bundle")
         upstream(convert, plan, little, folder / "stock")
         if not same_matrices(folder / "bundle", folder / "stock"):
-            raise Stop("upstream's converter", "other bytes than ours", "the same", "debug")
+            raise UserError("upstream's converter", "other bytes than ours", "the same", "debug")
         print(f"against upstream, run {i + 1}", file=sys.stderr)
     rows = [
-        f"{human(read)} read, {human(made)} written in the large source:", "",
+        f"{format_bytes(read)} read, {format_bytes(made)} written in the large source:", "",
         "| | experts' matrices | median s | least–most s | CPU s, user + system | peak memory |",
         "|---|---|---|---|---|---|",
         row("reading and writing as much, fsync", 3 * experts, copying),
@@ -231,7 +231,7 @@ def compete(folder: Path, experts: int, small: int, runs: int) -> str:
     ends = [
         f"- against reading and writing: {ours.median / copying.median:.2f} × (target 1.5)",
         f"- lossless against cp: {lossless.median / cp.median:.2f} × (target 1.1)",
-        f"- Flash, {human(int(FLASH_SOURCE))}: "
+        f"- Flash, {format_bytes(int(FLASH_SOURCE))}: "
         f"{ours.median * FLASH_SOURCE / read / 60:.1f} minutes = {ours.median:.1f} s × "
         f"{FLASH_SOURCE / read:.0f}, this machine and disk going on as measured",
     ]

@@ -45,7 +45,7 @@ from through_model import (
     stage,
 )
 
-from dsv4.runtime.toolchain import call
+from dsv4.runtime.toolchain import call_script
 from dsv4.settings import add_setting
 from dsv4.stop import run
 from dsv4.storage.durable import write_bytes, write_json
@@ -70,7 +70,7 @@ def make_bundles(source: Path, work: Path, python: Path) -> dict[str, Path]:
         stage("patch", "--bundle", bundle)
     bundles[JANG] = work / "jang"
     command = [str(python), "-m", f"jang_tools.dsv4.{JANG}", "--src", str(source)]
-    call([*command, "--dst", str(bundles[JANG]), "--profile", "4"], JANG, ALONE)
+    call_script([*command, "--dst", str(bundles[JANG]), "--profile", "4"], JANG, ALONE)
     return bundles
 
 

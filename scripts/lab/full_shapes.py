@@ -20,12 +20,12 @@ import numpy as np
 from race import TALL, WIDE, Times, gaussian_fp4, machine, settle, turn
 
 from dsv4.proof.level2 import read_numbers
-from dsv4.proof.survey import Survey
-from dsv4.proof.verdict import by_kind, in_rows
-from dsv4.stop import Stop, run
+from dsv4.proof.survey import Scan
+from dsv4.proof.verdict import by_kind, kind_rows
+from dsv4.stop import UserError, run
 from dsv4.storage.checkpoint import Checkpoint
-from dsv4.storage.durable import human
-from dsv4.storage.shard import Planned, read_shard, write_shard
+from dsv4.storage.durable import format_bytes
+from dsv4.storage.shard import PendingTensor, read_shard, write_shard
 from dsv4.weights import fp4, turboquant
 
 VOCABULARY, HIDDEN = 129_280, 4096
@@ -53,11 +53,11 @@ def turbo(packed: np.ndarray, exponents: np.ndarray) -> dict[str, tuple[str, np.
     return {"tq_packed": ("U32", words), "tq_norms": ("F16", norms)}
 
 
-def planned(name: str, dtype: str, one: np.ndarray, times: int = 0) -> Planned:
+def planned(name: str, dtype: str, one: np.ndarray, times: int = 0) -> PendingTensor:
     """A tensor, or a stack of `times` equal ones."""
     data = np.ascontiguousarray(one)
     shape = (times, *one.shape) if times else one.shape
-    return Planned(name, dtype, shape, lambda: (data for _ in range(times or 1)))
+    return PendingTensor(name, dtype, shape, lambda: (data for _ in range(times or 1)))
 
 
 def make(folder: Path, experts: int) -> int:
@@ -98,12 +98,12 @@ def opened(folder: Path, experts: int) -> Checkpoint:
 
 def read(folder: Path, experts: int) -> int:
     """Level 2 in this process. Raises Stop when it finds anything."""
-    bundle = Survey(opened(folder / "bundle", experts), {FILE: 0}, {})
+    bundle = Scan(opened(folder / "bundle", experts), {FILE: 0}, {})
     numbers = read_numbers(bundle, opened(folder / "source", experts), 2, lambda count: None)
     faults = [fault for outcome in numbers.outcomes for fault in outcome.faults]
     if faults or numbers.left_out:
-        raise Stop("level 2", f"{(faults or numbers.left_out)[0]}", "nothing", "see it")
-    print("\n".join(in_rows(by_kind(numbers.outcomes))), file=sys.stderr)
+        raise UserError("level 2", f"{(faults or numbers.left_out)[0]}", "nothing", "see it")
+    print("\n".join(kind_rows(by_kind(numbers.outcomes))), file=sys.stderr)
     return 0
 
 
@@ -131,7 +131,7 @@ def main() -> int:
                 with turn(times) as call:
                     call(*command)
     print(f"{machine()}\nlevel 2: median {ours.median:.1f} s, {ours.cpu[-1]:.1f} CPU-s, peak "
-          f"{human(ours.peak)}; cat: median {cat.median:.1f} s")  # fmt: skip
+          f"{format_bytes(ours.peak)}; cat: median {cat.median:.1f} s")  # fmt: skip
     return 0
 
 

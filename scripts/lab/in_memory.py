@@ -14,7 +14,7 @@ from dsv4.model.labels import parts_of
 from dsv4.model.names import GROUP
 from dsv4.storage.shard import ITEMSIZE
 from dsv4.weights.fp4 import E2M1, UE8M0
-from dsv4.weights.quantizer import named
+from dsv4.weights.quantizer import get_quantizer
 from dsv4.weights.synthetic import RULES, pack, random_weights, to_fp4
 
 
@@ -29,7 +29,7 @@ def kernel_times(rule: str, runs: int) -> dict[str, float]:
     decoder = np.stack([E2M1[np.arange(256) & 15], E2M1[np.arange(256) >> 4]], axis=-1)
 
     def turn_of(name: str) -> Callable[[], None]:
-        quantizer = named(name)
+        quantizer = get_quantizer(name)
         shapes = parts_of(quantizer.label, *WIDE).items()
         sizes = {part: ITEMSIZE[kind] * int(np.prod(shape)) for part, (kind, shape) in shapes}
         parts = {part: np.empty(size, np.uint8) for part, size in sizes.items()}

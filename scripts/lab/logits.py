@@ -29,11 +29,11 @@ import numpy as np
 import rooms  # noqa: F401
 import turbo_kernels
 
-from dsv4.model.labels import TURBO_PARTS, in_turbo, stored_label
+from dsv4.model.labels import TURBO_PARTS, has_turboquant, stored_label
 from dsv4.model.names import expert_base, parse_stack
 from dsv4.model.opening import open_bundle, open_source
 from dsv4.runtime.without_torchvision import hide
-from dsv4.stop import Stop, run
+from dsv4.stop import UserError, run
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.shard import Tensor, read_array
 from dsv4.weights import fp4, fp8
@@ -80,7 +80,7 @@ def decode_bundle(bundle: Checkpoint) -> dict[str, np.ndarray]:
         if part in TURBO_PARTS:
             continue
         if part in ("scales", "biases") and label is None:
-            raise Stop(f"{bundle.folder}: {name}", "no whole module", "one", "run requantize")
+            raise UserError(f"{bundle.folder}: {name}", "no whole module", "one", "run requantize")
         if label is None:
             out[name] = as_float(tensor, read_array(tensor))
         elif part == "weight":
@@ -117,7 +117,7 @@ def plain_model(config: dict, weights: dict[str, np.ndarray]):
     named = model.sanitize({name: mx.array(array) for name, array in weights.items()})
     parameters = dict(tree_flatten(model.parameters()))
     if odd := set(named) ^ set(parameters):
-        raise Stop(f"{sorted(odd)[0]}", "no match", "a tensor for every parameter", "see names.py")
+        raise UserError(f"{sorted(odd)[0]}", "no match", "a tensor for every parameter", "see names.py")
     # Not strict: jang 2.5.9 declares attn_sink in a shape that no checkpoint has, and ignores it.
     model.load_weights(list(named.items()), strict=False)
     return model
@@ -150,7 +150,7 @@ class MlxModel:
 def loader(folder: Path) -> MlxModel:
     from vmlx_engine.loaders.load_jangtq_dsv4 import load_jangtq_dsv4_model
 
-    if in_turbo(open_bundle(folder).tensors):
+    if has_turboquant(open_bundle(folder).tensors):
         turbo_kernels.stand_in()
     model, _ = load_jangtq_dsv4_model(folder)
     return MlxModel(model, lambda ids, cache: model(ids, cache=cache))
@@ -211,7 +211,7 @@ class Reference:
             )
         odd = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
         if odd:
-            raise Stop(f"{folder}", f"no match for {odd[0]} in transformers", "every key", "see it")
+            raise UserError(f"{folder}", f"no match for {odd[0]} in transformers", "every key", "see it")
         self.model.eval()
 
     def rows(self, ids: list[int], decode: int) -> np.ndarray:

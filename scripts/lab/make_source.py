@@ -21,10 +21,10 @@ import numpy as np
 from rooms import NANO
 from source_tensors import Sizes, Writer, tensors, with_dspark
 
-from dsv4.stop import Stop, run
+from dsv4.stop import UserError, run
 from dsv4.storage.checkpoint import INDEX
 from dsv4.storage.durable import copy_file, write_json
-from dsv4.storage.shard import Planned, write_shard
+from dsv4.storage.shard import PendingTensor, write_shard
 from dsv4.weights.fp8 import BLOCK
 
 WORDS = (
@@ -95,7 +95,7 @@ def write_source(folder: Path, sizes: Sizes, seed: int, shards: int) -> int:
         file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
         part = named[bounds[number] : bounds[number + 1]]
         planned = [
-            Planned(name, dtype, array.shape, lambda a=array: [np.ascontiguousarray(a).data])
+            PendingTensor(name, dtype, array.shape, lambda a=array: [np.ascontiguousarray(a).data])
             for name, (dtype, array) in part
         ]
         write_shard(folder / file, planned, {"format": "pt"})
@@ -125,7 +125,7 @@ def main() -> int:
     parser.add_argument("--dspark", action="store_true", help="DSpark in place of MTP")
     args = parser.parse_args()
     if args.source.exists() and any(args.source.iterdir()):
-        raise Stop(f"{args.source}", "a folder with files", "an empty folder", "choose another")
+        raise UserError(f"{args.source}", "a folder with files", "an empty folder", "choose another")
     args.source.mkdir(parents=True, exist_ok=True)
     sizes = replace(Sizes(), **args.sizes)
     sizes = with_dspark(sizes) if args.dspark else sizes

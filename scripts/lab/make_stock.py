@@ -22,16 +22,16 @@ import numpy as np
 import rooms  # noqa: F401
 
 from dsv4.hub.provenance import source_name
-from dsv4.making.tokenizer_files import finalize
+from dsv4.making.tokenizer_files import copy_tokenizer_files
 from dsv4.model import configs, labels
 from dsv4.model.names import PROJECTION, kind, switch_paths
 from dsv4.model.opening import open_source
-from dsv4.model.plan import Form
+from dsv4.model.plan import StorageFormat
 from dsv4.stop import run
 from dsv4.storage.checkpoint import INDEX, Checkpoint
 from dsv4.storage.durable import write_json
 from dsv4.storage.reading import as_float32
-from dsv4.storage.shard import FLOATS, Planned, Tensor, read_array, write_shard
+from dsv4.storage.shard import FLOATS, PendingTensor, Tensor, read_array, write_shard
 from dsv4.weights import fp8, matrices
 
 SHARD = "model-00001-of-00001.safetensors"
@@ -62,7 +62,7 @@ def stored(weight: Tensor, scale: Tensor | None) -> dict[str, np.ndarray]:
     return {weight.name: decode(weight, scale).astype(np.float16)}
 
 
-def planned(source: Checkpoint) -> Iterator[Planned]:
+def planned(source: Checkpoint) -> Iterator[PendingTensor]:
     """Every tensor of the stock bundle."""
     for name, tensor in source.tensors.items():
         if kind(name) == "scale":
@@ -70,7 +70,7 @@ def planned(source: Checkpoint) -> Iterator[Planned]:
         scale = source.tensors.get(name.removesuffix("weight") + "scale")
         for key, array in stored(tensor, scale).items():
             data = np.ascontiguousarray(array)
-            yield Planned(key, DTYPES[data.dtype.name], data.shape, lambda data=data: [data])
+            yield PendingTensor(key, DTYPES[data.dtype.name], data.shape, lambda data=data: [data])
 
 
 def config_of(source: Checkpoint) -> dict:
@@ -87,10 +87,10 @@ def make(source: Checkpoint, folder: Path) -> None:
     write_shard(folder / SHARD, tensors, {})
     write_json(folder / INDEX, {"weight_map": {tensor.name: SHARD for tensor in tensors}})
     write_json(folder / "config.json", config_of(source))
-    jang = configs.jang_config(source, Form(labels.EXPERT), source_name(source.folder))
+    jang = configs.jang_config(source, StorageFormat(labels.EXPERT), source_name(source.folder))
     jang["chat"]["sampling_defaults"] = UPSTREAMS_DEFAULTS
     write_json(folder / "jang_config.json", jang)
-    finalize(source.folder, folder, keep_edited=False)
+    copy_tokenizer_files(source.folder, folder, keep_edited=False)
 
 
 def main() -> int:

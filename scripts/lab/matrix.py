@@ -37,11 +37,11 @@ from rooms import NANO, SCRIPTS
 
 from dsv4.model.template import ENCODING, conversations
 from dsv4.proof.stacks import STACKS, Stack
-from dsv4.runtime.server import ask, running
-from dsv4.runtime.toolchain import call, module_file, probe, script
+from dsv4.runtime.server import ask_question, running_server
+from dsv4.runtime.toolchain import call_script, module_file, probe, script_command
 from dsv4.served import nano
 from dsv4.served.questions import MOON
-from dsv4.stop import Stop, run
+from dsv4.stop import UserError, run
 from dsv4.storage.durable import write_json
 
 RIGHT = ("mlx", "affine4g32", "mxfp4", "lossless")
@@ -72,8 +72,8 @@ def run_script(
     python: Path, name: str, *arguments: object, stdin: Any = None, env: Mapping[str, str] = {}
 ) -> str:
     """Run a script in `python`; return its stdout. Raises Stop with its last line when it fails."""
-    command = script(python, name, *arguments)
-    return call(command, name, "see it", json.dumps(stdin), env)
+    command = script_command(python, name, *arguments)
+    return call_script(command, name, "see it", json.dumps(stdin), env)
 
 
 @functools.cache
@@ -82,7 +82,7 @@ def python_of(requirements: str, work: Path) -> Path:
     wanted, venv = SCRIPTS / "stacks" / f"{requirements}.txt", work / "stacks" / requirements
     install = (SCRIPTS / "lab" / "install.py", "--anew", venv / "installed", wanted, "mlx.core")
     if subprocess.run([sys.executable, "-I", *install]).returncode:
-        raise Stop(f"{wanted}", "no environment", "one with its packages", "read the lines above")
+        raise UserError(f"{wanted}", "no environment", "one with its packages", "read the lines above")
     return venv / "bin" / "python"
 
 
@@ -143,7 +143,7 @@ def questions(name: str) -> list[list[int]]:
     if name.startswith(RANDOM):
         rng = np.random.default_rng(1)
         return [rng.integers(4, 512, length).tolist() for length in LENGTHS]
-    return nano.prompts(NANO, nano.held_out(NANO, 20))
+    return nano.token_prompts(NANO, nano.held_out(NANO, 20))
 
 
 @functools.cache
@@ -182,9 +182,9 @@ def answers_of(stack: Stack, python: Path, bundle: Path, work: Path) -> dict[str
     asked = [f"What is {a}+{b}?" for a, b in additions]
     if stack.served:
         start = STAND_INS if bundle.name == TURBO else ()
-        with running(python, bundle, work / "server.log", start=start) as url:
-            moon = ask(url, MOON, 60)
-            texts = [ask(url, question, 40).content for question in asked]
+        with running_server(python, bundle, work / "server.log", start=start) as url:
+            moon = ask_question(url, MOON, 60)
+            texts = [ask_question(url, question, 40).content for question in asked]
         end = moon.finish_reason
     else:
         said = run_script(python, "lab/generate", "--bundle", bundle, "--runtime", stack.how,
@@ -218,7 +218,7 @@ def cell(stack: Stack, bundle: Path, work: Path) -> dict[str, Any]:
             found |= talks_of(stack, python, bundle)
         else:
             found |= numbers_of(stack, python, bundle, work)
-    except Stop as stop:
+    except UserError as stop:
         found |= {"right": False, "refused": str(stop)}
     found["seconds"] = round(time.monotonic() - start, 1)
     return found

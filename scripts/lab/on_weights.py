@@ -11,11 +11,11 @@ import rooms  # noqa: F401
 import turbo_kernels
 from source_tensors import FLASH, headers
 
-from dsv4.model.labels import TURBO, affine, parts_of
+from dsv4.model.labels import TURBO, affine_label, parts_of
 from dsv4.model.names import GROUP
 from dsv4.model.plan import plan_shards
-from dsv4.storage.shard import ITEMSIZE, NUMPY_DTYPE, Slot
-from dsv4.weights.quantizer import QUANTIZERS, Quantizer, named
+from dsv4.storage.shard import ITEMSIZE, NUMPY_DTYPE, TensorSpec
+from dsv4.weights.quantizer import QUANTIZERS, Quantizer, get_quantizer
 from dsv4.weights.synthetic import pack, random_weights, to_fp4
 
 OUT, COLUMNS = 2048, 4096
@@ -46,7 +46,7 @@ def encode(
     packed: uint8 (out, in/2); exponents: uint8 (out, in/32).
     """
     shapes = parts_of(quantizer.label, len(packed), 2 * packed.shape[1])
-    flat = {part: np.empty(Slot("", *of).nbytes, np.uint8) for part, of in shapes.items()}
+    flat = {part: np.empty(TensorSpec("", *of).nbytes, np.uint8) for part, of in shapes.items()}
     warm = {part: array[: len(array) // len(packed)] for part, array in flat.items()}
     quantizer.encode(packed[0], exponents[0], warm)
     start = time.thread_time()
@@ -95,7 +95,7 @@ def by_mlx(values: np.ndarray, label: dict) -> dict[str, np.ndarray]:
 
 def mlx_error(bits: int, size: int, kind: str, rule: str) -> float:
     """The relative RMS error of mx.quantize at any width, to compare affineBgG with."""
-    true, label = expert(kind, rule)[2].reshape(OUT, COLUMNS), affine(bits, size)
+    true, label = expert(kind, rule)[2].reshape(OUT, COLUMNS), affine_label(bits, size)
     wrong = decode(label, by_mlx(true, label)).astype(np.float64) - true
     return float(np.sqrt((wrong**2).mean() / (true.astype(np.float64) ** 2).mean()))
 
@@ -103,7 +103,7 @@ def mlx_error(bits: int, size: int, kind: str, rule: str) -> float:
 def weight_error(name: str, kind: str, rule: str) -> WeightError:
     """Quantize a synthetic expert, decode it and compare."""
     packed, scale_bytes, true = expert(kind, rule)
-    groups, quantizer = len(true), named(name)
+    groups, quantizer = len(true), get_quantizer(name)
     parts, seconds = encode(quantizer, packed, scale_bytes)
     wrong = decode(quantizer.label, parts).reshape(groups, GROUP).astype(np.float64) - true
     size = np.sqrt((true.astype(np.float64) ** 2).mean())
@@ -118,5 +118,5 @@ def weight_error(name: str, kind: str, rule: str) -> WeightError:
 @cache
 def flash_bytes(quantizer: str) -> int:
     """The bytes of DeepSeek-V4-Flash's shards in a quantizer's form, as convert would plan them."""
-    form = named(quantizer).form
+    form = get_quantizer(quantizer).form
     return sum(shard.size for shard in plan_shards(headers(FLASH), form, {"format": "mlx"}))

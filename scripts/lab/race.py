@@ -19,10 +19,10 @@ import numpy as np
 import rooms  # noqa: F401
 
 from dsv4.model.names import GROUP
-from dsv4.settings import without_settings
-from dsv4.stop import Stop
-from dsv4.storage.durable import human
-from dsv4.storage.shard import Planned
+from dsv4.settings import environment_without_settings
+from dsv4.stop import UserError
+from dsv4.storage.durable import format_bytes
+from dsv4.storage.shard import PendingTensor
 from dsv4.weights.fp4 import E2M1
 
 WIDE, TALL = (2048, 4096), (4096, 2048)  # Flash's w1 and w3, and w2: (out, in)
@@ -44,7 +44,7 @@ def gaussian_fp4(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
 def planned_expert(
     base: str, matrix: tuple[np.ndarray, np.ndarray], shift: int, bundle: bool
-) -> list[Planned]:
+) -> list[PendingTensor]:
     """One expert's weight and scale, as the source or as the stock bundle has them."""
     out, columns = TALL if base.endswith("w2") else WIDE
     packed, exponents = matrix
@@ -53,7 +53,7 @@ def planned_expert(
         ("U8", columns // GROUP, "scales") if bundle else ("F8_E8M0", columns // GROUP, "scale")
     )
     return [
-        Planned(f"{base}.{part}", dtype, (out, width), lambda d=data, s=step: [np.roll(d, s)])
+        PendingTensor(f"{base}.{part}", dtype, (out, width), lambda d=data, s=step: [np.roll(d, s)])
         for (dtype, width, part), data, step in (
             (first, packed, 16 * shift),
             (second, exponents, shift),
@@ -96,11 +96,11 @@ def turn(times: Times) -> Iterator[Callable[..., None]]:
     def call(*command: str | Path) -> None:
         nonlocal user, system
         process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL,
-                                   env=without_settings())  # fmt: skip
+                                   env=environment_without_settings())  # fmt: skip
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
-            raise Stop(f"{command[0]}", f"status {process.returncode}", "0", "see its message")
+            raise UserError(f"{command[0]}", f"status {process.returncode}", "0", "see its message")
         user += usage.ru_utime
         system += usage.ru_stime
         unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes there, KiB here
@@ -133,6 +133,6 @@ def machine() -> str:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("mlx", "numba"))
     return (
-        f"{datetime.date.today()}: {processor}, {os.cpu_count()} cores, {human(memory)} memory, "
+        f"{datetime.date.today()}: {processor}, {os.cpu_count()} cores, {format_bytes(memory)} memory, "
         f"{platform.system()} {platform.release()}, {versions}, load {os.getloadavg()[0]:.1f}"
     )

@@ -31,14 +31,14 @@ from typing import Any
 import numpy as np
 from rooms import NANO
 
-from dsv4.proof.examination import examine
-from dsv4.proof.stacks import STACKS, runtimes
-from dsv4.runtime.toolchain import call, script
+from dsv4.proof.examination import verify
+from dsv4.proof.stacks import STACKS, runtime_verdicts
+from dsv4.runtime.toolchain import call_script, script_command
 from dsv4.served import nano
-from dsv4.settings import cores
-from dsv4.stop import Stop, run
+from dsv4.settings import available_cores
+from dsv4.stop import UserError, run
 from dsv4.storage.durable import write_json
-from dsv4.words import say
+from dsv4.words import print_escaped
 
 TOOLCHAIN = Path(".toolchain/new/bin/python")
 # name → the module that makes it and its options; {source}, {out}, {bf16} are folders.
@@ -87,18 +87,18 @@ def prepared(source: Path, folder: Path) -> Path:
 def make(name: str, source: Path, out: Path, python: Path) -> None:
     """Make one specimen. Raises Stop with the tool's last line when it fails."""
     if (out / name).exists():
-        say(f"{out / name}: there already")
+        print_escaped(f"{out / name}: there already")
         return
     with tempfile.TemporaryDirectory(prefix=".making-", dir=out) as work:
         made = Path(work) / "made"
         own = prepared(source, Path(work) / "source") if name.startswith("vlm-") else source
         folders = {"source": own.resolve(), "out": made.resolve(), "bf16": out / "jang-bf16"}
         command = [part.format(**folders) for part in SPECIMENS[name]]
-        call(script(python, "lab/upstream", *command), command[0], "see the toolchain")
+        call_script(script_command(python, "lab/upstream", *command), command[0], "see the toolchain")
         if not (made / "config.json").is_file():
-            raise Stop(name, "no config.json", "a bundle", "see the tool")
+            raise UserError(name, "no config.json", "a bundle", "see the tool")
         made.rename(out / name)
-    say(f"{out / name}: made")
+    print_escaped(f"{out / name}: made")
 
 
 # Nearer than this a runtime computes with the right numbers: 2 bits leave a third, garbage is one.
@@ -109,19 +109,19 @@ ROWS = [stack for stack in STACKS if stack.name in ("new", "lm", "vlm")]
 def verdict(folder: Path, source: Path) -> tuple[list[str], dict[str, str]]:
     """verify's findings, and what stands in a runtime's way by them."""
     asked = argparse.Namespace(
-        bundle=folder, source=source, level=2, without_loader=True, imatrix=None, jobs=cores()
+        bundle=folder, source=source, level=2, without_loader=True, imatrix=None, jobs=available_cores()
     )
-    done = examine(asked)
+    done = verify(asked)
     faults = sorted(finding.name for finding in done.findings.errors)
-    return faults, runtimes(done.bundle, done.findings)
+    return faults, runtime_verdicts(done.bundle, done.findings)
 
 
 def distance(python: Path, folder: Path, how: str, ids: list[list[int]], truth: np.ndarray) -> Any:
     """The median relative L2 distance of a runtime's logits, or in what words it refuses."""
     with tempfile.TemporaryDirectory() as work:
         try:
-            found = nano.logits(python, folder, how, ids, Path(work))
-        except Stop as stop:
+            found = nano.run_logits(python, folder, how, ids, Path(work))
+        except UserError as stop:
             return stop.parts[1]
     if not np.isfinite(found).all():
         return "NaN"
@@ -139,7 +139,7 @@ def judged(folder: Path, source: Path, python: Path, ids: list, truth: np.ndarra
         agree = (not isinstance(found, str) and found <= NEAR) == (not why_not)
         rows.append({"specimen": folder.name, "runtime": row.runtime, "faults": faults,
                      "verify": why_not, "logits": found, "agree": agree})  # fmt: skip
-        say(in_line(rows[-1]))
+        print_escaped(in_line(rows[-1]))
     return rows
 
 
@@ -152,10 +152,10 @@ def in_line(row: dict[str, Any]) -> str:
 
 def judge(names: list[str], source: Path, out: Path, python: Path) -> int:
     """Print and write what verify and the runtimes say of these specimens; 1 where they differ."""
-    ids = nano.prompts(source, nano.held_out(source, 20))
+    ids = nano.token_prompts(source, nano.held_out(source, 20))
     with tempfile.TemporaryDirectory() as work:
-        truth = nano.logits(python, source, "source", ids, Path(work))
-    say("| specimen | runtime | verify | logits, relative L2 | |\n|---|---|---|---|---|")
+        truth = nano.run_logits(python, source, "source", ids, Path(work))
+    print_escaped("| specimen | runtime | verify | logits, relative L2 | |\n|---|---|---|---|---|")
     rows = [row for name in names for row in judged(out / name, source, python, ids, truth)]
     write_json(out / "specimens.json", rows)
     return int(not all(row["agree"] for row in rows))

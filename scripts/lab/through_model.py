@@ -13,7 +13,7 @@ import rooms  # noqa: F401
 from tokenizers import Tokenizer
 
 from dsv4.model.chat import ASSISTANT, BOS, EOS, USER
-from dsv4.runtime.toolchain import call, script
+from dsv4.runtime.toolchain import call_script, script_command
 from dsv4.served.nano import held_out
 from dsv4.streaming import passes, states
 from dsv4.streaming.comparison import log_softmax
@@ -40,8 +40,8 @@ class ModelError:
 
 def stage(name: str, *arguments: object) -> None:
     """Run one stage's script. Raises Stop when it fails."""
-    command = script(Path(sys.executable), name, *arguments)
-    call(command, f"stage {name}", ALONE)
+    command = script_command(Path(sys.executable), name, *arguments)
+    call_script(command, f"stage {name}", ALONE)
 
 
 def lessons(source: Path, record: Path, number: int) -> tuple[list[list[int]], list[int]]:
@@ -62,7 +62,7 @@ class Streamed:
     def __init__(self, python: Path, work: Path) -> None:
         """python: the new stack's. work: a folder that its passes may use."""
         work.mkdir(parents=True, exist_ok=True)
-        self._engine = passes.Engine(passes.settings_for(python, "jang", work), "cpu")
+        self._engine = passes.WorkerProcess(passes.settings_for(python, "jang", work), "cpu")
         self._work = work
 
     def __enter__(self) -> Streamed:
@@ -87,8 +87,8 @@ def every_logit(
     python: Path, folder: Path, how: str, ids: list[list[int]], out: Path
 ) -> np.ndarray:
     """The same by logits.py, for bundles that jang's own model cannot run."""
-    command = script(python, "lab/logits", "--folder", folder, "--how", how)
-    call([*command, "--every", "--out", str(out)], f"logits of {folder}", ALONE, json.dumps(ids))
+    command = script_command(python, "lab/logits", "--folder", folder, "--how", how)
+    call_script([*command, "--every", "--out", str(out)], f"logits of {folder}", ALONE, json.dumps(ids))
     return np.load(out).astype(np.float64)
 
 

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 from dsv4.hub import http
 from dsv4.hub.hub_errors import OTHER, one_line, translated
 from dsv4.hub.retry import with_retries
-from dsv4.stop import Stop
+from dsv4.stop import UserError
 from dsv4.storage import inside
 from dsv4.storage.durable import TEMPORARY_SUFFIX
-from dsv4.words import shown
+from dsv4.words import short_repr
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo, RepoSibling
@@ -95,7 +95,7 @@ def model_info(repo: str, revision: str, files: bool, patience: float) -> ModelI
     with translated(repo):
         info = with_retries(ask, patience)
     if not is_hash(info.sha, 40):
-        raise malformed(repo, f"the commit {shown(info.sha)}", "40 hexadecimal digits")
+        raise malformed(repo, f"the commit {short_repr(info.sha)}", "40 hexadecimal digits")
     return info
 
 
@@ -118,7 +118,7 @@ def listing(
     siblings = [s for s in info.siblings or [] if wanted(s.rfilename)]
     files = [file_of(repo, s) for s in siblings if not is_hidden(s.rfilename)]
     if not files and wanted is is_source_file:
-        raise Stop(f"hub: {repo}", "no file that the build reads", "a checkpoint", "check its name")
+        raise UserError(f"hub: {repo}", "no file that the build reads", "a checkpoint", "check its name")
     return Listing(info.sha, tuple(files))
 
 
@@ -137,10 +137,10 @@ def file_of(repo: str, sibling: RepoSibling) -> HubFile:
     name, size, lfs, git = sibling.rfilename, sibling.size, sibling.lfs, sibling.blob_id
     inside.check_name(f"hub: {repo}", name)
     if type(size) is not int or size < 0:
-        raise malformed(repo, f"{one_line(name)} with the size {shown(size)}", "bytes")
+        raise malformed(repo, f"{one_line(name)} with the size {short_repr(size)}", "bytes")
     found, digits = (lfs.sha256, 64) if lfs else (git, 40)
     if not is_hash(found, digits):
-        raise malformed(repo, f"{one_line(name)} with the hash {shown(found)}",
+        raise malformed(repo, f"{one_line(name)} with the hash {short_repr(found)}",
                         f"{digits} hexadecimal digits")  # fmt: skip
     return HubFile(name, size, lfs.sha256 if lfs else None, git)
 
@@ -149,6 +149,6 @@ def is_hash(value: Any, digits: int) -> bool:
     return isinstance(value, str) and re.fullmatch(f"[0-9a-f]{{{digits}}}", value) is not None
 
 
-def malformed(repo: str, found: str, expected: str) -> Stop:
+def malformed(repo: str, found: str, expected: str) -> UserError:
     """Return the error for a listing that no hub gives."""
-    return Stop(f"hub: {repo}", found, expected, OTHER)
+    return UserError(f"hub: {repo}", found, expected, OTHER)

@@ -17,7 +17,7 @@ from dsv4.hub.client import HubFile
 from dsv4.hub.file_transfer import Interrupted, Transfer, file_hash, partial_for, size_of
 from dsv4.hub.hub_errors import RevisionNotFound
 from dsv4.hub.provenance import RECORD, Record, read_record
-from dsv4.stop import Stop
+from dsv4.stop import UserError
 from dsv4.storage import inside, locks, volume
 from dsv4.storage.checkpoint import INDEX, read_index
 
@@ -52,7 +52,7 @@ def remaining(source: Path, files: Iterable[HubFile]) -> int:
 def check_pin(source: Path, record: Record, repo: str, revision: str) -> None:
     """Raise Stop when the folder is pinned to something else than what is asked for."""
     if record.repo != repo:
-        raise Stop(
+        raise UserError(
             f"{source}", f"a download of {record.repo}", repo, "set SOURCE to another folder"
         )
     if revision in (record.revision, record.commit):
@@ -61,7 +61,7 @@ def check_pin(source: Path, record: Record, repo: str, revision: str) -> None:
     if not re.fullmatch("[0-9a-f]{40}", revision):
         asked = client.commit_of(repo, revision)
     if asked != record.commit:
-        raise Stop(
+        raise UserError(
             f"{source}", f"the commit {record.commit[:12]} pinned", f"{revision} ({asked[:12]})",
             f"set SOURCE to another folder, or delete {source / RECORD} to let this one change",
         )  # fmt: skip
@@ -71,7 +71,7 @@ def pin(source: Path, repo: str, revision: str, patience: float) -> Record:
     """Ask the hub what `revision` stands for and write that down before anything is fetched."""
     record = Record.pinned(repo, revision, client.listing(repo, revision, patience))
     source.mkdir(parents=True, exist_ok=True)
-    with locks.held(source):
+    with locks.locked(source):
         volume.check_case(f"hub: {repo}", record.files, source)
         record.write(source)
     print(f"{source}: pinned to {repo} at {record.commit}")
@@ -84,7 +84,7 @@ def at_pin(source: Path, record: Record) -> Iterator[None]:
     try:
         yield
     except RevisionNotFound:
-        raise Stop(
+        raise UserError(
             f"hub: {record.repo}", f"the pinned commit {record.commit[:12]} gone from the hub",
             "it there, as when this download began",
             f"what is verified stays; to take what {record.revision} is by now, delete "
@@ -94,7 +94,7 @@ def at_pin(source: Path, record: Record) -> Iterator[None]:
 
 def report_news(record: Record) -> None:
     """Print when the revision stands for another commit by now. Errors of the hub are ignored."""
-    with contextlib.suppress(Stop):
+    with contextlib.suppress(UserError):
         now = client.commit_of(record.repo, record.revision)
         if now != record.commit:
             print(
@@ -113,7 +113,7 @@ def hash_present(source: Path, record: Record, names: list[str], again: bool) ->
     when a link leads out of the folder on the way to one.
     """
     for name in names:
-        inside.kind(source, name)
+        inside.file_type(source, name)
     todo = [
         record.files[name]
         for name in names
@@ -133,7 +133,7 @@ def hash_present(source: Path, record: Record, names: list[str], again: bool) ->
                 wrong.append(file.name)
             record.write(source)
     if wrong:
-        raise Stop(
+        raise UserError(
             f"{source / wrong[0]}",
             f"another size or hash than the hub's ({len(wrong)} of {len(todo)} files so)",
             f"the bytes of {record.commit[:12]}",
@@ -153,7 +153,7 @@ def select_shards(source: Path, record: Record) -> None:
         where, named = f"hub: {record.repo}, which has no {INDEX}", {SINGLE}
     missing = sorted(named - set(record.files))
     if missing:
-        raise Stop(
+        raise UserError(
             where, f"{missing[0]} and {len(missing) - 1} more that the hub lacks",
             "only shards that can be fetched", "use another revision",
         )  # fmt: skip
@@ -236,7 +236,7 @@ def first_cause(error: BaseException, running: dict) -> BaseException:
         error = next((c for c in causes if c and not isinstance(c, Interrupted)), error)
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if isinstance(error, OSError) and error.errno in full:
-        return Stop(
+        return UserError(
             "download", f"a full volume ({error.strerror})", "room for the rest of the source",
             "free space; run the same command again: it resumes",
         )  # fmt: skip

@@ -19,7 +19,7 @@ from dsv4.hub import http
 from dsv4.hub.client import HubFile
 from dsv4.hub.hub_errors import translated
 from dsv4.hub.retry import with_retries
-from dsv4.stop import Stop, naming
+from dsv4.stop import UserError, with_path
 from dsv4.storage import inside, volume
 
 CHUNK = 4 << 20
@@ -44,7 +44,7 @@ def file_hash(path: Path, file: HubFile, advance: Advance = lambda n: None) -> s
     digest = hashlib.sha256()
     if not file.sha256:
         digest = hashlib.sha1(b"blob %d\0" % size_of(path), usedforsecurity=False)
-    with naming(path), path.open("rb") as reader:
+    with with_path(path), path.open("rb") as reader:
         while chunk := reader.read(CHUNK):
             digest.update(chunk)
             advance(len(chunk))
@@ -69,9 +69,9 @@ class Transfer:
         wrong again.
         """
         path = self.folder / file.name
-        inside.expect(self.folder, file.name, inside.FILE, inside.LINK, inside.NOTHING)
+        inside.expect_type(self.folder, file.name, inside.FILE, inside.LINK, inside.NOTHING)
         partial = partial_for(path, file)
-        inside.expect(self.folder, self._name(partial), inside.FILE, inside.NOTHING)
+        inside.expect_type(self.folder, self._name(partial), inside.FILE, inside.NOTHING)
         resumed = size_of(partial) > 0
         self._fill(file, partial)
         found = file_hash(partial, file)
@@ -81,7 +81,7 @@ class Transfer:
             found = file_hash(partial, file)
         if found != file.digest:
             self._drop(partial)
-            raise Stop(
+            raise UserError(
                 f"hub: {self.repo}: {file.name}", f"bytes with the hash {found[:16]}…",
                 f"{file.digest[:16]}… by the hub's list", "run the same command again; if this "
                 "stays, something on the way changes the bytes",
@@ -96,7 +96,7 @@ class Transfer:
     def _open(self, partial: Path) -> IO[bytes]:
         """Open a partial file for appending. Raises Stop for a link or another's file."""
         flags = os.O_WRONLY | os.O_APPEND
-        return os.fdopen(inside.open_own(self.folder, self._name(partial), flags), "ab")
+        return os.fdopen(inside.open_regular(self.folder, self._name(partial), flags), "ab")
 
     def _drop(self, partial: Path) -> None:
         self.advance(-size_of(partial))
@@ -108,7 +108,7 @@ class Transfer:
             self._drop(partial)
 
         def attempt() -> None:
-            with naming(partial), self._open(partial) as out:
+            with with_path(partial), self._open(partial) as out:
                 http.resume(self.repo, file.name, self.commit, out, file.size, self._count)
 
         with translated(self.repo):

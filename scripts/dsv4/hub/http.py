@@ -16,8 +16,8 @@ from collections.abc import Callable
 from typing import IO, TYPE_CHECKING, Any
 
 from dsv4.hub.hub_errors import BadResponse, TruncatedResponse, one_line
-from dsv4.stop import Stop
-from dsv4.words import shown
+from dsv4.stop import UserError
+from dsv4.words import short_repr
 
 if TYPE_CHECKING:
     import httpx2
@@ -37,7 +37,7 @@ def install() -> None:
     for name in TIMEOUTS:
         value = os.environ.get(name, "1")
         if not re.fullmatch("[0-9]{1,5}", value):
-            raise Stop(name, shown(value), "whole seconds", UNSET)
+            raise UserError(name, short_repr(value), "whole seconds", UNSET)
     from huggingface_hub import constants, set_client_factory
 
     constants.DOWNLOAD_CHUNK_SIZE = CHUNK  # http_get's 10 MB are never complete on a poor line
@@ -56,7 +56,7 @@ def make_client() -> httpx2.Client:
         client = default_client_factory()
     except (OSError, ValueError, ImportError, httpx.InvalidURL) as error:
         given = [n for n in CONNECTION if os.environ.get(n) or os.environ.get(n.lower())]
-        raise Stop(", ".join(given) or "the system's proxy", one_line(error),
+        raise UserError(", ".join(given) or "the system's proxy", one_line(error),
                    "a proxy as http://HOST:PORT or socks5://HOST:PORT, a file of certificates",
                    UNSET) from None  # fmt: skip
     client.timeout = httpx.Timeout(300, connect=30)  # a commit of many files takes its time
@@ -78,7 +78,7 @@ def check_login() -> None:
     except (ValueError, errors.OIDCError) as error:
         found = f"a token that cannot be read ({type(error).__name__})"
     if found:
-        raise Stop("the hub's login", found, "a token that can be read, or none",
+        raise UserError("the hub's login", found, "a token that can be read, or none",
                    "`hf auth login` writes one; HF_TOKEN goes before it, HF_HOME says where it "
                    "lies")  # fmt: skip
 

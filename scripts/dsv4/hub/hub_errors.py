@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
-from dsv4.stop import Stop
-from dsv4.words import plain
+from dsv4.stop import UserError
+from dsv4.words import escape_line
 
 AGAIN = "run the same command again: it resumes"
 LOGIN = "`hf auth login`, with an account that has access"
@@ -50,7 +50,7 @@ class BadResponse(Exception):
     """A response that the hub does not give: of another status, form or length."""
 
 
-class RevisionNotFound(Stop):
+class RevisionNotFound(UserError):
     """The hub does not have the revision that was asked for."""
 
 
@@ -65,7 +65,7 @@ def translated(repo: str) -> Iterator[None]:
     """
     try:
         yield
-    except Stop:
+    except UserError:
         raise
     except Exception as error:
         parts = describe(error)
@@ -73,7 +73,7 @@ def translated(repo: str) -> Iterator[None]:
             raise
         from huggingface_hub.errors import RevisionNotFoundError
 
-        kind = RevisionNotFound if isinstance(error, RevisionNotFoundError) else Stop
+        kind = RevisionNotFound if isinstance(error, RevisionNotFoundError) else UserError
         raise kind(f"hub: {one_line(repo)}", *parts) from None
 
 
@@ -145,7 +145,7 @@ def one_line(text: object, limit: int = 160) -> str:
     if token := read_token():
         text = text.replace(token, "[token]")
     text = re.sub(r"(hf_|Bearer )\w+", "[token]", text)
-    return plain(" ".join(re.sub(r"//[^/\s]*@", "//…@", text).split()), limit)
+    return escape_line(" ".join(re.sub(r"//[^/\s]*@", "//…@", text).split()), limit)
 
 
 def read_token() -> str | None:

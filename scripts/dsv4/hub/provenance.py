@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.hub.client import HubFile, Listing
-from dsv4.stop import Stop
+from dsv4.stop import UserError
 from dsv4.storage import inside, typed
 from dsv4.storage.checkpoint import read_json
 from dsv4.storage.durable import TEMPORARY_SUFFIX, write_json
 from dsv4.storage.inside import FILE, NOTHING
 from dsv4.storage.locks import LOCK
-from dsv4.words import shown
+from dsv4.words import short_repr
 
 RECORD = ".download.json"
 HEADERS = ".headers"  # with --low-disk: each shard's header, from which the bundle is planned
@@ -106,9 +106,9 @@ def read_record(source: Path) -> Record | None:
     every type in it is validated.
     """
     path = source / RECORD
-    if not source.is_dir() or inside.expect(source, RECORD, FILE, NOTHING) == NOTHING:
+    if not source.is_dir() or inside.expect_type(source, RECORD, FILE, NOTHING) == NOTHING:
         return None
-    value = typed.fit(path, read_json(path), FORM, TODO)
+    value = typed.validate(path, read_json(path), FORM, TODO)
     entries = value["files"]
     for name, entry in entries.items():
         check_entry(path, name, entry)
@@ -131,18 +131,18 @@ def check_entry(path: Path, name: str, entry: dict[str, Any]) -> None:
     """
     inside.check_name(f"{path}", name)
     if name.split("/")[0] in OWN or name.endswith(TEMPORARY_SUFFIX):
-        raise malformed(path, f"the file {shown(name)}, which is this recipe's own")
+        raise malformed(path, f"the file {short_repr(name)}, which is this recipe's own")
     hashes = [re.fullmatch(f"[0-9a-f]{{{digits}}}", entry.get(key, ""))
               for key, digits in (("sha256", 64), ("git_sha1", 40))]  # fmt: skip
     state = entry.get("low_disk", "fetched")
     if not any(hashes) or entry["size"] < 0 or state not in ("fetched", "freed"):
-        raise malformed(path, f"another form of {shown(name)}")
+        raise malformed(path, f"another form of {short_repr(name)}")
     if "low_disk" in entry and ("/" in name or not name.endswith(".safetensors")):
-        raise malformed(path, f"{shown(name)} as one that comes and goes")
+        raise malformed(path, f"{short_repr(name)} as one that comes and goes")
 
 
-def malformed(path: Path, found: str) -> Stop:
-    return Stop(f"{path}", found, "a record of a download", TODO)
+def malformed(path: Path, found: str) -> UserError:
+    return UserError(f"{path}", found, "a record of a download", TODO)
 
 
 def provenance(source: Path) -> dict[str, Any] | None:
@@ -162,7 +162,7 @@ def provenance(source: Path) -> dict[str, Any] | None:
 
 def source_name(source: Path) -> str:
     """Return REPO@COMMIT of a source that came through download, else the folder's name."""
-    with contextlib.suppress(Stop):
+    with contextlib.suppress(UserError):
         if record := read_record(source):
             return f"{record.repo}@{record.commit}"
     return source.resolve().name

@@ -10,9 +10,9 @@ from dsv4.hub import client, http
 from dsv4.hub.client import HubFile
 from dsv4.hub.hub_errors import AGAIN, LOGIN, translated
 from dsv4.hub.retry import with_retries
-from dsv4.stop import Stop
+from dsv4.stop import UserError
 from dsv4.storage import bounds
-from dsv4.words import plain
+from dsv4.words import escape_line
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def check_login(repo: str) -> None:
     from huggingface_hub import HfApi, get_token
 
     if not get_token():
-        raise Stop(f"hub: {repo}", "no login", "one that may write there", LOGIN)
+        raise UserError(f"hub: {repo}", "no login", "one that may write there", LOGIN)
     with translated(repo):
         with_retries(lambda: HfApi().whoami(), 30)
 
@@ -59,7 +59,7 @@ def is_there(item: Item, remote: HubFile | None) -> bool:
         return False
     if remote.sha256:
         return remote.sha256 == item.file.sha256
-    return git_hash(bounds.read(item.path) if item.path else item.data) == remote.git_sha1
+    return git_hash(bounds.read_bounded(item.path) if item.path else item.data) == remote.git_sha1
 
 
 def list_all(to: str, patience: float) -> client.Listing:
@@ -100,7 +100,7 @@ def upload(to: str, items: list[Item], private: bool, patience: float) -> str:
             message = f"Publish {len(items)} verified files"
             api.create_commit(to, operations, commit_message=message, parent_commit=remote.commit)
         for name in stale:
-            print(f"{to}: deleted in the same commit: {plain(name)}")
+            print(f"{to}: deleted in the same commit: {escape_line(name)}")
 
     with translated(to):
         with_retries(commit, patience)
@@ -112,7 +112,7 @@ def check_published(to: str, items: list[Item], patience: float) -> str:
     remote = list_all(to, patience)
     wrong = missing(items, remote)
     if wrong:
-        raise Stop(
+        raise UserError(
             f"hub: {to}: {wrong[0].name}", f"other bytes ({len(wrong)} files so)",
             "the bytes that verify read", AGAIN,
         )  # fmt: skip

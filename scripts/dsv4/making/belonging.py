@@ -15,8 +15,8 @@ from dsv4.model.names import (
     parse_stack,
 )
 from dsv4.model.opening import expert_bases
-from dsv4.model.plan import lacking
-from dsv4.stop import Stop, naming
+from dsv4.model.plan import missing_weights
+from dsv4.stop import UserError, with_path
 from dsv4.storage.checkpoint import INDEX, Checkpoint
 from dsv4.storage.shard import FLOATS, NUMPY_DTYPE, SAMPLE_BYTES, Shard, Tensor
 from dsv4.weights.quantizer import Quantizer, TurboQuant2
@@ -36,7 +36,7 @@ def check_bundle(source: Checkpoint, bundle: Checkpoint) -> None:
     """Raise Stop unless the bundle holds all of the source's tensors, in forms that we know."""
     for key in ("num_hidden_layers", "n_routed_experts"):
         if bundle.config.get(key) != source.config[key]:
-            raise Stop(
+            raise UserError(
                 f"{bundle.folder / 'config.json'}: {key}",
                 repr(bundle.config.get(key)),
                 f"{source.config[key]} as in the source",
@@ -60,7 +60,7 @@ def _check_entries(bundle: Checkpoint) -> None:
         shard = bundle.shards[file]
         dropped = _may_change(name) and _was_requantized(shard)
         if name not in shard.tensors and not dropped:
-            raise Stop(f"{index}: {name}", f"no such tensor in {file}", "it there", CONVERT)
+            raise UserError(f"{index}: {name}", f"no such tensor in {file}", "it there", CONVERT)
     for file, shard in bundle.shards.items():
         for name, tensor in shard.tensors.items():
             there = bundle.shards.get(bundle.weight_map.get(name))
@@ -69,7 +69,7 @@ def _check_entries(bundle: Checkpoint) -> None:
                 or (_may_change(name) and _was_requantized(shard))
             )
             if (bundle.weight_map.get(name) != file and not new) or bundle.tensors[name] != tensor:
-                raise Stop(
+                raise UserError(
                     f"{shard.path}: {name}", "no entry for it in the index", f"one in {INDEX}",
                     CONVERT,
                 )  # fmt: skip
@@ -82,7 +82,7 @@ def _may_change(name: str) -> bool:
     return name.endswith(".biases") or (name.endswith(".scales") and not parse_expert(name))
 
 
-def _goes_to_stacks(shard: Shard) -> bool:
+def _moves_to_stacks(shard: Shard) -> bool:
     """A killed run has dropped experts here whose stack may not have been written yet."""
     return shard.metadata.get("requantize_quantizer") == TurboQuant2.name
 
@@ -95,16 +95,16 @@ def _check_complete(source: Checkpoint, bundle: Checkpoint) -> None:
     bases = expert_bases(source)
     known = set(bases)
     wanted = [name for name in source.tensors if not name.endswith(".scale")]
-    missing = lacking(wanted, bundle.tensors)
+    missing = missing_weights(wanted, bundle.tensors)
     missing += [
         f"{base}.scales"
         for base in bases
         if f"{base}.weight" in bundle.tensors and f"{base}.scales" not in bundle.tensors
     ]
-    if any(_goes_to_stacks(shard) for shard in bundle.shards.values()):
+    if any(_moves_to_stacks(shard) for shard in bundle.shards.values()):
         missing = [name for name in missing if not parse_expert(name)]  # they come from the source
     if missing:
-        raise Stop(
+        raise UserError(
             f"{bundle.folder}",
             f"no {missing[0]} ({len(missing):,} tensors missing)",
             "a counterpart for every tensor of the source",
@@ -112,7 +112,7 @@ def _check_complete(source: Checkpoint, bundle: Checkpoint) -> None:
         )
     for name in bundle.tensors:
         if parse_expert(name) and name.rpartition(".")[0] not in known:
-            raise Stop(
+            raise UserError(
                 f"{bundle.folder}: {name}",
                 "an expert that the source does not have",
                 f"{len(bases):,} matrices",
@@ -126,7 +126,7 @@ def _check_part(source: Checkpoint, tensor: Tensor) -> None:
     base = expert_base("layers", layer, 0, matrix) if matrix else base
     dtypes = KNOWN_PARTS.get(part, ())
     if tensor.dtype not in dtypes:
-        raise Stop(
+        raise UserError(
             f"{tensor.path}: {tensor.name}",
             f"dtype {tensor.dtype}",
             " or ".join(dtypes) or f"only {', '.join(KNOWN_PARTS)}",
@@ -162,7 +162,7 @@ def _check_eight_bits(source: Checkpoint, bundle: Checkpoint, scales: Tensor) ->
     if weight and weight.dtype in FLOATS and _was_requantized(bundle.shards[weight.path.name]):
         return  # a killed run has made the weight what the source has, and not come to its scales
     if weight is None or origin is None or weight.dtype != "U32" or len(origin.shape) != 2:
-        raise Stop(f"{scales.path}: {scales.name}", "scales without a weight", "both", CONVERT)
+        raise UserError(f"{scales.path}: {scales.name}", "scales without a weight", "both", CONVERT)
     out, columns = origin.shape
     _expect_shape(weight, (out, columns // 4))
     _expect_shape(scales, (out, columns // GROUP))
@@ -170,7 +170,7 @@ def _check_eight_bits(source: Checkpoint, bundle: Checkpoint, scales: Tensor) ->
 
 def _expect_shape(tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tensor.shape != shape:
-        raise Stop(
+        raise UserError(
             f"{tensor.path}: {tensor.name}", f"shape {list(tensor.shape)}", f"{list(shape)}",
             f"check SOURCE and BUNDLE, or {CONVERT}",
         )  # fmt: skip
@@ -188,22 +188,22 @@ def check_samples(source: Checkpoint, shard: Shard) -> None:
     ]  # fmt: skip
     for tensor in stock[:1] + stock[-1:]:
         origin = source.tensors[tensor.name.removesuffix("s")]
-        _expect_same(tensor, _head(tensor), _head(origin))
+        _expect_same(tensor, _first_bytes(tensor), _first_bytes(origin))
     for name, tensor in shard.tensors.items():
         origin = source.tensors.get(name)
         if not is_control(name) or origin is None or origin.dtype != "F32":
             continue
-        values = _head(origin)
+        values = _first_bytes(origin)
         if tensor.dtype == "F16":
             with np.errstate(over="ignore"):
-                _expect_same(tensor, _head(tensor)[: len(values)], values.astype(np.float16))
+                _expect_same(tensor, _first_bytes(tensor)[: len(values)], values.astype(np.float16))
         elif tensor.dtype == "F32":
-            _expect_same(tensor, _head(tensor), values)
+            _expect_same(tensor, _first_bytes(tensor), values)
 
 
-def _head(tensor: Tensor) -> np.ndarray:
+def _first_bytes(tensor: Tensor) -> np.ndarray:
     """The first SAMPLE_BYTES of a tensor, flat."""
-    with naming(tensor.path), tensor.path.open("rb") as file:
+    with with_path(tensor.path), tensor.path.open("rb") as file:
         file.seek(tensor.offset)
         data = file.read(min(SAMPLE_BYTES, tensor.nbytes))
     return np.frombuffer(data, NUMPY_DTYPE[tensor.dtype])
@@ -211,7 +211,7 @@ def _head(tensor: Tensor) -> np.ndarray:
 
 def _expect_same(tensor: Tensor, found: np.ndarray, expected: np.ndarray) -> None:
     if found.tobytes() != expected.tobytes():
-        raise Stop(
+        raise UserError(
             f"{tensor.path}: {tensor.name}",
             "other values than the source's",
             "a bundle that was converted from this source",
@@ -229,12 +229,12 @@ def is_copy(shard: Shard, source: Checkpoint, quantizer: Quantizer) -> bool:
         return False
     for name, tensor in shard.tensors.items():
         if parse_expert(name):
-            _expect_same(tensor, _middle(tensor), _middle(source.tensors[name.removesuffix("s")]))
+            _expect_same(tensor, _middle_bytes(tensor), _middle_bytes(source.tensors[name.removesuffix("s")]))
     return True
 
 
-def _middle(tensor: Tensor) -> np.ndarray:
+def _middle_bytes(tensor: Tensor) -> np.ndarray:
     """SAMPLE_BYTES bytes from the middle of a tensor, or all of it when it is smaller."""
-    with naming(tensor.path), tensor.path.open("rb", buffering=0) as file:
+    with with_path(tensor.path), tensor.path.open("rb", buffering=0) as file:
         file.seek(tensor.offset + max(0, tensor.nbytes - SAMPLE_BYTES) // 2)
         return np.frombuffer(file.read(min(SAMPLE_BYTES, tensor.nbytes)), np.uint8)

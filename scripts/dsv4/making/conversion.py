@@ -18,21 +18,21 @@ from tqdm import tqdm
 
 from dsv4.hub.provenance import source_name
 from dsv4.making import low_disk, own_numbers, requantization, workplace
-from dsv4.making.experts import Ledger, errors_in_words, estimate
-from dsv4.making.low_disk import Supply
+from dsv4.making.experts import ErrorLog, describe_errors, estimate_seconds
+from dsv4.making.low_disk import ShardFetcher
 from dsv4.making.marks import converted_by
-from dsv4.making.part import Part
-from dsv4.making.pieces import pieces_of
+from dsv4.making.part import JobPart
+from dsv4.making.pieces import make_pieces
 from dsv4.model import configs
 from dsv4.model.opening import open_bundle
-from dsv4.model.plan import ShardPlan, lacking, plan_shards, weights_of
+from dsv4.model.plan import PlannedShard, missing_weights, plan_shards, weights_of
 from dsv4.runtime import upstream
-from dsv4.stop import Stop
+from dsv4.stop import UserError
 from dsv4.storage import inside, locks
 from dsv4.storage.checkpoint import INDEX, Checkpoint, check_index
-from dsv4.storage.durable import human, write_json
-from dsv4.storage.rewrite import NewShard, Piece, rewrite
-from dsv4.storage.space import MARK, check_room, workplace_of
+from dsv4.storage.durable import format_bytes, write_json
+from dsv4.storage.rewrite import NewShard, Piece, convert_shards
+from dsv4.storage.space import MARK, check_free_space, staging_folder
 from dsv4.weights.quantizer import Quantizer
 
 ELSEWHERE = "free space on that volume, or choose another BUNDLE"
@@ -50,7 +50,7 @@ class Plan:
     source: Checkpoint
     headers: Checkpoint
     quantizer: Quantizer
-    shards: list[ShardPlan]
+    shards: list[PlannedShard]
 
     @property
     def nbytes(self) -> int:
@@ -75,17 +75,17 @@ def make_plan(
     return Plan(source, headers, quantizer, shards)
 
 
-def new_shard(shard: ShardPlan, folder: Path, plan: Plan, ledger: Ledger) -> NewShard:
+def new_shard(shard: PlannedShard, folder: Path, plan: Plan, ledger: ErrorLog) -> NewShard:
     """How a shard will be written."""
     pieces = functools.partial(shard_pieces, shard, plan, ledger)
     return NewShard(folder / shard.file, shard.layout.header, shard.size, pieces)
 
 
-def shard_pieces(shard: ShardPlan, plan: Plan, ledger: Ledger) -> list[Piece]:
+def shard_pieces(shard: PlannedShard, plan: Plan, ledger: ErrorLog) -> list[Piece]:
     """Where every byte of a shard comes from, in the order of the source."""
     places = shard.layout.places
     of = (plan.quantizer, ledger)
-    return [piece for unit in shard.units for piece in pieces_of(unit, places, *of)]
+    return [piece for unit in shard.units for piece in make_pieces(unit, places, *of)]
 
 
 # --- The workplace ------------------------------------------------------------------------------
@@ -99,14 +99,14 @@ def is_done(folder: Path, source: Checkpoint) -> bool:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     if not (folder / INDEX).is_file():
-        raise Stop(
+        raise UserError(
             f"{folder}",
             "a folder with other files",
             "no folder, or a bundle of this source",
             "choose another BUNDLE, or move it away",
         )
     bundle = open_bundle(folder)
-    if lacking(weights_of(source.tensors), bundle.tensors):
+    if missing_weights(weights_of(source.tensors), bundle.tensors):
         check_complete(bundle, source)
     return True
 
@@ -115,9 +115,9 @@ def check_complete(bundle: Checkpoint, source: Checkpoint) -> None:
     """Raise Stop unless the bundle has a tensor for every tensor of the source."""
     check_index(bundle, "convert")
     wanted = weights_of(source.tensors)
-    missing = lacking(wanted, bundle.tensors)
+    missing = missing_weights(wanted, bundle.tensors)
     if missing:
-        raise Stop(
+        raise UserError(
             f"{bundle.folder}",
             f"no {missing[0]} ({len(missing):,} of {len(wanted):,} tensors missing)",
             "a tensor for every tensor of the source",
@@ -125,7 +125,7 @@ def check_complete(bundle: Checkpoint, source: Checkpoint) -> None:
         )
 
 
-def clear_strangers(folder: Path, plan: Plan, part: Part) -> list[ShardPlan]:
+def remove_other_files(folder: Path, plan: Plan, part: JobPart) -> list[PlannedShard]:
     """Remove what no shard of the plan is, and return those that the part is still to make.
 
     A part removes its own temporaries only. Raises Stop when the workplace holds finished shards of
@@ -137,13 +137,13 @@ def clear_strangers(folder: Path, plan: Plan, part: Part) -> list[ShardPlan]:
         if path.name in planned and planned[path.name].layout.is_at(path):
             whole.add(path.name)
         elif path.is_file() and upstream.is_native(path):
-            raise Stop(
+            raise UserError(
                 f"{path}", "a shard of another source or other settings",
                 "shards of this run's plan",
                 f"go on with those settings, or delete {folder}",
             )  # fmt: skip
     if part.whole:
-        inside.empty(folder, {*whole, locks.LOCK, MARK, own_numbers.RECORD})
+        inside.clear_folder(folder, {*whole, locks.LOCK, MARK, own_numbers.RECORD})
     else:
         requantization.remove_leftovers(folder, list(planned), part)
     return [planned[file] for file in part.of(list(planned)) if file not in whole]
@@ -152,78 +152,78 @@ def clear_strangers(folder: Path, plan: Plan, part: Part) -> list[ShardPlan]:
 # --- Carrying it out ----------------------------------------------------------------------------
 
 
-def convert(plan: Plan, bundle: Path, jobs: int, part: Part, supply: Supply | None) -> str:
+def convert(plan: Plan, bundle: Path, jobs: int, part: JobPart, supply: ShardFetcher | None) -> str:
     """Make the bundle, which appears whole or not at all, or a part of it; return what to say."""
     start = time.perf_counter()
-    with workplace.workplace(bundle, part.to_hold(plan.digest)) as folder:
-        todo = clear_strangers(folder, plan, part)
-        workplace.claim(folder)
-        check_room(folder, sum(shard.size for shard in todo), "", ELSEWHERE)
+    with workplace.staging(bundle, part.to_hold(plan.digest)) as folder:
+        todo = remove_other_files(folder, plan, part)
+        workplace.mark(folder)
+        check_free_space(folder, sum(shard.size for shard in todo), "", ELSEWHERE)
         if supply:
-            check_room(supply.folder, most_at_once(plan, todo, supply), "", ELSEWHERE)
-            ledger = write_in_turn(plan, todo, folder, jobs, supply)
+            check_free_space(supply.folder, max_extra_bytes(plan, todo, supply), "", ELSEWHERE)
+            ledger = convert_low_disk(plan, todo, folder, jobs, supply)
         else:
             if part.whole:  # parts would write it at once
-                own_numbers.keep(folder / own_numbers.RECORD, plan.headers, plan.quantizer)
-            ledger = write_shards(plan, todo, folder, jobs)
+                own_numbers.write_record(folder / own_numbers.RECORD, plan.headers, plan.quantizer)
+            ledger = convert_shards(plan, todo, folder, jobs)
         if part.whole:
             complete(plan, folder, jobs)
             inside.remove(folder, own_numbers.RECORD)
-            workplace.publish(folder, bundle)
-    return summarize(plan, todo, ledger, time.perf_counter() - start)
+            workplace.move_into_place(folder, bundle)
+    return summary_line(plan, todo, ledger, time.perf_counter() - start)
 
 
-def write_shards(plan: Plan, todo: list[ShardPlan], folder: Path, jobs: int) -> Ledger:
+def convert_shards(plan: Plan, todo: list[PlannedShard], folder: Path, jobs: int) -> ErrorLog:
     """Write the shards; those that a killed run left whole are not touched."""
-    ledger = Ledger()
+    ledger = ErrorLog()
     shards = [new_shard(shard, folder, plan, ledger) for shard in todo]
     total = sum(shard.size - len(shard.header) for shard in shards)
     with tqdm(total=total, unit="B", unit_scale=True, desc="convert", disable=None) as bar:
-        rewrite(shards, jobs, bar.update)
+        convert_shards(shards, jobs, bar.update)
     return ledger
 
 
-def write_in_turn(
-    plan: Plan, todo: list[ShardPlan], folder: Path, jobs: int, supply: Supply
-) -> Ledger:
+def convert_low_disk(
+    plan: Plan, todo: list[PlannedShard], folder: Path, jobs: int, supply: ShardFetcher
+) -> ErrorLog:
     """Write shard after shard, each from source shards that have just come; free what is used.
 
     A source shard goes when every shard that needs it is durable and was compared with the source.
     """
-    ledger = Ledger()
+    ledger = ErrorLog()
     free_used(plan, todo, folder, jobs, supply)
     total = sum(shard.size - len(shard.layout.header) for shard in todo)
     with tqdm(total=total, unit="B", unit_scale=True, desc="convert", disable=None) as bar:
-        with supply.coming(sources_of(todo[:1])):
+        with supply.coming(source_shards(todo[:1])):
             pass
         for i, shard in enumerate(todo, 1):
-            with supply.coming(sources_of(todo[i : i + 1])):
-                rewrite([new_shard(shard, folder, plan, ledger)], jobs, bar.update)
-                low_disk.compare(new_shard(shard, folder, plan, Ledger()), jobs)
-            supply.keep_only(sources_of(todo[i:]))
+            with supply.coming(source_shards(todo[i : i + 1])):
+                convert_shards([new_shard(shard, folder, plan, ledger)], jobs, bar.update)
+                low_disk.compare_shard(new_shard(shard, folder, plan, ErrorLog()), jobs)
+            supply.keep_only(source_shards(todo[i:]))
     return ledger
 
 
-def free_used(plan: Plan, todo: list[ShardPlan], folder: Path, jobs: int, supply: Supply) -> None:
+def free_used(plan: Plan, todo: list[PlannedShard], folder: Path, jobs: int, supply: ShardFetcher) -> None:
     """Free what a killed run had used; what it may not have compared any more is compared."""
     for shard in plan.shards:
         if shard not in todo and all(supply.has(name) for name in shard.sources):
-            low_disk.compare(new_shard(shard, folder, plan, Ledger()), jobs)
-    supply.keep_only(sources_of(todo))
+            low_disk.compare_shard(new_shard(shard, folder, plan, ErrorLog()), jobs)
+    supply.keep_only(source_shards(todo))
 
 
-def sources_of(shards: list[ShardPlan]) -> set[str]:
+def source_shards(shards: list[PlannedShard]) -> set[str]:
     """The source's shards that some of the bundle's need."""
     return {name for shard in shards for name in shard.sources}
 
 
-def most_at_once(plan: Plan, todo: list[ShardPlan], supply: Supply) -> int:
+def max_extra_bytes(plan: Plan, todo: list[PlannedShard], supply: ShardFetcher) -> int:
     """The most bytes of the source that --low-disk will add to the disk at one time."""
     came, most = set(), 0
     for i in range(len(todo)):
-        came |= {name for name in sources_of(todo[i : i + 2]) if not supply.has(name)}
+        came |= {name for name in source_shards(todo[i : i + 2]) if not supply.has(name)}
         most = max(most, supply.size(came))
-        came &= sources_of(todo[i + 1 :])
+        came &= source_shards(todo[i + 1 :])
     return most
 
 
@@ -242,9 +242,9 @@ def complete(plan: Plan, folder: Path, jobs: int) -> None:
     )
     made = open_bundle(folder)
     check_complete(made, plan.source)
-    after = requantization.make_plan(plan.headers, made, plan.quantizer, Part(), jobs)
+    after = requantization.make_plan(plan.headers, made, plan.quantizer, JobPart(), jobs)
     if after.todo:
-        raise Stop(f"{folder / after.todo[0]}", "a shard that requantize would change",
+        raise UserError(f"{folder / after.todo[0]}", "a shard that requantize would change",
                    "none", "report this as a bug")  # fmt: skip
     requantization.complete(after)
 
@@ -252,9 +252,9 @@ def complete(plan: Plan, folder: Path, jobs: int) -> None:
 # --- Saying what will be done and what was ------------------------------------------------------
 
 
-def describe(plan: Plan, bundle: Path, jobs: int, part: Part, supply: Supply | None) -> str:
+def describe_plan(plan: Plan, bundle: Path, jobs: int, part: JobPart, supply: ShardFetcher | None) -> str:
     """The plan for a reader: tensors by treatment, shards, bytes, an estimate of the time."""
-    folder = workplace_of(bundle)
+    folder = staging_folder(bundle)
     mine = part.of([shard.file for shard in plan.shards])
     here = [shard for shard in plan.shards if shard.file in mine]
     todo = [shard for shard in here if not shard.layout.is_at(folder / shard.file)]
@@ -264,21 +264,21 @@ def describe(plan: Plan, bundle: Path, jobs: int, part: Part, supply: Supply | N
         counts[unit.treatment] += unit.number
     written = sum(shard.size for shard in todo)
     read = sum(t.nbytes for shard in todo for unit in shard.units for t in unit.tensors)
-    first = [new_shard(shard, folder, plan, Ledger()) for shard in todo[:1]]
+    first = [new_shard(shard, folder, plan, ErrorLog()) for shard in todo[:1]]
     lines = [
-        f"tensors: {counts['expert']:,} routed experts to {plan.quantizer.form.in_words()}, "
-        + rest_in_words(counts, plan.quantizer),
+        f"tensors: {counts['expert']:,} routed experts to {plan.quantizer.form.description()}, "
+        + describe_other_tensors(counts, plan.quantizer),
         f"shards: {len(todo):,} to write, {len(plan.shards):,} in the bundle",
-        f"read: {human(read)}; written: {human(written)}",
-        f"disk: {human(plan.nbytes)} for the bundle, "
-        + (f"{human(most_at_once(plan, todo, supply))} for shards of the source at one time"
+        f"read: {format_bytes(read)}; written: {format_bytes(written)}",
+        f"disk: {format_bytes(plan.nbytes)} for the bundle, "
+        + (f"{format_bytes(max_extra_bytes(plan, todo, supply))} for shards of the source at one time"
            if supply else "nothing beside it"),
-        estimate(first, written, jobs) if not supply else "time: as the network has it",
+        estimate_seconds(first, written, jobs) if not supply else "time: as the network has it",
     ]  # fmt: skip
     return "\n".join(lines)
 
 
-def rest_in_words(counts: Counter[str], quantizer: Quantizer) -> str:
+def describe_other_tensors(counts: Counter[str], quantizer: Quantizer) -> str:
     """What becomes of everything but the routed experts."""
     if quantizer.form.as_source:
         rest = counts.total() - counts["expert"] - counts["fp8"]
@@ -289,12 +289,12 @@ def rest_in_words(counts: Counter[str], quantizer: Quantizer) -> str:
     )
 
 
-def summarize(plan: Plan, todo: list[ShardPlan], ledger: Ledger, seconds: float) -> str:
+def summary_line(plan: Plan, todo: list[PlannedShard], ledger: ErrorLog, seconds: float) -> str:
     """One line: tensors, bytes, seconds, rate, and the experts' errors."""
     written = sum(shard.size for shard in todo)
     tensors = sum(unit.number for shard in todo for unit in shard.units)
     line = (
-        f"{tensors:,} tensors, {len(todo):,} of {len(plan.shards):,} shards, {human(written)} in "
+        f"{tensors:,} tensors, {len(todo):,} of {len(plan.shards):,} shards, {format_bytes(written)} in "
         f"{seconds:.1f} s ({written / seconds / 1e9:.2f} GB/s)"
     )
-    return line + errors_in_words(ledger)
+    return line + describe_errors(ledger)

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from dsv4.model.labels import MXFP4, parts_of
-from dsv4.model.plan import Unit
-from dsv4.stop import Stop
-from dsv4.storage.rewrite import Desk, NewShard, Piece, Target
-from dsv4.storage.shard import Slot, Tensor
-from dsv4.weights.affine import BadGroup, Tally
-from dsv4.weights.imatrix import usable
+from dsv4.model.plan import ConversionUnit
+from dsv4.stop import UserError
+from dsv4.storage.rewrite import WorkerBuffers, NewShard, Piece, ShardWriter
+from dsv4.storage.shard import TensorSpec, Tensor
+from dsv4.weights.affine import BadGroup, ErrorStats
+from dsv4.weights.imatrix import normalized
 from dsv4.weights.quantizer import Quantizer
-from dsv4.weights.source import SamePiece, blocks, read_bytes, same_pieces
-from dsv4.words import plain
+from dsv4.weights.source import CopyTensorPiece, read_blocks, read_bytes, copy_tensor_pieces
+from dsv4.words import escape_line
 
 PIECE_BYTES = 4 << 20  # of packed source codes
 
@@ -33,12 +33,12 @@ class QuantizePiece:
     last: int
     places: dict[str, int]  # part with rows → where its row 0 lies in the new shard
     quantizer: Quantizer
-    ledger: Ledger
+    ledger: ErrorLog
     importance: np.ndarray | None = None  # of each column, as an imatrix has it
 
     def _row_bytes(self) -> dict[str, int]:
         """Part → bytes of a row, for the parts that have rows; the codes come first."""
-        return {p: n // self.weight.shape[0] for p, n in rows_of(self.weight, self.quantizer)}
+        return {p: n // self.weight.shape[0] for p, n in row_parts(self.weight, self.quantizer)}
 
     @property
     def nbytes(self) -> int:
@@ -51,7 +51,7 @@ class QuantizePiece:
         """The bytes that it reads."""
         return (self.last - self.first) * (self.weight.shape[1] + self.scale.shape[1])
 
-    def write(self, target: Target, desk: Desk) -> None:
+    def write(self, target: ShardWriter, desk: WorkerBuffers) -> None:
         """Quantize the rows and write each part that this shard holds.
 
         Raises Stop for a group without such a form.
@@ -64,8 +64,8 @@ class QuantizePiece:
         parts = {part: desk.buffer(part, rows * sizes[part]) for part in others}
         weights = self.importance
         if weights is not None:
-            weights = usable(weights, self.weight.name)
-        for at, packed in blocks(desk, self.weight, self.first * half, rows * half, half):
+            weights = normalized(weights, self.weight.name)
+        for at, packed in read_blocks(desk, self.weight, self.first * half, rows * half, half):
             row, some = at // half, len(packed) // half
             done = row - self.first
             now = {p: data[done * sizes[p] :][: some * sizes[p]] for p, data in parts.items()}
@@ -85,14 +85,14 @@ class QuantizePiece:
         exponents: np.ndarray,
         parts: dict[str, np.ndarray],
         weights: np.ndarray | None,
-    ) -> Tally:
+    ) -> ErrorStats:
         """Quantize some rows from `row` on into `parts`; weights: of the columns, usable."""
         try:
             return self.quantizer.encode(packed, exponents, parts, weights)
         except BadGroup as bad:
             below, group = divmod(bad.group, self.scale.shape[1])
             where = f"in row {row + below}, group {group}"
-            raise Stop(
+            raise UserError(
                 f"{self.weight.path}: {self.weight.name}", f"{bad.found} {where}",
                 bad.expected, "fetch the source again",
             ) from bad  # fmt: skip
@@ -111,29 +111,29 @@ class ConstantPiece:
         """The bytes that it writes."""
         return len(self.data)
 
-    def write(self, target: Target, desk: Desk) -> None:
+    def write(self, target: ShardWriter, desk: WorkerBuffers) -> None:
         """Write them."""
         target.write(self.place, np.frombuffer(self.data, np.uint8))
 
 
-def rows_of(weight: Tensor, quantizer: Quantizer) -> list[tuple[str, int]]:
+def row_parts(weight: Tensor, quantizer: Quantizer) -> list[tuple[str, int]]:
     """(part, bytes) of one expert's parts that have a row for each of the weight's."""
     out, half = weight.shape
     parts = parts_of(quantizer.label, out, 2 * half).items()
-    return [(part, Slot("", *of).nbytes) for part, of in parts if part != "tq_bits"]
+    return [(part, TensorSpec("", *of).nbytes) for part, of in parts if part != "tq_bits"]
 
 
-class Ledger:
+class ErrorLog:
     """The errors of the tensors quantized so far, by name."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self.tallies: dict[str, Tally] = {}
+        self.tallies: dict[str, ErrorStats] = {}
         self.scales: dict[str, int] = {}  # FP8 scale bytes with which some runtimes round
 
-    def add(self, name: str, tally: Tally) -> None:
+    def add(self, name: str, tally: ErrorStats) -> None:
         with self._lock:
-            self.tallies.setdefault(name, Tally()).add(tally)
+            self.tallies.setdefault(name, ErrorStats()).add(tally)
 
     def note_scales(self, name: str, number: int) -> None:
         if number:
@@ -142,14 +142,14 @@ class Ledger:
 
 
 def experts_pieces(
-    unit: Unit, places: dict[str, int], quantizer: Quantizer, ledger: Ledger
+    unit: ConversionUnit, places: dict[str, int], quantizer: Quantizer, ledger: ErrorLog
 ) -> list[Piece]:
     """The pieces that fill those parts of an expert, or of a stack of them, that a shard holds."""
     pieces: list[Piece] = []
     for number, (weight, scale) in enumerate(unit.stack or [(unit.weight, unit.scale)]):
         base = weight.name.removesuffix(".weight")
         one, importance = quantizer.of(base), quantizer.importance.get(base)
-        sizes = dict(rows_of(weight, one))
+        sizes = dict(row_parts(weight, one))
         at = {p: place + number * sizes[p] for p, place in places.items() if p in sizes}
         pieces += expert_pieces(weight, scale, at, one, ledger, importance)
     for slot in unit.slots:
@@ -164,12 +164,12 @@ def expert_pieces(
     scale: Tensor,
     places: dict[str, int],
     quantizer: Quantizer,
-    ledger: Ledger,
+    ledger: ErrorLog,
     importance: np.ndarray | None,
 ) -> list[Piece]:
     """The pieces that fill the parts of one expert, each at its place."""
     if quantizer.label == MXFP4:
-        return as_they_are(weight, scale, places, ledger)
+        return copy_pieces(weight, scale, places, ledger)
     out, half = weight.shape
     rows = max(1, PIECE_BYTES // half)
     cuts = [(row, min(row + rows, out)) for row in range(0, out, rows)]
@@ -179,15 +179,15 @@ def expert_pieces(
     ]
 
 
-def as_they_are(
-    weight: Tensor, scale: Tensor, places: dict[str, int], ledger: Ledger
+def copy_pieces(
+    weight: Tensor, scale: Tensor, places: dict[str, int], ledger: ErrorLog
 ) -> list[Piece]:
     """The pieces that copy codes and scale bytes. They stop at a scale byte that is NaN."""
 
     def check(at: int, data: np.ndarray) -> None:
         if (data == 255).any():
             row, group = divmod(at + int(np.argmax(data == 255)), scale.shape[1])
-            raise Stop(
+            raise UserError(
                 f"{weight.path}: {weight.name}",
                 f"scale byte 255 (NaN) in row {row}, group {group}",
                 "bytes from 0 to 254", "fetch the source again",
@@ -195,29 +195,29 @@ def as_they_are(
 
     pieces: list[Piece] = []
     if "weight" in places:
-        pieces += same_pieces(weight, places["weight"])
-        ledger.add(weight.name, Tally())
+        pieces += copy_tensor_pieces(weight, places["weight"])
+        ledger.add(weight.name, ErrorStats())
     if "scales" in places:
-        pieces += same_pieces(scale, places["scales"], check)
+        pieces += copy_tensor_pieces(scale, places["scales"], check)
     return pieces
 
 
-class Nowhere:
+class NullWriter:
     """Stands in for a Target: what is written to it is dropped."""
 
     def write(self, offset: int, data: np.ndarray) -> None:
         pass
 
 
-def estimate(shards: list[NewShard], written: int, jobs: int) -> str:
+def estimate_seconds(shards: list[NewShard], written: int, jobs: int) -> str:
     """Time from a measurement: the first pieces are read and quantized, and nothing is written."""
-    desk, seconds, done = Desk(), 0.0, 0
-    kinds = (QuantizePiece, SamePiece)
+    desk, seconds, done = WorkerBuffers(), 0.0, 0
+    kinds = (QuantizePiece, CopyTensorPiece)
     pieces = [p for shard in shards[:4] for p in shard.pieces() if isinstance(p, kinds)]
     with contextlib.closing(desk):
         for i, piece in enumerate(pieces[:17]):
             start = time.perf_counter()
-            piece.write(Nowhere(), desk)
+            piece.write(NullWriter(), desk)
             if i:  # the first one loads the kernel
                 seconds += time.perf_counter() - start
                 done += piece.nbytes
@@ -230,7 +230,7 @@ def estimate(shards: list[NewShard], written: int, jobs: int) -> str:
     )
 
 
-def errors_in_words(ledger: Ledger) -> str:
+def describe_errors(ledger: ErrorLog) -> str:
     """What the quantizer's own tallies say of the error, to be appended to a line."""
     line = ""
     if ledger.tallies:
@@ -239,7 +239,7 @@ def errors_in_words(ledger: Ledger) -> str:
         # About 8.5% for weights of a normal distribution: that is what mx.quantize makes of FP4.
         line += (
             f"; relative RMS error mean {sum(errors.values()) / len(errors):.2%}, "
-            f"worst {errors[worst]:.2%} ({plain(worst)})"
+            f"worst {errors[worst]:.2%} ({escape_line(worst)})"
         )
     lost = sum(tally.underflows for tally in ledger.tallies.values())
     if lost:

@@ -16,20 +16,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsv4.making.marks import converted_by
-from dsv4.making.recorded import Recorded, chosen
+from dsv4.making.recorded import Recorded, quantizer_for
 from dsv4.model import memory
 from dsv4.model.labels import PLANNED, parts_of
 from dsv4.model.names import PROJECTION, stack_of
 from dsv4.model.opening import expert_bases, open_source, read_config
-from dsv4.model.plan import ShardPlan, plan_shards
-from dsv4.stop import Stop
+from dsv4.model.plan import PlannedShard, plan_shards
+from dsv4.stop import UserError
 from dsv4.storage.checkpoint import Checkpoint
-from dsv4.storage.durable import human
-from dsv4.storage.shard import Slot, Tensor
+from dsv4.storage.durable import format_bytes
+from dsv4.storage.shard import TensorSpec, Tensor
 from dsv4.weights import knapsack
 from dsv4.weights.imatrix import EVEN
-from dsv4.weights.mixture import label_named
-from dsv4.weights.quantizer import Mixture, Quantizer, named
+from dsv4.weights.mixture import label_by_name
+from dsv4.weights.quantizer import Mixture, Quantizer, get_quantizer
 from dsv4.weights.sampling import CHOICES
 
 PROJECTIONS = tuple(PROJECTION.values())  # gate, down, up
@@ -47,7 +47,7 @@ Forms = dict[str, str]  # stack → form
 
 
 @dataclass(frozen=True)
-class Fit:
+class SizeFit:
     """A plan: forms by stack, the bundle's bytes, the sum of the main layers' errors, and what that
     sum would be without the preference for fused shapes (the same where there is none)."""
 
@@ -57,7 +57,7 @@ class Fit:
     least: float
 
 
-class Planner:
+class SizePlanner:
     """Sizes and errors of one source."""
 
     def __init__(
@@ -76,25 +76,25 @@ class Planner:
 
     def nbytes(self, forms: Forms) -> int:
         """The bytes of a bundle's shards, exactly."""
-        labels = {stack: label_named(form) for stack, form in forms.items()}
+        labels = {stack: label_by_name(form) for stack, form in forms.items()}
         shards = shards_of(self._source.tensors, Mixture(self._name, labels), self._shard_bytes)
         return sum(shard.size for shard in shards)
 
     def _experts(self, forms: Forms) -> int:
         return sum(self._bytes[stack][form] for stack, form in forms.items())
 
-    def fit(self, size: int, any_shape: bool = False) -> Fit:
+    def fit(self, size: int, any_shape: bool = False) -> SizeFit:
         """The plan of at most `size` bytes. Raises Stop, with the least size, when there is none.
 
         Where the size allows, each layer has a fused shape or is exact, unless any_shape.
         """
         if size < self.smallest:
-            raise Stop(f"a bundle of {human(size)}", f"{human(self.smallest)} at least",
+            raise UserError(f"a bundle of {format_bytes(size)}", f"{format_bytes(self.smallest)} at least",
                        "a size that can be reached", "ask for a larger one")  # fmt: skip
         best = self._choose(size, False)
         fused = None if any_shape else self._choose(size, True)
         forms = fused or best
-        return Fit(forms, self.nbytes(forms), self.error(forms), self.error(best))
+        return SizeFit(forms, self.nbytes(forms), self.error(forms), self.error(best))
 
     def error(self, forms: Forms) -> float:
         """The sum over the main layers."""
@@ -105,7 +105,7 @@ class Planner:
         if not all(shapes.values()):
             return None
         items = [[self._option(layer, shape) for shape in of] for layer, of in shapes.items()]
-        if knapsack.least(items) > size - self._rest:
+        if knapsack.min_size(items) > size - self._rest:
             return None
         picks = zip(shapes.items(), knapsack.choose(items, size - self._rest), strict=True)
         return {
@@ -132,12 +132,12 @@ def stack_bytes(source: Checkpoint, errors: Errors) -> dict[str, dict[str, int]]
         out, half = source.tensors[f"{base}.weight"].shape
         of = sizes[stack_of(base)]
         for form in of:
-            parts = parts_of(label_named(form), out, 2 * half).values()
-            of[form] += sum(Slot("", *part).nbytes for part in parts)
+            parts = parts_of(label_by_name(form), out, 2 * half).values()
+            of[form] += sum(TensorSpec("", *part).nbytes for part in parts)
     return sizes
 
 
-def document(fit: Fit, errors: Errors, said: dict[str, Any]) -> dict[str, Any]:
+def plan_document(fit: SizeFit, errors: Errors, said: dict[str, Any]) -> dict[str, Any]:
     """The plan as a file holds it; said: what was asked for and how errors were measured."""
     experts: dict[str, dict[str, str]] = {}
     for stack, form in fit.forms.items():
@@ -146,13 +146,13 @@ def document(fit: Fit, errors: Errors, said: dict[str, Any]) -> dict[str, Any]:
     return said | {"bytes": fit.nbytes, "experts": experts, "squared_errors": errors}
 
 
-def describe(fit: Fit) -> str:
+def describe_fit(fit: SizeFit) -> str:
     """The plan for a reader."""
     main = {stack: form for stack, form in fit.forms.items() if stack.startswith("layers.")}
     forms = Counter(main.values())
     rms = (fit.error / max(1, len(main))) ** 0.5
     lines = [
-        f"size: {human(fit.nbytes)}, of the least error that this size can have",
+        f"size: {format_bytes(fit.nbytes)}, of the least error that this size can have",
         "stacks of experts: " + ", ".join(f"{n} {form}" for form, n in sorted(forms.items())),
         f"relative RMS error of the main layers: {rms:.1%}",
     ]
@@ -160,7 +160,7 @@ def describe(fit: Fit) -> str:
               for layer in dict.fromkeys(stack.rpartition(".")[0] for stack in main)]  # fmt: skip
     if fused := sum(shape in FUSED for shape in layers):
         least = (fit.least / max(1, len(main))) ** 0.5
-        lines[0] = f"size: {human(fit.nbytes)}"
+        lines[0] = f"size: {format_bytes(fit.nbytes)}"
         lines.append(
             f"{fused} of {len(layers)} layers in a shape for which vMLX has fused kernels; without "
             f"that the error could be {least:.1%}: --any-shape"
@@ -170,14 +170,14 @@ def describe(fit: Fit) -> str:
 
 def shards_of(
     tensors: Mapping[str, Tensor], quantizer: Quantizer, shard_bytes: int
-) -> list[ShardPlan]:
+) -> list[PlannedShard]:
     """A bundle's shards, right in size; no source is read for their marks."""
     return plan_shards(tensors, quantizer.form, converted_by(None, quantizer), shard_bytes)
 
 
-def planned(
+def planned_shards(
     args: argparse.Namespace, tensors: Mapping[str, Tensor], made: Recorded | None
-) -> tuple[list[ShardPlan], int]:
+) -> tuple[list[PlannedShard], int]:
     """The bundle's shards by its options, and 0; before a plan of a mixture is there the smallest
     shards that it can have, and the bytes that it may take: those asked for, or all exact.
     made: the record of the bundle that is there.
@@ -185,18 +185,18 @@ def planned(
     Raises Stop as `chosen` and `plan_shards` do.
     """
 
-    def shards(quantizer: Quantizer) -> list[ShardPlan]:
+    def shards(quantizer: Quantizer) -> list[PlannedShard]:
         return shards_of(tensors, quantizer, args.shard_bytes)
 
     def alike(form: str) -> Quantizer:
-        return Mixture(args.quantizer, dict.fromkeys(PROJECTIONS, label_named(form)))
+        return Mixture(args.quantizer, dict.fromkeys(PROJECTIONS, label_by_name(form)))
 
     if args.quantizer in PLANNED and (args.fit or args.size) and not args.plan.is_file():
         there = (args.source / "config.json").is_file()
-        goal = memory.goal_of(args, read_config(args.source) if there else {})
+        goal = memory.size_goal(args, read_config(args.source) if there else {})
         most = sum(shard.size for shard in shards(alike(CHOICES[-1])))
         return shards(alike(CHOICES[0])), max(1, min(goal, most))
     if args.imatrix or args.plan:
-        return shards(chosen(args, open_source(args.source), made)[0]), 0
+        return shards(quantizer_for(args, open_source(args.source), made)[0]), 0
     stacks = made.stacks if made and made.mark[0] == args.quantizer else None
-    return shards(named(args.quantizer, EVEN, stacks)), 0
+    return shards(get_quantizer(args.quantizer, EVEN, stacks)), 0

@@ -27,12 +27,12 @@ from dsv4.hub.file_transfer import Transfer, file_hash
 from dsv4.hub.provenance import HEADERS, Record, read_record
 from dsv4.model.opening import open_source
 from dsv4.settings import add_setting, parse_jobs, parse_seconds
-from dsv4.stop import Stop, naming
+from dsv4.stop import UserError, with_path
 from dsv4.storage import bounds, inside, locks
 from dsv4.storage.checkpoint import INDEX, Checkpoint, read_index
 from dsv4.storage.durable import copy_file, write_bytes
-from dsv4.storage.rewrite import Desk, NewShard, Piece, bypass_cache, forget
-from dsv4.storage.shard import Tensor, read_shard, sample_places
+from dsv4.storage.rewrite import WorkerBuffers, NewShard, Piece, bypass_cache, drop_page_cache
+from dsv4.storage.shard import Tensor, read_shard, sample_ranges
 
 WORKERS = 8
 KEPT = bounds.HEADER + bounds.MIB  # bytes of a header with its samples
@@ -48,7 +48,7 @@ def fetch_headers(source: Path, record: Record, patience: float) -> int:
     A file in SOURCE/.headers holds a shard's first bytes up to its data, then its samples, which
     requantize's fingerprint of a source wants.
     """
-    folder = own_headers(source)
+    folder = headers_folder(source)
     names = sorted(set(read_index(source).values()))
     missing = [name for name in names if not (folder / name).is_file()]
 
@@ -57,7 +57,7 @@ def fetch_headers(source: Path, record: Record, patience: float) -> int:
         head = remote_headers.read_header(record.repo, record.commit, file, patience)
         head = head[: header_length(head)]
         with tempfile.TemporaryDirectory(prefix="header-") as work:
-            places = sample_places(read_shard(lay(Path(work) / name, head, file.size)))
+            places = sample_ranges(read_shard(write_sparse(Path(work) / name, head, file.size)))
         data = [head]
         for place, nbytes in places:
             end = place + nbytes
@@ -72,22 +72,22 @@ def fetch_headers(source: Path, record: Record, patience: float) -> int:
     return len(missing)
 
 
-def own_headers(source: Path) -> Path:
+def headers_folder(source: Path) -> Path:
     """SOURCE/.headers. Raises Stop when that is a link, or no folder."""
-    inside.expect(source, HEADERS, inside.DIRECTORY, inside.NOTHING)
+    inside.expect_type(source, HEADERS, inside.DIRECTORY, inside.NOTHING)
     return source / HEADERS
 
 
-def lay(path: Path, head: bytes, size: int) -> Path:
+def write_sparse(path: Path, head: bytes, size: int) -> Path:
     """Write a file of `size` bytes that holds `head` and then a hole."""
-    with naming(path), path.open("wb") as out:
+    with with_path(path), path.open("wb") as out:
         out.write(head)
         out.truncate(size)
     return path
 
 
 @contextlib.contextmanager
-def skeleton(source: Path, record: Record) -> Iterator[Checkpoint]:
+def header_checkpoint(source: Path, record: Record) -> Iterator[Checkpoint]:
     """The source as a checkpoint of headers, samples and holes, in a temporary folder.
 
     Raises Stop when a header has not been fetched, or the source is not whole by them.
@@ -96,33 +96,33 @@ def skeleton(source: Path, record: Record) -> Iterator[Checkpoint]:
         for name in ("config.json", INDEX):
             copy_file(source / name, Path(work) / name)
         for name in sorted(set(read_index(source).values())):
-            kept = own_headers(source) / name
+            kept = headers_folder(source) / name
             if name not in record.files or not kept.is_file():
-                raise Stop(f"{kept}", "no such header", "one for each shard", AGAIN)
-            fill(Path(work) / name, bounds.read(kept, KEPT), record.files[name].size)
+                raise UserError(f"{kept}", "no such header", "one for each shard", AGAIN)
+            fill_header_file(Path(work) / name, bounds.read_bounded(kept, KEPT), record.files[name].size)
         yield open_source(Path(work))
 
 
-def tensors_of(source: Path, repo: str, revision: str) -> dict[str, Tensor]:
+def source_tensors(source: Path, repo: str, revision: str) -> dict[str, Tensor]:
     """The source's tensors by name: from the folder, kept headers, or the hub."""
     try:
         record = read_record(source)
         if record and (source / HEADERS).is_dir():
-            with skeleton(source, record) as headers:
+            with header_checkpoint(source, record) as headers:
                 return headers.tensors
         return open_source(source).tensors
-    except Stop:
+    except UserError:
         if not repo:
             raise
         return remote_headers.tensors(repo, revision)
 
 
-def fill(path: Path, kept: bytes, size: int) -> None:
+def fill_header_file(path: Path, kept: bytes, size: int) -> None:
     """Lay one shard of the skeleton: header, hole, and the samples at their places."""
     rest = kept[header_length(kept) :]
-    lay(path, kept[: header_length(kept)], size)
-    with naming(path), path.open("r+b") as out:
-        for place, nbytes in sample_places(read_shard(path)):
+    write_sparse(path, kept[: header_length(kept)], size)
+    with with_path(path), path.open("r+b") as out:
+        for place, nbytes in sample_ranges(read_shard(path)):
             out.seek(place)
             out.write(rest[:nbytes])
             rest = rest[nbytes:]
@@ -133,7 +133,7 @@ def header_length(head: bytes) -> int:
     return 8 + int.from_bytes(head[:8], "little")
 
 
-def at_home(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
+def with_folder(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     """The same checkpoint with every tensor's path in `folder`, where the shards will come."""
     shards = {}
     for name, shard in checkpoint.shards.items():
@@ -147,7 +147,7 @@ def at_home(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
 
 
 @dataclass
-class Supply:
+class ShardFetcher:
     """Brings shards into the source folder, and deletes those that it brought."""
 
     folder: Path
@@ -170,7 +170,7 @@ class Supply:
         return sum(self.record.files[name].size for name in names)
 
     @contextlib.contextmanager
-    def coming(self, names: set[str]) -> Iterator[None]:
+    def fetching(self, names: set[str]) -> Iterator[None]:
         """Fetch shards while the body runs; on leaving they are there. Raises what fetching raises.
 
         When the body raises, the transfer is stopped and keeps what it has.
@@ -223,11 +223,11 @@ class Supply:
 
     def _check_header(self, name: str) -> None:
         """The plan was made from the header that came first: it must be this shard's."""
-        kept = bounds.read(self.folder / HEADERS / name, KEPT)
+        kept = bounds.read_bounded(self.folder / HEADERS / name, KEPT)
         head = kept[: header_length(kept)]
-        with naming(self.folder / name), (self.folder / name).open("rb") as file:
+        with with_path(self.folder / name), (self.folder / name).open("rb") as file:
             if file.read(len(head)) != head:
-                raise Stop(
+                raise UserError(
                     f"{self.folder / name}", "another header than the one that was planned with",
                     "the same", f"delete {self.folder / HEADERS}, then {AGAIN}",
                 )  # fmt: skip
@@ -264,7 +264,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 @contextlib.contextmanager
-def opened(args: argparse.Namespace) -> Iterator[tuple[Checkpoint, Checkpoint, Supply | None]]:
+def open_checkpoints(args: argparse.Namespace) -> Iterator[tuple[Checkpoint, Checkpoint, ShardFetcher | None]]:
     """The source, the source as far as headers tell, and with --low-disk what supplies shards."""
     if not args.low_disk:
         source = open_source(args.source)
@@ -273,29 +273,29 @@ def opened(args: argparse.Namespace) -> Iterator[tuple[Checkpoint, Checkpoint, S
     record = read_record(args.source)
     if not args.repo or record is None or record.repo != args.repo:
         found = f"{record.repo}" if record else "no download prepared"
-        raise Stop(f"{args.source}", found, f"{args.repo or 'a repository'}", AGAIN)
+        raise UserError(f"{args.source}", found, f"{args.repo or 'a repository'}", AGAIN)
     client.quiet()
-    supply = Supply(args.source, record, args.patience, args.workers)
-    with locks.held(args.source), skeleton(args.source, record) as headers:
-        yield at_home(headers, args.source), headers, supply
+    supply = ShardFetcher(args.source, record, args.patience, args.workers)
+    with locks.locked(args.source), header_checkpoint(args.source, record) as headers:
+        yield with_folder(headers, args.source), headers, supply
 
 
-class Comparison:
+class CompareWriter:
     """Stands in for a Target: what is written to it is compared with the finished shard."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._fd = os.open(path, os.O_RDONLY)
         bypass_cache(self._fd)  # so that the disk answers, not the page cache
-        forget(self._fd, 0, 0)
+        drop_page_cache(self._fd, 0, 0)
 
     def write(self, offset: int, data: np.ndarray) -> None:
         """Raise Stop unless the shard holds `data` at `offset`."""
         expected = memoryview(data).cast("B")
-        with naming(self._path):
+        with with_path(self._path):
             found = os.pread(self._fd, len(expected), offset)
         if found != expected:
-            raise Stop(
+            raise UserError(
                 f"{self._path}", f"other bytes on the disk than were written at {offset:,}",
                 "the same", "check the disk and memory, delete this shard, then run it again",
             )  # fmt: skip
@@ -304,19 +304,19 @@ class Comparison:
         os.close(self._fd)
 
 
-def compare(shard: NewShard, jobs: int) -> None:
+def compare_shard(shard: NewShard, jobs: int) -> None:
     """Make every byte of a finished shard once more, from the source, and compare it.
 
     Raises Stop for the first difference.
     """
 
     def some(pieces: list[Piece]) -> None:
-        with contextlib.closing(Desk()) as desk:
+        with contextlib.closing(WorkerBuffers()) as desk:
             for piece in pieces:
                 piece.write(target, desk)
 
     with (
-        contextlib.closing(Comparison(shard.path)) as target,
+        contextlib.closing(CompareWriter(shard.path)) as target,
         ThreadPoolExecutor(jobs) as pool,
     ):
         target.write(0, np.frombuffer(shard.header, np.uint8))

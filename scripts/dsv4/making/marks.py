@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 
-from dsv4.stop import Stop, naming
+from dsv4.stop import UserError, with_path
 from dsv4.storage.checkpoint import Checkpoint
-from dsv4.storage.shard import Shard, sample_places
+from dsv4.storage.shard import Shard, sample_ranges
 from dsv4.weights import matrices
 from dsv4.weights.quantizer import Quantizer
 
@@ -23,8 +23,8 @@ def fingerprint(source: Checkpoint) -> str:
         digest.update(f"{file} {shard.size}\n".encode())
         for name, tensor in sorted(shard.tensors.items()):
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        with naming(shard.path), shard.path.open("rb") as reader:
-            for offset, nbytes in sample_places(shard):
+        with with_path(shard.path), shard.path.open("rb") as reader:
+            for offset, nbytes in sample_ranges(shard):
                 reader.seek(offset)
                 digest.update(reader.read(nbytes))
     return digest.hexdigest()
@@ -40,7 +40,7 @@ def made_by(source: Checkpoint | None, quantizer: Quantizer) -> dict[str, str]:
     }
 
 
-def was_made_by(shard: Shard, mark: dict[str, str]) -> bool:
+def is_made_by(shard: Shard, mark: dict[str, str]) -> bool:
     """True when `mark` made the shard, False when no requantize did or one with other settings.
 
     What another quantizer made is made again, from the source. Raises Stop for another source's.
@@ -49,7 +49,7 @@ def was_made_by(shard: Shard, mark: dict[str, str]) -> bool:
         return False
     found, expected = (of.get("requantize_source") for of in (shard.metadata, mark))
     if found != expected:
-        raise Stop(
+        raise UserError(
             f"{shard.path}",
             f"a shard made from source {found}",
             f"{expected}",
@@ -58,7 +58,7 @@ def was_made_by(shard: Shard, mark: dict[str, str]) -> bool:
     return all(shard.metadata.get(key) == value for key, value in mark.items())
 
 
-def with_matrices(quantizer: Quantizer) -> dict[str, str]:
+def with_mlx_digest(quantizer: Quantizer) -> dict[str, str]:
     """The part of a native shard's mark that says by which MLX its 8-bit matrices were made."""
     return {} if quantizer.form.as_source else {"convert_matrices": matrices.digest()}
 

@@ -16,19 +16,19 @@ from dsv4.model.forms import origin_of
 from dsv4.model.labels import quantization
 from dsv4.model.names import GROUP
 from dsv4.model.opening import expert_labels
-from dsv4.model.template import CHAT_TEMPLATE, is_own, template_for
-from dsv4.stop import Stop
+from dsv4.model.template import CHAT_TEMPLATE, is_own_template, template_for
+from dsv4.stop import UserError
 from dsv4.storage import bounds
 from dsv4.storage.checkpoint import Checkpoint, read_json
 
 UNRECORDED = "not recorded"
 
 
-def patched(bundle: Checkpoint, source: Path | None = None) -> dict[str, dict[str, Any]]:
+def patched_documents(bundle: Checkpoint, source: Path | None = None) -> dict[str, dict[str, Any]]:
     """File name → content that it should have, for the four JSON files."""
     folder = bundle.folder
     contents = {
-        "config.json": config(bundle, expert_labels(bundle)),
+        "config.json": patched_config(bundle, expert_labels(bundle)),
         "generation_config.json": generation_config(folder),
         "tokenizer_config.json": tokenizer_config(folder),
         "jang_config.json": jang_config(folder, source),
@@ -52,12 +52,12 @@ def cleaned(
 def read_if_there(folder: Path | None, name: str) -> dict[str, Any] | None:
     """A JSON object of a folder; None when there is none that can be read."""
     path = folder / name if folder is not None else None
-    with contextlib.suppress(Stop):
+    with contextlib.suppress(UserError):
         return read_json(path) if path is not None and path.is_file() else None
     return None
 
 
-def config(bundle: Checkpoint, experts: dict[str, dict[str, Any]] | None) -> dict[str, Any]:
+def patched_config(bundle: Checkpoint, experts: dict[str, dict[str, Any]] | None) -> dict[str, Any]:
     """config.json with the stop tokens, and labels of experts that are stored as `experts` says.
 
     None: the labels stay as they are.
@@ -101,7 +101,7 @@ def chat_templates(folder: Path) -> tuple[str, Any]:
     in_config = read_json(folder / "tokenizer_config.json").get("chat_template")
     own = template_for(folder)
     in_file, in_config = (
-        text if text and not is_own(text) else None for text in (in_file, in_config)
+        text if text and not is_own_template(text) else None for text in (in_file, in_config)
     )
     shared = in_config if isinstance(in_config, str) else None
     return in_file or shared or own, in_config or in_file or own
@@ -111,7 +111,7 @@ def template_file(folder: Path) -> str | None:
     """The text of chat_template.jinja; None when there is none, or none that anybody can read."""
     path = folder / CHAT_TEMPLATE
     try:
-        return bounds.read(path).decode("utf-8") if path.is_file() else None
+        return bounds.read_bounded(path).decode("utf-8") if path.is_file() else None
     except UnicodeDecodeError:
         return None
 
@@ -136,7 +136,7 @@ def jang_config(folder: Path, source: Path | None) -> dict[str, Any]:
     return {**content, "source_model": named, "source": origin}
 
 
-def differences(folder: Path, wanted: dict[str, dict[str, Any]]) -> list[str]:
+def changed_keys(folder: Path, wanted: dict[str, dict[str, Any]]) -> list[str]:
     """`file: key` for every top-level key that would change."""
     out = []
     for name, content in wanted.items():
@@ -152,4 +152,4 @@ def check_json(name: str, content: dict[str, Any]) -> None:
     try:
         json.dumps(content, allow_nan=False)
     except ValueError as error:
-        raise Stop(name, str(error), "plain JSON", "restore the file") from error
+        raise UserError(name, str(error), "plain JSON", "restore the file") from error

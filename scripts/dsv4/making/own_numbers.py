@@ -16,20 +16,20 @@ from typing import Any
 
 import numpy as np
 
-from dsv4.making.experts import Ledger
+from dsv4.making.experts import ErrorLog
 from dsv4.making.marks import fingerprint
 from dsv4.model.names import BLOCK, GROUP
 from dsv4.model.plan import weights_of
-from dsv4.stop import Stop
+from dsv4.stop import UserError
 from dsv4.storage.checkpoint import Checkpoint, read_json
 from dsv4.storage.durable import write_json
 from dsv4.storage.reading import as_float32
-from dsv4.storage.rewrite import Desk, Target
+from dsv4.storage.rewrite import WorkerBuffers, ShardWriter
 from dsv4.storage.shard import Tensor
-from dsv4.weights.fp8 import spread
-from dsv4.weights.quantizer import Quantizer, knowing
-from dsv4.weights.source import blocks, read_bytes
-from dsv4.words import several
+from dsv4.weights.fp8 import expand_scales
+from dsv4.weights.quantizer import Quantizer, with_bf16_overflow
+from dsv4.weights.source import read_blocks, read_bytes
+from dsv4.words import join_some
 
 RECORD = (
     ".bfloats.json"  # beside the shards that are being made: what was found of the BF16 tensors
@@ -45,7 +45,7 @@ Read = Callable[[Tensor, int, int], np.ndarray]  # (tensor, first byte, bytes) �
 # --- The planning pass --------------------------------------------------------------------------
 
 
-def planned(
+def with_measured_overflow(
     quantizer: Quantizer, source: Checkpoint, read: Read, record: Path, jobs: int
 ) -> Quantizer:
     """The quantizer for this source: it knows which BF16 tensors have values beyond F16.
@@ -56,11 +56,11 @@ def planned(
     mark = fingerprint(source)
     known = read_json(record) if record.is_file() else {}
     if known.get("source") == mark and isinstance(known.get("beyond"), dict):
-        return knowing(quantizer, known["beyond"])
-    return knowing(quantizer, survey(source, read, jobs))
+        return with_bf16_overflow(quantizer, known["beyond"])
+    return with_bf16_overflow(quantizer, count_f16_overflow(source, read, jobs))
 
 
-def keep(record: Path, source: Checkpoint, quantizer: Quantizer) -> None:
+def write_record(record: Path, source: Checkpoint, quantizer: Quantizer) -> None:
     """Record what the planning pass found, so that a run that goes on decides the same."""
     if quantizer.form.as_source:
         write_json(record, {"source": fingerprint(source), "beyond": dict(quantizer.beyond)})
@@ -72,13 +72,13 @@ def check_blocks(source: Checkpoint) -> None:
     size: Any = said.get("weight_block_size") if isinstance(said, dict) else None
     if size not in (None, [BLOCK, BLOCK]):
         first = next((n for n, t in source.tensors.items() if t.dtype == "F8_E4M3"), "no FP8")
-        raise Stop(
+        raise UserError(
             f"{source.folder / 'config.json'}: weight_block_size", f"{size} ({first})",
             f"{[BLOCK, BLOCK]}", "use another QUANTIZER",
         )  # fmt: skip
 
 
-def survey(source: Checkpoint, read: Read, jobs: int) -> dict[str, int]:
+def count_f16_overflow(source: Checkpoint, read: Read, jobs: int) -> dict[str, int]:
     """BF16 tensor → how many of its values are no F16 numbers, for those that have any."""
     names = [n for n in weights_of(source.tensors) if source.tensors[n].dtype == "BF16"]
     tensors = sorted((source.tensors[n] for n in names), key=lambda t: (t.path.name, t.offset))
@@ -87,7 +87,7 @@ def survey(source: Checkpoint, read: Read, jobs: int) -> dict[str, int]:
     def count(cut: tuple[Tensor, int]) -> tuple[str, int]:
         tensor, first = cut
         data = read(tensor, first, min(SLICE_BYTES, tensor.nbytes - first))
-        return tensor.name, beyond_f16(data, tensor)
+        return tensor.name, f16_overflow(data, tensor)
 
     found: dict[str, int] = {}
     with ThreadPoolExecutor(jobs) as pool:
@@ -96,21 +96,21 @@ def survey(source: Checkpoint, read: Read, jobs: int) -> dict[str, int]:
     return {name: n for name, n in found.items() if n}
 
 
-def beyond_f16(data: np.ndarray, tensor: Tensor) -> int:
+def f16_overflow(data: np.ndarray, tensor: Tensor) -> int:
     """How many of these BF16 numbers are no F16 numbers. Raises Stop for a NaN or an infinity."""
     bits = data.view(np.uint16)
     exponent = bits >> 7 & 0xFF
     # 8 significant bits: 2^-17 and more is exact, subnormal in F16 or not; so is 0, of either sign.
     suspects = bits[((exponent < 127 - 17) | (exponent > 127 + 15)) & (bits & 0x7FFF != 0)]
     if (exponent == 255).any():
-        raise Stop(f"{tensor.path}: {tensor.name}", "a NaN or an infinity", "finite values",
+        raise UserError(f"{tensor.path}: {tensor.name}", "a NaN or an infinity", "finite values",
                    "fetch the source again")  # fmt: skip
     values = as_float32(suspects.view(np.uint8), "BF16")
     with np.errstate(over="ignore"):
         return int((values.astype(np.float16) != values).sum())
 
 
-def said(quantizer: Quantizer, source: Checkpoint) -> str:
+def message(quantizer: Quantizer, source: Checkpoint) -> str:
     """For a reader: which BF16 tensors stay BF16, and why. "" for any other quantizer."""
     if not quantizer.form.as_source:
         return ""
@@ -119,7 +119,7 @@ def said(quantizer: Quantizer, source: Checkpoint) -> str:
     if not quantizer.beyond:
         return line
     most = sorted(quantizer.beyond.items(), key=lambda item: -item[1])
-    named = several(f"{name} ({n:,} values)" for name, n in most)
+    named = join_some(f"{name} ({n:,} values)" for name, n in most)
     return f"{line}; {len(most):,} have values that F16 lacks and stay BF16: {named}"
 
 
@@ -135,7 +135,7 @@ class Fp8Piece:
     first: int
     last: int
     places: dict[str, int]  # part → where its row 0 lies in the new shard
-    ledger: Ledger
+    ledger: ErrorLog
 
     @property
     def nbytes(self) -> int:
@@ -149,11 +149,11 @@ class Fp8Piece:
         """The bytes of codes that it reads."""
         return (self.last - self.first) * self.weight.shape[1]
 
-    def write(self, target: Target, desk: Desk) -> None:
+    def write(self, target: ShardWriter, desk: WorkerBuffers) -> None:
         """Copy codes, repeat scales. Raises Stop for a NaN among either."""
         rows, columns = self.last - self.first, self.weight.shape[1]
         if "weight" in self.places:
-            for at, codes in blocks(
+            for at, codes in read_blocks(
                 desk, self.weight, self.first * columns, rows * columns, columns
             ):
                 self._check((codes & 127) == 127, codes, "code", columns, at // columns)
@@ -163,7 +163,7 @@ class Fp8Piece:
             top, bottom = self.first // BLOCK, -(-self.last // BLOCK)
             data = read_bytes(desk, self.scale, top * across, (bottom - top) * across, "exponents")
             self._check(data == 255, data, "scale byte", across, top)
-            groups = spread(data.reshape(-1, across), rows, columns)
+            groups = expand_scales(data.reshape(-1, across), rows, columns)
             target.write(self.places["scales"] + self.first * (columns // GROUP), groups)
             odd = int(((data < LEAST) | (data > GREATEST)).sum())
             self.ledger.note_scales(self.scale.name, odd)
@@ -174,7 +174,7 @@ class Fp8Piece:
             at = int(np.argmax(bad))
             row, column = divmod(at, width)
             kind = "row" if what == "code" else "block row"
-            raise Stop(
+            raise UserError(
                 f"{self.weight.path}: {self.weight.name}",
                 f"{what} {data[at]:#04x} (NaN) in {kind} {first + row}, column {column}",
                 "numbers", "fetch the source again",
@@ -182,7 +182,7 @@ class Fp8Piece:
 
 
 def fp8_pieces(
-    weight: Tensor, scale: Tensor, places: dict[str, int], ledger: Ledger
+    weight: Tensor, scale: Tensor, places: dict[str, int], ledger: ErrorLog
 ) -> list[Fp8Piece]:
     """Cut an FP8 matrix into runs of rows, whole blocks of 128 rows each."""
     out, columns = weight.shape

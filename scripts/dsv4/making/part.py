@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Part:
+class JobPart:
     """The `k`-th of `n` disjoint sets of shards, k from 1; 1/1 is all of them.
 
     whole: no part at all, which also completes index and config.
@@ -17,26 +17,26 @@ class Part:
     n: int = 1
     whole: bool = True
 
-    def of(self, files: list[str]) -> list[str]:
+    def select(self, files: list[str]) -> list[str]:
         """Which of the shards, sorted by name, belong to this part."""
         return sorted(files)[self.k - 1 :: self.n]
 
-    def to_hold(self, work: str) -> tuple[int, int, str] | None:
+    def lock_key(self, work: str) -> tuple[int, int, str] | None:
         """What `locks.held` is to hold: the part of some `work`, None for the whole folder."""
         return None if self.whole else (self.k, self.n, work)
 
     @property
-    def said(self) -> str:
+    def message(self) -> str:
         """What is still to be done after a part; "" after a whole run."""
         if self.whole:
             return ""
         return "when all parts are done, run once without --part: it completes index and config"
 
 
-def parse_part(text: str) -> Part:
+def parse_part(text: str) -> JobPart:
     """Read K/N. Raises argparse.ArgumentTypeError unless 1 ≤ K ≤ N."""
     k, slash, n = text.partition("/")
     short = len(text) < 12 and slash and k.isdecimal() and n.isdecimal()
     if not (short and 1 <= int(k) <= int(n)):
         raise argparse.ArgumentTypeError(f"{text!r} is not K/N with 1 ≤ K ≤ N")
-    return Part(int(k), int(n), whole=False)
+    return JobPart(int(k), int(n), whole=False)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dsv4.making.experts import Ledger, experts_pieces
+from dsv4.making.experts import ErrorLog, experts_pieces
 from dsv4.making.own_numbers import fp8_pieces
-from dsv4.model.plan import Unit
+from dsv4.model.plan import ConversionUnit
 from dsv4.storage.rewrite import Piece
 from dsv4.weights import matrices
 from dsv4.weights.quantizer import Quantizer
-from dsv4.weights.source import same_pieces
+from dsv4.weights.source import copy_tensor_pieces
 
 
-def pieces_of(
-    unit: Unit, places: dict[str, int], quantizer: Quantizer, ledger: Ledger
+def make_pieces(
+    unit: ConversionUnit, places: dict[str, int], quantizer: Quantizer, ledger: ErrorLog
 ) -> list[Piece]:
     """The pieces of those of a unit's tensors that a shard holds; `places` are by name."""
     weight = unit.weight
@@ -26,5 +26,5 @@ def pieces_of(
         return list(matrices.matrix_pieces(weight, unit.scale, parts))
     place = mine[weight.name]
     if unit.slots[0].dtype == weight.dtype:
-        return list(same_pieces(weight, place))
-    return list(matrices.half_pieces(weight, place, exact=quantizer.form.as_source))
+        return list(copy_tensor_pieces(weight, place))
+    return list(matrices.f16_pieces(weight, place, exact=quantizer.form.as_source))

@@ -18,14 +18,14 @@ from typing import Any
 
 from dsv4.model import labels
 from dsv4.model.names import is_expert, parse_expert, stack_of
-from dsv4.model.roles import BUNDLE, kind_of
-from dsv4.stop import Stop
+from dsv4.model.roles import BUNDLE, folder_role
+from dsv4.stop import UserError
 from dsv4.storage.checkpoint import Checkpoint, read_json
 from dsv4.storage.shard import Tensor, read_shard
-from dsv4.weights.imatrix import EVEN, Importance, told
+from dsv4.weights.imatrix import EVEN, Importance, load_imatrix
 from dsv4.weights.mixture import read_plan
-from dsv4.weights.quantizer import NAMES, Quantizer, check_choice, is_known, named
-from dsv4.words import LINE, plain, shown
+from dsv4.weights.quantizer import NAMES, Quantizer, check_quantizer_options, is_quantizer, get_quantizer
+from dsv4.words import LINE, escape_line, short_repr
 
 Mark = tuple[str, str]  # a quantizer's name, and its digest
 REPAIR = "make repair mends it with a backup"
@@ -59,7 +59,7 @@ def recorded_in(folder: Path, wanted: str | None = None) -> Recorded | None:
     made by several, as a killed run leaves them, and for a quantizer that nobody knows here.
     """
     config: dict[str, Any] = {}
-    with contextlib.suppress(Stop):
+    with contextlib.suppress(UserError):
         config = read_json(folder / "config.json")
     found, tensors = read_marks(folder)
     record = config.get(labels.RECORD)
@@ -69,12 +69,12 @@ def recorded_in(folder: Path, wanted: str | None = None) -> Recorded | None:
     if not found:
         return None
     names = tuple(dict.fromkeys(name for name, _ in found))
-    if wanted is None and (len(found) > 1 or not is_known(names[0])):
-        raise Stop(f"{folder}", f"experts made by {' and '.join(map(shown, names))}",
+    if wanted is None and (len(found) > 1 or not is_quantizer(names[0])):
+        raise UserError(f"{folder}", f"experts made by {' and '.join(map(short_repr, names))}",
                    f"one of {NAMES}" if len(found) == 1 else "one quantizer with one table",
                    "name the one that all are to be made by: QUANTIZER=NAME")  # fmt: skip
     mark = next((one for one in found if one[0] == wanted), found[0])
-    stacks = stored(tensors, config) if mark[0] in labels.PLANNED else {}
+    stacks = stored_stacks(tensors, config) if mark[0] in labels.PLANNED else {}
     return Recorded(folder, mark, names, mark == said, stacks)
 
 
@@ -85,7 +85,7 @@ def read_marks(folder: Path) -> tuple[list[Mark], dict[str, Tensor]]:
     """
     found, tensors = set(), {}
     for path in sorted(folder.glob("[!.]*.safetensors")):
-        with contextlib.suppress(Stop):
+        with contextlib.suppress(UserError):
             shard = read_shard(path)
             tensors.update(shard.tensors)
             keys = ("requantize_quantizer", "requantize_table")
@@ -94,7 +94,7 @@ def read_marks(folder: Path) -> tuple[list[Mark], dict[str, Tensor]]:
     return sorted(found), tensors
 
 
-def stored(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def stored_stacks(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Stack → the label of most of its experts."""
     stacks: dict[str, dict[str, Any]] = {}
     for name in tensors:
@@ -103,13 +103,13 @@ def stored(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, dict
             label = labels.stored_label(tensors, base, config)
             if label is not None:
                 stacks.setdefault(stack_of(base), {})[base] = label
-    return {stack: labels.usual(of) for stack, of in stacks.items()}
+    return {stack: labels.most_common_label(of) for stack, of in stacks.items()}
 
 
 # --- Settings -----------------------------------------------------------------------------------
 
 
-def settle(args: argparse.Namespace, made: Recorded | None) -> bool:
+def resolve_quantizer(args: argparse.Namespace, made: Recorded | None) -> bool:
     """Fill in a quantizer that was left out: the bundle's own; for a new one mlx, with a plan
     mixture. True if the bundle's experts are to stay as they are.
 
@@ -121,13 +121,13 @@ def settle(args: argparse.Namespace, made: Recorded | None) -> bool:
     elif left_out:
         args.quantizer = "mixture" if args.plan else "mlx"
     same = made is not None and made.mark[0] == args.quantizer
-    check_choice(args, planned=same)
+    check_quantizer_options(args, planned=same)
     return same and left_out and not args.plan and not args.imatrix
 
 
-def chosen(
+def quantizer_for(
     args: argparse.Namespace, source: Checkpoint, made: Recorded | None, stay: bool = False
-) -> tuple[Quantizer, Stop | None]:
+) -> tuple[Quantizer, UserError | None]:
     """The quantizer that was asked for, or that made the bundle; and what to stop with if one
     matrix is to be made by it, where it is known by its mark alone.
 
@@ -135,28 +135,28 @@ def chosen(
     fit the source. stay: what `settle` said.
     """
     same = made if made and made.mark[0] == args.quantizer else None
-    importance = told(args.imatrix, source)
+    importance = load_imatrix(args.imatrix, source)
     if same and not args.imatrix:
         importance = same.importance
     stacks = read_plan(args.plan, source) if args.plan else same.stacks if same else None
-    quantizer = named(args.quantizer, importance, stacks)
+    quantizer = get_quantizer(args.quantizer, importance, stacks)
     if same is None:
         return quantizer, None
     lack = None
     if importance.digest and not args.imatrix:
-        lack = Stop(f"{same.folder}", f"experts to be made with the imatrix {importance.digest}…",
+        lack = UserError(f"{same.folder}", f"experts to be made with the imatrix {importance.digest}…",
                     "that file", "name it: IMATRIX=FILE")  # fmt: skip
     by_labels = args.quantizer in labels.PLANNED and not args.plan
     if (by_labels or stay) and quantizer.digest != same.mark[1]:
         todo = "name the plan: PLAN=FILE" if by_labels else "name QUANTIZER: all are made anew"
-        lack = Stop(f"{same.folder}", f"experts of {args.quantizer} {shown(same.mark[1])}",
+        lack = UserError(f"{same.folder}", f"experts of {args.quantizer} {short_repr(same.mark[1])}",
                     f"what can be made here, {quantizer.digest}", todo)  # fmt: skip
         quantizer = copy.copy(quantizer)
         quantizer.digest = same.mark[1]
     return quantizer, lack
 
 
-def announcement(
+def describe_change(
     args: argparse.Namespace, made: Recorded | None, quantizer: Quantizer, number: int
 ) -> str:
     """One line before `number` matrices of a bundle get another form; "" where it stays, and for
@@ -165,20 +165,20 @@ def announcement(
     if made is None:
         same = is_stock(args.bundle)
     else:
-        same = made.names == (made.mark[0],) and marked(quantizer) == made.mark
+        same = made.names == (made.mark[0],) and mark_of(quantizer) == made.mark
     if number == 0 or same:
         return ""
     settings = {"QUANTIZER": args.quantizer, "IMATRIX": args.imatrix, "PLAN": args.plan}
     asked = " ".join(f"{name}={value}" for name, value in settings.items() if value)
     holds = f"experts as {' and '.join(made.names)}" if made else "another maker's experts"
     form = quantizer.form.in_words()
-    return plain(
+    return escape_line(
         f"requantize: {args.bundle} holds {holds}; {asked} asks for {form}: {number:,} tensors are "
         "rewritten", LINE,
     )  # fmt: skip
 
 
-def marked(quantizer: Quantizer) -> Mark:
+def mark_of(quantizer: Quantizer) -> Mark:
     """The mark of what a quantizer makes."""
     return quantizer.name, quantizer.digest
 
@@ -192,20 +192,20 @@ def check_ours(args: argparse.Namespace, made: Recorded | None) -> None:
     As a stage of others (--ours) requantize takes what CONVERTER=jang made; run by its name any
     bundle with FP4 experts under an affine label, or the others with QUANTIZER.
     """
-    if made or kind_of(args.bundle) != BUNDLE:
+    if made or folder_role(args.bundle) != BUNDLE:
         return
     by_name = "make requantize" if is_stock(args.bundle) else "make requantize QUANTIZER=NAME"
     stock = is_stock(args.bundle) and (not args.ours or args.converter == "jang")
     if stock or (not args.ours and args.quantizer):
         return
-    raise Stop(f"{args.bundle}", "another maker's bundle", "one that this recipe made",
+    raise UserError(f"{args.bundle}", "another maker's bundle", "one that this recipe made",
                f"{REPAIR}; {by_name} makes its experts anew, in place")  # fmt: skip
 
 
 def is_stock(folder: Path) -> bool:
     """True for FP4 experts that no label says to be any: what upstream's converter makes."""
     _, tensors = read_marks(folder)
-    with contextlib.suppress(Stop):
+    with contextlib.suppress(UserError):
         said = read_json(folder / "config.json").get("quantization")
         each = said.values() if isinstance(said, dict) else ()
         if any(isinstance(one, dict) and one.get("mode") == "mxfp4" for one in each):

@@ -11,21 +11,21 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dsv4.making.belonging import check_bundle, check_samples, is_copy
-from dsv4.making.experts import ConstantPiece, Ledger, errors_in_words, estimate
-from dsv4.making.marks import made_by, was_made_by, with_matrices
-from dsv4.making.part import Part
-from dsv4.making.pieces import pieces_of as unit_pieces
+from dsv4.making.experts import ConstantPiece, ErrorLog, describe_errors, estimate_seconds
+from dsv4.making.marks import made_by, is_made_by, with_mlx_digest
+from dsv4.making.part import JobPart
+from dsv4.making.pieces import make_pieces as unit_pieces
 from dsv4.model import configs, labels
 from dsv4.model.names import expert_base, is_control, kind, parse_expert, parse_stack, stack_base
 from dsv4.model.opening import expert_bases
-from dsv4.model.plan import Unit, as_long, unit_of, units_of
-from dsv4.stop import Stop
+from dsv4.model.plan import ConversionUnit, header_dtypes, conversion_unit, conversion_units
+from dsv4.stop import UserError
 from dsv4.storage import inside
 from dsv4.storage.checkpoint import INDEX, SIDECAR, Checkpoint, check_strangers, read_json
-from dsv4.storage.durable import TEMPORARY_SUFFIX, human, temporary_for, write_bytes, write_json
-from dsv4.storage.rewrite import NewShard, Piece, copy_pieces, rewrite
-from dsv4.storage.shard import Layout, Shard, Slot, Tensor, header_bytes, read_shard
-from dsv4.storage.space import check_room
+from dsv4.storage.durable import TEMPORARY_SUFFIX, format_bytes, temporary_for, write_bytes, write_json
+from dsv4.storage.rewrite import NewShard, Piece, copy_pieces, write_shards
+from dsv4.storage.shard import ShardLayout, Shard, TensorSpec, Tensor, header_bytes, read_shard
+from dsv4.storage.space import check_free_space
 from dsv4.weights import turboquant
 from dsv4.weights.quantizer import Quantizer
 
@@ -33,13 +33,13 @@ JANG = "jang_config.json"
 
 
 @dataclass(frozen=True)
-class Fate:
+class ShardUpdate:
     """What becomes of one shard of the bundle: its new layout, and whether it has it already."""
 
     shard: Shard
-    layout: Layout
+    layout: ShardLayout
     kinds: dict[str, str]  # tensor → "expert", "control", "head", "own" or "copy"
-    units: dict[str, Unit]  # tensor → what it is a part of, for those that come from the source
+    units: dict[str, ConversionUnit]  # tensor → what it is a part of, for those that come from the source
     done: bool
 
     @property
@@ -49,18 +49,18 @@ class Fate:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RequantizePlan:
     """Every shard's fate, and which of them this run rewrites."""
 
     source: Checkpoint
     bundle: Checkpoint
     quantizer: Quantizer
-    fates: dict[str, Fate]
+    fates: dict[str, ShardUpdate]
     todo: list[str]
     jobs: int
 
     @property
-    def work(self) -> list[Fate]:
+    def work(self) -> list[ShardUpdate]:
         """The fates of the shards that this run rewrites, in order."""
         return [self.fates[file] for file in self.todo]
 
@@ -76,12 +76,12 @@ def make_plan(
     source: Checkpoint,
     bundle: Checkpoint,
     quantizer: Quantizer,
-    part: Part,
+    part: JobPart,
     jobs: int,
     only: frozenset[str] | None = None,
     mark: dict[str, str] | None = None,
     stay: bool = False,
-) -> Plan:
+) -> RequantizePlan:
     """Decide every shard's fate. Raises Stop when bundle and source do not belong together.
 
     only: storage names of the expert matrices that are made; the others are copied as they lie
@@ -93,28 +93,28 @@ def make_plan(
         check_strangers(bundle, "move it away: MLX loads every shard that it finds; or make repair")
     mark = made_by(source, quantizer) if mark is None else mark
     present = frozenset(bundle.tensors)
-    units = units_of(source.tensors, quantizer.form) if only is None else []
+    units = conversion_units(source.tensors, quantizer.form) if only is None else []
     units = [unit for unit in units if unit.treatment == "expert"]
-    coming, experts = arrivals(units, bundle), {s.name: unit for unit in units for s in unit.slots}
+    coming, experts = incoming_units(units, bundle), {s.name: unit for unit in units for s in unit.slots}
     fates = {}
     for file, shard in bundle.shards.items():
         new = coming.get(file, [])
-        fates[file] = fate_of(shard, source, quantizer, present, mark, only, new, experts, stay)
-    mine = part.of(list(fates))
+        fates[file] = shard_update(shard, source, quantizer, present, mark, only, new, experts, stay)
+    mine = part.select(list(fates))
     todo = [file for file in mine if not fates[file].done]
     for file in todo:
         check_samples(source, fates[file].shard)
-    return Plan(source, bundle, quantizer, fates, todo, jobs)
+    return RequantizePlan(source, bundle, quantizer, fates, todo, jobs)
 
 
-def arrivals(units: list[Unit], bundle: Checkpoint) -> dict[str, list[Unit]]:
+def incoming_units(units: list[ConversionUnit], bundle: Checkpoint) -> dict[str, list[ConversionUnit]]:
     """File → the experts, and stacks of them, that come to it though none of their tensors is in
     the bundle: they go where those lie that they are made instead of.
 
     The first stack goes into the first shard, where jang_tools looks for it.
     """
     tensors, files = bundle.tensors, list(bundle.shards)
-    coming: dict[str, list[Unit]] = {}
+    coming: dict[str, list[ConversionUnit]] = {}
     for number, unit in enumerate(units):
         if any(slot.name in tensors for slot in unit.slots):
             continue
@@ -126,17 +126,17 @@ def arrivals(units: list[Unit], bundle: Checkpoint) -> dict[str, list[Unit]]:
     return coming
 
 
-def fate_of(
+def shard_update(
     shard: Shard,
     source: Checkpoint,
     quantizer: Quantizer,
     present: frozenset[str],
     mark: dict[str, str],
     only: frozenset[str] | None,
-    coming: Iterable[Unit],
-    experts: Mapping[str, Unit],
+    coming: Iterable[ConversionUnit],
+    experts: Mapping[str, ConversionUnit],
     stay: bool,
-) -> Fate:
+) -> ShardUpdate:
     """The new layout of one shard. What is not `present` in the bundle, and wanted, comes right
     after the scales that it belongs to, or after the weight; the units that are `coming` last.
     experts: the units of all that are made, by the names of their tensors.
@@ -148,8 +148,8 @@ def fate_of(
     anew = only is None and (own or quantizer.form.as_source)
     slots, kinds, units = [], {}, {}
     for tensor in shard.tensors.values():
-        weight, what = _origin(tensor, source, only, anew)
-        new = [Slot(tensor.name, tensor.dtype, tensor.shape)]
+        weight, what = _source_weight(tensor, source, only, anew)
+        new = [TensorSpec(tensor.name, tensor.dtype, tensor.shape)]
         if what != "copy":
             new = []
             unit = experts.get(tensor.name) or units.get(weight.name)
@@ -167,19 +167,19 @@ def fate_of(
     metadata = shard.metadata | {"format": "mlx"} | mark
     if is_native(shard):
         slots = _in_order(slots, units, source)
-        metadata |= with_matrices(quantizer) if anew else {}
-    layout = Layout.of(slots, metadata, as_long(quantizer.form) if only is None else {})
+        metadata |= with_mlx_digest(quantizer) if anew else {}
+    layout = ShardLayout.of(slots, metadata, header_dtypes(quantizer.form) if only is None else {})
     wanted = sorted((slot.name, slot.dtype, slot.shape) for slot in layout.slots)
     found = sorted((t.name, t.dtype, t.shape) for t in shard.tensors.values())
     lost = stay and not mark.keys() & shard.metadata.keys()
-    ours = (was_made_by(shard, mark) or lost) and wanted == found
+    ours = (is_made_by(shard, mark) or lost) and wanted == found
     untouched = wanted == found and (
         not {"expert", "own"} & set(kinds.values()) or is_copy(shard, source, quantizer)
     )
-    return Fate(shard, layout, kinds, units, ours or untouched)
+    return ShardUpdate(shard, layout, kinds, units, ours or untouched)
 
 
-def _origin(
+def _source_weight(
     tensor: Tensor, source: Checkpoint, only: frozenset[str] | None, anew: bool
 ) -> tuple[Tensor | None, str]:
     """The source's weight that a tensor of the bundle comes from, and the tensor's kind."""
@@ -200,16 +200,16 @@ def _origin(
     return weight, "control" if control else "copy"
 
 
-def _unit(tensor: Tensor, weight: Tensor, source: Checkpoint, quantizer: Quantizer) -> Unit | None:
+def _unit(tensor: Tensor, weight: Tensor, source: Checkpoint, quantizer: Quantizer) -> ConversionUnit | None:
     """What becomes of the weight that a tensor holds; None when that lies under another name."""
     stacked = quantizer.form.stacked and weight.name.startswith("layers.")
     if parse_stack(tensor.name) or (parse_expert(tensor.name) and stacked):
         return None
     scale = source.tensors.get(weight.name.removesuffix(".weight") + ".scale")
-    return unit_of(weight, scale, quantizer.form)
+    return conversion_unit(weight, scale, quantizer.form)
 
 
-def _slots_of(tensor: Tensor, unit: Unit, present: frozenset[str]) -> list[Slot]:
+def _slots_of(tensor: Tensor, unit: ConversionUnit, present: frozenset[str]) -> list[TensorSpec]:
     """What one tensor of the bundle becomes: no tensor, the one of its name, new ones after it."""
     slots = [slot for slot in unit.slots if slot.name == tensor.name]
     scales = f"{unit.base}.scales"
@@ -224,11 +224,11 @@ def is_native(shard: Shard) -> bool:
     return "convert_layout" in shard.metadata
 
 
-def _in_order(slots: list[Slot], units: dict[str, Unit], source: Checkpoint) -> list[Slot]:
+def _in_order(slots: list[TensorSpec], units: dict[str, ConversionUnit], source: Checkpoint) -> list[TensorSpec]:
     """The slots in the order in which `convert` writes them, so that the bytes are the same."""
     parts = {part: i for i, part in enumerate(("weight", "scales", "biases", *labels.TURBO_PARTS))}
 
-    def place(slot: Slot) -> tuple[str, int, str, int]:
+    def place(slot: TensorSpec) -> tuple[str, int, str, int]:
         base, _, part = slot.name.rpartition(".")
         weight = source.tensors.get(f"{base}.weight" if part in parts else slot.name)
         if slot.name in units:
@@ -240,16 +240,16 @@ def _in_order(slots: list[Slot], units: dict[str, Unit], source: Checkpoint) -> 
     return sorted(slots, key=place)
 
 
-def new_shard(fate: Fate, source: Checkpoint, quantizer: Quantizer, ledger: Ledger) -> NewShard:
+def new_shard(fate: ShardUpdate, source: Checkpoint, quantizer: Quantizer, ledger: ErrorLog) -> NewShard:
     """How a shard will be written."""
-    pieces = functools.partial(pieces_of, fate, source, quantizer, ledger)
+    pieces = functools.partial(update_pieces, fate, source, quantizer, ledger)
     return NewShard(fate.shard.path, fate.layout.header, fate.size, pieces)
 
 
-def pieces_of(fate: Fate, source: Checkpoint, quantizer: Quantizer, ledger: Ledger) -> list[Piece]:
+def update_pieces(fate: ShardUpdate, source: Checkpoint, quantizer: Quantizer, ledger: ErrorLog) -> list[Piece]:
     """Where every byte of a new shard comes from: copies in file order, then from the source."""
     pieces: list[Piece] = []
-    made: dict[str, Unit] = {}
+    made: dict[str, ConversionUnit] = {}
     for slot in fate.layout.slots:
         if fate.kinds[slot.name] == "copy":
             tensor, place = fate.shard.tensors[slot.name], fate.layout.places[slot.name]
@@ -262,7 +262,7 @@ def pieces_of(fate: Fate, source: Checkpoint, quantizer: Quantizer, ledger: Ledg
     return pieces or [ConstantPiece(b"", fate.layout.size)]  # a shard is whole with its last piece
 
 
-def rewritten(plan: Plan) -> int:
+def rewritten(plan: RequantizePlan) -> int:
     """How many matrices of routed experts are made anew."""
     units = {
         fate.units[slot.name].weight.name: fate.units[slot.name].number
@@ -273,7 +273,7 @@ def rewritten(plan: Plan) -> int:
     return sum(units.values())
 
 
-def remove_leftovers(bundle: Path, files: list[str], part: Part) -> None:
+def remove_leftovers(bundle: Path, files: list[str], part: JobPart) -> None:
     """Remove what killed runs left: the temporaries of this part's shards, or all of them.
 
     So do shards that it had emptied, and not come to remove. Links and folders of such a name are
@@ -282,37 +282,37 @@ def remove_leftovers(bundle: Path, files: list[str], part: Part) -> None:
     if part.whole:
         leftovers = list(bundle.glob(f".*{TEMPORARY_SUFFIX}"))
         others = sorted({path.name for path in bundle.glob("*.safetensors")} - {*files, SIDECAR})
-        leftovers += [bundle / name for name in others if is_emptied(bundle, name)]
+        leftovers += [bundle / name for name in others if is_empty_shard(bundle, name)]
     else:
-        leftovers = [temporary_for(bundle / file) for file in part.of(files)]
+        leftovers = [temporary_for(bundle / file) for file in part.select(files)]
     for path in leftovers:
-        if inside.kind(bundle, path.name) == inside.FILE:
+        if inside.file_type(bundle, path.name) == inside.FILE:
             inside.remove(bundle, path.name)
 
 
-def is_emptied(bundle: Path, name: str) -> bool:
+def is_empty_shard(bundle: Path, name: str) -> bool:
     """True for a shard of ours without a tensor: all its experts lie in stacks."""
-    if inside.kind(bundle, name) != inside.FILE or (bundle / name).stat().st_size > 1 << 16:
+    if inside.file_type(bundle, name) != inside.FILE or (bundle / name).stat().st_size > 1 << 16:
         return False
-    with contextlib.suppress(Stop):
+    with contextlib.suppress(UserError):
         shard = read_shard(bundle / name)
         return not shard.tensors and "requantize_layout" in shard.metadata
     return False
 
 
-def carry_out(plan: Plan) -> Ledger:
+def write_updates(plan: RequantizePlan) -> ErrorLog:
     """Rewrite the plan's shards. Raises Stop when they do not fit on the disk."""
     todo = "free space on that volume, or use fewer --jobs"
-    check_room(plan.bundle.folder, sum(plan.extra_disk), "", todo)
-    ledger = Ledger()
+    check_free_space(plan.bundle.folder, sum(plan.extra_disk), "", todo)
+    ledger = ErrorLog()
     shards = [new_shard(fate, plan.source, plan.quantizer, ledger) for fate in plan.work]
     total = sum(shard.size - len(shard.header) for shard in shards)
     with tqdm(total=total, unit="B", unit_scale=True, desc="requantize", disable=None) as bar:
-        rewrite(shards, plan.jobs, bar.update)
+        write_shards(shards, plan.jobs, bar.update)
     return ledger
 
 
-def complete(plan: Plan) -> bool:
+def complete(plan: RequantizePlan) -> bool:
     """Rebuild the index, then the labels in config.json; True when either changed."""
     folder = plan.bundle.folder
     changed = write_index(folder, {file: fate.layout.slots for file, fate in plan.fates.items()})
@@ -322,12 +322,12 @@ def complete(plan: Plan) -> bool:
     form = plan.quantizer.form
     experts = {base: form.label(base) for base in expert_bases(plan.source)}
     config["quantization"] = labels.quantization(experts, slots)
-    config[labels.RECORD] = record_of(plan.quantizer)
+    config[labels.RECORD] = quantizer_record(plan.quantizer)
     native = any(map(is_native, plan.bundle.shards.values())) and (folder / JANG).is_file()
     turbo = labels.TURBO in (form.expert["mode"], config.get("weight_format"))
     if native or turbo:
-        config = configs.with_width(config, form.expert)
-        changed |= restamp(folder / JANG, plan)
+        config = configs.replace_width_fields(config, form.expert)
+        changed |= update_jang_config(folder / JANG, plan)
     changed |= write_sidecar(folder, plan)
     for file, fate in plan.fates.items():
         if not fate.layout.slots:  # all its experts lie in stacks now
@@ -337,14 +337,14 @@ def complete(plan: Plan) -> bool:
     return changed
 
 
-def restamp(path: Path, plan: Plan) -> bool:
+def update_jang_config(path: Path, plan: RequantizePlan) -> bool:
     """Write jang_config.json as the new form has it; True if it changed."""
     old = read_json(path) if path.is_file() else {}
-    new = configs.restamped(old, plan.source, plan.quantizer.form)
+    new = configs.updated_jang_config(old, plan.source, plan.quantizer.form)
     return old != new and write_json(path, new)
 
 
-def write_sidecar(folder: Path, plan: Plan) -> bool:
+def write_sidecar(folder: Path, plan: RequantizePlan) -> bool:
     """Signs and codebooks for runtimes that cannot make them; no such file in other forms.
 
     True if it changed. As jang_tools.build_jangtq_sidecar, 2.5.50, writes it.
@@ -356,18 +356,18 @@ def write_sidecar(folder: Path, plan: Plan) -> bool:
         return there
     bases = expert_bases(plan.source)
     columns = {2 * plan.source.tensors[f"{base}.weight"].shape[1] for base in bases}
-    return write_bytes(folder / SIDECAR, sidecar(columns), folder)
+    return write_bytes(folder / SIDECAR, sidecar_bytes(columns), folder)
 
 
-def sidecar(columns: Iterable[int]) -> bytes:
+def sidecar_bytes(columns: Iterable[int]) -> bytes:
     """jangtq_runtime.safetensors for rows of these lengths."""
     arrays = {f"signs.{n}.{turboquant.SEED}": turboquant.signs(n) for n in columns}
     arrays |= {f"codebook.{n}.{turboquant.BITS}": turboquant.codebook(n) for n in columns}
-    slots = [Slot(name, "F32", array.shape) for name, array in sorted(arrays.items())]
+    slots = [TensorSpec(name, "F32", array.shape) for name, array in sorted(arrays.items())]
     return b"".join([header_bytes(slots, {}), *(arrays[slot.name].tobytes() for slot in slots)])
 
 
-def write_index(folder: Path, shards: Mapping[str, Iterable[Slot | Tensor]]) -> bool:
+def write_index(folder: Path, shards: Mapping[str, Iterable[TensorSpec | Tensor]]) -> bool:
     """Write the index of these shards' tensors; what else stands in it stays. True if it changed.
 
     Raises Stop when an index is there that is no JSON object.
@@ -381,19 +381,19 @@ def write_index(folder: Path, shards: Mapping[str, Iterable[Slot | Tensor]]) -> 
     return write_json(folder / INDEX, index)
 
 
-def record_of(quantizer: Quantizer) -> dict[str, str]:
+def quantizer_record(quantizer: Quantizer) -> dict[str, str]:
     """What config.json says of the quantizer that made the routed experts."""
     return {"quantizer": quantizer.name, "table": quantizer.digest}
 
 
-def describe(plan: Plan) -> str:
+def describe_plan(plan: RequantizePlan) -> str:
     """The plan for a reader: shards, tensors by kind, bytes, disk, an estimate of the time."""
     kinds = dict.fromkeys(("expert", "control", "head", "own", "copy"), 0)
     for fate in plan.work:
         for what in fate.kinds.values():
             kinds[what] += 1
     growth, at_once = plan.extra_disk
-    shards = [new_shard(fate, plan.source, plan.quantizer, Ledger()) for fate in plan.work]
+    shards = [new_shard(fate, plan.source, plan.quantizer, ErrorLog()) for fate in plan.work]
     written = sum(shard.size for shard in shards)
     read = sum(piece.nbytes_read for shard in shards for piece in shard.pieces())
     lines = [
@@ -401,18 +401,18 @@ def describe(plan: Plan) -> str:
         f"tensors: {kinds['expert']:,} parts of routed experts from FP4, "
         f"{kinds['control']:,} controls to F32, {kinds['head']:,} head as in the source, "
         f"{kinds['own']:,} others from the source, {kinds['copy']:,} copied",
-        f"read: {human(read)}; written: {human(written)}",
-        f"extra disk: {human(growth)} for good, {human(at_once)} while it runs",
-        estimate(shards, written, plan.jobs),
+        f"read: {format_bytes(read)}; written: {format_bytes(written)}",
+        f"extra disk: {format_bytes(growth)} for good, {format_bytes(at_once)} while it runs",
+        estimate_seconds(shards, written, plan.jobs),
     ]
     return "\n".join(lines)
 
 
-def summarize(plan: Plan, ledger: Ledger, seconds: float) -> str:
+def summary_line(plan: RequantizePlan, ledger: ErrorLog, seconds: float) -> str:
     """One line: tensors, bytes, seconds, rate, and the errors as the table knows them."""
     written = sum(fate.size for fate in plan.work)
     line = (
-        f"{len(ledger.tallies):,} tensors, {len(plan.todo):,} shards, {human(written)} in "
+        f"{len(ledger.tallies):,} tensors, {len(plan.todo):,} shards, {format_bytes(written)} in "
         f"{seconds:.1f} s ({written / seconds / 1e9:.2f} GB/s)"
     )
-    return line + errors_in_words(ledger)
+    return line + describe_errors(ledger)

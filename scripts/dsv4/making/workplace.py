@@ -14,29 +14,29 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dsv4.runtime import upstream
-from dsv4.stop import Stop
+from dsv4.stop import UserError
 from dsv4.storage import inside, locks
 from dsv4.storage.durable import TEMPORARY_SUFFIX, fsync_folder
-from dsv4.storage.junk import is_junk
-from dsv4.storage.space import MARK, check_own, workplace_of
-from dsv4.words import shown
+from dsv4.storage.junk import is_system_file
+from dsv4.storage.space import MARK, check_not_volume_root, staging_folder
+from dsv4.words import short_repr
 
 UPSTREAMS = re.compile(r"model-\d{5}-of-XXXXX\.safetensors")  # its shards until it counts them
 
 
 @contextlib.contextmanager
-def workplace(bundle: Path, part: tuple[int, int, str] | None = None) -> Iterator[Path]:
+def staging(bundle: Path, part: tuple[int, int, str] | None = None) -> Iterator[Path]:
     """The bundle's workplace, made and locked; for a `part`, together with the others.
 
     Raises Stop when another run has it, and when a link or somebody's folder lies in its place.
     """
-    check_own(bundle)
+    check_not_volume_root(bundle)
     bundle.parent.mkdir(parents=True, exist_ok=True)
-    folder = workplace_of(bundle)
-    check_ours(folder)
+    folder = staging_folder(bundle)
+    check_own_folder(folder)
     folder.mkdir(exist_ok=True)
     try:
-        with locks.held(folder, part):
+        with locks.locked(folder, part):
             yield folder
     finally:
         with contextlib.suppress(OSError):  # it is gone, or has work to go on with; so have parts
@@ -45,36 +45,36 @@ def workplace(bundle: Path, part: tuple[int, int, str] | None = None) -> Iterato
             folder.rmdir()
 
 
-def check_ours(folder: Path) -> None:
+def check_own_folder(folder: Path) -> None:
     """Raise Stop for a link, a file, or a folder that no converter left, in a workplace's place."""
-    kind = inside.expect(folder.parent, folder.name, inside.DIRECTORY, inside.NOTHING)
-    if kind == inside.NOTHING or inside.kind(folder, MARK) == inside.FILE:
+    kind = inside.expect_type(folder.parent, folder.name, inside.DIRECTORY, inside.NOTHING)
+    if kind == inside.NOTHING or inside.file_type(folder, MARK) == inside.FILE:
         return
-    strangers = sorted(p.name for p in folder.iterdir() if not is_recognised(folder, p.name))
+    strangers = sorted(p.name for p in folder.iterdir() if not is_converter_file(folder, p.name))
     if strangers:
-        raise Stop(
-            f"{folder}", f"{shown(strangers[0])} in a folder that no convert left",
+        raise UserError(
+            f"{folder}", f"{short_repr(strangers[0])} in a folder that no convert left",
             "no folder, or a killed run's", "move it away: bundles are made under that name",
         )  # fmt: skip
 
 
-def is_recognised(folder: Path, name: str) -> bool:
+def is_converter_file(folder: Path, name: str) -> bool:
     """True for a plain file that nobody but a converter makes."""
-    if inside.kind(folder, name) != inside.FILE:
+    if inside.file_type(folder, name) != inside.FILE:
         return False
     temporary = name.startswith(".") and name.endswith(TEMPORARY_SUFFIX)
-    if temporary or is_junk(name) or locks.is_lock(name) or UPSTREAMS.fullmatch(name):
+    if temporary or is_system_file(name) or locks.is_lock(name) or UPSTREAMS.fullmatch(name):
         return True
     return name.endswith(".safetensors") and upstream.is_native(folder / name)
 
 
-def claim(folder: Path) -> None:
+def mark(folder: Path) -> None:
     """Mark the workplace as ours, before the first byte of a bundle is written into it."""
-    os.close(inside.open_own(folder, MARK, os.O_RDWR))
+    os.close(inside.open_regular(folder, MARK, os.O_RDWR))
     fsync_folder(folder)
 
 
-def publish(folder: Path, bundle: Path) -> None:
+def move_into_place(folder: Path, bundle: Path) -> None:
     """Give the finished workplace the bundle's name; then it is marked no more."""
     locks.lock_for(folder).unlink()
     fsync_folder(folder)
@@ -85,5 +85,5 @@ def publish(folder: Path, bundle: Path) -> None:
 
 def unmark(bundle: Path) -> None:
     """Remove the mark of a workplace from what became a bundle; a killed run may have left it."""
-    if inside.kind(bundle, MARK) == inside.FILE and not (bundle / MARK).stat().st_size:
+    if inside.file_type(bundle, MARK) == inside.FILE and not (bundle / MARK).stat().st_size:
         inside.remove(bundle, MARK)

@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.making import metadata
-from dsv4.making.requantization import record_of
-from dsv4.making.tokenizer_files import REQUIRED, copy, wanted
+from dsv4.making.requantization import quantizer_record
+from dsv4.making.tokenizer_files import REQUIRED, copy_files, required_files
 from dsv4.mending import others
-from dsv4.mending.job import NEEDS_SOURCE, Repair, faults, is_broken, set_aside, write_index
-from dsv4.mending.whole import files_of_experts, forms, open_whole, wrong_experts
+from dsv4.mending.job import NEEDS_SOURCE, RepairContext, level1_findings, is_broken, set_aside, write_index
+from dsv4.mending.whole import files_of_experts, expert_formats, open_by_shards, wrong_experts
 from dsv4.model import defaults, labels
 from dsv4.model.names import GROUP
-from dsv4.model.template import CHAT_TEMPLATE, ENCODING, release_of, template_for
+from dsv4.model.template import CHAT_TEMPLATE, ENCODING, encoding_release, template_for
 from dsv4.proof import conversation, turbo_files
 from dsv4.proof.documents import group_size
 from dsv4.proof.findings import Findings
-from dsv4.stop import Stop
+from dsv4.stop import UserError
 from dsv4.storage import bounds, inside
 from dsv4.storage.checkpoint import INDEX, Checkpoint, read_json
 from dsv4.storage.durable import write_bytes, write_json
@@ -55,34 +55,34 @@ FILES = {
 }
 
 
-def mend_index(repair: Repair) -> None:
+def mend_index(repair: RepairContext) -> None:
     """The index names what the shards hold. What it calls missing is another checkpoint's: the
     bundle's own shards are there, or no step had begun."""
-    found = faults(repair).names
+    found = level1_findings(repair).names
     named = [n for n in sorted(found) if n.startswith("index-") or n == "shard-missing"]
     if named and repair.say(", ".join(named), f"rebuilt: {INDEX}"):
         repair.backup.keep([INDEX])
         write_index(repair)
 
 
-def mend_files(repair: Repair) -> None:
+def mend_files(repair: RepairContext) -> None:
     """Tokenizer and encoding files that are missing, empty or broken: from source or reference."""
-    named = sorted(faults(repair).names & set(FILES))
+    named = sorted(level1_findings(repair).names & set(FILES))
     if not named:
         return
     origin = repair.args.reference or repair.args.source
     if origin is None:
-        raise Stop(f"{repair.bundle}", ", ".join(named), "tokenizer and encoding files",
+        raise UserError(f"{repair.bundle}", ", ".join(named), "tokenizer and encoding files",
                    f"{NEEDS_SOURCE}, or a bundle that has them: REFERENCE=…")  # fmt: skip
     bad = {n for n in REQUIRED if n.endswith(".json") and is_broken(repair.bundle, n)}
     bad |= {FILES[name] for name in named}
     bad |= {conversation.SPECIAL} if "special-token-wrong" in named else set()
-    names = [n for n in wanted(origin) if n in bad or size_of(repair.bundle / n) == 0]
-    stale = {conversation.SPECIAL} & bad - set(wanted(origin))  # the source does without it
+    names = [n for n in required_files(origin) if n in bad or size_of(repair.bundle / n) == 0]
+    stale = {conversation.SPECIAL} & bad - set(required_files(origin))  # the source does without it
     done = f"copied from {origin}: {', '.join(names)}" if names else "moved away"
     if repair.say(", ".join(named), done):
         repair.backup.keep([*names, *sorted(stale)])
-        copy(origin, repair.bundle, names)
+        copy_files(origin, repair.bundle, names)
         for name in stale:
             inside.remove(repair.bundle, name)
 
@@ -92,19 +92,19 @@ def size_of(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def mend_metadata(repair: Repair) -> None:
+def mend_metadata(repair: RepairContext) -> None:
     """Labels, stop tokens, template, group size: each JSON file in which a fault lies."""
-    found = faults(repair)
+    found = level1_findings(repair)
     files = {f for name in found.names for start, of in METADATA.items() if name.startswith(start)
              for f in of}  # fmt: skip
-    bundle = open_whole(repair.bundle)
+    bundle = open_by_shards(repair.bundle)
     makers = {
-        "config.json": lambda: config(repair, bundle),
+        "config.json": lambda: relabelled_config(repair, bundle),
         "generation_config.json": lambda: metadata.generation_config(repair.bundle),
         "tokenizer_config.json": lambda: tokenizer_config(repair, found),
         "jang_config.json": lambda: jang_config(repair, found),
     }
-    if repair.experts or recorded(bundle) != bundle.config.get(labels.RECORD):
+    if repair.experts or recorded_quantizer(bundle) != bundle.config.get(labels.RECORD):
         files.add("config.json")
     if any(name.startswith("chat-template") for name in found.names):
         repair.attempt(mend_template)
@@ -112,30 +112,30 @@ def mend_metadata(repair: Repair) -> None:
         repair.attempt(mend_document, name, makers[name])
 
 
-def mend_template(repair: Repair) -> None:
+def mend_template(repair: RepairContext) -> None:
     """Write chat_template.jinja as it is to go with tokenizer_config.json, if that changes it."""
     name = CHAT_TEMPLATE
     path = repair.bundle / name
-    text = template(repair).encode()
-    same = path.is_file() and bounds.read(path) == text
+    text = right_template(repair).encode()
+    same = path.is_file() and bounds.read_bounded(path) == text
     if not same and repair.say(f"{name}: another template than runtimes need", "written"):
         repair.backup.keep([name])
         write_bytes(path, text)
 
 
-def template(repair: Repair) -> str:
+def right_template(repair: RepairContext) -> str:
     """The text for both places: one that is there and right, else this recipe's."""
     folder = repair.bundle
     encoding = folder / ENCODING
-    release = (release_of(bounds.read(encoding)) if encoding.is_file() else None) or ""
+    release = (encoding_release(bounds.read_bounded(encoding)) if encoding.is_file() else None) or ""
     in_config = read_json(folder / "tokenizer_config.json").get("chat_template")
     for text in (metadata.template_file(folder), in_config):
-        if isinstance(text, str) and text and not conversation.judge(text, release):
+        if isinstance(text, str) and text and not conversation.judge_template(text, release):
             return text
     return template_for(folder)
 
 
-def mend_document(repair: Repair, name: str, make: Callable[[], dict[str, Any]]) -> None:
+def mend_document(repair: RepairContext, name: str, make: Callable[[], dict[str, Any]]) -> None:
     """Write one JSON file, if that changes it."""
     if not repair.args.dry_run:
         set_aside(repair, [name])
@@ -145,28 +145,28 @@ def mend_document(repair: Repair, name: str, make: Callable[[], dict[str, Any]])
     source = repair.source.folder if repair.source is not None else None
     content = metadata.cleaned(repair.bundle, source, name, make())
     metadata.check_json(name, content)
-    changes = metadata.differences(repair.bundle, {name: content})
+    changes = metadata.changed_keys(repair.bundle, {name: content})
     keys = [change.removeprefix(f"{name}: ") for change in changes]
     if changes and repair.say(f"{name}: other {', '.join(keys)} than runtimes need", "set"):
         repair.backup.keep([name])
         write_json(repair.bundle / name, content)
 
 
-def config(repair: Repair, bundle: Checkpoint) -> dict[str, Any]:
+def relabelled_config(repair: RepairContext, bundle: Checkpoint) -> dict[str, Any]:
     """config.json with labels as the experts lie there, or as they were if some are wrong still."""
     experts = repair.experts
-    if experts is None and others.keeps_experts(others.surveyed(bundle)):
-        return others.config(repair)
+    if experts is None and others.keeps_experts(others.scan_bundle(bundle)):
+        return others.patched_config(repair)
     if experts is None and not wrong_experts(bundle):
-        experts = forms(bundle)
+        experts = expert_formats(bundle)
         experts = experts if labels.in_stacks(experts) else None
-    content = metadata.config(bundle, experts)
+    content = metadata.patched_config(bundle, experts)
     copied = experts and all(one == labels.MXFP4 for one in experts.values())
-    record = recorded(bundle) or (record_of(QUANTIZERS["mxfp4"]()) if copied else None)
+    record = recorded_quantizer(bundle) or (quantizer_record(QUANTIZERS["mxfp4"]()) if copied else None)
     return {**content, labels.RECORD: record} if record else content
 
 
-def recorded(bundle: Checkpoint) -> dict[str, str] | None:
+def recorded_quantizer(bundle: Checkpoint) -> dict[str, str] | None:
     """config.json's record of the quantizer: as the shards' marks have it, else its own."""
     keys = ("requantize_quantizer", "requantize_table")
     marks = {
@@ -178,21 +178,21 @@ def recorded(bundle: Checkpoint) -> dict[str, str] | None:
     return bundle.config.get(labels.RECORD)
 
 
-def tokenizer_config(repair: Repair, found: Findings) -> dict[str, Any]:
+def tokenizer_config(repair: RepairContext, found: Findings) -> dict[str, Any]:
     """tokenizer_config.json with this recipe's template where the file's own is wrong."""
     content = metadata.tokenizer_config(repair.bundle)
     if any(name.startswith("chat-template") for name in found.names):
-        content["chat_template"] = template(repair)
+        content["chat_template"] = right_template(repair)
     return content
 
 
-def jang_config(repair: Repair, found: Findings) -> dict[str, Any]:
+def jang_config(repair: RepairContext, found: Findings) -> dict[str, Any]:
     """jang_config.json; what it says of its source stays, and so do groups that are right."""
     path = repair.bundle / "jang_config.json"
     own = read_json(path) if path.is_file() else {}
     kept = {key: own[key] for key in ("source_model", "source") if key in own}
     content = metadata.jang_config(repair.bundle, repair.args.source) | kept
-    bundle = others.surveyed(open_whole(repair.bundle))
+    bundle = others.scan_bundle(open_by_shards(repair.bundle))
     quantized = own.get("quantization")
     if "jang-config-group-size" in found:
         content["quantization"]["group_size"] = group_size(bundle) or GROUP
@@ -200,4 +200,4 @@ def jang_config(repair: Repair, found: Findings) -> dict[str, Any]:
         content["quantization"] = quantized
     else:
         del content["quantization"]
-    return content | turbo_files.corrections(content, bundle)
+    return content | turbo_files.wrong_keys(content, bundle)

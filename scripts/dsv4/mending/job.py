@@ -10,21 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.making import requantization
-from dsv4.mending.whole import open_whole
+from dsv4.mending.whole import open_by_shards
 from dsv4.proof import level1
 from dsv4.proof.findings import Findings
-from dsv4.proof.survey import survey
-from dsv4.stop import Stop
+from dsv4.proof.survey import scan
+from dsv4.stop import UserError
 from dsv4.storage import inside
 from dsv4.storage.backup import Backup
 from dsv4.storage.checkpoint import INDEX, Checkpoint, read_json
-from dsv4.words import LINE, plain, say
+from dsv4.words import LINE, escape_line, print_escaped
 
 NEEDS_SOURCE = "name the FP4/FP8 source: make repair SOURCE=…"
 
 
 @dataclass
-class Repair:
+class RepairContext:
     """One run: the arguments, the source, the originals, and what could not be mended.
 
     experts: the labels of the experts that the shards step leaves, by storage name, when they are
@@ -42,38 +42,38 @@ class Repair:
     def bundle(self) -> Path:
         return self.args.bundle
 
-    def say(self, found: str, done: str) -> bool:
+    def report(self, found: str, done: str) -> bool:
         """Report one step; True when it is to be taken, False in a dry run."""
         self.steps += 1
         would = "would be " if self.args.dry_run else ""
-        say(f"{plain(found, LINE)}; {would}{plain(done, LINE)}")
+        print_escaped(f"{escape_line(found, LINE)}; {would}{escape_line(done, LINE)}")
         return not self.args.dry_run
 
     def attempt(self, step: Callable[..., None], *arguments: object) -> None:
         """Take a step; what stops it is left, and the next steps are taken all the same."""
         try:
             step(self, *arguments)
-        except Stop as stop:
+        except UserError as stop:
             self.left.append(f"{stop}")
 
 
-def faults(repair: Repair) -> Findings:
+def level1_findings(repair: RepairContext) -> Findings:
     """What level 1 finds in the bundle as it lies there now, without the toolchain."""
     findings = Findings()
-    bundle = survey(repair.bundle, findings)
+    bundle = scan(repair.bundle, findings)
     if bundle is not None:
         level1.check_headers(bundle, repair.source, findings)
     return findings
 
 
-def write_index(repair: Repair) -> None:
+def write_index(repair: RepairContext) -> None:
     """The index of what the shards hold now; one that is no JSON object is written anew."""
     set_aside(repair, [INDEX])
-    shards = open_whole(repair.bundle).shards
+    shards = open_by_shards(repair.bundle).shards
     requantization.write_index(repair.bundle, {f: s.tensors.values() for f, s in shards.items()})
 
 
-def set_aside(repair: Repair, names: list[str]) -> None:
+def set_aside(repair: RepairContext, names: list[str]) -> None:
     """Remove those of the files that are no JSON object, after their originals are kept."""
     for name in filter(functools.partial(is_broken, repair.bundle), names):
         repair.backup.keep([name])
@@ -85,6 +85,6 @@ def is_broken(folder: Path, name: str) -> bool:
     try:
         if (folder / name).is_file():
             read_json(folder / name)
-    except Stop:
+    except UserError:
         return True
     return False

@@ -13,38 +13,38 @@ from collections.abc import Iterator
 from typing import Any
 
 from dsv4.making import metadata
-from dsv4.mending.job import NEEDS_SOURCE, Repair
-from dsv4.mending.whole import open_whole, wrong_experts
-from dsv4.model.labels import DEFAULT, MXFP8, SOURCE, TURBO, in_turbo
+from dsv4.mending.job import NEEDS_SOURCE, RepairContext
+from dsv4.mending.whole import open_by_shards, wrong_experts
+from dsv4.model.labels import DEFAULT, MXFP8, SOURCE, TURBO, has_turboquant
 from dsv4.model.layouts import STORAGE
 from dsv4.model.names import is_control, parse_expert
 from dsv4.model.view import View
 from dsv4.proof import turbo_files
 from dsv4.proof.documents import LABEL, is_plain, labels_in_use
 from dsv4.proof.headers import label_at
-from dsv4.proof.survey import Survey
-from dsv4.stop import Stop
+from dsv4.proof.survey import Scan
+from dsv4.stop import UserError
 from dsv4.storage.checkpoint import Checkpoint
-from dsv4.storage.reading import Reader
-from dsv4.storage.shard import Planned, Tensor, write_shard
+from dsv4.storage.reading import TensorReader
+from dsv4.storage.shard import PendingTensor, Tensor, write_shard
 
 PIECE = 8 << 20
 
 
-def surveyed(bundle: Checkpoint) -> Survey:
+def scan_bundle(bundle: Checkpoint) -> Scan:
     """A bundle opened by its shards, as the proof sees it."""
-    return Survey(bundle, {}, {})
+    return Scan(bundle, {}, {})
 
 
-def keeps_experts(bundle: Survey) -> bool:
+def keeps_experts(bundle: Scan) -> bool:
     """True for what requantize knows nothing of: other names than storage names, TurboQuant, and
     somebody else's groups or widths, where headers prove no expert wrong."""
-    if bundle.layout is not STORAGE or in_turbo(bundle.tensors):
+    if bundle.layout is not STORAGE or has_turboquant(bundle.tensors):
         return True
     return not (bundle.is_ours or is_uniform(bundle) or wrong_experts(bundle.checkpoint))
 
 
-def is_uniform(bundle: Survey) -> bool:
+def is_uniform(bundle: Scan) -> bool:
     """True when the labels that this recipe writes can say how every module is stored."""
     bases = {n.rpartition(".")[0] for n in bundle.tensors if n.endswith(".scales")}
     kinds = [(parse_expert(f"{base}.weight"), label_at(bundle, base)) for base in bases]
@@ -54,43 +54,43 @@ def is_uniform(bundle: Survey) -> bool:
     )
 
 
-def mend_controls(repair: Repair, bundle: Survey) -> None:
+def mend_controls(repair: RepairContext, bundle: Scan) -> None:
     """Rewrite the shards that hold rounded controls. Raises Stop without a source that has them."""
     rounded = [n for n, t in bundle.tensors.items() if is_control(n) and t.dtype != "F32"]
     if not rounded:
         return
     named = f"{len(rounded):,} controls not in F32 (controls-rounded)"
     if repair.source is None:
-        raise Stop(f"{repair.bundle}", named, "F32 controls of the source", NEEDS_SOURCE)
-    odd = [n for n in rounded if not fits(repair.source.tensors.get(n), bundle.tensors[n])]
+        raise UserError(f"{repair.bundle}", named, "F32 controls of the source", NEEDS_SOURCE)
+    odd = [n for n in rounded if not same_shape(repair.source.tensors.get(n), bundle.tensors[n])]
     if odd:
-        raise Stop(f"{repair.bundle}: {odd[0]}", "another shape than the source's", "the source's",
+        raise UserError(f"{repair.bundle}: {odd[0]}", "another shape than the source's", "the source's",
                    "check SOURCE and BUNDLE")  # fmt: skip
     files = sorted({bundle.tensors[name].path.name for name in rounded})
     if repair.say(named, f"made F32 again from the source: {len(files)} shards"):
         origins = {bundle.view.disk(name): repair.source.tensors[name] for name in rounded}
         repair.backup.keep(files)
         for file in files:
-            rewrite(bundle.view, file, origins)
+            rewrite_shard(bundle.view, file, origins)
 
 
-def fits(origin: Tensor | None, rounded: Tensor) -> bool:
+def same_shape(origin: Tensor | None, rounded: Tensor) -> bool:
     return origin is not None and origin.dtype == "F32" and origin.shape == rounded.shape
 
 
-def rewrite(view: View, file: str, origins: dict[str, Tensor]) -> None:
+def rewrite_shard(view: View, file: str, origins: dict[str, Tensor]) -> None:
     """One shard anew, with the tensors that `origins` names from there."""
     shard = view.shards[file]
     planned = []
     for name, tensor in shard.tensors.items():
         origin = origins.get(name, tensor)
-        planned.append(Planned(name, origin.dtype, tensor.shape, lambda of=origin: pieces(of)))
+        planned.append(PendingTensor(name, origin.dtype, tensor.shape, lambda of=origin: copy_tensor(of)))
     write_shard(shard.path, planned, shard.metadata)
 
 
-def pieces(tensor: Tensor) -> Iterator[bytes]:
+def copy_tensor(tensor: Tensor) -> Iterator[bytes]:
     """A tensor's bytes, some at a time."""
-    reader = Reader()
+    reader = TensorReader()
     try:
         for first in range(0, tensor.nbytes, PIECE):
             yield reader.read(tensor, first, min(PIECE, tensor.nbytes - first)).tobytes()
@@ -98,19 +98,19 @@ def pieces(tensor: Tensor) -> Iterator[bytes]:
         reader.close()
 
 
-def config(repair: Repair) -> dict[str, Any]:
+def patched_config(repair: RepairContext) -> dict[str, Any]:
     """config.json with the stop tokens, and labels as the tensors are."""
-    bundle = surveyed(open_whole(repair.bundle))
-    content = metadata.config(bundle.checkpoint, None)
-    content |= turbo_files.corrections(content, bundle)
+    bundle = scan_bundle(open_by_shards(repair.bundle))
+    content = metadata.patched_config(bundle.checkpoint, None)
+    content |= turbo_files.wrong_keys(content, bundle)
     if any(name.endswith(".scales") for name in bundle.tensors):
-        content["quantization"] = relabelled(bundle)
+        content["quantization"] = corrected_labels(bundle)
         if "quantization_config" in content:
             content["quantization_config"] = copy.deepcopy(content["quantization"])
     return content
 
 
-def relabelled(bundle: Survey) -> dict[str, Any]:
+def corrected_labels(bundle: Scan) -> dict[str, Any]:
     """The labels of config.json, those mended that are not what the tensors are."""
     old = bundle.config.get("quantization")
     labels = dict(copy.deepcopy(old)) if isinstance(old, dict) else {}

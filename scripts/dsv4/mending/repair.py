@@ -5,25 +5,25 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dsv4.making.part import Part
+from dsv4.making.part import JobPart
 from dsv4.making.requantization import remove_leftovers
 from dsv4.mending.documents import mend_files, mend_index, mend_metadata
-from dsv4.mending.folder import config_fault, list_junk, mend_config, mend_sidecar, mend_strangers
-from dsv4.mending.job import Repair
+from dsv4.mending.folder import config_fault, list_system_files, mend_config, mend_sidecar, mend_strangers
+from dsv4.mending.job import RepairContext
 from dsv4.mending.shards import mend_shards
 from dsv4.proof import examination
 from dsv4.storage import inside, locks
 from dsv4.storage.backup import FOLDER, Backup
-from dsv4.storage.durable import human
-from dsv4.words import say
+from dsv4.storage.durable import format_bytes
+from dsv4.words import print_escaped
 
 # Of the toolchain, not of the bundle: named, but nothing that is left to repair.
 TOOLCHAIN = {"loader-unpatched", "loader-unknown", "loader-not-checked"}
 
 
-def mend(repair: Repair) -> None:
+def repair_bundle(repair: RepairContext) -> None:
     """All steps, in the order in which one needs the other."""
-    list_junk(repair.bundle)
+    list_system_files(repair.bundle)
     repair.attempt(mend_config)
     if config_fault(repair):
         print("what else is to be done shows when config.json can be used")
@@ -36,17 +36,17 @@ def mend(repair: Repair) -> None:
     names = repair.backup.originals
     if names:
         print(f"originals of {len(names)} files in {repair.backup.folder}, which take "
-              f"{human(repair.backup.nbytes)}: make unrepair puts them back")  # fmt: skip
+              f"{format_bytes(repair.backup.nbytes)}: make unrepair puts them back")  # fmt: skip
 
 
-def undo(bundle: Path) -> int:
+def undo_repair(bundle: Path) -> int:
     """Put every original back."""
-    if inside.kind(bundle, FOLDER) == inside.NOTHING:
+    if inside.file_type(bundle, FOLDER) == inside.NOTHING:
         print(f"{bundle}: not repaired, nothing to undo")
         return 0
-    with locks.held(bundle):
+    with locks.locked(bundle):
         backup = Backup(bundle)
-        remove_leftovers(bundle, [], Part())
+        remove_leftovers(bundle, [], JobPart())
         back, removed = backup.undo()
     if backup.folder.exists():
         print(f"left alone: {backup.folder}, which holds what repair did not put there")
@@ -54,11 +54,11 @@ def undo(bundle: Path) -> int:
     return 0
 
 
-def judge(repair: Repair) -> list[str]:
+def print_remaining(repair: RepairContext) -> list[str]:
     """verify's level 1 on the result, printed; the names of what is still wrong with the bundle."""
     args = argparse.Namespace(**vars(repair.args), level=1)
-    done = examination.examine(args)
-    say(examination.describe(args, done))
+    done = examination.verify(args)
+    print_escaped(examination.describe_checks(args, done))
     examination.print_findings(done.findings)
     names = [f.name for f in done.findings.errors if f.name not in TOOLCHAIN]
     return names if done.first else names or ["nothing-checked"]

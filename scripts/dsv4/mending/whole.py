@@ -11,13 +11,13 @@ from dsv4.model.labels import stored_label
 from dsv4.model.names import columns_of, is_control, is_expert, parse_expert, stack_base
 from dsv4.model.opening import expert_bases, read_config
 from dsv4.proof.findings import Findings
-from dsv4.proof.headers import check_triple, labelled
-from dsv4.stop import Stop
+from dsv4.proof.headers import check_triple, config_label
+from dsv4.stop import UserError
 from dsv4.storage.checkpoint import INDEX, SIDECAR, Checkpoint, read_index
 from dsv4.storage.shard import Tensor, read_shard
 
 
-def open_whole(folder: Path) -> Checkpoint:
+def open_by_shards(folder: Path) -> Checkpoint:
     """The bundle with an index made of its shards, whatever the one on disk says.
 
     Raises Stop for an unreadable config.json, a missing or broken shard, a tensor in two of them.
@@ -32,13 +32,13 @@ def open_with(folder: Path, config: dict[str, Any]) -> Checkpoint:
     for file, shard in shards.items():
         for name in shard.tensors:
             if name in weight_map:
-                raise Stop(f"{folder}: {name}", f"it in {weight_map[name]} and {file}", "one shard",
+                raise UserError(f"{folder}: {name}", f"it in {weight_map[name]} and {file}", "one shard",
                            "fetch or convert it again")  # fmt: skip
             weight_map[name] = file
     return Checkpoint(folder, config, weight_map, shards)
 
 
-def on_disk(folder: Path) -> set[str]:
+def shard_paths(folder: Path) -> set[str]:
     """What has a shard's name in a bundle; hidden files are no shards, a folder may be one's."""
     return {path.name for path in folder.glob("*.safetensors") if path.name[0] != "."}
 
@@ -50,28 +50,28 @@ def shard_files(folder: Path) -> list[str]:
     An index can be another checkpoint's: mlx-vlm's convert leaves the source's (mlx-vlm#624).
     Raises Stop when no set is whole.
     """
-    there = {file for file in on_disk(folder) - {SIDECAR} if (folder / file).is_file()}
-    sets = {set_of(file) for file in there}
+    there = {file for file in shard_paths(folder) - {SIDECAR} if (folder / file).is_file()}
+    sets = {parse_set_name(file) for file in there}
     try:
         named = set(read_index(folder).values())
-    except Stop:
+    except UserError:
         named = set()
-    of = set(map(set_of, named))
-    files = named | {file for file in there if set_of(file) in of}
+    of = set(map(parse_set_name, named))
+    files = named | {file for file in there if parse_set_name(file) in of}
     if not named and len(sets) == 1:
-        files = set(whole_set(*sets))
+        files = set(set_names(*sets))
     missing = sorted(files - there)
     if files and not missing:
         return sorted(files)
-    models = [whole_set(one) for one in sorted(sets) if int(one[1] or 1) <= len(there)]
+    models = [set_names(one) for one in sorted(sets) if int(one[1] or 1) <= len(there)]
     names = [model_of(folder, whole) if there.issuperset(whole) else set() for whole in models]
     most = max(names, key=len, default=set())
     if most and all(one < most for one in names if one is not most):  # one shard may look like one
         return sorted(models[names.index(most)])
     if not files:
-        raise Stop(f"{folder}", f"no index, and {len(sets)} sets of shards", "one set",
+        raise UserError(f"{folder}", f"no index, and {len(sets)} sets of shards", "one set",
                    f"fetch {INDEX} again")  # fmt: skip
-    raise Stop(f"{folder}", f"{len(missing)} of {len(files)} shards missing, first "
+    raise UserError(f"{folder}", f"{len(missing)} of {len(files)} shards missing, first "
                f"{missing[0]}", "all of them", "fetch it again, then make repair")  # fmt: skip
 
 
@@ -80,7 +80,7 @@ def model_of(folder: Path, files: list[str]) -> set[str]:
     embedding, and all experts of as many layers as they name; else nothing."""
     try:
         tensors = {n: t for file in files for n, t in read_shard(folder / file).tensors.items()}
-    except Stop:
+    except UserError:
         return set()
     parsed = [one[:4] for name in tensors if (one := parse_expert(name)) and one[4] == "weight"]
     main = {one[1:] for one in parsed if one[0] == "layers"}
@@ -90,13 +90,13 @@ def model_of(folder: Path, files: list[str]) -> set[str]:
     return set(tensors) if whole and packed else set()
 
 
-def set_of(file: str) -> tuple[str, str]:
+def parse_set_name(file: str) -> tuple[str, str]:
     """The set that a shard's own name calls for: (NAME, N) of NAME-k-of-N; else (file, "")."""
     numbered = re.fullmatch(r"(.+)-[0-9]{5}-of-([0-9]{5})\.safetensors", file)
     return (numbered[1], numbered[2]) if numbered else (file, "")
 
 
-def whole_set(of: tuple[str, str]) -> list[str]:
+def set_names(of: tuple[str, str]) -> list[str]:
     """The names of a whole set: NAME-00001-of-N to NAME-N-of-N."""
     name, n = of
     return [f"{name}-{k:05d}-of-{n}.safetensors" for k in range(1, int(n) + 1)] if n else [name]
@@ -123,7 +123,7 @@ def wrong_experts(bundle: Checkpoint) -> dict[str, str]:
         findings, has = Findings(), parts_of(bundle, base)
         check_triple(base, has, bundle.config, findings)
         if stored_label(bundle.tensors, base, bundle.config) == labels.MXFP4:
-            if not {"mxfp4", *labels.COPYING} & {*meant, labelled(bundle.config, base).get("mode")}:
+            if not {"mxfp4", *labels.COPYING} & {*meant, config_label(bundle.config, base).get("mode")}:
                 wrong[base] = "stock-experts"
         elif findings.names:
             wrong[base] = min(findings.names)
@@ -132,12 +132,12 @@ def wrong_experts(bundle: Checkpoint) -> dict[str, str]:
     return wrong
 
 
-def forms(bundle: Checkpoint) -> dict[str, dict[str, Any] | None]:
+def expert_formats(bundle: Checkpoint) -> dict[str, dict[str, Any] | None]:
     """Storage name → the label that a routed-expert matrix is stored by, None where none fits."""
-    return {base: form(bundle, base) for base in expert_bases(bundle)}
+    return {base: expert_format(bundle, base) for base in expert_bases(bundle)}
 
 
-def form(bundle: Checkpoint, base: str) -> dict[str, Any] | None:
+def expert_format(bundle: Checkpoint, base: str) -> dict[str, Any] | None:
     """The label that one routed-expert matrix is stored by."""
     packed = bundle.tensors.get(f"{stack_base(base)}.tq_packed")
     columns = columns_of(base, bundle.config)
@@ -151,7 +151,7 @@ def files_of_experts(bundle: Checkpoint) -> set[str]:
     return {tensor.path.name for name, tensor in bundle.tensors.items() if is_expert(name)}
 
 
-def rounded(bundle: Checkpoint) -> list[str]:
+def rounded_controls(bundle: Checkpoint) -> list[str]:
     """Control tensors that are not F32."""
     return [n for n, t in bundle.tensors.items() if is_control(n) and t.dtype != "F32"]
 

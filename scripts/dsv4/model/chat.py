@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.model.forms import FORMS
-from dsv4.stop import Stop
+from dsv4.stop import UserError
 from dsv4.storage.checkpoint import read_json
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
@@ -35,5 +35,5 @@ def token_ids(folder: Path, tokens: tuple[str, ...] = STOP_TOKENS) -> list[int]:
     ids = vocabulary(read_json(path, FORMS[path.name]))
     missing = [token for token in tokens if token not in ids]
     if missing:
-        raise Stop(f"{path}", f"no token {missing[0]}", "DeepSeek-V4's tokenizer", "run finalize")
+        raise UserError(f"{path}", f"no token {missing[0]}", "DeepSeek-V4's tokenizer", "run finalize")
     return [ids[token] for token in tokens]

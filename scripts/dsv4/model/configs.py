@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from dsv4.model.chat import BOS, EOS
-from dsv4.model.labels import TURBO, turbo_width
+from dsv4.model.labels import TURBO, turboquant_fields
 from dsv4.model.names import GROUP
-from dsv4.model.plan import Form
+from dsv4.model.plan import StorageFormat
 from dsv4.storage.checkpoint import Checkpoint
 
 # The keys of config.json that describe the model, as DeepSeek publishes it, and those that stages,
@@ -51,31 +51,31 @@ TURBO_JANG = (
 )  # fmt: skip
 
 
-def profile(label: dict[str, Any]) -> str:
+def jang_profile(label: dict[str, Any]) -> str:
     """Upstream's name for the experts' width: `JANG_4L` for 4 bits, `JANGTQ2` in TurboQuant."""
     if label["mode"] == TURBO:
         return f"JANGTQ{label['bits']}"
     return f"JANG_{label['bits']}L"
 
 
-def width(label: dict[str, Any]) -> dict[str, Any]:
+def width_fields(label: dict[str, Any]) -> dict[str, Any]:
     """What config.json says of the experts' width, beside their labels."""
-    named = f"DSV4-Flash-{profile(label)}"
+    named = f"DSV4-Flash-{jang_profile(label)}"
     said = {"_name_or_path": named, "routed_expert_bits": label["bits"]}
-    return said | ({"weight_format": TURBO, **turbo_width(label)} if label["mode"] == TURBO else {})
+    return said | ({"weight_format": TURBO, **turboquant_fields(label)} if label["mode"] == TURBO else {})
 
 
-def with_width(config: dict[str, Any], label: dict[str, Any]) -> dict[str, Any]:
+def replace_width_fields(config: dict[str, Any], label: dict[str, Any]) -> dict[str, Any]:
     """A bundle's config.json after its experts have got another form."""
     kept = {key: value for key, value in config.items() if key not in TURBO_CONFIG}
     seed = {"mxtq_seed": SEED, "group_size": GROUP} if label["mode"] == TURBO else {}
-    return kept | seed | width(label)
+    return kept | seed | width_fields(label)
 
 
 def bundle_config(source: Checkpoint, label: dict[str, Any]) -> dict[str, Any]:
     """The source's config.json without its own quantization; requantize adds the bundle's."""
     config = {k: v for k, v in source.config.items() if k != "quantization_config"}
-    config |= width(label)
+    config |= width_fields(label)
     config["group_size"] = GROUP
     config["mxtq_seed"] = SEED
     config.setdefault("rope_parameters", rope_parameters(config))
@@ -95,17 +95,17 @@ def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
     return rope
 
 
-def jang_config(source: Checkpoint, form: Form, named: str) -> dict[str, Any]:
+def jang_config(source: Checkpoint, form: StorageFormat, named: str) -> dict[str, Any]:
     """What jang's loaders read of a bundle: widths by role, and how the model is talked to.
 
     named: what is said of where the source came from.
     """
     config, label = source.config, form.expert
     kept = 16 if form.as_source else 8  # embedding and head
-    turbo = turbo_facts(label) if label["mode"] == TURBO else {}
+    turbo = turboquant_config(label) if label["mode"] == TURBO else {}
     return {
         "weight_format": label["mode"],  # vMLX 1.6.81 refuses names that it does not know
-        "profile": profile(label),
+        "profile": jang_profile(label),
         "mxtq_seed": SEED,
         "source_model": named,
         "source_config": {
@@ -120,14 +120,14 @@ def jang_config(source: Checkpoint, form: Form, named: str) -> dict[str, Any]:
             "norms_router_hc": 16,
         },
         "model_family": "deepseek_v4",
-        "chat": chat(config),
+        "chat": chat_settings(config),
         **turbo,
     }
 
 
-def turbo_facts(label: dict[str, Any]) -> dict[str, Any]:
+def turboquant_config(label: dict[str, Any]) -> dict[str, Any]:
     """What jang_config.json says beside where experts are in TurboQuant (jang_tools 2.5.50)."""
-    widths = turbo_width(label)
+    widths = turboquant_fields(label)
     plan, bits = widths["routed_expert_bit_plan"], label["bits"]
     return {
         "variant": "std",
@@ -152,7 +152,7 @@ def turbo_facts(label: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def restamped(old: dict[str, Any], source: Checkpoint, form: Form) -> dict[str, Any]:
+def updated_jang_config(old: dict[str, Any], source: Checkpoint, form: StorageFormat) -> dict[str, Any]:
     """A native bundle's jang_config.json after its numbers have got another form."""
     new = jang_config(source, form, old.get("source_model", ""))
     kept = {key: value for key, value in old.items() if key not in (*new, *TURBO_JANG)}
@@ -161,7 +161,7 @@ def restamped(old: dict[str, Any], source: Checkpoint, form: Form) -> dict[str, 
     return new | kept
 
 
-def chat(config: dict[str, Any]) -> dict[str, Any]:
+def chat_settings(config: dict[str, Any]) -> dict[str, Any]:
     """How DeepSeek-V4 is talked to, after encoding/encoding_dsv4.py in the source."""
     return {
         "encoder": "encoding_dsv4",

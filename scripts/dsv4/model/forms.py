@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from dsv4.storage.checkpoint import INDEX
-from dsv4.storage.typed import Form, misfit
+from dsv4.storage.typed import Form, first_mismatch
 
 ORIGIN = {"repo": str, "commit": str, "files": {str: {str: str}}}
 
@@ -33,7 +33,7 @@ def origin_of(document: dict[str, Any]) -> dict[str, Any] | None:
     {"repo": user/name, "commit": hex digits, "files": {name: {kind of hash: hex digits}}}.
     """
     origin = document.get("source")
-    if origin is None or misfit(origin, ORIGIN) is not None:
+    if origin is None or first_mismatch(origin, ORIGIN) is not None:
         return None
     hashes = [digest for of in origin["files"].values() for digest in of.values()]
     names = re.fullmatch(r"[A-Za-z0-9_.-]{1,96}/[A-Za-z0-9_.-]{1,96}", origin["repo"])

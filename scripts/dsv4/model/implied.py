@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from dsv4.model.names import mtp_layer
-from dsv4.model.opening import block_counts, count, expert_bases, mtp_declared
-from dsv4.stop import Stop
+from dsv4.model.opening import block_counts, config_count, expert_bases, mtp_declared
+from dsv4.stop import UserError
 from dsv4.storage.checkpoint import Checkpoint
 
 HEAD = ("norm.weight", "hc_head_fn", "hc_head_base", "hc_head_scale")
@@ -39,8 +39,8 @@ def implied(source: Checkpoint) -> Iterator[str]:
     Raises Stop when a count in config.json is missing or no whole number.
     """
     config, folder = source.config, source.folder
-    layers = count(config, "num_hidden_layers", folder)
-    hashed = count(config, "num_hash_layers", folder) if "num_hash_layers" in config else 0
+    layers = config_count(config, "num_hidden_layers", folder)
+    hashed = config_count(config, "num_hash_layers", folder) if "num_hash_layers" in config else 0
     yield from TOP
     if config.get("tie_word_embeddings") is not True:
         yield "head.weight"
@@ -88,7 +88,7 @@ def check_whole(source: Checkpoint) -> None:
     wanted = list(implied(source))
     missing = [name for name in wanted if name not in source.tensors]
     if missing:
-        raise Stop(
+        raise UserError(
             f"{source.folder}", f"no {missing[0]} ({len(missing):,} of {len(wanted):,} missing)",
             "every tensor that config.json calls for",
             "fetch the source again, or restore config.json",

@@ -28,7 +28,7 @@ from dsv4.model.names import (
     stack_of,
     switch_paths,
 )
-from dsv4.storage.shard import FLOATS, Slot, Tensor
+from dsv4.storage.shard import FLOATS, TensorSpec, Tensor
 
 DEFAULT = {"group_size": GROUP, "bits": 8, "mode": "affine"}
 EXPERT = {"group_size": GROUP, "bits": 4, "mode": "affine"}
@@ -50,13 +50,13 @@ OWN = ("lossless", "mixture-lossless")
 COPYING = ("mxfp4", "lossless", *PLANNED)
 
 
-def affine(bits: int, size: int = GROUP) -> dict[str, Any]:
+def affine_label(bits: int, size: int = GROUP) -> dict[str, Any]:
     """The label of affine numbers of so many bits, in groups of so many columns."""
     return {"group_size": size, "bits": bits, "mode": "affine"}
 
 
 def quantization(
-    experts: Mapping[str, dict[str, Any]], tensors: Mapping[str, Slot | Tensor] | None = None
+    experts: Mapping[str, dict[str, Any]], tensors: Mapping[str, TensorSpec | Tensor] | None = None
 ) -> dict[str, Any]:
     """The whole `quantization` value for a bundle.
 
@@ -69,7 +69,7 @@ def quantization(
     """
     turbo = next((label for label in experts.values() if label["mode"] == TURBO), None)
     if turbo is not None:
-        return DEFAULT | turbo_width(turbo)
+        return DEFAULT | turboquant_fields(turbo)
     fp8 = fp8_bases(tensors or {})
     eight = any(n.endswith(".biases") and not parse_expert(n) for n in tensors or ())
     labels: dict[str, Any] = dict(MXFP8 if fp8 and not eight else DEFAULT)
@@ -84,7 +84,7 @@ def quantization(
     return labels
 
 
-def turbo_width(expert: dict[str, Any]) -> dict[str, Any]:
+def turboquant_fields(expert: dict[str, Any]) -> dict[str, Any]:
     """What config.json says, twice, of the widths in a bundle with experts in TurboQuant.
 
     As jang_tools.dsv4.convert_dsv4_jangtq, 2.5.50, with --profile 2 --variant std.
@@ -98,7 +98,7 @@ def turbo_width(expert: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def in_turbo(names: Iterable[str]) -> bool:
+def has_turboquant(names: Iterable[str]) -> bool:
     """Are a bundle's experts in TurboQuant, by the names of its tensors?"""
     return any(name.endswith(".tq_packed") for name in names)
 
@@ -112,13 +112,13 @@ def in_stacks(experts: Mapping[str, dict[str, Any] | None], mixed: bool = True) 
     return bool(experts)
 
 
-def usual(experts: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+def most_common_label(experts: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """The label that most matrices have, for places that have room for one."""
     counts = Counter(tuple(label.items()) for label in experts.values())
     return dict(counts.most_common(1)[0][0]) if counts else dict(EXPERT)
 
 
-def fp8_bases(tensors: Mapping[str, Slot | Tensor]) -> list[str]:
+def fp8_bases(tensors: Mapping[str, TensorSpec | Tensor]) -> list[str]:
     """Storage names of the matrices that are stored as mxfp8, in the order of the tensors."""
     bases = [n.removesuffix(".scales") for n, t in tensors.items() if t.dtype == "U8"]
     return [base for base in bases if stored_label(tensors, base, {}) == MXFP8]
@@ -143,7 +143,7 @@ def parts_of(
 
 
 def stored_label(
-    tensors: Mapping[str, Slot | Tensor], base: str, config: Mapping[str, Any]
+    tensors: Mapping[str, TensorSpec | Tensor], base: str, config: Mapping[str, Any]
 ) -> dict[str, Any] | None:
     """`label_of` the tensors `base`.{weight,scales,biases}; config.json tells the columns."""
     parts = (tensors.get(f"{base}.{part}") for part in ("weight", "scales", "biases"))
@@ -151,9 +151,9 @@ def stored_label(
 
 
 def label_of(
-    weight: Slot | Tensor | None,
-    scales: Slot | Tensor | None,
-    biases: Slot | Tensor | None,
+    weight: TensorSpec | Tensor | None,
+    scales: TensorSpec | Tensor | None,
+    biases: TensorSpec | Tensor | None,
     columns: int = 0,
 ) -> dict[str, Any] | None:
     """The label that fits a module's parts as they lie on disk, or None if none does.
@@ -180,12 +180,12 @@ def label_of(
     for size in (width, *GROUPS):
         bits = 32 * words // groups // size if size in GROUPS else 0
         if bits in AFFINE_BITS and bits * size * groups == 32 * words:
-            return affine(bits, size)
+            return affine_label(bits, size)
     return None
 
 
 def turbo_label(
-    packed: Slot | Tensor, norms: Slot | Tensor | None, columns: int
+    packed: TensorSpec | Tensor, norms: TensorSpec | Tensor | None, columns: int
 ) -> dict[str, Any] | None:
     """The label of a matrix in TurboQuant: codes U32, 32 // bits of them a word, the first lowest,
     and a norm F16 a row. None when they fit no number of bits. The group is the row.
@@ -198,7 +198,7 @@ def turbo_label(
     return {"group_size": columns, "bits": fits[0], "mode": TURBO} if fits else None
 
 
-def source_label(weight: Slot | Tensor, scale: Slot | Tensor) -> dict[str, Any] | None:
+def source_label(weight: TensorSpec | Tensor, scale: TensorSpec | Tensor) -> dict[str, Any] | None:
     """The label of a matrix that keeps the source's own form: FP4 codes I8, or FP8 codes, and
     scales beside them (F32 as jang's native converter writes them, or UE8M0)."""
     if scale.dtype not in ("F32", "F8_E8M0", "U8") or len(weight.shape) != 2:

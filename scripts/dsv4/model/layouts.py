@@ -38,7 +38,7 @@ def pattern(side: str) -> re.Pattern[str]:
     return re.compile(text + follows)
 
 
-def filled(side: str, found: re.Match[str], **numbers: object) -> str:
+def fill_pattern(side: str, found: re.Match[str], **numbers: object) -> str:
     """A side of a line with what the other side matched; tokens that are still open stay."""
     given = {key: value for key, value in found.groupdict().items() if value is not None}
     given |= {key: f"{value}" for key, value in numbers.items()}
@@ -47,7 +47,7 @@ def filled(side: str, found: re.Match[str], **numbers: object) -> str:
 
 
 @dataclass(frozen=True)
-class Place:
+class SourcePlace:
     """What a bundle's tensor is: the source's name, with E for a stack; its block of rows."""
 
     name: str
@@ -56,7 +56,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Layout:
+class NamingScheme:
     """name: as a report calls it; who writes it; lines: the table; runtimes: those of RUNTIMES that
     load it, as far as is known."""
 
@@ -79,10 +79,10 @@ class Layout:
         """
         for (_, bundle), (source, _) in zip(self.lines, self._sides, strict=True):
             if found := source.fullmatch(name):
-                return filled(bundle, found)
+                return fill_pattern(bundle, found)
         return None
 
-    def place(self, name: str) -> Place | None:
+    def locate(self, name: str) -> SourcePlace | None:
         """Which source tensor the bundle's tensor `name` holds; None for a name of another's.
 
         >>> LAYOUTS["mlx-lm, wo_a split"].place("model.layers.3.attn.wo_a.7.weight")
@@ -92,12 +92,12 @@ class Layout:
             found = bundle.fullmatch(name)
             if found is None:
                 continue
-            open_name = filled(source, found)
-            one = filled(source, found, E=found.groupdict().get("E") or EXPERT)
+            open_name = fill_pattern(source, found)
+            one = fill_pattern(source, found, E=found.groupdict().get("E") or EXPERT)
             back = (self.called(one) or "").replace(".G.", f".{found.groupdict().get('G')}.")
             if back == name:
                 block = int(found["G"]) if "G" in found.groupdict() else None
-                return Place(open_name, "E" in re.findall(r"\bE\b", open_name), block)
+                return SourcePlace(open_name, "E" in re.findall(r"\bE\b", open_name), block)
         return None
 
 
@@ -109,7 +109,7 @@ def stacked(place: str, block: str = "layers.N", names: dict[str, str] = PROJECT
 W = {w: w for w in PROJECTION}
 
 
-def modules(
+def module_scheme(
     prefix: str,
     attn: str = "attn",
     ffn: str = "ffn",
@@ -163,44 +163,44 @@ STAGES = tuple(
 LAYOUTS = {
     layout.name: layout
     for layout in (
-        Layout("storage names", "jang_tools and this recipe", (SAME,), RUNTIMES),
-        Layout(
+        NamingScheme("storage names", "jang_tools and this recipe", (SAME,), RUNTIMES),
+        NamingScheme(
             "jang, prestacked", "jang_tools' convert_dsv4_jangtq",
             (*stacked("layers.N.mlp.switch_mlp"), SAME), (MLX_LM, VMLX),
         ),
-        Layout(
+        NamingScheme(
             "mlx-serve", "ddalcu's mlx-serve",
             (*stacked("layers.N.ffn.experts", names=W),
              *stacked("mtp.N.ffn.experts", "mtp.N", W), SAME),
         ),
-        Layout("mlx-vlm", "mlx_vlm convert", modules("language_model."), (MLX_VLM,)),
-        Layout("mlx-lm, attn_hc", "a branch of mlx-lm", modules(""), (MLX_VLM,)),
-        Layout("mlx-lm, hc_attn", "a branch of mlx-lm (omlx#2145)", modules("", hc=HC)),
-        Layout(
+        NamingScheme("mlx-vlm", "mlx_vlm convert", module_scheme("language_model."), (MLX_VLM,)),
+        NamingScheme("mlx-lm, attn_hc", "a branch of mlx-lm", module_scheme(""), (MLX_VLM,)),
+        NamingScheme("mlx-lm, hc_attn", "a branch of mlx-lm (omlx#2145)", module_scheme("", hc=HC)),
+        NamingScheme(
             "mlx-lm, wo_a split", "a branch of mlx-lm (mlx-lm#1192)",
-            modules("", hc=HC, experts="experts", projections=W, extra=(SPLIT,),
+            module_scheme("", hc=HC, experts="experts", projections=W, extra=(SPLIT,),
                     top=("model.embed", "model.head", "model.hc_head.*")),
         ),
-        Layout(
+        NamingScheme(
             "oMLX", "oMLX's oQ",
-            (*modules("", hc=HC, extra=(*STAGES[3:],)), ("mtp", "mtp")),
+            (*module_scheme("", hc=HC, extra=(*STAGES[3:],)), ("mtp", "mtp")),
         ),
-        Layout(
+        NamingScheme(
             "oMLX, blocks", "oMLX's oQ",
-            (*modules("", hc=HC, extra=(*STAGES[:3],)), ("mtp", "mtp")),
+            (*module_scheme("", hc=HC, extra=(*STAGES[:3],)), ("mtp", "mtp")),
         ),
-        Layout(
+        NamingScheme(
             "Thump604, hc_attn", "Thump604",
-            modules("", "self_attn", "mlp", LLAMA, HC),
+            module_scheme("", "self_attn", "mlp", LLAMA, HC),
         ),
-        Layout(
+        NamingScheme(
             "Thump604, attn_hc", "Thump604",
-            modules("", "self_attn", "mlp", LLAMA),
+            module_scheme("", "self_attn", "mlp", LLAMA),
         ),
-        Layout("mlx_lm, jang's model", "mlx_lm convert with jang's model", modules("", **JANG)),
-        Layout(
+        NamingScheme("mlx_lm, jang's model", "mlx_lm convert with jang's model", module_scheme("", **JANG)),
+        NamingScheme(
             "jang, native", "jang_tools' convert_dsv4_native",
-            modules("", **JANG, experts="experts.E"),
+            module_scheme("", **JANG, experts="experts.E"),
         ),
     )
 }  # fmt: skip
@@ -208,17 +208,17 @@ STORAGE = LAYOUTS["storage names"]
 
 
 @dataclass(frozen=True)
-class Recognised:
+class RecognizedScheme:
     """The layout that knows most of a bundle's names, the names that it lacks by the layout that
     has them, and those that nobody knows."""
 
-    layout: Layout
+    layout: NamingScheme
     known: int
     others: dict[str, list[str]]
     unknown: list[str]
 
 
-def knows(layout: Layout, name: str) -> bool:
+def has_name(layout: NamingScheme, name: str) -> bool:
     """True when the layout has the name, and it is one that DeepSeek-V4 has."""
     place = layout.place(name)
     return place is not None and is_known(place.name)
@@ -232,19 +232,19 @@ def is_known(name: str) -> bool:
 
 
 @functools.lru_cache(maxsize=KINDS)
-def knowing(kind: str) -> tuple[str, ...]:
+def schemes_with_name(kind: str) -> tuple[str, ...]:
     """The layouts that know a name; every kind of name is asked for many times in a process."""
-    return tuple(layout.name for layout in LAYOUTS.values() if knows(layout, kind))
+    return tuple(layout.name for layout in LAYOUTS.values() if has_name(layout, kind))
 
 
-def recognise(names: Iterable[str]) -> Recognised:
+def recognise(names: Iterable[str]) -> RecognizedScheme:
     """The layout of a bundle by its tensors' names; of two that know as many, the first."""
     names = list(names)
     kind_of = {name: re.sub(r"(?<=\.)[0-9]{1,6}(?=\.|$)", "0", name) for name in names}
     kinds = dict.fromkeys(kind_of.values())
     having: dict[str, tuple[str, ...]] = dict.fromkeys(kinds, ())
     for kind in list(kinds)[:KINDS]:
-        having[kind] = knowing(kind)
+        having[kind] = schemes_with_name(kind)
     counts = dict.fromkeys(LAYOUTS, 0)
     for kind in kind_of.values():
         for layout in having[kind]:
@@ -257,4 +257,4 @@ def recognise(names: Iterable[str]) -> Recognised:
             unknown.append(name)
         elif best not in having[kind]:
             others.setdefault(having[kind][0], []).append(name)
-    return Recognised(LAYOUTS[best], counts[best], others, unknown)
+    return RecognizedScheme(LAYOUTS[best], counts[best], others, unknown)

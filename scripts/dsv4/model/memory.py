@@ -22,7 +22,7 @@ import argparse
 from typing import Any
 
 from dsv4.settings import add_setting, parse_context, parse_memory, parse_size
-from dsv4.stop import Stop
+from dsv4.stop import UserError
 
 GIB = 1 << 30
 MACS = tuple(n * GIB for n in (64, 96, 128, 192, 256, 512))
@@ -41,20 +41,20 @@ def add_goal(parser: argparse.ArgumentParser) -> None:
 def check_goal(args: argparse.Namespace) -> None:
     """Raise Stop when both FIT and SIZE are given."""
     if args.fit and args.size:
-        raise Stop("FIT and SIZE", "both", "one of them", "leave the other out")
+        raise UserError("FIT and SIZE", "both", "one of them", "leave the other out")
 
 
-def goal_of(args: argparse.Namespace, config: dict[str, Any]) -> int:
+def size_goal(args: argparse.Namespace, config: dict[str, Any]) -> int:
     """The bytes that the bundle may have, by these options."""
-    return args.size or max(0, room(config, args.fit, args.context or CONTEXT))
+    return args.size or max(0, bundle_budget(config, args.fit, args.context or CONTEXT))
 
 
-def wired_by_default(memory: int) -> int:
+def default_wired_limit(memory: int) -> int:
     """What the GPU may wire without a word to macOS, at least; in bytes."""
     return memory * 3 // 4
 
 
-def wired_at_most(memory: int) -> int:
+def max_wired_limit(memory: int) -> int:
     """What it may wire after `sysctl iogpu.wired_limit_mb`, with something left for macOS."""
     return memory - max(memory // 16, LEFT)
 
@@ -72,22 +72,22 @@ def cache_bytes(config: dict[str, Any], tokens: int) -> int:
     return 2 * numbers
 
 
-def room(config: dict[str, Any], memory: int, tokens: int) -> int:
+def bundle_budget(config: dict[str, Any], memory: int, tokens: int) -> int:
     """The bytes that a bundle may have on a Mac of so much memory; 0 or less: none fits."""
-    return wired_at_most(memory) - SERVER - cache_bytes(config, tokens)
+    return max_wired_limit(memory) - SERVER - cache_bytes(config, tokens)
 
 
-def fit_in_words(config: dict[str, Any], nbytes: int, tokens: int, memory: int = 0) -> str:
+def describe_fit(config: dict[str, Any], nbytes: int, tokens: int, memory: int = 0) -> str:
     """What a bundle of so many bytes fits: the Mac that was asked for, or the smallest."""
     need = nbytes + cache_bytes(config, tokens) + SERVER
     context = f"with {tokens:,} tokens of context"
-    fitting = [mac for mac in ((memory,) if memory else MACS) if need <= wired_at_most(mac)]
+    fitting = [mac for mac in ((memory,) if memory else MACS) if need <= max_wired_limit(mac)]
     if not fitting:
         largest = f"{(memory or MACS[-1]) // GIB} GB"
         return f"does not fit {largest} {context}: {need / GIB:.1f} GiB to be wired"
     mac = fitting[0]
     said = f"fits {mac // GIB} GB {context}"
-    if need <= wired_by_default(mac):
+    if need <= default_wired_limit(mac):
         return f"{said}; no sysctl needed"
-    limit = wired_at_most(mac) >> 20
+    limit = max_wired_limit(mac) >> 20
     return f"{said}; needs sudo sysctl iogpu.wired_limit_mb={limit}"

@@ -30,7 +30,7 @@ from dsv4.model.names import (
     stack_base,
     stack_of,
 )
-from dsv4.stop import Stop
+from dsv4.stop import UserError
 from dsv4.storage.bounds import LAYERS, MATRICES
 from dsv4.storage.checkpoint import (
     Checkpoint,
@@ -41,7 +41,7 @@ from dsv4.storage.checkpoint import (
     read_json,
 )
 from dsv4.storage.shard import Tensor
-from dsv4.words import shown
+from dsv4.words import short_repr
 
 MODEL_TYPE = "deepseek_v4"
 
@@ -49,24 +49,24 @@ MODEL_TYPE = "deepseek_v4"
 def read_config(folder: Path) -> dict[str, Any]:
     """Read config.json. Raises Stop unless its model_type is deepseek_v4."""
     if not folder.is_dir():
-        raise Stop(f"{folder}", "no such folder", "a checkpoint", "check SOURCE and BUNDLE")
+        raise UserError(f"{folder}", "no such folder", "a checkpoint", "check SOURCE and BUNDLE")
     config = read_json(folder / "config.json")
     if config.get("model_type") != MODEL_TYPE:
-        raise Stop(
+        raise UserError(
             f"{folder / 'config.json'}",
-            f"model_type {shown(config.get('model_type'))}",
+            f"model_type {short_repr(config.get('model_type'))}",
             f"{MODEL_TYPE!r}",
             "this recipe knows no other model",
         )
     return config
 
 
-def count(config: dict[str, Any], key: str, folder: Path) -> int:
+def config_count(config: dict[str, Any], key: str, folder: Path) -> int:
     """A count from config.json. Raises Stop when it is missing or no whole number."""
     value = config.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise Stop(
-            f"{folder / 'config.json'}: {key}", shown(value), "a whole number",
+        raise UserError(
+            f"{folder / 'config.json'}: {key}", short_repr(value), "a whole number",
             "restore config.json",
         )  # fmt: skip
     return value
@@ -79,7 +79,7 @@ def mtp_declared(config: dict[str, Any], folder: Path) -> int:
     say 0 and have it. Raises as `count` does.
     """
     key = "num_nextn_predict_layers"
-    return count(config, key, folder) if key in config else 0
+    return config_count(config, key, folder) if key in config else 0
 
 
 def block_counts(checkpoint: Checkpoint) -> dict[str, int]:
@@ -89,17 +89,17 @@ def block_counts(checkpoint: Checkpoint) -> dict[str, int]:
     Raises Stop for more layers, or more matrices of experts, than any index could name.
     """
     config, folder = checkpoint.config, checkpoint.folder
-    experts, declared = count(config, "n_routed_experts", folder), mtp_declared(config, folder)
+    experts, declared = config_count(config, "n_routed_experts", folder), mtp_declared(config, folder)
     labels = config.get("quantization")
     names = itertools.chain(checkpoint.tensors, labels if isinstance(labels, dict) else ())
     stored = max((n + 1 for name in names if (n := mtp_layer(name)) is not None), default=0)
-    layers = {"layers": count(config, "num_hidden_layers", folder), "mtp": stored}
+    layers = {"layers": config_count(config, "num_hidden_layers", folder), "mtp": stored}
     matrices = sum(layers.values()) * experts * len(PROJECTION)
     if max(*layers.values(), declared) > LAYERS or matrices > MATRICES:
-        raise Stop(
+        raise UserError(
             f"{folder / 'config.json'}",
-            f"{shown(layers['layers'])} layers, {shown(max(stored, declared))} of MTP by it or by "
-            f"a tensor's name, {shown(experts)} experts",
+            f"{short_repr(layers['layers'])} layers, {short_repr(max(stored, declared))} of MTP by it or by "
+            f"a tensor's name, {short_repr(experts)} experts",
             f"at most {LAYERS:,} layers and {MATRICES:,} matrices",
             "restore config.json",
         )
@@ -141,7 +141,7 @@ def _check_scales(source: Checkpoint) -> None:
         quantized = part == "weight" and tensor.dtype in ("I8", "F8_E4M3")
         partner = f"{base}.scale" if quantized else f"{base}.weight"
         if (quantized or part == "scale") and partner not in tensors:
-            raise Stop(
+            raise UserError(
                 f"{source.folder}: {name}",
                 f"no {partner}",
                 "a weight and its scale",
@@ -154,7 +154,7 @@ def expert_bases(checkpoint: Checkpoint) -> list[str]:
 
     As many layers as `block_counts` says, × n_routed_experts × 3. Raises as it does.
     """
-    experts = count(checkpoint.config, "n_routed_experts", checkpoint.folder)
+    experts = config_count(checkpoint.config, "n_routed_experts", checkpoint.folder)
     return [
         expert_base(block, layer, expert, matrix)
         for block, n in block_counts(checkpoint).items()
@@ -174,7 +174,7 @@ def check_experts(checkpoint: Checkpoint, parts: tuple[str, ...]) -> None:
     expected = {f"{base}.{part}" for base in bases for part in parts}
     missing = [name for name in sorted(expected) if name not in tensors]
     if missing:
-        raise Stop(
+        raise UserError(
             f"{checkpoint.folder}",
             f"no {missing[0]} ({len(missing):,} tensors missing)",
             f"{len(expected):,} routed-expert tensors",
@@ -183,7 +183,7 @@ def check_experts(checkpoint: Checkpoint, parts: tuple[str, ...]) -> None:
     known = set(bases)
     extra = [n for n in tensors if parse_expert(n) and n.rpartition(".")[0] not in known]
     if extra:
-        raise Stop(
+        raise UserError(
             f"{checkpoint.folder}: {extra[0]}",
             "an expert beyond config.json's counts",
             f"{len(bases):,} matrices",
@@ -196,7 +196,7 @@ def check_experts(checkpoint: Checkpoint, parts: tuple[str, ...]) -> None:
 
 def _check_fp4(folder: Path, weight: Tensor, scale: Tensor) -> None:
     if weight.dtype != "I8" or len(weight.shape) != 2:
-        raise Stop(
+        raise UserError(
             f"{folder}: {weight.name}",
             f"{weight.dtype} {list(weight.shape)}",
             "I8 (out, in/2): FP4 codes",
@@ -205,7 +205,7 @@ def _check_fp4(folder: Path, weight: Tensor, scale: Tensor) -> None:
     out, half = weight.shape
     expected = (out, half * 2 // GROUP)
     if scale.dtype not in ("F8_E8M0", "U8") or scale.shape != expected or half * 2 % GROUP:
-        raise Stop(
+        raise UserError(
             f"{folder}: {scale.name}",
             f"{scale.dtype} {list(scale.shape)}",
             f"F8_E8M0 {list(expected)}",
@@ -230,19 +230,19 @@ def expert_labels(bundle: Checkpoint) -> dict[str, dict[str, Any]]:
         label = stored_label(bundle.tensors, base, bundle.config)
         first = firsts.setdefault(stack_of(base) if quantizer in MIXTURES else "", label or EXPERT)
         if label is None or label != first:
-            raise Stop(
+            raise UserError(
                 f"{bundle.folder}: {base}", "no affine triple" if label is None else f"{label}",
                 f"{first} for every expert of its kind", "run requantize",
             )  # fmt: skip
         if label == MXFP4 and quantizer not in COPYING:
-            raise Stop(
+            raise UserError(
                 f"{bundle.folder}: {base}",
                 f"FP4 bytes, and no {RECORD}.quantizer {' or '.join(COPYING)} in config.json",
                 "what requantize makes of them", "run requantize",
             )  # fmt: skip
         found[base] = label
     if not found:
-        raise Stop(f"{bundle.folder}: routed experts", "none", "some", "run requantize")
+        raise UserError(f"{bundle.folder}: routed experts", "none", "some", "run requantize")
     return found
 
 
@@ -252,7 +252,7 @@ def check_turbo(bundle: Checkpoint, bases: list[str]) -> None:
     wanted = [f"{at}.{part}" for at in stacks for part in TURBO_PARTS]
     missing = [name for name in wanted if name not in bundle.tensors]
     if missing:
-        raise Stop(
+        raise UserError(
             f"{bundle.folder}", f"no {missing[0]} ({len(missing):,} tensors missing)",
             f"{len(wanted):,} tensors of routed experts", "run requantize",
         )  # fmt: skip

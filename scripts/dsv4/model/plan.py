@@ -14,9 +14,9 @@ from typing import Any
 
 from dsv4.model.labels import DEFAULT, MXFP8, TURBO, parts_of
 from dsv4.model.names import BLOCK, GROUP, kind, parse_expert, stack_base, stack_of, treatment
-from dsv4.stop import Stop
+from dsv4.stop import UserError
 from dsv4.storage import bounds
-from dsv4.storage.shard import FLOATS, Layout, Slot, Tensor
+from dsv4.storage.shard import FLOATS, ShardLayout, TensorSpec, Tensor
 
 SHARD_BYTES = 5_000_000_000  # the largest shard, unless another size is asked for
 ENTRY_BYTES = 110  # what a tensor takes in a header at most, beside its name
@@ -24,7 +24,7 @@ TABLE = "scripts/dsv4/model/names.py"
 
 
 @dataclass(frozen=True)
-class Form:
+class StorageFormat:
     """How a bundle stores its numbers.
 
     expert: the label of the routed experts; mixture: the labels of those that have others, by their
@@ -45,7 +45,7 @@ class Form:
         in_all = self.mixture.get(stack.rpartition(".")[2], self.expert)
         return self.mixture.get(stack, in_all)
 
-    def in_words(self) -> str:
+    def description(self) -> str:
         """The forms of the routed experts, for a reader."""
         forms = dict.fromkeys(
             f"{label['mode']} {label['bits']} bits"
@@ -61,7 +61,7 @@ class Form:
 
 
 @dataclass(frozen=True)
-class Unit:
+class ConversionUnit:
     """A weight of the source with its scale, and the tensors that it becomes, in one shard.
 
     Of a stack of experts `weight` and `scale` are those of expert 0, and `stack` has those of all.
@@ -70,7 +70,7 @@ class Unit:
     treatment: str
     weight: Tensor
     scale: Tensor | None
-    slots: tuple[Slot, ...]
+    slots: tuple[TensorSpec, ...]
     stack: tuple[tuple[Tensor, Tensor], ...] = ()
 
     @property
@@ -84,7 +84,7 @@ class Unit:
         return self.weight.name.removesuffix(".weight")
 
     @property
-    def room(self) -> int:
+    def max_bytes(self) -> int:
         """The bytes that it takes in a shard, at most, with its entries in the header."""
         return sum(slot.nbytes + len(slot.name) + ENTRY_BYTES for slot in self.slots)
 
@@ -97,12 +97,12 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class ShardPlan:
+class PlannedShard:
     """One shard of the bundle: its file, what goes into it, and where each tensor lies."""
 
     file: str
-    units: list[Unit]
-    layout: Layout
+    units: list[ConversionUnit]
+    layout: ShardLayout
 
     @property
     def size(self) -> int:
@@ -115,7 +115,7 @@ class ShardPlan:
         return {tensor.path.name for unit in self.units for tensor in unit.tensors}
 
 
-def unit_of(weight: Tensor, scale: Tensor | None, form: Form) -> Unit:
+def conversion_unit(weight: Tensor, scale: Tensor | None, form: StorageFormat) -> ConversionUnit:
     """What becomes of one weight in a bundle of that form.
 
     Raises Stop for a name, dtype or shape that has no treatment.
@@ -126,42 +126,42 @@ def unit_of(weight: Tensor, scale: Tensor | None, form: Form) -> Unit:
         out, half = weight.shape
         label = form.label(base)
         if 2 * half % label["group_size"]:
-            raise Stop(f"{weight.path}: {weight.name}", f"{2 * half} columns",
+            raise UserError(f"{weight.path}: {weight.name}", f"{2 * half} columns",
                        f"whole groups of {label['group_size']}", "use smaller groups")  # fmt: skip
         parts = parts_of(label, out, 2 * half)
     elif form.as_source and weight.dtype == "F8_E4M3":
         check_matrix(weight, scale)
         parts, what = parts_of(MXFP8, *weight.shape), "fp8"
     elif form.as_source:
-        dtype = own_dtype(weight, form)
-        return Unit(what, weight, None, (Slot(weight.name, dtype, weight.shape),))
+        dtype = exact_dtype(weight, form)
+        return ConversionUnit(what, weight, None, (TensorSpec(weight.name, dtype, weight.shape),))
     elif what == "affine8":
         check_matrix(weight, scale)
         parts = parts_of(DEFAULT, *weight.shape)
     else:
-        dtype = weight.dtype if what == "head" else plain_dtype(weight, what)
-        return Unit(what, weight, None, (Slot(weight.name, dtype, weight.shape),))
-    slots = tuple(Slot(f"{base}.{part}", *of) for part, of in parts.items())
-    return Unit(what, weight, scale, slots)
+        dtype = weight.dtype if what == "head" else unquantized_dtype(weight, what)
+        return ConversionUnit(what, weight, None, (TensorSpec(weight.name, dtype, weight.shape),))
+    slots = tuple(TensorSpec(f"{base}.{part}", *of) for part, of in parts.items())
+    return ConversionUnit(what, weight, scale, slots)
 
 
-def gathered(units: list[Unit]) -> list[Unit]:
+def group_stacks(units: list[ConversionUnit]) -> list[ConversionUnit]:
     """The units with every main layer's experts gathered into stacks, each where its first was.
 
     The first stack comes before all else: jang_tools 2.5.50 looks for one in the first shard only.
     """
-    stacks: dict[str, list[Unit]] = {}
+    stacks: dict[str, list[ConversionUnit]] = {}
     for unit in units:
         at = stack_base(unit.base) if unit.treatment == "expert" else unit.base
         stacks.setdefault(at, []).append(unit)
     made = [
-        stack(at, members) if at != members[0].base else members[0]
+        stack_unit(at, members) if at != members[0].base else members[0]
         for at, members in stacks.items()
     ]
     return sorted(made, key=lambda unit: unit is not next((u for u in made if u.stack), None))
 
 
-def stack(at: str, members: list[Unit]) -> Unit:
+def stack_unit(at: str, members: list[ConversionUnit]) -> ConversionUnit:
     """One unit for a layer's experts, in the order of their numbers."""
     members = sorted(members, key=lambda unit: parse_expert(unit.weight.name) or ())
     slots = []
@@ -170,12 +170,12 @@ def stack(at: str, members: list[Unit]) -> Unit:
         dtype, shape = slot.dtype, (len(members), *slot.shape)
         if part == "tq_bits":  # one for all, and of another dtype than an expert's own
             dtype, shape = "U8", slot.shape
-        slots.append(Slot(f"{at}.{part}", dtype, shape))
+        slots.append(TensorSpec(f"{at}.{part}", dtype, shape))
     pairs = tuple((unit.weight, unit.scale) for unit in members)
-    return Unit("expert", *pairs[0], tuple(slots), pairs)
+    return ConversionUnit("expert", *pairs[0], tuple(slots), pairs)
 
 
-def lacking(names: Iterable[str], tensors: Mapping[str, Tensor]) -> list[str]:
+def missing_weights(names: Iterable[str], tensors: Mapping[str, Tensor]) -> list[str]:
     """Those of the source's weights that a bundle's tensors have no counterpart of."""
     return [name for name in names if name not in tensors and not _in_turbo(name, tensors)]
 
@@ -190,7 +190,7 @@ def known_treatment(tensor: Tensor) -> str:
     """What the table of names says of a tensor. Raises Stop for a name that it does not have."""
     what = treatment(tensor.name)
     if what is None:
-        raise Stop(
+        raise UserError(
             f"{tensor.path}: {tensor.name}", "a name that this recipe does not know",
             "the names of DeepSeek-V4",
             f"teach it to the table in {TABLE}, or use CONVERTER=jang",
@@ -203,86 +203,86 @@ def check_matrix(weight: Tensor, scale: Tensor | None) -> None:
     where, shape = f"{weight.path}: {weight.name}", list(weight.shape)
     if weight.dtype not in ("F8_E4M3", *FLOATS):
         forms = f"F8_E4M3 or one of {', '.join(FLOATS)}"
-        raise Stop(where, weight.dtype, forms, "see Converting in scripts/README.md")
+        raise UserError(where, weight.dtype, forms, "see Converting in scripts/README.md")
     if len(shape) != 2 or shape[1] % GROUP or not shape[1]:
         todo = "this recipe quantizes rows of whole groups only"
-        raise Stop(where, f"shape {shape}", f"two axes, columns in groups of {GROUP}", todo)
+        raise UserError(where, f"shape {shape}", f"two axes, columns in groups of {GROUP}", todo)
     if weight.dtype != "F8_E4M3":
         return
     expected = tuple(-(-n // BLOCK) for n in weight.shape)
     if scale is None or scale.dtype not in ("F8_E8M0", "U8") or scale.shape != expected:
         found = "no scale" if scale is None else f"a scale {scale.dtype} {list(scale.shape)}"
-        raise Stop(where, found, f"F8_E8M0 {list(expected)}", "fetch the source again")
+        raise UserError(where, found, f"F8_E8M0 {list(expected)}", "fetch the source again")
 
 
-def plain_dtype(tensor: Tensor, what: str) -> str:
+def unquantized_dtype(tensor: Tensor, what: str) -> str:
     """The dtype of a tensor that is not quantized. Raises Stop for an 8-bit float, say."""
     if tensor.dtype in FLOATS:
         return "F32" if what == "control" and tensor.dtype == "F32" else "F16"
     if tensor.dtype[0] in "IU" and what == "passthrough":
         return tensor.dtype
-    raise Stop(
+    raise UserError(
         f"{tensor.path}: {tensor.name}", tensor.dtype, f"one of {', '.join(FLOATS)}",
         "fetch the source again",
     )  # fmt: skip
 
 
-def own_dtype(tensor: Tensor, form: Form) -> str:
+def exact_dtype(tensor: Tensor, form: StorageFormat) -> str:
     """The dtype in which a tensor that is no FP8 keeps its numbers. Raises Stop for others."""
     if tensor.dtype == "BF16":
         return "BF16" if tensor.name in form.bfloats else "F16"
     if tensor.dtype in FLOATS or tensor.dtype[0] in "IU":
         return tensor.dtype
-    raise Stop(
+    raise UserError(
         f"{tensor.path}: {tensor.name}", tensor.dtype, f"one of {', '.join(FLOATS)}",
         "fetch the source again",
     )  # fmt: skip
 
 
-def units_of(tensors: Mapping[str, Tensor], form: Form) -> list[Unit]:
+def conversion_units(tensors: Mapping[str, Tensor], form: StorageFormat) -> list[ConversionUnit]:
     """A unit for each weight, in the order in which the source has them. Raises as `unit_of`."""
     ordered = sorted(tensors.values(), key=lambda t: (t.path.name, t.offset, t.name))
     units = []
     for tensor in ordered:
         if known_treatment(tensor) != "scale":
             scale = tensors.get(tensor.name.removesuffix(".weight") + ".scale")
-            units.append(unit_of(tensor, scale, form))
-    return gathered(units) if form.stacked else units
+            units.append(conversion_unit(tensor, scale, form))
+    return group_stacks(units) if form.stacked else units
 
 
 def plan_shards(
     tensors: Mapping[str, Tensor],
-    form: Form,
+    form: StorageFormat,
     metadata: dict[str, str],
     shard_bytes: int = SHARD_BYTES,
-) -> list[ShardPlan]:
+) -> list[PlannedShard]:
     """The bundle's shards, of at most `shard_bytes` each, from the source's tensors by name.
 
     A unit that is larger than that has a shard to itself. Raises Stop as `unit_of` does, and for
     more shards than a folder may have files.
     """
-    groups: list[list[Unit]] = []
+    groups: list[list[ConversionUnit]] = []
     room = 0
-    for unit in units_of(tensors, form):
+    for unit in conversion_units(tensors, form):
         if not groups or room + unit.room > shard_bytes:
             groups.append([])
             room = len(str(metadata)) + ENTRY_BYTES
         groups[-1].append(unit)
         room += unit.room
     if len(groups) > bounds.FILES // 2:
-        raise Stop("SHARD_BYTES", f"{shard_bytes:,} bytes, {len(groups):,} shards", "at most "
+        raise UserError("SHARD_BYTES", f"{shard_bytes:,} bytes, {len(groups):,} shards", "at most "
                    f"{bounds.FILES // 2:,} shards", "choose larger ones; 5e9 is usual")  # fmt: skip
     return [
-        ShardPlan(
+        PlannedShard(
             f"model-{i:05d}-of-{len(groups):05d}.safetensors",
             group,
-            Layout.of((slot for unit in group for slot in unit.slots), metadata, as_long(form)),
+            ShardLayout.of((slot for unit in group for slot in unit.slots), metadata, header_dtypes(form)),
         )
         for i, group in enumerate(groups, 1)
     ]
 
 
-def as_long(form: Form) -> dict[str, str]:
+def header_dtypes(form: StorageFormat) -> dict[str, str]:
     """Dtypes whose entries in a header take the room of another's, so that sizes are the same."""
     return {"F16": "BF16"} if form.as_source else {}
 

@@ -85,9 +85,9 @@ def raise_exception(sentence: str) -> None:
     raise TemplateError(sentence)
 
 
-def bounded() -> None:
+def set_limits() -> None:
     """Take the bounds that no template can lift again."""
-    end_with_parent()
+    kill_with_parent()
     for signal_number in (signal.SIGPROF, signal.SIGALRM):
         signal.signal(signal_number, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -100,14 +100,14 @@ def bounded() -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
 
 
-def end_with_parent() -> None:
+def kill_with_parent() -> None:
     """Ask Linux for SIGKILL when the parent ends; other systems have no such request."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
-def outcome(make: Callable[[], str]) -> dict[str, str]:
+def rendered_or_fault(make: Callable[[], str]) -> dict[str, str]:
     """{"prompt": what `make` returns} or {"fault": why it did not}.
 
     A foreign template can raise anything that Python raises, so anything is a fault of it.
@@ -136,16 +136,16 @@ def prompt(template: Template, talk: dict[str, Any]) -> str:
 
 def main() -> int:
     asked = json.load(sys.stdin)
-    bounded()
+    set_limits()
     compiled: list[Template] = []
 
     def compile_template() -> str:
         compiled.append(environment().from_string(asked["template"]))
         return ""
 
-    broken = outcome(compile_template)
+    broken = rendered_or_fault(compile_template)
     for talk in asked["talks"]:
-        told = outcome(lambda talk=talk: prompt(compiled[0], talk)) if compiled else broken
+        told = rendered_or_fault(lambda talk=talk: prompt(compiled[0], talk)) if compiled else broken
         print(json.dumps(told), flush=True)
     return 0
 

@@ -8,41 +8,41 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from dsv4.stop import Stop
+from dsv4.stop import UserError
 from dsv4.storage.checkpoint import read_json
 from dsv4.storage.shard import read_shard
 
 SOURCE, BUNDLE = "an FP4/FP8 source", "an MLX bundle"
 
 
-def place_of(bundle: Path, source: Path | None = None) -> Path:
+def bundle_path(bundle: Path, source: Path | None = None) -> Path:
     """Where a bundle is or will be made: a link to an empty or missing folder is followed.
 
     Raises Stop for '', '.', '/', a link that leads nowhere, a folder that holds a source, and when
     it is the source's folder, lies in it, or holds it.
     """
-    check_named(bundle)
-    place = resolved(bundle)
+    check_bundle_path(bundle)
+    place = resolve_links(bundle)
     if source is not None:
         check_apart(place, bundle, source)
-    if kind_of(place) == SOURCE:
-        raise Stop(f"{bundle}", SOURCE, f"{BUNDLE}, or no folder yet",
+    if folder_role(place) == SOURCE:
+        raise UserError(f"{bundle}", SOURCE, f"{BUNDLE}, or no folder yet",
                    "check SOURCE and BUNDLE: a source is never written to")  # fmt: skip
     return place if bundle.is_symlink() and is_empty(place) else bundle
 
 
-def check_named(bundle: Path) -> None:
+def check_bundle_path(bundle: Path) -> None:
     """Raise Stop for '', '.' and '/': a setting that is empty, or slipped."""
     if bundle in (Path(), Path(bundle.root)):
-        raise Stop("BUNDLE", f"{bundle}", "a folder of the bundle's own", "name it: BUNDLE=DIR")
+        raise UserError("BUNDLE", f"{bundle}", "a folder of the bundle's own", "name it: BUNDLE=DIR")
 
 
-def resolved(path: Path) -> Path:
+def resolve_links(path: Path) -> Path:
     """The path without links. Raises Stop for links that go in a circle."""
     try:
         return path.resolve()
     except (OSError, RuntimeError) as error:
-        raise Stop(f"{path}", "links that lead in a circle", "a folder", "name another") from error
+        raise UserError(f"{path}", "links that lead in a circle", "a folder", "name another") from error
 
 
 def is_empty(folder: Path) -> bool:
@@ -52,7 +52,7 @@ def is_empty(folder: Path) -> bool:
 
 def check_apart(place: Path, bundle: Path, source: Path) -> None:
     """Raise Stop when bundle and source are one folder, or one lies in the other."""
-    origin = resolved(source)
+    origin = resolve_links(source)
     if is_within(place, origin) and is_within(origin, place):
         found = "one folder for both"
     elif is_within(place, origin):
@@ -61,7 +61,7 @@ def check_apart(place: Path, bundle: Path, source: Path) -> None:
         found = f"the source {source} inside it"
     else:
         return
-    raise Stop(f"{bundle}", found, "two folders apart", "check SOURCE and BUNDLE")
+    raise UserError(f"{bundle}", found, "two folders apart", "check SOURCE and BUNDLE")
 
 
 def is_within(path: Path, folder: Path) -> bool:
@@ -76,26 +76,26 @@ def is_within(path: Path, folder: Path) -> bool:
     return False
 
 
-def kind_of(folder: Path) -> str:
+def folder_role(folder: Path) -> str:
     """SOURCE, BUNDLE or '': by the dtypes of the shards that can be read, else by config.json.
 
     MLX packs what it quantizes into U32, which a source never has; a source has FP8 or FP4 bytes.
     """
     dtypes: set[str] = set()
     for path in sorted(folder.glob("[!.]*.safetensors")):
-        with contextlib.suppress(Stop):
+        with contextlib.suppress(UserError):
             if path.is_file():
                 dtypes |= {tensor.dtype for tensor in read_shard(path).tensors.values()}
         if "U32" in dtypes:
             return BUNDLE
     if dtypes & {"F8_E4M3", "F8_E8M0"}:
         return SOURCE
-    return "" if dtypes else kind_by_config(folder)
+    return "" if dtypes else role_by_config(folder)
 
 
-def kind_by_config(folder: Path) -> str:
+def role_by_config(folder: Path) -> str:
     """What config.json says of the quantization."""
-    with contextlib.suppress(Stop):
+    with contextlib.suppress(UserError):
         config = read_json(folder / "config.json")
         if isinstance(config.get("quantization"), dict):
             return BUNDLE
@@ -106,5 +106,5 @@ def kind_by_config(folder: Path) -> str:
 
 def check_no_bundle(source: Path) -> None:
     """Raise Stop when a folder that a source is to come into holds a bundle."""
-    if kind_of(source) == BUNDLE:
-        raise Stop(f"{source}", BUNDLE, f"{SOURCE}, or no folder yet", "check SOURCE and BUNDLE")
+    if folder_role(source) == BUNDLE:
+        raise UserError(f"{source}", BUNDLE, f"{SOURCE}, or no folder yet", "check SOURCE and BUNDLE")

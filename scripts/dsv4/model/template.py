@@ -54,7 +54,7 @@ class TemplateFault(Exception):
     """A template that does not compile, raises, or goes beyond its bounds; says which."""
 
 
-def release_of(encoding: bytes) -> str | None:
+def encoding_release(encoding: bytes) -> str | None:
     """Which release an encoding_dsv4.py is of: one of RELEASES, or None for an unknown file.
 
     Comments above the program do not count, a single changed byte of it does.
@@ -68,7 +68,7 @@ def release_of(encoding: bytes) -> str | None:
 
 
 @cache
-def template(release: str) -> str:
+def template_text(release: str) -> str:
     """The text of chat_template.jinja for one of RELEASES; KeyError for another."""
     if release not in RELEASES:
         raise KeyError(release)
@@ -81,15 +81,15 @@ def template(release: str) -> str:
 def template_for(folder: Path) -> str:
     """The template for the release that the folder's encoding file is of; the first for another."""
     path = folder / ENCODING
-    return template((release_of(bounds.read(path)) if path.is_file() else None) or "first")
+    return template_text((encoding_release(bounds.read_bounded(path)) if path.is_file() else None) or "first")
 
 
-def is_own(text: object) -> bool:
+def is_own_template(text: object) -> bool:
     """Whether a template is this project's, of today or of before, and for any release."""
     if not isinstance(text, str):
         return False
     earlier = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() == EARLIER
-    return earlier or text in map(template, RELEASES)
+    return earlier or text in map(template_text, RELEASES)
 
 
 @cache
@@ -134,18 +134,18 @@ def render_all(text: str, talks: Sequence[Talk]) -> list[str | TemplateFault]:
     finally:
         child.kill()
         child.wait()
-    told = [said(line) for line in out.splitlines(keepends=True) if line.endswith(b"\n")]
-    rest = TemplateFault(ending(child.returncode))
+    told = [parse_line(line) for line in out.splitlines(keepends=True) if line.endswith(b"\n")]
+    rest = TemplateFault(describe_exit(child.returncode))
     return [*told, *[rest] * (len(talks) - len(told))][: len(talks)]
 
 
-def said(line: bytes) -> str | TemplateFault:
+def parse_line(line: bytes) -> str | TemplateFault:
     """One line of rendering.py's."""
     told = json.loads(line)
     return told["prompt"] if "prompt" in told else TemplateFault(told["fault"])
 
 
-def ending(status: int) -> str:
+def describe_exit(status: int) -> str:
     """Why a process ended before it had rendered everything."""
     if status >= 0:
         return f"rendering it ended with status {status}; is jinja2 installed?"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from dsv4.model.layouts import STORAGE, Recognised, recognise
+from dsv4.model.layouts import STORAGE, RecognizedScheme, recognize
 from dsv4.storage.bounds import MATRICES
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.shard import Tensor
@@ -19,14 +19,14 @@ SHARED = "tq_bits"  # one number for all experts of a stack
 
 
 @dataclass(frozen=True)
-class View(Checkpoint):
+class StorageView(Checkpoint):
     """A checkpoint's tensors under storage names, and how they were found.
 
     odd: tensors on disk that have a place in the layout and not its shape, or share it with
     another; why.
     """
 
-    recognised: Recognised
+    recognised: RecognizedScheme
     tensors: dict[str, Tensor] = field(default_factory=dict)
     odd: dict[str, str] = field(default_factory=dict)
 
@@ -35,14 +35,14 @@ class View(Checkpoint):
         tensor = self.tensors.get(name)
         if tensor is not None:
             return tensor.disk or name
-        return self.recognised.layout.called(name) or name
+        return self.recognised.layout.runtime_name(name) or name
 
 
-def view_of(checkpoint: Checkpoint) -> View:
+def storage_view(checkpoint: Checkpoint) -> StorageView:
     """The view of a checkpoint by the layout that knows most of its names."""
     tensors = checkpoint.tensors
-    recognised = recognise(tensors)
-    view = View(checkpoint.folder, checkpoint.config, checkpoint.weight_map, checkpoint.shards,
+    recognised = recognize(tensors)
+    view = StorageView(checkpoint.folder, checkpoint.config, checkpoint.weight_map, checkpoint.shards,
                 recognised)  # fmt: skip
     if recognised.layout is STORAGE:
         view.tensors.update(tensors)
@@ -51,7 +51,7 @@ def view_of(checkpoint: Checkpoint) -> View:
     return view
 
 
-def translate(tensors: Mapping[str, Tensor], view: View) -> None:
+def translate(tensors: Mapping[str, Tensor], view: StorageView) -> None:
     """Put every tensor that the layout knows where it belongs."""
     blocks: dict[str, dict[int, Tensor]] = {}
     shared = []
@@ -65,21 +65,21 @@ def translate(tensors: Mapping[str, Tensor], view: View) -> None:
         elif place.stacked and name.endswith(SHARED):
             shared.append((place.name, tensor))
         elif place.stacked:
-            unstack(place.name, tensor, view)
+            split_stack(place.name, tensor, view)
         else:
-            put(view, replace(flat(tensor), name=place.name, disk=name))
+            add_tensor(view, replace(flatten_groups(tensor), name=place.name, disk=name))
     for name, pieces in blocks.items():
-        put(view, joined(name, pieces, view))
+        add_tensor(view, join_blocks(name, pieces, view))
     for name, tensor in shared:
         expert = 0
         while (one := name.replace(".E.", f".{expert}.")).replace(SHARED, "tq_packed") in (
             view.tensors
         ):
-            put(view, replace(tensor, name=one, disk=tensor.name))
+            add_tensor(view, replace(tensor, name=one, disk=tensor.name))
             expert += 1
 
 
-def put(view: View, tensor: Tensor | None) -> None:
+def add_tensor(view: StorageView, tensor: Tensor | None) -> None:
     """Add one tensor to the view, unless its place is taken."""
     if tensor is None:
         return
@@ -88,7 +88,7 @@ def put(view: View, tensor: Tensor | None) -> None:
     view.tensors.setdefault(tensor.name, tensor)
 
 
-def flat(tensor: Tensor) -> Tensor:
+def flatten_groups(tensor: Tensor) -> Tensor:
     """Three axes as two: rows in groups are rows."""
     if len(tensor.shape) != 3:
         return tensor
@@ -96,7 +96,7 @@ def flat(tensor: Tensor) -> Tensor:
     return replace(tensor, shape=(first * second, last))
 
 
-def unstack(name: str, tensor: Tensor, view: View) -> None:
+def split_stack(name: str, tensor: Tensor, view: StorageView) -> None:
     """Each expert's part of a stack."""
     experts = tensor.shape[0] if len(tensor.shape) > 1 else 0
     if not 0 < experts <= MATRICES - len(view.tensors):
@@ -106,11 +106,11 @@ def unstack(name: str, tensor: Tensor, view: View) -> None:
     for expert in range(experts):
         one = name.replace(".E.", f".{expert}.")
         at = f"{tensor.name}[{expert}]"
-        put(view, replace(tensor, name=one, shape=tensor.shape[1:], nbytes=size,
+        add_tensor(view, replace(tensor, name=one, shape=tensor.shape[1:], nbytes=size,
                           offset=tensor.offset + expert * size, disk=at))  # fmt: skip
 
 
-def joined(name: str, pieces: dict[int, Tensor], view: View) -> Tensor | None:
+def join_blocks(name: str, pieces: dict[int, Tensor], view: StorageView) -> Tensor | None:
     """The blocks of a split matrix as one tensor, when they fit each other."""
     ordered = [pieces[number] for number in sorted(pieces)]
     first = ordered[0]

@@ -14,7 +14,7 @@ import numpy as np
 
 from dsv4.model.names import GROUP
 from dsv4.proof import kernels
-from dsv4.proof.promises import Promise
+from dsv4.proof.promises import Tolerance
 from dsv4.storage.reading import as_float32
 from dsv4.weights.affine import RANK, BadGroup
 from dsv4.weights.quantizer import Quantizer
@@ -22,7 +22,7 @@ from dsv4.weights.quantizer import Quantizer
 BY_CASE = ("mlx",)
 
 
-def cases() -> np.ndarray:
+def all_cases() -> np.ndarray:
     """One group for each pair of least and greatest value, packed: uint8 (120 · 16,)."""
     codes = sorted(range(16), key=lambda code: (RANK[code], code))
     inside = [
@@ -34,12 +34,12 @@ def cases() -> np.ndarray:
     return (groups[:, 0::2] | groups[:, 1::2] << 4).reshape(-1)
 
 
-def certify(quantizer: Quantizer, promise: Promise) -> tuple[np.ndarray, float]:
+def judge_cases(quantizer: Quantizer, promise: Tolerance) -> tuple[np.ndarray, float]:
     """Judge every case: (bool (256,), by exponent whether all hold; the largest error in steps)."""
     good, worst = np.zeros(256, bool), 0.0
     if quantizer.name not in BY_CASE:
         return good, worst
-    packed = cases()
+    packed = all_cases()
     for exponent in range(255):
         error = _worst(quantizer, promise, packed, np.full(len(packed) // 16, exponent, np.uint8))
         if error is not None:
@@ -49,7 +49,7 @@ def certify(quantizer: Quantizer, promise: Promise) -> tuple[np.ndarray, float]:
 
 
 def _worst(
-    quantizer: Quantizer, promise: Promise, packed: np.ndarray, exponents: np.ndarray
+    quantizer: Quantizer, promise: Tolerance, packed: np.ndarray, exponents: np.ndarray
 ) -> float | None:
     """The largest error in steps over these groups; None when one breaks the promise."""
     bits, groups = quantizer.label["bits"], len(exponents)

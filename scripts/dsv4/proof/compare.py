@@ -27,19 +27,19 @@ import numpy as np
 from dsv4.model.labels import EXPERT, MIXTURES, OWN, SOURCE, TURBO
 from dsv4.model.names import BLOCK, GROUP, parse_expert, stack_of
 from dsv4.proof import kernels
-from dsv4.proof.certificate import certify, zeros
+from dsv4.proof.certificate import judge_cases, zeros
 from dsv4.proof.decode import source_rows
 from dsv4.proof.floats import compare_floats, is_exact
 from dsv4.proof.headers import label_at, quantizer_of
-from dsv4.proof.promises import Promise, promise_of
-from dsv4.proof.survey import Survey
-from dsv4.proof.tasks import Outcome, Task
+from dsv4.proof.promises import Tolerance, tolerance_for
+from dsv4.proof.survey import Scan
+from dsv4.proof.tasks import TensorResult, Task
 from dsv4.proof.turbo import compare_turbo
-from dsv4.storage.reading import Reader, as_float32, element, rounded, shown_element
+from dsv4.storage.reading import TensorReader, as_float32, element_index, round_to_dtype, format_element
 from dsv4.storage.shard import FLOATS, ITEMSIZE, NUMPY_DTYPE, Tensor
 from dsv4.weights.affine import BadGroup
-from dsv4.weights.imatrix import EVEN, Importance, usable
-from dsv4.weights.quantizer import Quantizer, is_known, named
+from dsv4.weights.imatrix import EVEN, Importance, normalized
+from dsv4.weights.quantizer import Quantizer, is_quantizer, get_quantizer
 
 BLOCK_WEIGHTS = 1 << 17  # weights in a block of rows: 512 KB decoded, which a core's cache holds
 RUN_BLOCKS = 8  # blocks whose bytes are compared at one go
@@ -54,22 +54,22 @@ class Comparer:
     importance: of the imatrix that the user named, if any.
     """
 
-    def __init__(self, bundle: Survey, importance: Importance = EVEN) -> None:
+    def __init__(self, bundle: Scan, importance: Importance = EVEN) -> None:
         mark = quantizer_of(bundle)
         self.recorded = mark.get("requantize_quantizer")
         self.quantizer: Quantizer | None = None
-        if is_known(self.recorded):
-            quantizer = named(self.recorded, importance, labels_by_stack(bundle))
+        if is_quantizer(self.recorded):
+            quantizer = get_quantizer(self.recorded, importance, labels_by_stack(bundle))
             # Another digest: another MLX's table, or an importance of columns that is not here.
             if quantizer.digest == mark.get("requantize_table"):
                 self.quantizer = quantizer
-                promise = promise_of(quantizer.name, EXPERT)
-                self.certified, self.worst = certify(quantizer, promise)
+                promise = tolerance_for(quantizer.name, EXPERT)
+                self.certified, self.worst = judge_cases(quantizer, promise)
 
-    def compare(self, task: Task, reader: Reader) -> Outcome:
+    def compare(self, task: Task, reader: TensorReader) -> TensorResult:
         """Compare one tensor with its source."""
         how = f"{task.label['mode']} {task.label['bits']}-bit" if task.label else ""
-        outcome = Outcome(task.origin.name, task.what, how or task.main.dtype)
+        outcome = TensorResult(task.origin.name, task.what, how or task.main.dtype)
         disk = task.main.disk.partition("[")[0].removesuffix(".weight")
         outcome.disk = disk if disk != task.base else ""
         own = self.recorded in OWN
@@ -88,7 +88,7 @@ class Comparer:
         elif task.label["mode"] != SOURCE and is_exact(task):
             compare_copies(task, reader, outcome)
             if outcome.wrong and not outcome.faults and self.recorded is None:
-                outcome = Outcome(outcome.name, outcome.what, how, disk=outcome.disk)
+                outcome = TensorResult(outcome.name, outcome.what, how, disk=outcome.disk)
                 compare_floats(task, reader, outcome, BLOCK_WEIGHTS)
         else:
             compare_floats(task, reader, outcome, BLOCK_WEIGHTS)
@@ -101,18 +101,18 @@ class Comparer:
         turbo = self.quantizer.label["mode"] == TURBO
         return turbo != (task.label["mode"] == TURBO)
 
-    def _compare_affine(self, task: Task, reader: Reader, outcome: Outcome) -> None:
+    def _compare_affine(self, task: Task, reader: TensorReader, outcome: TensorResult) -> None:
         """Compare runs of rows by their bytes where that is enough; decode the others, and one
         block of every tensor in any case.
         """
         expert = task.what == "expert"
-        promise = promise_of(self.recorded if expert else None, task.label)
+        promise = tolerance_for(self.recorded if expert else None, task.label)
         quantizer = self.quantizer.of(task.base) if expert and self.quantizer else None
         if quantizer is not None and quantizer.label != task.label:
             quantizer = None
         importance = quantizer and self.quantizer.importance.get(task.base)
         if importance is not None:
-            importance = usable(importance, task.base)
+            importance = normalized(importance, task.base)
         out, columns = task.origin.shape[0], task.columns
         rows = max(1, BLOCK_WEIGHTS // columns)
         sample = zlib.crc32(task.base.encode()) % -(-out // rows) * rows
@@ -133,10 +133,10 @@ class Comparer:
                     block.recompute(outcome, quantizer, importance)
                 else:
                     block.formula(outcome)
-        finish(outcome, promise)
+        judge_error(outcome, promise)
 
     def _same_bytes(
-        self, task: Task, reader: Reader, first: int, last: int, outcome: Outcome
+        self, task: Task, reader: TensorReader, first: int, last: int, outcome: TensorResult
     ) -> bool:
         """True, and counted, when some rows are what the quantizer makes of certified groups."""
         exponents = reader.rows(task.scale, first, last)
@@ -161,7 +161,7 @@ class Comparer:
         return True
 
 
-def labels_by_stack(bundle: Survey) -> dict[str, dict[str, Any]]:
+def labels_by_stack(bundle: Scan) -> dict[str, dict[str, Any]]:
     """Stack → the label by which its first expert is stored: what a mixture's plan said."""
     found: dict[str, dict[str, Any]] = {}
     for base in bundle.bases:
@@ -170,7 +170,7 @@ def labels_by_stack(bundle: Survey) -> dict[str, dict[str, Any]]:
     return found
 
 
-def finish(outcome: Outcome, promise: Promise) -> None:
+def judge_error(outcome: TensorResult, promise: Tolerance) -> None:
     """Judge a whole tensor's error, where its bytes were not found right or nothing may err."""
     sure = outcome.exact == outcome.groups and promise.rms > 0
     if not sure and outcome.relative > promise.rms:
@@ -185,7 +185,7 @@ def finish(outcome: Outcome, promise: Promise) -> None:
 class Block:
     """Some rows of an affine module, decoded: source values, levels, scales and biases."""
 
-    def __init__(self, task: Task, reader: Reader, first: int, last: int, columns: int) -> None:
+    def __init__(self, task: Task, reader: TensorReader, first: int, last: int, columns: int) -> None:
         self.task, self.first, self.columns = task, first, columns
         self.bits, self.size = task.label["bits"], task.label["group_size"]
         number = (last - first) * columns
@@ -198,7 +198,7 @@ class Block:
         self.rounding = kernels.ROUNDING[dtype]
         kernels.unpack(self.stored["weight"], self.bits, self.levels)
 
-    def source_is_whole(self, outcome: Outcome) -> bool:
+    def source_is_whole(self, outcome: TensorResult) -> bool:
         """False, with a fault, when the source itself holds NaN."""
         expert = self.task.what == "expert"  # FP4 has no NaN but its exponent's
         if (self.exponents == 255).any() or not (expert or np.isfinite(self.values).all()):
@@ -206,12 +206,12 @@ class Block:
             return False
         return True
 
-    def place(self, weight: int) -> str:
+    def weight_index(self, weight: int) -> str:
         """Where in the tensor the weight with this index in the block lies."""
         row, column = divmod(int(weight), self.columns)
         return f"row {self.first + row}, group {column // self.size}, column {column}"
 
-    def bounds(self, outcome: Outcome, promise: Promise) -> None:
+    def bounds(self, outcome: TensorResult, promise: Tolerance) -> None:
         """Hold every weight to the promise."""
         counts, energy, error, worst = kernels.bounds(
             self.values, self.levels, self.scales, self.biases, self.bits, *self.rounding, self.size
@@ -223,29 +223,29 @@ class Block:
         outcome.zeros_lost += int(counts[kernels.LOST_ZEROS])
         outcome.lossless += int(counts[kernels.EXACT_GROUPS])
         if worst > outcome.worst:
-            outcome.worst, outcome.worst_at = worst, self.place(counts[kernels.WORST_AT])
-        self._blame(outcome, promise, counts, worst)
+            outcome.worst, outcome.worst_at = worst, self.weight_index(counts[kernels.WORST_AT])
+        self._report_bound(outcome, promise, counts, worst)
 
-    def _blame(self, outcome: Outcome, promise: Promise, counts: np.ndarray, worst: float) -> None:
+    def _report_bound(self, outcome: TensorResult, promise: Tolerance, counts: np.ndarray, worst: float) -> None:
         prefix = "expert" if outcome.what == "expert" else "module"
         if counts[kernels.BAD_NUMBER]:
             group = int(counts[kernels.FIRST_BAD_NUMBER]) // self.size
             outcome.fault(
                 "nan-or-inf",
-                self.place(group * self.size),
+                self.weight_index(group * self.size),
                 f"scale {self.scales[group]}, bias {self.biases[group]}",
                 "numbers",
             )
         if promise.zeros and counts[kernels.LOST_ZEROS] and prefix == "expert":
             start = int(counts[kernels.FIRST_LOST])
             at = start + int(np.argmax((self.values == 0)[start : start + self.size]))
-            outcome.fault("zeros-lost", self.place(at), f"{self._decoded(at):.4g}", "0")
+            outcome.fault("zeros-lost", self.weight_index(at), f"{self._decoded(at):.4g}", "0")
         if promise.nearest and counts[kernels.NOT_NEAREST]:
             at = self._farthest(int(counts[kernels.FIRST_NOT_NEAREST]))
             name = "expert-level-wrong" if prefix == "expert" else "module-differs"
             outcome.fault(
                 name,
-                self.place(at),
+                self.weight_index(at),
                 f"level {self.levels[at]} = {self._decoded(at):.4g}",
                 f"the level nearest {self.values[at]:.4g}",
             )
@@ -254,7 +254,7 @@ class Block:
             name = "expert-beyond-bound" if prefix == "expert" else "module-differs"
             outcome.fault(
                 name,
-                self.place(at),
+                self.weight_index(at),
                 f"{self._decoded(at):.4g}, off by {worst:.2f} steps",
                 f"{self.values[at]:.4g} within {promise.steps:g}",
             )
@@ -270,7 +270,7 @@ class Block:
         decoded = self.levels[group] * self.scales[at] + self.biases[at]
         return start + int(np.argmax(np.abs(decoded - self.values[group])))
 
-    def formula(self, outcome: Outcome) -> None:
+    def formula(self, outcome: TensorResult) -> None:
         """Compare with MLX's formula; what differs is judged over the whole bundle, later."""
         counts = kernels.formula(
             self.values, self.levels, self.scales, self.biases, self.bits, *self.rounding, self.size
@@ -291,13 +291,13 @@ class Block:
         """(where, found, expected) of a group that is not what the formula gives."""
         span = slice(self.size * group, self.size * (group + 1))
         scale, bias, levels = kernels.expected_group(self.values[span], self.bits)
-        where = self.place(self.size * group)
+        where = self.weight_index(self.size * group)
         dtype = self.task.parts["scales"].dtype
         for part, given, value in (
             ("scale", self.scales[group], scale),
             ("bias", self.biases[group], bias),
         ):
-            wanted = as_float32(rounded(np.array([value], np.float32), dtype), dtype)[0]
+            wanted = as_float32(round_to_dtype(np.array([value], np.float32), dtype), dtype)[0]
             if given != wanted:
                 return where, f"{part} {given:.6g}", f"{part} {wanted:.6g}"
         column = int(np.argmax(levels != self.levels[span]))
@@ -305,7 +305,7 @@ class Block:
         return where, found, f"level {levels[column]}"
 
     def recompute(
-        self, outcome: Outcome, quantizer: Quantizer, importance: np.ndarray | None
+        self, outcome: TensorResult, quantizer: Quantizer, importance: np.ndarray | None
     ) -> None:
         """Quantize the source rows again and compare bytes; importance: of the columns, usable."""
         parts = {part: np.empty(len(data), np.uint8) for part, data in self.stored.items()}
@@ -314,21 +314,21 @@ class Block:
         try:
             quantizer.encode(self.codes, self.exponents, parts, importance)
         except BadGroup as bad:
-            outcome.fault("source-broken", self.place(bad.group * GROUP), bad.found, bad.expected)
+            outcome.fault("source-broken", self.weight_index(bad.group * GROUP), bad.found, bad.expected)
             return
         wrong = np.zeros(len(self.scales), bool)
         for part, data in self.stored.items():
             if not np.array_equal(parts[part], data):
                 odd = (parts[part] != data).reshape(len(self.scales), -1).any(axis=1)
                 if not wrong.any():
-                    outcome.wrong_places.append(self._odd(part, int(np.argmax(odd)), parts[part]))
+                    outcome.wrong_places.append(self._first_difference(part, int(np.argmax(odd)), parts[part]))
                 wrong |= odd
         outcome.wrong += int(wrong.sum())
         outcome.exact += int((~wrong).sum())
 
-    def _odd(self, part: str, group: int, right: np.ndarray) -> tuple[str, str, str]:
+    def _first_difference(self, part: str, group: int, right: np.ndarray) -> tuple[str, str, str]:
         """(where, found, expected) of a group whose `part` differs from the recomputed one."""
-        where = self.place(group * self.size)
+        where = self.weight_index(group * self.size)
         if part != "weight":
             dtype = self.task.parts[part].dtype
             values = [as_float32(data, dtype)[group] for data in (self.stored[part], right)]
@@ -341,7 +341,7 @@ class Block:
         return where, found, f"level {levels[span][column]}"
 
 
-def compare_copies(task: Task, reader: Reader, outcome: Outcome) -> None:
+def compare_copies(task: Task, reader: TensorReader, outcome: TensorResult) -> None:
     """Codes and exponents kept as they are, FP4's or FP8's: every byte is the source's."""
     fp8 = task.label["mode"] == "mxfp8"
     outcome.numbers = task.origin.nbytes * (1 if fp8 else 2)
@@ -355,7 +355,7 @@ def compare_copies(task: Task, reader: Reader, outcome: Outcome) -> None:
         for first in range(0, tensor.shape[0], rows):
             last = min(first + rows, tensor.shape[0])
             found = reader.rows(tensor, first, last)
-            expected = copied(task, part, reader, first, last)
+            expected = copied_rows(task, part, reader, first, last)
             odd = np.flatnonzero(found != expected)
             if len(odd) and wrong == before:
                 row, byte = divmod(int(odd[0]), row_bytes)
@@ -376,7 +376,7 @@ def compare_copies(task: Task, reader: Reader, outcome: Outcome) -> None:
     outcome.exact = outcome.lossless = outcome.groups - outcome.wrong
 
 
-def copied(task: Task, part: str, reader: Reader, first: int, last: int) -> np.ndarray:
+def copied_rows(task: Task, part: str, reader: TensorReader, first: int, last: int) -> np.ndarray:
     """What some rows of a part are where the source's codes and scales were kept: bytes."""
     if part == "weight" or task.label["mode"] == "mxfp4":
         return reader.rows(task.origin if part == "weight" else task.scale, first, last)
@@ -386,7 +386,7 @@ def copied(task: Task, part: str, reader: Reader, first: int, last: int) -> np.n
     return blocks[rows[:, None], columns[None, :]].reshape(-1)
 
 
-def compare_plain(task: Task, reader: Reader, outcome: Outcome, exact: bool = False) -> None:
+def compare_plain(task: Task, reader: TensorReader, outcome: TensorResult, exact: bool = False) -> None:
     """Controls, integers and passthrough: the source in the bundle's dtype, byte for byte.
 
     exact: not even the rounding to that dtype may change a value.
@@ -409,11 +409,11 @@ def compare_plain(task: Task, reader: Reader, outcome: Outcome, exact: bool = Fa
             bad = np.flatnonzero(~np.isfinite(as_float32(found, tensor.dtype)))
             if len(bad):
                 seen.add("nan")
-                where = element(tensor, first + int(bad[0]))
+                where = element_index(tensor, first + int(bad[0]))
                 outcome.fault("nan-or-inf", where, "NaN or Inf", "numbers")
         if not comparable or "odd" in seen:
             continue  # reported by its dtype, or already
-        expected, given = plain_source(task, reader, first, count)
+        expected, given = unquantized_source(task, reader, first, count)
         if given is not None:
             missed = as_float32(expected, tensor.dtype)
             missed -= given
@@ -423,7 +423,7 @@ def compare_plain(task: Task, reader: Reader, outcome: Outcome, exact: bool = Fa
             lost = np.flatnonzero(as_float32(expected, tensor.dtype) != given)
             if len(lost):
                 seen.add("lossy")
-                where = element(tensor, first + int(lost[0]))
+                where = element_index(tensor, first + int(lost[0]))
                 outcome.fault("rounded", where, tensor.dtype, f"{given[lost[0]]:.8g}")
         odd = np.flatnonzero(found != expected)
         if len(odd) and task.scale is not None:  # by value: FP4 has a zero of either sign
@@ -431,22 +431,22 @@ def compare_plain(task: Task, reader: Reader, outcome: Outcome, exact: bool = Fa
             odd = size * np.flatnonzero(np.not_equal(*values))
         if len(odd):
             seen.add("odd")
-            blame_plain(task, outcome, first, int(odd[0]) // size, (found, expected))
+            report_plain_mismatch(task, outcome, first, int(odd[0]) // size, (found, expected))
 
 
-def blame_plain(
-    task: Task, outcome: Outcome, first: int, at: int, both: tuple[np.ndarray, np.ndarray]
+def report_plain_mismatch(
+    task: Task, outcome: TensorResult, first: int, at: int, both: tuple[np.ndarray, np.ndarray]
 ) -> None:
     """Report element `at` of a slice that begins at element `first`: found and expected bytes."""
     tensor = task.parts["weight"]
     name = {"control": "control-differs", "module": "module-differs"}
-    shown = [shown_element(data, tensor.dtype, at) for data in both]
-    where = element(tensor, first + at)
+    shown = [format_element(data, tensor.dtype, at) for data in both]
+    where = element_index(tensor, first + at)
     outcome.fault(name.get(task.what, "passthrough-differs"), where, *shown)
 
 
-def plain_source(
-    task: Task, reader: Reader, first: int, count: int
+def unquantized_source(
+    task: Task, reader: TensorReader, first: int, count: int
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """`count` elements of the source from element `first`: as bytes of the bundle's dtype, and as
     float32 where that dtype is another than the source's.
@@ -457,7 +457,7 @@ def plain_source(
     if task.scale is not None:
         row = first // task.columns
         values = source_rows(task, reader, row, row + count // task.columns)[2]
-        return rounded(values, dtype), values
+        return round_to_dtype(values, dtype), values
     size = ITEMSIZE[origin.dtype]
     data = reader.read(origin, first * size, count * size)
     if origin.dtype == dtype:
@@ -465,17 +465,17 @@ def plain_source(
     if origin.dtype not in FLOATS:  # integers, kept in fewer bytes
         return data.view(NUMPY_DTYPE[origin.dtype]).astype(NUMPY_DTYPE[dtype]).view(np.uint8), None
     values = as_float32(data, origin.dtype)
-    return rounded(values, dtype), values
+    return round_to_dtype(values, dtype), values
 
 
 # --- Without a source ---------------------------------------------------------------------------
 
 
-def look_at(bundle: Survey, tensor: Tensor, reader: Reader) -> Outcome:
+def scan_values(bundle: Scan, tensor: Tensor, reader: TensorReader) -> TensorResult:
     """Without a source: NaN and Inf, and experts that are nothing but zeros."""
     expert = parse_expert(tensor.name)
     what = "expert" if expert else "tensor"
-    outcome = Outcome(tensor.name, what, tensor.dtype)
+    outcome = TensorResult(tensor.name, what, tensor.dtype)
     outcome.numbers = tensor.nbytes // ITEMSIZE[tensor.dtype]
     zero, step = True, PIECE_BYTES
     for first in range(0, tensor.nbytes, step):
@@ -485,7 +485,7 @@ def look_at(bundle: Survey, tensor: Tensor, reader: Reader) -> Outcome:
             bad = np.flatnonzero(~np.isfinite(as_float32(data, tensor.dtype)))
             if len(bad):
                 at = first // ITEMSIZE[tensor.dtype] + int(bad[0])
-                outcome.fault("nan-or-inf", element(tensor, at), "NaN or Inf", "numbers")
+                outcome.fault("nan-or-inf", element_index(tensor, at), "NaN or Inf", "numbers")
                 break
         if expert and expert[4] == "scales" and tensor.dtype == "U8" and (data == 255).any():
             outcome.fault("nan-or-inf", "scales", "exponent 255", "0 to 254")

@@ -21,15 +21,15 @@ from dsv4.model.template import (
     Talk,
     TemplateFault,
     conversations,
-    release_of,
+    encoding_release,
     render_all,
 )
 from dsv4.proof.findings import Check, Findings
-from dsv4.proof.survey import Survey
-from dsv4.stop import Stop
+from dsv4.proof.survey import Scan
+from dsv4.stop import UserError
 from dsv4.storage import bounds
 from dsv4.storage.checkpoint import Checkpoint, read_json
-from dsv4.words import plain, shown
+from dsv4.words import escape_line, short_repr
 
 IN_CONFIG = "tokenizer_config.json: chat_template"
 SPECIAL = "special_tokens_map.json"
@@ -47,7 +47,7 @@ IDLE = {"type": "TemplateProcessing", "single": [FIRST], "pair": [FIRST, SECOND]
         "special_tokens": {}}  # fmt: skip
 
 
-def check(bundle: Survey, source: Checkpoint | None, findings: Findings) -> list[Check]:
+def check(bundle: Scan, source: Checkpoint | None, findings: Findings) -> list[Check]:
     """Every check of the conversation; with a source its files are compared with it."""
     release = check_encoding(bundle, source, findings)
     checks = [check_tokens(bundle, findings), check_templates(bundle, release, findings)]
@@ -59,7 +59,7 @@ def check(bundle: Survey, source: Checkpoint | None, findings: Findings) -> list
 # ------------------------------------------------------------------------------------ the program
 
 
-def check_encoding(bundle: Survey, source: Checkpoint | None, findings: Findings) -> str:
+def check_encoding(bundle: Scan, source: Checkpoint | None, findings: Findings) -> str:
     """The file that vMLX runs: the source's, or one that is known; returns which release's it is.
 
     "" when it is unknown or not there.
@@ -71,28 +71,28 @@ def check_encoding(bundle: Survey, source: Checkpoint | None, findings: Findings
         return ""
     own = source.folder / ENCODING if source is not None else None
     if own is not None and own.is_file():
-        if bounds.read(own) != data:
+        if bounds.read_bounded(own) != data:
             findings.add("encoding-differs", ENCODING, "other bytes than the source's", "its file")
-    elif release_of(data) is None:
+    elif encoding_release(data) is None:
         findings.add("encoding-unknown", ENCODING, f"{len(data):,} bytes of unknown code that vMLX "
                      "will run", "a file of DeepSeek's releases")  # fmt: skip
-    return release_of(data) or ""
+    return encoding_release(data) or ""
 
 
-def read_file(bundle: Survey, name: str) -> bytes | None:
+def read_file(bundle: Scan, name: str) -> bytes | None:
     """A small file of the bundle; None when it is not there, or not to be read."""
     if name not in bundle.files:
         return None
     try:
-        return bounds.read(bundle.checkpoint.folder / name)
-    except (Stop, OSError):
+        return bounds.read_bounded(bundle.checkpoint.folder / name)
+    except (UserError, OSError):
         return None
 
 
 # ------------------------------------------------------------------------------------- the tokens
 
 
-def check_tokens(bundle: Survey, findings: Findings) -> Check:
+def check_tokens(bundle: Scan, findings: Findings) -> Check:
     """Token ids lie within the embedding, and all files mean the same by a special token."""
     tokenizer = bundle.documents.get("tokenizer.json")
     if tokenizer is None:
@@ -102,41 +102,41 @@ def check_tokens(bundle: Survey, findings: Findings) -> Check:
     if isinstance(size, int):
         beyond = [(name, number) for name, number in ids.items() if not 0 <= number < size]
         for name, number in beyond:
-            where = f"tokenizer.json: {plain(name, 60)}"
-            findings.add("token-out-of-range", where, f"id {shown(number)}", f"below {size:,}")
+            where = f"tokenizer.json: {escape_line(name, 60)}"
+            findings.add("token-out-of-range", where, f"id {short_repr(number)}", f"below {size:,}")
     check_special(bundle, ids, findings)
     return Check("tokens within the vocabulary", len(ids), optional=True)
 
 
-def check_special(bundle: Survey, ids: dict[str, int], findings: Findings) -> None:
+def check_special(bundle: Scan, ids: dict[str, int], findings: Findings) -> None:
     """BOS and EOS are the same in tokenizer_config.json, special_tokens_map.json and by id."""
     for name in ("tokenizer_config.json", SPECIAL):
         document = document_of(bundle, name) or {}
         for key, token in (("bos_token", BOS), ("eos_token", EOS)):
             found = text_of(document.get(key))
             if found is not None and found != token:
-                findings.add("special-token-wrong", f"{name}: {key}", shown(found), repr(token))
+                findings.add("special-token-wrong", f"{name}: {key}", short_repr(found), repr(token))
     for name in ("config.json", "generation_config.json"):
         found = bundle.documents.get(name, {}).get("bos_token_id")
         if found is not None and found != ids.get(BOS):
             where = f"{name}: bos_token_id"
-            findings.add("special-token-wrong", where, shown(found), f"{ids.get(BOS)}")
+            findings.add("special-token-wrong", where, short_repr(found), f"{ids.get(BOS)}")
 
 
-def document_of(bundle: Survey, name: str) -> dict[str, Any] | None:
+def document_of(bundle: Scan, name: str) -> dict[str, Any] | None:
     """A JSON object of the bundle, also one that no runtime needs; None when there is none."""
     if name in bundle.documents or name not in bundle.files:
         return bundle.documents.get(name)
     try:
         return read_json(bundle.checkpoint.folder / name)
-    except Stop:
+    except UserError:
         return None
 
 
 # ---------------------------------------------------------------------------------- the templates
 
 
-def check_templates(bundle: Survey, release: str, findings: Findings) -> Check:
+def check_templates(bundle: Scan, release: str, findings: Findings) -> Check:
     """Both templates are there, are one, and make the encoder's prompts of built-in talks."""
     texts = templates(bundle)
     if CHAT_TEMPLATE not in texts:
@@ -147,7 +147,7 @@ def check_templates(bundle: Survey, release: str, findings: Findings) -> Check:
         findings.add("chat-templates-differ", f"{CHAT_TEMPLATE} and {IN_CONFIG}", "two", "one text")
     number = 0
     for where, text in texts.items():
-        faults = judge(text, release)
+        faults = judge_template(text, release)
         number = len(conversations(release or "first"))
         for name in ("chat-template-wrong", "chat-template-incomplete"):
             mine = [fault for fault in faults if fault[0] == name]
@@ -158,7 +158,7 @@ def check_templates(bundle: Survey, release: str, findings: Findings) -> Check:
     return Check("conversations rendered by the templates", number * len(texts), optional=True)
 
 
-def templates(bundle: Survey) -> dict[str, str]:
+def templates(bundle: Scan) -> dict[str, str]:
     """Where a template stands → its text, of the two places that runtimes read."""
     texts = {}
     data = read_file(bundle, CHAT_TEMPLATE)
@@ -174,37 +174,37 @@ def templates(bundle: Survey) -> dict[str, str]:
 
 
 @lru_cache(maxsize=64)
-def judge(text: str, release: str) -> tuple[tuple[str, str, str, str], ...]:
+def judge_template(text: str, release: str) -> tuple[tuple[str, str, str, str], ...]:
     """(finding, talk, found, expected) of each built-in talk that a template renders otherwise.
 
     Without a release, those of the one that fits better. A template comes from the bundle: it is
     rendered in a process of its own, within bounds.
     """
     if not release:
-        return min((judge(text, one) for one in RELEASES), key=len)
+        return min((judge_template(text, one) for one in RELEASES), key=len)
     talks = conversations(release)
     faults = []
     told = render_all(text, [talk for _, talk, _ in talks])
     for (name, talk, prompt), found in zip(talks, told, strict=True):
         if isinstance(found, TemplateFault):
-            said = plain(found)
+            said = escape_line(found)
         elif found != prompt:
-            said = difference(found, prompt)
+            said = first_difference(found, prompt)
         else:
             continue
-        kind = "chat-template-incomplete" if kinds(talk) else "chat-template-wrong"
-        faults.append((kind, name, said, shown(prompt)))
+        kind = "chat-template-incomplete" if features_used(talk) else "chat-template-wrong"
+        faults.append((kind, name, said, short_repr(prompt)))
     return tuple(faults)
 
 
-def difference(found: str, prompt: str) -> str:
+def first_difference(found: str, prompt: str) -> str:
     """Where a rendered prompt leaves the right one, for a reader."""
     pairs = enumerate(zip(found, prompt, strict=False))
     at = next((i for i, (a, b) in pairs if a != b), min(len(found), len(prompt)))
-    return f"{shown(found[max(0, at - 20) : at + 60])} at character {at:,}"
+    return f"{short_repr(found[max(0, at - 20) : at + 60])} at character {at:,}"
 
 
-def kinds(talk: Talk) -> set[str]:
+def features_used(talk: Talk) -> set[str]:
     """What a talk asks of a template beyond plain turns: 'tools', 'thinking', 'efforts'."""
     messages = talk["messages"]
     found = set()
@@ -222,30 +222,30 @@ def kinds(talk: Talk) -> set[str]:
     return found
 
 
-def per_runtime(bundle: Survey) -> dict[str, str]:
+def per_runtime(bundle: Scan) -> dict[str, str]:
     """Runtime → what of a conversation reaches the model there as the encoder writes it."""
     data, texts = read_file(bundle, ENCODING), templates(bundle)
-    release = release_of(data) if data else None
+    release = encoding_release(data) if data else None
     preferred = texts.get(CHAT_TEMPLATE) or texts.get(IN_CONFIG)
     said = "DeepSeek's own program" if release else "unknown code of the bundle"
     return {
         "vMLX 1.6.81": said if data else "nothing: no encoding file",
-        "vMLX 1.3.97": survives(texts.get(IN_CONFIG), release or ""),
-        "mlx_lm, transformers": survives(preferred, release or ""),
-        "mlx-vlm": survives(texts.get(CHAT_TEMPLATE), release or ""),
+        "vMLX 1.3.97": features_kept(texts.get(IN_CONFIG), release or ""),
+        "mlx_lm, transformers": features_kept(preferred, release or ""),
+        "mlx-vlm": features_kept(texts.get(CHAT_TEMPLATE), release or ""),
     }
 
 
-def survives(text: str | None, release: str) -> str:
+def features_kept(text: str | None, release: str) -> str:
     """What a template keeps of the built-in talks: plain turns, tools, thinking, efforts."""
     if text is None:
         return "nothing: no template"
-    lost = {name for _, name, _, _ in judge(text, release)}
+    lost = {name for _, name, _, _ in judge_template(text, release)}
     talks = conversations(release or "first")
-    kept = {kind: True for _, talk, _ in talks for kind in kinds(talk) or {"plain turns"}}
+    kept = {kind: True for _, talk, _ in talks for kind in features_used(talk) or {"plain turns"}}
     for name, talk, _ in talks:
         if name in lost:
-            kept.update(dict.fromkeys(kinds(talk) or {"plain turns"}, False))
+            kept.update(dict.fromkeys(features_used(talk) or {"plain turns"}, False))
     words = ", ".join(f"{kind} {'yes' if yes else 'no'}" for kind, yes in kept.items())
     right = len(talks) - len(lost)
     return f"{words} ({right} of {len(talks)} conversations as the encoder writes them)"
@@ -254,26 +254,26 @@ def survives(text: str | None, release: str) -> str:
 # ------------------------------------------------------------------------------------- the source
 
 
-def check_against_source(bundle: Survey, source: Checkpoint, findings: Findings) -> Check:
+def check_against_source(bundle: Scan, source: Checkpoint, findings: Findings) -> Check:
     """The files that make tokens of text are the source's, as far as they steer anything."""
-    pairs = list(both(bundle, source))
+    pairs = list(common_documents(bundle, source))
     for name, own, theirs in pairs:
         if name == "tokenizer.json" and without_idle(own) != without_idle(theirs):
             findings.add("tokenizer-differs", name, "another tokenizer", "the source's")
         elif name == "tokenizer_config.json":
             for key in TOKENIZER_KEYS:
-                if key in theirs and meant(own, key) != meant(theirs, key):
-                    differs("tokenizer-config-differs", name, key, own, theirs, findings)
+                if key in theirs and effective_value(own, key) != effective_value(theirs, key):
+                    report_key("tokenizer-config-differs", name, key, own, theirs, findings)
         elif name == SPECIAL:
             for key in {**own, **theirs}:
                 if text_of(own.get(key)) != text_of(theirs.get(key)):
-                    differs("special-tokens-differ", name, key, own, theirs, findings)
+                    report_key("special-tokens-differ", name, key, own, theirs, findings)
         elif name == "generation_config.json":
             added = set(defaults.SAMPLING) & set(own) - set(theirs)
             wrong = [key for key in set(theirs) - OURS if own.get(key) != theirs[key]]
             wrong += [key for key in added if own[key] not in (None, defaults.SAMPLING[key])]
             for key in sorted(wrong):
-                differs("generation-config-differs", name, key, own, theirs, findings)
+                report_key("generation-config-differs", name, key, own, theirs, findings)
     return Check("files of the conversation as in the source", len(pairs), optional=True)
 
 
@@ -283,7 +283,7 @@ def without_idle(tokenizer: dict[str, Any]) -> dict[str, Any]:
     return {**tokenizer, "post_processor": None} if idle else tokenizer
 
 
-def meant(config: dict[str, Any], key: str) -> Any:
+def effective_value(config: dict[str, Any], key: str) -> Any:
     """What a key of tokenizer_config.json says, or its absence."""
     found = text_of(config.get(key))
     of_class = text_of(config.get("tokenizer_class"))
@@ -294,8 +294,8 @@ def meant(config: dict[str, Any], key: str) -> Any:
     return False if adds and plain_class and found is None else found
 
 
-def both(
-    bundle: Survey, source: Checkpoint
+def common_documents(
+    bundle: Scan, source: Checkpoint
 ) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     """(file, the bundle's content, the source's) of the JSON files that both have."""
     for name in ("tokenizer.json", "tokenizer_config.json", SPECIAL, "generation_config.json"):
@@ -304,9 +304,9 @@ def both(
             yield name, own, read_json(source.folder / name, FORMS.get(name, {}))
 
 
-def differs(
+def report_key(
     fault: str, name: str, key: str, own: dict[str, Any], theirs: dict[str, Any], findings: Findings
 ) -> None:
     """Report one key that is not the source's."""
-    where = f"{name}: {plain(key, 60)}"
-    findings.add(fault, where, shown(own.get(key)), f"{shown(theirs.get(key))} as in the source")
+    where = f"{name}: {escape_line(key, 60)}"
+    findings.add(fault, where, short_repr(own.get(key)), f"{short_repr(theirs.get(key))} as in the source")

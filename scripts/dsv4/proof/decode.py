@@ -17,7 +17,7 @@ from dsv4.model.labels import SOURCE
 from dsv4.model.names import BLOCK, GROUP
 from dsv4.proof import kernels
 from dsv4.proof.tasks import Task
-from dsv4.storage.reading import Reader, as_float32
+from dsv4.storage.reading import TensorReader, as_float32
 from dsv4.storage.shard import Tensor
 from dsv4.weights.fp4 import UE8M0
 from dsv4.weights.fp8 import E4M3
@@ -27,7 +27,7 @@ MAGNITUDES = {4: E2M1, 8: E4M3[:127].astype(np.float32)}
 
 
 def source_rows(
-    task: Task, reader: Reader, first: int, last: int
+    task: Task, reader: TensorReader, first: int, last: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(codes uint8, exponents uint8, values float32), flat, of rows `first` to `last` - 1.
 
@@ -50,7 +50,7 @@ def source_rows(
 
 
 def stored_rows(
-    task: Task, reader: Reader, first: int, last: int
+    task: Task, reader: TensorReader, first: int, last: int
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """(codes uint8, one a weight; scales float32, one a group; columns of a group), flat."""
     bits, weight = task.label["bits"], reader.rows(task.parts["weight"], first, last)
@@ -64,12 +64,12 @@ def stored_rows(
         return codes, table[data], task.label["group_size"]
     scale = task.parts["scale"]
     if bits == 4:
-        return codes, numbers(reader.rows(scale, first, last), scale), GROUP
-    blocks = numbers(reader.read(scale), scale).reshape(scale.shape)
+        return codes, scales_to_float32(reader.rows(scale, first, last), scale), GROUP
+    blocks = scales_to_float32(reader.read(scale), scale).reshape(scale.shape)
     rows, columns = np.arange(first, last) // BLOCK, np.arange(task.columns // GROUP)
     return codes, blocks[rows[:, None], columns * GROUP // BLOCK].reshape(-1), GROUP
 
 
-def numbers(data: np.ndarray, scale: Tensor) -> np.ndarray:
+def scales_to_float32(data: np.ndarray, scale: Tensor) -> np.ndarray:
     """Scales as float32."""
     return as_float32(data, "F32") if scale.dtype == "F32" else UE8M0[data]

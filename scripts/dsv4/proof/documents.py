@@ -15,16 +15,16 @@ from dsv4.model.layouts import MLX_LM, MLX_VLM, RUNTIMES, STORAGE, VMLX
 from dsv4.model.names import GROUP, module_paths, parse_expert, switch_paths
 from dsv4.proof.findings import Check, Findings
 from dsv4.proof.headers import label_at
-from dsv4.proof.survey import Survey
+from dsv4.proof.survey import Scan
 from dsv4.storage.checkpoint import INDEX, Checkpoint, read_json
 from dsv4.storage.shard import FLOATS
-from dsv4.words import plain, shown
+from dsv4.words import escape_line, short_repr
 
 LABEL = ("group_size", "bits", "mode")
 VMLX_GROUP = 64  # what vMLX 1.6.81 assumes when jang_config.json does not say
 
 
-def check_code(bundle: Survey, findings: Findings) -> Check:
+def check_code(bundle: Scan, findings: Findings) -> Check:
     """No key of a JSON file names code that a loader would run."""
     looked = 0
     for name, document in bundle.documents.items():
@@ -35,7 +35,7 @@ def check_code(bundle: Survey, findings: Findings) -> Check:
     return Check("documents without a key that names code", looked)
 
 
-def check_stops(bundle: Survey, findings: Findings) -> Check:
+def check_stops(bundle: Scan, findings: Findings) -> Check:
     """Stop tokens, and jang_config.json's group size."""
     check_stop_tokens(bundle, findings)
     jang = bundle.documents.get("jang_config.json")
@@ -43,11 +43,11 @@ def check_stops(bundle: Survey, findings: Findings) -> Check:
     if jang is not None and wanted:
         found = jang.get("quantization")
         found = found.get("group_size") if isinstance(found, dict) else None
-        if found not in (wanted, None if silent(bundle) or wanted == VMLX_GROUP else wanted):
+        if found not in (wanted, None if names_no_group(bundle) or wanted == VMLX_GROUP else wanted):
             findings.add(
                 "jang-config-group-size",
                 "jang_config.json: quantization.group_size",
-                shown(found),
+                short_repr(found),
                 f"{wanted}",
             )
     elif wanted and "jang_config.json" not in bundle.files:
@@ -55,14 +55,14 @@ def check_stops(bundle: Survey, findings: Findings) -> Check:
     return Check("files that steer a conversation", len(bundle.documents))
 
 
-def silent(bundle: Survey) -> bool:
+def names_no_group(bundle: Scan) -> bool:
     """True for jang 2.5.50's own jang_config.json, which names no group: vMLX 1.6.81 then goes by
     labels and shapes, and was right (measured on its 2- and 3-bit bundles of the nano)."""
     said = bundle.documents.get("jang_config.json", {}).get("quantization")
     return not bundle.is_ours and isinstance(said, dict) and "routed_experts" in said
 
 
-def group_size(bundle: Survey) -> int:
+def group_size(bundle: Scan) -> int:
     """The columns of a group of most of the bundle's affine modules, which vMLX has to know of;
     0 where it has nothing to know."""
     if VMLX not in bundle.layout.runtimes:
@@ -74,7 +74,7 @@ def group_size(bundle: Survey) -> int:
     return max(sizes, key=lambda size: sizes[size], default=0)
 
 
-def check_defaults(bundle: Survey, source: Checkpoint | None, findings: Findings) -> Check:
+def check_defaults(bundle: Scan, source: Checkpoint | None, findings: Findings) -> Check:
     """No document limits answers, or overrides how generation_config.json samples."""
     theirs = {name: source_document(source, name) for name in defaults.DOCUMENTS}
     own = bundle.documents.get(defaults.GENERATION, {})
@@ -87,8 +87,8 @@ def check_defaults(bundle: Survey, source: Checkpoint | None, findings: Findings
             findings.add(
                 "answer-limit" if key in defaults.LIMITS else "sampling-differs",
                 f"{name}: {place}{key}",
-                shown(holder[key]),
-                "none" if right is None else f"{shown(right)}, by {defaults.GENERATION}",
+                short_repr(holder[key]),
+                "none" if right is None else f"{short_repr(right)}, by {defaults.GENERATION}",
             )
     return Check("documents that could limit answers", len(looked))
 
@@ -99,19 +99,19 @@ def source_document(source: Checkpoint | None, name: str) -> dict[str, Any] | No
     return read_json(path, FORMS.get(name, {})) if path is not None and path.is_file() else None
 
 
-def stop_ids(tokenizer: dict[str, Any]) -> list[int] | None:
+def stop_token_ids(tokenizer: dict[str, Any]) -> list[int] | None:
     """The ids of STOP_TOKENS in a parsed tokenizer.json, or None when one is not in it."""
     ids = vocabulary(tokenizer)
     found = [ids.get(token) for token in STOP_TOKENS]
     return None if None in found else found
 
 
-def check_stop_tokens(bundle: Survey, findings: Findings) -> None:
+def check_stop_tokens(bundle: Scan, findings: Findings) -> None:
     """Both places that runtimes read hold the ids of end of sentence and <｜User｜>."""
     tokenizer = bundle.documents.get("tokenizer.json")
     if tokenizer is None:
         return
-    eos = stop_ids(tokenizer)
+    eos = stop_token_ids(tokenizer)
     if eos is None:
         findings.add(
             "tokenizer-missing",
@@ -126,10 +126,10 @@ def check_stop_tokens(bundle: Survey, findings: Findings) -> None:
         if found != eos:
             few = bundle.layout is not STORAGE and found in (eos[0], eos[:1])
             fault = "eos-few" if few else "eos-wrong"
-            findings.add(fault, f"{name}: eos_token_id", shown(found), f"{eos}")
+            findings.add(fault, f"{name}: eos_token_id", short_repr(found), f"{eos}")
 
 
-def labels_in_use(bundle: Survey) -> Iterator[tuple[str, str, str]]:
+def labels_in_use(bundle: Scan) -> Iterator[tuple[str, str, str]]:
     """(key in config.json, storage name of a module that is looked up under it, by whom).
 
     Of a layout with other names, everything that has scales; a stack of experts by its first.
@@ -150,7 +150,7 @@ def labels_in_use(bundle: Survey) -> Iterator[tuple[str, str, str]]:
         yield base, base, RUNTIMES[2]
 
 
-def paths_of_others(bundle: Survey) -> Iterator[tuple[str, str, str]]:
+def paths_of_others(bundle: Scan) -> Iterator[tuple[str, str, str]]:
     """Where mlx_lm looks up what is no routed expert, where the top level may not say it."""
     top = {"embed": "model.embed", "head": "lm_head"}
     for name in bundle.tensors:
@@ -160,7 +160,7 @@ def paths_of_others(bundle: Survey) -> Iterator[tuple[str, str, str]]:
                 yield path, base, MLX_LM
 
 
-def paths_in_use(bundle: Survey) -> Iterator[tuple[str, str, str]]:
+def paths_in_use(bundle: Scan) -> Iterator[tuple[str, str, str]]:
     """The same for a layout that has module paths on disk: a runtime looks them up as they are.
 
     mlx-vlm also takes a label under a shorter name, and its own path begins with language_model.
@@ -184,7 +184,7 @@ def paths_in_use(bundle: Survey) -> Iterator[tuple[str, str, str]]:
             yield path, base, bundle.layout.who
 
 
-def check_labels(bundle: Survey, findings: Findings) -> Check:
+def check_labels(bundle: Scan, findings: Findings) -> Check:
     """The label that each runtime finds for a module is the one that its tensors are stored by."""
     labels = bundle.config.get("quantization")
     if "quantization_config" in bundle.config:
@@ -197,7 +197,7 @@ def check_labels(bundle: Survey, findings: Findings) -> Check:
     bases = {n.rpartition(".")[0] for n in bundle.tensors if n.endswith(".scales")}
     if not isinstance(labels, dict):
         if bases or bundle.is_ours:
-            findings.add("label-absent", "config.json", f"quantization {shown(labels)}", "labels")
+            findings.add("label-absent", "config.json", f"quantization {short_repr(labels)}", "labels")
         return Check("labels", 0, "nothing is quantized", optional=not bases)
     top = {key: labels.get(key) for key in LABEL}
     named = list(labels_in_use(bundle))
@@ -230,15 +230,15 @@ def aliases_of(named: list[tuple[str, str, str]]) -> set[str]:
     return found
 
 
-def check_plain(bundle: Survey, labels: dict[str, Any], findings: Findings) -> None:
+def check_plain(bundle: Scan, labels: dict[str, Any], findings: Findings) -> None:
     """No label for a module whose tensor is not quantized, in layouts with module paths."""
     for key, label in labels.items():
         if is_plain(bundle, key, label):
-            where = f"config.json: quantization[{shown(key)}]"
-            findings.add("label-for-plain", where, in_words(label), "none")
+            where = f"config.json: quantization[{short_repr(key)}]"
+            findings.add("label-for-plain", where, describe_label(label), "none")
 
 
-def is_plain(bundle: Survey, key: str, label: Any) -> bool:
+def is_plain(bundle: Scan, key: str, label: Any) -> bool:
     """True for the label of a module that has a tensor of floats."""
     if not isinstance(label, dict) or bundle.layout is STORAGE:
         return False
@@ -247,7 +247,7 @@ def is_plain(bundle: Survey, key: str, label: Any) -> bool:
     return tensor is not None and tensor.dtype in FLOATS
 
 
-def dropped_by_unpatched_loader(bundle: Survey) -> int:
+def dropped_by_unpatched_loader(bundle: Scan) -> int:
     """How many labels jang 2.5.8's and 2.5.9's loader would throw away before using them.
 
     It infers a label for each triple and keeps the config's own only if they disagree nowhere and
@@ -291,15 +291,15 @@ def judge_label(
     if (label == stored_as and not by_top) or (key, "") in seen:
         return
     seen.add((key, ""))
-    where = f"config.json: quantization[{shown(key)}], which {runtime} looks up"
+    where = f"config.json: quantization[{short_repr(key)}], which {runtime} looks up"
     if by_top:
-        findings.add("label-at-top-only", where, "none", in_words(stored_as))
+        findings.add("label-at-top-only", where, "none", describe_label(stored_as))
         return
     if copied and (not isinstance(label, dict) or label.get("mode") != stored_as["mode"]):
-        found = in_words(label) if key in labels and isinstance(label, dict) else "none"
-        findings.add("scales-without-label", where, found, in_words(stored_as))
+        found = describe_label(label) if key in labels and isinstance(label, dict) else "none"
+        findings.add("scales-without-label", where, found, describe_label(stored_as))
     if key not in labels:
-        findings.add("label-missing", where, f"none, so {in_words(top)}", in_words(stored_as))
+        findings.add("label-missing", where, f"none, so {describe_label(top)}", describe_label(stored_as))
     label = label if isinstance(label, dict) else {}
     for part, name in (
         ("bits", "label-bits-wrong"),
@@ -311,14 +311,14 @@ def judge_label(
             findings.add(name, where, f"{part} {_short(found)}", f"{part} {stored_as[part]}")
 
 
-def in_words(label: dict[str, Any]) -> str:
+def describe_label(label: dict[str, Any]) -> str:
     """A label for a reader: '4-bit affine, group 32'."""
-    bits, mode, size = (plain(_short(label.get(key))) for key in ("bits", "mode", "group_size"))
+    bits, mode, size = (escape_line(_short(label.get(key))) for key in ("bits", "mode", "group_size"))
     return f"{bits}-bit {mode}, group {size}"
 
 
 def _short(value: Any) -> str:
-    return value if isinstance(value, str) else shown(value)
+    return value if isinstance(value, str) else short_repr(value)
 
 
 def check_stray(labels: dict[str, Any], known: set[str], findings: Findings) -> None:
@@ -327,5 +327,5 @@ def check_stray(labels: dict[str, Any], known: set[str], findings: Findings) -> 
         label = labels[key] if isinstance(labels[key], dict) else {}
         if key not in known and set(LABEL) & set(label):
             findings.add(
-                "label-stray", f"config.json: quantization[{shown(key)}]", "a label", "none"
+                "label-stray", f"config.json: quantization[{short_repr(key)}]", "a label", "none"
             )

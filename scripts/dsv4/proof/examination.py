@@ -19,22 +19,22 @@ from dsv4.model.opening import open_source
 from dsv4.proof import level1, level2, turbo_files, verdict
 from dsv4.proof.findings import Check, Findings
 from dsv4.proof.headers import quantizer_of
-from dsv4.proof.survey import Survey, survey
+from dsv4.proof.survey import Scan, scan
 from dsv4.runtime.toolchain import probe
-from dsv4.stop import Stop, naming
+from dsv4.stop import UserError, with_path
 from dsv4.storage.checkpoint import Checkpoint
-from dsv4.storage.durable import human
+from dsv4.storage.durable import format_bytes
 from dsv4.weights.imatrix import EVEN, importances, open_imatrix
-from dsv4.words import plain, say
+from dsv4.words import escape_line, print_escaped
 
 FORMAT = 1  # of verify.json
 
 
 def level_one(
     args: argparse.Namespace, source: Checkpoint | None, findings: Findings
-) -> tuple[Survey | None, list[Check]]:
+) -> tuple[Scan | None, list[Check]]:
     """Survey the bundle and run level 1."""
-    bundle = survey(args.bundle, findings)
+    bundle = scan(args.bundle, findings)
     if bundle is None:
         return None, []
     checks = level1.check_headers(bundle, source, findings)
@@ -44,7 +44,7 @@ def level_one(
 
 
 def level_two(
-    args: argparse.Namespace, bundle: Survey, source: Checkpoint | None, findings: Findings
+    args: argparse.Namespace, bundle: Scan, source: Checkpoint | None, findings: Findings
 ) -> tuple[level2.Numbers, list[Check], float]:
     """Read every number; returns the outcomes, the checks and the seconds that it took."""
     start = time.perf_counter()
@@ -55,7 +55,7 @@ def level_two(
         total=bundle.checkpoint.nbytes, unit="B", unit_scale=True, desc="level 2", disable=None
     ) as bar:
         result = level2.read_numbers(bundle, source, args.jobs, bar.update, importance)
-    checks = verdict.judge(result, findings) + turbo_files.check_sidecar(bundle, findings)
+    checks = verdict.aggregate(result, findings) + turbo_files.check_sidecar(bundle, findings)
     return result, checks, time.perf_counter() - start
 
 
@@ -71,12 +71,12 @@ def print_findings(findings: Findings) -> None:
         if finding.count > len(finding.places):
             lines.append(f"    … and {finding.count - len(finding.places):,} more")
         lines.append(f"  repair: {finding.repair}")
-    with naming("standard output"):
+    with with_path("standard output"):
         sys.stdout.flush()
-    say("\n".join(lines), file=sys.stderr, flush=True)
+    print_escaped("\n".join(lines), file=sys.stderr, flush=True)
 
 
-def versions(python: Path | None) -> dict[str, Any]:
+def package_versions(python: Path | None) -> dict[str, Any]:
     """This Python and, where there is one, the toolchain's packages."""
     found: dict[str, Any] = {
         "verify_python": platform.python_version(),
@@ -85,14 +85,14 @@ def versions(python: Path | None) -> dict[str, Any]:
     if python is not None:
         try:
             toolchain = probe(python)
-        except Stop as stop:
+        except UserError as stop:
             return {**found, "toolchain": str(stop)}
         found |= {"python": toolchain["python"], "metal": toolchain["metal"]}
         found |= {name: version for name, version in toolchain["packages"].items() if version}
     return found
 
 
-def origin(folder: Path | None) -> dict[str, Any] | None:
+def source_origin(folder: Path | None) -> dict[str, Any] | None:
     """Where the source came from, as download recorded it: repository, revision, commit."""
     if folder is None:
         return None
@@ -101,7 +101,7 @@ def origin(folder: Path | None) -> dict[str, Any] | None:
     return {"folder": str(folder), **known}
 
 
-def sizes(bundle: Survey, source: Checkpoint | None) -> dict[str, Any]:
+def size_table(bundle: Scan, source: Checkpoint | None) -> dict[str, Any]:
     """Bytes: the bundle by what its tensors are, and the source."""
     kinds = {"routed experts": 0, "control tensors": 0, "8-bit modules and the rest": 0}
     for name, tensor in bundle.tensors.items():
@@ -110,7 +110,7 @@ def sizes(bundle: Survey, source: Checkpoint | None) -> dict[str, Any]:
     return {
         "shards": len(bundle.checkpoint.shards),
         "tensors": len(bundle.checkpoint.tensors),
-        "bundle_bytes": sum(bundle.files[file] for file in level2.visible(bundle.files)),
+        "bundle_bytes": sum(bundle.files[file] for file in level2.visible_files(bundle.files)),
         "shard_bytes": bundle.checkpoint.nbytes,
         "by_kind": kinds,
         "source_shard_bytes": source.nbytes if source else None,
@@ -118,11 +118,11 @@ def sizes(bundle: Survey, source: Checkpoint | None) -> dict[str, Any]:
 
 
 @dataclass
-class Examination:
+class Verification:
     """What was found, before it is printed; `read` is level 2's part."""
 
     findings: Findings
-    bundle: Survey | None
+    bundle: Scan | None
     source: Checkpoint | None
     first: list[Check]
     second: list[Check]
@@ -135,7 +135,7 @@ class Examination:
         return bool(self.first) and not self.findings.errors
 
 
-def examine(args: argparse.Namespace) -> Examination:
+def verify(args: argparse.Namespace) -> Verification:
     """Run the levels that were asked for. Raises Stop when the source itself is not whole."""
     findings = Findings()
     source = open_source(args.source) if args.source else None
@@ -145,40 +145,40 @@ def examine(args: argparse.Namespace) -> Examination:
     read, second = None, []
     if bundle is not None and args.level == 2:
         read, second, seconds["level 2"] = level_two(args, bundle, source, findings)
-    level1.demand_something([*first, *second], findings)
-    return Examination(findings, bundle, source, first, second, read, seconds)
+    level1.require_nonempty([*first, *second], findings)
+    return Verification(findings, bundle, source, first, second, read, seconds)
 
 
-def describe(args: argparse.Namespace, done: Examination) -> str:
+def describe_checks(args: argparse.Namespace, done: Verification) -> str:
     """What was checked, how many of it, and the worst of it."""
-    lines = [plain(args.bundle), f"level 1, headers and JSON ({done.seconds['level 1']:.1f} s)"]
+    lines = [escape_line(args.bundle), f"level 1, headers and JSON ({done.seconds['level 1']:.1f} s)"]
     lines += [check.text() for check in done.first]
     if done.bundle is None:
         lines.append("nothing more can be checked without config.json and index")
     elif done.read is not None:
         took, size = done.seconds["level 2"], done.bundle.checkpoint.nbytes
         rate = f"{took:.1f} s, {size / took / 1e9:.2f} GB/s of the bundle"
-        lines.append(f"level 2, every number of {human(size)} ({rate})")
+        lines.append(f"level 2, every number of {format_bytes(size)} ({rate})")
         lines += [check.text() for check in done.second]
         if done.read.compared:
-            lines += verdict.in_rows(verdict.by_kind(done.read.outcomes))
+            lines += verdict.kind_rows(verdict.by_kind(done.read.outcomes))
     if done.source is None:
         values = ", every value" * (args.level == 2)
         lines.append(f"not compared, for want of a source: tensors, tokenizer, encoding{values}")
     return "\n".join(lines)
 
 
-def as_json(args: argparse.Namespace, done: Examination) -> dict[str, Any]:
+def verification_json(args: argparse.Namespace, done: Verification) -> dict[str, Any]:
     """The whole result, for report.py and other programs."""
     bundle, read = done.bundle, done.read
     hashes = dict(read.hashes) if read else {}
     if args.hashes and bundle and not read:
-        hashes = {f: level2.sha256(args.bundle / f) for f in level2.hashable(bundle)}
+        hashes = {f: level2.sha256(args.bundle / f) for f in level2.files_to_hash(bundle)}
     errors = {}
     if read and read.compared:
         errors = {
             "experts": verdict.by_layer(read.outcomes),
-            "others": verdict.others(read.outcomes),
+            "others": verdict.other_tensors(read.outcomes),
             "kinds": verdict.by_kind(read.outcomes),
         }
     return {
@@ -186,15 +186,15 @@ def as_json(args: argparse.Namespace, done: Examination) -> dict[str, Any]:
         "verdict": "passed" if done.passed else "failed",
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "bundle": str(args.bundle.resolve()),
-        "source": origin(args.source),
+        "source": source_origin(args.source),
         "levels": [1, 2] if args.level == 2 else [1],
         "loader_asked": not args.without_loader,
         "quantizer": quantizer_of(bundle) if bundle else {},
         "layout": bundle.layout.name if bundle else "",
         "checks": [asdict(check) for check in (*done.first, *done.second)],
         "findings": [finding.as_json() for finding in done.findings],
-        "sizes": sizes(bundle, done.source) if bundle else {},
-        "versions": versions(None if args.without_loader else args.python),
+        "sizes": size_table(bundle, done.source) if bundle else {},
+        "versions": package_versions(None if args.without_loader else args.python),
         "seconds": done.seconds,
         "jobs": args.jobs,
         "errors": errors,

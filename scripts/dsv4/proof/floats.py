@@ -17,8 +17,8 @@ import numpy as np
 
 from dsv4.proof import kernels
 from dsv4.proof.decode import MAGNITUDES, source_rows, stored_rows
-from dsv4.proof.tasks import Outcome, Task
-from dsv4.storage.reading import Reader
+from dsv4.proof.tasks import TensorResult, Task
+from dsv4.storage.reading import TensorReader
 
 # A power of two whose exponent, of -32 to 32, was rounded in BF16, to an eighth, and then to a
 # whole: 1.473 was measured, of weights from 2^-12 (mlx 0.31.2, mxfp8).
@@ -34,7 +34,7 @@ def is_exact(task: Task) -> bool:
     return own and task.label["mode"] in ("mxfp4", "mxfp8", "source")
 
 
-def compare_floats(task: Task, reader: Reader, outcome: Outcome, weights: int) -> None:
+def compare_floats(task: Task, reader: TensorReader, outcome: TensorResult, weights: int) -> None:
     """Decode and compare, some rows of about so many weights at a time."""
     exact, bits = is_exact(task), task.label["bits"]
     rows = max(1, weights // task.columns)
@@ -49,16 +49,16 @@ def compare_floats(task: Task, reader: Reader, outcome: Outcome, weights: int) -
         limits = top * np.float32(HALF_OCTAVE) * scales
         if task.label["mode"] == "nvfp4":
             limits = top * np.float32(1.00001) * (scales + np.maximum(scales / 16, 2.0**-10))
-        answer = judge(values, codes, scales, limits.astype(np.float32), MAGNITUDES[bits],
+        answer = count_not_nearest(values, codes, scales, limits.astype(np.float32), MAGNITUDES[bits],
                        bits, group)  # fmt: skip
-        blame(task, outcome, first, (values, codes, scales, group), answer, exact)
+        report_first_mismatch(task, outcome, first, (values, codes, scales, group), answer, exact)
     if exact and outcome.error and not outcome.faults:
         found = f"relative RMS {outcome.relative:.3%}"
         outcome.fault("quantized-again", "whole tensor", found, "the source's own codes: none")
 
 
-def blame(
-    task: Task, outcome: Outcome, first: int, rows: tuple, answer: tuple, exact: bool
+def report_first_mismatch(
+    task: Task, outcome: TensorResult, first: int, rows: tuple, answer: tuple, exact: bool
 ) -> None:
     """Count what one block of rows gave, and name the first of what breaks the promise."""
     values, codes, scales, group = rows
@@ -91,12 +91,12 @@ def blame(
         outcome.fault(name, place(at), found, wanted)
 
 
-def judge(values, codes, scales, limits, table, bits, group):
+def count_not_nearest(values, codes, scales, limits, table, bits, group):
     """values float32 (n,), codes uint8 (n,), scales and limits float32 (n / group,), table: the
     magnitudes → (counts int64 (6,), energy, error, worst in scales). Raises nothing."""
     finite = np.isfinite(scales)
     if finite.all() and scales.all():
-        right, *found = _right(values, codes, scales, limits, *cells(bits), group)
+        right, *found = _all_nearest(values, codes, scales, limits, *code_cells(bits), group)
         if right:
             return tuple(found)
     return _judge(values, codes, scales, limits, finite, table, np.uint8(1 << (bits - 1)),
@@ -104,7 +104,7 @@ def judge(values, codes, scales, limits, table, bits, group):
 
 
 @cache
-def cells(bits: int) -> np.ndarray:
+def code_cells(bits: int) -> np.ndarray:
     """What each code stands for, and between what the weights lie that it is nearest to, with some
     slack: float32 (3, 2^bits), in scales. The greatest has no end here; nothing is near a NaN."""
     table, sign = MAGNITUDES[bits], 1 << (bits - 1)
@@ -124,7 +124,7 @@ def cells(bits: int) -> np.ndarray:
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
-def _right(values, codes, scales, limits, decoded, low, high, group):
+def _all_nearest(values, codes, scales, limits, decoded, low, high, group):
     """What `_judge` gives where each code is the nearest one, found by vectors; whether it is."""
     counts = np.zeros(6, np.int64)
     energy, error, worst, odd = 0.0, 0.0, np.float32(0), 0
@@ -175,7 +175,7 @@ def _judge(values, codes, scales, limits, finite, table, sign, group):
             if miss > worst * scale:
                 worst = miss / scale if scale > 0 else np.inf
                 counts[WORST_AT] = i
-            if miss != 0 and _is_odd(value, codes[i], code, scale, limits[g], table, sign, top):
+            if miss != 0 and _is_not_nearest(value, codes[i], code, scale, limits[g], table, sign, top):
                 if counts[ODD] == 0:
                     counts[FIRST_ODD] = i
                 counts[ODD] += 1
@@ -184,7 +184,7 @@ def _judge(values, codes, scales, limits, finite, table, sign, group):
 
 
 @numba.njit(inline="always")
-def _is_odd(value, stored, code, scale, limit, table, sign, top):
+def _is_not_nearest(value, stored, code, scale, limit, table, sign, top):
     """True when another code comes nearer, or the greatest is cut off too far."""
     slack = np.float32(SLACK) * scale
     size = abs(value)

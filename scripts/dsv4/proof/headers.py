@@ -15,7 +15,7 @@ from dsv4.model.labels import (
     SOURCE,
     TURBO,
     TURBO_PARTS,
-    in_turbo,
+    has_turboquant,
     label_of,
     source_label,
     turbo_label,
@@ -33,15 +33,15 @@ from dsv4.model.names import (
 )
 from dsv4.model.opening import block_counts
 from dsv4.proof.findings import Check, Findings
-from dsv4.proof.survey import Survey
-from dsv4.stop import Stop
+from dsv4.proof.survey import Scan
+from dsv4.stop import UserError
 from dsv4.storage.bounds import DOCUMENT
 from dsv4.storage.checkpoint import INDEX, SIDECAR, Checkpoint
 from dsv4.storage.durable import TEMPORARY_SUFFIX
-from dsv4.storage.junk import is_junk
+from dsv4.storage.junk import is_system_file
 from dsv4.storage.shard import FLOATS, Tensor
-from dsv4.storage.typed import misfit
-from dsv4.words import several, shown
+from dsv4.storage.typed import first_mismatch
+from dsv4.words import join_some, short_repr
 
 # A module's tensors by what follows its name, and which of them go together.
 PARTS = ("weight", "scales", "biases", "scale", *TURBO_PARTS)
@@ -77,7 +77,7 @@ COUNTS = (
 )
 
 
-def check_index(bundle: Survey, findings: Findings) -> Check:
+def check_index(bundle: Scan, findings: Findings) -> Check:
     """Index and shards name the same tensors, each once, and no other shard lies beside them."""
     checkpoint = bundle.checkpoint
     holders: dict[str, list[str]] = {}
@@ -97,18 +97,18 @@ def check_index(bundle: Survey, findings: Findings) -> Check:
             findings.add("tensor-twice", name, " and ".join(at), "one shard")
     check_strangers(bundle, findings)
     note = f"{len(checkpoint.shards)} shards"
-    if junk := [file for file in bundle.files if is_junk(file)]:
-        note += f"; ignored, as runtimes do: {several(junk)}"
+    if junk := [file for file in bundle.files if is_system_file(file)]:
+        note += f"; ignored, as runtimes do: {join_some(junk)}"
     return Check("tensors where the index says", len(holders), note)
 
 
-def check_strangers(bundle: Survey, findings: Findings) -> None:
+def check_strangers(bundle: Scan, findings: Findings) -> None:
     """No safetensors file that the index does not name, and nothing half-written."""
     named = set(bundle.checkpoint.weight_map.values())
-    for file in filterfalse(is_junk, bundle.files):
+    for file in filterfalse(is_system_file, bundle.files):
         if file.startswith(".") and file.endswith(TEMPORARY_SUFFIX):
             findings.add("leftover-files", file, f"{bundle.files[file]:,} bytes", "nothing")
-        elif file == SIDECAR and in_turbo(bundle.tensors):
+        elif file == SIDECAR and has_turboquant(bundle.tensors):
             continue
         elif "/" not in file and file.endswith(".safetensors") and file not in named:
             findings.add("shard-stranger", file, "not in the index", "only the index's shards")
@@ -117,7 +117,7 @@ def check_strangers(bundle: Survey, findings: Findings) -> None:
             findings.add("file-unhashed", file, found, f"at most {DOCUMENT:,}")
 
 
-def quantizer_of(bundle: Survey) -> dict[str, str]:
+def quantizer_of(bundle: Scan) -> dict[str, str]:
     """What the shards' metadata say of the requantization: MARKS → value; {} for a stock bundle.
 
     A shard without experts may keep the mark of an earlier quantizer: it was not written again.
@@ -129,7 +129,7 @@ def quantizer_of(bundle: Survey) -> dict[str, str]:
     return {}
 
 
-def check_marks(bundle: Survey, findings: Findings) -> Check:
+def check_marks(bundle: Scan, findings: Findings) -> Check:
     """All shards with routed experts were made of one source by one quantizer, or none was.
 
     The quantizer mxfp4 leaves stock shards alone: they hold the source's bytes and have no mark.
@@ -149,7 +149,7 @@ def check_marks(bundle: Survey, findings: Findings) -> Check:
     return Check("shards with experts", len(marks), said, optional=not bundle.is_ours)
 
 
-def check_layout(bundle: Survey, findings: Findings) -> Check:
+def check_layout(bundle: Scan, findings: Findings) -> Check:
     """The tensors' names are those of one layout; what no layout has is named."""
     seen, layout = bundle.view.recognised, bundle.layout
     for other, names in seen.others.items():
@@ -158,16 +158,16 @@ def check_layout(bundle: Survey, findings: Findings) -> Check:
                      f"those of {layout.name}, which {seen.known:,} have", len(names))  # fmt: skip
     if seen.known <= len(bundle.checkpoint.tensors) // 2:
         names = seen.unknown or [name for of in seen.others.values() for name in of]
-        findings.add("layout-unknown", several(names), f"{len(names):,} names that nobody knows",
+        findings.add("layout-unknown", join_some(names), f"{len(names):,} names that nobody knows",
                      f"a known layout; the nearest, {layout.name}, has {seen.known:,} of them",
                      max(1, len(names)))  # fmt: skip
     for name, why in bundle.view.odd.items():
         fault = "tensor-twice" if why.startswith("also") else "shape-wrong"
         findings.add(fault, name, why, "what its layout calls for")
-    return Check("tensors by the names of their layout", seen.known, absences(bundle))
+    return Check("tensors by the names of their layout", seen.known, describe_layout(bundle))
 
 
-def absences(bundle: Survey) -> str:
+def describe_layout(bundle: Scan) -> str:
     """The layout in words, and what is left out or added as makers of bundles do."""
     said = [f"{bundle.layout.name} ({bundle.layout.who})"]
     has_mtp = any(mtp_layer(name) is not None for name in bundle.tensors)
@@ -187,7 +187,7 @@ def is_vision(name: str) -> bool:
     return any(part in name.split(".") for part in VISION)
 
 
-def pruned(bundle: Survey) -> dict[int, int]:
+def pruned(bundle: Scan) -> dict[int, int]:
     """Layer → its number of experts, where it has fewer than config.json counts."""
     counts = Counter(
         one[1] for base in bundle.bases
@@ -197,19 +197,19 @@ def pruned(bundle: Survey) -> dict[int, int]:
     return {layer: n for layer, n in counts.items() if n < most}
 
 
-def check_experts(bundle: Survey, findings: Findings) -> list[Check]:
+def check_experts(bundle: Scan, findings: Findings) -> list[Check]:
     """Every routed expert that is called for is there; main layers and MTP apart."""
     tensors, unread, bases = bundle.tensors, bundle.unread, bundle.bases
     for base in bases:
         ways = (f"{base}.weight", f"{base}.tq_packed")
         disk = bundle.view.disk(ways[0])
         if not any(way in tensors or way in unread for way in ways) and disk not in unread:
-            findings.add("expert-missing", shown_name(bundle, base), "no weight", "one")
+            findings.add("expert-missing", display_name(bundle, base), "no weight", "one")
     known = set(bases)
     for name in tensors:
         if parse_expert(name) and name.rpartition(".")[0] not in known:
             more = f"{len(bases):,} matrices, by config.json and routers"
-            findings.add("expert-extra", shown_name(bundle, name), "beyond the counts", more)
+            findings.add("expert-extra", display_name(bundle, name), "beyond the counts", more)
     main = sum(base.startswith("layers.") for base in bases)
     return [
         Check("routed-expert matrices in the main layers", main),
@@ -217,13 +217,13 @@ def check_experts(bundle: Survey, findings: Findings) -> list[Check]:
     ]
 
 
-def shown_name(bundle: Survey, name: str) -> str:
+def display_name(bundle: Scan, name: str) -> str:
     """A storage name, and what it is called on disk where that is another."""
     disk = bundle.view.disk(name)
     return name if disk == name else f"{name} ({disk})"
 
 
-def check_triples(bundle: Survey, findings: Findings) -> Check:
+def check_triples(bundle: Scan, findings: Findings) -> Check:
     """Every quantized module has its parts, and they fit each other."""
     tensors, unread = bundle.tensors, bundle.unread
     parts: dict[str, dict[str, Tensor]] = {}
@@ -236,11 +236,11 @@ def check_triples(bundle: Survey, findings: Findings) -> Check:
             continue
         if bundle.layout is STORAGE and "tq_packed" not in has and "scale" not in has:
             check_triple(base, has, bundle.config, findings)
-        elif stored(module_parts(bundle, base), columns_of(base, bundle.config)) is None:
+        elif stored_label(module_parts(bundle, base), columns_of(base, bundle.config)) is None:
             shown = ", ".join(f"{part} {t.dtype} {list(t.shape)}" for part, t in has.items())
             whole = any(set(has) | {"weight"} >= set(form) for form in FORMS)
             name = "triple-misfit" if whole else "triple-incomplete"
-            findings.add(name, shown_name(bundle, base), shown, "the parts of one mode")
+            findings.add(name, display_name(bundle, base), shown, "the parts of one mode")
     return Check("quantized modules", len(parts), optional=not bundle.is_ours)
 
 
@@ -254,18 +254,18 @@ def check_triple(
     if exponents and biases is not None:
         findings.add("u8-scales-beside-biases", base, shown, "F16 scales")
     elif exponents and weight is not None:
-        label = labelled(config, base)
+        label = config_label(config, base)
         if label.get("mode") == "affine" and parse_expert(f"{base}.weight"):
             findings.add("stock-experts", base, shown, "F16 scales and biases, or mode mxfp4")
         elif label_of(weight, scales, biases) is None:
             findings.add("triple-misfit", base, shown, "4 or 8 bits × 32 columns a scale")
     elif weight is None or scales is None or biases is None:
         findings.add("triple-incomplete", base, shown or "nothing", "weight, scales and biases")
-    elif stored(has, columns_of(base, config)) is None:
+    elif stored_label(has, columns_of(base, config)) is None:
         findings.add("triple-misfit", base, shown, "U32 weight, scales and biases of one group")
 
 
-def labelled(config: dict[str, Any], base: str) -> dict[str, Any]:
+def config_label(config: dict[str, Any], base: str) -> dict[str, Any]:
     """The label that stands under a storage name, else the one under its module path, else {}."""
     labels = config.get("quantization")
     labels = labels if isinstance(labels, dict) else {}
@@ -275,7 +275,7 @@ def labelled(config: dict[str, Any], base: str) -> dict[str, Any]:
     return found or {key: labels.get(key) for key in ("group_size", "bits", "mode")}
 
 
-def stored(has: dict[str, Tensor], columns: int = 0) -> dict[str, Any] | None:
+def stored_label(has: dict[str, Tensor], columns: int = 0) -> dict[str, Any] | None:
     """The label that fits a module's parts on disk, or None when none does."""
     if "tq_packed" in has:
         return turbo_label(has["tq_packed"], has.get("tq_norms"), columns)
@@ -284,29 +284,29 @@ def stored(has: dict[str, Tensor], columns: int = 0) -> dict[str, Any] | None:
     return label_of(*(has.get(part) for part in ("weight", "scales", "biases")), columns)
 
 
-def module_parts(bundle: Survey, base: str) -> dict[str, Tensor]:
+def module_parts(bundle: Scan, base: str) -> dict[str, Tensor]:
     """The tensors `base`.{weight,scales,biases …} that are there."""
     tensors = bundle.tensors
     names = {part: f"{base}.{part}" for part in PARTS}
     return {part: tensors[name] for part, name in names.items() if name in tensors}
 
 
-def label_at(bundle: Survey, base: str) -> dict[str, Any] | None:
+def label_at(bundle: Scan, base: str) -> dict[str, Any] | None:
     """How the module of that storage name is stored."""
-    return stored(module_parts(bundle, base), columns_of(base, bundle.config))
+    return stored_label(module_parts(bundle, base), columns_of(base, bundle.config))
 
 
-def check_controls(bundle: Survey, findings: Findings) -> Check:
+def check_controls(bundle: Scan, findings: Findings) -> Check:
     """Control tensors are F32."""
     controls = [t for name, t in bundle.tensors.items() if is_control(name)]
     for tensor in controls:
         if tensor.dtype != "F32":
             name = "controls-rounded" if tensor.dtype in ("F16", "BF16") else "dtype-wrong"
-            findings.add(name, shown_name(bundle, tensor.name), tensor.dtype, "F32")
+            findings.add(name, display_name(bundle, tensor.name), tensor.dtype, "F32")
     return Check("control tensors, F32", len(controls))
 
 
-def check_counterparts(bundle: Survey, source: Checkpoint, findings: Findings) -> Check:
+def check_counterparts(bundle: Scan, source: Checkpoint, findings: Findings) -> Check:
     """Every source tensor has its counterpart of the right kind and shape, and nothing is extra."""
     tensors, called_for = bundle.tensors, set(bundle.bases)
     wanted: set[str] = set()
@@ -319,17 +319,17 @@ def check_counterparts(bundle: Survey, source: Checkpoint, findings: Findings) -
         wanted |= {f"{base}.{part}" for part in PARTS} if what == "expert" else set(keys)
         for key in keys:
             if key not in tensors and not {key, bundle.view.disk(key)} & bundle.unread:
-                where = shown_name(bundle, key)
+                where = display_name(bundle, key)
                 findings.add("tensor-missing", where, "not there", f"the counterpart of {name}")
         check_counterpart(bundle, tensor, what, findings)
     for name in sorted({*(set(tensors) - wanted), *bundle.view.recognised.unknown}):
         if not is_vision(name):
-            where = shown_name(bundle, name)
+            where = display_name(bundle, name)
             findings.add("tensor-extra", where, "no such tensor in the source", "none")
     return Check("source tensors with their counterparts", len(source.tensors))
 
 
-def wanted_keys(bundle: Survey, name: str, what: str) -> tuple[str, ...]:
+def wanted_keys(bundle: Scan, name: str, what: str) -> tuple[str, ...]:
     """The tensors that hold a source tensor's weight, by the form in which the bundle has it."""
     base, tensors = name.removesuffix(".weight"), bundle.tensors
     if what not in ("expert", "affine8", "head"):
@@ -356,7 +356,7 @@ def quantized_keys(name: str) -> tuple[str, ...]:
     return tuple(f"{name.removesuffix('weight')}{part}" for part in ("weight", "scales", "biases"))
 
 
-def check_counterpart(bundle: Survey, origin: Tensor, what: str, findings: Findings) -> None:
+def check_counterpart(bundle: Scan, origin: Tensor, what: str, findings: Findings) -> None:
     """Shape and dtype of what a bundle makes of one source tensor."""
     base = origin.name.removesuffix(".weight")
     tensor = bundle.tensors.get(origin.name) or bundle.tensors.get(f"{base}.tq_packed")
@@ -365,7 +365,7 @@ def check_counterpart(bundle: Survey, origin: Tensor, what: str, findings: Findi
     shape = origin.shape
     if what in ("expert", "affine8", "head"):
         columns = shape[-1] * (2 if what == "expert" else 1) if shape else 0
-        label = stored(module_parts(bundle, base), columns)
+        label = stored_label(module_parts(bundle, base), columns)
         if label is None and tensor.dtype not in FLOATS:
             return  # reported with the triples
         shape = (*shape[:-1], columns)
@@ -373,17 +373,17 @@ def check_counterpart(bundle: Survey, origin: Tensor, what: str, findings: Findi
     else:
         found = tensor.shape
     if found != shape and not is_pruned_router(bundle, origin.name, found, shape):
-        where = shown_name(bundle, tensor.name)
+        where = display_name(bundle, tensor.name)
         findings.add("shape-wrong", where, f"{list(found)}", f"{list(shape)}")
     whole = origin.dtype not in (*FLOATS, "F64")
     fits = (origin.dtype, *(("I32", "I64") if not bundle.is_ours else ())) if whole else FLOATS
     if what == "passthrough" and tensor.dtype not in fits:
         expected = origin.dtype if whole else "F16"
-        findings.add("dtype-wrong", shown_name(bundle, tensor.name), tensor.dtype, expected)
+        findings.add("dtype-wrong", display_name(bundle, tensor.name), tensor.dtype, expected)
 
 
 def is_pruned_router(
-    bundle: Survey, name: str, found: tuple[int, ...], shape: tuple[int, ...]
+    bundle: Scan, name: str, found: tuple[int, ...], shape: tuple[int, ...]
 ) -> bool:
     """True for a router with a row for each expert of a layer that has fewer than the source's."""
     rows = found[0] if name.endswith((".ffn.gate.weight", ".ffn.gate.bias")) and found else 0
@@ -400,17 +400,17 @@ def shape_of(tensor: Tensor, label: dict[str, Any], columns: int) -> tuple[int, 
     return rows, words * 32 // label["bits"]
 
 
-def check_config(bundle: Survey, source: Checkpoint | None, findings: Findings) -> Check:
+def check_config(bundle: Scan, source: Checkpoint | None, findings: Findings) -> Check:
     """config.json's counts are numbers, and what describes the model is the source's."""
     config = bundle.config
     for key in COUNTS:
         value = config.get(key)
-        if misfit(value, int) or value < 1:
-            findings.add("config-broken", f"config.json: {key}", shown(value), "a whole number")
+        if first_mismatch(value, int) or value < 1:
+            findings.add("config-broken", f"config.json: {key}", short_repr(value), "a whole number")
     if "config-broken" not in findings:
         try:
             block_counts(bundle.view)
-        except Stop as stop:
+        except UserError as stop:
             findings.add("config-broken", "config.json", f"{stop}", "counts of a model")
     if source is None:
         return Check("fields of config.json", len(COUNTS))
@@ -420,7 +420,7 @@ def check_config(bundle: Survey, source: Checkpoint | None, findings: Findings) 
             findings.add(
                 "config-differs",
                 f"config.json: {key}",
-                shown(config.get(key)),
-                f"{shown(source.config[key])} as in the source",
+                short_repr(config.get(key)),
+                f"{short_repr(source.config[key])} as in the source",
             )
     return Check("fields of config.json as in the source", len(keys))

@@ -200,7 +200,7 @@ def _bounds(values, levels, scales, biases, finite, top, unit, smallest, size):
 
 
 @numba.njit(inline="always")
-def _ends(values):
+def _min_max(values):
     """The least and the greatest of one group."""
     bits = values.view(np.int32)
     least, greatest = _SIZE, ~_SIZE
@@ -231,14 +231,14 @@ def _rounded(x, digits, lowest):
 
 
 @numba.njit(inline="always")
-def _near(stored, x, digits, lowest):
+def _is_rounded(stored, x, digits, lowest):
     """True when `stored` may be x rounded, x being uncertain by a few units of float32."""
     ulp = math.ldexp(1.0, max(math.frexp(x)[1] - digits, lowest)) if x != 0 else 0.0
     return abs(stored - x) <= 0.5 * ulp + abs(x) * 1e-6
 
 
 @numba.njit(inline="always")
-def _start(least, greatest, top):
+def _first_scale(least, greatest, top):
     """MLX's first scale, the end that becomes the bias, and that end in steps, unrounded."""
     scale = max((greatest - least) / np.float32(top), np.float32(1e-7))
     low = abs(least) > abs(greatest)
@@ -248,16 +248,16 @@ def _start(least, greatest, top):
 
 
 @numba.njit(nogil=True, cache=True)
-def _explains(
+def _matches_formula(
     values, levels, start, stored_scale, stored_bias, least, greatest, top, digits, lowest, group
 ):
     """True when MLX's formula with these ends gives the group, ties rounded either way."""
-    scale, edge, steps = _start(least, greatest, top)
+    scale, edge, steps = _first_scale(least, greatest, top)
     for q in (np.floor(steps), np.ceil(steps)):
         if abs(steps - q) > np.float32(0.5 + TIE):
             continue
         s, b = (edge / q, edge) if q != 0 else (scale, np.float32(0))
-        if not (_near(stored_scale, s, digits, lowest) and _near(stored_bias, b, digits, lowest)):
+        if not (_is_rounded(stored_scale, s, digits, lowest) and _is_rounded(stored_bias, b, digits, lowest)):
             continue
         fits = True
         for i in range(group):
@@ -269,7 +269,7 @@ def _explains(
 
 
 @numba.njit(inline="always")
-def _unlike(values, levels, scale, bias, top, exact):
+def _count_level_differences(values, levels, scale, bias, top, exact):
     """How many levels of a group are not the rounded ones, and how many lie near a tie."""
     odd, ties = np.int32(0), np.int32(0)
     for i in range(len(exact)):
@@ -296,13 +296,13 @@ def formula(values, levels, scales, biases, bits, digits, lowest, size=GROUP):
     top = np.float32((1 << bits) - 1)
     ends = np.empty((2, len(scales)), np.float32)
     for group in range(len(scales)):
-        ends[0, group], ends[1, group] = _ends(values[size * group : size * (group + 1)])
+        ends[0, group], ends[1, group] = _min_max(values[size * group : size * (group + 1)])
     made, fragile = _made(ends, top)
     exact = np.empty(size, np.float32)
     for group in range(len(scales)):
         start, end = size * group, size * (group + 1)
         scale, bias = made[0, group], made[1, group]
-        odd, ties = _unlike(values[start:end], levels[start:end], scale, bias, top, exact)
+        odd, ties = _count_level_differences(values[start:end], levels[start:end], scale, bias, top, exact)
         counts[FRAGILE] += fragile[group] or ties > 0
         same = _rounded(scale, digits, lowest) == scales[group]
         same &= _rounded(bias, digits, lowest) == biases[group]
@@ -312,7 +312,7 @@ def formula(values, levels, scales, biases, bits, digits, lowest, size=GROUP):
         told = False
         for zero in (np.float32(np.inf), np.float32(0)):  # as the CPU does; as others do
             least, greatest = min(ends[0, group], zero), max(ends[1, group], -zero)
-            told = told or _explains(values, levels, start, scales[group], biases[group],
+            told = told or _matches_formula(values, levels, start, scales[group], biases[group],
                                      least, greatest, top, digits, lowest, size)  # fmt: skip
         place, first = (EXPLAINED, FIRST_EXPLAINED) if told else (WRONG, FIRST_WRONG)
         if counts[place] == 0:
@@ -329,7 +329,7 @@ def _made(ends, top):
     made, fragile = np.empty_like(ends), np.empty(ends.shape[1], np.bool_)
     for group in range(ends.shape[1]):
         least, greatest = ends[0, group], ends[1, group]
-        scale, edge, steps = _start(least, greatest, top)
+        scale, edge, steps = _first_scale(least, greatest, top)
         near = np.rint(steps)
         made[0, group] = edge / near if near != 0 else scale
         made[1, group] = edge if near != 0 else np.float32(0)
@@ -342,7 +342,7 @@ def expected_group(values: np.ndarray, bits: int) -> tuple[float, float, np.ndar
     """What MLX's CPU formula gives for a group of float32 weights: scale, bias, levels."""
     values = values.astype(np.float32)
     top = np.float32((1 << bits) - 1)
-    scale, edge, steps = _start.py_func(values.min(), values.max(), top)
+    scale, edge, steps = _first_scale.py_func(values.min(), values.max(), top)
     q0 = np.rint(steps)
     scale, bias = (edge / q0, edge) if q0 != 0 else (scale, np.float32(0))
     return float(scale), float(bias), np.clip(np.rint((values - bias) / scale), 0, top).astype(int)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dsv4.model.labels import in_turbo
+from dsv4.model.labels import has_turboquant
 from dsv4.model.layouts import MLX_LM, MLX_VLM, STORAGE
 from dsv4.proof import conversation, documents, headers, loading, turbo_files
 from dsv4.proof.findings import Check, Findings
-from dsv4.proof.survey import Survey
+from dsv4.proof.survey import Scan
 from dsv4.runtime.toolchain import probe
-from dsv4.stop import Stop
+from dsv4.stop import UserError
 from dsv4.storage.checkpoint import Checkpoint
 
 
-def check_headers(bundle: Survey, source: Checkpoint | None, findings: Findings) -> list[Check]:
+def check_headers(bundle: Scan, source: Checkpoint | None, findings: Findings) -> list[Check]:
     """Everything that headers and JSON show, without the toolchain: seconds for 180 GB."""
     findings.ours, findings.storage = bundle.is_ours, bundle.layout is STORAGE
     fields = headers.check_config(bundle, source, findings)
@@ -33,7 +33,7 @@ def check_headers(bundle: Survey, source: Checkpoint | None, findings: Findings)
         headers.check_controls(bundle, findings),
         documents.check_code(bundle, findings),
         documents.check_labels(bundle, findings),
-        *turbo_files.check_files(bundle, findings),
+        *turbo_files.check_turboquant_files(bundle, findings),
         documents.check_stops(bundle, findings),
         documents.check_defaults(bundle, source, findings),
         *conversation.check(bundle, source, findings),
@@ -43,14 +43,14 @@ def check_headers(bundle: Survey, source: Checkpoint | None, findings: Findings)
     return checks
 
 
-def check_toolchain(bundle: Survey, python: Path, findings: Findings) -> list[Check]:
+def check_toolchain(bundle: Scan, python: Path, findings: Findings) -> list[Check]:
     """What the installed loaders make of these headers, and whether they are patched."""
     if {"config-broken", "layout-unknown"} & findings.names:
         return []
     runtime = next((r for r in (MLX_LM, MLX_VLM) if r in bundle.layout.runtimes), None)
-    if runtime == MLX_VLM and has(python, "mlx-vlm"):
+    if runtime == MLX_VLM and has_package(python, "mlx-vlm"):
         return loading.check_loading(bundle, python, findings, runtime)
-    if runtime != MLX_LM or in_turbo(bundle.tensors):
+    if runtime != MLX_LM or has_turboquant(bundle.tensors):
         who = "no mlx-vlm here" if runtime == MLX_VLM else "neither mlx_lm nor jang_tools"
         said = f"{who} that loads this layout, so no loader was asked"
         return [Check("parameters replayed", 0, said, optional=True)]
@@ -58,15 +58,15 @@ def check_toolchain(bundle: Survey, python: Path, findings: Findings) -> list[Ch
     return [loader, *loading.check_loading(bundle, python, findings)]
 
 
-def has(python: Path, package: str) -> bool:
+def has_package(python: Path, package: str) -> bool:
     """True when the toolchain has a package."""
     try:
         return probe(python)["packages"].get(package) is not None
-    except Stop:
+    except UserError:
         return False
 
 
-def demand_something(checks: list[Check], findings: Findings) -> None:
+def require_nonempty(checks: list[Check], findings: Findings) -> None:
     """A check that found nothing to look at is a fault, but for layers that the model lacks."""
     for check in checks:
         if check.number == 0 and not check.optional:

@@ -17,16 +17,16 @@ from pathlib import Path
 
 from dsv4.model.names import most_zeros, parse_expert
 from dsv4.model.plan import weights_of
-from dsv4.proof.compare import Comparer, look_at
-from dsv4.proof.pruned import Kept, kept_experts, selected
-from dsv4.proof.survey import Survey
-from dsv4.proof.tasks import Outcome, Task, make_tasks
-from dsv4.stop import naming
+from dsv4.proof.compare import Comparer, scan_values
+from dsv4.proof.pruned import Kept, kept_experts, select_rows
+from dsv4.proof.survey import Scan
+from dsv4.proof.tasks import TensorResult, Task, make_tasks
+from dsv4.stop import with_path
 from dsv4.storage.bounds import DOCUMENT
 from dsv4.storage.checkpoint import Checkpoint
-from dsv4.storage.reading import Reader
+from dsv4.storage.reading import TensorReader
 from dsv4.storage.shard import Tensor
-from dsv4.storage.zeros import Watch
+from dsv4.storage.zeros import HoleDetector
 from dsv4.weights.imatrix import EVEN, Importance
 
 HASH_BYTES = 4 << 20
@@ -42,7 +42,7 @@ class Numbers:
     holes: tensors with zeros where no model has any, and the byte of their file from which on.
     """
 
-    outcomes: list[Outcome]
+    outcomes: list[TensorResult]
     hashes: dict[str, str]
     compared: bool
     recorded: str | None = None
@@ -54,30 +54,30 @@ class Numbers:
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, 64 hex digits."""
     digest = hashlib.sha256()
-    with naming(path), path.open("rb") as file:
+    with with_path(path), path.open("rb") as file:
         while data := file.read(HASH_BYTES):
             digest.update(data)
     return digest.hexdigest()
 
 
-class Worker:
+class TensorWorker:
     """Does jobs in any thread; each thread has files of its own open."""
 
     def __init__(
-        self, bundle: Survey, importance: Importance, progress: Callable[[int], object]
+        self, bundle: Scan, importance: Importance, progress: Callable[[int], object]
     ) -> None:
         self.comparer = Comparer(bundle, importance)
         self._bundle, self._progress = bundle, progress
         self._local = threading.local()
-        self._readers: list[Reader] = []
-        self._watches: list[Watch] = []
+        self._readers: list[TensorReader] = []
+        self._watches: list[HoleDetector] = []
 
     @property
     def holes(self) -> dict[Tensor, int]:
         """Tensors of source and bundle with zeros where no model has any → from which byte on."""
         return {tensor: at for watch in self._watches for tensor, at in watch.holes.items()}
 
-    def do(self, job: Path | list[Task | Tensor]) -> str | list[Outcome]:
+    def do(self, job: Path | list[Task | Tensor]) -> str | list[TensorResult]:
         """Hash a file, or compare (without a source: look at) some tensors."""
         if isinstance(job, Path):
             return sha256(job)
@@ -86,14 +86,14 @@ class Worker:
             if isinstance(one, Task):
                 outcomes.append(self.comparer.compare(one, self._reader()))
             else:
-                outcomes.append(look_at(self._bundle, one, self._reader()))
+                outcomes.append(scan_values(self._bundle, one, self._reader()))
             self._progress(one.nbytes)
         return outcomes
 
-    def _reader(self) -> Reader:
+    def _reader(self) -> TensorReader:
         if not hasattr(self._local, "reader"):
-            watch = Watch(most_zeros)  # each thread's own, whichever is appended last
-            self._local.reader = Reader(watch)
+            watch = HoleDetector(most_zeros)  # each thread's own, whichever is appended last
+            self._local.reader = TensorReader(watch)
             self._watches.append(watch)
             self._readers.append(self._local.reader)
         return self._local.reader
@@ -105,7 +105,7 @@ class Worker:
 
 
 def read_numbers(
-    bundle: Survey,
+    bundle: Scan,
     source: Checkpoint | None,
     jobs: int,
     progress: Callable[[int], object],
@@ -116,10 +116,10 @@ def read_numbers(
     `progress` is told the bytes of the bundle that were done. importance: of the imatrix that
     the bundle was made with. Raises Stop for a read that fails.
     """
-    worker = Worker(bundle, importance, progress)
+    worker = TensorWorker(bundle, importance, progress)
     kept = kept_experts(bundle, source) if source else {}
-    work = list(cut(bundle, source and without(source, kept), kept))
-    outcomes: list[Outcome] = []
+    work = list(make_jobs(bundle, source and without_experts(source, kept), kept))
+    outcomes: list[TensorResult] = []
     hashes: dict[str, str] = {}
     pool = concurrent.futures.ThreadPoolExecutor(jobs)
     with contextlib.closing(worker), pool:
@@ -136,20 +136,20 @@ def read_numbers(
     )
 
 
-def without(source: Checkpoint, kept: Kept) -> Checkpoint:
+def without_experts(source: Checkpoint, kept: Kept) -> Checkpoint:
     """The source as a bundle that left experts out has it: its routers with those rows alone."""
     fewer = Checkpoint(source.folder, source.config, source.weight_map, source.shards)
     tensors = dict(source.tensors)
     for block, numbers in kept.items():
         for name in (f"{block}.ffn.gate.weight", f"{block}.ffn.gate.bias"):
             if numbers and name in tensors:
-                tensors[name] = selected(tensors[name], numbers)
+                tensors[name] = select_rows(tensors[name], numbers)
     fewer.__dict__["tensors"] = tensors
     return fewer
 
 
 def not_compared(
-    bundle: Survey, source: Checkpoint, outcomes: list[Outcome], kept: Kept
+    bundle: Scan, source: Checkpoint, outcomes: list[TensorResult], kept: Kept
 ) -> tuple[str, ...]:
     """Source tensors that no outcome is about, but for experts and MTP that were left out."""
     compared, called_for = {outcome.name for outcome in outcomes}, set(bundle.bases)
@@ -164,7 +164,7 @@ def not_compared(
     return tuple(n for n in weights_of(source.tensors) if n not in compared and is_called_for(n))
 
 
-def visible(files: Iterable[str]) -> list[str]:
+def visible_files(files: Iterable[str]) -> list[str]:
     """The files that a bundle consists of: nothing hidden, nothing that Python left."""
     return sorted(
         file
@@ -173,13 +173,13 @@ def visible(files: Iterable[str]) -> list[str]:
     )
 
 
-def hashable(bundle: Survey) -> list[str]:
+def files_to_hash(bundle: Scan) -> list[str]:
     """The visible files that are hashed: shards of the index, and what is as small as documents."""
     shards = bundle.checkpoint.shards
-    return [f for f in visible(bundle.files) if f in shards or bundle.files[f] <= DOCUMENT]
+    return [f for f in visible_files(bundle.files) if f in shards or bundle.files[f] <= DOCUMENT]
 
 
-def everything(bundle: Survey) -> list[Tensor]:
+def all_tensors(bundle: Scan) -> list[Tensor]:
     """Every tensor, experts of a stack one by one; those without a place in the layout too."""
     disk = bundle.checkpoint.tensors
     foreign = {*bundle.view.recognised.unknown, *bundle.view.odd}
@@ -188,19 +188,19 @@ def everything(bundle: Survey) -> list[Tensor]:
     return [*bundle.tensors.values(), *(disk[name] for name in sorted(foreign) if name in disk)]
 
 
-def cut(
-    bundle: Survey, source: Checkpoint | None, kept: Kept
+def make_jobs(
+    bundle: Scan, source: Checkpoint | None, kept: Kept
 ) -> Iterator[Path | list[Task | Tensor]]:
     """The work in order: a file to hash, then the tensors whose weight lies in it, and so on.
 
     Those that are a job by themselves go first, so that no thread is left with one at the end.
     """
     work: dict[str, list[tuple[int, Task | Tensor]]] = {}
-    every = make_tasks(bundle, source, kept) if source else everything(bundle)
+    every = make_tasks(bundle, source, kept) if source else all_tensors(bundle)
     for one in every:
         tensor = one.main if isinstance(one, Task) else one
         work.setdefault(tensor.path.name, []).append((tensor.offset, one))
-    for file in hashable(bundle):
+    for file in files_to_hash(bundle):
         yield bundle.checkpoint.folder / file
         some, size = [], 0
         here = work.get(file, [])

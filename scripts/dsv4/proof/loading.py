@@ -15,14 +15,14 @@ from typing import Any
 from dsv4.model.configs import known_fields
 from dsv4.model.layouts import MLX_LM
 from dsv4.proof.findings import Check, Findings
-from dsv4.proof.survey import Survey
+from dsv4.proof.survey import Scan
 from dsv4.runtime import child
-from dsv4.runtime.patches import DEFAULT, read_patch, read_python, state
-from dsv4.runtime.toolchain import probe, with_rooms
-from dsv4.stop import Stop
+from dsv4.runtime.patches import DEFAULT, read_patch, read_python, patch_state
+from dsv4.runtime.toolchain import probe, environment_with_dsv4
+from dsv4.stop import UserError
 from dsv4.storage import own
 from dsv4.storage.checkpoint import INDEX, read_json
-from dsv4.storage.shard import Shard, Slot, header_bytes
+from dsv4.storage.shard import Shard, TensorSpec, header_bytes
 
 REPLAY = "dsv4.proof.replay"
 LIMIT = 300  # seconds; the headers of 180 GB take some ten
@@ -31,7 +31,7 @@ PARAMETERS = {"parameters": int, "unfed": NAMES, "unused": NAMES, "misfit": [NAM
 ANSWERS = {str: ({"error": str}, PARAMETERS)}
 
 
-def hollow(bundle: Survey, folder: Path) -> None:
+def write_headers_only(bundle: Scan, folder: Path) -> None:
     """Write what loaders read into `folder`: configuration, index, shards without their data.
 
     Of config.json only the fields that are known: no key that names code reaches a loader.
@@ -43,42 +43,42 @@ def hollow(bundle: Survey, folder: Path) -> None:
     for name, content in documents.items():
         (folder / name).write_text(json.dumps(content), encoding="utf-8")
     for file, shard in bundle.checkpoint.shards.items():
-        write_hollow(folder / file, shard)
+        write_sparse_shard(folder / file, shard)
 
 
-def write_hollow(path: Path, shard: Shard) -> None:
+def write_sparse_shard(path: Path, shard: Shard) -> None:
     """A shard of the same header and length whose data is a hole."""
-    slots = [Slot(t.name, t.dtype, t.shape) for t in shard.tensors.values()]
+    slots = [TensorSpec(t.name, t.dtype, t.shape) for t in shard.tensors.values()]
     header = header_bytes(slots, {"format": "mlx"})
     with path.open("wb") as file:
         file.write(header)
         file.truncate(len(header) + sum(slot.nbytes for slot in slots))
 
 
-def replay(python: Path, bundle: Survey, runtime: str) -> dict[str, dict[str, Any]]:
+def run_loader_replay(python: Path, bundle: Scan, runtime: str) -> dict[str, dict[str, Any]]:
     """Loader → its answer, as replay.py gives it. Raises Stop when it cannot be asked."""
     with tempfile.TemporaryDirectory(prefix="hollow-") as folder:
-        own.claim(Path(folder))  # if this process is killed, the child removes it
+        own.make_own(Path(folder))  # if this process is killed, the child removes it
         out, log = Path(folder) / "answer.json", Path(folder) / "log"
         target = Path(folder) / "bundle"
         target.mkdir()
-        hollow(bundle, target)
+        write_headers_only(bundle, target)
         what = f"{REPLAY} in {python}"
         command = [str(python), "-m", REPLAY, "--folder", str(target), "--out", str(out),
                    "--runtime", runtime, "--end-with-parent"]  # fmt: skip
-        status = child.run(command, with_rooms(), log, LIMIT, what)
+        status = child.run_child(command, environment_with_dsv4(), log, LIMIT, what)
         if status or not out.is_file():
-            raise Stop(what, child.last_words(log), "an answer", "make check")
+            raise UserError(what, child.last_log_line(log), "an answer", "make check")
         return read_json(out, ANSWERS)
 
 
 def check_loading(
-    bundle: Survey, python: Path, findings: Findings, runtime: str = MLX_LM
+    bundle: Scan, python: Path, findings: Findings, runtime: str = MLX_LM
 ) -> list[Check]:
     """Every parameter of the module tree that each loader builds receives a tensor that fits."""
     try:
-        answers = replay(python, bundle, runtime)
-    except Stop as stop:
+        answers = run_loader_replay(python, bundle, runtime)
+    except UserError as stop:
         findings.add("loader-not-checked", f"{python}", f"{stop}", "the loaders there")
         return [Check("parameters replayed", 0)]
     checks = []
@@ -103,13 +103,13 @@ def loader_states(python: Path) -> dict[str, str]:
     """
     jang = probe(python)["folders"].get("jang_tools")
     if jang is None:
-        raise Stop(f"{python}", "no jang_tools", "the toolchain", "set TOOLCHAIN_PYTHON")
+        raise UserError(f"{python}", "no jang_tools", "the toolchain", "set TOOLCHAIN_PYTHON")
     states = {}
     for patch in map(read_patch, DEFAULT):
         if not patch.concerns_this_machine:
             continue
         file = Path(jang).parent / patch.target
-        states[patch.target] = state(read_python(file), patch) if file.is_file() else "not needed"
+        states[patch.target] = patch_state(read_python(file), patch) if file.is_file() else "not needed"
     return states
 
 
@@ -117,7 +117,7 @@ def check_loader(python: Path, findings: Findings) -> Check:
     """The installed loader is patched, or does not need to be."""
     try:
         states = loader_states(python)
-    except Stop as stop:
+    except UserError as stop:
         findings.add("loader-not-checked", f"{python}", f"{stop}", "jang_tools")
         return Check("loader files", 0)
     for target, found in states.items():

@@ -9,9 +9,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from dsv4.proof.result import checked
-from dsv4.storage.durable import human
-from dsv4.words import filled
+from dsv4.proof.result import validate_result
+from dsv4.storage.durable import format_bytes
+from dsv4.words import render_html
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 SHOWN = 1000  # characters of one value
@@ -22,17 +22,17 @@ LEFT, RIGHT, PANEL, GAP, TOP, BOTTOM = 64, 16, 110, 34, 22, 40
 
 def page(result: dict[str, Any]) -> str:
     """The whole page. Raises Stop for a verify.json of another format, or of other types."""
-    checked(result)
+    validate_result(result)
     cells = result["errors"].get("experts") or []
-    return filled(
+    return render_html(
         TEMPLATE, SHOWN,
-        result=result, name=Path(result["bundle"]).name, said=verdict(result), places=places,
-        drawing=drawing(cells) if cells else None, experts=experts(cells), others=others(result),
-        kinds=kinds(result), checks=checks(result), sizes=sizes(result), **provenance(result),
+        result=result, name=Path(result["bundle"]).name, said=verdict_sentence(result), places=finding_rows,
+        drawing=error_chart(cells) if cells else None, experts=expert_rows(cells), others=other_rows(result),
+        kinds=kind_rows(result), checks=check_rows(result), sizes=size_rows(result), **provenance_rows(result),
     )  # fmt: skip
 
 
-def verdict(result: dict[str, Any]) -> str:
+def verdict_sentence(result: dict[str, Any]) -> str:
     """The verdict in one sentence that says what it is about."""
     levels = "every number" if 2 in result["levels"] else "headers and JSON only"
     against = " against the FP4/FP8 source" if result["source"] and 2 in result["levels"] else ""
@@ -41,12 +41,12 @@ def verdict(result: dict[str, Any]) -> str:
     return f"{word}: {levels} checked{against}{asked}."
 
 
-def places(finding: dict[str, Any]) -> list[tuple[str, str, str]]:
+def finding_rows(finding: dict[str, Any]) -> list[tuple[str, str, str]]:
     """The rows of one finding's table."""
     return [(p["where"], p["found"], p["expected"]) for p in finding["places"]]
 
 
-def ticks(most: float) -> list[float]:
+def axis_ticks(most: float) -> list[float]:
     """About four round numbers from 0 to `most` or just beyond.
 
     >>> ticks(0.087)
@@ -60,13 +60,13 @@ def ticks(most: float) -> list[float]:
     return [round(i * step, 10) for i in range(count + 1)]
 
 
-def drawing(cells: list[dict[str, Any]]) -> dict[str, Any]:
+def error_chart(cells: list[dict[str, Any]]) -> dict[str, Any]:
     """The experts' relative RMS error: a panel for each projection, a bar for each layer.
 
     The bar is the error over all experts of the layer, the mark above it the worst single expert.
     """
     layers = sorted({(cell["block"], cell["layer"]) for cell in cells})
-    marks = ticks(max(cell["worst_tensor_rms"] for cell in cells))
+    marks = axis_ticks(max(cell["worst_tensor_rms"] for cell in cells))
     pitch = max(14, min(40, 840 // (len(layers) + 2)))
     # MTP layers stand apart, by the width of one bar.
     left = {place: LEFT + pitch * (i + (place[0] == "mtp")) for i, place in enumerate(layers)}
@@ -78,7 +78,7 @@ def drawing(cells: list[dict[str, Any]]) -> dict[str, Any]:
         "left": LEFT,
         "right": width - RIGHT,
         "pitch": pitch,
-        "panels": [panel(number, name, cells, left, marks)
+        "panels": [chart_panel(number, name, cells, left, marks)
                    for number, name in enumerate(PROJECTIONS)],
         "names": [
             (left[place] + pitch / 2, f"{place[1]}" if place[0] == "layers" else f"mtp {place[1]}")
@@ -88,7 +88,7 @@ def drawing(cells: list[dict[str, Any]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def panel(
+def chart_panel(
     number: int,
     projection: str,
     cells: list[dict[str, Any]],
@@ -102,11 +102,11 @@ def panel(
         "name": projection,
         "top": base - PANEL - 6,
         "grid": [(base - PANEL * mark / top, f"{100 * mark:.3g}%") for mark in marks],
-        "bars": [bar(cell, left[cell["block"], cell["layer"]], base, top) for cell in mine],
+        "bars": [chart_bar(cell, left[cell["block"], cell["layer"]], base, top) for cell in mine],
     }
 
 
-def bar(cell: dict[str, Any], x: float, base: float, top: float) -> dict[str, Any]:
+def chart_bar(cell: dict[str, Any], x: float, base: float, top: float) -> dict[str, Any]:
     """One layer's bar and its worst expert's mark; the numbers appear under the pointer."""
     height = round(PANEL * cell["relative_rms"] / top, 1)
     said = (f"{cell['block']} {cell['layer']} {cell['projection']}: {cell['relative_rms']:.3%}, "
@@ -115,7 +115,7 @@ def bar(cell: dict[str, Any], x: float, base: float, top: float) -> dict[str, An
     return {"said": said, "x": x, "y": base - height, "height": height, "worst": worst}
 
 
-def experts(cells: list[dict[str, Any]]) -> list[tuple]:
+def expert_rows(cells: list[dict[str, Any]]) -> list[tuple]:
     """The drawing's numbers as a table."""
     return [
         (c["block"], c["layer"], c["projection"], c["tensors"], f"{c['relative_rms']:.3%}",
@@ -124,14 +124,14 @@ def experts(cells: list[dict[str, Any]]) -> list[tuple]:
     ]  # fmt: skip
 
 
-def others(result: dict[str, Any]) -> list[tuple]:
+def other_rows(result: dict[str, Any]) -> list[tuple]:
     """Everything but routed experts, the worst first."""
     found = sorted(result["errors"].get("others") or [], key=lambda o: -o["relative_rms"])
     return [(o["name"], o["what"], o["stored_as"], o["numbers"], f"{o['relative_rms']:.3%}")
             for o in found]  # fmt: skip
 
 
-def kinds(result: dict[str, Any]) -> list[tuple]:
+def kind_rows(result: dict[str, Any]) -> list[tuple]:
     """How exact each kind of tensor is, the least exact first."""
     return [
         (row["kind"], row["tensors"], row["stored_as"], f"{row['relative_rms']:.3%}",
@@ -141,7 +141,7 @@ def kinds(result: dict[str, Any]) -> list[tuple]:
     ]  # fmt: skip
 
 
-def checks(result: dict[str, Any]) -> list[tuple]:
+def check_rows(result: dict[str, Any]) -> list[tuple]:
     """What was looked at, and how much of it."""
     return [
         (one["number"], one["what"], "; ".join(n for n in (one["note"], one["worst"]) if n))
@@ -149,19 +149,19 @@ def checks(result: dict[str, Any]) -> list[tuple]:
     ]
 
 
-def sizes(result: dict[str, Any]) -> list[tuple[str, str]]:
+def size_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     """Bytes by kind, of the bundle and the source; [] when they are not known."""
     known = result["sizes"]
     if not known:
         return []
-    rows = [(kind, human(size)) for kind, size in known["by_kind"].items()]
-    rows.append(("all files of the bundle", human(known["bundle_bytes"])))
+    rows = [(kind, format_bytes(size)) for kind, size in known["by_kind"].items()]
+    rows.append(("all files of the bundle", format_bytes(known["bundle_bytes"])))
     if known["source_shard_bytes"]:
-        rows.append(("shards of the source", human(known["source_shard_bytes"])))
+        rows.append(("shards of the source", format_bytes(known["source_shard_bytes"])))
     return [*rows, ("tensors, shards", f"{known['tensors']:,}, {known['shards']:,}")]
 
 
-def provenance(result: dict[str, Any]) -> dict[str, list[tuple[str, Any]]]:
+def provenance_rows(result: dict[str, Any]) -> dict[str, list[tuple[str, Any]]]:
     """Source, quantizer, versions and time, as pairs of a name and what is known."""
     source = result["source"] or {}
     mark = {k.removeprefix("requantize_"): v for k, v in result["quantizer"].items()}

@@ -14,7 +14,7 @@ from dsv4.model.labels import EXPERT, MIXTURES
 
 
 @dataclass(frozen=True)
-class Promise:
+class Tolerance:
     """Bounds on one tensor; all but `rms` hold for every single weight.
 
     steps: the worst error in steps (|scale|), after the rounding of scale and bias to F16.
@@ -33,9 +33,9 @@ class Promise:
 # Measured: mx.quantize errs by at most one step (the far end is clipped) and by 8.6% RMS on
 # Gaussian FP4 weights; MXFP4 keeps the source's own bytes.
 PROMISES = {
-    "mlx": Promise(),
-    "mxfp4": Promise(steps=0.0, rms=0.0),
-    "lossless": Promise(steps=0.0, rms=0.0),
+    "mlx": Tolerance(),
+    "mxfp4": Tolerance(steps=0.0, rms=0.0),
+    "lossless": Tolerance(steps=0.0, rms=0.0),
 }
 
 # By least squares ends are clipped, and how far depends on the weights: each weight's level is the
@@ -46,7 +46,7 @@ CLIPPED = math.inf
 CEILING = {2: 1.2, 3: 0.5, 4: 0.2, 5: 0.08, 6: 0.04, 8: 0.015}
 
 
-def promise_of(quantizer: str | None, label: dict[str, Any]) -> Promise:
+def tolerance_for(quantizer: str | None, label: dict[str, Any]) -> Tolerance:
     """The promise of a recorded quantizer for a module stored as `label` says; of one without a
     name here, such as those that earlier versions had, what any may promise.
 
@@ -56,9 +56,9 @@ def promise_of(quantizer: str | None, label: dict[str, Any]) -> Promise:
         return PROMISES[quantizer]
     ceiling = CEILING[label["bits"]]
     if quantizer is None and label == EXPERT:
-        return Promise()
+        return Tolerance()
     if quantizer is None:
-        return Promise(rms=ceiling)
+        return Tolerance(rms=ceiling)
     if quantizer.startswith("affine") or quantizer in MIXTURES:
-        return Promise(steps=CLIPPED, zeros=False, rms=ceiling)
-    return Promise(steps=2.0, zeros=False, rms=ceiling)
+        return Tolerance(steps=CLIPPED, zeros=False, rms=ceiling)
+    return Tolerance(steps=2.0, zeros=False, rms=ceiling)

@@ -11,16 +11,16 @@ from dataclasses import replace
 
 import numpy as np
 
-from dsv4.proof.survey import Survey
+from dsv4.proof.survey import Scan
 from dsv4.storage.checkpoint import Checkpoint
-from dsv4.storage.reading import Reader, as_float32, rounded
+from dsv4.storage.reading import TensorReader, as_float32, round_to_dtype
 from dsv4.storage.shard import FLOATS, Tensor
 
 ROUTER = ".ffn.gate.weight"
 Kept = Mapping[str, list[int] | None]
 
 
-def kept_experts(bundle: Survey, source: Checkpoint) -> Kept:
+def kept_experts(bundle: Scan, source: Checkpoint) -> Kept:
     """`layers.N` → the source's numbers of the experts that are left, in the bundle's order.
 
     None where a row of the router is none of the source's. Layers that lack no expert are not
@@ -30,7 +30,7 @@ def kept_experts(bundle: Survey, source: Checkpoint) -> Kept:
     for name, tensor in bundle.tensors.items():
         origin = source.tensors.get(name) if name.endswith(ROUTER) else None
         if origin is not None and is_pruned(tensor, origin):
-            found[name.removesuffix(ROUTER)] = match(tensor, origin)
+            found[name.removesuffix(ROUTER)] = match_rows(tensor, origin)
     return found
 
 
@@ -41,23 +41,23 @@ def is_pruned(tensor: Tensor, origin: Tensor) -> bool:
     return same and floats and 0 < tensor.shape[0] < origin.shape[0]
 
 
-def match(tensor: Tensor, origin: Tensor) -> list[int] | None:
+def match_rows(tensor: Tensor, origin: Tensor) -> list[int] | None:
     """The row of `origin` that each row of `tensor` is."""
-    reader = Reader()
+    reader = TensorReader()
     mine, theirs = reader.read(tensor), reader.read(origin)
     reader.close()
     if origin.dtype != tensor.dtype:
-        theirs = rounded(as_float32(theirs, origin.dtype), tensor.dtype)
-    rows = {row.tobytes(): number for number, row in enumerate(split(theirs, origin))}
-    numbers = [rows.get(row.tobytes()) for row in split(mine, tensor)]
+        theirs = round_to_dtype(as_float32(theirs, origin.dtype), tensor.dtype)
+    rows = {row.tobytes(): number for number, row in enumerate(split_rows(theirs, origin))}
+    numbers = [rows.get(row.tobytes()) for row in split_rows(mine, tensor)]
     return None if None in numbers else numbers
 
 
-def split(data: np.ndarray, tensor: Tensor) -> np.ndarray:
+def split_rows(data: np.ndarray, tensor: Tensor) -> np.ndarray:
     return data.reshape(tensor.shape[0], -1)
 
 
-def selected(origin: Tensor, kept: list[int]) -> Tensor:
+def select_rows(origin: Tensor, kept: list[int]) -> Tensor:
     """Those rows of a tensor, as one."""
     size = origin.nbytes // origin.shape[0]
     rows = tuple(

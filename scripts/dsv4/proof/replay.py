@@ -29,7 +29,7 @@ from dsv4.runtime.child import end_with_parent
 from dsv4.runtime.without_torchvision import hide
 
 
-class Handed(Exception):
+class BuiltModel(Exception):
     """Raised in place of `load_weights`: the model as built, and the tensors meant for it."""
 
     def __init__(self, model: Any, weights: Any) -> None:
@@ -37,19 +37,19 @@ class Handed(Exception):
         self.model, self.weights = model, weights
 
 
-def kind_of(array: Any) -> str:
+def dtype_kind(array: Any) -> str:
     """'float', 'packed' (uint32), 'byte' (uint8: MXFP4's exponents) or 'integer'."""
     name = str(array.dtype).rpartition(".")[2]
     named = {"uint32": "packed", "uint8": "byte"}
     return named.get(name, "float" if "float" in name else "integer")
 
 
-def is_known(name: str) -> bool:
+def is_ignored(name: str) -> bool:
     """jang 2.5.9 declares attn_sink in a shape that no checkpoint has, and never reads it."""
     return name.endswith(".attn_sink")
 
 
-def compare(model: Any, weights: dict[str, Any]) -> dict[str, Any]:
+def compare_parameters(model: Any, weights: dict[str, Any]) -> dict[str, Any]:
     """Parameters that get nothing, tensors that lead nowhere, and pairs that do not fit."""
     from mlx.utils import tree_flatten
 
@@ -57,9 +57,9 @@ def compare(model: Any, weights: dict[str, Any]) -> dict[str, Any]:
     misfit = []
     for name in sorted(set(parameters) & set(weights)):
         wanted, given = parameters[name], weights[name]
-        same = wanted.shape == given.shape or is_known(name)
-        if not same or kind_of(wanted) != kind_of(given):
-            shown = [f"{kind_of(a)} {list(a.shape)}" for a in (given, wanted)]
+        same = wanted.shape == given.shape or is_ignored(name)
+        if not same or dtype_kind(wanted) != dtype_kind(given):
+            shown = [f"{dtype_kind(a)} {list(a.shape)}" for a in (given, wanted)]
             misfit.append([name, *shown])
     return {
         "parameters": len(parameters),
@@ -69,12 +69,12 @@ def compare(model: Any, weights: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def replay(load: Callable[[], Any]) -> dict[str, Any]:
+def replay_loader(load: Callable[[], Any]) -> dict[str, Any]:
     """Run a loader up to the point where it hands its tensors over."""
     try:
         load()
-    except Handed as handed:
-        return compare(handed.model, dict(handed.weights))
+    except BuiltModel as handed:
+        return compare_parameters(handed.model, dict(handed.weights))
     except Exception as error:  # whatever a loader raises is the answer
         return {"error": f"{type(error).__name__}: {error}"}
     return {"error": "it never called load_weights"}
@@ -106,11 +106,11 @@ def answers(folder: Path, runtime: str) -> dict[str, dict[str, Any]]:
     import mlx.nn as nn
 
     def hand_over(self: Any, weights: Any, strict: bool = True) -> None:
-        raise Handed(self, weights)
+        raise BuiltModel(self, weights)
 
     nn.Module.load_weights = hand_over
     with contextlib.redirect_stdout(sys.stderr):
-        return {name: replay(load) for name, load in loaders(folder, runtime).items()}
+        return {name: replay_loader(load) for name, load in loaders(folder, runtime).items()}
 
 
 def main() -> int:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.proof.examination import FORMAT
-from dsv4.stop import Stop
+from dsv4.stop import UserError
 from dsv4.storage.checkpoint import read_json
-from dsv4.storage.typed import fit
-from dsv4.words import shown
+from dsv4.storage.typed import validate
+from dsv4.words import short_repr
 
 TEXT, COUNT = (str, None), (int, None)
 AGAIN = "make verify again"
@@ -53,12 +53,12 @@ EMPTY = {**RESULT, "sizes": {}}  # of a bundle that could not be opened
 
 def read_result(path: Path) -> dict[str, Any]:
     """verify.json as a whole. Raises Stop when it is of another format, or of other types."""
-    return checked(read_json(path), f"{path}")
+    return validate_result(read_json(path), f"{path}")
 
 
-def checked(result: dict[str, Any], where: str = "verify.json") -> dict[str, Any]:
+def validate_result(result: dict[str, Any], where: str = "verify.json") -> dict[str, Any]:
     """The result itself. Raises Stop when it is of another format, or of other types."""
     if type(result.get("format")) is not int or result["format"] != FORMAT:
-        found = f"format {shown(result.get('format'))}"
-        raise Stop(where, found, f"format {FORMAT}", AGAIN)
-    return fit(where, result, EMPTY if result.get("sizes") == {} else RESULT, AGAIN)
+        found = f"format {short_repr(result.get('format'))}"
+        raise UserError(where, found, f"format {FORMAT}", AGAIN)
+    return validate(where, result, EMPTY if result.get("sizes") == {} else RESULT, AGAIN)

@@ -23,13 +23,13 @@ from dsv4.proof.needs import (
     controls,
     encoding,
     jang_groups,
-    labels_for,
+    expert_labels_for,
     no_fp8,
     no_turbo,
     plain_head,
     stop_ids,
 )
-from dsv4.proof.survey import Survey
+from dsv4.proof.survey import Scan
 from dsv4.runtime.toolchain import LONG_PROMPTS, ROOT
 
 FOLDER = ROOT / "scripts" / "stacks"
@@ -66,10 +66,10 @@ class Stack:
         return {name: pins[name] for name in names if name in pins}
 
 
-OLD = (labels_for(RUNTIMES[0]), stop_ids("config.json"), chat_template, no_fp8)
-NEW = (labels_for(RUNTIMES[2]), controls, encoding, jang_groups, as_stamped)
-VLM = (labels_for(RUNTIMES[1]), stop_ids("generation_config.json"), plain_head, no_turbo)
-LM = (labels_for(RUNTIMES[0]), stop_ids("generation_config.json"), no_turbo)
+OLD = (expert_labels_for(RUNTIMES[0]), stop_ids("config.json"), chat_template, no_fp8)
+NEW = (expert_labels_for(RUNTIMES[2]), controls, encoding, jang_groups, as_stamped)
+VLM = (expert_labels_for(RUNTIMES[1]), stop_ids("generation_config.json"), plain_head, no_turbo)
+LM = (expert_labels_for(RUNTIMES[0]), stop_ids("generation_config.json"), no_turbo)
 
 OLD_MODEL = "its model has no attention sinks and mixes streams transposed; STACK=new has not"
 BLOCKS = "while decoding, blocks of 4 tokens forget the block before them"
@@ -130,7 +130,7 @@ FAILURES = (
 # ---------------------------------------------------------------- what is installed, in one line
 
 
-def recognise(
+def recognize_stack(
     versions: Versions, pending: tuple[str, ...] = (), metal: bool = False, quantizer: str = "mlx"
 ) -> tuple[bool, str]:
     """(True when it works, one line for the user) of an installed toolchain.
@@ -146,13 +146,13 @@ def recognise(
         return False, f"{shown or 'no runtime'}: known to fail because {failure.because}"
     row = next((row for row in STACKS if row.packages == identity(versions, row)), None)
     if row is None:
-        return False, f"{shown}: unknown version: run `make selftest`; {nearest(versions)}"
+        return False, f"{shown}: unknown version: run `make selftest`; {nearest_row(versions)}"
     after = " after patch_loader" if set(pending) & set(row.patches) else ""
     but = f", but {row.but}" if row.but else ""
     return True, f"{row.runtime.partition(',')[0]}: works{after}{but}"
 
 
-def refused(versions: Versions, quantizer: str) -> str:
+def refusal_reason(versions: Versions, quantizer: str) -> str:
     """Why these versions are not to be tried with that quantizer's bundles; "" when they may be."""
     failures = (f for f in FAILURES if f.fatal and f.holds(versions, False, quantizer))
     return next((f.because for f in failures), "")
@@ -169,7 +169,7 @@ def identity(versions: Versions, row: Stack | None = None) -> dict[str, str]:
     return {name: version for name in names if (version := versions.get(name))}
 
 
-def nearest(versions: Versions) -> str:
+def nearest_row(versions: Versions) -> str:
     """The row that agrees with most of the versions, and where it does not."""
     here = identity(versions)
 
@@ -193,7 +193,7 @@ BY_RUNTIME = (
 )  # fmt: skip
 
 
-def runtimes(bundle: Survey | None, findings: Findings) -> dict[str, str]:
+def runtime_verdicts(bundle: Scan | None, findings: Findings) -> dict[str, str]:
     """Runtime → "" when it will load the bundle, else why not."""
     fatal = [f.name for f in findings.errors if not f.name.startswith(BY_RUNTIME)]
     needs = {row.runtime: row.needs for row in STACKS if row.needs}

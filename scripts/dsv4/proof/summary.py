@@ -8,10 +8,10 @@ from itertools import groupby
 
 from dsv4.proof.findings import Findings
 from dsv4.proof.headers import PARTS, label_at, shape_of
-from dsv4.proof.stacks import runtimes
-from dsv4.proof.survey import Survey
-from dsv4.storage.durable import human
-from dsv4.words import plain
+from dsv4.proof.stacks import runtime_verdicts
+from dsv4.proof.survey import Scan
+from dsv4.storage.durable import format_bytes
+from dsv4.words import escape_line
 
 HEAD = ("bundle", "size", "layout", "bits a weight", "loaded by", "weights in memory", "faults")
 # Kinds of matrix whose width a user asks for, by what their storage names hold.
@@ -29,31 +29,31 @@ class Row:
     cells: tuple[str, ...]
 
 
-def row(repo: str, size: int, bundle: Survey | None, findings: Findings) -> Row:
+def summary_row(repo: str, size: int, bundle: Scan | None, findings: Findings) -> Row:
     """One bundle; size: bytes of all its files; without a survey, its faults alone."""
     faults = ", ".join(finding.name for finding in findings.errors) or "none"
     if bundle is None or not bundle.view.recognised.known:
-        return Row((repo, human(size), "", "", "", "", faults))
-    loads = [name for name, why in runtimes(bundle, findings).items() if not why]
+        return Row((repo, format_bytes(size), "", "", "", "", faults))
+    loads = [name for name, why in runtime_verdicts(bundle, findings).items() if not why]
     loaded = sum(t.nbytes for name, t in bundle.tensors.items() if not name.startswith("mtp."))
     named = "unknown" if "layout-unknown" in findings else bundle.layout.name
-    return Row((repo, human(size), named, widths(bundle), ", ".join(loads) or "none known",
-                human(loaded), faults))  # fmt: skip
+    return Row((repo, format_bytes(size), named, bits_by_kind(bundle), ", ".join(loads) or "none known",
+                format_bytes(loaded), faults))  # fmt: skip
 
 
-def failed(repo: str, why: str) -> Row:
+def failed_row(repo: str, why: str) -> Row:
     """A bundle that could not be read at all."""
     return Row((repo, "", "", "", "", "", why))
 
 
-def widths(bundle: Survey) -> str:
+def bits_by_kind(bundle: Scan) -> str:
     """Each kind of matrix with its mode, and the bits that a weight of it takes with its scales."""
     found: dict[str, dict[str, list[int]]] = {}
     for base in {name.rpartition(".")[0]: None for name in bundle.tensors}:
         kind = next((kind for kind, part in KINDS if part in f".{base}" or base == part), None)
         if kind is None or base.startswith("mtp."):
             continue
-        mode, weights, nbytes = width_of(bundle, base)
+        mode, weights, nbytes = matrix_bits(bundle, base)
         cell = found.setdefault(kind, {}).setdefault(mode, [0, 0])
         cell[0] += weights
         cell[1] += nbytes
@@ -69,7 +69,7 @@ def widths(bundle: Survey) -> str:
     )
 
 
-def width_of(bundle: Survey, base: str) -> tuple[str, int, int]:
+def matrix_bits(bundle: Scan, base: str) -> tuple[str, int, int]:
     """(mode, weights, bytes) of one matrix."""
     tensors = bundle.tensors
     parts = [tensors[f"{base}.{part}"] for part in PARTS if f"{base}.{part}" in tensors]
@@ -79,7 +79,7 @@ def width_of(bundle: Survey, base: str) -> tuple[str, int, int]:
     return label["mode"], math.prod(shape_of(parts[0], label, label["group_size"])), nbytes
 
 
-def table(rows: list[Row]) -> str:
+def markdown_table(rows: list[Row]) -> str:
     """All rows as a Markdown table."""
     lines = [HEAD, ("---",) * len(HEAD), *(row.cells for row in rows)]
-    return "\n".join("| " + " | ".join(plain(c, 4 * WIDTH) for c in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(escape_line(c, 4 * WIDTH) for c in line) + " |" for line in lines)

@@ -14,16 +14,16 @@ from typing import Any
 
 from dsv4.model.forms import FORMS
 from dsv4.model.labels import RECORD
-from dsv4.model.layouts import Layout
+from dsv4.model.layouts import NamingScheme
 from dsv4.model.names import parse_expert
 from dsv4.model.opening import MODEL_TYPE, expert_bases
 from dsv4.model.view import View, view_of
 from dsv4.proof.findings import Findings
-from dsv4.stop import Stop
+from dsv4.stop import UserError
 from dsv4.storage import bounds
 from dsv4.storage.checkpoint import INDEX, Checkpoint, is_file_name, read_json
 from dsv4.storage.shard import Shard, Tensor, read_shard
-from dsv4.words import shown
+from dsv4.words import short_repr
 
 # The JSON files that runtimes read, and the fault of one that is missing or no JSON object.
 DOCUMENTS = {
@@ -37,7 +37,7 @@ DOCUMENTS = {
 
 
 @dataclass(frozen=True)
-class Survey:
+class Scan:
     """What is known of a bundle without reading a tensor.
 
     files: relative path → size in bytes, of every file; documents: file name → parsed JSON object,
@@ -66,7 +66,7 @@ class Survey:
         return self.view.tensors
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> NamingScheme:
         """The layout that they lie in."""
         return self.view.recognised.layout
 
@@ -106,24 +106,24 @@ class Survey:
         return self.is_ours or any(name.startswith("mtp.") for name in self.tensors)
 
 
-def survey(folder: Path, findings: Findings) -> Survey | None:
+def scan(folder: Path, findings: Findings) -> Scan | None:
     """Read a folder's JSON and headers. None when there is no config.json or index to go by.
 
     Raises Stop when there is no such folder, or more in it than a bundle has.
     """
     if not folder.is_dir():
-        raise Stop(f"{folder}", "no such folder", "a bundle", "check BUNDLE")
+        raise UserError(f"{folder}", "no such folder", "a bundle", "check BUNDLE")
     known = any((folder / name).exists() for name in ("config.json", INDEX))
-    files = bounds.files_of(folder) if known else {}  # `/` is not listed
-    check_kinds(folder, files, findings)
-    documents = read_documents(folder, files, findings)
+    files = bounds.list_files(folder) if known else {}  # `/` is not listed
+    check_shards_are_files(folder, files, findings)
+    documents = read_json_documents(folder, files, findings)
     weight_map = check_weight_map(documents.get(INDEX), findings)
     config = documents.get("config.json")
     if config is not None and config.get("model_type") != MODEL_TYPE:
         findings.add(
             "config-broken",
             "config.json: model_type",
-            shown(config.get("model_type")),
+            short_repr(config.get("model_type")),
             repr(MODEL_TYPE),
         )
         config = None
@@ -131,10 +131,10 @@ def survey(folder: Path, findings: Findings) -> Survey | None:
         return None
     shards = read_shards(folder, set(weight_map.values()), files, findings)
     unread = frozenset(name for name, file in weight_map.items() if file not in shards)
-    return Survey(Checkpoint(folder, config, weight_map, shards), files, documents, unread)
+    return Scan(Checkpoint(folder, config, weight_map, shards), files, documents, unread)
 
 
-def check_kinds(folder: Path, files: dict[str, int], findings: Findings) -> None:
+def check_shards_are_files(folder: Path, files: dict[str, int], findings: Findings) -> None:
     """What has a shard's name is a file: loaders that find it by its name stop at a folder."""
     for path in sorted(folder.glob("*.safetensors")):
         if path.name not in files and path.name[0] != ".":
@@ -142,7 +142,7 @@ def check_kinds(folder: Path, files: dict[str, int], findings: Findings) -> None
             findings.add("shard-stranger", path.name, what, "a file, or nothing")
 
 
-def read_documents(
+def read_json_documents(
     folder: Path, files: dict[str, int], findings: Findings
 ) -> dict[str, dict[str, Any]]:
     """Parse the JSON files that are there and of their form; the others are findings."""
@@ -154,7 +154,7 @@ def read_documents(
             continue
         try:
             documents[name] = read_json(folder / name, FORMS[name])
-        except Stop as stop:
+        except UserError as stop:
             findings.add(fault, name, f"{stop}", "a JSON object that can be read")
     return documents
 
@@ -169,7 +169,7 @@ def check_weight_map(index: dict[str, Any] | None, findings: Findings) -> dict[s
     safe = {}
     for name, file in weight_map.items():
         if not is_file_name(file):
-            findings.add("index-unsafe-path", f"{INDEX}: {name}", shown(file), "a file name")
+            findings.add("index-unsafe-path", f"{INDEX}: {name}", short_repr(file), "a file name")
         else:
             safe[name] = file
     return safe
@@ -186,6 +186,6 @@ def read_shards(
             continue
         try:
             shards[file] = read_shard(folder / file)
-        except Stop as stop:
+        except UserError as stop:
             findings.add("shard-broken", file, str(stop), "a whole safetensors file")
     return shards

@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 
 from dsv4.model.names import BLOCK, GROUP, expert_base, kind, parse_expert
-from dsv4.proof.headers import module_parts, shape_of, stored
+from dsv4.proof.headers import module_parts, shape_of, stored_label
 from dsv4.proof.pruned import Kept
-from dsv4.proof.survey import Survey
+from dsv4.proof.survey import Scan
 from dsv4.storage.bounds import COLUMNS
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.shard import FLOATS, Tensor
 
 
 @dataclass
-class Outcome:
+class TensorResult:
     """What level 2 found of one tensor.
 
     what: expert, module, control or passthrough; how: what its values are stored as. energy and
@@ -57,10 +57,10 @@ class Outcome:
 
     def fault(self, name: str, where: str, found: str, expected: str) -> None:
         """Note one fault of this tensor."""
-        self.faults.append((name, f"{self.shown}: {where}", found, expected))
+        self.faults.append((name, f"{self.display_name}: {where}", found, expected))
 
     @property
-    def shown(self) -> str:
+    def display_name(self) -> str:
         """Its name, and that on disk where it is another."""
         return f"{self.name} ({self.disk})" if self.disk else self.name
 
@@ -96,7 +96,7 @@ class Task:
         return sum(part.nbytes for part in self.parts.values())
 
 
-def readable(source: Checkpoint, origin: Tensor) -> bool:
+def is_decodable(source: Checkpoint, origin: Tensor) -> bool:
     """True for a source tensor that can be decoded row by row: its scale, if any, fits it."""
     scale = source.tensors.get(f"{origin.name.removesuffix('.weight')}.scale")
     if scale is None:
@@ -109,7 +109,7 @@ def readable(source: Checkpoint, origin: Tensor) -> bool:
     return fits and scale.dtype in ("F8_E8M0", "U8")
 
 
-def make_tasks(bundle: Survey, source: Checkpoint, kept: Kept) -> list[Task]:
+def make_tasks(bundle: Scan, source: Checkpoint, kept: Kept) -> list[Task]:
     """All source tensors whose counterparts are whole; level 1 has reported the others.
 
     kept: of layers that lack experts, which of the source's are left.
@@ -117,12 +117,12 @@ def make_tasks(bundle: Survey, source: Checkpoint, kept: Kept) -> list[Task]:
     tasks = (
         task_of(bundle, source, name, origin)
         for counterpart, origin in source.tensors.items()
-        for name in counterparts(counterpart, kept)
+        for name in counterpart_names(counterpart, kept)
     )
     return [task for task in tasks if task is not None]
 
 
-def counterparts(name: str, kept: Kept) -> list[str]:
+def counterpart_names(name: str, kept: Kept) -> list[str]:
     """What the bundle calls the source tensor `name`: where experts are left out, with the number
     that a kept one has there."""
     expert = parse_expert(name)
@@ -135,10 +135,10 @@ def counterparts(name: str, kept: Kept) -> list[str]:
     return [f"{expert_base(block, layer, left.index(number), matrix)}.{part}"]
 
 
-def task_of(bundle: Survey, source: Checkpoint, name: str, origin: Tensor) -> Task | None:
+def task_of(bundle: Scan, source: Checkpoint, name: str, origin: Tensor) -> Task | None:
     """One source tensor beside the bundle's of that name; None when they do not fit."""
     what = kind(name)
-    if what == "scale" or not readable(source, origin):
+    if what == "scale" or not is_decodable(source, origin):
         return None
     base = name.removesuffix(".weight")
     scale = source.tensors.get(f"{origin.name.removesuffix('.weight')}.scale")
@@ -147,12 +147,12 @@ def task_of(bundle: Survey, source: Checkpoint, name: str, origin: Tensor) -> Ta
     if name in bundle.tensors:
         parts.setdefault("weight", bundle.tensors[name])
     columns = origin.shape[-1] * (2 if what == "expert" else 1) if origin.shape else 0
-    label = stored(parts, columns) if what in ("expert", "module") else None
-    fit = parts and fits(origin, parts, what, label, columns, bundle.is_ours)
+    label = stored_label(parts, columns) if what in ("expert", "module") else None
+    fit = parts and is_comparable(origin, parts, what, label, columns, bundle.is_ours)
     return Task(origin, scale, parts, what, label) if fit else None
 
 
-def fits(
+def is_comparable(
     origin: Tensor,
     parts: dict[str, Tensor],
     what: str,

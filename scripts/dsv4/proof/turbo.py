@@ -22,8 +22,8 @@ import numpy as np
 
 from dsv4.proof import kernels
 from dsv4.proof.decode import source_rows
-from dsv4.proof.tasks import Outcome, Task
-from dsv4.storage.reading import Reader, as_float32
+from dsv4.proof.tasks import TensorResult, Task
+from dsv4.storage.reading import TensorReader, as_float32
 from dsv4.storage.shard import NUMPY_DTYPE
 
 SEED = 42  # of the signs
@@ -33,7 +33,7 @@ SLACK = 1e-4  # of 1 / √d, the size of an element: float32 in another order er
 
 
 @cache
-def signs(columns: int) -> np.ndarray:
+def rotation_signs(columns: int) -> np.ndarray:
     """float32 (columns,), ±1."""
     return np.random.default_rng(SEED).choice([-1.0, 1.0], size=columns).astype(np.float32)
 
@@ -65,11 +65,11 @@ def centroid(grid: np.ndarray, density: np.ndarray, old: float) -> float:
     return np.trapezoid(grid * density, grid) / max(np.trapezoid(density, grid), 1e-10)
 
 
-def compare_turbo(task: Task, reader: Reader, outcome: Outcome, weights: int) -> None:
+def compare_turbo(task: Task, reader: TensorReader, outcome: TensorResult, weights: int) -> None:
     """Rotate the source's rows and compare, some rows of about so many weights at a time."""
     packed, norms = task.parts["tq_packed"], task.parts["tq_norms"]
     bits, columns = task.label["bits"], task.columns
-    check_bits(task, reader, outcome)
+    check_tq_bits(task, reader, outcome)
     rows = max(1, weights // columns)
     for first in range(0, packed.shape[0], rows):
         last = min(first + rows, packed.shape[0])
@@ -83,9 +83,9 @@ def compare_turbo(task: Task, reader: Reader, outcome: Outcome, weights: int) ->
             where = f"row {first + int(np.argmin(np.isfinite(lengths)))}"
             outcome.fault("nan-or-inf", where, "norm NaN or Inf", "numbers")
             return
-        codes = unpacked(words, bits, last - first, columns)
+        codes = unpack_codes(words, bits, last - first, columns)
         counts, energy, error, exact, worst, worst_at = _judge(
-            values, signs(columns), codes, lengths, codebook(columns, bits)
+            values, rotation_signs(columns), codes, lengths, codebook(columns, bits)
         )
         if worst > outcome.worst:
             row, column = divmod(int(worst_at), columns)
@@ -96,10 +96,10 @@ def compare_turbo(task: Task, reader: Reader, outcome: Outcome, weights: int) ->
         outcome.exact += exact
         outcome.energy += energy
         outcome.error += error
-        blame(task, outcome, first, counts, lengths)
+        report_first_mismatch(task, outcome, first, counts, lengths)
 
 
-def check_bits(task: Task, reader: Reader, outcome: Outcome) -> None:
+def check_tq_bits(task: Task, reader: TensorReader, outcome: TensorResult) -> None:
     """What tq_bits says is how the codes are packed."""
     tensor = task.parts.get("tq_bits")
     if tensor is not None and tensor.dtype[0] in "IU":
@@ -108,8 +108,8 @@ def check_bits(task: Task, reader: Reader, outcome: Outcome) -> None:
             outcome.fault("label-bits-wrong", "tq_bits", f"{found}", f"{task.label['bits']}")
 
 
-def blame(
-    task: Task, outcome: Outcome, first: int, counts: np.ndarray, lengths: np.ndarray
+def report_first_mismatch(
+    task: Task, outcome: TensorResult, first: int, counts: np.ndarray, lengths: np.ndarray
 ) -> None:
     """Name the first code and the first norm that break the promise."""
     if counts[ODD_CODE]:
@@ -185,7 +185,7 @@ def _twos(part, half):
             first[i], second[i] = first[i] + second[i], first[i] - second[i]
 
 
-def unpacked(words: np.ndarray, bits: int, rows: int, columns: int) -> np.ndarray:
+def unpack_codes(words: np.ndarray, bits: int, rows: int, columns: int) -> np.ndarray:
     """32 // bits codes of each word uint32, the lowest first → uint8 (rows, columns)."""
     each = 32 // bits
     codes = np.empty((len(words), each), np.uint8)
@@ -222,12 +222,12 @@ def _judge(values, signs, codes, lengths, levels):
             if counts[ODD_NORM] == 0:
                 counts[FIRST_NORM] = r
             counts[ODD_NORM] += 1
-        odd, missed, far = _misses(row, codes[r], levels, max(norm, 1e-10), lengths[r], miss)
+        odd, missed, far = _row_errors(row, codes[r], levels, max(norm, 1e-10), lengths[r], miss)
         error += missed
         if far > worst * widest * lengths[r]:
-            worst, worst_at = far / (widest * lengths[r]), columns * r + _at(miss, far)
+            worst, worst_at = far / (widest * lengths[r]), columns * r + _largest_at(miss, far)
         if odd:  # or as near as sums in another order tell
-            odd, first = _far(row, codes[r], levels, max(norm, 1e-10))
+            odd, first = _count_not_nearest(row, codes[r], levels, max(norm, 1e-10))
             if odd and counts[ODD_CODE] == 0:
                 counts[FIRST_CODE] = columns * r + first
             counts[ODD_CODE] += odd
@@ -236,7 +236,7 @@ def _judge(values, signs, codes, lengths, levels):
 
 
 @numba.njit(inline="always")
-def _misses(row, codes, levels, norm, length, miss):
+def _row_errors(row, codes, levels, norm, length, miss):
     """How many codes of a row do not name the nearest level; of the errors, which `miss` gets, the
     sum of squares and the largest.
     """
@@ -255,7 +255,7 @@ def _misses(row, codes, levels, norm, length, miss):
 
 
 @numba.njit(inline="always")
-def _at(miss, far):
+def _largest_at(miss, far):
     """Where the largest error is."""
     for i in range(len(miss)):
         if abs(miss[i]) == far:
@@ -264,7 +264,7 @@ def _at(miss, far):
 
 
 @numba.njit(inline="always")
-def _far(row, codes, levels, norm):
+def _count_not_nearest(row, codes, levels, norm):
     """How many codes name a level that is not the nearest by more than some slack; the first."""
     slack, odd, first = SLACK / math.sqrt(len(row)), 0, 0
     for i in range(len(row)):

@@ -15,31 +15,31 @@ from typing import Any
 
 import numpy as np
 
-from dsv4.model.labels import TURBO, in_turbo
+from dsv4.model.labels import TURBO, has_turboquant
 from dsv4.model.names import columns_of, parse_stack
 from dsv4.proof.findings import Check, Findings
 from dsv4.proof.headers import label_at
-from dsv4.proof.survey import Survey
-from dsv4.proof.turbo import SEED, codebook, signs
-from dsv4.stop import Stop
+from dsv4.proof.survey import Scan
+from dsv4.proof.turbo import SEED, codebook, rotation_signs
+from dsv4.stop import UserError
 from dsv4.storage.checkpoint import SIDECAR
 from dsv4.storage.shard import read_array, read_shard
-from dsv4.words import shown
+from dsv4.words import short_repr
 
 DOCUMENTS = ("config.json", "jang_config.json")
 PACKED = ".tq_packed"
 
 
-def forms(bundle: Survey) -> dict[tuple[int, int], int]:
+def stack_formats(bundle: Scan) -> dict[tuple[int, int], int]:
     """(columns, bits) → how many matrices of experts have that form."""
     bases = (name.removesuffix(PACKED) for name in bundle.tensors if name.endswith(PACKED))
     found = ((columns_of(base, bundle.config), label_at(bundle, base)) for base in bases)
     return Counter((columns, label["bits"]) for columns, label in found if label)
 
 
-def check_files(bundle: Survey, findings: Findings) -> list[Check]:
+def check_turboquant_files(bundle: Scan, findings: Findings) -> list[Check]:
     """Documents say what the tensors are, and runtimes find the stacks; [] without TurboQuant."""
-    if not in_turbo(bundle.tensors):
+    if not has_turboquant(bundle.tensors):
         return []
     stacks = [n for n in bundle.checkpoint.tensors if parse_stack(n) and n.endswith(PACKED)]
     first = min((f for f in bundle.files if fnmatchcase(f, "model-*.safetensors")), default="")
@@ -49,19 +49,19 @@ def check_files(bundle: Survey, findings: Findings) -> list[Check]:
         findings.add("turbo-stack-hidden", stacks[0], f"it in {where}", f"one in {first}")
     for name in DOCUMENTS:
         document = bundle.documents.get(name, {})
-        for key, wanted in corrections(document, bundle).items():
+        for key, wanted in wrong_keys(document, bundle).items():
             where = f"{name}: {key}"
-            findings.add("turbo-config-wrong", where, shown(document.get(key)), shown(wanted))
+            findings.add("turbo-config-wrong", where, short_repr(document.get(key)), short_repr(wanted))
     if bundle.is_ours and SIDECAR not in bundle.files:
         findings.add("turbo-sidecar-wrong", SIDECAR, "no such file", "signs and levels")
     return [Check("documents that tell of TurboQuant", len(DOCUMENTS))]
 
 
-def corrections(document: dict[str, Any], bundle: Survey) -> dict[str, Any]:
+def wrong_keys(document: dict[str, Any], bundle: Scan) -> dict[str, Any]:
     """The keys of config.json or jang_config.json that say another form than the tensors have, and
     what they should say; a key that is not there says nothing wrong. None of a bundle that has no
     TurboQuant."""
-    if not in_turbo(bundle.tensors):
+    if not has_turboquant(bundle.tensors):
         return {}
     wanted: dict[str, Any] = {}
     if document.get("weight_format", TURBO) != TURBO:
@@ -69,7 +69,7 @@ def corrections(document: dict[str, Any], bundle: Survey) -> dict[str, Any]:
     if document.get("mxtq_seed", SEED) != SEED:
         wanted["mxtq_seed"] = SEED
     counts: Counter[int] = Counter()
-    for (_, bits), number in forms(bundle).items():
+    for (_, bits), number in stack_formats(bundle).items():
         counts[bits] += number
     widths = document.get("mxtq_bits")
     widths = widths if isinstance(widths, dict) else {}
@@ -80,17 +80,17 @@ def corrections(document: dict[str, Any], bundle: Survey) -> dict[str, Any]:
     return wanted
 
 
-def check_sidecar(bundle: Survey, findings: Findings) -> list[Check]:
+def check_sidecar(bundle: Scan, findings: Findings) -> list[Check]:
     """The sidecar's signs and levels are those by which the codes were judged."""
-    if SIDECAR not in bundle.files or not in_turbo(bundle.tensors):
+    if SIDECAR not in bundle.files or not has_turboquant(bundle.tensors):
         return []
     wanted = {}
-    for columns, bits in forms(bundle):
-        wanted[f"signs.{columns}.{SEED}"] = signs(columns)
+    for columns, bits in stack_formats(bundle):
+        wanted[f"signs.{columns}.{SEED}"] = rotation_signs(columns)
         wanted[f"codebook.{columns}.{bits}"] = codebook(columns, bits)
     try:
         tensors = read_shard(bundle.checkpoint.folder / SIDECAR).tensors
-    except Stop as stop:
+    except UserError as stop:
         findings.add("turbo-sidecar-wrong", SIDECAR, f"{stop}", "signs and levels")
         return []
     for name, array in wanted.items():

@@ -10,7 +10,7 @@ from dsv4.model.labels import TURBO
 from dsv4.model.names import PROJECTION, parse_expert
 from dsv4.proof.findings import Check, Findings
 from dsv4.proof.level2 import Numbers
-from dsv4.proof.tasks import Outcome
+from dsv4.proof.tasks import TensorResult
 
 # A tool with another formula gets groups wrong in every tensor; a fault, in one or a few.
 OTHER_FORMULA = 0.01
@@ -18,7 +18,7 @@ OTHER_FORMULA = 0.01
 OTHER_DEVICE = 0.01
 
 
-def judge(numbers: Numbers, findings: Findings) -> list[Check]:
+def aggregate(numbers: Numbers, findings: Findings) -> list[Check]:
     """Turn outcomes into findings and checks."""
     for outcome in numbers.outcomes:
         for fault in outcome.faults:
@@ -42,26 +42,26 @@ def judge(numbers: Numbers, findings: Findings) -> list[Check]:
     return [
         *(check_experts(block, groups["expert"]) for block in ("layers", "mtp")),
         check_modules(groups["module"]),
-        Check("control numbers equal to the source", count(groups["control"])),
-        Check("passthrough numbers equal to the source", count(groups["passthrough"])),
-        *lossless(numbers),
+        Check("control numbers equal to the source", count_values(groups["control"])),
+        Check("passthrough numbers equal to the source", count_values(groups["passthrough"])),
+        *check_lossless(numbers),
     ]
 
 
-def lossless(numbers: Numbers) -> list[Check]:
+def check_lossless(numbers: Numbers) -> list[Check]:
     """The certificate of a bundle that claims to be lossless, when every number is the source's."""
     odd = [o for o in numbers.outcomes if o.faults or o.wrong or o.explained or o.error]
     if numbers.recorded != "lossless" or odd or numbers.left_out:
         return []
-    return [Check("numbers in all, lossless: each one is the source's", count(numbers.outcomes))]
+    return [Check("numbers in all, lossless: each one is the source's", count_values(numbers.outcomes))]
 
 
-def count(outcomes: Iterable[Outcome]) -> int:
+def count_values(outcomes: Iterable[TensorResult]) -> int:
     """How many numbers these tensors hold."""
     return sum(outcome.numbers for outcome in outcomes)
 
 
-def judge_groups(outcomes: list[Outcome], what: str, findings: Findings) -> None:
+def judge_groups(outcomes: list[TensorResult], what: str, findings: Findings) -> None:
     """Groups that are not what the formula gives: a fault, another device, or another formula."""
     plain = [o for o in outcomes if o.groups and not o.recomputed]
     other = bool(plain) and median(o.wrong / o.groups for o in plain) > OTHER_FORMULA
@@ -70,16 +70,16 @@ def judge_groups(outcomes: list[Outcome], what: str, findings: Findings) -> None
     for outcome in outcomes:
         if not (other and not outcome.recomputed):
             for place in outcome.wrong_places:
-                blame(outcome, f"{what}-differs", place, outcome.wrong, findings)
+                report_group(outcome, f"{what}-differs", place, outcome.wrong, findings)
         name = f"{what}-other-device" if device else f"{what}-differs"
         for place in outcome.explained_places:
-            blame(outcome, name, place, outcome.explained, findings)
+            report_group(outcome, name, place, outcome.explained, findings)
     if other:
         findings.add("quantizer-unknown", f"{what}s", "another formula than MLX's", "MLX's")
 
 
-def blame(
-    outcome: Outcome, name: str, place: tuple[str, str, str], groups: int, findings: Findings
+def report_group(
+    outcome: TensorResult, name: str, place: tuple[str, str, str], groups: int, findings: Findings
 ) -> None:
     """Report a tensor's first differing group, and how many more there are."""
     where, found, expected = place
@@ -87,7 +87,7 @@ def blame(
     findings.add(name, f"{outcome.shown}: {where}{more}", found, expected)
 
 
-def check_experts(block: str, outcomes: list[Outcome]) -> Check:
+def check_experts(block: str, outcomes: list[TensorResult]) -> Check:
     """The experts of the main layers, or of MTP: how many, how exact, the worst of them."""
     mine = [o for o in outcomes if o.name.startswith(f"{block}.")]
     where = "in the main layers" if block == "layers" else "in MTP layers"
@@ -102,10 +102,10 @@ def check_experts(block: str, outcomes: list[Outcome]) -> Check:
     note = f"{len(mine):,} tensors stored as {how}; {exact:,} of {groups:,} {right}"
     rms = f"relative RMS {rms_of(mine):.3%}, worst tensor {max(o.relative for o in mine):.3%}"
     zeros = f"; {sum(o.zeros_lost for o in mine):,} of {sum(o.zeros for o in mine):,} zeros lost"
-    return Check(what, count(mine), f"{note}; {rms}{'' if turbo else zeros}", worst_line(worst))
+    return Check(what, count_values(mine), f"{note}; {rms}{'' if turbo else zeros}", worst_line(worst))
 
 
-def check_modules(outcomes: list[Outcome]) -> Check:
+def check_modules(outcomes: list[TensorResult]) -> Check:
     """The 8-bit modules."""
     if not outcomes:
         return Check("module weights against FP8 and BF16", 0)
@@ -119,13 +119,13 @@ def check_modules(outcomes: list[Outcome]) -> Check:
     )
     return Check(
         "module weights against FP8 and BF16",
-        count(outcomes),
+        count_values(outcomes),
         note,
         worst_line(max(outcomes, key=lambda o: o.worst)),
     )
 
 
-def worst_line(worst: Outcome) -> str:
+def worst_line(worst: TensorResult) -> str:
     """The worst weight, for a reader."""
     if worst.worst == 0:
         return "no weight off by more than rounding"
@@ -134,16 +134,16 @@ def worst_line(worst: Outcome) -> str:
     return f"worst weight off by {worst.worst:.3f} steps ({worst.name}, {worst.worst_at})"
 
 
-def rms_of(outcomes: Iterable[Outcome]) -> float:
+def rms_of(outcomes: Iterable[TensorResult]) -> float:
     """Relative RMS error over several tensors."""
     outcomes = list(outcomes)
     energy, error = sum(o.energy for o in outcomes), sum(o.error for o in outcomes)
     return (error / energy) ** 0.5 if energy else 0.0
 
 
-def by_layer(outcomes: list[Outcome]) -> list[dict[str, Any]]:
+def by_layer(outcomes: list[TensorResult]) -> list[dict[str, Any]]:
     """Routed experts by block, layer and projection, as verify.json holds them."""
-    cells: dict[tuple[str, int, str], list[Outcome]] = {}
+    cells: dict[tuple[str, int, str], list[TensorResult]] = {}
     for outcome in outcomes:
         expert = parse_expert(outcome.name)
         if expert and outcome.what == "expert":
@@ -155,10 +155,10 @@ def by_layer(outcomes: list[Outcome]) -> list[dict[str, Any]]:
             "layer": layer,
             "projection": projection,
             "tensors": len(mine),
-            "weights": count(mine),
+            "weights": count_values(mine),
             "relative_rms": rms_of(mine),
             "worst_tensor_rms": max(o.relative for o in mine),
-            "worst_steps": finite(max(o.worst for o in mine)),
+            "worst_steps": json_number(max(o.worst for o in mine)),
             "groups": sum(o.groups for o in mine),
             "groups_as_expected": sum(o.exact for o in mine),
             "zeros": sum(o.zeros for o in mine),
@@ -178,7 +178,7 @@ KINDS = (
 )  # fmt: skip
 
 
-def kind_of(outcome: Outcome) -> str:
+def tensor_kind(outcome: TensorResult) -> str:
     """What a report calls tensors of this kind; MTP's apart."""
     name = outcome.name
     if outcome.what == "control":
@@ -189,13 +189,13 @@ def kind_of(outcome: Outcome) -> str:
     return f"MTP: {found}" if name.startswith("mtp.") else found
 
 
-def by_kind(outcomes: list[Outcome]) -> list[dict[str, Any]]:
+def by_kind(outcomes: list[TensorResult]) -> list[dict[str, Any]]:
     """How exact each kind of tensor is, as verify.json holds it and the terminal shows it; what is
     stored in another way has a row of its own.
     """
-    kinds: dict[tuple[str, str], list[Outcome]] = {}
+    kinds: dict[tuple[str, str], list[TensorResult]] = {}
     for outcome in outcomes:
-        kinds.setdefault((kind_of(outcome), outcome.how), []).append(outcome)
+        kinds.setdefault((tensor_kind(outcome), outcome.how), []).append(outcome)
     rows = []
     for (kind, how), mine in kinds.items():
         worst = max(mine, key=lambda o: o.relative)
@@ -212,7 +212,7 @@ def by_kind(outcomes: list[Outcome]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["relative_rms"])
 
 
-def in_rows(kinds: list[dict[str, Any]]) -> list[str]:
+def kind_rows(kinds: list[dict[str, Any]]) -> list[str]:
     """The same as a table of the terminal."""
     lines = [f"{'kind of tensor':<24}{'tensors':>8}  {'relative RMS':>12}  {'worst':>8}  "
              f"{'exact groups':>12}  stored as"]  # fmt: skip
@@ -225,12 +225,12 @@ def in_rows(kinds: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def finite(value: float) -> float | None:
+def json_number(value: float) -> float | None:
     """JSON has no infinity."""
     return value if abs(value) < float("inf") else None
 
 
-def others(outcomes: list[Outcome]) -> list[dict[str, Any]]:
+def other_tensors(outcomes: list[TensorResult]) -> list[dict[str, Any]]:
     """Everything but routed experts, tensor by tensor."""
     return [
         {
@@ -239,7 +239,7 @@ def others(outcomes: list[Outcome]) -> list[dict[str, Any]]:
             "stored_as": o.how,
             "numbers": o.numbers,
             "relative_rms": o.relative,
-            "worst_steps": finite(o.worst),
+            "worst_steps": json_number(o.worst),
             "groups": o.groups,
             "groups_as_expected": o.exact,
         }

@@ -18,13 +18,13 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
-from dsv4.stop import Stop
+from dsv4.stop import UserError
 from dsv4.storage import own
 
 LOG_BYTES = 1 << 20  # of a log's end
 
 
-def run(command: list[str], env: Mapping[str, str], log: Path, limit: float, what: str) -> int:
+def run_child(command: list[str], env: Mapping[str, str], log: Path, limit: float, what: str) -> int:
     """Run `command`, its output in `log`; returns its exit status.
 
     Raises Stop when it does not end within `limit` seconds, or cannot be started.
@@ -37,18 +37,18 @@ def run(command: list[str], env: Mapping[str, str], log: Path, limit: float, wha
             )  # fmt: skip
         except OSError as error:
             words = error.strerror or str(error)
-            raise Stop(what, words, "a program that runs", "check TOOLCHAIN_PYTHON") from error
+            raise UserError(what, words, "a program that runs", "check TOOLCHAIN_PYTHON") from error
         try:
             return child.wait(limit)
         except subprocess.TimeoutExpired:
-            raise Stop(what, f"no answer in {limit:.0f} s", "an answer", "see its input") from None
+            raise UserError(what, f"no answer in {limit:.0f} s", "an answer", "see its input") from None
         finally:
-            end(child)
+            kill_group(child)
             child.wait()
             child.stdin.close()
 
 
-def end(child: subprocess.Popen) -> None:
+def kill_group(child: subprocess.Popen) -> None:
     """End a child with a session of its own and all that it began, which may hold its pipes."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child.pid, signal.SIGKILL)
@@ -62,8 +62,8 @@ def end_with_parent(folder: Path) -> None:
 
     def watch() -> None:
         os.read(sys.stdin.fileno(), 1)  # returns when the pipe closes
-        with contextlib.suppress(OSError, Stop):
-            own.remove(folder)
+        with contextlib.suppress(OSError, UserError):
+            own.remove_own(folder)
         if os.getsid(0) == os.getpid():
             os.killpg(os.getpid(), signal.SIGKILL)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -71,7 +71,7 @@ def end_with_parent(folder: Path) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def last_words(log: Path) -> str:
+def last_log_line(log: Path) -> str:
     """The last exception that a log shows, else its last line; 300 characters at most."""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - LOG_BYTES))

@@ -17,7 +17,7 @@ LOCAL = ("127.0.0.1", "localhost")
 LISTENS = "0A"  # in /proc/net/tcp
 
 
-def resident(url: str) -> int | None:
+def resident_bytes(url: str) -> int | None:
     """Resident bytes of the server at a URL; None when it is not here, or cannot be told."""
     parts = urlsplit(url)
     if parts.hostname not in LOCAL:

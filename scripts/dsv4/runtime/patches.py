@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsv4.runtime import toolchain
-from dsv4.stop import Stop
+from dsv4.stop import UserError
 from dsv4.storage.durable import write_bytes
 
 PATCHES = toolchain.ROOT / "patches"
@@ -53,7 +53,7 @@ def read_patch(path: Path) -> Patch:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     start = next((i for i, line in enumerate(lines) if line.startswith("--- a/")), None)
     if start is None or not lines[start + 1].startswith("+++ b/"):
-        raise Stop(f"{path}", "no `--- a/` and `+++ b/` lines", "a unified diff", "restore it")
+        raise UserError(f"{path}", "no `--- a/` and `+++ b/` lines", "a unified diff", "restore it")
     fields = (line.split(":", 1) for line in lines[:start] if re.match(r"[A-Z][\w-]*:", line))
     header = {key: value.strip() for key, value in fields}
     hunks: list[Hunk] = []
@@ -69,45 +69,45 @@ def read_patch(path: Path) -> Patch:
     return Patch(path, header, lines[start + 1][len("+++ b/") :].strip(), hunks)
 
 
-def find(lines: list[str], hunk: Hunk) -> int | None:
+def find_hunk(lines: list[str], hunk: Hunk) -> int | None:
     """Where `hunk.old` stands in `lines`, exactly and only once; None when it does not."""
     width = len(hunk.old)
     places = [i for i in range(len(lines) - width + 1) if lines[i : i + width] == hunk.old]
     return places[0] if len(places) == 1 else None
 
 
-def apply(text: str, hunks: list[Hunk]) -> str | None:
+def apply_hunks(text: str, hunks: list[Hunk]) -> str | None:
     """Replace every hunk's old lines by its new ones; None when one of them does not fit."""
     lines = text.splitlines(keepends=True)
     for hunk in hunks:
-        place = find(lines, hunk)
+        place = find_hunk(lines, hunk)
         if place is None:
             return None
         lines[place : place + len(hunk.old)] = hunk.new
     return "".join(lines)
 
 
-def state(text: str, patch: Patch) -> str:
+def patch_state(text: str, patch: Patch) -> str:
     """'pristine', 'patched', 'not needed' or 'unknown'."""
-    if apply(text, [hunk.reversed for hunk in patch.hunks]) is not None:
+    if apply_hunks(text, [hunk.reversed for hunk in patch.hunks]) is not None:
         return "patched"
-    if apply(text, patch.hunks) is not None:
+    if apply_hunks(text, patch.hunks) is not None:
         return "pristine"
     return "unknown" if patch.header.get("Needed-While", "") in text else "not needed"
 
 
-def reject(text: str, patch: Patch) -> str:
+def reject_text(text: str, patch: Patch) -> str:
     """The hunks that do not fit, as a reject file shows them; absent lines are marked with !."""
     present = set(text.splitlines(keepends=True))
     out = [f"--- {patch.path.name}, the hunks that do not fit ({patch.target}):"]
     for hunk in patch.hunks:
-        if find(text.splitlines(keepends=True), hunk) is None:
+        if find_hunk(text.splitlines(keepends=True), hunk) is None:
             out += [f"@@ line {hunk.line} @@"]
             out += [("  " if line in present else "! ") + line.rstrip("\n") for line in hunk.old]
     return "\n".join(out)
 
 
-def backup_of(file: Path) -> Path:
+def backup_path(file: Path) -> Path:
     return file.with_name(file.name + ".orig")
 
 
@@ -116,16 +116,16 @@ def read_python(file: Path) -> str:
     try:
         return file.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise Stop(f"{file}", str(error), "a Python file", "check --file") from error
+        raise UserError(f"{file}", str(error), "a Python file", "check --file") from error
 
 
-def do(file: Path, patch: Patch) -> str:
+def patch_file(file: Path, patch: Patch) -> str:
     """Patch `file` if it is pristine; return what to say. Raises Stop in an unknown state."""
     text = read_python(file)
-    found = state(text, patch)
+    found = patch_state(text, patch)
     if found == "unknown":
-        print(reject(text, patch))
-        raise Stop(
+        print(reject_text(text, patch))
+        raise UserError(
             f"{file}",
             f"code that {patch.path.name} does not fit",
             "jang 2.5.8 or 2.5.9 as published",
@@ -133,22 +133,22 @@ def do(file: Path, patch: Patch) -> str:
         )
     if found != "pristine":
         return {"patched": "patched already", "not needed": "not needed by this version"}[found]
-    patched = apply(text, patch.hunks) or ""
+    patched = apply_hunks(text, patch.hunks) or ""
     check_compiles(patched, file.name)
-    write_bytes(backup_of(file), file.read_bytes())
+    write_bytes(backup_path(file), file.read_bytes())
     write_bytes(file, patched.encode("utf-8"))
-    return f"patched (original kept as {backup_of(file).name})"
+    return f"patched (original kept as {backup_path(file).name})"
 
 
-def undo(file: Path, patch: Patch) -> str:
+def unpatch_file(file: Path, patch: Patch) -> str:
     """Put the original back; return what to say. Raises Stop when that would not be exact."""
     text = read_python(file)
-    if state(text, patch) != "patched":
+    if patch_state(text, patch) != "patched":
         return "not patched, nothing to undo"
-    original = (apply(text, [hunk.reversed for hunk in patch.hunks]) or "").encode("utf-8")
-    backup = backup_of(file)
+    original = (apply_hunks(text, [hunk.reversed for hunk in patch.hunks]) or "").encode("utf-8")
+    backup = backup_path(file)
     if backup.is_file() and backup.read_bytes() != original:
-        raise Stop(
+        raise UserError(
             f"{file}",
             f"changes beside the patch since {backup.name} was kept",
             "the patched file as this script wrote it",
@@ -167,4 +167,4 @@ def check_compiles(text: str, name: str) -> None:
         try:
             py_compile.compile(str(trial), doraise=True)
         except py_compile.PyCompileError as error:
-            raise Stop(name, f"{error.exc_value}", "Python", "adapt the patch") from error
+            raise UserError(name, f"{error.exc_value}", "Python", "adapt the patch") from error

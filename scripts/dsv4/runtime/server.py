@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dsv4.runtime.child import last_words
-from dsv4.runtime.toolchain import LONG_PROMPTS, environment
-from dsv4.stop import Stop
+from dsv4.runtime.child import last_log_line
+from dsv4.runtime.toolchain import LONG_PROMPTS, toolchain_environment
+from dsv4.stop import UserError
 from dsv4.storage.checkpoint import parse_json
-from dsv4.words import plain
+from dsv4.words import escape_line
 
 # vMLX 1.3.97 recognises the model family by the served name.
 NAME = "deepseek-v4-flash-mlx-q4q8"
@@ -84,15 +84,15 @@ SERVERS = {
 }  # fmt: skip
 
 
-def kind_of(packages: Mapping[str, str | None]) -> str:
+def server_kind(packages: Mapping[str, str | None]) -> str:
     """Which of SERVERS a toolchain with these packages has. Raises Stop when it has none."""
     found = [kind for kind in SERVERS if packages.get(kind)]
     if not found:
-        raise Stop("serve", "a toolchain without a server", " or ".join(SERVERS), "set STACK")
+        raise UserError("serve", "a toolchain without a server", " or ".join(SERVERS), "set STACK")
     return found[0]
 
 
-def command(
+def server_command(
     python: Path, bundle: Path, port: int, kind: str = "vmlx", start: tuple[str, ...] = ()
 ) -> list[str]:
     """The command line of one of SERVERS; start: other words than its own before the bundle."""
@@ -101,9 +101,9 @@ def command(
     return [str(python), *(start or server.start), *where, *server.options]
 
 
-def surroundings(kind: str) -> dict[str, str]:
+def server_environment(kind: str) -> dict[str, str]:
     """The environment in which it is started."""
-    return {**environment(), **SERVERS[kind].env}
+    return {**toolchain_environment(), **SERVERS[kind].env}
 
 
 def check_free(port: int) -> None:
@@ -113,7 +113,7 @@ def check_free(port: int) -> None:
         try:
             probe.bind((HOST, port))
         except OSError as error:
-            raise Stop(
+            raise UserError(
                 f"{HOST}:{port}", error.strerror or str(error), "a free port", "choose PORT=…"
             ) from error
 
@@ -126,7 +126,7 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running(
+def running_server(
     python: Path, bundle: Path, log: Path, patience: float = 180, kind: str = "vmlx",
     start: tuple[str, ...] = (),
 ) -> Iterator[str]:  # fmt: skip
@@ -139,8 +139,8 @@ def running(
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         server = subprocess.Popen(
-            command(python, bundle, port, kind, start), stdout=output, stderr=output,
-            env=surroundings(kind),
+            server_command(python, bundle, port, kind, start), stdout=output, stderr=output,
+            env=server_environment(kind),
         )  # fmt: skip
         try:
             url = f"http://{HOST}:{port}"
@@ -159,20 +159,20 @@ def _wait_for(server: subprocess.Popen, url: str, log: Path, patience: float) ->
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
         if server.poll() is not None:
-            raise Stop(
+            raise UserError(
                 "the server",
-                f"exit status {server.returncode}: {last_words(log)}",
+                f"exit status {server.returncode}: {last_log_line(log)}",
                 "a server that stays up",
                 f"read {log}",
             )
-        with contextlib.suppress(Stop):
-            if exchange(url, "GET", "/health", "", 5)[0] == 200:
+        with contextlib.suppress(UserError):
+            if http_exchange(url, "GET", "/health", "", 5)[0] == 200:
                 return
         time.sleep(0.2)
-    raise Stop("the server", f"no answer in {patience:.0f} s", "an answer", f"read {log}")
+    raise UserError("the server", f"no answer in {patience:.0f} s", "an answer", f"read {log}")
 
 
-def our_name(names: list[str]) -> str:
+def served_name(names: list[str]) -> str:
     """Of the names that a server lists the one by which `make serve` serves; "" without one.
 
     vMLX is told NAME; mlx-vlm and mlx_lm go by the bundle's path.
@@ -180,35 +180,35 @@ def our_name(names: list[str]) -> str:
     return next((name for name in names if name == NAME or Path(name).is_absolute()), "")
 
 
-def ask(
+def ask_question(
     url: str, question: str, max_tokens: int, timeout: float = 600, model: str = NAME
 ) -> Answer:
     """Ask one question at temperature 0. Raises Stop when the server gives no usable answer."""
     messages = [{"role": "user", "content": question}]
     return read_answer(
-        complete(url, {"model": model, "messages": messages}, max_tokens, timeout), url
+        chat_completion(url, {"model": model, "messages": messages}, max_tokens, timeout), url
     )
 
 
-def complete(url: str, talk: dict[str, Any], max_tokens: int, timeout: float = 600) -> bytes:
+def chat_completion(url: str, talk: dict[str, Any], max_tokens: int, timeout: float = 600) -> bytes:
     """What a server answers to a talk at temperature 0. Raises Stop for another status than 200."""
     body = json.dumps({**talk, "max_tokens": max_tokens, "temperature": 0})
-    status, data = exchange(url, "POST", "/v1/chat/completions", body, timeout)
+    status, data = http_exchange(url, "POST", "/v1/chat/completions", body, timeout)
     if status != 200:
-        detail = plain(data[:400].decode(errors="replace"), 400)
-        raise Stop(url, f"HTTP {status}: {detail}", "200", "read the server's log")
+        detail = escape_line(data[:400].decode(errors="replace"), 400)
+        raise UserError(url, f"HTTP {status}: {detail}", "200", "read the server's log")
     return data
 
 
 def read_answer(data: bytes, url: str) -> Answer:
     """What the server at `url` said. Raises Stop when it is of another form, or nothing."""
-    return answer_of(parse_json(data, f"{url}: its answer", ANSWER), url)
+    return parse_answer_text(parse_json(data, f"{url}: its answer", ANSWER), url)
 
 
-def answer_of(value: dict[str, Any], url: str) -> Answer:
+def parse_answer_text(value: dict[str, Any], url: str) -> Answer:
     """The answer in what a server said, of the form ANSWER. Raises Stop when there is none."""
     if not value["choices"]:
-        raise Stop(
+        raise UserError(
             url, "no choices in its answer", "an answer", "start the server with `make serve`"
         )
     choice = value["choices"][0]
@@ -220,7 +220,7 @@ def answer_of(value: dict[str, Any], url: str) -> Answer:
     )
 
 
-def exchange(
+def http_exchange(
     url: str, method: str, path: str, body: str, seconds: float, headers: Mapping[str, str] = {},
     hear: Callable[[bytes], bool] | None = None,
 ) -> tuple[int, bytes]:  # fmt: skip
@@ -235,7 +235,7 @@ def exchange(
 
     def work() -> None:
         try:
-            answers.put(_exchange(url, method, path, body, seconds, headers, hear, held))
+            answers.put(_http_exchange(url, method, path, body, seconds, headers, hear, held))
         except Exception as error:
             answers.put(error)
 
@@ -244,20 +244,20 @@ def exchange(
         answer = answers.get(timeout=max(seconds, 0))
     except queue.Empty as error:
         for connected in held:  # so that the server need not go on for nobody
-            _hang_up(connected)
-        raise Stop(url, f"no whole answer in {seconds:g} s", "one", "see its log") from error
+            _close_connection(connected)
+        raise UserError(url, f"no whole answer in {seconds:g} s", "one", "see its log") from error
     if isinstance(answer, (OSError, ValueError, http.client.HTTPException)):
         todo = "start the server with `make serve`"
-        raise Stop(url, f"{type(answer).__name__}: {answer}", "an answer", todo) from answer
+        raise UserError(url, f"{type(answer).__name__}: {answer}", "an answer", todo) from answer
     if isinstance(answer, Exception):
         raise answer
     status, data = answer
     if len(data) > ANSWER_BYTES:
-        raise Stop(url, f"more than {ANSWER_BYTES:,} bytes", "an answer", "read the server's log")
+        raise UserError(url, f"more than {ANSWER_BYTES:,} bytes", "an answer", "read the server's log")
     return status, data
 
 
-def _exchange(
+def _http_exchange(
     url: str, method: str, path: str, body: str, seconds: float, headers: Mapping[str, str],
     hear: Callable[[bytes], bool] | None, held: list[socket.socket],
 ) -> tuple[int, bytes]:  # fmt: skip
@@ -276,11 +276,11 @@ def _exchange(
             while len(data) <= ANSWER_BYTES and (piece := response.read1(65536)):
                 data += piece
                 if hear and not hear(piece):
-                    _hang_up(held[0])
+                    _close_connection(held[0])
                     break
             return response.status, bytes(data)
 
 
-def _hang_up(connected: socket.socket) -> None:
+def _close_connection(connected: socket.socket) -> None:
     with contextlib.suppress(OSError):
         connected.shutdown(socket.SHUT_RDWR)

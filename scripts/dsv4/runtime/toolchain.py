@@ -16,11 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
-from dsv4.runtime.child import end
-from dsv4.settings import without_settings
-from dsv4.stop import Stop
+from dsv4.runtime.child import kill_group
+from dsv4.settings import environment_without_settings
+from dsv4.stop import UserError
 from dsv4.storage.checkpoint import parse_json
-from dsv4.words import shown
+from dsv4.words import short_repr
 
 APP = Path("/Applications/vMLX.app")
 ROOT = Path(__file__).resolve().parents[3]
@@ -62,7 +62,7 @@ print("\\n" + json.dumps({"python": platform.python_version(), "executable": sys
 """
 
 
-def default() -> Path:
+def default_python() -> Path:
     """What --python means when it is not given: this Python if it has jang_tools, else the
     toolchain that `make venv` installs.
     """
@@ -77,31 +77,31 @@ def probe(python: Path) -> dict[str, Any]:
     mlx does not import), "folders": {module: path | None}}. Raises Stop when it cannot be run.
     """
     what = f"toolchain Python {python}"
-    said = asked(what, [str(python), "-c", _PROBE, *PACKAGES], RUNS, "check TOOLCHAIN_PYTHON")
+    said = run_python(what, [str(python), "-c", _PROBE, *PACKAGES], RUNS, "check TOOLCHAIN_PYTHON")
     answer = (said.strip().splitlines() or [b""])[-1]
     try:
         return parse_json(answer, what, ANSWER)
-    except Stop as stop:
-        found = f"the answer {shown(answer.decode(errors='replace'))}"
-        raise Stop(what, found, "what a Python says", "check TOOLCHAIN_PYTHON") from stop
+    except UserError as stop:
+        found = f"the answer {short_repr(answer.decode(errors='replace'))}"
+        raise UserError(what, found, "what a Python says", "check TOOLCHAIN_PYTHON") from stop
 
 
-def asked(what: str, command: list[str], expected: str, todo: str) -> bytes:
+def run_python(what: str, command: list[str], expected: str, todo: str) -> bytes:
     """What a Python of the toolchain's prints. Raises Stop when it does not run, or when it fails:
     with the last line of its stderr, and what was `expected`.
     """
     try:
-        status, said, errors = hear(command, PATIENCE)
+        status, said, errors = run_bounded(command, PATIENCE)
     except OSError as error:
         venv = "run `make venv`, or set TOOLCHAIN_PYTHON"
-        raise Stop(what, error.strerror or str(error), RUNS, venv) from error
+        raise UserError(what, error.strerror or str(error), RUNS, venv) from error
     if status:
         last = (errors.decode(errors="replace").strip().splitlines() or ["no answer"])[-1]
-        raise Stop(what, last, expected, todo)
+        raise UserError(what, last, expected, todo)
     return said
 
 
-def hear(command: list[str], seconds: float) -> tuple[int, bytes, bytes]:
+def run_bounded(command: list[str], seconds: float) -> tuple[int, bytes, bytes]:
     """Run a child in the toolchain's environment: (exit status, stdout, stderr).
 
     Of each at most HEARD bytes; who says more, or takes longer than `seconds`, is ended: status
@@ -110,24 +110,24 @@ def hear(command: list[str], seconds: float) -> tuple[int, bytes, bytes]:
     pipe = subprocess.PIPE
     with (
         subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe,
-                         env=environment(), start_new_session=True) as child,
+                         env=toolchain_environment(), start_new_session=True) as child,
         ThreadPoolExecutor(2) as pool,
     ):  # fmt: skip
-        alarm = threading.Timer(seconds, end, (child,))
+        alarm = threading.Timer(seconds, kill_group, (child,))
         alarm.start()
         try:
-            texts = [pool.submit(_hear, child, stream) for stream in (child.stdout, child.stderr)]
+            texts = [pool.submit(_communicate, child, stream) for stream in (child.stdout, child.stderr)]
             said, errors = (text.result() for text in texts)
             return child.wait(), said, errors
         finally:
             alarm.cancel()
-            end(child)
+            kill_group(child)
 
 
-def _hear(child: subprocess.Popen, stream: IO[bytes]) -> bytes:
+def _communicate(child: subprocess.Popen, stream: IO[bytes]) -> bytes:
     text = stream.read(HEARD + 1)
     if len(text) > HEARD:
-        end(child)
+        kill_group(child)
     return text[:HEARD]
 
 
@@ -141,7 +141,7 @@ def app_versions(app: Path = APP) -> dict[str, str | None]:
     return found
 
 
-def environment() -> dict[str, str]:
+def toolchain_environment() -> dict[str, str]:
     """The environment for a toolchain process: nothing of another Python's, no user site, none of
     make's settings, nothing fetched from the hub, and no module found in the folder that the user
     happens to stand in, which may be a bundle.
@@ -151,33 +151,33 @@ def environment() -> dict[str, str]:
     """
     interpret = {} if has_metal() else {"MLX_DISABLE_COMPILE": "1"}
     ours = {"PYTHONNOUSERSITE": "1", "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"}
-    inherited = {k: v for k, v in without_settings().items() if k not in OTHERS}
+    inherited = {k: v for k, v in environment_without_settings().items() if k not in OTHERS}
     return {**inherited, **ours, **interpret}
 
 
-def with_rooms() -> dict[str, str]:
+def environment_with_dsv4() -> dict[str, str]:
     """The same for what runs as `-m dsv4.ROOM.MODULE` there: the rooms are found."""
-    return {**environment(), "PYTHONPATH": str(SCRIPTS)}
+    return {**toolchain_environment(), "PYTHONPATH": str(SCRIPTS)}
 
 
-def call(
+def call_script(
     command: list[str], what: str, todo: str, stdin: str = "", env: Mapping[str, str] = {}
 ) -> str:
     """Run one of our scripts in the toolchain's environment, with `env` added; return its stdout.
 
     Raises Stop with the last line of its stderr when it fails; `todo` is what to do then.
     """
-    ours = {**environment(), "PYTHONSAFEPATH": ""}  # scripts find what lies beside them
+    ours = {**toolchain_environment(), "PYTHONSAFEPATH": ""}  # scripts find what lies beside them
     result = subprocess.run(
         command, input=stdin, capture_output=True, text=True, env={**ours, **env}
     )
     if result.returncode:
         last = (result.stderr.strip().splitlines() or ["no output"])[-1]
-        raise Stop(what, last[:300], "exit status 0", todo)
+        raise UserError(what, last[:300], "exit status 0", todo)
     return result.stdout
 
 
-def script(python: Path, name: str, *arguments: object) -> list[str]:
+def script_command(python: Path, name: str, *arguments: object) -> list[str]:
     """The command line of scripts/NAME.py, or of `lab/NAME`, in a Python of one's choice."""
     return [str(python), str(SCRIPTS / f"{name}.py"), *map(str, arguments)]
 
@@ -194,7 +194,7 @@ def module_file(python: Path | None, name: str, app: Path = APP) -> Path:
             return Path(folder) / rest
     found = sorted(app.rglob(name)) if app.is_dir() else []
     if len(found) != 1:
-        raise Stop(
+        raise UserError(
             name,
             f"{len(found)} copies under {app} and none in {python}",
             "one",

@@ -12,8 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dsv4.runtime.toolchain import environment
-from dsv4.stop import Stop, naming
+from dsv4.runtime.toolchain import toolchain_environment
+from dsv4.stop import UserError, with_path
 from dsv4.storage import inside, volume
 from dsv4.storage.durable import fsync_folder
 from dsv4.storage.locks import LOCK
@@ -24,7 +24,7 @@ CONVERTER = "jang_tools.dsv4.convert_dsv4_jangtq"
 
 def run_converter(python: Path, source: Path, target: Path) -> None:
     """Run upstream's converter without the DSV4_* variables that would change its result."""
-    env = {k: v for k, v in environment().items() if not k.startswith("DSV4_")}
+    env = {k: v for k, v in toolchain_environment().items() if not k.startswith("DSV4_")}
     command = [
         str(python), "-m", CONVERTER,
         "--src", str(source.resolve()),
@@ -34,7 +34,7 @@ def run_converter(python: Path, source: Path, target: Path) -> None:
     ]  # fmt: skip
     status = subprocess.run(command, env=env, stdout=sys.stderr).returncode
     if status:
-        raise Stop(
+        raise UserError(
             CONVERTER,
             f"exit status {status}",
             "0",
@@ -55,25 +55,25 @@ def make_durable(folder: Path) -> None:
 
 def is_native(shard: Path) -> bool:
     """True for a shard that the native converter finished: its metadata stands first in it."""
-    with naming(shard), shard.open("rb") as file:
+    with with_path(shard), shard.open("rb") as file:
         return b'"convert_layout"' in file.read(4096)
 
 
-def clear(folder: Path) -> None:
+def clear_folder(folder: Path) -> None:
     """Remove what a killed run left. Raises Stop when that is the native converter's work."""
     if any(is_native(path) for path in folder.glob("*.safetensors") if path.is_file()):
-        raise Stop(
+        raise UserError(
             f"{folder}", "finished shards of CONVERTER=native", "a folder of this converter's",
             "go on with CONVERTER=native, or delete this folder",
         )  # fmt: skip
-    inside.empty(folder, {LOCK, MARK})
+    inside.clear_folder(folder, {LOCK, MARK})
 
 
-def fill(folder: Path, source: Path, python: Path) -> None:
+def convert_into(folder: Path, source: Path, python: Path) -> None:
     """Convert `source` into a cleared `folder`, durably; nothing is left of it when that fails."""
     try:
         run_converter(python, source, folder)
         make_durable(folder)
     except BaseException:
-        inside.empty(folder, {LOCK, MARK})
+        inside.clear_folder(folder, {LOCK, MARK})
         raise

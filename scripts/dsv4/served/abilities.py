@@ -10,11 +10,11 @@ from collections import Counter
 from typing import Any
 
 from dsv4.model.chat import BOS
-from dsv4.served.basics import leak
-from dsv4.served.case import TOKENS, Case, Talk
-from dsv4.served.client import Refused
+from dsv4.served.basics import leaked_markers
+from dsv4.served.case import TOKENS, Case, CaseSession
+from dsv4.served.client import HttpStatusError
 from dsv4.served.questions import SUM, sum_fault
-from dsv4.words import shown
+from dsv4.words import short_repr
 
 SIZES = (100, 1000, 6000, 16000)  # of prompts; 6,000 × 6 experts are more than 32,768 (mlx#3856)
 NEEDLE, SECRET = "The code word of the harbour is KESTREL-7391.", ("kestrel", "7391")
@@ -51,7 +51,7 @@ def long_text(words: int) -> list[str]:
 def needle(words: int, most: int, context: int) -> Case:
     """A sentence in `words` words of others must be found, and the prompt arrive whole."""
 
-    def run(talk: Talk) -> str:
+    def run(talk: CaseSession) -> str:
         text = long_text(words)
         text.insert(len(text) * 3 // 8, NEEDLE)
         reply = talk.ask(" ".join(text) + " What is the code word of the harbour?")
@@ -59,7 +59,7 @@ def needle(words: int, most: int, context: int) -> Case:
             return f"the server counts {reply.prompt_tokens:,} tokens: the prompt was cut"
         said = reply.answer.content.lower()
         missing = [part for part in SECRET if part not in said]
-        return f"not the code word: {shown(reply.answer.content)}" if missing else ""
+        return f"not the code word: {short_repr(reply.answer.content)}" if missing else ""
 
     skip = f"the server takes {most:,} tokens" if 0 < most < 2 * words else ""
     skip = f"CONTEXT={context}" if words > context else skip
@@ -67,7 +67,7 @@ def needle(words: int, most: int, context: int) -> Case:
     return Case(f"needle-{words}", expected, 300 + words / 20, run, skip=skip)
 
 
-def tool_call(talk: Talk) -> str:
+def tool_call(talk: CaseSession) -> str:
     messages: list[dict[str, Any]] = [{"role": "user", "content": "What is the weather in Paris?"}]
     reply = talk.ask(messages, tools=[TOOL])
     if len(reply.calls) != 1 or reply.answer.finish_reason != "tool_calls":
@@ -78,7 +78,7 @@ def tool_call(talk: Talk) -> str:
     except (ValueError, LookupError, TypeError, RecursionError):
         city = None
     if name != "get_weather" or not isinstance(city, str) or "paris" not in city.lower():
-        return f"call {name!r} with {shown(arguments)}"
+        return f"call {name!r} with {short_repr(arguments)}"
     called = {"id": number or "1", "type": "function",
               "function": {"name": name, "arguments": arguments}}  # fmt: skip
     result = json.dumps({"celsius": 17, "station": STATION})
@@ -89,10 +89,10 @@ def tool_call(talk: Talk) -> str:
     ]
     said = talk.ask(messages, tools=[TOOL]).answer
     unused = STATION not in said.content.lower() or "17" not in said.content
-    return f"the result is not used: {shown(said.content)}" if unused else leak(said)
+    return f"the result is not used: {short_repr(said.content)}" if unused else leaked_markers(said)
 
 
-def turns(talk: Talk) -> str:
+def turns(talk: CaseSession) -> str:
     messages = []
     for said in TURNS:
         messages.append({"role": "user", "content": said})
@@ -100,36 +100,36 @@ def turns(talk: Talk) -> str:
         messages.append({"role": "assistant", "content": answer.content})
     text = answer.content.lower()
     right = "mitzi" in text and ("three" in text or "3" in text)
-    return leak(answer) if right else f"forgotten: {shown(answer.content)}"
+    return leaked_markers(answer) if right else f"forgotten: {short_repr(answer.content)}"
 
 
-def languages(talk: Talk) -> str:
+def languages(talk: CaseSession) -> str:
     for question, words in LANGUAGES.items():
         content = talk.ask(question).answer.content
         if not any(word in content for word in words):
-            return f"{question} {shown(content)}"
+            return f"{question} {short_repr(content)}"
     return ""
 
 
-def as_json(talk: Talk) -> str:
+def as_json(talk: CaseSession) -> str:
     question = 'Answer in JSON with the keys "city" and "country": what is the capital of France?'
     content = talk.ask(question, response_format={"type": "json_object"}).answer.content
     try:
         value = json.loads(content)
     except (ValueError, RecursionError):
-        return f"no JSON: {shown(content)}"
+        return f"no JSON: {short_repr(content)}"
     if not isinstance(value, dict) or value.get("city") != "Paris":
-        return f"another object: {shown(value)}"
+        return f"another object: {short_repr(value)}"
     return ""
 
 
 def too_long(most: int) -> Case:
     """A prompt above what the server takes is refused, and it goes on serving."""
 
-    def run(talk: Talk) -> str:
+    def run(talk: CaseSession) -> str:
         try:
             reply = talk.ask("a " * (most + 1000) + SUM, max_tokens=20)
-        except Refused as refused:
+        except HttpStatusError as refused:
             if not 400 <= refused.status < 500:
                 return str(refused)
             return sum_fault(talk.ask(SUM).answer) or ""
@@ -144,15 +144,15 @@ def loop_in(text: str) -> str:
         return f"{text.count(BOS)} × {BOS}"
     words = text.split()
     if long := next((word for word in words if len(word) > 400), ""):
-        return f"no blank in {shown(long)}"
+        return f"no blank in {short_repr(long)}"
     windows = (tuple(words[i : i + WINDOW]) for i in range(len(words) - WINDOW + 1))
     most = Counter(windows).most_common(1)
     if most and most[0][1] >= OFTEN:
-        return f"{most[0][1]} × {shown(' '.join(most[0][0]))}"
+        return f"{most[0][1]} × {short_repr(' '.join(most[0][0]))}"
     return ""
 
 
-def loops(talk: Talk) -> str:
+def loops(talk: CaseSession) -> str:
     question = "Write a story of about 1,500 words about a lighthouse keeper."
     text = talk.ask(question, max_tokens=TOKENS).answer.text
     words = len(text.split())

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dsv4.served.client import Endpoint, Reply, ask, stream
-from dsv4.stop import Stop
-from dsv4.words import plain
+from dsv4.stop import UserError
+from dsv4.words import escape_line
 
 WHO = "Who are you?"
 NANO = "I am a very small DeepSeek-V4, trained to test converters."
@@ -25,7 +25,7 @@ SENT, CAME = 700, 1500  # characters of each that are kept
 TOKENS = 2000  # of an answer, its reasoning included
 
 
-class Talk:
+class CaseSession:
     """What one case may do: ask within its time. Keeps what was sent and what came."""
 
     def __init__(self, endpoint: Endpoint, seconds: float, nano: bool = False) -> None:
@@ -52,20 +52,20 @@ class Talk:
         body = {name: value for name, value in body.items() if value is not None}
         said = asked if isinstance(asked, str) and not options else json.dumps(
             {"messages": asked, **options}, ensure_ascii=False)  # fmt: skip
-        sent, came = plain(said, SENT), "nothing"
+        sent, came = escape_line(said, SENT), "nothing"
         try:
             left = self.deadline - time.monotonic()
             if left <= 0:
-                raise Stop(self.endpoint.url, "no time left", f"all in {self.limit:g} s", "see it")
+                raise UserError(self.endpoint.url, "no time left", f"all in {self.limit:g} s", "see it")
             reply = how(self.endpoint, body, round(left, 1), *more)
             came = str(reply)
             return reply
-        except Stop as stop:
+        except UserError as stop:
             came = str(stop)
             raise
         finally:
             if len(self.exchanges) < KEPT:
-                self.exchanges.append((sent, plain(came, CAME)))
+                self.exchanges.append((sent, escape_line(came, CAME)))
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,13 @@ class Case:
     name: str
     expected: str
     limit: float
-    run: Callable[[Talk], str] = field(repr=False)
+    run: Callable[[CaseSession], str] = field(repr=False)
     nano: bool = False
     skip: str = ""
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CaseResult:
     """What came of a case: verdict right, wrong or skipped, and why."""
 
     name: str
@@ -97,28 +97,28 @@ class Outcome:
     exchanges: list[tuple[str, str]]
 
 
-def judge(endpoint: Endpoint, case: Case, nano: bool = False) -> Outcome:
+def run_case(endpoint: Endpoint, case: Case, nano: bool = False) -> CaseResult:
     """Run a case, unless it must be skipped; it takes no longer than its limit."""
     about = (case.name, case.expected, case.limit)
     if skip := case.skip or ("" if case.nano or not nano else SMALL):
-        return Outcome(*about, "skipped", skip, 0.0, [])
-    talk, start = Talk(endpoint, case.limit, nano), time.monotonic()
+        return CaseResult(*about, "skipped", skip, 0.0, [])
+    talk, start = CaseSession(endpoint, case.limit, nano), time.monotonic()
     try:
         why = case.run(talk)
-    except Stop as stop:
+    except UserError as stop:
         why = str(stop)
     seconds = round(time.monotonic() - start, 2)
-    return Outcome(*about, "wrong" if why else "right", plain(why, 700), seconds, talk.exchanges)
+    return CaseResult(*about, "wrong" if why else "right", escape_line(why, 700), seconds, talk.exchanges)
 
 
-def introduce(endpoint: Endpoint) -> tuple[Outcome, bool]:
+def identify_model(endpoint: Endpoint) -> tuple[CaseResult, bool]:
     """What came of the first question, and True when the model says that it is the nano."""
     said: list[str] = []
 
-    def run(talk: Talk) -> str:
+    def run(talk: CaseSession) -> str:
         answer = talk.ask(WHO).answer
         said.append(answer.content.strip())
         return "" if answer.text else "an empty answer"
 
-    outcome = judge(endpoint, Case("answers", f"an answer to {WHO}", 180, run, True))
+    outcome = run_case(endpoint, Case("answers", f"an answer to {WHO}", 180, run, True))
     return outcome, said == [NANO]

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dsv4.runtime.server import ANSWER, LM_NAME, TEXT, Answer, answer_of, exchange, our_name
-from dsv4.stop import Stop
+from dsv4.runtime.server import ANSWER, LM_NAME, TEXT, Answer, parse_answer_text, http_exchange, served_name
+from dsv4.stop import UserError
 from dsv4.storage.checkpoint import parse_json
-from dsv4.words import plain, several, shown
+from dsv4.words import escape_line, join_some, short_repr
 
 COUNT = (int, None)
 LIMITS = ("max_model_len", "context_length", "context_window", "max_context_length")
@@ -59,15 +59,15 @@ class Reply:
 
     def __str__(self) -> str:
         asked = [call[1:] for call in self.calls]  # without its number, which is any
-        calls = f", tool_calls {shown(asked)}" if asked else ""
+        calls = f", tool_calls {short_repr(asked)}" if asked else ""
         content, thought = (
-            plain(repr(t), 600) for t in (self.answer.content, self.answer.reasoning)
+            escape_line(repr(t), 600) for t in (self.answer.content, self.answer.reasoning)
         )
-        why = shown(self.answer.finish_reason)
+        why = short_repr(self.answer.finish_reason)
         return f"content {content}, reasoning {thought}, finish_reason {why}{calls}"
 
 
-class Refused(Stop):
+class HttpStatusError(UserError):
     """Another status than 200."""
 
     def __init__(self, url: str, status: int, said: str) -> None:
@@ -75,15 +75,15 @@ class Refused(Stop):
         self.status = status
 
 
-def key_of(name: str) -> str:
+def api_key(name: str) -> str:
     """The key in the environment variable `name`, "" without one. Raises Stop when it is none."""
     key = os.environ.get(name, "").strip()
     if not key.isascii() or not key.isprintable() or " " in key:
-        raise Stop(name, "blanks or characters that no header takes", "a key", "set it again")
+        raise UserError(name, "blanks or characters that no header takes", "a key", "set it again")
     return key
 
 
-def found(url: str, name: str, key: str, setting: str = "MODEL_NAME") -> Endpoint:
+def find_model(url: str, name: str, key: str, setting: str = "MODEL_NAME") -> Endpoint:
     """The model `name` at `url`, or the one that is served there when no name is given.
 
     Raises Stop when no server answers, when it lists models but not this one, and when it lists
@@ -92,10 +92,10 @@ def found(url: str, name: str, key: str, setting: str = "MODEL_NAME") -> Endpoin
     here = Endpoint(url, name, key)
     most = {one["id"]: max(one.get(limit) or 0 for limit in LIMITS) for one in _models(here)}
     if name and most and name not in most:
-        raise Stop(setting, shown(name), f"one of {several(most)}", f"{setting}=…")
-    if not name and not (name := our_name(list(most))):
+        raise UserError(setting, short_repr(name), f"one of {join_some(most)}", f"{setting}=…")
+    if not name and not (name := served_name(list(most))):
         if len(most) > 1:
-            raise Stop(url, f"several models: {several(most)}", "one", f"{setting}=…")
+            raise UserError(url, f"several models: {join_some(most)}", "one", f"{setting}=…")
         name = next(iter(most), LM_NAME)
     return replace(here, model=name, most=max(0, most.get(name, 0)))
 
@@ -103,8 +103,8 @@ def found(url: str, name: str, key: str, setting: str = "MODEL_NAME") -> Endpoin
 def _models(here: Endpoint) -> list[dict[str, Any]]:
     """What a server lists; [] when it has no list, or, as mlx_lm without a hub's cache, a void."""
     try:
-        data = _sent(here, "GET", "/v1/models", "", 30)
-    except Refused as refused:
+        data = _send(here, "GET", "/v1/models", "", 30)
+    except HttpStatusError as refused:
         if refused.status != 404:
             raise
         return []
@@ -114,9 +114,9 @@ def _models(here: Endpoint) -> list[dict[str, Any]]:
 def ask(endpoint: Endpoint, body: dict[str, Any], seconds: float) -> Reply:
     """The answer to a request, in one piece. Raises Stop when there is none in `seconds`."""
     start = time.monotonic()
-    data = _sent(endpoint, "POST", "/v1/chat/completions", _body(endpoint, body), seconds)
+    data = _send(endpoint, "POST", "/v1/chat/completions", _request_body(endpoint, body), seconds)
     value = parse_json(data, f"{endpoint.url}: its answer", WHOLE)
-    answer = answer_of(value, endpoint.url)
+    answer = parse_answer_text(value, endpoint.url)
     calls = [(one.get("id") or "", one["function"]["name"], one["function"]["arguments"])
              for one in value["choices"][0]["message"].get("tool_calls") or []]  # fmt: skip
     usage = value.get("usage") or {}
@@ -136,14 +136,14 @@ def stream(endpoint: Endpoint, body: dict[str, Any], seconds: float, most: int =
         came.append((time.monotonic() - start, piece))
         return len(came) < most
 
-    asked = _body(endpoint, {**body, "stream": True, "stream_options": {"include_usage": True}})
-    data = _sent(endpoint, "POST", "/v1/chat/completions", asked, seconds, hear)
+    asked = _request_body(endpoint, {**body, "stream": True, "stream_options": {"include_usage": True}})
+    data = _send(endpoint, "POST", "/v1/chat/completions", asked, seconds, hear)
     if data.lstrip()[:1] in (b"{", b"<"):
-        raise Stop(endpoint.url, plain(data[:200]), "a stream of events", "read the server's log")
-    return _joined(came, endpoint, time.monotonic() - start)
+        raise UserError(endpoint.url, escape_line(data[:200]), "a stream of events", "read the server's log")
+    return _join_events(came, endpoint, time.monotonic() - start)
 
 
-def _joined(came: list[tuple[float, bytes]], endpoint: Endpoint, seconds: float) -> Reply:
+def _join_events(came: list[tuple[float, bytes]], endpoint: Endpoint, seconds: float) -> Reply:
     texts: dict[str, list[str]] = {"content": [], "reasoning": []}
     reason, usage, first, tokens, whole = "", {}, 0.0, 0, False
     for when, data in _events(came, endpoint.key):
@@ -175,27 +175,27 @@ def _events(came: list[tuple[float, bytes]], key: str) -> Iterator[tuple[float, 
             *lines, rest = rest.split(b"\n")
             for line in lines:
                 if line.startswith(b"data:"):
-                    yield when, _hidden(bytes(line[5:].strip()), key)
+                    yield when, _redacted(bytes(line[5:].strip()), key)
 
 
-def _body(endpoint: Endpoint, body: dict[str, Any]) -> str:
+def _request_body(endpoint: Endpoint, body: dict[str, Any]) -> str:
     return json.dumps({"model": endpoint.model, "temperature": 0, **body})
 
 
-def _hidden(data: bytes, key: str) -> bytes:
+def _redacted(data: bytes, key: str) -> bytes:
     return data.replace(key.encode(), b"[key]") if key else data
 
 
-def _sent(endpoint: Endpoint, method: str, path: str, body: str, seconds: float,
+def _send(endpoint: Endpoint, method: str, path: str, body: str, seconds: float,
           hear: Any = None) -> bytes:  # fmt: skip
     """The body of an answer with status 200. Raises Stop for another, and for a page of HTML."""
     url = endpoint.url
     headers = {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
-    status, data = exchange(url, method, path, body, seconds, headers, hear)
-    data = _hidden(data, endpoint.key)
-    said = plain(data[:400].decode(errors="replace"), 400)
+    status, data = http_exchange(url, method, path, body, seconds, headers, hear)
+    data = _redacted(data, endpoint.key)
+    said = escape_line(data[:400].decode(errors="replace"), 400)
     if status != 200:
-        raise Refused(url, status, said)
+        raise HttpStatusError(url, status, said)
     if data.lstrip()[:1] == b"<":
-        raise Stop(url, f"a page: {said}", "JSON", "check URL: is that a server of models?")
+        raise UserError(url, f"a page: {said}", "JSON", "check URL: is that a server of models?")
     return data

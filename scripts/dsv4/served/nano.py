@@ -13,8 +13,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from dsv4.model.chat import ASSISTANT, BOS, USER
-from dsv4.runtime.toolchain import call, script
-from dsv4.stop import Stop
+from dsv4.runtime.toolchain import call_script, script_command
+from dsv4.stop import UserError
 from dsv4.storage.checkpoint import read_json
 
 # Bounds for the right bundle. tests/test_nano_faults.py measured a relative L2 distance of .025 for
@@ -39,11 +39,11 @@ def held_out(source: Path, number: int) -> list[tuple[int, int]]:
     path = source.parent / "record.json"
     pairs = [text.partition("+") for text in str(read_json(path).get("held_out", "")).split()]
     if len(pairs) < number:
-        raise Stop(f"{path}", f"{len(pairs)} held-out additions", f"{number}", "restore it")
+        raise UserError(f"{path}", f"{len(pairs)} held-out additions", f"{number}", "restore it")
     return [(int(a), int(b)) for a, _, b in pairs[:: len(pairs) // number][:number]]
 
 
-def prompts(source: Path, additions: list[tuple[int, int]]) -> list[list[int]]:
+def token_prompts(source: Path, additions: list[tuple[int, int]]) -> list[list[int]]:
     """Token ids of prompts that end inside the answer, where the model must decide something.
 
     One for each addition: before the first digit, before the second, and so on by turns.
@@ -56,11 +56,11 @@ def prompts(source: Path, additions: list[tuple[int, int]]) -> list[list[int]]:
     return [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
 
 
-def logits(python: Path, folder: Path, how: str, ids: list[list[int]], work: Path) -> np.ndarray:
+def run_logits(python: Path, folder: Path, how: str, ids: list[list[int]], work: Path) -> np.ndarray:
     """Run logits.py in the toolchain's Python. Raises Stop when it fails."""
     out = work / f"logits-{folder.name}-{how}.npy"
-    command = script(python, "lab/logits", "--folder", folder, "--how", how, "--out", out)
-    call(command, f"logits of {folder}", "check the toolchain: make check", json.dumps(ids))
+    command = script_command(python, "lab/logits", "--folder", folder, "--how", how, "--out", out)
+    call_script(command, f"logits of {folder}", "check the toolchain: make check", json.dumps(ids))
     return np.load(out)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from dsv4.served.abilities import long_text, sizes
 from dsv4.served.client import Endpoint, Reply, stream
-from dsv4.stop import Stop
+from dsv4.stop import UserError
 
 AT_ONCE = (1, 4)
 FIRST = 100  # words of the prompt whose tokens are counted
@@ -48,7 +48,7 @@ def measure(endpoint: Endpoint, context: int) -> Iterator[Speed]:
             words = int(prompt / in_a_word)
             bodies = [_body(words, number + i) for i in range(at_once)]
             number += at_once
-            yield _measured(endpoint, prompt, bodies)
+            yield _measure_prompt(endpoint, prompt, bodies)
 
 
 def tokens_in_a_word(endpoint: Endpoint) -> float:
@@ -56,7 +56,7 @@ def tokens_in_a_word(endpoint: Endpoint) -> float:
     body = {**_body(FIRST, 0), "max_tokens": 1}
     try:
         counted = stream(endpoint, body, LIMIT).prompt_tokens
-    except Stop:
+    except UserError:
         return 1.0  # what is measured next will say what is wrong
     return max(1.0, counted / len(body["messages"][0]["content"].split()))
 
@@ -72,17 +72,17 @@ def _body(words: int, number: int) -> dict:
     return {"messages": [{"role": "user", "content": asked}], "max_tokens": TOKENS}
 
 
-def _measured(endpoint: Endpoint, prompt: int, bodies: list[dict]) -> Speed:
+def _measure_prompt(endpoint: Endpoint, prompt: int, bodies: list[dict]) -> Speed:
     limit, start = (LIMIT + prompt / 20) * len(bodies), time.monotonic()
     try:
         with ThreadPoolExecutor(len(bodies)) as pool:
             replies = list(pool.map(lambda body: stream(endpoint, body, limit), bodies))
-    except Stop as stop:
+    except UserError as stop:
         return Speed(prompt, len(bodies), why=str(stop))
-    return summed(prompt, replies, time.monotonic() - start)
+    return summarize_replies(prompt, replies, time.monotonic() - start)
 
 
-def summed(prompt: int, replies: list[Reply], seconds: float) -> Speed:
+def summarize_replies(prompt: int, replies: list[Reply], seconds: float) -> Speed:
     """One Speed of the replies to requests that began together and took `seconds` in all."""
     about = (prompt, len(replies), min(reply.prompt_tokens for reply in replies))
     tokens = sum(reply.tokens for reply in replies)

@@ -15,13 +15,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dsv4.stop import Stop
+from dsv4.stop import UserError
 from dsv4.storage import inside, volume
 from dsv4.storage.checkpoint import read_json
 from dsv4.storage.durable import TEMPORARY_SUFFIX, copy_file, fsync_folder, write_json
 from dsv4.storage.inside import DIRECTORY, FILE, LINK, NOTHING
-from dsv4.storage.junk import is_junk
-from dsv4.words import shown
+from dsv4.storage.junk import is_system_file
+from dsv4.words import short_repr
 
 FOLDER = ".before-repair"
 FILES = f"{FOLDER}/files"
@@ -40,10 +40,10 @@ class Backup:
         self.bundle = bundle
         self.folder = bundle / FOLDER
         self.files = bundle / FILES
-        inside.expect(bundle, FOLDER, DIRECTORY, NOTHING)
-        inside.expect(bundle, FILES, DIRECTORY, NOTHING)
-        there = inside.expect(bundle, RECORD, FILE, NOTHING) == FILE
-        self._record = checked(bundle / RECORD, read_json(bundle / RECORD)) if there else {}
+        inside.expect_type(bundle, FOLDER, DIRECTORY, NOTHING)
+        inside.expect_type(bundle, FILES, DIRECTORY, NOTHING)
+        there = inside.expect_type(bundle, RECORD, FILE, NOTHING) == FILE
+        self._record = validate_record(bundle / RECORD, read_json(bundle / RECORD)) if there else {}
 
     @property
     def created(self) -> list[str]:
@@ -59,7 +59,7 @@ class Backup:
     def originals(self) -> list[str]:
         """Names of the originals that are kept."""
         found = inside.files_below(self.bundle, FILES)
-        return [visible(self.files / n, n) for n in found if not is_ours(n) and not is_junk(n)]
+        return [check_visible_name(self.files / n, n) for n in found if not is_leftover(n) and not is_system_file(n)]
 
     @property
     def nbytes(self) -> int:
@@ -71,7 +71,7 @@ class Backup:
         """Bytes that keeping the originals of `names` costs at once: none where files may have two
         names, else those of copies."""
         new = [name for name in names if not self._has(name) and (self.bundle / name).is_file()]
-        if not new or volume.has_links(self.bundle):
+        if not new or volume.supports_hard_links(self.bundle):
             return 0
         return sum((self.bundle / name).stat().st_size for name in new)
 
@@ -89,13 +89,13 @@ class Backup:
 
         Raises Stop for a name that leads out of the bundle, and for what is no file.
         """
-        kinds = {name: inside.expect(self.bundle, name, FILE, LINK, NOTHING) for name in names}
+        kinds = {name: inside.expect_type(self.bundle, name, FILE, LINK, NOTHING) for name in names}
         new = {n for n in names if kinds[n] == NOTHING and not self._has(n)}
         if new - set(self.created):
             self._write({"created": sorted({*self.created, *new})})
         for name in names:
             if kinds[name] != NOTHING and name not in self.created and not self._has(name):
-                link(self.bundle, name, f"{FILES}/{name}")
+                link_or_copy(self.bundle, name, f"{FILES}/{name}")
                 self._make_durable(name)
 
     def take(self, name: str) -> None:
@@ -104,13 +104,13 @@ class Backup:
         Raises Stop for what is no file, and when an original of that name is kept already.
         """
         if self._has(name):
-            raise Stop(f"{self.bundle / name}", f"another {name} in {self.files}", "none",
+            raise UserError(f"{self.bundle / name}", f"another {name} in {self.files}", "none",
                        inside.AWAY)  # fmt: skip
         inside.move(self.bundle, name, f"{FILES}/{name}", make=True)
         self._make_durable(name)
 
     def _has(self, name: str) -> bool:
-        return inside.kind(self.bundle, f"{FILES}/{name}") != NOTHING
+        return inside.file_type(self.bundle, f"{FILES}/{name}") != NOTHING
 
     def _make_durable(self, name: str) -> None:
         for folder in Path(f"{FILES}/{name}").parents:
@@ -124,7 +124,7 @@ class Backup:
         """
         originals, created = self.originals, self.created
         for name in (*originals, *created):
-            inside.expect(self.bundle, name, FILE, LINK, NOTHING)
+            inside.expect_type(self.bundle, name, FILE, LINK, NOTHING)
         for name in originals:
             inside.move(self.bundle, f"{FILES}/{name}", name, make=True)
             fsync_folder((self.bundle / name).parent)
@@ -139,7 +139,7 @@ class Backup:
     def _remove(self) -> None:
         """Remove the record, temporaries and folders; never what somebody else put there."""
         for name in inside.files_below(self.bundle, FOLDER):
-            if f"{FOLDER}/{name}" == RECORD or is_ours(name) or is_junk(name):
+            if f"{FOLDER}/{name}" == RECORD or is_leftover(name) or is_system_file(name):
                 inside.remove(self.bundle, f"{FOLDER}/{name}")
         for folder, _, _ in os.walk(self.folder, topdown=False):
             inside.remove_folder(self.bundle, Path(folder).relative_to(self.bundle).as_posix())
@@ -150,29 +150,29 @@ class Backup:
         fsync_folder(self.bundle)
 
 
-def is_ours(name: str) -> bool:
+def is_leftover(name: str) -> bool:
     """True for a temporary that a killed run left among the originals."""
     last = name.rpartition("/")[2]
     return last.startswith(".") and last.endswith(TEMPORARY_SUFFIX)
 
 
-def visible(where: Path, name: str) -> str:
+def check_visible_name(where: Path, name: str) -> str:
     """A name of one of the bundle's files. Raises Stop when it leads out or is hidden."""
     if inside.check_name(f"{where}", name).startswith("."):
-        raise Stop(f"{where}", f"the hidden name {shown(name)}", "a file of the bundle", TODO)
+        raise UserError(f"{where}", f"the hidden name {short_repr(name)}", "a file of the bundle", TODO)
     return name
 
 
-def checked(path: Path, record: dict[str, Any]) -> dict[str, Any]:
+def validate_record(path: Path, record: dict[str, Any]) -> dict[str, Any]:
     """A record as it may be used. Raises Stop for types and names that no repair writes."""
     created, unfinished = record.get("created", []), record.get("unfinished", {})
     if not isinstance(created, list) or not isinstance(unfinished, dict):
-        raise Stop(f"{path}", "another form", "what repair writes", TODO)
+        raise UserError(f"{path}", "another form", "what repair writes", TODO)
     for name in created:
-        if visible(path, name).endswith(".safetensors"):
-            raise Stop(f"{path}", f"{shown(name)} as created by repair", "no shard", TODO)
+        if check_visible_name(path, name).endswith(".safetensors"):
+            raise UserError(f"{path}", f"{short_repr(name)} as created by repair", "no shard", TODO)
     if not is_work(unfinished.get("experts", []), unfinished.get("mark", {})):
-        raise Stop(f"{path}: unfinished", "another form", "what repair writes", TODO)
+        raise UserError(f"{path}: unfinished", "another form", "what repair writes", TODO)
     return {"created": created, "unfinished": unfinished}
 
 
@@ -182,16 +182,16 @@ def is_work(experts: Any, mark: Any) -> bool:
     return right and all(isinstance(text, str) for text in (*experts, *mark.values()))
 
 
-def link(root: Path, name: str, target: str) -> None:
+def link_or_copy(root: Path, name: str, target: str) -> None:
     """Give a file a second name; a symbolic link is made again, and where none can be, a copy."""
     with (
-        inside.parent(root, name) as (old, first),
-        inside.parent(root, target, make=True) as (
+        inside.open_parent(root, name) as (old, first),
+        inside.open_parent(root, target, make=True) as (
             new,
             last,
         ),
     ):
-        if inside.kind_at(old, first) == LINK:  # as the hub's cache has them
+        if inside.file_type_at(old, first) == LINK:  # as the hub's cache has them
             os.symlink(os.readlink(first, dir_fd=old), last, dir_fd=new)
             return
         if volume.link(root / target, first, last, old, new):

@@ -14,7 +14,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from dsv4.stop import Stop, naming
+from dsv4.stop import UserError, with_path
 
 MIB = 1 << 20
 DOCUMENT = 64 * MIB  # bytes of a JSON or text file
@@ -30,40 +30,40 @@ IMATRIX = 16 << 30  # bytes
 POINTER = b"version https://git-lfs.github.com/spec/"  # how Git LFS begins what stands for a file
 
 
-def read(path: Path, most: int = DOCUMENT) -> bytes:
+def read_bounded(path: Path, most: int = DOCUMENT) -> bytes:
     """A whole file of at most `most` bytes.
 
     Raises Stop for a larger one, of which nothing is read, and for what is no plain file.
     """
-    with naming(path):
+    with with_path(path):
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO would wait for its writer
         with os.fdopen(fd, "rb") as file:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
-                raise Stop(f"{path}", "no plain file", "one", "do not use this folder")
+                raise UserError(f"{path}", "no plain file", "one", "do not use this folder")
             data = b"" if status.st_size > most else file.read(min(status.st_size, most) + 1)
     if max(status.st_size, len(data)) > most:
         size = max(status.st_size, len(data))
-        raise Stop(f"{path}", f"{size:,} bytes", f"at most {most:,}", "do not use this file")
+        raise UserError(f"{path}", f"{size:,} bytes", f"at most {most:,}", "do not use this file")
     return data
 
 
-def check_marks(data: bytes, where: str) -> None:
+def check_json_size(data: bytes, where: str) -> None:
     """Raise Stop for JSON of more parts than any file here needs: a part takes 100 bytes parsed."""
     marks = sum(data.count(mark) for mark in b",[{")
     if marks > MARKS:
         todo = "do not use this file"
-        raise Stop(where, f"{marks:,} commas and brackets", f"at most {MARKS:,}", todo)
+        raise UserError(where, f"{marks:,} commas and brackets", f"at most {MARKS:,}", todo)
 
 
-def check_pointer(data: bytes, where: str) -> None:
+def check_lfs_pointer(data: bytes, where: str) -> None:
     """Raise Stop when a file that begins with `data` is a Git LFS pointer: a clone without LFS."""
     if data.startswith(POINTER):
-        raise Stop(where, "a Git LFS pointer in place of the file", "the file itself",
+        raise UserError(where, "a Git LFS pointer in place of the file", "the file itself",
                    "fetch it: git lfs pull in its clone, or make download")  # fmt: skip
 
 
-def check_text(data: bytes, value: Any) -> None:
+def check_surrogates(data: bytes, value: Any) -> None:
     """Raise UnicodeEncodeError when a string of `value`, which `data` is the JSON text of, has half
     of a surrogate pair: it is no text, and could not be written again.
     """
@@ -86,7 +86,7 @@ def is_shallow(value: Any) -> bool:
     return False
 
 
-def files_of(folder: Path) -> dict[str, int]:
+def list_files(folder: Path) -> dict[str, int]:
     """Relative path → size in bytes, of every file below a folder; links to folders are not
     entered. Raises Stop when there are more than FILES: that is no bundle.
     """
@@ -96,7 +96,7 @@ def files_of(folder: Path) -> dict[str, int]:
         folders.sort()
         seen += len(folders) + len(names)
         if seen > FILES:
-            raise Stop(f"{folder}", f"more than {FILES:,} files", "a bundle", "check BUNDLE")
+            raise UserError(f"{folder}", f"more than {FILES:,} files", "a bundle", "check BUNDLE")
         for path in (Path(place) / name for name in sorted(names)):
             if path.is_file():
                 found[path.relative_to(folder).as_posix()] = path.stat().st_size

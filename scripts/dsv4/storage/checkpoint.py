@@ -12,11 +12,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dsv4.stop import Stop
+from dsv4.stop import UserError
 from dsv4.storage import bounds, typed
 from dsv4.storage.shard import Shard, Tensor, read_shard
 from dsv4.storage.typed import OBJECT, Form
-from dsv4.words import plain, shown
+from dsv4.words import escape_line, short_repr
 
 INDEX = "model.safetensors.index.json"
 SIDECAR = "jangtq_runtime.safetensors"  # no shard: what vMLX in Swift wants to know of TurboQuant
@@ -47,24 +47,24 @@ def read_json(path: Path, form: Form = OBJECT) -> dict[str, Any]:
     than any document here needs to be, a Git LFS pointer, not JSON, or of other types.
     """
     if not path.is_file():
-        raise Stop(f"{path}", "no such file", "a JSON file", "check the folder")
-    return parse_json(bounds.read(path), f"{path}", form)
+        raise UserError(f"{path}", "no such file", "a JSON file", "check the folder")
+    return parse_json(bounds.read_bounded(path), f"{path}", form)
 
 
 def parse_json(data: bytes, where: str, form: Form = OBJECT) -> dict[str, Any]:
     """The JSON object that `data` is the text of. Raises as `read_json` does."""
     todo = "restore this file"
-    bounds.check_marks(data, where)
+    bounds.check_json_size(data, where)
     try:
         value = json.loads(data.decode("utf-8"))
-        bounds.check_text(data, value)
+        bounds.check_surrogates(data, value)
         deep = not bounds.is_shallow(value)
     except (ValueError, RecursionError) as error:
-        bounds.check_pointer(data, where)
-        raise Stop(where, f"no valid JSON ({error})", "JSON", todo) from error
+        bounds.check_lfs_pointer(data, where)
+        raise UserError(where, f"no valid JSON ({error})", "JSON", todo) from error
     if deep:
-        raise Stop(where, f"lists and objects more than {bounds.DEPTH} deep", "fewer", todo)
-    return typed.fit(where, value, form, todo)
+        raise UserError(where, f"lists and objects more than {bounds.DEPTH} deep", "fewer", todo)
+    return typed.validate(where, value, form, todo)
 
 
 def read_index(folder: Path) -> dict[str, str]:
@@ -72,12 +72,12 @@ def read_index(folder: Path) -> dict[str, str]:
     path = folder / INDEX
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise Stop(f"{path}", "no weight_map", "tensor names and their shards", "restore the index")
+        raise UserError(f"{path}", "no weight_map", "tensor names and their shards", "restore the index")
     for name, file in weight_map.items():
         if not is_file_name(file):
-            raise Stop(
-                f"{path}: {plain(name)}",
-                f"the file {shown(file)}",
+            raise UserError(
+                f"{path}: {escape_line(name)}",
+                f"the file {short_repr(file)}",
                 "a file name inside the folder",
                 "do not use this checkpoint",
             )
@@ -95,7 +95,7 @@ def open_shards(folder: Path, files: set[str]) -> dict[str, Shard]:
     """The headers of these shards. Raises Stop when one is missing or not whole."""
     missing = sorted(file for file in files if not (folder / file).is_file())
     if missing:
-        raise Stop(
+        raise UserError(
             f"{folder / INDEX}",
             f"{len(missing)} of {len(files)} shards missing, first {missing[0]}",
             "every shard that the index names",
@@ -109,11 +109,11 @@ def check_index(checkpoint: Checkpoint, todo: str) -> None:
     index = checkpoint.folder / INDEX
     for name, file in checkpoint.weight_map.items():
         if name not in checkpoint.shards[file].tensors:
-            raise Stop(f"{index}: {name}", f"no such tensor in {file}", "it there", f"{todo} again")
+            raise UserError(f"{index}: {name}", f"no such tensor in {file}", "it there", f"{todo} again")
     for file, shard in checkpoint.shards.items():
         for name in shard.tensors:
             if checkpoint.weight_map.get(name) != file:
-                raise Stop(
+                raise UserError(
                     f"{checkpoint.folder / file}: {name}",
                     "no entry for it in the index",
                     f"{name} → {file}",
@@ -127,7 +127,7 @@ def check_strangers(checkpoint: Checkpoint, todo: str) -> None:
     known = {*checkpoint.shards, SIDECAR}
     strangers = sorted(n for n in on_disk - known if not n.startswith("."))
     if strangers:
-        raise Stop(
+        raise UserError(
             f"{checkpoint.folder / strangers[0]}",
             "a shard that the index does not name",
             "only the index's shards",

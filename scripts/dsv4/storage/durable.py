@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from dsv4.stop import Stop, naming
+from dsv4.stop import UserError, with_path
 from dsv4.storage import inside, volume
 
 TEMPORARY_SUFFIX = ".partial"
@@ -35,7 +35,7 @@ def temporary_for(path: Path) -> Path:
     return path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
 
 
-class Replacement:
+class AtomicFile:
     """A file being written under a temporary name; `commit` gives it its own, `discard` drops it.
 
     The temporary is a new file in the folder itself: what a killed run left there is removed, and
@@ -47,27 +47,27 @@ class Replacement:
         self.path = path
         with contextlib.ExitStack() as opening:
             name = path.relative_to(root).as_posix() if root else path.name
-            way = inside.parent(root or path.parent, name, make=root is not None)
+            way = inside.open_parent(root or path.parent, name, make=root is not None)
             self._folder, self._name = opening.enter_context(way)
-            if inside.kind_at(self._folder, self._name) not in REPLACEABLE:
-                raise Stop(f"{path}", "no plain file", "a file, or nothing", inside.AWAY)
+            if inside.file_type_at(self._folder, self._name) not in REPLACEABLE:
+                raise UserError(f"{path}", "no plain file", "a file, or nothing", inside.AWAY)
             temporary = temporary_for(path)
             self._temporary = temporary.name
-            file = inside.create_anew(self._folder, self._temporary, temporary)
+            file = inside.create_new(self._folder, self._temporary, temporary)
             self.file = os.fdopen(file, "w+b")
             self._open = opening.pop_all()
             self._done = False
 
     def commit(self) -> None:
         """Make the bytes durable, then the name; `path` never names anything but whole files."""
-        with inside.naming_whole(self.path):
+        with inside.with_full_path(self.path):
             self.file.flush()
             volume.flush(self.file.fileno(), self.path)
             with contextlib.suppress(FileNotFoundError):
                 mode = os.stat(self._name, dir_fd=self._folder).st_mode
                 volume.set_mode(self.file.fileno(), self.path, mode & 0o777)
             self.file.close()  # some servers rename no file that is open
-            inside.rename(self._folder, self._temporary, self._folder, self._name)
+            inside.replace_at(self._folder, self._temporary, self._folder, self._name)
             volume.flush_folder(self._folder, self.path.parent)
         self._open.close()
         self._done = True
@@ -84,15 +84,15 @@ class Replacement:
 
 
 @contextlib.contextmanager
-def replacing(path: Path, root: Path | None = None) -> Iterator[IO[bytes]]:
+def atomic_writer(path: Path, root: Path | None = None) -> Iterator[IO[bytes]]:
     """Open a temporary sibling of `path` for writing; on success it takes `path`'s name.
 
     When the body raises, the temporary is removed and `path` keeps its old bytes. root: the folder
     that `path` must not lead out of; folders between them are made.
     """
-    replacement = Replacement(path, root)
+    replacement = AtomicFile(path, root)
     try:
-        with naming(path):
+        with with_path(path):
             yield replacement.file
         replacement.commit()
     finally:
@@ -101,10 +101,10 @@ def replacing(path: Path, root: Path | None = None) -> Iterator[IO[bytes]]:
 
 def write_bytes(path: Path, data: bytes, root: Path | None = None) -> bool:
     """Give `path` the content `data`; False when it has it already and nothing was written."""
-    with naming(path):
+    with with_path(path):
         if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data:
             return False
-    with replacing(path, root) as file:
+    with atomic_writer(path, root) as file:
         file.write(data)
     return True
 
@@ -117,22 +117,22 @@ def write_json(path: Path, value: Any, root: Path | None = None) -> bool:
 
 def copy_file(source: Path, target: Path, root: Path | None = None) -> bool:
     """Copy one file durably; False when `target` has the same bytes already."""
-    with naming(f"{source} or {target}"):  # a copy does not say which of the two it was
+    with with_path(f"{source} or {target}"):  # a copy does not say which of the two it was
         if target.is_file() and filecmp.cmp(source, target, shallow=False):
             return False
-    with source.open("rb") as reader, replacing(target, root) as writer:
-        while data := read_some(reader, source):
+    with source.open("rb") as reader, atomic_writer(target, root) as writer:
+        while data := read_chunk(reader, source):
             writer.write(data)
     return True
 
 
-def read_some(reader: IO[bytes], path: Path) -> bytes:
+def read_chunk(reader: IO[bytes], path: Path) -> bytes:
     """The next megabyte of an open file, whose path an error names."""
-    with naming(path):
+    with with_path(path):
         return reader.read(1 << 20)
 
 
-def human(size: int) -> str:
+def format_bytes(size: int) -> str:
     """A byte count as people read it: `human(160_000_000_000)` is '160.0 GB (149.0 GiB)'."""
     if size < 1 << 20:
         return f"{size:,} bytes"

@@ -15,9 +15,9 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from dsv4.stop import Stop
+from dsv4.stop import UserError
 from dsv4.storage import volume
-from dsv4.words import shown
+from dsv4.words import short_repr
 
 FILE, DIRECTORY, LINK = "a file", "a folder", "a symbolic link"
 OTHER, NOTHING = "neither file nor folder", "nothing"
@@ -29,13 +29,13 @@ def check_name(where: str, name: object) -> str:
     """`name`, when it is a path that stays inside a folder. Raises Stop for any other value."""
     parts = name.split("/") if isinstance(name, str) else [""]
     if {"", ".", ".."} & set(parts) or any(mark in f"{name}" for mark in ("\\", "\0")):
-        raise Stop(where, f"the name {shown(name)}", "a path inside the folder",
+        raise UserError(where, f"the name {short_repr(name)}", "a path inside the folder",
                    "do not use that file: nothing was touched")  # fmt: skip
     return str(name)
 
 
 @contextlib.contextmanager
-def parent(root: Path, name: str, make: bool = False) -> Iterator[tuple[int, str]]:
+def open_parent(root: Path, name: str, make: bool = False) -> Iterator[tuple[int, str]]:
     """The open folder in which `name` lies, and the last part of its name.
 
     make: folders on the way that are missing are made. Raises Stop for a link or a file in the
@@ -45,28 +45,28 @@ def parent(root: Path, name: str, make: bool = False) -> Iterator[tuple[int, str
     handle = os.open(root, _FOLDER_FLAGS)
     try:
         for n, part in enumerate(folders, 1):
-            handle = _descend(handle, part, root.joinpath(*folders[:n]), make)
+            handle = _open_subfolder(handle, part, root.joinpath(*folders[:n]), make)
         yield handle, last
     finally:
         os.close(handle)
 
 
-def _descend(handle: int, part: str, path: Path, make: bool) -> int:
+def _open_subfolder(handle: int, part: str, path: Path, make: bool) -> int:
     """Open a folder in an open folder, which is closed then."""
-    if make and kind_at(handle, part) == NOTHING:
-        with contextlib.suppress(FileExistsError), naming_whole(path):
+    if make and file_type_at(handle, part) == NOTHING:
+        with contextlib.suppress(FileExistsError), with_full_path(path):
             os.mkdir(part, dir_fd=handle)
             volume.flush_folder(handle, path.parent)
-    if (found := kind_at(handle, part)) not in (DIRECTORY, NOTHING):
-        raise Stop(f"{path}", found, f"a folder inside {path.parent}", AWAY)
-    with naming_whole(path):
+    if (found := file_type_at(handle, part)) not in (DIRECTORY, NOTHING):
+        raise UserError(f"{path}", found, f"a folder inside {path.parent}", AWAY)
+    with with_full_path(path):
         below = os.open(part, _FOLDER_FLAGS | os.O_NOFOLLOW, dir_fd=handle)
     os.close(handle)
     return below
 
 
 @contextlib.contextmanager
-def naming_whole(path: Path) -> Iterator[None]:
+def with_full_path(path: Path) -> Iterator[None]:
     """Give an operating-system error the whole path; relative to a descriptor it has a part."""
     try:
         yield
@@ -74,7 +74,7 @@ def naming_whole(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, f"{path}") from error
 
 
-def kind_at(handle: int, last: str) -> str:
+def file_type_at(handle: int, last: str) -> str:
     """What lies under a name in an open folder: FILE, DIRECTORY, LINK, OTHER or NOTHING."""
     try:
         mode = os.stat(last, dir_fd=handle, follow_symlinks=False).st_mode
@@ -85,29 +85,29 @@ def kind_at(handle: int, last: str) -> str:
     return FILE if stat.S_ISREG(mode) else DIRECTORY if stat.S_ISDIR(mode) else OTHER
 
 
-def kind(root: Path, name: str) -> str:
+def file_type(root: Path, name: str) -> str:
     """What lies under a name inside `root`. Raises Stop for a link on the way to it."""
     try:
-        with parent(root, name) as (handle, last), naming_whole(root / name):
-            return kind_at(handle, last)
+        with open_parent(root, name) as (handle, last), with_full_path(root / name):
+            return file_type_at(handle, last)
     except FileNotFoundError:
         return NOTHING
 
 
-def expect(root: Path, name: str, *kinds: str) -> str:
+def expect_type(root: Path, name: str, *kinds: str) -> str:
     """What lies under a name. Raises Stop when it is none of `kinds`."""
-    if (found := kind(root, name)) not in kinds:
-        raise Stop(f"{root / name}", found, " or ".join(kinds), AWAY)
+    if (found := file_type(root, name)) not in kinds:
+        raise UserError(f"{root / name}", found, " or ".join(kinds), AWAY)
     return found
 
 
-def open_own(root: Path, name: str, flags: int) -> int:
+def open_regular(root: Path, name: str, flags: int) -> int:
     """Open a plain file that has no other name, for writing on in it; it is made when missing.
 
     Raises Stop for anything else: a link, or a file that lies elsewhere too.
     """
-    with parent(root, name, make=True) as (handle, last), naming_whole(root / name):
-        if (found := kind_at(handle, last)) in (FILE, NOTHING):
+    with open_parent(root, name, make=True) as (handle, last), with_full_path(root / name):
+        if (found := file_type_at(handle, last)) in (FILE, NOTHING):
             how = flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             file = os.open(last, how, 0o666, dir_fd=handle)
             status = os.fstat(file)
@@ -115,16 +115,16 @@ def open_own(root: Path, name: str, flags: int) -> int:
                 return file
             os.close(file)
             found = "a file that has another name too"
-    raise Stop(f"{root / name}", found, "a file of this folder alone", AWAY)
+    raise UserError(f"{root / name}", found, "a file of this folder alone", AWAY)
 
 
-def create_anew(handle: int, last: str, path: Path) -> int:
+def create_new(handle: int, last: str, path: Path) -> int:
     """Make a new file in an open folder, for reading and writing. A plain file, which a killed
     run left under that temporary name, is removed first. Raises Stop for anything else there."""
-    found = kind_at(handle, last)
+    found = file_type_at(handle, last)
     if found not in (FILE, NOTHING):
-        raise Stop(f"{path}", found, "no file, or what a killed run left", AWAY)
-    with naming_whole(path):
+        raise UserError(f"{path}", found, "no file, or what a killed run left", AWAY)
+    with with_full_path(path):
         if found == FILE:
             os.unlink(last, dir_fd=handle)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -136,30 +136,30 @@ def move(root: Path, name: str, target: str, make: bool = False) -> None:
 
     Two names of one file become one. Raises Stop for a folder in either place.
     """
-    expect(root, name, FILE, LINK)
-    expect(root, target, FILE, LINK, NOTHING)
+    expect_type(root, name, FILE, LINK)
+    expect_type(root, target, FILE, LINK, NOTHING)
     with (
-        parent(root, name) as (old, source),
-        parent(root, target, make) as (new, last),
-        naming_whole(root / target),
+        open_parent(root, name) as (old, source),
+        open_parent(root, target, make) as (new, last),
+        with_full_path(root / target),
     ):
-        rename(old, source, new, last)
+        replace_at(old, source, new, last)
         volume.flush_folder(new, (root / target).parent)
-        if kind_at(old, source) != NOTHING:  # replacing a file by itself does nothing
+        if file_type_at(old, source) != NOTHING:  # replacing a file by itself does nothing
             os.unlink(source, dir_fd=old)
         volume.flush_folder(old, (root / name).parent)
 
 
-def rename(old: int, source: str, new: int, last: str) -> None:
+def replace_at(old: int, source: str, new: int, last: str) -> None:
     """os.replace from one open folder to another."""
     os.rename(source, last, src_dir_fd=old, dst_dir_fd=new)
 
 
 def remove(root: Path, name: str) -> bool:
     """Remove a plain file or a link itself; False when nothing is there. Raises Stop else."""
-    if expect(root, name, FILE, LINK, NOTHING) == NOTHING:
+    if expect_type(root, name, FILE, LINK, NOTHING) == NOTHING:
         return False
-    with parent(root, name) as (handle, last), naming_whole(root / name):
+    with open_parent(root, name) as (handle, last), with_full_path(root / name):
         os.unlink(last, dir_fd=handle)
         volume.flush_folder(handle, (root / name).parent)
     return True
@@ -168,14 +168,14 @@ def remove(root: Path, name: str) -> bool:
 def remove_folder(root: Path, name: str) -> bool:
     """Remove a folder that is empty; False when it is not, or is none."""
     try:
-        with parent(root, name) as (handle, last):
+        with open_parent(root, name) as (handle, last):
             os.rmdir(last, dir_fd=handle)
         return True
     except OSError:
         return False
 
 
-def empty(folder: Path, keep: set[str]) -> None:
+def clear_folder(folder: Path, keep: set[str]) -> None:
     """Remove everything in a folder that is ours but `keep`; a link goes, not what it leads to."""
     for path in folder.iterdir():
         if path.name not in keep:
@@ -188,7 +188,7 @@ def files_below(root: Path, name: str) -> list[str]:
 
     Raises Stop for a link to a folder, and for what is neither file nor folder.
     """
-    if expect(root, name, DIRECTORY, NOTHING) == NOTHING:
+    if expect_type(root, name, DIRECTORY, NOTHING) == NOTHING:
         return []
     top, found = root / name, []
     for folder, folders, files in os.walk(top, followlinks=False):
@@ -196,7 +196,7 @@ def files_below(root: Path, name: str) -> list[str]:
         for path in paths:
             below = path.relative_to(top).as_posix()
             if path.is_symlink() and path.is_dir():
-                raise Stop(f"{path}", "a link to a folder", "files and folders", AWAY)
-            if expect(top, below, FILE, LINK, DIRECTORY) != DIRECTORY:
+                raise UserError(f"{path}", "a link to a folder", "files and folders", AWAY)
+            if expect_type(top, below, FILE, LINK, DIRECTORY) != DIRECTORY:
                 found.append(below)
     return sorted(found)

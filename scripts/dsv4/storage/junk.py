@@ -12,7 +12,7 @@ NAMES = {
 }  # fmt: skip
 
 
-def is_junk(name: str) -> bool:
+def is_system_file(name: str) -> bool:
     """True for a relative path that is a system's own, or lies in such a folder.
 
     >>> is_junk("encoding/._encoding_dsv4.py"), is_junk("config.json")

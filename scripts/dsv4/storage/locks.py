@@ -18,7 +18,7 @@ from pathlib import Path
 
 import portalocker
 
-from dsv4.stop import Stop, naming
+from dsv4.stop import UserError, with_path
 from dsv4.storage import inside, volume
 
 LOCK = ".lock"
@@ -36,23 +36,23 @@ def is_lock(name: str) -> bool:
 
 
 @contextlib.contextmanager
-def held(folder: Path, part: tuple[int, int, str] | None = None) -> Iterator[None]:
+def locked(folder: Path, part: tuple[int, int, str] | None = None) -> Iterator[None]:
     """Hold `folder` while the body runs; with `part`, (k, n, work), the k-th of n parts of it.
 
     work: what all parts must agree on, any text. A whole run leaves no lock behind.
     Raises Stop when another run holds what is asked for, and for a part of another number or work.
     """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_locked(lock_for(folder), alone=part is None, stays=part is not None))
+        stack.enter_context(_hold_lock_file(lock_for(folder), alone=part is None, stays=part is not None))
         if part is None:
             remove_stale(folder)
         else:
             k, n, work = part
             mine = f".part-{k}-of-{n}-{hashlib.sha256(work.encode()).hexdigest()[:12]}{LOCK}"
-            stack.enter_context(_locked(folder / mine, alone=True, stays=True))
+            stack.enter_context(_hold_lock_file(folder / mine, alone=True, stays=True))
             try:
                 check_parts(folder, mine)
-            except Stop:
+            except UserError:
                 (folder / mine).unlink(missing_ok=True)
                 raise
         yield
@@ -66,25 +66,25 @@ def check_parts(folder: Path, mine: str) -> None:
             found = f"a part of {of[2]}" if of[2] != n else "a part with other settings"
             todo = f"go on as it was begun, or delete {folder}/.part-*{LOCK} when none runs"
             found = f"{found} begun ({path.name})"
-            raise Stop(f"{folder}", found, f"parts of one job, --part K/{n}", todo)
+            raise UserError(f"{folder}", found, f"parts of one job, --part K/{n}", todo)
 
 
 def remove_stale(folder: Path) -> None:
     """Remove the locks of parts: empty plain files of such a name."""
     for path in folder.glob(f".part-*{LOCK}"):
-        ours = is_lock(path.name) and inside.kind(folder, path.name) == inside.FILE
+        ours = is_lock(path.name) and inside.file_type(folder, path.name) == inside.FILE
         if ours and not path.stat().st_size:
             path.unlink()
 
 
 @contextlib.contextmanager
-def _locked(path: Path, alone: bool, stays: bool) -> Iterator[None]:
+def _hold_lock_file(path: Path, alone: bool, stays: bool) -> Iterator[None]:
     """Hold one lock file, and remove it in the end unless it `stays`.
 
     A link in its place is not followed, and nothing is waited for. Raises Stop for a link, for
     what is no plain file, and for a file with content: that is somebody's, and no lock.
     """
-    handle = _take(path, alone)
+    handle = _open_and_lock(path, alone)
     try:
         yield
     finally:
@@ -93,7 +93,7 @@ def _locked(path: Path, alone: bool, stays: bool) -> Iterator[None]:
         os.close(handle)
 
 
-def _take(path: Path, alone: bool) -> int:
+def _open_and_lock(path: Path, alone: bool) -> int:
     """Open and lock the file; its descriptor.
 
     A run that ends removes its lock: what was opened before and locked after holds nothing, and is
@@ -101,26 +101,26 @@ def _take(path: Path, alone: bool) -> int:
     file of that name is enough in the end.
     """
     for last in (False, False, True):
-        handle = inside.open_own(path.parent, path.name, os.O_RDWR)
+        handle = inside.open_regular(path.parent, path.name, os.O_RDWR)
         try:
-            if _is_held(handle, path, alone, last):
+            if _try_lock(handle, path, alone, last):
                 return handle
         except BaseException:
             os.close(handle)
             raise
         os.close(handle)
-    raise Stop(f"{path.parent}", "another run that just ended", "one run", "start it again")
+    raise UserError(f"{path.parent}", "another run that just ended", "one run", "start it again")
 
 
-def _is_held(handle: int, path: Path, alone: bool, last: bool) -> bool:
+def _try_lock(handle: int, path: Path, alone: bool, last: bool) -> bool:
     """Lock an open file; False when its name is another file's, or, the `last` time, gone."""
-    with naming(path):
+    with with_path(path):
         status = os.fstat(handle)
     if status.st_size:
-        raise Stop(f"{path}", "a file with content", "an empty lock", inside.AWAY)
+        raise UserError(f"{path}", "a file with content", "an empty lock", inside.AWAY)
     try:
-        volume.lock(handle, path, alone)
+        volume.lock_file(handle, path, alone)
     except portalocker.AlreadyLocked as error:
-        raise Stop(f"{path.parent}", "another run at work on it", "one run on each part",
+        raise UserError(f"{path.parent}", "another run at work on it", "one run on each part",
                    "wait until it ends") from error  # fmt: skip
     return path.exists() and (last or path.stat().st_ino == status.st_ino)

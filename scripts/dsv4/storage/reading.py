@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dsv4.stop import Stop, naming
+from dsv4.stop import UserError, with_path
 from dsv4.storage.shard import FLOATS, ITEMSIZE, NUMPY_DTYPE, REDO, Tensor
-from dsv4.storage.zeros import Watch
+from dsv4.storage.zeros import HoleDetector
 
 OPEN = 4  # shards that a reader keeps open: a matrix and its scale, of the source and the bundle
 AHEAD = 1 << 19  # bytes that are read at least where rows are asked for, the next ones with them
@@ -17,13 +17,13 @@ WINDOWS = 6  # tensors of which they are kept: a matrix, its scale, and the bund
 _NOTHING = np.empty(0, np.uint8)
 
 
-class Reader:
+class TensorReader:
     """Positioned reads from the shards that were read last, which stay open; one for each worker.
 
     watch: sees what is read, to find holes of zeros.
     """
 
-    def __init__(self, watch: Watch | None = None) -> None:
+    def __init__(self, watch: HoleDetector | None = None) -> None:
         self._open: dict[Path, int] = {}
         self._ahead: dict[tuple[Path, int], tuple[int, np.ndarray]] = {}
         self._watch = watch
@@ -37,10 +37,10 @@ class Reader:
         data = b""
         while len(data) < wanted:
             at = tensor.offset + first + len(data)
-            with naming(tensor.path):
+            with with_path(tensor.path):
                 more = os.pread(fd, wanted - len(data), at)
             if not more:
-                raise Stop(f"{tensor.path}", "its end", f"{tensor.name} there", REDO)
+                raise UserError(f"{tensor.path}", "its end", f"{tensor.name} there", REDO)
             data = data + more if data else more
         array = np.frombuffer(data, np.uint8)
         if self._watch:
@@ -103,7 +103,7 @@ def as_float32(data: np.ndarray, dtype: str) -> np.ndarray:
     return array.astype(np.float32)
 
 
-def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
+def round_to_dtype(values: np.ndarray, dtype: str) -> np.ndarray:
     """float32 → the nearest numbers of F16, BF16 or F32, as bytes; ties to even."""
     if dtype == "BF16":
         bits = values.view(np.uint32)
@@ -112,13 +112,13 @@ def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
         return np.ascontiguousarray(values.astype(NUMPY_DTYPE[dtype])).view(np.uint8)
 
 
-def element(tensor: Tensor, at: int) -> str:
+def element_index(tensor: Tensor, at: int) -> str:
     """Where element `at` lies, as its indices."""
     index = np.unravel_index(at, tensor.shape) if tensor.shape else ()
     return f"element {[int(i) for i in index]}"
 
 
-def shown_element(data: np.ndarray, dtype: str, at: int) -> str:
+def format_element(data: np.ndarray, dtype: str, at: int) -> str:
     """One element, for a reader."""
     one = data[at * ITEMSIZE[dtype] : (at + 1) * ITEMSIZE[dtype]]
     value = as_float32(one, dtype)[0] if dtype in FLOATS else one.view(NUMPY_DTYPE[dtype])[0]

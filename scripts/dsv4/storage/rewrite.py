@@ -23,16 +23,16 @@ from typing import Protocol
 
 import numpy as np
 
-from dsv4.stop import Stop, naming
+from dsv4.stop import UserError, with_path
 from dsv4.storage import volume
-from dsv4.storage.durable import Replacement
+from dsv4.storage.durable import AtomicFile
 from dsv4.storage.shard import REDO
 
 COPY_BYTES = 4 << 20  # a piece of what is copied, and what is forgotten at one time
 BLOCK_BYTES = 256 << 10  # what is read and then written: small enough for a core's own cache
 
 
-class Desk:
+class WorkerBuffers:
     """What one worker has for itself: an open source file and buffers that it uses again."""
 
     def __init__(self) -> None:
@@ -52,12 +52,12 @@ class Desk:
         self._open(path)
         done = 0
         while done < len(view):
-            with naming(path):
+            with with_path(path):
                 n = os.preadv(self._fd, [view[done:]], offset + done)
             if n == 0:
-                raise Stop(f"{path}", f"its end at byte {offset + done:,}", "more bytes", REDO)
+                raise UserError(f"{path}", f"its end at byte {offset + done:,}", "more bytes", REDO)
             done += n
-        pass_by(self._fd, offset, done)
+        drop_finished_ranges(self._fd, offset, done)
 
     def _open(self, path: Path) -> None:
         if self._path != path:
@@ -73,18 +73,18 @@ class Desk:
         self._fd, self._path = -1, None
 
 
-class Target:
+class ShardWriter:
     """A shard being written: `write` puts bytes to their place, from any thread."""
 
     def __init__(self, shard: NewShard) -> None:
         self.pieces = shard.pieces()[::-1]  # those that no worker has taken yet, the next one last
         self.left = len(self.pieces)
-        self._replacement = Replacement(shard.path)
+        self._replacement = AtomicFile(shard.path)
         self._fd = self._replacement.file.fileno()
         bypass_cache(self._fd)
         try:
-            with naming(shard.path):
-                reserve(self._fd, shard.size)
+            with with_path(shard.path):
+                preallocate(self._fd, shard.size)
             self.write(0, np.frombuffer(shard.header, np.uint8))
         except OSError:
             self.discard()
@@ -95,9 +95,9 @@ class Target:
         view = memoryview(data).cast("B")
         done = 0
         while done < len(view):
-            with naming(self._replacement.path):
+            with with_path(self._replacement.path):
                 done += os.pwrite(self._fd, view[done:], offset + done)
-        pass_by(self._fd, offset, done)
+        drop_finished_ranges(self._fd, offset, done)
 
     def commit(self) -> None:
         """Give the whole, durable file its name."""
@@ -108,7 +108,7 @@ class Target:
         self._replacement.discard()
 
 
-def reserve(fd: int, size: int) -> None:
+def preallocate(fd: int, size: int) -> None:
     """Give a new file its size, and its blocks where the system can: a full disk shows at once."""
     if hasattr(os, "posix_fallocate"):
         try:
@@ -131,18 +131,18 @@ def bypass_cache(fd: int) -> None:
             fcntl.fcntl(fd, fcntl.F_NOCACHE, 1)
 
 
-def forget(fd: int, offset: int, nbytes: int) -> None:
+def drop_page_cache(fd: int, offset: int, nbytes: int) -> None:
     """Tell the system that these bytes are not needed again; Linux starts writing dirty ones."""
     if hasattr(os, "posix_fadvise"):
         with contextlib.suppress(OSError):  # advice, which need not be taken
             os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
 
-def pass_by(fd: int, offset: int, nbytes: int) -> None:
+def drop_finished_ranges(fd: int, offset: int, nbytes: int) -> None:
     """Forget whole stretches of COPY_BYTES, when a reader or writer comes to the end of one."""
     first, last = (at // COPY_BYTES * COPY_BYTES for at in (offset, offset + nbytes))
     if first < last:
-        forget(fd, first, last - first)
+        drop_page_cache(fd, first, last - first)
 
 
 class Piece(Protocol):
@@ -151,7 +151,7 @@ class Piece(Protocol):
     nbytes: int
     nbytes_read: int
 
-    def write(self, target: Target, desk: Desk) -> None:
+    def write(self, target: ShardWriter, desk: WorkerBuffers) -> None:
         """Produce the bytes and put them to their places in `target`."""
 
 
@@ -169,7 +169,7 @@ class CopyPiece:
         """The bytes that it reads."""
         return self.nbytes
 
-    def write(self, target: Target, desk: Desk) -> None:
+    def write(self, target: ShardWriter, desk: WorkerBuffers) -> None:
         """Copy through a buffer of at most BLOCK_BYTES."""
         for done in range(0, self.nbytes, BLOCK_BYTES):
             data = desk.buffer("copy", min(BLOCK_BYTES, self.nbytes - done))
@@ -198,16 +198,16 @@ class NewShard:
     pieces: Callable[[], list[Piece]]
 
 
-def rewrite(shards: list[NewShard], jobs: int, progress: Callable[[int], object]) -> None:
+def write_shards(shards: list[NewShard], jobs: int, progress: Callable[[int], object]) -> None:
     """Write the shards in order with `jobs` threads; `progress` is told the bytes of each piece.
 
     Raises the first error of any thread, after every unfinished shard has been removed; shards
     that were finished stay.
     """
-    _Rewriter(shards, jobs, progress).run()
+    _WriterPool(shards, jobs, progress).run()
 
 
-class _Rewriter:
+class _WriterPool:
     """The workers' common state; everything in it is changed under `_changed`'s lock."""
 
     def __init__(
@@ -215,8 +215,8 @@ class _Rewriter:
     ) -> None:
         self._changed = threading.Condition()
         self._waiting = list(reversed(shards))
-        self._current: Target | None = None
-        self._open: set[Target] = set()
+        self._current: ShardWriter | None = None
+        self._open: set[ShardWriter] = set()
         self._jobs = jobs
         self._progress = progress
         self._error: BaseException | None = None
@@ -242,7 +242,7 @@ class _Rewriter:
             raise self._error
 
     def _work(self) -> None:
-        desk = Desk()
+        desk = WorkerBuffers()
         with contextlib.closing(desk):
             try:
                 while (task := self._next()) is not None:
@@ -257,7 +257,7 @@ class _Rewriter:
             self._error = self._error or error
             self._changed.notify_all()
 
-    def _next(self) -> tuple[Target, Piece] | None:
+    def _next(self) -> tuple[ShardWriter, Piece] | None:
         """The next piece and where it goes; None when there is none, or another worker failed."""
         with self._changed:
             while self._error is None:
@@ -266,13 +266,13 @@ class _Rewriter:
                 if not self._waiting:
                     return None
                 if len(self._open) <= self._jobs:
-                    self._current = Target(self._waiting.pop())
+                    self._current = ShardWriter(self._waiting.pop())
                     self._open.add(self._current)
                 else:
                     self._changed.wait()
             return None
 
-    def _finish(self, target: Target, piece: Piece) -> None:
+    def _finish(self, target: ShardWriter, piece: Piece) -> None:
         """Count a piece as written; after a shard's last one the shard is flushed and named."""
         with self._changed:
             self._progress(piece.nbytes)
@@ -280,7 +280,7 @@ class _Rewriter:
             if not target.left:
                 self._flusher.submit(self._commit, target)
 
-    def _commit(self, target: Target) -> None:
+    def _commit(self, target: ShardWriter) -> None:
         """Flush and name a shard, unless a failure came first: then it is dropped in the end."""
         if self._error is not None:
             return

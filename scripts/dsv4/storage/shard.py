@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from dsv4.stop import Stop, naming
+from dsv4.stop import UserError, with_path
 from dsv4.storage import bounds
-from dsv4.storage.durable import replacing
-from dsv4.words import plain, shown
+from dsv4.storage.durable import atomic_writer
+from dsv4.words import escape_line, short_repr
 
 # Bytes an element. The 4-bit and 6-bit floats of newer safetensors have no place in this model.
 ITEMSIZE = {
@@ -95,7 +95,7 @@ def read_shard(path: Path) -> Shard:
     return Shard(path, {tensor.name: tensor for tensor in tensors}, metadata, size)
 
 
-def sample_places(shard: Shard) -> list[tuple[int, int]]:
+def sample_ranges(shard: Shard) -> list[tuple[int, int]]:
     """(offset, bytes) of three samples of a shard's data, which tell two sources apart."""
     start = min((t.offset for t in shard.tensors.values()), default=shard.size)
     offsets = (start, (start + shard.size) // 2, shard.size - SAMPLE_BYTES)
@@ -105,15 +105,15 @@ def sample_places(shard: Shard) -> list[tuple[int, int]]:
 
 def _read_header(path: Path) -> tuple[bytes, int]:
     """The header's JSON, and the file's size in bytes."""
-    with naming(path), path.open("rb") as file:
+    with with_path(path), path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         if len(prefix) < 8:
-            raise Stop(f"{path}", f"{size} bytes", "a safetensors file", REDO)
+            raise UserError(f"{path}", f"{size} bytes", "a safetensors file", REDO)
         length = int.from_bytes(prefix, "little")
         if length > min(size - 8, MAX_HEADER):
-            bounds.check_pointer(prefix + file.read(len(bounds.POINTER)), f"{path}")
-            raise Stop(
+            bounds.check_lfs_pointer(prefix + file.read(len(bounds.POINTER)), f"{path}")
+            raise UserError(
                 f"{path}",
                 f"a header of {length:,} bytes in a file of {size:,}",
                 f"at most {min(size - 8, MAX_HEADER):,}",
@@ -121,7 +121,7 @@ def _read_header(path: Path) -> tuple[bytes, int]:
             )
         text = file.read(length)
         if len(text) < length:
-            raise Stop(f"{path}", "its end in the header", f"{length:,} bytes of it", REDO)
+            raise UserError(f"{path}", "its end in the header", f"{length:,} bytes of it", REDO)
         return text, size
 
 
@@ -131,25 +131,25 @@ def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
         if len(result) != len(pairs):
             seen: set[str] = set()
             twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-            found = f"the key {shown(twice)} twice in its header"
-            raise Stop(f"{path}", found, "each key once", REDO)
+            found = f"the key {short_repr(twice)} twice in its header"
+            raise UserError(f"{path}", found, "each key once", REDO)
         return result
 
-    bounds.check_marks(text, f"{path}")
+    bounds.check_json_size(text, f"{path}")
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-        bounds.check_text(text, header)
+        bounds.check_surrogates(text, header)
     except (ValueError, RecursionError) as error:
-        raise Stop(f"{path}", f"a header that is not JSON ({type(error).__name__})",
+        raise UserError(f"{path}", f"a header that is not JSON ({type(error).__name__})",
                    "JSON text", REDO) from error  # fmt: skip
     if not isinstance(header, dict):
-        raise Stop(f"{path}", f"a header of type {type(header).__name__}", "a JSON object", REDO)
+        raise UserError(f"{path}", f"a header of type {type(header).__name__}", "a JSON object", REDO)
     return header
 
 
 def _check_metadata(path: Path, metadata: Any) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise Stop(f"{path}", "__metadata__ that is no map of strings", "a map of strings", REDO)
+        raise UserError(f"{path}", "__metadata__ that is no map of strings", "a map of strings", REDO)
     return metadata
 
 
@@ -160,19 +160,19 @@ def _is_count(value: Any) -> bool:
 def _parse_tensor(path: Path, name: str, entry: Any, start: int) -> Tensor:
     entry = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    where = f"{path}: {plain(name)}"
+    where = f"{path}: {escape_line(name)}"
     if not isinstance(dtype, str) or dtype not in ITEMSIZE:
-        raise Stop(where, f"dtype {shown(dtype)}", f"one of {', '.join(ITEMSIZE)}", REDO)
+        raise UserError(where, f"dtype {short_repr(dtype)}", f"one of {', '.join(ITEMSIZE)}", REDO)
     if not isinstance(shape, list) or not all(_is_count(n) for n in shape[: bounds.AXES + 1]):
-        raise Stop(where, f"shape {shown(shape)}", "a list of sizes", REDO)
+        raise UserError(where, f"shape {short_repr(shape)}", "a list of sizes", REDO)
     if len(shape) > bounds.AXES:
-        raise Stop(where, f"{len(shape):,} axes", f"at most {bounds.AXES}", REDO)
+        raise UserError(where, f"{len(shape):,} axes", f"at most {bounds.AXES}", REDO)
     if not (isinstance(offsets, list) and len(offsets) == 2 and all(map(_is_count, offsets))):
-        raise Stop(where, f"data_offsets {shown(offsets)}", "[begin, end]", REDO)
+        raise UserError(where, f"data_offsets {short_repr(offsets)}", "[begin, end]", REDO)
     begin, end = offsets
     nbytes = math.prod(shape) * ITEMSIZE[dtype]
     if end - begin != nbytes:
-        raise Stop(where, f"{end - begin:,} bytes", f"{nbytes:,} for {dtype} {shape}", REDO)
+        raise UserError(where, f"{end - begin:,} bytes", f"{nbytes:,} for {dtype} {shape}", REDO)
     return Tensor(name, dtype, tuple(shape), path, start + begin, nbytes)
 
 
@@ -182,7 +182,7 @@ def _check_coverage(path: Path, tensors: list[Tensor], start: int, size: int) ->
     for tensor in tensors:
         if tensor.offset != position:
             word = "overlapping" if tensor.offset < position else "a gap before"
-            raise Stop(
+            raise UserError(
                 f"{path}: {tensor.name}",
                 f"{word} data at byte {tensor.offset:,}",
                 f"its data at byte {position:,}",
@@ -190,7 +190,7 @@ def _check_coverage(path: Path, tensors: list[Tensor], start: int, size: int) ->
             )
         position += tensor.nbytes
     if position != size:
-        raise Stop(f"{path}", f"{size:,} bytes", f"{position:,} by its header", REDO)
+        raise UserError(f"{path}", f"{size:,} bytes", f"{position:,} by its header", REDO)
 
 
 def read_array(tensor: Tensor) -> np.ndarray:
@@ -198,18 +198,18 @@ def read_array(tensor: Tensor) -> np.ndarray:
 
     Raises Stop when the file ends early: it was whole when its header was read.
     """
-    with naming(tensor.path), tensor.path.open("rb") as file:
+    with with_path(tensor.path), tensor.path.open("rb") as file:
         file.seek(tensor.offset)
         data = file.read(tensor.nbytes)
     if len(data) != tensor.nbytes:
-        raise Stop(
+        raise UserError(
             f"{tensor.path}: {tensor.name}", f"{len(data):,} bytes", f"{tensor.nbytes:,}", REDO
         )
     return np.frombuffer(data, NUMPY_DTYPE[tensor.dtype]).reshape(tensor.shape)
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
+class TensorSpec:
     """A tensor's place in a shard that will be written."""
 
     name: str
@@ -223,13 +223,13 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Planned(Slot):
+class PendingTensor(TensorSpec):
     """A tensor that will be written: `produce()` gives its `nbytes` bytes when its turn comes."""
 
     produce: Callable[[], Iterable[bytes | memoryview | np.ndarray]]
 
 
-def header_bytes(planned: Iterable[Slot], metadata: Mapping[str, str]) -> bytes:
+def header_bytes(planned: Iterable[TensorSpec], metadata: Mapping[str, str]) -> bytes:
     """Length prefix and JSON header for these tensors in this order, padded to 8 bytes."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
@@ -247,21 +247,21 @@ def header_bytes(planned: Iterable[Slot], metadata: Mapping[str, str]) -> bytes:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ShardLayout:
     """A shard that will be written, known to the last byte of its header before anything is read.
 
     The slots keep their order but for their dtypes: larger ones come first, as the safetensors
     library has it, so that all stay aligned.
     """
 
-    slots: tuple[Slot, ...]
+    slots: tuple[TensorSpec, ...]
     metadata: Mapping[str, str]
     as_long: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, slots: Iterable[Slot], metadata: Mapping[str, str], as_long: Mapping[str, str] = {}
-    ) -> Layout:
+        cls, slots: Iterable[TensorSpec], metadata: Mapping[str, str], as_long: Mapping[str, str] = {}
+    ) -> ShardLayout:
         """The layout of a shard with these tensors.
 
         as_long: dtype → another of its size, in whose place it stands: the header is as long as
@@ -281,7 +281,7 @@ class Layout:
         return len(text).to_bytes(8, "little") + text
 
     @cached_property
-    def places(self) -> dict[str, int]:
+    def offsets(self) -> dict[str, int]:
         """Tensor → the byte of the file at which it begins."""
         places, place = {}, len(self.header)
         for slot in self.slots:
@@ -294,20 +294,20 @@ class Layout:
         """The file's size in bytes."""
         return len(self.header) + sum(slot.nbytes for slot in self.slots)
 
-    def is_at(self, path: Path) -> bool:
+    def matches_file(self, path: Path) -> bool:
         """True when `path` is this very shard: one takes its name only when it is complete."""
         if not path.is_file() or path.stat().st_size != self.size:
             return False
-        with naming(path), path.open("rb") as file:
+        with with_path(path), path.open("rb") as file:
             return file.read(len(self.header)) == self.header
 
 
-def write_shard(path: Path, planned: list[Planned], metadata: Mapping[str, str]) -> None:
+def write_shard(path: Path, planned: list[PendingTensor], metadata: Mapping[str, str]) -> None:
     """Stream the planned tensors into `path`, which keeps its old bytes until all is durable.
 
     Raises ValueError when a producer gives another number of bytes than its shape and dtype need.
     """
-    with replacing(path) as file:
+    with atomic_writer(path) as file:
         file.write(header_bytes(planned, metadata))
         for tensor in planned:
             written = 0

@@ -6,13 +6,13 @@ import errno
 import os
 from pathlib import Path
 
-from dsv4.stop import Stop
-from dsv4.storage.durable import human
+from dsv4.stop import UserError
+from dsv4.storage.durable import format_bytes
 
 MARK = ".converting"  # in a workplace: a converter made this folder, and may empty it
 
 
-def workplace_of(bundle: Path) -> Path:
+def staging_folder(bundle: Path) -> Path:
     """The hidden sibling in which a bundle is made."""
     return bundle.with_name(f".{bundle.name}.converting")
 
@@ -25,7 +25,7 @@ def existing_parent(path: Path) -> Path:
     return path
 
 
-def free(path: Path) -> int | None:
+def free_bytes(path: Path) -> int | None:
     """Bytes that a user may still write on the volume of `path`; None where it does not say."""
     try:
         stat = os.statvfs(existing_parent(path))
@@ -36,18 +36,18 @@ def free(path: Path) -> int | None:
     return stat.f_bavail * stat.f_frsize if stat.f_blocks else None  # some FUSE: all is 0
 
 
-def check_own(bundle: Path) -> None:
+def check_not_volume_root(bundle: Path) -> None:
     """Raise Stop for the root of a volume: what is made beside it would lie on another one, and
     could not take its name."""
     if bundle.is_mount():
-        raise Stop(f"{bundle}", "a volume's own root", "a folder on it", f"BUNDLE={bundle}/NAME")
+        raise UserError(f"{bundle}", "a volume's own root", "a folder on it", f"BUNDLE={bundle}/NAME")
 
 
-def check_room(path: Path, need: int, why: str, todo: str) -> None:
+def check_free_space(path: Path, need: int, why: str, todo: str) -> None:
     """Raise Stop when the volume of `path` says that it lacks room for `need` bytes."""
-    there = free(path)
+    there = free_bytes(path)
     if there is not None and need > there:
-        raise Stop(f"{path}", f"{human(there)} free", f"{human(need)}{why}", todo)
+        raise UserError(f"{path}", f"{format_bytes(there)} free", f"{format_bytes(need)}{why}", todo)
 
 
 def same_volume(a: Path, b: Path) -> bool:

@@ -12,47 +12,47 @@ import math
 from pathlib import Path
 from typing import Any
 
-from dsv4.stop import Stop
-from dsv4.words import plain, shown
+from dsv4.stop import UserError
+from dsv4.words import escape_line, short_repr
 
 Form = Any
 OBJECT: Form = {}  # whose keys are nobody's business
 NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", None: "null"}
 
 
-def misfit(value: Any, form: Form, where: str = "") -> tuple[str, str, str] | None:
+def first_mismatch(value: Any, form: Form, where: str = "") -> tuple[str, str, str] | None:
     """(where, found, expected) of the first part that is not of its form; None when all are.
 
     >>> misfit({"a": [1, "x"]}, {"a": [int]})
     ('a[1]', "'x'", 'a whole number')
     """
     if isinstance(form, tuple):
-        if any(misfit(value, one, where) is None for one in form):
+        if any(first_mismatch(value, one, where) is None for one in form):
             return None
-        odd = [misfit(value, one, where) for one in form if _same_kind(value, one)]
-        return odd[0] if odd else (where, shown(value), " or ".join(map(named, form)))
+        odd = [first_mismatch(value, one, where) for one in form if _same_type(value, one)]
+        return odd[0] if odd else (where, short_repr(value), " or ".join(map(describe_schema, form)))
     if isinstance(form, (list, dict)):
         if not isinstance(value, type(form)):
-            return where, shown(value), named(form)
+            return where, short_repr(value), describe_schema(form)
         parts = _in_list(value, form) if isinstance(form, list) else _in_object(value, form)
-        found = (misfit(part, of, f"{where}{step}".lstrip(".")) for step, part, of in parts)
+        found = (first_mismatch(part, of, f"{where}{step}".lstrip(".")) for step, part, of in parts)
         return next((one for one in found if one is not None), None)
-    return None if _is(value, form) else (where, shown(value), named(form))
+    return None if _has_type(value, form) else (where, short_repr(value), describe_schema(form))
 
 
-def fit(path: Path | str, value: Any, form: Form, todo: str) -> Any:
+def validate(path: Path | str, value: Any, form: Form, todo: str) -> Any:
     """The value itself. Raises Stop when a part of it is not of its form."""
-    if odd := misfit(value, form):
+    if odd := first_mismatch(value, form):
         where, found, expected = odd
-        raise Stop(f"{path}: {where}" if where else f"{path}", found, expected, todo)
+        raise UserError(f"{path}: {where}" if where else f"{path}", found, expected, todo)
     return value
 
 
-def named(form: Form) -> str:
+def describe_schema(form: Form) -> str:
     """A form in words."""
     if isinstance(form, (list, dict)):
         return "a list" if isinstance(form, list) else "an object"
-    return " or ".join(map(named, form)) if isinstance(form, tuple) else NAMES[form]
+    return " or ".join(map(describe_schema, form)) if isinstance(form, tuple) else NAMES[form]
 
 
 class Missing:
@@ -68,16 +68,16 @@ def _in_list(value: list, form: list) -> list[tuple[str, Any, Form]]:
 
 def _in_object(value: dict, form: dict) -> list[tuple[str, Any, Form]]:
     if str in form:
-        return [(f"[{shown(key)}]", part, form[str]) for key, part in value.items()]
+        return [(f"[{short_repr(key)}]", part, form[str]) for key, part in value.items()]
     parts = []
     for key, of in form.items():
         name = key.removesuffix("?")
         if name in value or name == key:
-            parts.append((f".{plain(name)}", value.get(name, Missing()), of))
+            parts.append((f".{escape_line(name)}", value.get(name, Missing()), of))
     return parts
 
 
-def _is(value: Any, form: Form) -> bool:
+def _has_type(value: Any, form: Form) -> bool:
     if form is None:
         return value is None
     if form in (int, float) and isinstance(value, int) and not isinstance(value, bool):
@@ -87,5 +87,5 @@ def _is(value: Any, form: Form) -> bool:
     return type(value) is form
 
 
-def _same_kind(value: Any, form: Form) -> bool:
+def _same_type(value: Any, form: Form) -> bool:
     return isinstance(form, (list, dict)) and isinstance(value, type(form))

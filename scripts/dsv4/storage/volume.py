@@ -21,8 +21,8 @@ import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from dsv4.stop import Stop
-from dsv4.words import naming, plain, say
+from dsv4.stop import UserError
+from dsv4.words import with_path, escape_line, print_escaped
 
 LOCKS = "no locks here: one run at a time is up to you"
 BYTES = "files cannot be flushed here: after a power cut, check the result with make verify"
@@ -38,19 +38,19 @@ NO_MODE = UNKNOWN | {errno.EPERM, errno.EACCES}
 _noted: set[tuple[str, int]] = set()
 
 
-def lock(fd: int, path: Path, alone: bool) -> None:
+def lock_file(fd: int, path: Path, alone: bool) -> None:
     """Lock an open file, for this process alone or shared, without waiting.
 
     Raises portalocker.AlreadyLocked when another one has it.
     """
-    _tried(lambda: _lock(fd, alone), path, NO_LOCK, LOCKS)
+    _attempt(lambda: _lock(fd, alone), path, NO_LOCK, LOCKS)
 
 
 def flush(fd: int, path: Path) -> None:
     """Put a file's bytes on the disk; on macOS past the drive's own cache, where fsync stops."""
     full = getattr(fcntl, "F_FULLFSYNC", None)
-    if full is None or not _tried(lambda: fcntl.fcntl(fd, full), path, UNKNOWN):
-        _tried(lambda: os.fsync(fd), path, UNKNOWN, BYTES)
+    if full is None or not _attempt(lambda: fcntl.fcntl(fd, full), path, UNKNOWN):
+        _attempt(lambda: os.fsync(fd), path, UNKNOWN, BYTES)
 
 
 def flush_folder(fd: int, path: Path) -> None:
@@ -59,12 +59,12 @@ def flush_folder(fd: int, path: Path) -> None:
     By fsync on macOS too: a journal keeps changes of names in their order, and a name that is lost
     in a drive's cache leaves the old one, which is whole.
     """
-    _tried(lambda: os.fsync(fd), path, NO_FOLDER, NAMES)
+    _attempt(lambda: os.fsync(fd), path, NO_FOLDER, NAMES)
 
 
 def set_mode(fd: int, path: Path, mode: int) -> None:
     """Give a file its mode, where the volume has modes; elsewhere all files have the same."""
-    _tried(lambda: os.fchmod(fd, mode), path, NO_MODE)
+    _attempt(lambda: os.fchmod(fd, mode), path, NO_MODE)
 
 
 def link(path: Path, name: str, target: str, old: int, new: int) -> bool:
@@ -73,17 +73,17 @@ def link(path: Path, name: str, target: str, old: int, new: int) -> bool:
     def call() -> None:
         os.link(name, target, src_dir_fd=old, dst_dir_fd=new, follow_symlinks=False)
 
-    return _tried(call, path, NO_LINK, LINKS)
+    return _attempt(call, path, NO_LINK, LINKS)
 
 
-def has_links(folder: Path) -> bool:
+def supports_hard_links(folder: Path) -> bool:
     """May a file in this folder have two names? Tried, and nothing is left."""
-    return LINKS not in lacks(folder)
+    return LINKS not in missing_features(folder)
 
 
-def lacks(folder: Path) -> list[str]:
+def missing_features(folder: Path) -> list[str]:
     """What the volume of a folder that can be written to lacks, as the notes say it."""
-    with naming(folder), tempfile.TemporaryDirectory(prefix=".trying-", dir=folder) as made:
+    with with_path(folder), tempfile.TemporaryDirectory(prefix=".trying-", dir=folder) as made:
         place = Path(made)
         with (place / "file").open("wb") as file:
             file.write(b"some")
@@ -96,26 +96,26 @@ def lacks(folder: Path) -> list[str]:
                     (NAMES, NO_FOLDER, lambda: os.fsync(here)),
                     (LINKS, NO_LINK, lambda: os.link(place / "file", place / "second")),
                 ]
-                return [what for what, errnos, call in trials if not _tried(call, place, errnos)]
+                return [what for what, errnos, call in trials if not _attempt(call, place, errnos)]
             finally:
                 os.close(here)
 
 
 def check_case(where: str, names: Iterable[str], folder: Path) -> None:
     """Raise Stop when two names are one to the volume of `folder`, which need not tell A from a."""
-    for first, second in itertools.pairwise(sorted(names, key=folded)):
-        if folded(first) == folded(second) and is_blind(folder):
-            found = f"the files '{plain(first)}' and '{plain(second)}'"
+    for first, second in itertools.pairwise(sorted(names, key=case_fold_key)):
+        if case_fold_key(first) == case_fold_key(second) and is_case_insensitive(folder):
+            found = f"the files '{escape_line(first)}' and '{escape_line(second)}'"
             expected = f"names that the volume of {folder} tells apart"
-            raise Stop(where, found, expected, "use another volume")
+            raise UserError(where, found, expected, "use another volume")
 
 
-def folded(name: str) -> str:
+def case_fold_key(name: str) -> str:
     """What a volume that tells neither A from a nor one spelling of ä from another makes of it."""
     return unicodedata.normalize("NFD", name).casefold()
 
 
-def is_blind(folder: Path) -> bool:
+def is_case_insensitive(folder: Path) -> bool:
     """True when the volume of `folder` does not tell A from a."""
     with tempfile.NamedTemporaryFile(prefix=".Aa", dir=folder) as probe:
         path = Path(probe.name)
@@ -135,7 +135,7 @@ def _lock(fd: int, alone: bool) -> None:
         raise error.__cause__ or error from None
 
 
-def _tried(call: Callable[[], object], path: Path, errnos: set[int], what: str = "") -> bool:
+def _attempt(call: Callable[[], object], path: Path, errnos: set[int], what: str = "") -> bool:
     """True when the call did its work; False where the volume lacks it, after a note of `what`."""
     try:
         call()
@@ -144,11 +144,11 @@ def _tried(call: Callable[[], object], path: Path, errnos: set[int], what: str =
         if error.errno not in errnos:
             raise OSError(error.errno, error.strerror, f"{path}") from error
     if what:
-        _note(path, what)
+        _print_note_once(path, what)
     return False
 
 
-def _note(path: Path, what: str) -> None:
+def _print_note_once(path: Path, what: str) -> None:
     """Say once for each volume what is weaker on it."""
     parent = path if path.is_dir() else path.parent
     with contextlib.suppress(OSError):
@@ -156,4 +156,4 @@ def _note(path: Path, what: str) -> None:
         if seen in _noted:
             return
         _noted.add(seen)
-    say(f"note: {plain(parent)}: {what}", file=sys.stderr)
+    print_escaped(f"note: {escape_line(parent)}: {what}", file=sys.stderr)

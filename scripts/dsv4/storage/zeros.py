@@ -32,7 +32,7 @@ def first_run(data: np.ndarray, least: int, before: int) -> tuple[int, int]:
         begin, seen = at + 1, end
 
 
-class Watch:
+class HoleDetector:
     """Looks for holes in what is read of tensors, in pieces of any size, one after another.
 
     most: (name, dtype, bytes of a tensor) → how many zero bytes in a row are a hole, or None.
@@ -43,7 +43,7 @@ class Watch:
         self._ends: dict[Tensor, tuple[int, int]] = {}  # how far it was read; zeros before that
         self.holes: dict[Tensor, int] = {}  # tensor → the byte of the file from which on
 
-    def see(self, tensor: Tensor, first: int, data: np.ndarray) -> None:
+    def scan(self, tensor: Tensor, first: int, data: np.ndarray) -> None:
         """Look at the bytes of a tensor from byte `first` on."""
         least = self._most(tensor.name, tensor.dtype, tensor.nbytes)
         if least is None or tensor in self.holes:

@@ -14,11 +14,11 @@ import mlx.core as mx
 import numpy as np
 
 from dsv4.model.names import PROJECTION
-from dsv4.storage.shard import Planned, write_shard
-from dsv4.streaming.states import sums_of
+from dsv4.storage.shard import PendingTensor, write_shard
+from dsv4.streaming.states import sums_path
 
 
-class Watched:
+class CountingMatrix:
     """A stacked matrix that adds up the squares of what it is multiplied with, by expert."""
 
     def __init__(self, matrix: Any) -> None:
@@ -35,12 +35,12 @@ class Watched:
         return self.matrix(x, indices, **options)
 
 
-class Collector:
+class LayerCollector:
     """The three matrices of a layer of jang_tools' model, watched."""
 
     def __init__(self, layer: Any) -> None:
         switch = layer.mlp.switch_mlp
-        self.watched = {w: Watched(getattr(switch, name)) for w, name in PROJECTION.items()}
+        self.watched = {w: CountingMatrix(getattr(switch, name)) for w, name in PROJECTION.items()}
         for w, name in PROJECTION.items():
             setattr(switch, name, self.watched[w])
 
@@ -49,7 +49,7 @@ class Collector:
         arrays = {w: ("F32", np.array(one.squares)) for w, one in self.watched.items()}
         arrays["tokens"] = ("U32", np.array(self.watched["w1"].tokens))
         planned = [
-            Planned(name, dtype, array.shape, lambda array=array: [array])
+            PendingTensor(name, dtype, array.shape, lambda array=array: [array])
             for name, (dtype, array) in arrays.items()
         ]
-        write_shard(sums_of(folder, layer), planned, {})
+        write_shard(sums_path(folder, layer), planned, {})

@@ -34,11 +34,11 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 def compare(bundle: Path, source: Path, ids: list[int]) -> Distributions:
     """Compare the logits that two passes left in their folders."""
-    parts = zip(*_rows(bundle, source, np.array(ids[1:])), strict=True)
+    parts = zip(*_logit_rows(bundle, source, np.array(ids[1:])), strict=True)
     return Distributions(*(np.concatenate(part) for part in parts))
 
 
-def _rows(bundle: Path, source: Path, following: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
+def _logit_rows(bundle: Path, source: Path, following: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
     ours, theirs = read_rows(bundle / LOGITS), read_rows(source / LOGITS)
     for first in range(0, len(following), ROWS):
         some = slice(first, min(first + ROWS, len(following)))

@@ -18,19 +18,19 @@ from typing import Any
 
 import mlx.core as mx
 
-from dsv4.stop import Stop
+from dsv4.stop import UserError
 
 CACHE = 512 << 20  # bytes that MLX may keep for later, beside what it uses
 
 
-def listen(jobs: queue.SimpleQueue[str]) -> None:
+def read_stdin(jobs: queue.SimpleQueue[str]) -> None:
     """Hand on every line of stdin; end with it."""
     for line in sys.stdin:
         jobs.put(line)
     os._exit(0)
 
 
-def own_stdout() -> Any:
+def redirect_stdout() -> Any:
     """Where answers go; what others print goes to stderr from now on."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -41,19 +41,19 @@ def check_device(name: str) -> mx.Device:
     """MLX's device of that name. Raises Stop when there is no GPU that this MLX can use."""
     device = mx.Device(getattr(mx, name))
     if not mx.is_available(device):
-        raise Stop(f"DEVICE={name}", "no GPU that this MLX can use", "one", "use DEVICE=cpu")
+        raise UserError(f"DEVICE={name}", "no GPU that this MLX can use", "one", "use DEVICE=cpu")
     return device
 
 
-def answer(line: str, runtime: str, tell: Any) -> None:
+def run_job(line: str, runtime: str, tell: Any) -> None:
     """Do one job."""
-    from dsv4.streaming.forward import Job, Pass  # after the device is chosen: model code looks
+    from dsv4.streaming.forward import PassSpec, PassRunner  # after the device is chosen: model code looks
     from dsv4.streaming.runtimes import RUNTIMES
 
     try:
-        Pass(Job(**json.loads(line)), RUNTIMES[runtime], tell).run()
+        PassRunner(PassSpec(**json.loads(line)), RUNTIMES[runtime], tell).run()
         tell({"done": True, "peak": mx.get_peak_memory()})
-    except Stop as stop:
+    except UserError as stop:
         tell({"stop": stop.parts})
 
 
@@ -62,7 +62,7 @@ def main() -> int:
     parser.add_argument("--runtime", choices=("jang", "vlm"), required=True)
     parser.add_argument("--device", choices=("cpu", "gpu"), required=True)
     args = parser.parse_args()
-    out = own_stdout()
+    out = redirect_stdout()
 
     def tell(said: dict[str, Any]) -> None:
         print(json.dumps(said), file=out, flush=True)
@@ -70,13 +70,13 @@ def main() -> int:
     try:
         mx.set_default_device(check_device(args.device))
         mx.set_cache_limit(CACHE)
-    except Stop as stop:
+    except UserError as stop:
         tell({"stop": stop.parts})
         return 1
     jobs: queue.SimpleQueue[str] = queue.SimpleQueue()
-    threading.Thread(target=listen, args=(jobs,), daemon=True).start()
+    threading.Thread(target=read_stdin, args=(jobs,), daemon=True).start()
     while True:
-        answer(jobs.get(), args.runtime, tell)
+        run_job(jobs.get(), args.runtime, tell)
 
 
 if __name__ == "__main__":

@@ -13,20 +13,20 @@ from typing import Any
 
 import numpy as np
 
-from dsv4.model.opening import count, open_bundle, open_source
+from dsv4.model.opening import config_count, open_bundle, open_source
 from dsv4.storage.checkpoint import Checkpoint
-from dsv4.storage.durable import human
-from dsv4.storage.locks import held
+from dsv4.storage.durable import format_bytes
+from dsv4.storage.locks import locked
 from dsv4.streaming import pairing, passes, states
 from dsv4.streaming.comparison import compare
-from dsv4.streaming.passes import Engine, Settings
-from dsv4.words import plain, say
+from dsv4.streaming.passes import WorkerProcess, PassSettings
+from dsv4.words import escape_line, print_escaped
 
 VERSION = 1  # of the result's form
 
 
 @dataclass(frozen=True)
-class Asked:
+class EvalRequest:
     """What is to be evaluated: bundles, by device, on the first tokens of a text.
 
     wide: compute bundles in float32, not in the dtype of their tensors.
@@ -41,7 +41,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Turn:
+class Pass:
     """One pass that is wanted: what, on which device, in which folder."""
 
     checkpoint: Checkpoint
@@ -50,7 +50,7 @@ class Turn:
     folder: Path
 
 
-def evaluate(asked: Asked, settings: Settings) -> dict[str, Any]:
+def evaluate(asked: EvalRequest, settings: PassSettings) -> dict[str, Any]:
     """Run the passes that are not done yet and compare. Returns the result, ready for JSON.
 
     The source is computed once, in float32, on the first device. Raises Stop for what cannot be
@@ -62,73 +62,73 @@ def evaluate(asked: Asked, settings: Settings) -> dict[str, Any]:
     for bundle in bundles:
         pairing.check_pair(bundle, source)
     ids = pairing.tokens_of(source, asked.text, asked.tokens)
-    layers = count(source.config, "num_hidden_layers", asked.source)
+    layers = config_count(source.config, "num_hidden_layers", asked.source)
     passes.prepare(settings.work)
-    with held(settings.work):
-        reference, turns = plan(source, bundles, ids, asked, settings)
-        passes.drop_others(settings.work, [turn.folder for turn in (reference, *turns)])
+    with locked(settings.work):
+        reference, turns = plan_passes(source, bundles, ids, asked, settings)
+        passes.remove_other_passes(settings.work, [turn.folder for turn in (reference, *turns)])
         heads = 1 + len(turns)
         passes.check_space(settings.work, source.config, len(ids), layers + 1, heads)
-        peak = run([reference, *turns], settings)
+        peak = run_passes([reference, *turns], settings)
         return {
             "version": VERSION,
             "source": f"{asked.source}",
-            "text": {"file": asked.text.name, "sha256": digest(asked.text), "tokens": len(ids)},
+            "text": {"file": asked.text.name, "sha256": text_digest(asked.text), "tokens": len(ids)},
             "runtime": settings.runtime,
             "versions": dict(settings.versions),
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "peak_memory": peak,
-            "passes": [timing(turn) for turn in (reference, *turns)],
-            "bundles": [numbers(turn, reference, ids) for turn in turns],
+            "passes": [timing(make_pass) for make_pass in (reference, *turns)],
+            "bundles": [pass_metrics(make_pass, reference, ids) for make_pass in turns],
         }
 
 
-def plan(
-    source: Checkpoint, bundles: list[Checkpoint], ids: list[int], asked: Asked, settings: Settings
-) -> tuple[Turn, list[Turn]]:
+def plan_passes(
+    source: Checkpoint, bundles: list[Checkpoint], ids: list[int], asked: EvalRequest, settings: PassSettings
+) -> tuple[Pass, list[Pass]]:
     """The pass over the source, and one for each bundle on each device."""
     job: dict[str, Any] = {"folder": f"{source.folder.resolve()}", "kind": "source", "ids": ids}
     job["keep"] = True
-    reference = turn(source, settings, asked.devices[0], job)
+    reference = make_pass(source, settings, asked.devices[0], job)
     turns = []
     for bundle in bundles:
         own = {"folder": f"{bundle.folder.resolve()}", "kind": "bundle", "ids": ids}
         own |= {"wide": asked.wide, "against": f"{reference.folder.resolve()}"}
-        turns += [turn(bundle, settings, device, own) for device in asked.devices]
+        turns += [make_pass(bundle, settings, device, own) for device in asked.devices]
     return reference, turns
 
 
-def turn(checkpoint: Checkpoint, settings: Settings, device: str, job: dict[str, Any]) -> Turn:
+def make_pass(checkpoint: Checkpoint, settings: PassSettings, device: str, job: dict[str, Any]) -> Pass:
     folder = passes.folder_of(checkpoint, settings, device, job)
-    return Turn(checkpoint, device, {**job, "work": f"{folder.resolve()}"}, folder)
+    return Pass(checkpoint, device, {**job, "work": f"{folder.resolve()}"}, folder)
 
 
-def run(turns: list[Turn], settings: Settings) -> int:
+def run_passes(turns: list[Pass], settings: PassSettings) -> int:
     """Do the passes that have not left their logits; the most memory that MLX took, in bytes."""
     peak = 0
     with ExitStack() as stack:
-        engines: dict[str, Engine] = {}
+        engines: dict[str, WorkerProcess] = {}
         for turn in turns:
-            if passes.is_whole(turn.folder):
+            if passes.is_complete(turn.folder):
                 continue
             if turn.device not in engines:
-                engine = Engine(settings, turn.device)
+                engine = WorkerProcess(settings, turn.device)
                 engines[turn.device] = stack.enter_context(engine)
-            name = f"{name_of(turn)} on {turn.device}"
+            name = f"{pass_name(turn)} on {turn.device}"
             peak = max(peak, engines[turn.device].run(turn.job, name))
     return peak
 
 
-def name_of(turn: Turn) -> str:
+def pass_name(turn: Pass) -> str:
     """What a table and a page call it: a row of a table, whatever the folder's name is."""
-    return plain(turn.checkpoint.folder.resolve().name, 60).replace("|", "¦")
+    return escape_line(turn.checkpoint.folder.resolve().name, 60).replace("|", "¦")
 
 
-def timing(turn: Turn) -> dict[str, Any]:
+def timing(turn: Pass) -> dict[str, Any]:
     """How long a pass took, beside reading its files alone."""
     record = states.read_record(turn.folder)
     return {
-        "folder": name_of(turn),
+        "folder": pass_name(turn),
         "device": turn.device,
         "reading_seconds": round(record.reading, 3),
         "computing_seconds": round(record.computing, 3),
@@ -136,13 +136,13 @@ def timing(turn: Turn) -> dict[str, Any]:
     }
 
 
-def numbers(turn: Turn, reference: Turn, ids: list[int]) -> dict[str, Any]:
+def pass_metrics(turn: Pass, reference: Pass, ids: list[int]) -> dict[str, Any]:
     """What is said of one bundle on one device; KL in nats a token."""
     found = compare(turn.folder, reference.folder, ids)
     record = states.read_record(turn.folder)
     return {
         "bundle": f"{turn.checkpoint.folder}",
-        "name": name_of(turn),
+        "name": pass_name(turn),
         "device": turn.device,
         "computed_in": record.dtype,
         "perplexity": perplexity(found.bundle),
@@ -161,14 +161,14 @@ def perplexity(losses: np.ndarray) -> float:
     return math.exp(min(float(losses.mean()), 690.0))
 
 
-def digest(text: Path) -> str:
+def text_digest(text: Path) -> str:
     return hashlib.sha256(text.read_bytes()).hexdigest()
 
 
 def tables(result: dict[str, Any]) -> str:
     """Markdown: a row for each bundle and device; then a line for each layer."""
     bundles = result["bundles"]
-    return "\n".join([*summary(result), "", *by_layer(bundles), "", *times(result)]) + "\n"
+    return "\n".join([*summary(result), "", *by_layer(bundles), "", *time_table(result)]) + "\n"
 
 
 def summary(result: dict[str, Any]) -> Iterator[str]:
@@ -192,14 +192,14 @@ def by_layer(bundles: list[dict[str, Any]]) -> Iterator[str]:
         yield f"| {name} | " + " | ".join(f"{error:.2e}" for error in errors) + " |"
 
 
-def times(result: dict[str, Any]) -> Iterator[str]:
+def time_table(result: dict[str, Any]) -> Iterator[str]:
     """What it cost: as a ratio to reading the files."""
     for one in result["passes"]:
         yield (f"{one['folder']} on {one['device']}: {one['to_reading']:.1f} × the time of reading "
                "its files")  # fmt: skip
     if result["peak_memory"]:
-        yield f"most memory that MLX took: {human(result['peak_memory'])}"
+        yield f"most memory that MLX took: {format_bytes(result['peak_memory'])}"
 
 
-def announce(result: dict[str, Any]) -> None:
-    say(tables(result).rstrip())
+def print_result(result: dict[str, Any]) -> None:
+    print_escaped(tables(result).rstrip())

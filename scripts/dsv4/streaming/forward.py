@@ -17,19 +17,19 @@ import mlx.core as mx
 import numpy as np
 
 from dsv4.model.opening import block_counts, open_bundle, open_source
-from dsv4.stop import Stop
+from dsv4.stop import UserError
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.shard import Tensor
 from dsv4.streaming import states, tensors
-from dsv4.streaming.collector import Collector
-from dsv4.streaming.products import by_blas, on_cpu
+from dsv4.streaming.collector import LayerCollector
+from dsv4.streaming.products import using_blas, on_cpu
 from dsv4.streaming.runtimes import Jang, Vlm, fill
 
 HEAD_TOKENS = 64  # whose logits are in memory together: 33 MB with Flash's vocabulary
 
 
 @dataclass(frozen=True)
-class Job:
+class PassSpec:
     """What a pass does.
 
     kind: "source" or "bundle". ids: the text, BOS first. work: its folder. against: the folder of
@@ -52,10 +52,10 @@ class Job:
 Tell = Callable[[dict[str, Any]], None]
 
 
-class Pass:
+class PassRunner:
     """A job at work: the opened checkpoint, the model code, the record of how far it came."""
 
-    def __init__(self, job: Job, kind_of_code: type[Jang | Vlm], tell: Tell) -> None:
+    def __init__(self, job: PassSpec, kind_of_code: type[Jang | Vlm], tell: Tell) -> None:
         self.job, self.tell, self.work = job, tell, Path(job.work)
         opening = open_source if job.kind == "source" else open_bundle
         self.checkpoint: Checkpoint = opening(Path(job.folder))
@@ -67,14 +67,14 @@ class Pass:
 
     def run(self) -> None:
         """Go on where the record ends. Raises Stop for a layer that does not load, and for NaN."""
-        ends = tensors.of_ends(self.checkpoint)
-        each = [tensors.of_layer(self.checkpoint, n) for n in range(self.layers)]
+        ends = tensors.end_tensors(self.checkpoint)
+        each = [tensors.layer_tensors(self.checkpoint, n) for n in range(self.layers)]
         sizes = [sum(t.nbytes for t in some.values()) for some in (ends, *each)]
         done = self.record.layers
         self.tell({"total": sum(sizes), "read": sum(sizes[1 : done + 1])})
         if done < 0:
             self.embed(ends)
-        with by_blas(on_cpu() and (self.job.kind == "source" or self.job.wide)):
+        with using_blas(on_cpu() and (self.job.kind == "source" or self.job.wide)):
             for number in range(max(done, 0), self.layers):
                 self.layer(number, each[number])
                 self.tell({"read": sizes[number + 1], "layer": number, "error": self.last_error()})
@@ -110,34 +110,34 @@ class Pass:
         layer = self.module(self.code.layer(number), found, prefix, f"layer {number}")
         mx.eval(layer.parameters())
         self.record.reading += time.monotonic() - began
-        collector = Collector(layer) if self.job.collect else None
+        collector = LayerCollector(layer) if self.job.collect else None
         self.keep(number + 1, self.through(layer, number), collector)
         del layer
         mx.clear_cache()
 
     def through(self, layer: Any, number: int) -> Iterator[mx.array]:
         """The hidden states after a layer, portion by portion."""
-        before = states.read_rows(states.after(self.work, number))
+        before = states.read_rows(states.states_path(self.work, number))
         cache = self.code.cache(layer)
         dtype = getattr(mx, self.record.dtype)
         for some in self.portions:
             hidden = mx.array(before[some])[None].astype(dtype)
             try:
                 after = self.code.forward(layer, hidden, cache, self.ids[:, some])
-            except Stop as stop:
+            except UserError as stop:
                 where = f"{self.checkpoint.folder}: layer {number}: {stop.parts[0]}"
-                raise Stop(where, *stop.parts[1:]) from stop
+                raise UserError(where, *stop.parts[1:]) from stop
             yield after
 
     def keep(
-        self, layers: int, found: Iterator[mx.array], collector: Collector | None = None
+        self, layers: int, found: Iterator[mx.array], collector: LayerCollector | None = None
     ) -> None:
         """Put hidden states on the disk, compare them, and only then record them."""
         began = time.monotonic()
-        target, sums = states.after(self.work, layers), np.zeros(2)
+        target, sums = states.states_path(self.work, layers), np.zeros(2)
         config = self.checkpoint.config
         shape = (len(self.job.ids), config["hc_mult"], config["hidden_size"])
-        states.write_rows(target, shape, self.told(found, layers, sums))
+        states.write_rows(target, shape, self.report_portions(found, layers, sums))
         if collector:
             collector.write(self.work, layers - 1)
         if self.job.against:
@@ -146,24 +146,24 @@ class Pass:
         self.record.computing += time.monotonic() - began
         states.write_record(self.work, self.record)
         if not self.job.keep and layers:
-            states.after(self.work, layers - 1).unlink(missing_ok=True)
+            states.states_path(self.work, layers - 1).unlink(missing_ok=True)
 
-    def told(
+    def report_portions(
         self, found: Iterator[mx.array], layers: int, sums: np.ndarray
     ) -> Iterator[np.ndarray]:
         """Portions as float32; adds up in `sums` how far they are from the other pass's."""
         other = None
         if self.job.against:
-            other = states.read_rows(states.after(Path(self.job.against), layers))
+            other = states.read_rows(states.states_path(Path(self.job.against), layers))
         for some, hidden in zip(self.portions, found, strict=True):
             self.record.dtype = str(hidden.dtype).removeprefix("mlx.core.")
             values = np.array(hidden[0].astype(mx.float32))
             if not np.isfinite(values).all():
-                raise Stop(f"{self.checkpoint.folder}: hidden states after {layers} layers",
+                raise UserError(f"{self.checkpoint.folder}: hidden states after {layers} layers",
                            "a NaN or an infinity", "numbers",
                            "make verify says what is wrong with it")  # fmt: skip
             if other is not None:
-                sums += states.squares(values, other[some])
+                sums += states.squared_sums(values, other[some])
             yield values
 
     def logits(self, found: dict[str, Tensor]) -> None:
@@ -179,7 +179,7 @@ class Pass:
         states.write_record(self.work, self.record)
 
     def heads(self, head: Callable[[mx.array], mx.array]) -> Iterator[np.ndarray]:
-        last = states.read_rows(states.after(self.work, self.layers))
+        last = states.read_rows(states.states_path(self.work, self.layers))
         dtype = getattr(mx, self.record.dtype)
         for some in states.portions(len(last), HEAD_TOKENS):
             yield np.array(head(mx.array(last[some])[None].astype(dtype))[0])

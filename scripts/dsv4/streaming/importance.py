@@ -9,19 +9,19 @@ from typing import Any
 import numpy as np
 
 from dsv4.model.names import PROJECTION, expert_base
-from dsv4.model.opening import count, open_source
-from dsv4.storage.locks import held
+from dsv4.model.opening import config_count, open_source
+from dsv4.storage.locks import locked
 from dsv4.storage.shard import read_array, read_shard
 from dsv4.streaming import pairing, passes, states
-from dsv4.streaming.evaluation import digest
-from dsv4.streaming.passes import Engine, Settings
-from dsv4.streaming.states import sums_of
+from dsv4.streaming.evaluation import text_digest
+from dsv4.streaming.passes import WorkerProcess, PassSettings
+from dsv4.streaming.states import sums_path
 from dsv4.weights.imatrix import entry_name, write_imatrix
-from dsv4.words import several
+from dsv4.words import join_some
 
 
 def collect(
-    source: Path, text: Path, tokens: int | None, device: str, settings: Settings, out: Path
+    source: Path, text: Path, tokens: int | None, device: str, settings: PassSettings, out: Path
 ) -> dict[str, Any]:
     """Write the imatrix to `out`; returns what is said of it, ready for JSON.
 
@@ -31,23 +31,23 @@ def collect(
     opened = open_source(source)
     pairing.check_counts(opened)
     ids = pairing.tokens_of(opened, text, tokens)
-    layers = count(opened.config, "num_hidden_layers", source)
+    layers = config_count(opened.config, "num_hidden_layers", source)
     job: dict[str, Any] = {"folder": f"{source.resolve()}", "kind": "source", "ids": ids}
     job["collect"] = True
     passes.prepare(settings.work)
-    with held(settings.work):
+    with locked(settings.work):
         folder = passes.folder_of(opened, settings, device, job)
-        passes.drop_others(settings.work, [folder])
+        passes.remove_other_passes(settings.work, [folder])
         passes.check_space(settings.work, opened.config, len(ids), 0, 0)
         if states.read_record(folder).layers < layers:
-            with Engine(settings, device) as engine:
+            with WorkerProcess(settings, device) as engine:
                 engine.run({**job, "work": f"{folder.resolve()}"}, source.name)
         name = f"{text.name}, {len(ids)} tokens"
-        write_imatrix(out, layers * len(PROJECTION), means(folder, layers), name)
+        write_imatrix(out, layers * len(PROJECTION), mean_squares(folder, layers), name)
         seen = [tokens_seen(folder, layer).tolist() for layer in range(layers)]
     return {
         "text": text.name,
-        "sha256": digest(text),
+        "sha256": text_digest(text),
         "tokens": len(ids),
         "layers": seen,
         "unseen": [[n, e] for n, row in enumerate(seen) for e, some in enumerate(row) if not some],
@@ -56,21 +56,21 @@ def collect(
 
 def tokens_seen(folder: Path, layer: int) -> np.ndarray:
     """uint32 (experts,): how many tokens came to each expert of a layer."""
-    return read_array(read_shard(sums_of(folder, layer)).tensors["tokens"])
+    return read_array(read_shard(sums_path(folder, layer)).tensors["tokens"])
 
 
-def means(folder: Path, layers: int) -> Iterator[tuple[str, np.ndarray]]:
+def mean_squares(folder: Path, layers: int) -> Iterator[tuple[str, np.ndarray]]:
     """(entry, mean squares float32 (experts, columns)) of each stacked matrix; 0 where no token
     came to an expert."""
     for layer in range(layers):
-        sums = read_shard(sums_of(folder, layer)).tensors
+        sums = read_shard(sums_path(folder, layer)).tensors
         tokens = np.maximum(read_array(sums["tokens"]), 1).astype(np.float64)
         for matrix in PROJECTION:
             entry = entry_name(expert_base("layers", layer, 0, matrix), layers)
             yield entry, (read_array(sums[matrix]) / tokens[:, None]).astype(np.float32)
 
 
-def described(result: dict[str, Any]) -> str:
+def describe_result(result: dict[str, Any]) -> str:
     """For a reader: how the tokens were spread, which experts saw none, and what that means."""
     flat = np.concatenate([np.array(row) for row in result["layers"]])
     unseen = [f"layer {layer} expert {expert}" for layer, expert in result["unseen"]]
@@ -78,5 +78,5 @@ def described(result: dict[str, Any]) -> str:
             f"{flat.max():,}, in the middle {int(np.median(flat)):,}")  # fmt: skip
     if unseen:
         line += (f"\n{len(unseen):,} saw none, and all their columns will count alike: "
-                 f"{several(unseen)}")  # fmt: skip
+                 f"{join_some(unseen)}")  # fmt: skip
     return f"{line}\nMTP layers take no part: all columns of their experts count alike"

@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from dsv4.words import filled, plain
+from dsv4.words import render_html, escape_line
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 INK = "#010203"  # stands for the page's own colour of text until the picture is in the page
@@ -23,7 +23,7 @@ def page(result: dict[str, Any]) -> str:
     """The whole page."""
     bundles = result["bundles"]
     layers = zip(*(b["error_by_layer"] for b in bundles), strict=True)
-    return filled(
+    return render_html(
         TEMPLATE, SHOWN,
         result=result, name=Path(result["source"]).name, bundles=bundles, layers=list(layers),
         pictures=[error_picture(bundles), kl_picture(bundles)],
@@ -31,7 +31,7 @@ def page(result: dict[str, Any]) -> str:
 
 
 def label(bundle: dict[str, Any]) -> str:
-    return plain(f"{bundle['name']} on {bundle['device']}", 40)
+    return escape_line(f"{bundle['name']} on {bundle['device']}", 40)
 
 
 def error_picture(bundles: list[dict[str, Any]]) -> str:

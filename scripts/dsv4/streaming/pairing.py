@@ -7,10 +7,10 @@ from typing import Any
 
 from dsv4.model.chat import BOS, token_ids
 from dsv4.model.forms import FORMS
-from dsv4.stop import Stop
+from dsv4.stop import UserError
 from dsv4.storage import bounds
 from dsv4.storage.checkpoint import Checkpoint, read_json
-from dsv4.words import shown
+from dsv4.words import short_repr
 
 HERE = Path(__file__).resolve().parent
 CALIBRATION, EVALUATION = HERE / "calibration.txt", HERE / "evaluation.txt"
@@ -30,21 +30,21 @@ COUNTS = ("num_hidden_layers", "hidden_size", "vocab_size", "hc_mult")
 def check_pair(bundle: Checkpoint, source: Checkpoint) -> None:
     """Raise Stop when the bundle is of another model than the source, or reads text otherwise."""
     if not isinstance(bundle.config.get("quantization"), dict):
-        raise Stop(f"{bundle.folder / 'config.json'}", "no quantization", "a bundle's labels",
+        raise UserError(f"{bundle.folder / 'config.json'}", "no quantization", "a bundle's labels",
                    "check SOURCE and BUNDLE")  # fmt: skip
     turbo = next((name for name in bundle.tensors if name.endswith(".tq_packed")), None)
     if turbo:
-        raise Stop(f"{bundle.folder}: {turbo}", "experts in TurboQuant, which needs vMLX's kernels",
+        raise UserError(f"{bundle.folder}: {turbo}", "experts in TurboQuant, which needs vMLX's kernels",
                    "a mode of MLX's own", "compare another QUANTIZER")  # fmt: skip
     for key in SHAPING:
         found, expected = bundle.config.get(key), source.config.get(key)
         if found != expected:
-            raise Stop(
-                f"{bundle.folder / 'config.json'}: {key}", shown(found),
-                f"{shown(expected)} as in the source", "compare a bundle with its own source",
+            raise UserError(
+                f"{bundle.folder / 'config.json'}: {key}", short_repr(found),
+                f"{short_repr(expected)} as in the source", "compare a bundle with its own source",
             )  # fmt: skip
     if tokenizer_of(bundle.folder) != tokenizer_of(source.folder):
-        raise Stop(f"{bundle.folder / 'tokenizer.json'}", "another tokenizer", "the source's",
+        raise UserError(f"{bundle.folder / 'tokenizer.json'}", "another tokenizer", "the source's",
                    "make repair, or compare it with its own source")  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def check_counts(checkpoint: Checkpoint) -> None:
     for key in COUNTS:
         value: Any = checkpoint.config.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 24:
-            raise Stop(f"{checkpoint.folder / 'config.json'}: {key}", shown(value),
+            raise UserError(f"{checkpoint.folder / 'config.json'}: {key}", short_repr(value),
                        "a whole number", "restore config.json")  # fmt: skip
 
 
@@ -65,22 +65,22 @@ def tokens_of(source: Checkpoint, text: Path, most: int | None) -> list[int]:
     """BOS and the text's tokens, `most` in all. Raises Stop when fewer than two are the text's, and
     for a tokenizer that cannot be read or has more tokens than the model."""
     if not text.is_file():
-        raise Stop(f"{text}", "no such file", "a text", "check TEXT")
+        raise UserError(f"{text}", "no such file", "a text", "check TEXT")
     try:
-        said = bounds.read(text).decode("utf-8")
+        said = bounds.read_bounded(text).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise Stop(f"{text}", "no UTF-8", "a text", "check TEXT") from error
-    ids = [*token_ids(source.folder, (BOS,)), *encoded(source.folder / "tokenizer.json", said)]
+        raise UserError(f"{text}", "no UTF-8", "a text", "check TEXT") from error
+    ids = [*token_ids(source.folder, (BOS,)), *encode_text(source.folder / "tokenizer.json", said)]
     if len(ids) < 3:
-        raise Stop(f"{text}", f"{len(ids) - 1} tokens", "two or more", "check TEXT")
+        raise UserError(f"{text}", f"{len(ids) - 1} tokens", "two or more", "check TEXT")
     if max(ids) >= source.config["vocab_size"]:
-        raise Stop(f"{source.folder / 'tokenizer.json'}", f"token {max(ids)}",
+        raise UserError(f"{source.folder / 'tokenizer.json'}", f"token {max(ids)}",
                    f"less than vocab_size, {source.config['vocab_size']}",
                    "fetch the source again")  # fmt: skip
     return ids[:most]
 
 
-def encoded(tokenizer: Path, text: str) -> list[int]:
+def encode_text(tokenizer: Path, text: str) -> list[int]:
     """The text's tokens, by a tokenizer.json of the right form."""
     from tokenizers import Tokenizer
 
@@ -88,4 +88,4 @@ def encoded(tokenizer: Path, text: str) -> list[int]:
     try:
         return Tokenizer.from_file(str(tokenizer)).encode(text, add_special_tokens=False).ids
     except Exception as error:  # the library raises nothing more special
-        raise Stop(f"{tokenizer}", f"{error}", "a tokenizer", "fetch the source again") from error
+        raise UserError(f"{tokenizer}", f"{error}", "a tokenizer", "fetch the source again") from error

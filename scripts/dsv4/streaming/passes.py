@@ -21,15 +21,15 @@ from typing import Any
 from tqdm import tqdm
 
 from dsv4.making.marks import fingerprint
-from dsv4.runtime.child import last_words
-from dsv4.runtime.toolchain import LONG_PROMPTS, ROOT, asked, with_rooms
-from dsv4.stop import Stop
+from dsv4.runtime.child import last_log_line
+from dsv4.runtime.toolchain import LONG_PROMPTS, ROOT, run_python, environment_with_dsv4
+from dsv4.stop import UserError
 from dsv4.storage import own, space
 from dsv4.storage.checkpoint import Checkpoint, parse_json
-from dsv4.storage.locks import held
-from dsv4.storage.typed import fit
+from dsv4.storage.locks import locked
+from dsv4.storage.typed import validate
 from dsv4.streaming.states import LOGITS
-from dsv4.words import plain, say
+from dsv4.words import escape_line, print_escaped
 
 ENGINE = "dsv4.streaming.engine"
 PREFIX, LOGS = "pass-", "engine-logs"
@@ -50,7 +50,7 @@ SAID = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class PassSettings:
     """What all passes of a command have in common: the Python with its devices and the versions of
     what computes there, whose model code, and the folder for what is left between layers."""
 
@@ -61,32 +61,32 @@ class Settings:
     versions: Mapping[str, str]
 
 
-def settings_for(python: Path, runtime: str, work: Path) -> Settings:
+def settings_for(python: Path, runtime: str, work: Path) -> PassSettings:
     """Ask a toolchain's Python. Raises Stop when it does not run or lacks the model code."""
     command = [str(python), "-c", ASK, *CODE[runtime]]
     expected = f"mlx and {CODE[runtime][0]}"
-    said = asked(f"{python}", command, expected, "set TOOLCHAIN_PYTHON or RUNTIME")
+    said = run_python(f"{python}", command, expected, "set TOOLCHAIN_PYTHON or RUNTIME")
     known = parse_json(said, f"{python}", {"devices": [str], "versions": {str: str}})
-    return Settings(python, runtime, work, tuple(known["devices"]), known["versions"])
+    return PassSettings(python, runtime, work, tuple(known["devices"]), known["versions"])
 
 
-def chosen_devices(device: str | None, settings: Settings) -> list[str]:
+def devices_from_args(device: str | None, settings: PassSettings) -> list[str]:
     """cpu, gpu, both, or the best there is (None). Raises Stop for one that is not there."""
     there = settings.devices
     wanted = {"both": ["cpu", "gpu"], None: [there[-1]]}.get(device, [device])
     if missing := [name for name in wanted if name not in there]:
         found = f"no {missing[0].upper()} that MLX in {settings.python} can use"
-        raise Stop(f"DEVICE={device}", found, " and ".join(wanted), f"use DEVICE={there[-1]}")
+        raise UserError(f"DEVICE={device}", found, " and ".join(wanted), f"use DEVICE={there[-1]}")
     return wanted
 
 
-class Engine:
+class WorkerProcess:
     """The toolchain's Python on one device, which does passes one after another."""
 
-    def __init__(self, settings: Settings, device: str) -> None:
+    def __init__(self, settings: PassSettings, device: str) -> None:
         self.settings, self.device = settings, device
-        self._log = own.claim(settings.work / LOGS) / f"{device}.log"
-        inherited = with_rooms()
+        self._log = own.make_own(settings.work / LOGS) / f"{device}.log"
+        inherited = environment_with_dsv4()
         env = {k: v for k, v in inherited.items() if not k.startswith(("DSV4_", "VMLX_"))}
         env |= LONG_PROMPTS
         command = [str(settings.python), "-m", ENGINE, "--runtime", settings.runtime]
@@ -96,7 +96,7 @@ class Engine:
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True,
             )  # fmt: skip
 
-    def __enter__(self) -> Engine:
+    def __enter__(self) -> WorkerProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -106,25 +106,25 @@ class Engine:
             with contextlib.suppress(BrokenPipeError):
                 stream.close()
 
-    def said(self, job: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    def messages(self, job: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """What the engine tells of a job, up to its end. Raises Stop when it stops or dies."""
         what = f"{ENGINE} over {job['folder']}"
         with contextlib.suppress(BrokenPipeError):
             print(json.dumps(job), file=self._child.stdin, flush=True)
         for line in self._child.stdout:
-            told = fit(what, json.loads(line), SAID, "look at its log")
+            told = validate(what, json.loads(line), SAID, "look at its log")
             if "stop" in told:
-                raise Stop(*told["stop"])
+                raise UserError(*told["stop"])
             yield told
             if told.get("done"):
                 return
-        raise Stop(what, last_words(self._log), "a pass to its end",
+        raise UserError(what, last_log_line(self._log), "a pass to its end",
                    f"read {self._log}; the same command goes on")  # fmt: skip
 
     def run(self, job: Mapping[str, Any], name: str) -> int:
         """Do a job and show its progress. Returns the greatest memory of MLX, in bytes."""
-        with tqdm(unit="B", unit_scale=True, desc=plain(name, 40), disable=None) as bar:
-            for told in self.said(job):
+        with tqdm(unit="B", unit_scale=True, desc=escape_line(name, 40), disable=None) as bar:
+            for told in self.messages(job):
                 bar.total = told.get("total", bar.total)
                 bar.update(told.get("read", 0))
                 if "layer" in told:
@@ -137,7 +137,7 @@ class Engine:
 # --- Folders of passes --------------------------------------------------------------------------
 
 
-def key_of(checkpoint: Checkpoint, settings: Settings, device: str, job: Mapping[str, Any]) -> str:
+def key_of(checkpoint: Checkpoint, settings: PassSettings, device: str, job: Mapping[str, Any]) -> str:
     """16 hex digits for all that a pass's result depends on.
 
     Headers, samples, sizes and times of the shards; config.json; the tokens; model code and device;
@@ -155,9 +155,9 @@ def key_of(checkpoint: Checkpoint, settings: Settings, device: str, job: Mapping
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def folder_of(checkpoint: Checkpoint, settings: Settings, device: str, job: dict) -> Path:
+def folder_of(checkpoint: Checkpoint, settings: PassSettings, device: str, job: dict) -> Path:
     """The pass's folder, made if need be. Raises Stop when somebody's lies in its place."""
-    return own.claim(settings.work / f"{PREFIX}{key_of(checkpoint, settings, device, job)}")
+    return own.make_own(settings.work / f"{PREFIX}{key_of(checkpoint, settings, device, job)}")
 
 
 def folders(work: Path) -> list[Path]:
@@ -169,24 +169,24 @@ def folders(work: Path) -> list[Path]:
 def prepare(work: Path) -> None:
     """Make the work folder, to be removed by `clear`; one that is there already will stay."""
     if not work.exists():
-        own.claim(work)
+        own.make_own(work)
 
 
-def drop_others(work: Path, wanted: list[Path]) -> None:
+def remove_other_passes(work: Path, wanted: list[Path]) -> None:
     """Remove what runs with other inputs have left: gigabytes that nothing asks for any more."""
     for path in folders(work):
         if path not in wanted:
-            say(f"{plain(path)}: begun with other inputs or settings; removed")
-            own.remove(path)
+            print_escaped(f"{escape_line(path)}: begun with other inputs or settings; removed")
+            own.remove_own(path)
 
 
-def clear(work: Path) -> None:
+def remove_intermediates(work: Path) -> None:
     """Remove hidden states, sums and logits: what was asked for is written."""
-    with held(work):
+    with locked(work):
         for path in [*folders(work), work / LOGS]:
-            own.remove(path)
+            own.remove_own(path)
     if [path.name for path in work.iterdir()] == [own.MARK]:
-        own.remove(work)
+        own.remove_own(work)
 
 
 def check_space(work: Path, config: Mapping[str, Any], tokens: int, kept: int, heads: int) -> None:
@@ -194,9 +194,9 @@ def check_space(work: Path, config: Mapping[str, Any], tokens: int, kept: int, h
     state = 4 * tokens * config["hc_mult"] * config["hidden_size"]
     need = (kept + 2) * state + heads * 4 * tokens * config["vocab_size"]
     here = space.folder_bytes(work)
-    space.check_room(work, need - here, "", "free some, or ask for fewer TOKENS")
+    space.check_free_space(work, need - here, "", "free some, or ask for fewer TOKENS")
 
 
-def is_whole(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     """True when a pass has left its logits."""
     return (folder / LOGITS).is_file()

@@ -23,7 +23,7 @@ attention = mx.fast.scaled_dot_product_attention
 
 
 @contextlib.contextmanager
-def by_blas(wanted: bool) -> Iterator[None]:
+def using_blas(wanted: bool) -> Iterator[None]:
     """While this lasts three functions of MLX are those below, if `wanted`."""
     if wanted:
         mx.quantized_matmul, mx.gather_qmm = _packed, _gathered
@@ -40,12 +40,12 @@ def on_cpu() -> bool:
     return mx.default_device().type == mx.cpu
 
 
-def product(x: mx.array, matrix: mx.array) -> mx.array:
+def matmul(x: mx.array, matrix: mx.array) -> mx.array:
     """x (…, in) by a matrix (out, in), both float32: (…, out)."""
     return mx.array(np.asarray(x) @ np.asarray(matrix).T) if on_cpu() else x @ matrix.T
 
 
-def decoded(weight: mx.array, scales: mx.array, biases: mx.array | None, **form: Any) -> np.ndarray:
+def dequantize(weight: mx.array, scales: mx.array, biases: mx.array | None, **form: Any) -> np.ndarray:
     """Packed matrices (…, out, packed) as float32 (…, out, in); form: bits, group_size and mode.
 
     Raises Stop for a scale of FP4 that is no number.
@@ -64,7 +64,7 @@ def _packed(
     """As mx.quantized_matmul."""
     if x.dtype != mx.float32 or not transpose or x.size < ROWS * x.shape[-1] * w.size // _size(w):
         return packed_product(x, w, scales, biases, transpose=transpose, **form)
-    return mx.array(np.matmul(np.asarray(x), decoded(w, scales, biases, **form).swapaxes(-1, -2)))
+    return mx.array(np.matmul(np.asarray(x), dequantize(w, scales, biases, **form).swapaxes(-1, -2)))
 
 
 def _size(matrices: mx.array) -> int:
@@ -86,7 +86,7 @@ def _gathered(
     rows, out = np.asarray(x), np.empty((len(experts), 1, w.shape[-2]), np.float32)
     for number, first, last in zip(numbers, firsts, [*firsts[1:], len(experts)], strict=True):
         one = [part if part is None else part[int(number)] for part in (w, scales, biases)]
-        np.matmul(rows[first:last, 0], decoded(*one, **form).T, out=out[first:last, 0])
+        np.matmul(rows[first:last, 0], dequantize(*one, **form).T, out=out[first:last, 0])
     return mx.array(out)
 
 

@@ -18,8 +18,8 @@ import mlx.nn as nn
 from dsv4.model.configs import known_fields
 from dsv4.model.labels import MXFP4, MXFP8
 from dsv4.runtime.without_torchvision import hide
-from dsv4.stop import Stop
-from dsv4.streaming.products import product
+from dsv4.stop import UserError
+from dsv4.streaming.products import matmul
 
 Label = dict[str, Any]
 
@@ -77,7 +77,7 @@ class Jang:
 
         def logits(hidden: mx.array) -> mx.array:
             reduced = ends.model.norm(ends.model._hc_head_reduce(hidden))
-            return product(reduced.astype(mx.float32), weight)
+            return matmul(reduced.astype(mx.float32), weight)
 
         return logits
 
@@ -165,7 +165,7 @@ def fill(
         module.load_weights(list(named.items()), strict=True)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise Stop(where, said, "tensors that fit the labels in config.json, and one for each "
+        raise UserError(where, said, "tensors that fit the labels in config.json, and one for each "
                    "parameter", "make verify says what is wrong with it") from error  # fmt: skip
     for name in [name for name in named if ".switch_mlp." in name]:
         mx.eval(named.pop(name))

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from dsv4.storage.checkpoint import read_json
-from dsv4.storage.durable import replacing, write_json
+from dsv4.storage.durable import atomic_writer, write_json
 
 RECORD, LOGITS = "record.json", "logits.npy"
 FORM = {"layers": int, "dtype": str, "errors": [float], "reading": float, "computing": float}
@@ -48,12 +48,12 @@ def write_record(folder: Path, record: Record) -> None:
     write_json(folder / RECORD, asdict(record))
 
 
-def after(folder: Path, layers: int) -> Path:
+def states_path(folder: Path, layers: int) -> Path:
     """The file of the hidden states after so many layers."""
     return folder / f"after-{layers:03d}.npy"
 
 
-def sums_of(folder: Path, layer: int) -> Path:
+def sums_path(folder: Path, layer: int) -> Path:
     """A layer's sums: `w1`, `w2`, `w3` float32 (experts, columns), `tokens` uint32 (experts,)."""
     return folder / f"sums-{layer:03d}.safetensors"
 
@@ -72,7 +72,7 @@ def portions(tokens: int, most: int) -> list[slice]:
 
 def write_rows(path: Path, shape: tuple[int, ...], rows: Iterable[np.ndarray]) -> None:
     """A .npy file of float32 and this shape, written as its rows come, whole or not at all."""
-    with replacing(path) as file:
+    with atomic_writer(path) as file:
         header = {"descr": "<f4", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
         for some in rows:
@@ -84,7 +84,7 @@ def read_rows(path: Path) -> np.ndarray:
     return np.load(path, mmap_mode="r")
 
 
-def squares(found: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
+def squared_sums(found: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
     """The sum of squared differences, and that of the reference's squares, in float64."""
     wide = reference.astype(np.float64)
     return float(np.square(found - wide).sum()), float(np.square(wide).sum())

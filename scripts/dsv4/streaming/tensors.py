@@ -15,26 +15,26 @@ import mlx.core as mx
 
 from dsv4.model.labels import MXFP4
 from dsv4.model.names import BLOCK, GROUP
-from dsv4.model.plan import Form, Unit, units_of
-from dsv4.stop import Stop
+from dsv4.model.plan import StorageFormat, ConversionUnit, conversion_units
+from dsv4.stop import UserError
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.shard import Tensor
 
-LOSSLESS = Form(MXFP4, as_source=True)
+LOSSLESS = StorageFormat(MXFP4, as_source=True)
 HALVES = (mx.float16, mx.bfloat16)
 Arrays = dict[str, mx.array]
 
 
-def of_layer(checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:
+def layer_tensors(checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:
     """The tensors of one main layer. Raises Stop when there are none."""
     found = {n: t for n, t in checkpoint.tensors.items() if n.startswith(f"layers.{layer}.")}
     if not found:
-        raise Stop(f"{checkpoint.folder}", f"no tensor layers.{layer}.*", "the names of jang's "
+        raise UserError(f"{checkpoint.folder}", f"no tensor layers.{layer}.*", "the names of jang's "
                    "bundles and of the source", "convert it with this recipe")  # fmt: skip
     return found
 
 
-def of_ends(checkpoint: Checkpoint) -> dict[str, Tensor]:
+def end_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The tensors around the layers: embedding, last norm, head. MTP takes no part in this."""
     blocks = ("layers.", "mtp.")
     return {n: t for n, t in checkpoint.tensors.items() if not n.startswith(blocks)}
@@ -50,14 +50,14 @@ def load(tensors: Mapping[str, Tensor]) -> Arrays:
         try:
             shards[path] = mx.load(str(path))
         except RuntimeError as error:
-            raise Stop(f"{path}", f"{error}", "a file that MLX reads", "use STACK=new") from error
+            raise UserError(f"{path}", f"{error}", "a file that MLX reads", "use STACK=new") from error
     return {name: shards[tensor.path][name] for name, tensor in tensors.items()}
 
 
 def from_bundle(tensors: Mapping[str, Tensor], wide: bool) -> Arrays:
     """A bundle's, as it has them; wide: what is F16 or BF16 as float32."""
     arrays = load(tensors)
-    return {name: widened(array) for name, array in arrays.items()} if wide else arrays
+    return {name: widen(array) for name, array in arrays.items()} if wide else arrays
 
 
 def from_source(tensors: Mapping[str, Tensor]) -> Arrays:
@@ -66,17 +66,17 @@ def from_source(tensors: Mapping[str, Tensor]) -> Arrays:
     Raises Stop as `units_of` does, for a name, dtype or shape that has no treatment.
     """
     arrays, out = load(tensors), {}
-    for unit in units_of(tensors, LOSSLESS):
+    for unit in conversion_units(tensors, LOSSLESS):
         weight = arrays[unit.weight.name]
         if unit.scale is None:
-            out[unit.weight.name] = widened(weight)
+            out[unit.weight.name] = widen(weight)
         else:
             out[unit.weight.name] = weight.view(mx.uint32)
             out[f"{unit.base}.scales"] = group_scales(unit, arrays[unit.scale.name])
     return out
 
 
-def group_scales(unit: Unit, scales: mx.array) -> mx.array:
+def group_scales(unit: ConversionUnit, scales: mx.array) -> mx.array:
     """One byte for each row and 32 columns: FP4 has that; FP8's is for a block of 128 × 128."""
     if unit.treatment == "expert":
         return scales
@@ -85,6 +85,6 @@ def group_scales(unit: Unit, scales: mx.array) -> mx.array:
     return mx.repeat(by_group, BLOCK, axis=0)[:rows]
 
 
-def widened(array: mx.array) -> mx.array:
+def widen(array: mx.array) -> mx.array:
     """F16 and BF16 as float32, which holds them exactly; everything else as it is."""
     return array.astype(mx.float32) if array.dtype in HALVES else array

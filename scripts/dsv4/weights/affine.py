@@ -19,7 +19,7 @@ import numba
 import numpy as np
 
 from dsv4.model.names import GROUP
-from dsv4.stop import Stop
+from dsv4.stop import UserError
 from dsv4.weights.fp4 import E2M1, UE8M0
 
 BITS = 4
@@ -53,14 +53,14 @@ class Table:
 
 
 @dataclass
-class Tally:
+class ErrorStats:
     """Sums over groups: the weights' squares, the errors' squares; groups that underflowed."""
 
     energy: float = 0.0
     error: float = 0.0
     underflows: int = 0
 
-    def add(self, other: Tally) -> None:
+    def add(self, other: ErrorStats) -> None:
         """Add another tally's sums to this one."""
         self.energy += other.energy
         self.error += other.error
@@ -106,7 +106,7 @@ def build_table() -> Table:
         expected = np.take_along_axis(by_code, _every_exponent(other), axis=1)
         same = np.array_equal(again[2], expected)
         if not (same and _same_bits(again[0], scales) and _same_bits(again[1], biases)):
-            raise Stop(
+            raise UserError(
                 "mx.quantize",
                 "answers that depend on more than a group's least and greatest value",
                 "the formula of MLX 0.31 and 0.32",
@@ -250,7 +250,7 @@ def quantize(
     weight: np.ndarray,
     scales: np.ndarray,
     biases: np.ndarray,
-) -> Tally:
+) -> ErrorStats:
     """Quantize n whole groups; the arrays are contiguous, the last three are written.
 
     packed, weight: int64 (2n,), sixteen codes or levels each, the lowest nibble is the first
@@ -263,7 +263,7 @@ def quantize(
     )  # fmt: skip
     if bad >= 0:
         raise bad_exponent(bad, int(exponents[bad]))
-    return Tally(energy, error, underflows)
+    return ErrorStats(energy, error, underflows)
 
 
 # The kernel reads a group as two 64-bit words and turns them into four bit planes, one bit for each
@@ -280,7 +280,7 @@ def _plane(low: int, high: int, bit: int) -> int:
 
 
 @numba.njit(inline="always")
-def _top(members: int, fours: int, twos: int, ones: int) -> int:
+def _largest_magnitude(members: int, fours: int, twos: int, ones: int) -> int:
     """The greatest magnitude index, 0 … 7, among the codes marked in `members`."""
     left = members & fours
     top = 4 if left != 0 else 0
@@ -297,9 +297,9 @@ def _pair(low: int, high: int) -> int:
     minus, fours = _plane(low, high, 3), _plane(low, high, 2)
     twos, ones = _plane(low, high, 1), _plane(low, high, 0)
     plus = ~minus & _PLANE
-    greatest = 7 + _top(plus, fours, twos, ones) if plus != 0 else _top(minus, ~fours, ~twos, ~ones)
+    greatest = 7 + _largest_magnitude(plus, fours, twos, ones) if plus != 0 else _largest_magnitude(minus, ~fours, ~twos, ~ones)
     least = (
-        7 - _top(minus, fours, twos, ones) if minus != 0 else 14 - _top(plus, ~fours, ~twos, ~ones)
+        7 - _largest_magnitude(minus, fours, twos, ones) if minus != 0 else 14 - _largest_magnitude(plus, ~fours, ~twos, ~ones)
     )
     return least << 4 | greatest
 

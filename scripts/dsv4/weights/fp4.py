@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from dsv4.model.names import GROUP
-from dsv4.stop import Stop
+from dsv4.stop import UserError
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 # The two values of a byte, side by side as float32, so that one lookup finds both.
@@ -33,7 +33,7 @@ def check_scales(scales: np.ndarray, name: str) -> None:
     """Raise Stop when a UE8M0 byte is 255, which is NaN."""
     rows, groups = np.nonzero(scales.view(np.uint8) == 255)
     if len(rows):
-        raise Stop(
+        raise UserError(
             f"{name}",
             f"scale byte 255 (NaN) in row {rows[0]}, group {groups[0]}",
             "bytes from 0 to 254",

@@ -37,7 +37,7 @@ def decode(codes: np.ndarray, scales: np.ndarray, name: str) -> np.ndarray:
     return values
 
 
-def spread(scales: np.ndarray, rows: int, columns: int) -> np.ndarray:
+def expand_scales(scales: np.ndarray, rows: int, columns: int) -> np.ndarray:
     """Scales (⌈rows/128⌉, ⌈columns/128⌉) of blocks as mxfp8 has them: uint8 (rows, columns/32)."""
     by_group = scales.view(np.uint8).repeat(BLOCK // GROUP, axis=1)[:, : columns // GROUP]
     return np.ascontiguousarray(by_group.repeat(BLOCK, axis=0)[:rows])

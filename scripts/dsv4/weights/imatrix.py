@@ -28,12 +28,12 @@ import numpy as np
 
 from dsv4.model.names import parse_expert
 from dsv4.model.opening import expert_bases
-from dsv4.stop import Stop, naming
+from dsv4.stop import UserError, with_path
 from dsv4.storage.bounds import IMATRIX
 from dsv4.storage.checkpoint import Checkpoint
-from dsv4.storage.durable import replacing
+from dsv4.storage.durable import atomic_writer
 from dsv4.storage.volume import UNKNOWN
-from dsv4.words import plain, say
+from dsv4.words import escape_line, print_escaped
 
 GGUF_NAME = {"w1": "ffn_gate_exps", "w2": "ffn_down_exps", "w3": "ffn_up_exps"}
 MAX_NAME = 4096
@@ -86,7 +86,7 @@ class _Reader:
     def skip(self, nbytes: int, what: str) -> int:
         """Step over `nbytes`; returns where they began."""
         if nbytes > len(self.data) - self.at:
-            raise Stop(
+            raise UserError(
                 f"{self.path}: {what} at byte {self.at:,}",
                 f"{len(self.data) - self.at:,} bytes left",
                 f"{nbytes:,}",
@@ -99,19 +99,19 @@ class _Reader:
         """An int32. Raises Stop when it is below `least`."""
         (value,) = struct.unpack_from("<i", self.data, self.skip(4, what))
         if value < least:
-            raise Stop(f"{self.path}: {what}", f"{value}", f"{least} or more", REDO)
+            raise UserError(f"{self.path}: {what}", f"{value}", f"{least} or more", REDO)
         return value
 
     def name(self, what: str, least: int) -> str:
         """A length and as many bytes of UTF-8."""
         length = self.number(f"length of {what}", least)
         if length > MAX_NAME:
-            raise Stop(f"{self.path}: {what}", f"{length:,} bytes", f"at most {MAX_NAME}", REDO)
+            raise UserError(f"{self.path}: {what}", f"{length:,} bytes", f"at most {MAX_NAME}", REDO)
         start = self.skip(length, what)
         try:
             return bytes(self.data[start : start + length]).decode()
         except UnicodeDecodeError as error:
-            raise Stop(f"{self.path}: {what}", "no UTF-8", "a name", REDO) from error
+            raise UserError(f"{self.path}: {what}", "no UTF-8", "a name", REDO) from error
 
 
 def open_imatrix(path: Path) -> Imatrix:
@@ -121,12 +121,12 @@ def open_imatrix(path: Path) -> Imatrix:
     bytes after the end; and for llama.cpp's newer GGUF form.
     """
     if not path.is_file() or path.stat().st_size == 0:
-        raise Stop(f"{path}", "no such file, or an empty one", "an imatrix (.dat)", REDO)
+        raise UserError(f"{path}", "no such file, or an empty one", "an imatrix (.dat)", REDO)
     if path.stat().st_size > IMATRIX:
-        raise Stop(f"{path}", f"{path.stat().st_size:,} bytes", f"at most {IMATRIX:,}", REDO)
-    data = mapped(path)
+        raise UserError(f"{path}", f"{path.stat().st_size:,} bytes", f"at most {IMATRIX:,}", REDO)
+    data = map_file(path)
     if bytes(data[:4]) == b"GGUF":
-        raise Stop(
+        raise UserError(
             f"{path}", "a GGUF imatrix", "the .dat form",
             "write it again with llama-imatrix --output-format dat",
         )  # fmt: skip
@@ -137,15 +137,15 @@ def open_imatrix(path: Path) -> Imatrix:
         calls = reader.number(f"{name}: calls", 0)
         count = reader.number(f"{name}: values", 1)
         if name in entries:
-            raise Stop(f"{path}: {name}", "this entry twice", "each once", REDO)
+            raise UserError(f"{path}: {name}", "this entry twice", "each once", REDO)
         entries[name] = Entry(calls, reader.skip(4 * count, f"{name}: values"), count)
-    dataset = _trailer(reader)
+    dataset = _read_trailer(reader)
     return Imatrix(path, entries, hashlib.sha256(data).hexdigest(), dataset)
 
 
-def mapped(path: Path) -> np.ndarray:
+def map_file(path: Path) -> np.ndarray:
     """A file's bytes, uint8: mapped, or read where the file system maps nothing (some FUSE)."""
-    with naming(path):
+    with with_path(path):
         try:
             return np.memmap(path, np.uint8, mode="r")
         except OSError as error:
@@ -154,13 +154,13 @@ def mapped(path: Path) -> np.ndarray:
         return np.fromfile(path, np.uint8)
 
 
-def _trailer(reader: _Reader) -> str:
+def _read_trailer(reader: _Reader) -> str:
     if reader.at == len(reader.data):
         return ""
     reader.number("number of chunks", -(2**31))
     dataset = reader.name("name of the data set", 0) if reader.at < len(reader.data) else ""
     if reader.at != len(reader.data):
-        raise Stop(
+        raise UserError(
             f"{reader.path}", f"{len(reader.data):,} bytes", f"{reader.at:,} by its entries", REDO
         )
     return dataset
@@ -174,7 +174,7 @@ def write_imatrix(
     def name_bytes(name: str) -> bytes:
         return struct.pack("<i", len(name.encode())) + name.encode()
 
-    with replacing(path) as file:
+    with atomic_writer(path) as file:
         file.write(struct.pack("<i", count))
         for name, means in entries:
             file.write(name_bytes(name) + struct.pack("<ii", 1, means.size))
@@ -199,7 +199,7 @@ def importances(imatrix: Imatrix, source: Checkpoint) -> Importance:
     Raises Stop when the entry of a main layer is missing, or any has the wrong size.
     """
     layers, experts = source.config["num_hidden_layers"], source.config["n_routed_experts"]
-    values = mapped(imatrix.path)
+    values = map_file(imatrix.path)
     out = {}
     for base in expert_bases(source):
         _, half = source.tensors[f"{base}.weight"].shape
@@ -208,7 +208,7 @@ def importances(imatrix: Imatrix, source: Checkpoint) -> Importance:
         if entry is None and base.startswith("mtp."):
             continue
         if entry is None or entry.count != experts * columns:
-            raise Stop(
+            raise UserError(
                 f"{imatrix.path}: {name}",
                 "no such entry" if entry is None else f"{entry.count:,} values",
                 f"{experts} experts × {columns:,} columns",
@@ -220,7 +220,7 @@ def importances(imatrix: Imatrix, source: Checkpoint) -> Importance:
     return Importance(out, imatrix.digest)
 
 
-def usable(importance: np.ndarray, name: str) -> np.ndarray:
+def normalized(importance: np.ndarray, name: str) -> np.ndarray:
     """Importance as the quantizer wants it: float64, mean 1, none below FLOOR.
 
     An expert that the calibration never reached has only zeros: then all columns count the same.
@@ -228,12 +228,12 @@ def usable(importance: np.ndarray, name: str) -> np.ndarray:
     """
     values = importance.astype(np.float64)
     if not (np.isfinite(values).all() and (values >= 0).all()):
-        raise Stop(f"imatrix: {name}", "a negative, infinite or NaN value", "squares", REDO)
+        raise UserError(f"imatrix: {name}", "a negative, infinite or NaN value", "squares", REDO)
     mean = math.fsum(values) / len(values)
     return np.maximum(values / mean, FLOOR) if mean > 0 else np.ones(len(values))
 
 
-def told(path: Path | None, source: Checkpoint) -> Importance:
+def load_imatrix(path: Path | None, source: Checkpoint) -> Importance:
     """The importance by an imatrix, all columns alike without one; says how far it reaches.
 
     Raises Stop when it is another model's.
@@ -242,11 +242,11 @@ def told(path: Path | None, source: Checkpoint) -> Importance:
         return EVEN
     imatrix = open_imatrix(path)
     found = importances(imatrix, source)
-    say(coverage(found.columns, imatrix, source))
+    print_escaped(describe_coverage(found.columns, imatrix, source))
     return found
 
 
-def coverage(found: dict[str, np.ndarray], imatrix: Imatrix, source: Checkpoint) -> str:
+def describe_coverage(found: dict[str, np.ndarray], imatrix: Imatrix, source: Checkpoint) -> str:
     """One line for --dry-run: how many experts have importances, how many were never reached."""
     bases = expert_bases(source)
     even = sum(bool((found[base] == found[base][0]).all()) for base in found)
@@ -260,4 +260,4 @@ def coverage(found: dict[str, np.ndarray], imatrix: Imatrix, source: Checkpoint)
         line += f"; {even:,} of them were never reached: all columns alike"
     if unused:
         line += f"; {unused:,} entries are for other tensors"
-    return f"{line}; data set {plain(imatrix.dataset or 'unknown')}"
+    return f"{line}; data set {escape_line(imatrix.dataset or 'unknown')}"

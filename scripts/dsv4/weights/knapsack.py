@@ -18,7 +18,7 @@ UNITS = 50_000
 Option = tuple[int, float]  # size in bytes, cost
 
 
-def least(items: list[list[Option]]) -> int:
+def min_size(items: list[list[Option]]) -> int:
     """The smallest size that one option of each item can have."""
     return sum(min(size for size, _ in options) for options in items)
 

@@ -23,7 +23,7 @@ import numba
 import numpy as np
 
 from dsv4.model.names import GROUP
-from dsv4.weights.affine import Tally, bad_exponent
+from dsv4.weights.affine import ErrorStats, bad_exponent
 from dsv4.weights.fp4 import UE8M0
 
 VERSION = "1"  # of the bytes that it gives
@@ -66,7 +66,7 @@ def search(bits: int, size: int) -> Search:
 class Errors:
     """Of some rows: the plain tally, and energy and error with each column's importance."""
 
-    tally: Tally
+    tally: ErrorStats
     energy: float
     error: float
 
@@ -106,7 +106,7 @@ def quantize(
         raise bad_exponent(group, int(tops[bad[0]]))
     sums = _write(*rows, UE8M0, size, bits, stored, weight)
     lost = int(np.count_nonzero((stored[0] == 0) & (found[0] != 0)))
-    return Errors(Tally(sums[0], sums[1], lost), sums[2], sums[3])
+    return Errors(ErrorStats(sums[0], sums[1], lost), sums[2], sums[3])
 
 
 def _half(values: np.ndarray, tops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

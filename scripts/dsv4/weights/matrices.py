@@ -17,10 +17,10 @@ import numpy as np
 
 from dsv4.model.labels import DEFAULT, parts_of
 from dsv4.model.names import BLOCK, GROUP
-from dsv4.stop import Stop
+from dsv4.stop import UserError
 from dsv4.storage.reading import as_float32
-from dsv4.storage.rewrite import Desk, Target
-from dsv4.storage.shard import ITEMSIZE, Slot, Tensor
+from dsv4.storage.rewrite import WorkerBuffers, ShardWriter
+from dsv4.storage.shard import ITEMSIZE, TensorSpec, Tensor
 from dsv4.weights import fp8
 from dsv4.weights.source import read_bytes
 
@@ -76,7 +76,7 @@ class MatrixPiece:
     def _row_bytes(self) -> dict[str, int]:
         out, columns = self.weight.shape
         parts = parts_of(DEFAULT, out, columns)
-        return {part: Slot("", *of).nbytes // out for part, of in parts.items()}
+        return {part: TensorSpec("", *of).nbytes // out for part, of in parts.items()}
 
     @property
     def nbytes(self) -> int:
@@ -88,7 +88,7 @@ class MatrixPiece:
         """The bytes of the weight that it reads."""
         return self.weight.nbytes // self.weight.shape[0] * (self.last - self.first)
 
-    def decode(self, desk: Desk) -> np.ndarray:
+    def decode(self, desk: WorkerBuffers) -> np.ndarray:
         """The rows as float32 (rows, columns). Raises Stop for a NaN or an infinity."""
         rows, columns = self.last - self.first, self.weight.shape[1]
         stride = columns * ITEMSIZE[self.weight.dtype]
@@ -100,14 +100,14 @@ class MatrixPiece:
         self._check_finite(values.min(), values.max(), "a NaN or an infinity in the source")
         return values
 
-    def _scales(self, desk: Desk) -> np.ndarray:
+    def _scales(self, desk: WorkerBuffers) -> np.ndarray:
         """The scale bytes of these rows' blocks, uint8 (⌈rows/128⌉, ⌈columns/128⌉)."""
         first, last = self.first // BLOCK, -(-self.last // BLOCK)
         blocks = self.scale.shape[1]
         data = read_bytes(desk, self.scale, first * blocks, (last - first) * blocks, "exponents")
         return data.reshape(last - first, blocks)
 
-    def write(self, target: Target, desk: Desk) -> None:
+    def write(self, target: ShardWriter, desk: WorkerBuffers) -> None:
         """Decode, quantize, and put the three parts to their places."""
         parts = quantize(self.decode(desk))
         with np.errstate(over="ignore"):
@@ -118,7 +118,7 @@ class MatrixPiece:
 
     def _check_finite(self, one: np.floating, other: np.floating, found: str) -> None:
         if not (np.isfinite(one) and np.isfinite(other)):
-            raise Stop(
+            raise UserError(
                 f"{self.weight.path}: {self.weight.name}",
                 f"{found} in rows {self.first} to {self.last - 1}",
                 "finite values",
@@ -139,7 +139,7 @@ def matrix_pieces(
 
 
 @dataclass(frozen=True)
-class HalfPiece:
+class F16Piece:
     """`count` elements of a tensor from element `first`, rounded to F16 (ties to even).
 
     exact: nothing may be lost.
@@ -161,7 +161,7 @@ class HalfPiece:
         """The bytes that it reads."""
         return ITEMSIZE[self.tensor.dtype] * self.count
 
-    def write(self, target: Target, desk: Desk) -> None:
+    def write(self, target: ShardWriter, desk: WorkerBuffers) -> None:
         """Read, round, write. Raises Stop for a value that F16 cannot hold."""
         begin = ITEMSIZE[self.tensor.dtype] * self.first
         data = read_bytes(desk, self.tensor, begin, self.nbytes_read, "codes")
@@ -169,22 +169,22 @@ class HalfPiece:
             given = as_float32(data, self.tensor.dtype)
             values = given.astype(np.float16)
         if not np.isfinite(values).all():
-            raise Stop(
+            raise UserError(
                 f"{self.tensor.path}: {self.tensor.name}", "a value that F16 cannot hold",
                 "values up to 65,504", "fetch the source again",
             )  # fmt: skip
         if self.exact and not np.array_equal(values, given):
-            raise Stop(
+            raise UserError(
                 f"{self.tensor.path}: {self.tensor.name}", "values that are no F16 numbers",
                 "those that were there when the run was planned", "check the disk, begin again",
             )  # fmt: skip
         target.write(self.place + 2 * self.first, values)
 
 
-def half_pieces(tensor: Tensor, place: int, exact: bool = False) -> list[HalfPiece]:
+def f16_pieces(tensor: Tensor, place: int, exact: bool = False) -> list[F16Piece]:
     """Cut a tensor of any size into pieces of PIECE_ELEMENTS."""
     elements = tensor.nbytes // ITEMSIZE[tensor.dtype]
     return [
-        HalfPiece(tensor, first, min(PIECE_ELEMENTS, elements - first), place, exact)
+        F16Piece(tensor, first, min(PIECE_ELEMENTS, elements - first), place, exact)
         for first in range(0, elements, PIECE_ELEMENTS)
     ]

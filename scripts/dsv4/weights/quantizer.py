@@ -17,13 +17,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from dsv4.model import labels
-from dsv4.model.plan import Form
-from dsv4.settings import Unfit, add_setting
-from dsv4.stop import Stop
+from dsv4.model.plan import StorageFormat
+from dsv4.settings import InvalidValue, add_setting
+from dsv4.stop import UserError
 from dsv4.weights import affine, least_squares, turboquant
-from dsv4.weights.affine import Tally
+from dsv4.weights.affine import ErrorStats
 from dsv4.weights.imatrix import EVEN, Importance
-from dsv4.weights.mixture import name_of
+from dsv4.weights.mixture import label_name
 
 
 class Quantizer(Protocol):
@@ -35,7 +35,7 @@ class Quantizer(Protocol):
     name: str
     digest: str
     label: dict[str, Any]
-    form: Form
+    form: StorageFormat
     importance: Mapping[str, np.ndarray]  # by an expert's storage name, as in an imatrix
     beyond: Mapping[str, int]  # see `knowing`
 
@@ -45,7 +45,7 @@ class Quantizer(Protocol):
         exponents: np.ndarray,
         parts: Mapping[str, np.ndarray],
         importance: np.ndarray | None = None,
-    ) -> Tally:
+    ) -> ErrorStats:
         """Quantize some rows into `parts`; every one of these arrays is uint8 and flat.
 
         importance: float64 (columns,), positive: how much an error in each input column counts;
@@ -73,7 +73,7 @@ class MlxAffine(Uniform):
 
     name = "mlx"
     label = labels.EXPERT
-    form = Form(label)
+    form = StorageFormat(label)
 
     def __init__(self) -> None:
         self._table = affine.build_table()
@@ -85,7 +85,7 @@ class MlxAffine(Uniform):
         exponents: np.ndarray,
         parts: Mapping[str, np.ndarray],
         importance: np.ndarray | None = None,
-    ) -> Tally:
+    ) -> ErrorStats:
         return affine.quantize(
             self._table,
             packed.view(np.int64),
@@ -101,7 +101,7 @@ class Mxfp4(Uniform):
 
     name = "mxfp4"
     label = labels.MXFP4
-    form = Form(label)
+    form = StorageFormat(label)
     digest = "1"
 
     def encode(
@@ -110,18 +110,18 @@ class Mxfp4(Uniform):
         exponents: np.ndarray,
         parts: Mapping[str, np.ndarray],
         importance: np.ndarray | None = None,
-    ) -> Tally:
+    ) -> ErrorStats:
         if (bad := np.flatnonzero(exponents == 255)).size:
             raise affine.bad_exponent(int(bad[0]), 255)
         parts["weight"][:], parts["scales"][:] = packed, exponents
-        return Tally()  # of no error: the sum of squares would be read by nobody
+        return ErrorStats()  # of no error: the sum of squares would be read by nobody
 
 
 class Lossless(Mxfp4):
     """All of the source's own numbers: beside the experts FP8 as mxfp8, BF16 as F16 or BF16."""
 
     name = "lossless"
-    form = Form(labels.MXFP4, as_source=True)
+    form = StorageFormat(labels.MXFP4, as_source=True)
 
 
 class TurboQuant2(Uniform):
@@ -129,7 +129,7 @@ class TurboQuant2(Uniform):
 
     name = "turboquant2"
     label = labels.TURBO2
-    form = Form(label)
+    form = StorageFormat(label)
     digest = "1"
 
     def encode(
@@ -138,7 +138,7 @@ class TurboQuant2(Uniform):
         exponents: np.ndarray,
         parts: Mapping[str, np.ndarray],
         importance: np.ndarray | None = None,
-    ) -> Tally:
+    ) -> ErrorStats:
         return turboquant.quantize(
             packed, exponents, parts["tq_packed"].view(np.uint32),
             parts["tq_norms"].view(np.float16),
@@ -149,8 +149,8 @@ class LeastSquares(Uniform):
     """Affine of any width with the least squared error; weighed by column where an imatrix is."""
 
     def __init__(self, bits: int, size: int, importance: Importance = EVEN) -> None:
-        self.name, self.label = f"affine{bits}g{size}", labels.affine(bits, size)
-        self.form, self.importance = Form(self.label), importance.columns
+        self.name, self.label = f"affine{bits}g{size}", labels.affine_label(bits, size)
+        self.form, self.importance = StorageFormat(self.label), importance.columns
         self.digest = least_squares.VERSION + importance.suffix
         self._bits, self._size = bits, size
 
@@ -160,7 +160,7 @@ class LeastSquares(Uniform):
         exponents: np.ndarray,
         parts: Mapping[str, np.ndarray],
         importance: np.ndarray | None = None,
-    ) -> Tally:
+    ) -> ErrorStats:
         scales, biases = (parts[part].view(np.uint16) for part in ("scales", "biases"))
         made = (parts["weight"], scales, biases)
         return least_squares.quantize(
@@ -178,10 +178,10 @@ class Mixture:
     ) -> None:
         """stacks: a label by stack ("layers.3.down_proj") or by projection."""
         self.name, self.importance = name, importance.columns
-        self.label = labels.usual(stacks)
-        self.form = Form(self.label, name in labels.OWN, mixture=stacks)
+        self.label = labels.most_common_label(stacks)
+        self.form = StorageFormat(self.label, name in labels.OWN, mixture=stacks)
         self._parts = {str(label): _by_label(label, importance) for label in stacks.values()}
-        said = [f"{stack} {name_of(label)}\n" for stack, label in sorted(stacks.items())]
+        said = [f"{stack} {label_name(label)}\n" for stack, label in sorted(stacks.items())]
         plan = hashlib.sha256("".join(said).encode()).hexdigest()[:16]
         self.digest = f"{least_squares.VERSION}-{plan}{importance.suffix}"
 
@@ -198,8 +198,8 @@ def _by_label(label: dict[str, Any], importance: Importance) -> Quantizer:
 
 # By projection, the shape for which vMLX 1.6.81 has kernels that do an expert at one go on Metal:
 # gate of 2 or 3 bits (affine_moe_decode).
-SMALL = {"gate_proj": labels.affine(2, 64), "up_proj": labels.affine(2, 64),
-         "down_proj": labels.affine(2, 32)}  # fmt: skip
+SMALL = {"gate_proj": labels.affine_label(2, 64), "up_proj": labels.affine_label(2, 64),
+         "down_proj": labels.affine_label(2, 32)}  # fmt: skip
 QUANTIZERS: dict[str, Callable[[], Quantizer]] = {
     "mlx": MlxAffine,
     "mxfp4": Mxfp4,
@@ -213,13 +213,13 @@ NAMES = (
 )
 
 
-def is_known(name: str | None) -> bool:
+def is_quantizer(name: str | None) -> bool:
     """Is there a quantizer of that name?"""
     affine = _AFFINE.fullmatch(name or "") is not None
     return name in QUANTIZERS or name in labels.MIXTURES or affine
 
 
-def named(
+def get_quantizer(
     name: str,
     importance: Importance = EVEN,
     stacks: Mapping[str, dict[str, Any]] | None = None,
@@ -233,7 +233,7 @@ def named(
     return LeastSquares(int(bits), int(size), importance)
 
 
-def knowing(quantizer: Quantizer, beyond: Mapping[str, int]) -> Quantizer:
+def with_bf16_overflow(quantizer: Quantizer, beyond: Mapping[str, int]) -> Quantizer:
     """One that keeps the source's numbers, with what their values tell.
 
     beyond: BF16 tensor → how many of its values are no F16 numbers; it stays BF16. Without it sizes
@@ -245,19 +245,19 @@ def knowing(quantizer: Quantizer, beyond: Mapping[str, int]) -> Quantizer:
     return made
 
 
-def weighs(name: str) -> bool:
+def uses_imatrix(name: str) -> bool:
     """Does that quantizer weigh errors by an importance?"""
     return name not in QUANTIZERS
 
 
 def parse_name(text: str) -> str:
     """The name of a quantizer. Raises Unfit for another word."""
-    if not is_known(text):
-        raise Unfit(text, f"one of {NAMES}")
+    if not is_quantizer(text):
+        raise InvalidValue(text, f"one of {NAMES}")
     return text
 
 
-def add_choice(parser: argparse.ArgumentParser) -> None:
+def add_quantizer_options(parser: argparse.ArgumentParser) -> None:
     """The options by which a command is told its quantizer."""
     said = "default: the bundle's own; for a new one mlx, with a plan mixture"
     add_setting(parser, "QUANTIZER", type=parse_name, metavar="NAME", help=f"{NAMES}; {said}")
@@ -265,15 +265,15 @@ def add_choice(parser: argparse.ArgumentParser) -> None:
     add_setting(parser, "PLAN", help="what plan.py wrote, for --quantizer mixture")
 
 
-def check_choice(args: argparse.Namespace, planned: bool = False) -> None:
+def check_quantizer_options(args: argparse.Namespace, planned: bool = False) -> None:
     """Raise Stop when the options do not go together. planned: the bundle was made by a plan."""
     name = args.quantizer
-    if args.imatrix and not weighs(name):
-        raise Stop("IMATRIX", f"QUANTIZER={name}", "affineBgG, small or mixture: no other "
+    if args.imatrix and not uses_imatrix(name):
+        raise UserError("IMATRIX", f"QUANTIZER={name}", "affineBgG, small or mixture: no other "
                    "one weighs errors", "leave IMATRIX out, or choose one")  # fmt: skip
     if args.plan and name not in labels.PLANNED:
-        raise Stop("PLAN", f"QUANTIZER={name}", " or ".join(labels.PLANNED),
+        raise UserError("PLAN", f"QUANTIZER={name}", " or ".join(labels.PLANNED),
                    "leave PLAN, FIT and SIZE out")  # fmt: skip
     if name in labels.PLANNED and not args.plan and not planned:
-        raise Stop(f"QUANTIZER={name}", "no PLAN", "a file that make plan wrote",
+        raise UserError(f"QUANTIZER={name}", "no PLAN", "a file that make plan wrote",
                    "make plan FIT=… or SIZE=…, or PLAN=FILE")  # fmt: skip

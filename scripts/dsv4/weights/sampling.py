@@ -15,13 +15,13 @@ import numpy as np
 from dsv4.model.labels import MXFP4
 from dsv4.model.names import GROUP, stack_of
 from dsv4.model.opening import expert_bases
-from dsv4.stop import Stop
+from dsv4.stop import UserError
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.shard import Tensor
 from dsv4.weights import least_squares
 from dsv4.weights.affine import BadGroup
-from dsv4.weights.imatrix import Importance, usable
-from dsv4.weights.mixture import label_named
+from dsv4.weights.imatrix import Importance, normalized
+from dsv4.weights.mixture import label_by_name
 
 EXPERTS = 4
 WEIGHTS = 1 << 20
@@ -35,7 +35,7 @@ Read = Callable[[Tensor, int, int], np.ndarray]  # (tensor, first byte, bytes) â
 Run = tuple[str, np.ndarray, np.ndarray, np.ndarray | None]
 
 
-def sampled(source: Checkpoint) -> dict[str, list[str]]:
+def sampled_tensors(source: Checkpoint) -> dict[str, list[str]]:
     """Stack â†’ the storage names of those of its matrices that are looked at."""
     stacks: dict[str, list[str]] = {}
     for base in expert_bases(source):
@@ -43,7 +43,7 @@ def sampled(source: Checkpoint) -> dict[str, list[str]]:
     return {s: bases[:: max(1, len(bases) // EXPERTS)][:EXPERTS] for s, bases in stacks.items()}
 
 
-def errors(
+def sample_errors(
     source: Checkpoint,
     read: Read,
     importance: Importance,
@@ -58,21 +58,21 @@ def errors(
 
     def measure(item: tuple[str, list[str]]) -> tuple[str, dict[str, float]]:
         stack, bases = item
-        runs = [run_of(source, read, base, i, importance) for i, base in enumerate(bases)]
+        runs = [read_sample(source, read, base, i, importance) for i, base in enumerate(bases)]
         progress(1)
-        return stack, {form: _relative(runs, form) for form in forms_of(source, bases[0])}
+        return stack, {form: _relative(runs, form) for form in possible_formats(source, bases[0])}
 
     with ThreadPoolExecutor(jobs) as pool:
-        return dict(pool.map(measure, sampled(source).items()))
+        return dict(pool.map(measure, sampled_tensors(source).items()))
 
 
-def forms_of(source: Checkpoint, base: str) -> list[str]:
+def possible_formats(source: Checkpoint, base: str) -> list[str]:
     """The forms that a matrix can have: its columns are whole groups."""
     columns = 2 * source.tensors[f"{base}.weight"].shape[1]
-    return [form for form in CHOICES if columns % label_named(form)["group_size"] == 0]
+    return [form for form in CHOICES if columns % label_by_name(form)["group_size"] == 0]
 
 
-def run_of(source: Checkpoint, read: Read, base: str, which: int, importance: Importance) -> Run:
+def read_sample(source: Checkpoint, read: Read, base: str, which: int, importance: Importance) -> Run:
     """(storage name, codes, exponents, importance) of some rows, the arrays flat uint8."""
     weight, scale = source.tensors[f"{base}.weight"], source.tensors[f"{base}.scale"]
     out, half = weight.shape
@@ -82,11 +82,11 @@ def run_of(source: Checkpoint, read: Read, base: str, which: int, importance: Im
     groups = 2 * half // GROUP
     exponents = read(scale, first * groups, rows * groups)
     columns = importance.columns.get(base)
-    return base, codes, exponents, None if columns is None else usable(columns, base)
+    return base, codes, exponents, None if columns is None else normalized(columns, base)
 
 
 def _relative(runs: list[Run], form: str) -> float:
-    label, energy, error = label_named(form), 0.0, 0.0
+    label, energy, error = label_by_name(form), 0.0, 0.0
     if label == MXFP4:
         return 0.0
     for base, codes, exponents, importance in runs:
@@ -100,7 +100,7 @@ def _relative(runs: list[Run], form: str) -> float:
                 codes, exponents, importance, (label["bits"], label["group_size"]), parts
             )
         except BadGroup as bad:
-            raise Stop(base, bad.found, bad.expected, "fetch the source again") from bad
+            raise UserError(base, bad.found, bad.expected, "fetch the source again") from bad
         energy += found.energy
         error += found.error
     return error / energy if energy else 0.0

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from dsv4.model.names import most_zeros
-from dsv4.stop import Stop
-from dsv4.storage.rewrite import BLOCK_BYTES, COPY_BYTES, Desk, Target
+from dsv4.stop import UserError
+from dsv4.storage.rewrite import BLOCK_BYTES, COPY_BYTES, WorkerBuffers, ShardWriter
 from dsv4.storage.shard import Tensor
 from dsv4.storage.zeros import first_run
 
 
-def read_bytes(desk: Desk, tensor: Tensor, first: int, nbytes: int, use: str) -> np.ndarray:
+def read_bytes(desk: WorkerBuffers, tensor: Tensor, first: int, nbytes: int, use: str) -> np.ndarray:
     """`nbytes` bytes of a tensor from its byte `first`, uint8, in the desk's buffer for `use`.
 
     Raises Stop when the file ends before, and for a hole.
@@ -25,8 +25,8 @@ def read_bytes(desk: Desk, tensor: Tensor, first: int, nbytes: int, use: str) ->
     return data
 
 
-def blocks(
-    desk: Desk, tensor: Tensor, first: int, nbytes: int, row: int = 1
+def read_blocks(
+    desk: WorkerBuffers, tensor: Tensor, first: int, nbytes: int, row: int = 1
 ) -> Iterator[tuple[int, np.ndarray]]:
     """The same bytes as (first byte, data), whole rows of `row` bytes, about BLOCK_BYTES at a time.
 
@@ -51,7 +51,7 @@ def check_hole(tensor: Tensor, offset: int, data: np.ndarray, before: int = 0) -
         return 0
     begin, end = first_run(data, least, before)
     if end - begin == least:
-        raise Stop(
+        raise UserError(
             f"{tensor.path}: {tensor.name}",
             f"{least:,} zero bytes or more from byte {offset + begin:,} on",
             "numbers there: a download left a hole", "fetch this file again",
@@ -60,7 +60,7 @@ def check_hole(tensor: Tensor, offset: int, data: np.ndarray, before: int = 0) -
 
 
 @dataclass(frozen=True)
-class SamePiece:
+class CopyTensorPiece:
     """`nbytes` bytes of a tensor from its byte `first`, as they are."""
 
     tensor: Tensor
@@ -74,19 +74,19 @@ class SamePiece:
         """The bytes that it reads."""
         return self.nbytes
 
-    def write(self, target: Target, desk: Desk) -> None:
+    def write(self, target: ShardWriter, desk: WorkerBuffers) -> None:
         """Copy them. Raises Stop for a hole."""
-        for at, data in blocks(desk, self.tensor, self.first, self.nbytes):
+        for at, data in read_blocks(desk, self.tensor, self.first, self.nbytes):
             if self.check:
                 self.check(at, data)
             target.write(self.place + at, data)
 
 
-def same_pieces(
+def copy_tensor_pieces(
     tensor: Tensor, place: int, check: Callable[[int, np.ndarray], None] | None = None
-) -> list[SamePiece]:
+) -> list[CopyTensorPiece]:
     """Cut a tensor of any size into pieces of at most COPY_BYTES."""
     return [
-        SamePiece(tensor, first, min(COPY_BYTES, tensor.nbytes - first), place, check)
+        CopyTensorPiece(tensor, first, min(COPY_BYTES, tensor.nbytes - first), place, check)
         for first in range(0, tensor.nbytes, COPY_BYTES)
     ]

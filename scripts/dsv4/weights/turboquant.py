@@ -19,7 +19,7 @@ import numba
 import numpy as np
 
 from dsv4.model.names import GROUP
-from dsv4.weights.affine import BadGroup, Tally, bad_exponent
+from dsv4.weights.affine import BadGroup, ErrorStats, bad_exponent
 from dsv4.weights.fp4 import E2M1, UE8M0
 
 BITS, EACH = 2, 16  # of a code; codes in a word of 32 bits
@@ -78,7 +78,7 @@ def _centroid(grid: np.ndarray, density: np.ndarray, level: float) -> float:
 
 def quantize(
     packed: np.ndarray, exponents: np.ndarray, words: np.ndarray, norms: np.ndarray
-) -> Tally:
+) -> ErrorStats:
     """Write whole rows as codes and norms; the arrays are contiguous, the last two are written.
 
     packed: uint8 (n · d / 2,), FP4 codes as the source has them; exponents: uint8 (n · d / 32,);
@@ -105,7 +105,7 @@ def quantize(
     lost = (norms == 0) & (lengths > 0)
     energies = np.square(lengths, dtype=np.float64)
     error = float(np.where(lost, energies, energies * misses).sum())
-    return Tally(float(energies.sum()), error, int(lost.sum()))
+    return ErrorStats(float(energies.sum()), error, int(lost.sum()))
 
 
 @functools.cache
