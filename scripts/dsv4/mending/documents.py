@@ -187,7 +187,7 @@ def tokenizer_config(repair: Repair, found: Findings) -> dict[str, Any]:
 
 
 def jang_config(repair: Repair, found: Findings) -> dict[str, Any]:
-    """jang_config.json; what it says of its source stays, and of its groups unless that is wrong."""
+    """jang_config.json; what it says of its source stays, and a group size that is right."""
     path = repair.bundle / "jang_config.json"
     own = read_json(path) if path.is_file() else {}
     kept = {key: own[key] for key in ("source_model", "source") if key in own}
