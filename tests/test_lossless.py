@@ -29,6 +29,7 @@ from dsv4.weights import affine
 from dsv4.weights.quantizer import QUANTIZERS, Lossless, with_bf16_overflow
 
 LOSSLESS = ("--quantizer", "lossless")
+MLX = ("--quantizer", "mlx")
 FP8 = "layers.1.attn.wq_b"
 PATHS = (
     FP8,
@@ -282,7 +283,7 @@ def test_requantize_leads_to_it_and_back_to_the_same_bytes(source, lossless, tmp
     must("requantize", "--source", source, "--bundle", bundle, *LOSSLESS)
     for path in (path for path in lossless.iterdir() if path.is_file()):
         assert (bundle / path.name).read_bytes() == path.read_bytes(), path.name
-    must("requantize", "--source", source, "--bundle", bundle)
+    must("requantize", "--source", source, "--bundle", bundle, *MLX)
     assert {p.name: p.read_bytes() for p in bundle.iterdir() if p.is_file()} == before
 
 
@@ -298,12 +299,12 @@ def test_a_change_that_was_interrupted_goes_on_both_ways(source, lossless, tmp_p
     must("convert", *both, "--shard-bytes", "9e5")
     assert len(open_bundle(bundle).shards) > 4
     before = load(bundle)
-    for n, (options, wanted) in enumerate(((LOSSLESS, load(lossless)), ((), before))):
+    for n, (options, wanted) in enumerate(((LOSSLESS, load(lossless)), (MLX, before))):
         must("requantize", *both, *options, "--part", f"{n + 1}/2")
         must("requantize", *both, *options)
         assert same_arrays(load(bundle), wanted)
     must("requantize", *both, *LOSSLESS, "--part", "1/2")
-    must("requantize", *both)  # a change of mind
+    must("requantize", *both, *MLX)  # a change of mind
     assert same_arrays(load(bundle), before)
     assert not (bundle / RECORD).exists()
 

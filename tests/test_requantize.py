@@ -491,7 +491,8 @@ def test_a_scale_that_cannot_be_stops_the_run_and_names_the_tensor(
 
 
 def test_a_somebody_elses_affine_bundle_is_redone_from_the_source(tmp_path: Path) -> None:
-    """Experts that are affine already (other bytes, no metadata) come out as the reference."""
+    """Experts that are affine already (other bytes, no metadata) come out as the reference,
+    if a quantizer is named: they may be right as they are."""
     source, bundle, expected = small.make(tmp_path, small.Sizes(), seed=17)
     for path in sorted(bundle.glob("*.safetensors")):
         arrays = {}
@@ -502,7 +503,9 @@ def test_a_somebody_elses_affine_bundle_is_redone_from_the_source(tmp_path: Path
             else:
                 arrays[name] = (tensor.dtype, array)
         save_shard(path, arrays)
-    assert requantize(source, bundle).returncode == 0
+    refused = requantize(source, bundle)
+    assert (refused.returncode, "found another maker's bundle" in refused.stderr) == (1, True)
+    assert requantize(source, bundle, "--quantizer", "mlx").returncode == 0
     assert_holds(bundle, expected)
 
 

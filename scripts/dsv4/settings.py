@@ -150,7 +150,8 @@ def add_setting(parser: argparse.ArgumentParser, name: str, *, option: str = "",
                 if_there: bool = False, **how: Any) -> None:  # fmt: skip
     """Add the option of one of make's settings; `how` is as for add_argument, type that of TYPES.
 
-    if_there: a path from make is left out, with a note, when nothing lies there.
+    if_there: a path from make is left out, with a note, when nothing lies there, or a source whose
+    shards LOW_DISK=1 has freed.
     Raises Stop for a value from make that the option does not take, and for any that no command
     could: what a later stage would refuse is refused by the first.
     """
@@ -167,10 +168,16 @@ def add_setting(parser: argparse.ArgumentParser, name: str, *, option: str = "",
     value = parse_as(name, text, parse)
     if action.choices and value not in action.choices:
         raise _setting_error(name, text, f"one of {', '.join(map(str, action.choices))}")
-    if if_there and not value.exists():
+    if if_there and not is_there(value):
         print(f"note: {name}: nothing lies at {escape_line(value)}; goes on without", file=sys.stderr)
         return
     action.default, action.required = [value] if action.nargs else value, False
+
+
+def is_there(path: Path) -> bool:
+    """Is something there, and not only the headers of a source (dsv4/making/low_disk.py)?"""
+    freed = (path / ".headers").is_dir() and not any(path.glob("*.safetensors"))
+    return path.exists() and not freed
 
 
 def parse_setting(name: str, text: str) -> Any:
