@@ -22,15 +22,16 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from dsv4.runtime.memory import resident_bytes
-from dsv4.runtime.server import HOST
-from dsv4.served import abilities, basics, case, speed
-from dsv4.served.client import Endpoint, find_model, api_key
-from dsv4.served.page import page
-from dsv4.settings import add_setting, parse_context, parse_path, parse_url, parse_as
-from dsv4.stop import UserError, run
-from dsv4.storage.durable import write_bytes, write_json
-from dsv4.words import print_escaped
+from dsv4.acceptance import case, speed
+from dsv4.acceptance.acceptance_page import page
+from dsv4.acceptance.cases import abilities, basics
+from dsv4.acceptance.client import Endpoint, api_key, find_model
+from dsv4.errors import UserError, run
+from dsv4.settings import add_setting, parse_as, parse_context, parse_path, parse_url
+from dsv4.storage.atomic import write_bytes, write_json
+from dsv4.text import print_escaped
+from dsv4.toolchain.server import HOST
+from dsv4.toolchain.server_memory import resident_bytes
 
 FORMAT = 1
 

@@ -20,27 +20,27 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsv4.hub import client
+from dsv4.conversion import low_disk
+from dsv4.conversion.recorded_format import Recorded, check_ours, recorded_in, resolve_quantizer
+from dsv4.conversion.size_planner import planned_shards
+from dsv4.errors import UserError, run
+from dsv4.hub import repository
 from dsv4.hub.download import recorded, remaining
 from dsv4.hub.provenance import read_record
-from dsv4.making import low_disk
-from dsv4.making.fitting import planned_shards
-from dsv4.making.recorded import Recorded, check_ours, recorded_in, resolve_quantizer
 from dsv4.model import memory
-from dsv4.model.implied import check_whole, lacking_mtp
-from dsv4.model.opening import open_bundle, open_source, read_config
-from dsv4.model.plan import SHARD_BYTES
-from dsv4.model.roles import bundle_path
-from dsv4.proof import stacks
-from dsv4.runtime import patches, toolchain
+from dsv4.model.bundle_plan import SHARD_BYTES
+from dsv4.model.expected_tensors import check_whole, lacking_mtp
+from dsv4.model.folder_roles import bundle_path
+from dsv4.model.load import open_bundle, open_source, read_config
+from dsv4.quantization.formats import add_quantizer_options
 from dsv4.settings import add_setting, parse_path
-from dsv4.stop import UserError, run
-from dsv4.storage import space, volume
+from dsv4.storage import disk_space, filesystem
+from dsv4.storage.atomic import format_bytes
 from dsv4.storage.checkpoint import INDEX
-from dsv4.storage.durable import format_bytes
-from dsv4.storage.space import staging_folder
-from dsv4.weights.quantizer import add_quantizer_options
-from dsv4.words import LINE, escape_line
+from dsv4.storage.disk_space import staging_folder
+from dsv4.text import LINE, escape_line
+from dsv4.toolchain import patches, python_env
+from dsv4.verification.checks import runtimes
 
 NEEDED = {
     "jang": "the model",
@@ -75,7 +75,7 @@ class Line:
 def check_toolchain(python: Path, converter: str, app: Path, quantizer: str) -> list[Line]:
     """The toolchain Python and its packages; torch only where upstream's converter is to run."""
     try:
-        info = toolchain.probe(python)
+        info = python_env.probe(python)
     except UserError as stop:
         return [Line(False, "toolchain", str(stop))]
     lines = [Line(True, "toolchain", f"Python {info['python']} at {info['executable']}")]
@@ -98,15 +98,18 @@ def check_toolchain(python: Path, converter: str, app: Path, quantizer: str) -> 
         lines.append(Line(True, "Metal", "yes" if metal else "no: MLX runs on the CPU"))
     lines.append(meaning("runtime", info["packages"], pending(python, app), quantizer))
     if app.is_dir() and app not in Path(info["executable"]).parents:
-        versions = toolchain.app_versions(app)
+        versions = python_env.app_versions(app)
         lines.append(meaning(f"runtime in {app}", versions, pending(None, app), quantizer))
     return lines
 
 
-def meaning(what: str, versions: stacks.Versions, lacking: tuple[str, ...], quantizer: str) -> Line:
-    """What the installed versions mean for the user, by the rows of dsv4/proof/stacks.py."""
-    works, line = stacks.recognize_stack(versions, lacking, toolchain.has_metal(), quantizer)
-    return Line(not stacks.refusal_reason(versions, quantizer), what, line, doubt=not works)
+def meaning(
+    what: str, versions: runtimes.Versions, lacking: tuple[str, ...], quantizer: str
+) -> Line:
+    """What the installed versions mean for the user, by the rows of
+    dsv4/verification/checks/runtimes.py."""
+    works, line = runtimes.recognize_stack(versions, lacking, python_env.has_metal(), quantizer)
+    return Line(not runtimes.refusal_reason(versions, quantizer), what, line, doubt=not works)
 
 
 def pending(python: Path | None, app: Path) -> tuple[str, ...]:
@@ -116,7 +119,7 @@ def pending(python: Path | None, app: Path) -> tuple[str, ...]:
         if not patch.concerns_this_machine:
             continue
         with contextlib.suppress(UserError):  # no jang_tools: said elsewhere
-            file = toolchain.module_file(python, patch.target, app)
+            file = python_env.module_file(python, patch.target, app)
             if patches.patch_state(patches.read_python(file), patch) == "pristine":
                 lacking.append(patch.path.name)
     return tuple(lacking)
@@ -129,7 +132,7 @@ def check_patch(python: Path, app: Path, path: Path) -> Line:
     if not patch.concerns_this_machine:
         return Line(True, what, "not needed where Metal is")
     try:
-        file = toolchain.module_file(python, patch.target, app)
+        file = python_env.module_file(python, patch.target, app)
         state = patches.patch_state(patches.read_python(file), patch)
     except UserError as stop:
         return Line(False, what, str(stop))
@@ -152,17 +155,17 @@ def check_volume(what: str, folder: Path, written: bool) -> list[Line]:
     if mount is not None and not mount.is_dir():
         todo = "attach that disk, or set another path"
         return [Line(False, what, f"{mount} is not mounted", todo)]
-    parent = space.existing_parent(folder)
+    parent = disk_space.existing_parent(folder)
     writable = parent.is_dir() and os.access(parent, os.W_OK)
     line = Line(writable or not written, what, f"{folder} on {parent}, {room(folder)} free",
                 f"{parent} is not writable: choose another path")  # fmt: skip
-    lacks = volume.missing_features(parent) if writable and written else []
+    lacks = filesystem.missing_features(parent) if writable and written else []
     return [line, *(Line(True, what, one, doubt=True) for one in lacks)]
 
 
 def room(folder: Path) -> str:
     """What is free on the volume of `folder`, for a reader."""
-    there = space.free_bytes(folder)
+    there = disk_space.free_bytes(folder)
     return "an unknown number of bytes" if there is None else format_bytes(there)
 
 
@@ -181,7 +184,7 @@ def source_need(source: Path, repo: str, revision: str) -> tuple[Line, int]:
     if not repo:
         return Line(False, "source", f"no {source / INDEX}", "set SOURCE, or REPO to fetch it"), 0
     try:
-        listing = client.listing(repo, revision)
+        listing = repository.listing(repo, revision)
     except UserError as stop:
         return Line(False, "source", str(stop)), 0
     needed = remaining(source, listing.files)
@@ -195,7 +198,7 @@ def low_disk_need(source: Path, repo: str, revision: str) -> tuple[Line, int]:
     try:
         record = read_record(source)
         known = record is not None and record.repo == repo
-        files = list(record.files.values()) if known else client.listing(repo, revision).files
+        files = list(record.files.values()) if known else repository.listing(repo, revision).files
     except UserError as stop:
         return Line(False, "source", str(stop)), 0
     largest = sorted((file.size for file in files), reverse=True)[:AT_ONCE]
@@ -211,7 +214,7 @@ def bundle_need(args: argparse.Namespace, made: Recorded | None) -> tuple[list[L
     bundle or a killed run, is taken off, and one shard is made room for.
     """
     try:
-        space.check_not_volume_root(args.bundle)
+        disk_space.check_not_volume_root(args.bundle)
         tensors = low_disk.source_tensors(args.source, args.repo, args.revision)
         shards, goal = planned_shards(args, tensors, made)
     except UserError as stop:
@@ -224,12 +227,14 @@ def bundle_need(args: argparse.Namespace, made: Recorded | None) -> tuple[list[L
     try:
         have = open_bundle(args.bundle).nbytes
     except UserError:
-        have = space.folder_bytes(staging_folder(args.bundle))
+        have = disk_space.folder_bytes(staging_folder(args.bundle))
     largest = max(shard.size for shard in shards)
     spare = largest if have or args.converter == "jang" else 0  # rewritten by requantize
     needed = max(0, final - have) + spare
     about = "at most " * bool(goal)
-    size = Line(True, "bundle size", f"{about}{format_bytes(final)} finished, {format_bytes(have)} there")
+    size = Line(
+        True, "bundle size", f"{about}{format_bytes(final)} finished, {format_bytes(have)} there"
+    )
     return [size, *memory_line(args, final)], needed
 
 
@@ -244,12 +249,12 @@ def memory_line(args: argparse.Namespace, final: int) -> list[Line]:
 
 def check_space(source: Path, bundle: Path, fetch: int, build: int) -> list[Line]:
     """Free space for each volume, or for both folders together when they share one."""
-    if space.same_volume(source, bundle):
+    if disk_space.same_volume(source, bundle):
         needs = [("space", bundle, fetch + build)]
     else:
         needs = [("space for the source", source, fetch), ("space for the bundle", bundle, build)]
     return [
-        Line((there := space.free_bytes(folder)) is None or there >= need, what,
+        Line((there := disk_space.free_bytes(folder)) is None or there >= need, what,
              f"{room(folder)} free, {format_bytes(need)} needed",
              "free some, or move SOURCE or BUNDLE to another volume", doubt=there is None)
         for what, folder, need in needs
@@ -263,9 +268,13 @@ def main() -> int:
     add_setting(parser, "SOURCE", required=True)
     add_setting(parser, "BUNDLE", required=True)
     add_setting(
-        parser, "TOOLCHAIN_PYTHON", option="--python", default=toolchain.default_python(), help="toolchain"
+        parser,
+        "TOOLCHAIN_PYTHON",
+        option="--python",
+        default=python_env.default_python(),
+        help="toolchain",
     )
-    parser.add_argument("--app", type=parse_path, default=toolchain.APP)
+    parser.add_argument("--app", type=parse_path, default=python_env.APP)
     add_setting(parser, "REPO", default="", help="where the source can be fetched from")
     add_setting(parser, "REVISION", default="main")
     add_setting(parser, "CONVERTER", choices=("native", "jang"), default="native")

@@ -6,8 +6,8 @@ tables become F16 or stay integers, controls stay F32. Which tensor gets which t
 one table, dsv4/model/names.py; a name that it does not have stops the run. For all but experts and
 controls the bytes are those of upstream's converter; requantize finds nothing left to do.
 
---converter jang runs upstream's (dsv4/runtime/upstream.py): hours, and experts that requantize must
-mend.
+--converter jang runs upstream's (dsv4/toolchain/upstream_converter.py): hours, and experts that
+requantize must mend.
 
 Both work in a hidden sibling of the bundle, locked, that takes the bundle's name when it is whole.
 The native one writes each shard under a temporary name, makes it durable and renames it, so it can
@@ -19,7 +19,7 @@ machines that share the folders; any of them can be killed and run again. A last
 makes what is missing, completes index and config, and gives the bundle its name.
 
 With --low-disk the source's shards are fetched from --repo when they are needed, and deleted when
-all that needs them is durable and compared (dsv4/making/low_disk.py).
+all that needs them is durable and compared (dsv4/conversion/low_disk.py).
 
     .venv/bin/python scripts/convert.py --source DIR --bundle DIR [--dry-run] [--jobs N]
         [--part K/N]
@@ -33,31 +33,31 @@ import argparse
 import contextlib
 import sys
 
-from dsv4.making import low_disk, own_numbers
-from dsv4.making.conversion import (
+from dsv4.conversion import lossless, low_disk
+from dsv4.conversion.convert import (
     check_complete,
     convert,
     describe_plan,
     is_done,
     make_plan,
 )
-from dsv4.making.low_disk import ShardFetcher
-from dsv4.making.part import JobPart, parse_part
-from dsv4.making.recorded import quantizer_for, recorded_in, resolve_quantizer
-from dsv4.making.workplace import mark, move_into_place, unmark, staging
-from dsv4.model.implied import check_whole, lacking_mtp
-from dsv4.model.opening import open_bundle
-from dsv4.model.plan import SHARD_BYTES
-from dsv4.model.roles import bundle_path
-from dsv4.runtime import upstream
-from dsv4.runtime.toolchain import default_python
+from dsv4.conversion.job_array import JobPart, parse_part
+from dsv4.conversion.low_disk import ShardFetcher
+from dsv4.conversion.recorded_format import quantizer_for, recorded_in, resolve_quantizer
+from dsv4.conversion.staging import mark, move_into_place, staging, unmark
+from dsv4.errors import UserError, run
+from dsv4.model.bundle_plan import SHARD_BYTES
+from dsv4.model.expected_tensors import check_whole, lacking_mtp
+from dsv4.model.folder_roles import bundle_path
+from dsv4.model.load import open_bundle
+from dsv4.quantization.formats import Quantizer, add_quantizer_options
 from dsv4.settings import add_setting, available_cores
-from dsv4.stop import UserError, run
 from dsv4.storage.checkpoint import Checkpoint
-from dsv4.storage.reading import TensorReader
-from dsv4.storage.space import staging_folder
-from dsv4.weights.quantizer import Quantizer, add_quantizer_options
-from dsv4.words import escape_line, print_escaped
+from dsv4.storage.disk_space import staging_folder
+from dsv4.storage.tensor_reader import TensorReader
+from dsv4.text import escape_line, print_escaped
+from dsv4.toolchain import upstream_converter
+from dsv4.toolchain.python_env import default_python
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -86,12 +86,14 @@ def parse_arguments() -> argparse.Namespace:
 def run_upstream(args: argparse.Namespace, source: Checkpoint) -> str:
     """Upstream's converter; return what to say."""
     if args.dry_run or args.low_disk:
-        raise UserError("--converter jang", "--dry-run or --low-disk", "neither", "use native for them")
+        raise UserError(
+            "--converter jang", "--dry-run or --low-disk", "neither", "use native for them"
+        )
     check_whole(source)
     with staging(args.bundle) as folder:
-        upstream.clear_folder(folder)
+        upstream_converter.clear_folder(folder)
         mark(folder)
-        upstream.convert_into(folder, source.folder, args.python)
+        upstream_converter.convert_into(folder, source.folder, args.python)
         check_complete(open_bundle(folder), source)
         move_into_place(folder, args.bundle)
     return f"converted, {len(source.tensors):,} source tensors"
@@ -103,7 +105,7 @@ def run_native(args: argparse.Namespace, source: Checkpoint, headers: Checkpoint
     quantizer, _ = quantizer_for(args, headers, None)
     if quantizer.form.as_source:
         quantizer = survey(quantizer, args, source, headers, supply)
-        print_escaped(own_numbers.message(quantizer, headers))
+        print_escaped(lossless.message(quantizer, headers))
     plan = make_plan(source, headers, quantizer, args.shard_bytes)
     check_whole(source)
     if args.dry_run:
@@ -116,13 +118,15 @@ def survey(quantizer: Quantizer, args: argparse.Namespace, source: Checkpoint, h
            supply: ShardFetcher | None) -> Quantizer:  # fmt: skip
     """The quantizer, which knows the source's BF16 values now: read here, or from the hub."""
     if supply is None:
-        record = staging_folder(args.bundle) / own_numbers.RECORD
+        record = staging_folder(args.bundle) / lossless.RECORD
         with contextlib.closing(TensorReader()) as reader:
-            return own_numbers.with_measured_overflow(quantizer, source, reader.read, record, 1)
-    record = low_disk.headers_folder(args.source) / own_numbers.RECORD
-    quantizer = own_numbers.with_measured_overflow(quantizer, headers, supply.read, record, args.workers)
+            return lossless.with_measured_overflow(quantizer, source, reader.read, record, 1)
+    record = low_disk.headers_folder(args.source) / lossless.RECORD
+    quantizer = lossless.with_measured_overflow(
+        quantizer, headers, supply.read, record, args.workers
+    )
     if not args.dry_run:
-        own_numbers.write_record(record, headers, quantizer)
+        lossless.write_record(record, headers, quantizer)
     return quantizer
 
 

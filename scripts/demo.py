@@ -23,9 +23,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dsv4.runtime.server import Answer, ask_question, running_server
-from dsv4.runtime.toolchain import default_python
-from dsv4.served.nano import (
+from dsv4.acceptance.nano import (
     MAX_DISTANCE,
     MIN_EXACT,
     QUESTIONS,
@@ -35,10 +33,12 @@ from dsv4.served.nano import (
     run_logits,
     token_prompts,
 )
-from dsv4.served.questions import MOON, SUM, sentence_fault, sum_fault
+from dsv4.acceptance.smoke_questions import MOON, SUM, sentence_fault, sum_fault
+from dsv4.errors import UserError, run
 from dsv4.settings import add_setting, parse_path
-from dsv4.stop import UserError, run
-from dsv4.storage.space import folder_bytes
+from dsv4.storage.disk_space import folder_bytes
+from dsv4.toolchain.python_env import default_python
+from dsv4.toolchain.server import Answer, ask_question, running_server
 
 TOKENS = 20  # of an addition's answer, which takes 15 at most, its reasoning included
 
@@ -79,7 +79,7 @@ def talk(
 def examine(args: argparse.Namespace) -> tuple[Seen | UserError, Seen, Logits]:
     """The stock bundle, or how it was refused; the right one; its logits against its own tensors'.
 
-    Raises Stop when the right bundle cannot be loaded and asked.
+    Raises UserError when the right bundle cannot be loaded and asked.
     """
     additions = held_out(args.source, QUESTIONS)
     ids, work = token_prompts(args.source, additions), args.bundle.parent
@@ -170,14 +170,18 @@ def main() -> int:
     parser.add_argument(
         "--bundle", type=parse_path, required=True, help="bundle after all the stages"
     )
-    add_setting(parser, "TOOLCHAIN_PYTHON", option="--python", default=default_python(), help="toolchain")
+    add_setting(
+        parser, "TOOLCHAIN_PYTHON", option="--python", default=default_python(), help="toolchain"
+    )
     args = parser.parse_args()
     stock, right, own = examine(args)
     print(table(stock, right))
     print(f"right bundle to its own tensors, dequantized: cosine {own.cosine:.4f}")
     found = faults(stock, right, own)
     if found:
-        raise UserError("demo", "; ".join(found), "a right bundle", "do not build the big model yet")
+        raise UserError(
+            "demo", "; ".join(found), "a right bundle", "do not build the big model yet"
+        )
     print("This toolchain loads and serves a right bundle right.")
     return 0
 

@@ -20,18 +20,18 @@ import argparse
 import sys
 from pathlib import Path
 
-from dsv4.hub import client
+from dsv4.conversion import low_disk
+from dsv4.errors import run
 from dsv4.hub import download as hub
+from dsv4.hub import repository
 from dsv4.hub.provenance import read_record
-from dsv4.making import low_disk
-from dsv4.model.implied import check_whole
-from dsv4.model.opening import open_source
-from dsv4.model.roles import check_no_bundle
+from dsv4.model.expected_tensors import check_whole
+from dsv4.model.folder_roles import check_no_bundle
+from dsv4.model.load import open_source
 from dsv4.settings import add_setting, parse_jobs, parse_seconds
-from dsv4.stop import run
 from dsv4.storage import locks
-from dsv4.storage.durable import format_bytes
-from dsv4.storage.space import check_free_space
+from dsv4.storage.atomic import format_bytes
+from dsv4.storage.disk_space import check_free_space
 
 
 def check_local(source: Path) -> str:
@@ -57,12 +57,16 @@ def download(args: argparse.Namespace) -> str:
     with locks.locked(source):
         hub.fetch_documents(source, record, args.patience, args.workers, args.verify_hashes)
         needed = hub.remaining(source, record.files.values())
-        print(f"{source}: {format_bytes(record.nbytes)} in all, {format_bytes(needed)} still to fetch")
+        print(
+            f"{source}: {format_bytes(record.nbytes)} in all, {format_bytes(needed)} still to fetch"
+        )
         todo = "free space, or set SOURCE to another volume"
         check_free_space(source, needed, " for what is still to fetch", todo)
         hub.fetch_shards(source, record, args.patience, args.workers, args.verify_hashes)
         check_whole(open_source(source))
-    said = f"{len(record.files)} files, {format_bytes(record.nbytes)}, sizes and hashes as on the hub"
+    said = (
+        f"{len(record.files)} files, {format_bytes(record.nbytes)}, sizes and hashes as on the hub"
+    )
     return f"{said} at {record.commit[:12]}"
 
 
@@ -98,7 +102,7 @@ def main() -> int:
     add_setting(parser, "LOW_DISK", help="leave the shards to convert --low-disk")
     args = parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True)  # what is said stands before an error on stderr
-    client.quiet()
+    repository.quiet()
     if args.low_disk and args.repo:
         said = prepare(args)
     else:

@@ -10,7 +10,7 @@ The model code is the pinned runtime's: jang_tools', which vMLX serves, or mlx-v
 computed losslessly in float32; a bundle in the dtype of its tensors, as it is served, or with
 --float32 in that, so that only its weights differ. MTP layers take no part.
 
-Reads source and bundles once each, and a text: the one in dsv4/streaming, unless another is named,
+Reads source and bundles once each, and a text: the one in dsv4/evaluation, unless another is named,
 of which the first --tokens count, BOS included. Writes NAME.json, NAME.md and NAME.html for --out
 NAME, and hidden states and logits to --work while it runs: 8 GB for Flash with one bundle and
 2,048 tokens. Killed at any moment, the same command goes on at the layer where it stopped.
@@ -27,13 +27,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from dsv4.errors import run
+from dsv4.evaluation import driver, evaluate
+from dsv4.evaluation.comparability import EVALUATION
+from dsv4.evaluation.evaluation_page import page
 from dsv4.settings import add_setting
-from dsv4.stop import run
-from dsv4.storage.durable import write_bytes, write_json
-from dsv4.streaming import evaluation, passes
-from dsv4.streaming.page import page
-from dsv4.streaming.pairing import EVALUATION
-from dsv4.words import print_escaped
+from dsv4.storage.atomic import write_bytes, write_json
+from dsv4.text import print_escaped
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -48,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     add_setting(parser, "DEVICE", choices=("cpu", "gpu", "both"), help="default: gpu, if any")
     add_setting(parser, "RUNTIME", choices=("jang", "vlm"), default="jang")
     add_setting(parser, "FLOAT32", help="compute bundles in float32")
-    add_setting(parser, "TOOLCHAIN_PYTHON", option="--python", default=passes.PYTHON)
+    add_setting(parser, "TOOLCHAIN_PYTHON", option="--python", default=driver.PYTHON)
     parser.add_argument("--work", type=Path, help="for hidden states; default: OUT.work")
     parser.add_argument("--out", type=Path, default=Path("build/evaluate"), help="without a suffix")
     return parser.parse_args()
@@ -58,18 +58,18 @@ def main() -> int:
     """Evaluate, print the tables, write them. Returns 0."""
     args = parse_arguments()
     work = args.work or args.out.with_name(f"{args.out.name}.work")
-    settings = passes.settings_for(args.python, args.runtime, work)
-    devices = passes.devices_from_args(args.device, settings)
-    asked = evaluation.EvalRequest(
+    settings = driver.settings_for(args.python, args.runtime, work)
+    devices = driver.devices_from_args(args.device, settings)
+    asked = evaluate.EvalRequest(
         args.source, args.bundles or args.bundle, args.text, args.tokens, devices, args.float32
     )
-    result = evaluation.evaluate(asked, settings)
-    evaluation.print_result(result)
+    result = evaluate.evaluate(asked, settings)
+    evaluate.print_result(result)
     write_json(args.out.with_name(f"{args.out.name}.json"), result)
-    write_bytes(args.out.with_name(f"{args.out.name}.md"), evaluation.tables(result).encode())
+    write_bytes(args.out.with_name(f"{args.out.name}.md"), evaluate.tables(result).encode())
     html = args.out.with_name(f"{args.out.name}.html")
     write_bytes(html, page(result).encode())
-    passes.remove_intermediates(work)
+    driver.remove_intermediates(work)
     print_escaped(html)
     return 0
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 
-from dsv4.making.tokenizer_files import copy_tokenizer_files
-from dsv4.model.opening import read_config
-from dsv4.model.roles import bundle_path
+from dsv4.conversion.tokenizer_files import copy_tokenizer_files
+from dsv4.errors import run
+from dsv4.model.folder_roles import bundle_path
+from dsv4.model.load import read_config
 from dsv4.settings import add_setting
-from dsv4.stop import run
 from dsv4.storage import locks
-from dsv4.words import escape_line, print_escaped
+from dsv4.text import escape_line, print_escaped
 
 
 def main() -> int:

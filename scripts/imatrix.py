@@ -5,7 +5,7 @@ square of what comes in at every column of every routed expert's three matrices 
 QUANTIZER=affine4g32 weighs its error by (IMATRIX=FILE). For w2 that is the activation times the
 router's weight, which DeepSeek's own code multiplies before w2.
 
-The text of dsv4/streaming, written for this, has 70 kB, 19,586 tokens of DeepSeek's, of prose,
+The text of dsv4/evaluation, written for this, has 70 kB, 19,586 tokens of DeepSeek's, of prose,
 code, mathematics and other languages; --text takes another. Experts that saw no token are named:
 their columns count all alike then, and so do those of MTP layers, which take no part.
 
@@ -21,12 +21,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from dsv4.errors import run
+from dsv4.evaluation import driver, importance
+from dsv4.evaluation.comparability import CALIBRATION
 from dsv4.settings import add_setting
-from dsv4.stop import run
-from dsv4.storage.durable import write_json
-from dsv4.streaming import importance, passes
-from dsv4.streaming.pairing import CALIBRATION
-from dsv4.words import print_escaped
+from dsv4.storage.atomic import write_json
+from dsv4.text import print_escaped
 
 
 def main() -> int:
@@ -37,17 +37,17 @@ def main() -> int:
     add_setting(parser, "TEXT", default=CALIBRATION, help="UTF-8")
     add_setting(parser, "TOKENS", help="of the text, at most; default: all")
     add_setting(parser, "DEVICE", choices=("cpu", "gpu"), help="default: gpu, if any")
-    add_setting(parser, "TOOLCHAIN_PYTHON", option="--python", default=passes.PYTHON)
+    add_setting(parser, "TOOLCHAIN_PYTHON", option="--python", default=driver.PYTHON)
     parser.add_argument("--work", type=Path, help="for hidden states; default: OUT.work")
     parser.add_argument("--out", type=Path, default=Path("build/imatrix.dat"))
     args = parser.parse_args()
     work = args.work or args.out.with_name(f"{args.out.name}.work")
-    settings = passes.settings_for(args.python, "jang", work)
-    (device,) = passes.devices_from_args(args.device, settings)
+    settings = driver.settings_for(args.python, "jang", work)
+    (device,) = driver.devices_from_args(args.device, settings)
     result = importance.collect(args.source, args.text, args.tokens, device, settings, args.out)
     write_json(args.out.with_name(f"{args.out.name}.json"), result)
     print_escaped(importance.describe_result(result))
-    passes.remove_intermediates(work)
+    driver.remove_intermediates(work)
     print_escaped(args.out)
     return 0
 

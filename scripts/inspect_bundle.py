@@ -20,18 +20,18 @@ import sys
 import tempfile
 from pathlib import Path
 
-from dsv4.hub import client
+from dsv4.errors import UserError, run
+from dsv4.hub import repository
 from dsv4.hub.remote_headers import Skeleton, fetch_skeleton
-from dsv4.model.opening import open_source
-from dsv4.proof import conversation, level1
-from dsv4.proof.findings import Check, Findings
-from dsv4.proof.stacks import runtime_verdicts
-from dsv4.proof.summary import Row, failed_row, summary_row, markdown_table
-from dsv4.proof.survey import Scan, scan
+from dsv4.model.load import open_source
 from dsv4.settings import add_setting, parse_seconds
-from dsv4.stop import UserError, run
-from dsv4.storage.durable import format_bytes
-from dsv4.words import LINE, escape_line, print_escaped, join_some
+from dsv4.storage.atomic import format_bytes
+from dsv4.text import LINE, escape_line, join_some, print_escaped
+from dsv4.verification.checks import conversation, run
+from dsv4.verification.checks.runtimes import runtime_verdicts
+from dsv4.verification.report.findings import Check, Findings
+from dsv4.verification.report.summary import Row, failed_row, markdown_table, summary_row
+from dsv4.verification.scan import Scan, scan
 
 PATIENCE = 30  # seconds without an answer, after which it gives up
 SHOWN = 2  # places of each fault
@@ -65,7 +65,9 @@ def show(skeleton: Skeleton, checks: list[Check], findings: Findings) -> None:
     for finding in findings:
         print(f"{finding.fault.severity}: {finding.name}, {finding.count:,}×: {finding.fault.why}")
         for place in finding.places[:SHOWN]:
-            print_escaped(f"    {place['where']}: found {place['found']}, expected {place['expected']}")
+            print_escaped(
+                f"    {place['where']}: found {place['found']}, expected {place['expected']}"
+            )
         print(f"    repair: {finding.repair}")
 
 
@@ -91,18 +93,22 @@ def inspect(args: argparse.Namespace, repo: str, work: Path) -> tuple[Row, str, 
         if not (work.parent / "source").exists():
             fetch_skeleton(args.against, "main", work.parent / "source", args.patience)
         source = open_source(work.parent / "source")
-    checks = level1.check_headers(bundle, source, findings) if bundle else []
-    level1.require_nonempty(checks, findings)
+    checks = run.check_headers(bundle, source, findings) if bundle else []
+    run.require_nonempty(checks, findings)
     show(skeleton, checks, findings)
     show_runtimes(runtime_verdicts(bundle, findings))
     if bundle:
         show_conversation(bundle)
     names = ", ".join(finding.name for finding in findings.errors)
-    return summary_row(repo, skeleton.nbytes, bundle, findings), names, mending(findings) if names else ""
+    return (
+        summary_row(repo, skeleton.nbytes, bundle, findings),
+        names,
+        mending(findings) if names else "",
+    )
 
 
 def inspect_all(args: argparse.Namespace, work: Path) -> int:
-    """Inspect each repository; of several, one table at the end. Raises Stop for faults."""
+    """Inspect each repository; of several, one table at the end. Raises UserError for faults."""
     repos, rows, wrong = args.repo.split(), [], []
     for number, repo in enumerate(repos):
         try:
@@ -142,7 +148,7 @@ def main() -> int:
     if not args.repo.split():
         parser.error("--repo: none named")
     sys.stdout.reconfigure(line_buffering=True)
-    client.quiet()
+    repository.quiet()
     with tempfile.TemporaryDirectory(prefix="inspect-") as work:
         return inspect_all(args, Path(work))
 

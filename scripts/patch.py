@@ -32,20 +32,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 
-from dsv4.making.metadata import (
+from dsv4.conversion.runtime_documents import (
+    changed_keys,
     chat_templates,
     check_json,
-    changed_keys,
     patched_documents,
 )
-from dsv4.model.opening import open_bundle, read_config
-from dsv4.model.roles import bundle_path
-from dsv4.model.template import CHAT_TEMPLATE
+from dsv4.errors import run
+from dsv4.model.chat_template import CHAT_TEMPLATE
+from dsv4.model.folder_roles import bundle_path
+from dsv4.model.load import open_bundle, read_config
 from dsv4.settings import add_setting
-from dsv4.stop import run
-from dsv4.storage import bounds, locks
-from dsv4.storage.durable import write_bytes, write_json
-from dsv4.words import escape_line, print_escaped
+from dsv4.storage import limits, locks
+from dsv4.storage.atomic import write_bytes, write_json
+from dsv4.text import escape_line, print_escaped
 
 
 def main() -> int:
@@ -62,7 +62,7 @@ def main() -> int:
         wanted = patched_documents(open_bundle(args.bundle), args.source)
         template, text = args.bundle / CHAT_TEMPLATE, chat_templates(args.bundle)[0].encode()
         changes = changed_keys(args.bundle, wanted)
-        if not template.is_file() or bounds.read_bounded(template) != text:
+        if not template.is_file() or limits.read_bounded(template) != text:
             changes.append(CHAT_TEMPLATE)
         for line in changes:
             print_escaped(f"{'would set' if args.dry_run else 'set'} {escape_line(line)}")

@@ -18,10 +18,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dsv4.runtime import toolchain
-from dsv4.runtime.patches import DEFAULT, patch_file, read_patch, unpatch_file
+from dsv4.errors import UserError, run
 from dsv4.settings import add_setting, parse_path
-from dsv4.stop import UserError, run
+from dsv4.toolchain import python_env
+from dsv4.toolchain.patches import DEFAULT, patch_file, read_patch, unpatch_file
 
 
 def main() -> int:
@@ -30,7 +30,7 @@ def main() -> int:
     )
     add_setting(parser, "TOOLCHAIN_PYTHON", option="--python",
                 help="toolchain Python whose jang_tools is patched")  # fmt: skip
-    parser.add_argument("--app", type=parse_path, default=toolchain.APP, help="where else to look")
+    parser.add_argument("--app", type=parse_path, default=python_env.APP, help="where else to look")
     parser.add_argument("--file", type=parse_path, help="the file itself; needs one --patch")
     parser.add_argument("--patch", type=parse_path, action="append", help="default: both patches")
     parser.add_argument("--undo", action="store_true", help="restore the original")
@@ -39,12 +39,14 @@ def main() -> int:
     if args.file:
         patches = [patch for patch in patches if Path(patch.target).name == args.file.name]
         if not patches:
-            raise UserError(f"{args.file}", "no patch for a file of that name", "one", "see --patch")
+            raise UserError(
+                f"{args.file}", "no patch for a file of that name", "one", "see --patch"
+            )
     for patch in patches:
         if not patch.concerns_this_machine:
             print(f"{patch.target}: not needed where Metal is")
             continue
-        file = args.file or toolchain.module_file(args.python, patch.target, args.app)
+        file = args.file or python_env.module_file(args.python, patch.target, args.app)
         print(f"{file}: {(unpatch_file if args.undo else patch_file)(file, patch)}")
     return 0
 

@@ -1,8 +1,9 @@
 """Plan the bundle that fits a Mac: fewer bits for the routed experts, where they lose least.
 
-Measures on a sample of the source's experts what each form costs in each layer (dsv4/weights/
-sampling.py), chooses so that the summed error is least within the size (dsv4/making/fitting.py),
-and writes the choice to a JSON file, which may be edited; convert and requantize take it with
+Measures on a sample of the source's experts what each form costs in each layer (dsv4/quantization/
+sampling.py), chooses so that the summed error is least within the size
+(dsv4/conversion/size_planner.py), and writes the choice to a JSON file, which may be edited;
+convert and requantize take it with
 --quantizer mixture --plan FILE. Everything but the routed experts is 8-bit affine then, as ever;
 with --quantizer mixture-lossless, here and there, it is as in the source: 0.2 GB more for Flash.
 
@@ -29,21 +30,21 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dsv4.making import fitting, low_disk
-from dsv4.making.marks import fingerprint
-from dsv4.making.recorded import recorded_in, resolve_quantizer
+from dsv4.conversion import low_disk, size_planner
+from dsv4.conversion.recorded_format import recorded_in, resolve_quantizer
+from dsv4.conversion.shard_metadata import fingerprint
+from dsv4.errors import run
 from dsv4.model import memory
-from dsv4.model.plan import SHARD_BYTES
+from dsv4.model.bundle_plan import SHARD_BYTES
+from dsv4.quantization import error_sampling
+from dsv4.quantization.formats import parse_name
+from dsv4.quantization.imatrix import Importance, load_imatrix
+from dsv4.quantization.mixture_plan import check_plan_exists
 from dsv4.settings import add_setting, available_cores
-from dsv4.stop import run
+from dsv4.storage.atomic import format_bytes, write_json
 from dsv4.storage.checkpoint import Checkpoint, read_json
-from dsv4.storage.durable import format_bytes, write_json
-from dsv4.storage.reading import TensorReader
-from dsv4.weights import sampling
-from dsv4.weights.imatrix import Importance, load_imatrix
-from dsv4.weights.mixture import check_plan_exists
-from dsv4.weights.quantizer import parse_name
-from dsv4.words import print_escaped
+from dsv4.storage.tensor_reader import TensorReader
+from dsv4.text import print_escaped
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -91,7 +92,7 @@ def asked(args: argparse.Namespace, source: Checkpoint, importance: Importance) 
         "size": memory.size_goal(args, source.config),
         "context": args.context,
         "any_shape": args.any_shape,
-        "sample": {"experts": sampling.EXPERTS, "weights": sampling.WEIGHTS},
+        "sample": {"experts": error_sampling.EXPERTS, "weights": error_sampling.WEIGHTS},
     }
 
 
@@ -103,26 +104,31 @@ def main() -> int:
             check_plan_exists(args.plan)
         print_escaped(f"no size was asked for (FIT, SIZE); {args.plan or 'no plan'} stays as it is")
         return 0
-    with low_disk.open_checkpoints(args) as (_, source, supply), contextlib.closing(TensorReader()) as reader:
+    with (
+        low_disk.open_checkpoints(args) as (_, source, supply),
+        contextlib.closing(TensorReader()) as reader,
+    ):
         importance = load_imatrix(args.imatrix, source)
         there = read_json(args.plan) if args.plan.is_file() else {}
         measured = take_over(args, there)
         args.context = args.context or memory.CONTEXT
         head = asked(args, source, importance)
         if {**head, "imatrix": measured or importance.digest}.items() <= there.items():
-            print_escaped(f"{args.plan}: there already, for {format_bytes(head['size'])}; delete it to plan afresh")
+            print_escaped(
+                f"{args.plan}: there already, for {format_bytes(head['size'])}; delete it to plan afresh"
+            )
             return 0
-        stacks = sampling.sampled_tensors(source)
+        stacks = error_sampling.sampled_tensors(source)
         with tqdm(total=len(stacks), unit="stack", desc="plan", disable=None) as bar:
             read = supply.read if supply else reader.read
-            errors = sampling.sample_errors(source, read, importance, args.jobs, bar.update)
-    planner = fitting.SizePlanner(source, errors, args.shard_bytes, args.quantizer)
+            errors = error_sampling.sample_errors(source, read, importance, args.jobs, bar.update)
+    planner = size_planner.SizePlanner(source, errors, args.shard_bytes, args.quantizer)
     fit = planner.fit(head["size"], args.any_shape)
-    print_escaped(fitting.describe_fit(fit))
+    print_escaped(size_planner.describe_fit(fit))
     print_escaped(memory.describe_fit(source.config, fit.nbytes, args.context, args.fit or 0))
     if not args.dry_run:
         args.plan.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.plan, fitting.plan_document(fit, errors, head))
+        write_json(args.plan, size_planner.plan_document(fit, errors, head))
         chosen = f"QUANTIZER={args.quantizer} PLAN={args.plan}"
         print_escaped(f"{args.plan}: written; {format_bytes(fit.nbytes)} with {chosen}")
     return 0

@@ -25,22 +25,22 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dsv4.hub import client
-from dsv4.hub.client import HubFile
+from dsv4.errors import UserError, run
+from dsv4.hub import repository
 from dsv4.hub.file_transfer import file_hash
 from dsv4.hub.provenance import provenance
+from dsv4.hub.repository import HubFile
 from dsv4.hub.upload import Item, check_login, list_all, made, stale_shards, upload
-from dsv4.model.forms import origin_of
-from dsv4.proof.card import Facts, card, licence_of
-from dsv4.proof.findings import Findings
-from dsv4.proof.result import read_result
-from dsv4.proof.survey import Scan, scan
+from dsv4.model.json_schemas import origin_of
 from dsv4.settings import add_setting, parse_path, parse_seconds
-from dsv4.stop import UserError, run
-from dsv4.storage import bounds
+from dsv4.storage import limits
+from dsv4.storage.atomic import format_bytes
 from dsv4.storage.checkpoint import INDEX
-from dsv4.storage.durable import format_bytes
-from dsv4.words import LINE, escape_line, print_escaped, join_some, short_repr
+from dsv4.text import LINE, escape_line, join_some, print_escaped, short_repr
+from dsv4.verification.report.card import Facts, card, licence_of
+from dsv4.verification.report.findings import Findings
+from dsv4.verification.report.schema import read_result
+from dsv4.verification.scan import Scan, scan
 
 FILES = (
     "config.json", "generation_config.json", "jang_config.json", "tokenizer.json",
@@ -55,7 +55,7 @@ LOCAL = re.compile(r"(?<![\w.:/])(?:/Users|/home|/root|/Volumes|/private|/tmp|/v
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """verify.json. Raises Stop unless every number was compared with the source and passed."""
+    """verify.json. Raises UserError unless every number was compared with the source and passed."""
     todo = "make verify, then make publish"
     if not path.is_file():
         raise UserError(f"{path}", "no report", "verify's, on this bundle", todo)
@@ -63,7 +63,9 @@ def read_report(path: Path) -> dict[str, Any]:
     expected = "a bundle whose every number passed"
     if report["verdict"] != "passed":
         names = join_some(finding["name"] for finding in report["findings"])
-        raise UserError(f"{path}", f"verdict {escape_line(report['verdict'])} ({names})", expected, todo)
+        raise UserError(
+            f"{path}", f"verdict {escape_line(report['verdict'])} ({names})", expected, todo
+        )
     if 2 not in report["levels"]:
         raise UserError(f"{path}", "level 1 only", expected, f"{todo} (LEVEL=2)")
     if not report["errors"].get("experts") or not report["sizes"]:
@@ -85,7 +87,7 @@ def wanted(bundle: Scan) -> list[str]:
 
 
 def hashed(folder: Path, names: list[str], sizes: dict[str, int], known: dict[str, str]) -> list:
-    """Items for these files. Raises Stop when one does not hold the bytes that verify read."""
+    """Items for these files. Raises UserError when one does not hold the bytes that verify read."""
     total, items = sum(sizes[name] for name in names), []
     with tqdm(total=total, unit="B", unit_scale=True, desc="hashing", disable=None) as bar:
         for name in names:
@@ -112,7 +114,9 @@ def attachments(args: argparse.Namespace, report: dict[str, Any], text: str) -> 
     items = [made("README.md", text), made("verify.json", public(report, args.to))]
     if args.page and args.page.is_file():
         if args.page.stat().st_mtime < args.report.stat().st_mtime:
-            raise UserError(f"{args.page}", "a page older than the report", "one of it", "make report")
+            raise UserError(
+                f"{args.page}", "a page older than the report", "one of it", "make report"
+            )
         page = text_of(args.page)
         page = page.replace(report["bundle"], args.to) if report["bundle"] else page
         folder = (report["source"] or {}).get("folder")
@@ -123,15 +127,15 @@ def attachments(args: argparse.Namespace, report: dict[str, Any], text: str) -> 
 
 
 def text_of(path: Path) -> str:
-    """A text file. Raises Stop when it is larger than any document, or no UTF-8."""
+    """A text file. Raises UserError when it is larger than any document, or no UTF-8."""
     try:
-        return bounds.read_bounded(path).decode("utf-8")
+        return limits.read_bounded(path).decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}", f"no UTF-8 ({error})", "text", "restore this file") from error
 
 
 def check_secrets(items: list[Item], bundle: Scan, places: list[str]) -> None:
-    """Raise Stop when something that goes up holds a token or a path of this machine."""
+    """Raise UserError when something that goes up holds a token or a path of this machine."""
     texts = {
         item.name: item.data.decode("utf-8") if item.path is None else text_of(item.path)
         for item in items
@@ -160,7 +164,9 @@ def prepare(args: argparse.Namespace) -> tuple[list[Item], str, list[str]]:
     findings = Findings()
     bundle = scan(args.bundle, findings)
     if bundle is None or findings.errors:
-        raise UserError(f"{args.bundle}", join_some(sorted(findings.names)), "no fault", "make verify")
+        raise UserError(
+            f"{args.bundle}", join_some(sorted(findings.names)), "no fault", "make verify"
+        )
     origin = provenance(args.source) if args.source else None
     origin = origin or origin_of(bundle.documents.get("jang_config.json", {}))
     text = card(Facts(args.to, bundle, report, origin, licence_of(args.source)))
@@ -178,7 +184,9 @@ def show_deletions(args: argparse.Namespace, items: list[Item]) -> None:
     try:
         remote = list_all(args.to, 0)
     except UserError as stop:
-        print_escaped(f"would be deleted: unknown, or nothing when {args.to} is new ({escape_line(stop, LINE)})")
+        print_escaped(
+            f"would be deleted: unknown, or nothing when {args.to} is new ({escape_line(stop, LINE)})"
+        )
         return
     for name in stale_shards({item.name for item in items}, remote):
         print_escaped(f"would be deleted: {escape_line(name)}")
@@ -226,7 +234,7 @@ def main() -> int:
     )  # fmt: skip
     args = parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True)
-    client.quiet(bars=True)
+    repository.quiet(bars=True)
     return publish(args)
 
 

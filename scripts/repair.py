@@ -34,20 +34,20 @@ import argparse
 import contextlib
 import sys
 
-from dsv4.making.part import JobPart
-from dsv4.making.requantization import remove_leftovers
-from dsv4.mending.job import RepairContext
-from dsv4.mending.repair import print_remaining, repair_bundle, undo_repair
-from dsv4.mending.whole import shard_files
-from dsv4.model.opening import open_source
-from dsv4.model.roles import check_bundle_path, bundle_path
-from dsv4.runtime.toolchain import default_python
+from dsv4.conversion.job_array import JobPart
+from dsv4.conversion.requantize import remove_leftovers
+from dsv4.errors import UserError, run
+from dsv4.model.folder_roles import bundle_path, check_bundle_path
+from dsv4.model.load import open_source
+from dsv4.quantization.formats import add_quantizer_options
+from dsv4.repair.context import RepairContext
+from dsv4.repair.engine import print_remaining, repair_bundle, undo_repair
+from dsv4.repair.shards_on_disk import shard_files
 from dsv4.settings import add_setting, available_cores
-from dsv4.stop import UserError, run
 from dsv4.storage import locks
 from dsv4.storage.backup import Backup
-from dsv4.weights.quantizer import add_quantizer_options
-from dsv4.words import print_escaped
+from dsv4.text import print_escaped
+from dsv4.toolchain.python_env import default_python
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -60,7 +60,9 @@ def parse_arguments() -> argparse.Namespace:
     add_quantizer_options(parser)
     add_setting(parser, "DRY_RUN", help="say what would be done")
     parser.add_argument("--undo", action="store_true", help="put every original back")
-    add_setting(parser, "TOOLCHAIN_PYTHON", option="--python", default=default_python(), help="toolchain")
+    add_setting(
+        parser, "TOOLCHAIN_PYTHON", option="--python", default=default_python(), help="toolchain"
+    )
     parser.add_argument("--without-loader", action="store_true", help="do not ask its loaders")
     add_setting(parser, "JOBS", default=available_cores())
     return parser.parse_args()

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import argparse
 
-from dsv4.proof.page import page
-from dsv4.proof.result import read_result
+from dsv4.errors import UserError, run
 from dsv4.settings import parse_path
-from dsv4.stop import UserError, run
-from dsv4.storage.durable import write_bytes
-from dsv4.words import print_escaped
+from dsv4.storage.atomic import write_bytes
+from dsv4.text import print_escaped
+from dsv4.verification.report.schema import read_result
+from dsv4.verification.report.verify_page import page
 
 
 def main() -> int:

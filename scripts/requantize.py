@@ -30,29 +30,35 @@ import contextlib
 import sys
 import time
 
-from dsv4.making import own_numbers
-from dsv4.making.experts import ErrorLog
-from dsv4.making.marks import made_by
-from dsv4.making.part import JobPart, parse_part
-from dsv4.making.recorded import describe_change, check_ours, quantizer_for, recorded_in, resolve_quantizer
-from dsv4.making.requantization import (
-    write_updates,
+from dsv4.conversion import lossless
+from dsv4.conversion.expert_pieces import ErrorLog
+from dsv4.conversion.job_array import JobPart, parse_part
+from dsv4.conversion.recorded_format import (
+    check_ours,
+    describe_change,
+    quantizer_for,
+    recorded_in,
+    resolve_quantizer,
+)
+from dsv4.conversion.requantize import (
     complete,
     describe_plan,
     make_plan,
     remove_leftovers,
     rewritten,
     summary_line,
+    write_updates,
 )
-from dsv4.model.opening import open_bundle, open_source, read_config
-from dsv4.model.roles import bundle_path
+from dsv4.conversion.shard_metadata import made_by
+from dsv4.errors import run
+from dsv4.model.folder_roles import bundle_path
+from dsv4.model.load import open_bundle, open_source, read_config
+from dsv4.quantization.formats import add_quantizer_options
 from dsv4.settings import add_setting, available_cores
-from dsv4.stop import run
-from dsv4.storage import inside, locks
+from dsv4.storage import locks, safe_paths
 from dsv4.storage.checkpoint import read_index
-from dsv4.storage.reading import TensorReader
-from dsv4.weights.quantizer import add_quantizer_options
-from dsv4.words import print_escaped
+from dsv4.storage.tensor_reader import TensorReader
+from dsv4.text import print_escaped
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -63,7 +69,9 @@ def parse_arguments() -> argparse.Namespace:
     add_setting(parser, "BUNDLE", required=True, help="the converted bundle")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     add_setting(parser, "JOBS", default=available_cores(), help="threads (all cores)")
-    parser.add_argument("--part", type=parse_part, default=JobPart(), help="K/N: a share of the work")
+    parser.add_argument(
+        "--part", type=parse_part, default=JobPart(), help="K/N: a share of the work"
+    )
     add_quantizer_options(parser)
     add_setting(parser, "CONVERTER", choices=("native", "jang"), default="native")
     parser.add_argument("--ours", action="store_true", help="stop at another maker's bundle")
@@ -80,12 +88,12 @@ def main() -> int:
     stay = resolve_quantizer(arguments, made)
     source = open_source(arguments.source)
     quantizer, lack = quantizer_for(arguments, source, made, stay)
-    record = arguments.bundle / own_numbers.RECORD
+    record = arguments.bundle / lossless.RECORD
     read_config(arguments.bundle)
     if quantizer.form.as_source:
         with contextlib.closing(TensorReader()) as reader:
-            quantizer = own_numbers.with_measured_overflow(quantizer, source, reader.read, record, 1)
-        print(own_numbers.message(quantizer, source))
+            quantizer = lossless.with_measured_overflow(quantizer, source, reader.read, record, 1)
+        print(lossless.message(quantizer, source))
     files = sorted(set(read_index(arguments.bundle).values()))
     lock = contextlib.nullcontext()
     if not arguments.dry_run:
@@ -106,11 +114,11 @@ def main() -> int:
             print_escaped(describe_plan(plan))
             return 0
         if plan.todo and arguments.part.whole:  # parts would write it at once
-            own_numbers.write_record(record, source, quantizer)
+            lossless.write_record(record, source, quantizer)
         ledger = write_updates(plan) if plan.todo else ErrorLog()
         changed = complete(plan) if arguments.part.whole else False
         if arguments.part.whole:
-            inside.remove(arguments.bundle, own_numbers.RECORD)
+            safe_paths.remove(arguments.bundle, lossless.RECORD)
     if plan.todo:
         print_escaped(summary_line(plan, ledger, time.perf_counter() - start))
     elif changed:

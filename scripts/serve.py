@@ -13,17 +13,17 @@ import argparse
 import os
 from typing import Any
 
+from dsv4.errors import UserError, run
 from dsv4.model.labels import recorded_quantizer
-from dsv4.model.opening import read_config
-from dsv4.proof.stacks import Versions, refusal_reason
-from dsv4.runtime.server import check_free, server_command, server_kind, server_environment
-from dsv4.runtime.toolchain import default_python, probe
+from dsv4.model.load import read_config
 from dsv4.settings import add_setting
-from dsv4.stop import UserError, run
+from dsv4.toolchain.python_env import default_python, probe
+from dsv4.toolchain.server import check_free, server_command, server_environment, server_kind
+from dsv4.verification.checks.runtimes import Versions, refusal_reason
 
 
 def check_loads(versions: Versions, config: dict[str, Any]) -> None:
-    """Raise Stop for a runtime that is known to crash on bundles of this quantizer."""
+    """Raise UserError for a runtime that is known to crash on bundles of this quantizer."""
     quantizer = recorded_quantizer(config) or ""
     if because := refusal_reason(versions, quantizer):
         found = f"vmlx {versions['vmlx'] or 'not installed'} and QUANTIZER={quantizer}"
@@ -36,7 +36,9 @@ def main() -> int:
     )
     add_setting(parser, "BUNDLE", required=True)
     add_setting(parser, "PORT", default=8010)
-    add_setting(parser, "TOOLCHAIN_PYTHON", option="--python", default=default_python(), help="toolchain")
+    add_setting(
+        parser, "TOOLCHAIN_PYTHON", option="--python", default=default_python(), help="toolchain"
+    )
     args = parser.parse_args()
     config = read_config(args.bundle)
     versions = probe(args.python)["packages"]

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import argparse
 
-from dsv4.runtime.server import HOST, ask_question
-from dsv4.served.client import find_model
-from dsv4.served.questions import MOON, SUM, sentence_fault, sum_fault
+from dsv4.acceptance.client import find_model
+from dsv4.acceptance.smoke_questions import MOON, SUM, sentence_fault, sum_fault
+from dsv4.errors import UserError, run
 from dsv4.settings import add_setting
-from dsv4.stop import UserError, run
-from dsv4.words import escape_line, short_repr
+from dsv4.text import escape_line, short_repr
+from dsv4.toolchain.server import HOST, ask_question
 
 
 def main() -> int:

@@ -18,12 +18,12 @@ from __future__ import annotations
 import argparse
 import sys
 
-from dsv4.proof.examination import verification_json, describe_checks, verify, print_findings
-from dsv4.runtime.toolchain import default_python
+from dsv4.errors import run
 from dsv4.settings import add_setting, available_cores, parse_path
-from dsv4.stop import run
-from dsv4.storage.durable import write_json
-from dsv4.words import print_escaped
+from dsv4.storage.atomic import write_json
+from dsv4.text import print_escaped
+from dsv4.toolchain.python_env import default_python
+from dsv4.verification.verify import describe_checks, print_findings, verification_json, verify
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -36,7 +36,9 @@ def parse_arguments() -> argparse.Namespace:
     add_setting(
         parser, "LEVEL", default=2, metavar="{1,2}", help="1: headers and JSON, 2: every number"
     )
-    add_setting(parser, "TOOLCHAIN_PYTHON", option="--python", default=default_python(), help="toolchain")
+    add_setting(
+        parser, "TOOLCHAIN_PYTHON", option="--python", default=default_python(), help="toolchain"
+    )
     parser.add_argument(
         "--without-loader",
         action="store_true",

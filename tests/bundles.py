@@ -14,16 +14,23 @@ from typing import Any
 import numpy as np
 
 from dsv4.model.layouts import LAYOUTS
+from dsv4.model.load import open_bundle
 from dsv4.model.names import parse_expert
-from dsv4.model.opening import open_bundle
-from dsv4.model.view import view_of
-from dsv4.proof import compare
-from dsv4.proof.examination import verify
-from dsv4.proof.findings import Findings
+from dsv4.model.storage_view import build_view
+from dsv4.quantization.formats import QUANTIZERS, get_quantizer
 from dsv4.storage.checkpoint import INDEX
-from dsv4.storage.reading import TensorReader
-from dsv4.storage.shard import NUMPY_DTYPE, PendingTensor, Tensor, read_array, read_shard, write_shard
-from dsv4.weights.quantizer import QUANTIZERS, get_quantizer
+from dsv4.storage.safetensors_file import (
+    NUMPY_DTYPE,
+    PendingTensor,
+    Tensor,
+    read_array,
+    read_shard,
+    write_shard,
+)
+from dsv4.storage.tensor_reader import TensorReader
+from dsv4.verification.numbers import compare
+from dsv4.verification.report.findings import Findings
+from dsv4.verification.verify import verify
 
 Arrays = dict[str, tuple[str, np.ndarray]]  # name → (safetensors dtype, array)
 
@@ -137,10 +144,10 @@ def relaid(specimen: Path, folder: Path, layout: str) -> Path:
     labels go along. What the table has no name for (MTP) is left out.
     """
     shutil.copytree(specimen, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    view, target = view_of(open_bundle(specimen)), LAYOUTS[layout]
+    view, target = build_view(open_bundle(specimen)), LAYOUTS[layout]
     arrays, stacks = {}, {}
     for name, tensor in view.tensors.items():
-        disk = target.called(name)
+        disk = target.runtime_name(name)
         array = read_whole(tensor)
         if disk is None:
             continue
@@ -161,7 +168,7 @@ def relaid(specimen: Path, folder: Path, layout: str) -> Path:
                 view.recognised.layout.place(f"{key}.weight") if isinstance(label, dict) else None
             )
             one = place.name.replace(".E.", ".0.") if place else ""
-            new = target.called(one) if place else key
+            new = target.runtime_name(one) if place else key
             labels[(new or key).removesuffix(".weight").removesuffix(".G")] = label
         config["quantization"] = labels
         config.pop("quantization_config", None)

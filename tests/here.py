@@ -7,7 +7,7 @@ import importlib
 import io
 import sys
 
-from dsv4.stop import run
+from dsv4.errors import run
 
 
 def here(name: str, *arguments: object) -> tuple[int, str, str]:

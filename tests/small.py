@@ -14,9 +14,9 @@ from pathlib import Path
 import ml_reference
 import numpy as np
 
-from dsv4.model.implied import BLOCK, MTP, TOP, of_dspark
+from dsv4.model.expected_tensors import BLOCK, MTP, TOP, of_dspark
 from dsv4.model.names import kind
-from dsv4.storage.shard import NUMPY_DTYPE, PendingTensor, write_shard
+from dsv4.storage.safetensors_file import NUMPY_DTYPE, PendingTensor, write_shard
 
 
 @dataclass

@@ -15,10 +15,11 @@ import pytest
 from conftest import refusal, script
 from model_server import LIMIT, Model
 
-from dsv4.runtime.memory import resident_bytes
-from dsv4.runtime.server import Answer, free_port
-from dsv4.served import abilities, basics, case, client, speed
-from dsv4.stop import UserError
+from dsv4.acceptance import case, client, speed
+from dsv4.acceptance.cases import abilities, basics
+from dsv4.errors import UserError
+from dsv4.toolchain.server import Answer, free_port
+from dsv4.toolchain.server_memory import resident_bytes
 
 CASES = (*basics.CASES, *abilities.cases(16000, LIMIT))
 # Each planted fault, and the cases that must see it; no other may be wrong.
@@ -209,7 +210,9 @@ END = client.Endpoint("http://127.0.0.1:9", "m", "sk-secret")
 
 
 def joined(*pieces: str) -> client.Reply:
-    return client._join_events([(float(i), piece.encode()) for i, piece in enumerate(pieces)], END, 9.0)
+    return client._join_events(
+        [(float(i), piece.encode()) for i, piece in enumerate(pieces)], END, 9.0
+    )
 
 
 def chunk(**delta: str) -> str:

@@ -10,8 +10,8 @@ import ml_reference
 import numpy as np
 import pytest
 
-from dsv4.weights import affine, fp4
-from dsv4.weights.quantizer import MlxAffine
+from dsv4.quantization import affine_table, fp4
+from dsv4.quantization.formats import MlxAffine
 
 VALUES = [ml_reference.decode_one(code, 127) for code in range(16)]
 
@@ -23,7 +23,7 @@ def quantizer() -> MlxAffine:
 
 def encode(
     quantizer: MlxAffine, packed: np.ndarray, exponents: np.ndarray
-) -> tuple[dict[str, np.ndarray], affine.ErrorStats]:
+) -> tuple[dict[str, np.ndarray], affine_table.ErrorStats]:
     """Quantize whole rows with the engine; parts come as uint32 and float16 matrices."""
     out, columns = len(packed), packed.shape[1] * 2
     flat = {
@@ -78,7 +78,7 @@ def test_the_table_is_complete(quantizer: MlxAffine) -> None:
         if fits.any():
             assert_like_mlx(quantizer, pack(groups[fits]), exponents[fits])
         for row in np.flatnonzero(~fits)[:3]:
-            with pytest.raises(affine.BadGroup, match="too large"):
+            with pytest.raises(affine_table.BadGroup, match="too large"):
                 encode(quantizer, pack(groups[row : row + 1]), exponents[row : row + 1])
         held += int(fits.sum())
     print(f"{held:,} groups of {255 * len(groups):,} fit F16 and are equal")
@@ -111,7 +111,7 @@ def test_groups_of_few_values(quantizer: MlxAffine, codes: list[int]) -> None:
 
 def test_scale_byte_255_is_refused_even_for_zeros(quantizer: MlxAffine) -> None:
     packed = np.zeros((3, 16), np.uint8)
-    with pytest.raises(affine.BadGroup, match="255") as caught:
+    with pytest.raises(affine_table.BadGroup, match="255") as caught:
         encode(quantizer, packed, np.array([[0], [255], [0]], np.uint8))
     assert caught.value.group == 1
 
@@ -164,7 +164,7 @@ def test_decoders_agree_on_every_code_and_exponent() -> None:
 @pytest.mark.parametrize("name", ["mlx", "affine4g32"])
 def test_a_processor_without_special_instructions_gives_the_same(name: str, tmp_path: Path) -> None:
     program = (
-        "import hashlib, numpy as np; from dsv4.weights.quantizer import named\n"
+        "import hashlib, numpy as np; from dsv4.quantization.formats import named\n"
         "rng = np.random.default_rng(24); n = 5000\n"
         "out = {p: np.empty(k * n, np.uint8) for p, k in"
         " (('weight', 16), ('scales', 2), ('biases', 2))}\n"
@@ -173,7 +173,7 @@ def test_a_processor_without_special_instructions_gives_the_same(name: str, tmp_
         "print(hashlib.sha256(b''.join(out[p].tobytes() for p in sorted(out))).hexdigest(),"
         " round(tally.relative, 9))\n"
     )
-    scripts = Path(affine.__file__).resolve().parents[2]
+    scripts = Path(affine_table.__file__).resolve().parents[2]
     outputs = [
         subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, check=True,

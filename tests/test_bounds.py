@@ -22,16 +22,16 @@ import pytest
 import small
 from conftest import SCRIPTS, refusal, script
 
+from dsv4.errors import UserError
+from dsv4.model.load import expert_bases, open_source
 from dsv4.model.names import parse_expert, treatment
-from dsv4.model.opening import expert_bases, open_source
-from dsv4.proof import compare
-from dsv4.proof.findings import Findings
-from dsv4.proof.survey import scan
-from dsv4.stop import UserError
-from dsv4.storage import bounds
+from dsv4.storage import limits
 from dsv4.storage.checkpoint import INDEX, Checkpoint, read_json
-from dsv4.storage.reading import TensorReader
-from dsv4.storage.shard import PendingTensor, Shard, Tensor, read_shard, write_shard
+from dsv4.storage.safetensors_file import PendingTensor, Shard, Tensor, read_shard, write_shard
+from dsv4.storage.tensor_reader import TensorReader
+from dsv4.verification.numbers import compare
+from dsv4.verification.report.findings import Findings
+from dsv4.verification.scan import scan
 
 SECONDS, BYTES = 6, 600 << 20
 
@@ -97,7 +97,7 @@ def test_a_header_of_100_mb_costs_little(tmp_path):
 def test_a_document_of_many_parts_costs_bounded_memory(text, tmp_path):
     """Each just below the limit of marks, or of bytes, whichever comes first; in a child."""
     marks = max(1, sum(text.count(mark) for mark in b",[{")) + 1
-    number = min((bounds.MARKS - 10) // marks, (bounds.DOCUMENT - 10) // (len(text) + 1))
+    number = min((limits.MARKS - 10) // marks, (limits.DOCUMENT - 10) // (len(text) + 1))
     path = tmp_path / "config.json"
     path.write_bytes(b'{"x":[' + (text + b",") * (number - 1) + text + b"]}")
     code = (
@@ -148,7 +148,7 @@ def test_a_fifo_in_the_place_of_a_document_is_no_wait(tmp_path):
     with pytest.raises(UserError):
         read_json(tmp_path / "config.json")
     with pytest.raises(UserError, match="no plain file"):
-        bounds.read_bounded(tmp_path / "config.json")
+        limits.read_bounded(tmp_path / "config.json")
 
 
 def test_a_root_folder_is_not_listed(good, monkeypatch):
@@ -157,7 +157,7 @@ def test_a_root_folder_is_not_listed(good, monkeypatch):
     assert time.monotonic() - start < 15
     assert done.returncode == 1
     assert "config-broken" in done.stderr
-    monkeypatch.setattr(bounds, "FILES", 3)
+    monkeypatch.setattr(limits, "FILES", 3)
     with pytest.raises(UserError, match="more than 3 files"):
         scan(good, Findings())
 
@@ -211,17 +211,17 @@ def test_the_largest_model_of_the_family_is_within_the_bounds():
     last = Tensor("mtp.2.norm.weight", "BF16", (7168,), Path("pro"), 0, 2 * 7168)
     pro = Checkpoint(Path("pro"), config, {}, {"": Shard(Path("pro"), {last.name: last}, {}, 0)})
     bases = expert_bases(pro)
-    assert len(bases) == 64 * 384 * 3 < bounds.MATRICES / 3
+    assert len(bases) == 64 * 384 * 3 < limits.MATRICES / 3
     index = {f"{base}.{part}": "model-00001-of-00200.safetensors"
              for base in bases for part in ("weight", "scales", "biases")}  # fmt: skip
     text = json.dumps({"weight_map": index}, indent=2).encode()
-    assert len(text) < bounds.DOCUMENT / 2
-    bounds.check_json_size(text, "index")
+    assert len(text) < limits.DOCUMENT / 2
+    limits.check_json_size(text, "index")
     header = {name: {"dtype": "U32", "shape": [2048, 512], "data_offsets": [10**12, 10**12]}
               for name in index}  # fmt: skip
     text = json.dumps(header, separators=(",", ":")).encode()
-    assert len(text) < bounds.HEADER
-    bounds.check_json_size(text, "header")
+    assert len(text) < limits.HEADER
+    limits.check_json_size(text, "header")
 
 
 # --- Level 2
@@ -268,7 +268,9 @@ def test_slices_find_the_same_place_as_the_whole(dtype, tmp_path, monkeypatch):
         wrong[at * size] ^= 1
         for name, data in (("source", right), ("bundle", wrong)):
             path = tmp_path / f"{name}.safetensors"
-            write_shard(path, [PendingTensor("norm.weight", dtype, (50, 7), lambda d=data: [d])], {})
+            write_shard(
+                path, [PendingTensor("norm.weight", dtype, (50, 7), lambda d=data: [d])], {}
+            )
         one, other = (
             read_shard(tmp_path / f"{name}.safetensors").tensors["norm.weight"]
             for name in ("source", "bundle")

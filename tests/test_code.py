@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 from conftest import SCRIPTS, must, script
 
+from dsv4.errors import UserError
 from dsv4.model.configs import CODE, FIELDS, code_keys, known_fields, without_code
-from dsv4.runtime import child
-from dsv4.stop import UserError
+from dsv4.toolchain import child_process
 
 ENCODING = "encoding/encoding_dsv4.py"
 
@@ -106,9 +106,11 @@ def test_a_child_that_hangs_is_ended_with_all_that_it_began(tmp_path):
             "print('began', flush=True); time.sleep(1000)")  # fmt: skip
     start = time.monotonic()
     with pytest.raises(UserError, match="no answer in 2 s"):
-        child.run_child([sys.executable, "-c", code], dict(os.environ), tmp_path / "log", 2, "it")
+        child_process.run_child(
+            [sys.executable, "-c", code], dict(os.environ), tmp_path / "log", 2, "it"
+        )
     assert time.monotonic() - start < 10
-    assert child.last_log_line(tmp_path / "log") == "began"
+    assert child_process.last_log_line(tmp_path / "log") == "began"
 
 
 def test_known_fields_are_no_code():

@@ -12,9 +12,9 @@ import bundles
 import pytest
 from conftest import NANO, must
 
-from dsv4.model.template import conversations, template_text
-from dsv4.proof import conversation
-from dsv4.proof.conversation import judge_template, features_used
+from dsv4.model.chat_template import conversations, template_text
+from dsv4.verification.checks import conversation
+from dsv4.verification.checks.conversation import features_used, judge_template
 
 JINJA = "chat_template.jinja"
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"

@@ -77,7 +77,7 @@ def test_a_missing_mtp_expert_stops_the_run(source_copy, tmp_path):
 
 def drop_tensor(folder: Path, name: str) -> None:
     """Write the tensor's shard again without it, and take it out of the index."""
-    from dsv4.storage.shard import PendingTensor, read_array, read_shard, write_shard
+    from dsv4.storage.safetensors_file import PendingTensor, read_array, read_shard, write_shard
 
     index = json.loads((folder / INDEX).read_text())
     path = folder / index["weight_map"].pop(name)

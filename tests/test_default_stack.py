@@ -15,11 +15,12 @@ import random_talk
 from conftest import ROOT, must
 from tokenizers import Tokenizer
 
-from dsv4.model.template import ENCODING
-from dsv4.proof.stacks import STACKS
-from dsv4.runtime.memory import resident_bytes
-from dsv4.runtime.server import SERVERS, chat_completion, running_server
-from dsv4.served import abilities, basics, case, client
+from dsv4.acceptance import case, client
+from dsv4.acceptance.cases import abilities, basics
+from dsv4.model.chat_template import ENCODING
+from dsv4.toolchain.server import SERVERS, chat_completion, running_server
+from dsv4.toolchain.server_memory import resident_bytes
+from dsv4.verification.checks.runtimes import STACKS
 
 PYTHON = ROOT / ".toolchain" / "new" / "bin" / "python"
 STACK = next(stack for stack in STACKS if stack.name == "new")

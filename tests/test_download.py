@@ -447,15 +447,17 @@ def test_a_file_name_that_leads_out_is_refused(hub, files, tmp_path):
 
 
 def test_a_disk_too_small_is_said_before_anything_is_fetched(tmp_path):
+    from dsv4.errors import UserError
     from dsv4.hub import download as hub
-    from dsv4.hub.client import HubFile
     from dsv4.hub.provenance import Record
-    from dsv4.stop import UserError
-    from dsv4.storage.space import check_free_space
+    from dsv4.hub.repository import HubFile
+    from dsv4.storage.disk_space import check_free_space
 
     record = Record("r", "main", "c", {"big": HubFile("big", 1 << 60, "0" * 64)})
     needed = hub.remaining(tmp_path, record.files.values())
-    with pytest.raises(UserError, match=r"free, expected .* for what is still to fetch; free space"):
+    with pytest.raises(
+        UserError, match=r"free, expected .* for what is still to fetch; free space"
+    ):
         check_free_space(tmp_path, needed, " for what is still to fetch", "free space")
 
 

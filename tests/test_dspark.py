@@ -21,13 +21,13 @@ from make_source import config_of, write_source
 from source_tensors import FLASH, Sizes, headers, with_dspark
 from test_low_disk import REPO, Place, hub, shards  # noqa: F401
 
+from dsv4.errors import UserError
 from dsv4.model.configs import known_fields
-from dsv4.model.implied import check_whole, implied
+from dsv4.model.expected_tensors import check_whole, implied
+from dsv4.model.load import open_bundle
 from dsv4.model.names import columns_of, kind, mtp_layer, parse_expert
-from dsv4.model.opening import open_bundle
-from dsv4.stop import UserError
 from dsv4.storage.checkpoint import INDEX, Checkpoint
-from dsv4.storage.shard import Shard, Tensor
+from dsv4.storage.safetensors_file import Shard, Tensor
 
 TINY = Sizes(
     num_hidden_layers=1, n_routed_experts=2, compress_ratios=(4, 0), hidden_size=128,

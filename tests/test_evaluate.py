@@ -19,15 +19,15 @@ import pytest
 from conftest import NANO, ROOT, SCRIPTS, made_once
 from here import here, must, refusal
 
-from dsv4.model.opening import open_bundle, open_source
-from dsv4.stop import UserError
-from dsv4.storage import own
+from dsv4.errors import UserError
+from dsv4.evaluation import activations, cpu_matmul, driver, evaluate
+from dsv4.evaluation.comparability import tokens_of
+from dsv4.evaluation.evaluate import EvalRequest
+from dsv4.model.load import open_bundle, open_source
+from dsv4.quantization.imatrix import open_imatrix
+from dsv4.storage import own_folders
 from dsv4.storage.checkpoint import INDEX, read_json
-from dsv4.storage.shard import read_array, read_shard
-from dsv4.streaming import evaluation, passes, products, states
-from dsv4.streaming.evaluation import EvalRequest
-from dsv4.streaming.pairing import tokens_of
-from dsv4.weights.imatrix import open_imatrix
+from dsv4.storage.safetensors_file import read_array, read_shard
 
 PYTHON = ROOT / ".toolchain" / "new" / "bin" / "python"
 SEED = 20261125
@@ -44,12 +44,12 @@ def relative(found, reference):
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
-    return passes.settings_for(PYTHON, "jang", tmp_path_factory.mktemp("work"))
+    return driver.settings_for(PYTHON, "jang", tmp_path_factory.mktemp("work"))
 
 
 @pytest.fixture(scope="module")
 def engine(settings):
-    with passes.WorkerProcess(settings, "cpu") as engine:
+    with driver.WorkerProcess(settings, "cpu") as engine:
         yield engine
 
 
@@ -109,7 +109,7 @@ def test_streamed_logits_are_those_of_the_whole_model(both, tokens, portion, eng
     would be one token; a later token changes nothing before it."""
     folder, ids, reference = both
     engine.run(job(folder, "source", ids[:tokens], tmp_path, portion=portion), "test")
-    found = np.load(tmp_path / states.LOGITS)
+    found = np.load(tmp_path / activations.LOGITS)
     assert found.shape == (tokens, 512)
     assert relative(found, reference[:tokens]) < 1e-5
 
@@ -117,8 +117,8 @@ def test_streamed_logits_are_those_of_the_whole_model(both, tokens, portion, eng
 WHOLE = """
 import sys, json, numpy as np
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/lab"]
-from dsv4.streaming.forward import Job, Pass
-from dsv4.streaming.runtimes import Vlm
+from dsv4.evaluation.forward import Job, Pass
+from dsv4.evaluation.model_code import Vlm
 jobs = json.load(sys.stdin)
 for job in jobs:
     Pass(Job(**job), Vlm, lambda told: None).run()
@@ -144,7 +144,9 @@ def test_streamed_logits_of_mlx_vlm_are_those_of_its_whole_model(bundles, compre
         env={"HF_HUB_OFFLINE": "1", "MLX_DISABLE_COMPILE": "1"},
     )  # fmt: skip
     for one in jobs:
-        found, whole = (np.load(f"{one['work']}/{name}") for name in (states.LOGITS, "whole.npy"))
+        found, whole = (
+            np.load(f"{one['work']}/{name}") for name in (activations.LOGITS, "whole.npy")
+        )
         assert found.shape == (len(one["ids"]), 512)
         assert np.array_equal(found, whole)
 
@@ -169,13 +171,13 @@ def test_products_by_blas_are_those_of_mlx(mode, size, bits):
     ]  # fmt: skip
     for ask in asked:
         own = np.array(ask(rows))
-        with products.using_blas(True):
+        with cpu_matmul.using_blas(True):
             found = np.array(ask(rows))
             half = np.array(ask(rows.astype(mx.float16)))  # is MLX's in any case
         assert found.shape == own.shape
         assert relative(found, own) < 1e-6
         assert np.array_equal(half, np.array(ask(rows.astype(mx.float16))))
-    assert mx.gather_qmm is products.gathered_product
+    assert mx.gather_qmm is cpu_matmul.gathered_product
 
 
 @pytest.mark.parametrize("sinks", [None, [0.5, -1.0, 3.0, 0.0]])
@@ -195,10 +197,10 @@ def test_attention_by_blas_is_that_of_mlx(sinks, added):
             return np.array(mx.fast.scaled_dot_product_attention(q, k, v, **given))
 
         own = ask()
-        with products.using_blas(True):
+        with cpu_matmul.using_blas(True):
             found = ask()
         assert relative(found, own) < 1e-6
-    assert mx.fast.scaled_dot_product_attention is products.attention
+    assert mx.fast.scaled_dot_product_attention is cpu_matmul.attention
 
 
 def test_a_lossless_bundle_in_float32_is_the_source(engine, tmp_path):
@@ -208,8 +210,8 @@ def test_a_lossless_bundle_in_float32_is_the_source(engine, tmp_path):
     engine.run(job(NANO, "source", ids, source, keep=True), "test")
     more = {"wide": True, "against": str(source)}
     engine.run(job(tmp_path / "lossless", "bundle", ids, bundle, **more), "test")
-    assert states.read_record(bundle).errors == [0.0] * 4
-    a, b = (np.load(folder / states.LOGITS) for folder in (source, bundle))
+    assert activations.read_record(bundle).errors == [0.0] * 4
+    a, b = (np.load(folder / activations.LOGITS) for folder in (source, bundle))
     assert np.array_equal(a, b)
 
 
@@ -218,20 +220,20 @@ def test_a_killed_pass_goes_on_at_its_layer(settings, engine, tmp_path):
     ids = [0, *range(100, 130)]
     alone, killed = (job(NANO, "source", ids, tmp_path / n, keep=True) for n in ("a", "b"))
     engine.run(alone, "test")
-    with passes.WorkerProcess(settings, "cpu") as doomed:
+    with driver.WorkerProcess(settings, "cpu") as doomed:
         next(told for told in doomed.messages(killed) if told.get("layer") == 0)
-    kept = states.states_path(tmp_path / "b", 1)
+    kept = activations.states_path(tmp_path / "b", 1)
     (tmp_path / "b" / ".after-002.npy.partial").write_bytes(b"what a kill leaves")
     before = kept.stat().st_mtime_ns
     told = list(engine.said(killed))
     assert [one["layer"] for one in told if "layer" in one] == [1, 2]
     assert kept.stat().st_mtime_ns == before
-    a, b = (np.load(tmp_path / n / states.LOGITS) for n in ("a", "b"))
+    a, b = (np.load(tmp_path / n / activations.LOGITS) for n in ("a", "b"))
     assert np.array_equal(a, b)
 
 
 def test_the_engine_ends_with_whoever_asked(settings):
-    with passes.WorkerProcess(settings, "cpu") as engine:
+    with driver.WorkerProcess(settings, "cpu") as engine:
         engine._child.stdin.close()
         assert engine._child.wait(timeout=60) == 0
 
@@ -268,10 +270,10 @@ def test_perplexity_and_kl_are_those_of_the_logits(tmp_path):
     """By hand: two tokens of three, uniform against 1/2, 1/4, 1/4."""
     for name, rows in (("a", [[0, 0, 0]]), ("b", [np.log([2, 1, 1])])):
         (tmp_path / name).mkdir()
-        states.write_rows(tmp_path / name / states.LOGITS, (2, 3), np.array([rows * 2]))
-    found = evaluation.compare(tmp_path / "a", tmp_path / "b", [0, 1])
-    assert evaluation.perplexity(found.bundle) == pytest.approx(3)
-    assert evaluation.perplexity(found.source) == pytest.approx(4)
+        activations.write_rows(tmp_path / name / activations.LOGITS, (2, 3), np.array([rows * 2]))
+    found = evaluate.compare(tmp_path / "a", tmp_path / "b", [0, 1])
+    assert evaluate.perplexity(found.bundle) == pytest.approx(3)
+    assert evaluate.perplexity(found.source) == pytest.approx(4)
     kl = 0.5 * np.log(3 / 2) + 0.5 * np.log(3 / 4)
     assert found.kl == pytest.approx([kl])
     assert found.same.tolist() == [True]
@@ -339,7 +341,7 @@ def stops(call, *words):
 
 def asked(settings, bundle, text, **more):
     values = {"tokens": 48, "devices": ["cpu"], "wide": False} | more
-    return lambda: evaluation.evaluate(EvalRequest(NANO, [bundle], text, **values), settings)
+    return lambda: evaluate.evaluate(EvalRequest(NANO, [bundle], text, **values), settings)
 
 
 def test_what_cannot_be_compared_is_refused(bundles, settings, tmp_path):
@@ -363,7 +365,7 @@ def test_what_cannot_be_compared_is_refused(bundles, settings, tmp_path):
     tokenizer["added_tokens"][0]["content"] = "<another>"
     (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
     stops(asked(settings, copy, text), "another tokenizer")
-    assert passes.folders(settings.work) == []
+    assert driver.folders(settings.work) == []
 
 
 def test_a_tokenizer_that_is_none_or_too_large_is_refused(tmp_path):
@@ -398,7 +400,7 @@ def test_a_bundle_that_gives_no_numbers_or_fits_no_label_stops_at_its_layer(
     work = tmp_path / "work"
     stops(lambda: engine.run(job(copy, "bundle", [0, 9, 8], work), "t"),
           "hidden states after 2 layers: found a NaN")  # fmt: skip
-    assert states.read_record(work).layers == 1
+    assert activations.read_record(work).layers == 1
     config = json.loads((copy / "config.json").read_text())
     label = config["quantization"]["model.layers.0.mlp.switch_mlp.up_proj"]
     label["bits"] = 8
@@ -420,11 +422,11 @@ def test_a_changed_input_is_another_pass(bundles, settings, tmp_path):
     one = {"ids": [0, 1, 2], "work": "a"}
 
     def key(device="cpu", **more):
-        return passes.key_of(open_bundle(copy), settings, device, one | more)
+        return driver.key_of(open_bundle(copy), settings, device, one | more)
 
     keys = [key(), key("gpu"), key(ids=[0, 1, 3]), key(wide=True)]
     newer = replace(settings, versions={"mlx": "1.0"})
-    keys.append(passes.key_of(open_bundle(copy), newer, "cpu", one))
+    keys.append(driver.key_of(open_bundle(copy), newer, "cpu", one))
     shard = next(copy.glob("*.safetensors"))
     shard.touch()
     keys.append(key())
@@ -433,15 +435,17 @@ def test_a_changed_input_is_another_pass(bundles, settings, tmp_path):
     keys.append(key())
     assert len(set(keys)) == len(keys)
     assert key(work="b") == keys[-1]
-    old, new, other = (own.make_own(tmp_path / f"pass-{n}") for n in ("0" * 16, "1" * 16, "port"))
-    passes.remove_other_passes(tmp_path, [new])
+    old, new, other = (
+        own_folders.make_own(tmp_path / f"pass-{n}") for n in ("0" * 16, "1" * 16, "port")
+    )
+    driver.remove_other_passes(tmp_path, [new])
     assert [path.is_dir() for path in (old, new, other)] == [False, True, True]
 
 
 def test_a_volume_that_tells_no_room_stops_nothing(tmp_path, monkeypatch):
     config = {"hc_mult": 4, "hidden_size": 4096, "vocab_size": 129_280}
-    monkeypatch.setattr(passes.space, "free", lambda path: None)
-    passes.check_space(tmp_path, config, 2048, 44, 2)
-    monkeypatch.setattr(passes.space, "free", lambda path: 10**9)
+    monkeypatch.setattr(driver.disk_space, "free", lambda path: None)
+    driver.check_space(tmp_path, config, 2048, 44, 2)
+    monkeypatch.setattr(driver.disk_space, "free", lambda path: 10**9)
     with pytest.raises(UserError, match=r"found 1\.0 GB"):
-        passes.check_space(tmp_path, config, 2048, 44, 2)
+        driver.check_space(tmp_path, config, 2048, 44, 2)

@@ -10,8 +10,8 @@ import random
 import numpy as np
 import pytest
 
-from dsv4.stop import UserError
-from dsv4.weights import fp4, fp8
+from dsv4.errors import UserError
+from dsv4.quantization import fp4, fp8
 
 
 def test_a_hand_made_fp4_block_decodes_as_written():

@@ -21,11 +21,11 @@ import numpy as np
 import pytest
 from conftest import NANO, must
 
-from dsv4.proof import documents
-from dsv4.stop import UserError
+from dsv4.errors import UserError
 from dsv4.storage.backup import FOLDER
 from dsv4.storage.checkpoint import INDEX
-from dsv4.storage.shard import read_shard
+from dsv4.storage.safetensors_file import read_shard
+from dsv4.verification.checks import documents
 
 TIMES = int(os.environ.get("FUZZ", "1"))
 SECONDS = 10  # for one input, on a busy machine

@@ -18,15 +18,15 @@ from conftest import script
 from hub_server import TOKEN, Fault, Hub
 from test_download import environment
 
-from dsv4.hub import client, http, hub_errors, remote_headers, retry
-from dsv4.hub.client import listing
+from dsv4.errors import UserError
+from dsv4.hub import http, hub_errors, remote_headers, repository, retry
 from dsv4.hub.file_transfer import Transfer
+from dsv4.hub.repository import listing
 from dsv4.hub.upload import Item, made, upload
-from dsv4.runtime import server
-from dsv4.stop import UserError
-from dsv4.storage import volume
+from dsv4.storage import filesystem
 from dsv4.storage.checkpoint import read_json
-from dsv4.storage.shard import read_shard
+from dsv4.storage.safetensors_file import read_shard
+from dsv4.toolchain import server
 
 REPO = "user/model"
 SHARD = "model-00001-of-00001.safetensors"
@@ -58,7 +58,7 @@ def hub(monkeypatch):
         template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         close_session()
-        client.quiet()
+        repository.quiet()
         yield hub
         close_session()
 
@@ -126,21 +126,21 @@ def test_hidden_names_are_left_on_the_hub(hub):
     ours = (".download.json", ".before-repair/repair.json", ".lock", f".{SHARD}.abc.partial",
             ".headers/" + SHARD, "encoding/x.partial", "encoding/.x", ".gitattributes")  # fmt: skip
     hub.repos[REPO].commit(checkpoint() | dict.fromkeys(ours, b"{}"))
-    for wanted in (client.is_source_file, client.is_any_file):
+    for wanted in (repository.is_source_file, repository.is_any_file):
         files = listing(REPO, "main", wanted=wanted).files
         assert {file.name for file in files} == set(checkpoint())
 
 
 def test_names_that_differ_in_case_need_a_volume_that_tells(hub, tmp_path, monkeypatch):
     hub.repos[REPO].commit(checkpoint() | {"CONFIG.json": b"[]"})
-    monkeypatch.setattr(volume, "is_blind", lambda folder: True)
+    monkeypatch.setattr(filesystem, "is_blind", lambda folder: True)
     with pytest.raises(UserError) as stopped:
         remote_headers.fetch_skeleton(REPO, "main", tmp_path / "s", 0)
     assert "'CONFIG.json' and 'config.json'" in line(stopped)
     with pytest.raises(UserError, match="names that the volume"):
-        volume.check_case(REPO, ["\u00e4.json", "a\u0308.json"], tmp_path)
-    monkeypatch.setattr(volume, "is_blind", lambda folder: False)
-    volume.check_case(REPO, ["A", "a"], tmp_path)
+        filesystem.check_case(REPO, ["\u00e4.json", "a\u0308.json"], tmp_path)
+    monkeypatch.setattr(filesystem, "is_blind", lambda folder: False)
+    filesystem.check_case(REPO, ["A", "a"], tmp_path)
 
 
 def test_tensors_of_a_published_checkpoint_come_from_the_headers_of_its_shards(hub):
@@ -154,7 +154,9 @@ def test_a_pointer_in_place_of_a_file_is_called_one(hub, tmp_path):
     path = tmp_path / SHARD
     path.write_bytes(POINTER)
     for read in (read_shard, read_json):
-        with pytest.raises(UserError, match=r"a Git LFS pointer in place of the file.*git lfs pull"):
+        with pytest.raises(
+            UserError, match=r"a Git LFS pointer in place of the file.*git lfs pull"
+        ):
             read(path)
     hub.repos[REPO].commit(checkpoint() | {SHARD: POINTER})
     with pytest.raises(UserError, match="a Git LFS pointer"):
@@ -309,7 +311,9 @@ STEPS = ("api/repos/create", "api/models/.*/revision", "preupload", "commit/main
 def shard_of(folder: Path) -> Item:
     data = checkpoint()[SHARD]
     (folder / SHARD).write_bytes(data)
-    return Item(client.HubFile(SHARD, len(data), hashlib.sha256(data).hexdigest()), folder / SHARD)
+    return Item(
+        repository.HubFile(SHARD, len(data), hashlib.sha256(data).hexdigest()), folder / SHARD
+    )
 
 
 @pytest.mark.parametrize("step", STEPS)

@@ -16,20 +16,20 @@ import pytest
 import small
 from conftest import SCRIPTS, must, script
 
-from dsv4.making import experts
-from dsv4.model.opening import expert_bases, open_bundle, open_source
-from dsv4.proof import compare
-from dsv4.proof.findings import Findings
-from dsv4.proof.level2 import read_numbers
-from dsv4.proof.survey import scan
-from dsv4.stop import UserError
-from dsv4.storage.rewrite import WorkerBuffers
-from dsv4.storage.shard import read_array
-from dsv4.weights import source as reading
-from dsv4.weights.imatrix import FLOOR, entry_name, importances, open_imatrix, normalized
-from dsv4.weights.quantizer import get_quantizer
+from dsv4.conversion import expert_pieces
+from dsv4.errors import UserError
+from dsv4.model.load import expert_bases, open_bundle, open_source
+from dsv4.quantization import source_reader as reading
+from dsv4.quantization.formats import get_quantizer
+from dsv4.quantization.imatrix import FLOOR, entry_name, importances, normalized, open_imatrix
+from dsv4.storage.safetensors_file import read_array
+from dsv4.storage.shard_writer import WorkerBuffers
+from dsv4.verification.numbers import compare
+from dsv4.verification.numbers.run import read_numbers
+from dsv4.verification.report.findings import Findings
+from dsv4.verification.scan import scan
 
-SIZES = small.Sizes(layers=2, experts=3, mtp=1, hidden=64, width=32)
+SIZES = small.Sizes(layers=2, expert_pieces=3, mtp=1, hidden=64, width=32)
 
 Entries = dict[str, np.ndarray]
 
@@ -157,7 +157,7 @@ def test_an_importance_is_prepared_once_for_a_matrix(tmp_path: Path, monkeypatch
         prepared[name.removesuffix(".weight")] += 1
         return normalized(values, name)
 
-    for module in (experts, compare):
+    for module in (expert_pieces, compare):
         monkeypatch.setattr(module, "usable", counted)
     monkeypatch.setattr(reading, "BLOCK_BYTES", 1)  # of one row each
     monkeypatch.setattr(compare, "BLOCK_WEIGHTS", 1)
@@ -166,9 +166,9 @@ def test_an_importance_is_prepared_once_for_a_matrix(tmp_path: Path, monkeypatch
         for base, columns in importance.columns.items():
             both = tensors[f"{base}.weight"], tensors[f"{base}.scale"]
             places = dict.fromkeys(("weight", "scales", "biases"), 0)
-            ledger = experts.ErrorLog()
-            for piece in experts.expert_pieces(*both, places, quantizer, ledger, columns):
-                piece.write(experts.NullWriter(), desk)
+            ledger = expert_pieces.ErrorLog()
+            for piece in expert_pieces.expert_pieces(*both, places, quantizer, ledger, columns):
+                piece.write(expert_pieces.NullWriter(), desk)
     once = dict.fromkeys(importance.columns, 1)
     assert prepared == once
     prepared.clear()
@@ -252,7 +252,7 @@ def test_files_of_older_versions_have_no_trailer_or_half_of_one(tmp_path: Path) 
 
 
 def test_no_damage_gets_past_the_reader_but_as_a_stop(tmp_path: Path) -> None:
-    """4,000 files with cut ends and changed bytes: opened whole, or refused with a Stop."""
+    """4,000 files with cut ends and changed bytes: opened whole, or refused with a UserError."""
     print("seed 55")
     rng = np.random.default_rng(55)
     path = write(tmp_path / "i.dat", {"blk.0.x": np.ones(3), "blk.1.yy": np.ones(2)})

@@ -24,21 +24,21 @@ import pytest
 from bundles import Arrays, edit, edit_json, places
 from conftest import NANO, ROOT, SCRIPTS, made_once, must
 
-from dsv4.mending.job import RepairContext
-from dsv4.mending.repair import repair_bundle, undo_repair
-from dsv4.model.layouts import LAYOUTS, has_name, recognise
-from dsv4.model.opening import open_bundle, open_source
-from dsv4.model.view import view_of
-from dsv4.proof.findings import FAULTS, Findings
-from dsv4.proof.headers import describe_layout
-from dsv4.proof.loading import write_headers_only
-from dsv4.proof.stacks import runtime_verdicts
-from dsv4.proof.summary import summary_row
-from dsv4.proof.survey import scan
-from dsv4.served import nano
+from dsv4.acceptance import nano
+from dsv4.model.layouts import LAYOUTS, has_name, recognize_layout
+from dsv4.model.load import open_bundle, open_source
+from dsv4.model.storage_view import build_view
+from dsv4.repair.context import RepairContext
+from dsv4.repair.engine import repair_bundle, undo_repair
 from dsv4.storage.backup import Backup
 from dsv4.storage.checkpoint import Checkpoint
-from dsv4.storage.shard import Shard, Tensor
+from dsv4.storage.safetensors_file import Shard, Tensor
+from dsv4.verification.checks.headers import describe_layout
+from dsv4.verification.checks.loading import write_headers_only
+from dsv4.verification.checks.runtimes import runtime_verdicts
+from dsv4.verification.report.findings import FAULTS, Findings
+from dsv4.verification.report.summary import summary_row
+from dsv4.verification.scan import scan
 
 PYTHON = ROOT / ".toolchain/new/bin/python"
 # Specimens, and those that follow from one by the table: layout → the specimen it is made of.
@@ -102,7 +102,7 @@ WRONG = {
 @pytest.mark.parametrize("name", [*MADE, *RELAID])
 def test_a_bundle_of_another_maker_is_judged_by_its_numbers(specimen, name):
     folder = specimen(name)
-    view = view_of(open_bundle(folder))
+    view = build_view(open_bundle(folder))
     assert view.recognised.layout.name == LAYOUT_OF.get(name, name)
     assert not view.recognised.unknown
     assert not view.recognised.others
@@ -119,7 +119,7 @@ def names(request) -> list[str]:
 def test_every_line_of_every_table_leads_there_and_back(names):
     for layout in LAYOUTS.values():
         for name in names:
-            disk = layout.called(name)
+            disk = layout.runtime_name(name)
             if disk is not None:
                 place = layout.place(disk.replace(".G.", ".1."))
                 expert = re.search(r"experts\.(\d+)", name)
@@ -128,20 +128,20 @@ def test_every_line_of_every_table_leads_there_and_back(names):
 
 def test_a_layout_is_told_by_its_names_alone(names):
     for layout in LAYOUTS.values():
-        mine = {(layout.called(name) or "").replace(".G.", ".0.") for name in names} - {""}
-        told = recognise(mine)
+        mine = {(layout.runtime_name(name) or "").replace(".G.", ".0.") for name in names} - {""}
+        told = recognize_layout(mine)
         assert not told.unknown, layout.name
         assert told.known == len(mine)
         assert told.layout.name == layout.name or "oMLX" in layout.name  # by MTP's stages alone
 
 
 def test_names_and_stacks_beyond_any_model_are_not_followed():
-    told = recognise([f"layers.{'a' * i}.odd" for i in range(3000)])
+    told = recognize_layout([f"layers.{'a' * i}.odd" for i in range(3000)])
     assert len(told.unknown) == 3000
     path = "language_model.model.layers.0.ffn.switch_mlp.up_proj.weight"
     stack = Tensor(path, "U32", (10**9, 1, 1), Path("x"), 0, 4 * 10**9)
     shard = Shard(Path("x"), {path: stack}, {}, 0)
-    view = view_of(Checkpoint(Path(), {}, {path: "x"}, {"x": shard}))
+    view = build_view(Checkpoint(Path(), {}, {path: "x"}, {"x": shard}))
     assert not view.tensors
     assert "no stack of experts" in view.odd[path]
 
@@ -202,7 +202,7 @@ def prune(arrays: Arrays, layer: int, experts: list[int], router: bool = True) -
 
 def named(arrays: Arrays, name: str, part: str = "weight") -> str:
     """What a tensor of the source is called in these arrays."""
-    told = recognise(arrays)
+    told = recognize_layout(arrays)
     found = [
         disk for disk in arrays
         if (place := told.layout.locate(disk))
@@ -253,8 +253,8 @@ def extra(arrays: Arrays) -> None:
 def mixed(arrays: Arrays) -> None:
     """A norm under the names of a layout that this one is not."""
     old = named(arrays, "layers.2.ffn_norm.weight")
-    ways = (layout.called("layers.2.ffn_norm.weight") for layout in LAYOUTS.values())
-    told = recognise(arrays).layout
+    ways = (layout.runtime_name("layers.2.ffn_norm.weight") for layout in LAYOUTS.values())
+    told = recognize_layout(arrays).layout
     new = next(way for way in ways if way != old and not has_name(told, way))
     arrays[new] = arrays.pop(old)
 
@@ -340,7 +340,7 @@ for how, folder, out in json.loads(sys.argv[3]):
         np.save(out, np.concatenate([model.rows(ids, 0)[-1:] for ids in prompts]))
     except Exception as error:
         print(folder, how, type(error).__name__, file=sys.stderr)
-from dsv4.proof.replay import answers
+from dsv4.verification.checks.loader_replay import answers
 for folder, out in json.loads(sys.argv[4]):
     Path(out).write_text(json.dumps(answers(Path(folder), "mlx-vlm")["mlx-vlm"]))
 """

@@ -16,17 +16,17 @@ from bundles import Arrays, edit_json, flip, judge, load, places
 from conftest import made_once, must, refusal
 from test_low_disk import Place, files, hub, origin  # noqa: F401
 
-from dsv4.making.marks import converted_by
-from dsv4.making.own_numbers import RECORD, f16_overflow
+from dsv4.conversion.lossless import RECORD, f16_overflow
+from dsv4.conversion.shard_metadata import converted_by
+from dsv4.model.bundle_plan import plan_shards
 from dsv4.model.labels import MXFP4, MXFP8
-from dsv4.model.opening import open_bundle, open_source
-from dsv4.model.plan import plan_shards
-from dsv4.proof.stacks import recognize_stack, refusal_reason, runtime_verdicts
-from dsv4.proof.survey import scan
-from dsv4.storage.shard import read_array, read_shard
-from dsv4.storage.space import staging_folder
-from dsv4.weights import affine
-from dsv4.weights.quantizer import QUANTIZERS, Lossless, with_bf16_overflow
+from dsv4.model.load import open_bundle, open_source
+from dsv4.quantization import affine_table
+from dsv4.quantization.formats import QUANTIZERS, Lossless, with_bf16_overflow
+from dsv4.storage.disk_space import staging_folder
+from dsv4.storage.safetensors_file import read_array, read_shard
+from dsv4.verification.checks.runtimes import recognize_stack, refusal_reason, runtime_verdicts
+from dsv4.verification.scan import scan
 
 LOSSLESS = ("--quantizer", "lossless")
 MLX = ("--quantizer", "mlx")
@@ -351,15 +351,15 @@ def test_low_disk_makes_the_same_bundle(origin, hub, tmp_path):  # noqa: F811
 
 
 def test_the_sign_of_a_nan_does_not_enter_the_digest(monkeypatch):
-    ask, digest = affine._ask_mlx, affine.build_table().digest
+    ask, digest = affine_table._ask_mlx, affine_table.build_table().digest
 
     def flipped(probes):
         scales, *rest = ask(probes)
         return np.where(np.isnan(scales), -scales, scales), *rest
 
-    assert np.isnan(ask(affine._probes()[1][0])[0]).any()
-    monkeypatch.setattr(affine, "_ask_mlx", flipped)
-    assert affine.build_table().digest == digest
+    assert np.isnan(ask(affine_table._probes()[1][0])[0]).any()
+    monkeypatch.setattr(affine_table, "_ask_mlx", flipped)
+    assert affine_table.build_table().digest == digest
 
 
 def test_the_marks_tell_the_quantizer(lossless):

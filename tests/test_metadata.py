@@ -12,8 +12,8 @@ import pytest
 from conftest import must, refusal
 from random_talk import OFFICIAL
 
-from dsv4.model import rendering
-from dsv4.model.template import EARLIER, is_own_template, template_text
+from dsv4.model import template_sandbox
+from dsv4.model.chat_template import EARLIER, is_own_template, template_text
 
 # What this project wrote until November 2026.
 BEFORE = (
@@ -192,7 +192,7 @@ def test_the_template_renders_what_the_encoding_file_renders(source, system, thi
         {"role": "assistant", "content": "45"},
         {"role": "user", "content": "And 1+1?"},
     ]
-    rendered = rendering.environment().from_string(template_text("nano")).render(
+    rendered = template_sandbox.environment().from_string(template_text("nano")).render(
         messages=messages, add_generation_prompt=True, enable_thinking=thinking
     )  # fmt: skip
     mode = "thinking" if thinking else "chat"

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 from conftest import must, refusal
 
-from dsv4.making.fitting import SizePlanner
+from dsv4.conversion.size_planner import SizePlanner
+from dsv4.errors import UserError
 from dsv4.model import memory
+from dsv4.model.bundle_plan import SHARD_BYTES
+from dsv4.model.load import expert_labels, open_bundle, open_source
 from dsv4.model.names import stack_of
-from dsv4.model.opening import expert_labels, open_bundle, open_source
-from dsv4.model.plan import SHARD_BYTES
-from dsv4.proof.stacks import refusal_reason
+from dsv4.quantization import knapsack
+from dsv4.quantization.mixture_plan import label_name, read_plan
 from dsv4.settings import parse_context, parse_memory, parse_size
-from dsv4.stop import UserError
-from dsv4.weights import knapsack
-from dsv4.weights.mixture import label_name, read_plan
+from dsv4.verification.checks.runtimes import refusal_reason
 
 FLASH = {
     "num_hidden_layers": 43, "head_dim": 512, "sliding_window": 128, "index_head_dim": 128,

@@ -14,15 +14,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from dsv4.proof.compare import Comparer
-from dsv4.proof.survey import Scan
-from dsv4.proof.tasks import TensorResult, make_tasks
-from dsv4.proof.turbo import codebook, rotate, rotation_signs
-from dsv4.storage import reading
+from dsv4.quantization import fp4, fp8
+from dsv4.storage import tensor_reader
 from dsv4.storage.checkpoint import Checkpoint
-from dsv4.storage.reading import TensorReader
-from dsv4.storage.shard import NUMPY_DTYPE, PendingTensor, read_shard, write_shard
-from dsv4.weights import fp4, fp8
+from dsv4.storage.safetensors_file import NUMPY_DTYPE, PendingTensor, read_shard, write_shard
+from dsv4.storage.tensor_reader import TensorReader
+from dsv4.verification.numbers.compare import Comparer
+from dsv4.verification.numbers.tasks import TensorResult, make_tasks
+from dsv4.verification.numbers.turboquant import codebook, rotate, rotation_signs
+from dsv4.verification.scan import Scan
 
 ROWS, COLUMNS = 128, 256
 EXPERT, MODULE = "layers.0.ffn.experts.0.w1", "layers.0.attn.wq_a"
@@ -78,7 +78,9 @@ def quantized(
 
 def turbo(base: str, values: np.ndarray, bits: int) -> Arrays:
     """TurboQuant by MLX's own Hadamard transform and a search for the nearest level."""
-    rotated = np.array(mx.hadamard_transform(mx.array(values * rotation_signs(COLUMNS)), stream=mx.cpu))
+    rotated = np.array(
+        mx.hadamard_transform(mx.array(values * rotation_signs(COLUMNS)), stream=mx.cpu)
+    )
     norms = np.linalg.norm(rotated, axis=1, keepdims=True)
     levels, each = codebook(COLUMNS, bits), 32 // bits
     codes = np.abs((rotated / norms)[..., None] - levels).argmin(-1).astype(np.uint32)
@@ -228,7 +230,7 @@ def test_a_row_is_rotated_by_powers_of_two_the_largest_first(columns):
 
 
 def test_rows_are_read_ahead_and_each_byte_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "AHEAD", 100)
+    monkeypatch.setattr(tensor_reader, "AHEAD", 100)
     data = np.random.default_rng(7).integers(0, 256, (91, 7), np.uint8)
     made = {"a": ("U8", data), "b": ("U8", data[:, ::-1])}
     tensors, seen, reader = opened(tmp_path, made).tensors, {"a": [], "b": []}, TensorReader()

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from conftest import NANO, ROOT, must, script
 
-from dsv4.model.chat import ASSISTANT, BOS, EOS, USER
-from dsv4.model.opening import open_bundle, open_source
-from dsv4.served import nano as nano_model
-from dsv4.storage.shard import read_array
-from dsv4.weights import fp4
+from dsv4.acceptance import nano as nano_model
+from dsv4.model.load import open_bundle, open_source
+from dsv4.model.special_tokens import ASSISTANT, BOS, EOS, USER
+from dsv4.quantization import fp4
+from dsv4.storage.safetensors_file import read_array
 
 PROJECTIONS = ("w1", "w2", "w3")
 EXPERTS = 8

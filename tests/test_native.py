@@ -28,11 +28,11 @@ from conftest import SCRIPTS, Forks, must, script
 
 from dsv4.model import names
 from dsv4.model.labels import RECORD
-from dsv4.model.opening import open_bundle, open_source
+from dsv4.model.load import open_bundle, open_source
+from dsv4.quantization.formats import QUANTIZERS
 from dsv4.storage import locks
 from dsv4.storage.checkpoint import INDEX, check_index
-from dsv4.storage.shard import PendingTensor, read_array, read_shard, write_shard
-from dsv4.weights.quantizer import QUANTIZERS
+from dsv4.storage.safetensors_file import PendingTensor, read_array, read_shard, write_shard
 
 KILLS = int(os.environ.get("KILLS", "20"))
 # Names of DeepSeek-V4-Flash, of its MTP layer, and of -0731's DSpark.
@@ -397,7 +397,9 @@ def change(folder: Path, name: str, **new: object) -> None:
             key, dtype = new.get("key", key), new.get("dtype", dtype)
             array = new["edit"](array) if "edit" in new else array
         index["weight_map"][key] = path.name
-        planned.append(PendingTensor(key, dtype, array.shape, lambda a=array: [np.ascontiguousarray(a)]))
+        planned.append(
+            PendingTensor(key, dtype, array.shape, lambda a=array: [np.ascontiguousarray(a)])
+        )
     write_shard(path, planned, {"format": "pt"})
     (folder / INDEX).write_text(json.dumps(index))
 

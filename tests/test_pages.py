@@ -13,8 +13,8 @@ from browser import CHROMIUM, LEAST, WIDTH, seen
 from conftest import script
 from model_server import Model
 
-from dsv4.proof.page import page as verify_page
-from dsv4.streaming.page import page as evaluate_page
+from dsv4.evaluation.evaluation_page import page as evaluate_page
+from dsv4.verification.report.verify_page import page as verify_page
 
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed")
 SIDES = ("dark", "light")

@@ -18,14 +18,14 @@ import pytest
 from conftest import NANO
 from here import here, must, refusal
 
-from dsv4.hub.client import HubFile
+from dsv4.conversion import low_disk
+from dsv4.conversion.staging import MARK, mark, staging
+from dsv4.errors import UserError
 from dsv4.hub.provenance import HEADERS, RECORD, Record, read_record
-from dsv4.making import low_disk
-from dsv4.making.workplace import MARK, mark, staging
-from dsv4.stop import UserError
-from dsv4.storage import inside, locks
+from dsv4.hub.repository import HubFile
+from dsv4.storage import locks, safe_paths
+from dsv4.storage.atomic import write_bytes
 from dsv4.storage.backup import FOLDER, Backup
-from dsv4.storage.durable import write_bytes
 
 FAST = ("--without-loader", "--jobs", 1)
 
@@ -65,7 +65,7 @@ def state(folder: Path) -> dict[str, str]:
 )
 def test_a_name_that_leads_out_is_no_name(name, tmp_path):
     with pytest.raises(UserError):
-        inside.check_name("record", name)
+        safe_paths.check_name("record", name)
 
 
 def test_no_link_on_the_way_is_followed(outside, tmp_path):
@@ -76,17 +76,17 @@ def test_no_link_on_the_way_is_followed(outside, tmp_path):
     before = state(outside)
     for name in ("link/x", "link/new", "link/deep/y"):
         for step in (
-            lambda n: inside.remove(root, n),
-            lambda n: inside.file_type(root, n),
-            lambda n: inside.move(root, n, "taken"),
-            lambda n: inside.move(root, "real/x", n),
-            lambda n: os.close(inside.open_regular(root, n, os.O_RDWR)),
+            lambda n: safe_paths.remove(root, n),
+            lambda n: safe_paths.file_type(root, n),
+            lambda n: safe_paths.move(root, n, "taken"),
+            lambda n: safe_paths.move(root, "real/x", n),
+            lambda n: os.close(safe_paths.open_regular(root, n, os.O_RDWR)),
             lambda n: write_bytes(root / n, b"new", root),
         ):
             with pytest.raises(UserError, match="a symbolic link"):
                 step(name)
     with pytest.raises(UserError, match="a symbolic link"):
-        inside.open_regular(root, "real/x", os.O_RDWR)
+        safe_paths.open_regular(root, "real/x", os.O_RDWR)
     write_bytes(root / "real" / "x", b"ours", root)  # a link gets its own bytes, as in the cache
     assert (root / "real" / "x").read_bytes() == b"ours"
     assert state(outside) == before
@@ -98,7 +98,7 @@ def test_a_second_name_of_a_foreign_file_is_not_written_on(outside, tmp_path):
     write_bytes(tmp_path / "config.json", b"new")
     (tmp_path / "part").hardlink_to(outside / "x")
     with pytest.raises(UserError, match="another name"):
-        inside.open_regular(tmp_path, "part", os.O_WRONLY | os.O_APPEND)
+        safe_paths.open_regular(tmp_path, "part", os.O_WRONLY | os.O_APPEND)
     assert (outside / "x").read_text() == "precious"
 
 
@@ -457,7 +457,10 @@ def test_headers_go_into_no_link(source_copy, outside):
     before = state(outside)
     with pytest.raises(UserError, match="a symbolic link"):
         low_disk.fetch_headers(source_copy, record, 0)
-    with pytest.raises(UserError, match="a symbolic link"), low_disk.header_checkpoint(source_copy, record):
+    with (
+        pytest.raises(UserError, match="a symbolic link"),
+        low_disk.header_checkpoint(source_copy, record),
+    ):
         pass
     assert state(outside) == before
 

@@ -9,12 +9,12 @@ import re
 import pytest
 from conftest import NANO, ROOT, must
 
+from dsv4.errors import UserError
+from dsv4.model.bundle_plan import StorageFormat, plan_shards
 from dsv4.model.labels import DEFAULT, EXPERT, MXFP4, parts_of
-from dsv4.model.opening import open_bundle, open_source
-from dsv4.model.plan import StorageFormat, plan_shards
-from dsv4.stop import UserError
-from dsv4.storage.durable import format_bytes
-from dsv4.weights.quantizer import QUANTIZERS
+from dsv4.model.load import open_bundle, open_source
+from dsv4.quantization.formats import QUANTIZERS
+from dsv4.storage.atomic import format_bytes
 
 
 @pytest.mark.parametrize("quantizer", sorted(QUANTIZERS))

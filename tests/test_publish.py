@@ -17,8 +17,8 @@ import pytest
 from conftest import must, script
 from hub_server import TOKEN, Fault, Hub, sha256
 
-from dsv4.hub.client import HubFile
 from dsv4.hub.provenance import Record
+from dsv4.hub.repository import HubFile
 
 TO = "user/DeepSeek-V4-nano-MLX"
 

@@ -17,13 +17,13 @@ import pytest
 import small
 from conftest import must, script
 
+from dsv4.errors import UserError
 from dsv4.model import labels
-from dsv4.model.opening import expert_bases, expert_labels, open_bundle, open_source
-from dsv4.stop import UserError
+from dsv4.model.load import expert_bases, expert_labels, open_bundle, open_source
+from dsv4.quantization.affine_table import BadGroup
+from dsv4.quantization.formats import get_quantizer
 from dsv4.storage.checkpoint import check_index
-from dsv4.storage.shard import PendingTensor, read_array, write_shard
-from dsv4.weights.affine import BadGroup
-from dsv4.weights.quantizer import get_quantizer
+from dsv4.storage.safetensors_file import PendingTensor, read_array, write_shard
 
 NAMES = ("mlx", "affine4g32", "mxfp4", "lossless")  # turboquant2: test_turboquant.py
 # Quantizers that are no more: what is like their bundles, and the name that these record.

@@ -22,8 +22,8 @@ from here import here, must, refusal
 from test_imatrix import write
 from test_settings import Copy, handed
 
-from dsv4.making.recorded import recorded_in
-from dsv4.model.opening import open_source
+from dsv4.conversion.recorded_format import recorded_in
+from dsv4.model.load import open_source
 
 FORMS = ("mlx", "mxfp4", "lossless", "small", "affine2g64", "turboquant2", "mixture",
          "mixture-lossless", "affine4g32")  # fmt: skip

@@ -87,7 +87,7 @@ def test_an_edited_script_redoes_its_stage_and_those_after_it(recipe):
 
 
 def test_an_edited_module_redoes_the_first_stage_that_uses_it(recipe):
-    recipe.edit("dsv4/making/tokenizer_files.py")
+    recipe.edit("dsv4/conversion/tokenizer_files.py")
     assert recipe.stages("all") == ["finalize", "patch", "verify"]
 
 

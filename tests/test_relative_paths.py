@@ -20,8 +20,8 @@ from hub_server import Hub
 from test_default_stack import SMALLEST
 from test_repair import digests
 
-from dsv4.runtime.server import free_port
 from dsv4.storage.checkpoint import INDEX
+from dsv4.toolchain.server import free_port
 
 PYTHON = ROOT / ".toolchain" / "new" / "bin" / "python"
 FAST = ("--without-loader", "--jobs", 1)

@@ -28,11 +28,11 @@ from conftest import NANO, SCRIPTS
 from here import must
 from test_settings import Copy
 
-from dsv4.mending import documents, job
-from dsv4.stop import UserError
-from dsv4.storage import inside, own
-from dsv4.storage.space import staging_folder
-from dsv4.streaming import passes, states
+from dsv4.errors import UserError
+from dsv4.evaluation import activations, driver
+from dsv4.repair import context, document_steps
+from dsv4.storage import own_folders, safe_paths
+from dsv4.storage.disk_space import staging_folder
 
 
 def plant(folder: Path, *names: str) -> Path:
@@ -58,47 +58,47 @@ def seen(folder: Path) -> dict[str, str | None]:
 def test_a_folder_without_our_mark_is_neither_taken_nor_removed(tmp_path):
     theirs = plant(tmp_path / "folder")
     link = tmp_path / "a link"
-    link.symlink_to(own.make_own(tmp_path / "ours"))
+    link.symlink_to(own_folders.make_own(tmp_path / "ours"))
     before = seen(theirs)
     for path in (theirs, link, theirs / "theirs"):
-        assert not own.remove_own(path)
+        assert not own_folders.remove_own(path)
         with pytest.raises(UserError, match=r"found .*, expected "):
-            own.make_own(path)
-    assert not own.remove_own(tmp_path / "none")
+            own_folders.make_own(path)
+    assert not own_folders.remove_own(tmp_path / "none")
     assert seen(theirs) == before
-    assert own.is_own(tmp_path / "ours")
+    assert own_folders.is_own(tmp_path / "ours")
 
 
 def test_what_a_link_in_our_folder_leads_to_stays(tmp_path):
     theirs = plant(tmp_path / "theirs")
-    ours = own.make_own(own.make_own(tmp_path / "ours"))
+    ours = own_folders.make_own(own_folders.make_own(tmp_path / "ours"))
     (ours / "folder").mkdir()
     (ours / "folder" / "link").symlink_to(theirs)
     (ours / "link").symlink_to(theirs)
-    assert own.remove_own(ours)
+    assert own_folders.remove_own(ours)
     assert not ours.exists()
     assert (theirs / "theirs").exists()
 
 
 def test_a_removal_that_was_killed_leaves_the_mark(tmp_path, monkeypatch):
-    ours = own.make_own(tmp_path / "ours")
+    ours = own_folders.make_own(tmp_path / "ours")
     (ours / "file").touch()
 
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(inside, "empty", killed)
+    monkeypatch.setattr(safe_paths, "empty", killed)
     with pytest.raises(KeyboardInterrupt):
-        own.remove_own(ours)
+        own_folders.remove_own(ours)
     monkeypatch.undo()
-    assert own.remove_own(ours)
+    assert own_folders.remove_own(ours)
 
 
 # --------------------------------------------------------------------------- children, passes
 
 
 def replay(folder: Path, *options: str, **more) -> subprocess.Popen:
-    command = [sys.executable, "-m", "dsv4.proof.replay", "--folder", folder / "bundle",
+    command = [sys.executable, "-m", "dsv4.verification.checks.loader_replay", "--folder", folder / "bundle",
                "--out", folder / "out.json", *options]  # fmt: skip
     return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(SCRIPTS)},
                             start_new_session=True, stderr=subprocess.PIPE, **more)  # fmt: skip
@@ -117,7 +117,7 @@ def test_the_replay_by_hand_removes_nothing_and_answers_when_stdin_is_at_its_end
 CHILD = """
 import sys, time
 from pathlib import Path
-from dsv4.runtime.child import end_with_parent
+from dsv4.toolchain.child_process import end_with_parent
 end_with_parent(Path(sys.argv[1]))
 time.sleep(100)
 """
@@ -125,7 +125,7 @@ time.sleep(100)
 
 @pytest.mark.parametrize("marked", [True, False])
 def test_a_child_whose_parent_ended_removes_only_a_folder_with_our_mark(tmp_path, marked):
-    folder = own.make_own(tmp_path / "folder") if marked else plant(tmp_path / "folder")
+    folder = own_folders.make_own(tmp_path / "folder") if marked else plant(tmp_path / "folder")
     (folder / "file").touch()
     env = {**os.environ, "PYTHONPATH": str(SCRIPTS)}
     process = subprocess.Popen(
@@ -149,30 +149,30 @@ def test_a_child_without_a_session_of_its_own_ends_alone(tmp_path):
 def test_a_pass_removes_only_folders_of_passes_that_carry_our_mark(tmp_path, monkeypatch):
     work = plant(tmp_path / "work", "engine-cpu.log", f"pass-{'0' * 16}/theirs", "cpu.log")
     before = seen(work)
-    ours = own.make_own(work / f"pass-{'1' * 16}")
+    ours = own_folders.make_own(work / f"pass-{'1' * 16}")
     (ours / "after-001.npy").touch()
-    own.make_own(work / passes.LOGS)
-    passes.prepare(work)
-    passes.remove_other_passes(work, [ours])
+    own_folders.make_own(work / driver.LOGS)
+    driver.prepare(work)
+    driver.remove_other_passes(work, [ours])
     assert ours.exists()
-    passes.remove_intermediates(work)
+    driver.remove_intermediates(work)
     assert seen(work) == before
-    monkeypatch.setattr(passes, "key_of", lambda *_: "0" * 16)
+    monkeypatch.setattr(driver, "key_of", lambda *_: "0" * 16)
     with pytest.raises(UserError, match="not made here"):
-        passes.folder_of(None, SimpleNamespace(work=work), "cpu", {})
+        driver.folder_of(None, SimpleNamespace(work=work), "cpu", {})
 
 
 def test_a_work_folder_goes_only_if_it_was_made_and_is_empty(tmp_path):
     made, theirs = tmp_path / "a" / "made", tmp_path / "theirs"
     theirs.mkdir()
     for work in (made, theirs):
-        passes.prepare(work)
-        own.make_own(work / f"pass-{'1' * 16}")
-        passes.remove_intermediates(work)
+        driver.prepare(work)
+        own_folders.make_own(work / f"pass-{'1' * 16}")
+        driver.remove_intermediates(work)
     assert (made.exists(), theirs.exists()) == (False, True)
-    passes.prepare(made)
+    driver.prepare(made)
     (made / "theirs").touch()
-    passes.remove_intermediates(made)
+    driver.remove_intermediates(made)
     assert (made / "theirs").exists()
 
 
@@ -271,10 +271,10 @@ def test_a_streamed_pass_leaves_what_lies_in_its_folder(tmp_path, monkeypatch):
         def __init__(self, *_: object) -> None: ...
 
         def run(self, asked: dict, name: str) -> None:
-            np.save(Path(asked["work"]) / states.LOGITS, np.full((len(asked["ids"]), 2), 7.0))
+            np.save(Path(asked["work"]) / activations.LOGITS, np.full((len(asked["ids"]), 2), 7.0))
 
-    monkeypatch.setattr(passes, "Engine", Engine)
-    monkeypatch.setattr(passes, "settings_for", lambda *_: None)
+    monkeypatch.setattr(driver, "Engine", Engine)
+    monkeypatch.setattr(driver, "settings_for", lambda *_: None)
     found = through_model.Streamed(Path(), work).logits(NANO, "source", [[1, 2], [3]])
     assert found.tolist() == [[7.0, 7.0]] * 3
     assert seen(work) == before
@@ -309,19 +309,21 @@ def test_training_anew_leaves_the_work_folder_and_replaces_no_foreign_checkpoint
 @pytest.mark.parametrize("step", ["set_aside", "mend_files"])
 def test_what_repair_removes_is_flushed_from_its_folder(tmp_path, monkeypatch, step):
     """Else a power cut brings the file back, beside a record that says it is gone."""
-    name, flushed = documents.conversation.SPECIAL, []
+    name, flushed = document_steps.conversation.SPECIAL, []
     (tmp_path / name).write_text("no JSON")
-    monkeypatch.setattr(inside.volume, "flush_folder", lambda fd, path: flushed.append(path))
+    monkeypatch.setattr(
+        safe_paths.filesystem, "flush_folder", lambda fd, path: flushed.append(path)
+    )
     args = argparse.Namespace(bundle=tmp_path, reference=NANO, source=None, dry_run=False)
-    repair = job.RepairContext(args, None, SimpleNamespace(keep=lambda names: None))
+    repair = context.RepairContext(args, None, SimpleNamespace(keep=lambda names: None))
     if step == "set_aside":
-        job.set_aside(repair, [name])
+        context.set_aside(repair, [name])
     else:
         found = SimpleNamespace(names={"special-tokens-differ"})
-        monkeypatch.setattr(documents, "faults", lambda repair: found)
-        monkeypatch.setattr(documents, "copy", lambda *_: None)
-        monkeypatch.setattr(documents, "wanted", lambda origin: [])
-        documents.mend_files(repair)
+        monkeypatch.setattr(document_steps, "faults", lambda repair: found)
+        monkeypatch.setattr(document_steps, "copy", lambda *_: None)
+        monkeypatch.setattr(document_steps, "wanted", lambda origin: [])
+        document_steps.mend_files(repair)
     assert not (tmp_path / name).exists()
     assert flushed == [tmp_path]
 

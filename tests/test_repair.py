@@ -24,13 +24,13 @@ import small
 from bundles import edit_json
 from conftest import NANO, SCRIPTS, must, refusal, script
 
-from dsv4.making.marks import made_by
+from dsv4.conversion.shard_metadata import made_by
+from dsv4.model.chat_template import template_for
+from dsv4.model.load import expert_bases, open_bundle, open_source
 from dsv4.model.names import parse_expert
-from dsv4.model.opening import expert_bases, open_bundle, open_source
-from dsv4.model.template import template_for
 from dsv4.storage.backup import FOLDER, Backup
 from dsv4.storage.checkpoint import INDEX
-from dsv4.storage.shard import read_array, read_shard
+from dsv4.storage.safetensors_file import read_array, read_shard
 
 FAST = ("--without-loader", "--jobs", 2)
 LAYER = "layers.2."

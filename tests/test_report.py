@@ -11,7 +11,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from conftest import must, refusal, script
 
-from dsv4.proof.page import page, axis_ticks
+from dsv4.verification.report.verify_page import axis_ticks, page
 
 
 @pytest.fixture(scope="module")

@@ -24,15 +24,15 @@ import small
 from conftest import Forks
 
 import requantize as script
-from dsv4 import stop
-from dsv4.making.marks import made_by
-from dsv4.making.part import parse_part
+from dsv4 import errors
+from dsv4.conversion.job_array import parse_part
+from dsv4.conversion.shard_metadata import made_by
+from dsv4.model.load import open_bundle, open_source
 from dsv4.model.names import parse_expert
-from dsv4.model.opening import open_bundle, open_source
+from dsv4.quantization.formats import QUANTIZERS
 from dsv4.storage import locks
 from dsv4.storage.checkpoint import check_index
-from dsv4.storage.shard import PendingTensor, read_array, read_shard, write_shard
-from dsv4.weights.quantizer import QUANTIZERS
+from dsv4.storage.safetensors_file import PendingTensor, read_array, read_shard, write_shard
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "requantize.py"
 
@@ -53,7 +53,7 @@ def requantize_here(
 ) -> tuple[int, str]:
     """Run it in this process, which saves its start-up: (exit status, what it said on stderr)."""
     monkeypatch.setattr(sys, "argv", command(source, bundle)[1:])
-    status = stop.run(script.main)
+    status = errors.run(script.main)
     return status, capsys.readouterr().err
 
 

@@ -11,10 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsv4.stop import UserError
-from dsv4.storage import volume
-from dsv4.storage.rewrite import WorkerBuffers, NewShard, ShardWriter, copy_pieces, write_shards
-from dsv4.storage.shard import TensorSpec, header_bytes, read_array, read_shard
+from dsv4.errors import UserError
+from dsv4.storage import filesystem
+from dsv4.storage.safetensors_file import TensorSpec, header_bytes, read_array, read_shard
+from dsv4.storage.shard_writer import (
+    NewShard,
+    ShardWriter,
+    WorkerBuffers,
+    copy_pieces,
+    write_shards,
+)
 
 
 def copying(path: Path, origin: Path, nbytes: int) -> NewShard:
@@ -97,7 +103,7 @@ def test_workers_go_on_while_a_shard_is_flushed(tmp_path: Path, monkeypatch) -> 
         if len(done) == 2 and begun.wait(5):
             written.set()
 
-    monkeypatch.setattr(volume, "flush", flush)
+    monkeypatch.setattr(filesystem, "flush", flush)
     write_shards(shards, 1, progress)
     assert named == [[], ["a"]]
 
@@ -116,7 +122,7 @@ def test_a_flush_that_fails_names_nothing_and_can_be_done_again(
             raise OSError(error, os.strerror(error))
 
     with monkeypatch.context() as patched:
-        patched.setattr(volume, "flush", flush)
+        patched.setattr(filesystem, "flush", flush)
         with pytest.raises(OSError, match=os.strerror(error)) as raised:
             write_shards(shards, 1, lambda _: None)
     assert raised.value.filename == str(tmp_path / "b")
@@ -131,8 +137,10 @@ def test_a_kill_during_a_flush_leaves_no_name(tmp_path: Path) -> None:
     (tmp_path / "origin").write_bytes(bytes(2000))
     child = os.fork()
     if not child:
-        volume.flush = lambda fd, path: os.kill(os.getpid(), signal.SIGKILL)
-        write_shards([copying(tmp_path / name, tmp_path / "origin", 900) for name in "ab"], 1, print)
+        filesystem.flush = lambda fd, path: os.kill(os.getpid(), signal.SIGKILL)
+        write_shards(
+            [copying(tmp_path / name, tmp_path / "origin", 900) for name in "ab"], 1, print
+        )
         os._exit(0)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     assert not list(tmp_path.glob("[ab]"))

@@ -49,28 +49,28 @@ def test_the_house_as_it_is_passes(copy):
     ("file", "line", "words"),
     [
         (
-            "dsv4/storage/durable.py",
+            "dsv4/storage/atomic.py",
             "import dsv4.model.names",
             UP.format("storage", "model"),
         ),
         (
             "dsv4/model/names.py",
-            "import dsv4.hub.client",
+            "import dsv4.hub.repository",
             UP.format("model", "hub"),
         ),
         (
-            "dsv4/making/marks.py",
-            "import dsv4.proof.survey",
+            "dsv4/conversion/shard_metadata.py",
+            "import dsv4.verification.scan",
             UP.format("making", "proof"),
         ),
         (
-            "dsv4/proof/survey.py",
-            "import dsv4.making.marks",
+            "dsv4/verification/scan.py",
+            "import dsv4.conversion.shard_metadata",
             UP.format("proof", "making"),
         ),
         (
-            "dsv4/stop.py",
-            "import dsv4.storage.durable",
+            "dsv4/errors.py",
+            "import dsv4.storage.atomic",
             UP.format("stop", "storage"),
         ),
         ("dsv4/strays.py", "", "dsv4.strays"),

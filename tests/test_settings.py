@@ -18,9 +18,9 @@ import pytest
 from conftest import ROOT, SCRIPTS
 
 from dsv4 import settings
-from dsv4.runtime.toolchain import toolchain_environment
-from dsv4.stop import UserError
-from dsv4.weights.quantizer import add_quantizer_options
+from dsv4.errors import UserError
+from dsv4.quantization.formats import add_quantizer_options
+from dsv4.toolchain.python_env import toolchain_environment
 
 STUB = """#!/bin/sh
 case "$1" in -ISc) exec {python} "$@";; esac

@@ -1,4 +1,4 @@
-"""The header reader against malformed files: a Stop or a right answer, never anything else."""
+"""The header reader against malformed files: a UserError or a right answer, never anything else."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dsv4.stop import UserError
-from dsv4.storage.shard import ITEMSIZE, read_shard
+from dsv4.errors import UserError
+from dsv4.storage.safetensors_file import ITEMSIZE, read_shard
 
 CASES = 12_000
 
@@ -124,7 +124,7 @@ def mutated(rng: random.Random, data: bytes) -> bytes:
 
 
 def test_no_damage_crashes_the_reader(tmp_path: Path) -> None:
-    """12,000 damaged files: a Stop, or tensors that lie side by side within the file."""
+    """12,000 damaged files: a UserError, or tensors that lie side by side within the file."""
     seed = random.SystemRandom().randrange(10**6)
     print(f"seed={seed}")
     rng = random.Random(seed)

@@ -1,4 +1,5 @@
-"""What an installed toolchain means for the user, by the table of scripts/dsv4/proof/stacks.py.
+"""What an installed toolchain means for the user, by the table of
+scripts/dsv4/verification/checks/runtimes.py.
 
 Catches: a version that was never measured called good, a row without its pinned file or a file
 without its row, a loader still to be patched that is called ready.
@@ -13,9 +14,9 @@ import sys
 import pytest
 from conftest import NANO, SCRIPTS, must
 
-from dsv4.proof import stacks
-from dsv4.proof.stacks import LOADER, MODEL, STACKS, recognize_stack
-from dsv4.runtime.toolchain import app_versions
+from dsv4.toolchain.python_env import app_versions
+from dsv4.verification.checks import runtimes
+from dsv4.verification.checks.runtimes import LOADER, MODEL, STACKS, recognize_stack
 
 OLD = {"vmlx": "1.3.97", "jang": "2.5.9", "mlx": "0.31.2", "mlx-lm": "0.31.2", "mlx-vlm": "0.4.0"}
 NEW = {"vmlx": "1.6.81", "jang": "2.5.50", "mlx": "0.32.4", "mlx-lm": "0.31.3"}
@@ -57,8 +58,8 @@ def test_mxfp4_on_metal_is_known_to_fail_in_the_old_one_only():
 def test_turboquant_is_read_by_vmlx_alone_and_runs_on_metal_alone():
     assert recognize_stack(NEW, metal=True, quantizer="turboquant2")[0]
     assert "on a Mac" in recognize_stack(NEW, quantizer="turboquant2")[1]
-    assert not stacks.refusal_reason(NEW, "turboquant2")  # it may be made here for a Mac
-    assert "vMLX alone" in stacks.refusal_reason({**NONE, "mlx-lm": "0.32.2"}, "turboquant2")
+    assert not runtimes.refusal_reason(NEW, "turboquant2")  # it may be made here for a Mac
+    assert "vMLX alone" in runtimes.refusal_reason({**NONE, "mlx-lm": "0.32.2"}, "turboquant2")
 
 
 def test_an_mlx_lm_that_vmlx_cannot_import_is_known_to_fail():
@@ -103,4 +104,4 @@ def test_an_app_is_known_by_its_packages(tmp_path):
 
 
 def test_the_example_in_its_docstring_holds():
-    assert doctest.testmod(stacks).failed == 0
+    assert doctest.testmod(runtimes).failed == 0

@@ -20,8 +20,8 @@ from conftest import NANO, ROOT
 from jinja2 import StrictUndefined, TemplateError
 from random_talk import OFFICIAL
 
-from dsv4.model import rendering
-from dsv4.model.template import (
+from dsv4.model import template_sandbox
+from dsv4.model.chat_template import (
     RELEASES,
     RENDERING,
     TemplateFault,
@@ -44,7 +44,9 @@ def encodings():
 
 @pytest.fixture(scope="module")
 def compiled():
-    return {name: rendering.environment().from_string(template_text(name)) for name in RELEASES}
+    return {
+        name: template_sandbox.environment().from_string(template_text(name)) for name in RELEASES
+    }
 
 
 def seeded(number, seed=SEED):
@@ -135,8 +137,8 @@ def test_a_strict_jinja_renders_the_same(encodings):
     import minijinja
 
     env = minijinja.Environment(undefined_behavior="strict")
-    env.add_filter("tojson", rendering.tojson)
-    env.add_function("raise_exception", rendering.raise_exception)
+    env.add_filter("tojson", template_sandbox.tojson)
+    env.add_function("raise_exception", template_sandbox.raise_exception)
     for release in RELEASES:
         env.add_template(release, template_text(release))
 
@@ -164,7 +166,7 @@ def whole_floats(value):
 
 @pytest.mark.parametrize("trimming", [False, True])
 def test_neither_trimming_nor_strict_names_change_a_prompt(trimming):
-    env = rendering.environment().overlay(
+    env = template_sandbox.environment().overlay(
         trim_blocks=trimming, lstrip_blocks=trimming, undefined=StrictUndefined
     )
     for release in random_talk.RELEASES:
@@ -398,7 +400,7 @@ def test_rendering_ends_with_whoever_asked(tmp_path):
     ) as asking:
         child = int(asking.stdout.readline())
         asking.kill()
-    deadline = time.monotonic() + rendering.WALL_SECONDS / 2
+    deadline = time.monotonic() + template_sandbox.WALL_SECONDS / 2
     while alive(child) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not alive(child)

@@ -22,16 +22,16 @@ from conftest import NANO, ROOT, made_once, must
 from here import must as here
 from test_layouts import mended
 
+from dsv4.acceptance import nano
+from dsv4.model.load import open_bundle
 from dsv4.model.names import parse_expert
-from dsv4.model.opening import open_bundle
-from dsv4.runtime.server import ask_question, running_server
-from dsv4.served import nano
+from dsv4.quantization import fp4, turboquant
+from dsv4.quantization.affine_table import BadGroup
+from dsv4.quantization.synthetic import pack, random_weights, to_fp4
 from dsv4.storage.backup import FOLDER
 from dsv4.storage.checkpoint import INDEX, SIDECAR
-from dsv4.storage.shard import read_array
-from dsv4.weights import fp4, turboquant
-from dsv4.weights.affine import BadGroup
-from dsv4.weights.synthetic import pack, random_weights, to_fp4
+from dsv4.storage.safetensors_file import read_array
+from dsv4.toolchain.server import ask_question, running_server
 
 NEW = ROOT / ".toolchain" / "new" / "bin" / "python"
 TURBO = ("--quantizer", "turboquant2")

@@ -21,19 +21,19 @@ import bundles
 import pytest
 from conftest import NANO, must, refusal, script
 
-from dsv4.making import metadata
-from dsv4.model.chat import token_ids
-from dsv4.model.opening import open_bundle
-from dsv4.proof import card
-from dsv4.proof.page import page
-from dsv4.proof.result import read_result
-from dsv4.proof.stacks import runtime_verdicts
-from dsv4.proof.survey import DOCUMENTS, scan
-from dsv4.runtime import child, toolchain
-from dsv4.runtime.server import ask_question
-from dsv4.stop import UserError
+from dsv4.conversion import runtime_documents
+from dsv4.errors import UserError
+from dsv4.model.load import open_bundle
+from dsv4.model.special_tokens import token_ids
 from dsv4.storage.checkpoint import read_json
-from dsv4.storage.typed import first_mismatch
+from dsv4.storage.json_types import first_mismatch
+from dsv4.toolchain import child_process, python_env
+from dsv4.toolchain.server import ask_question
+from dsv4.verification.checks.runtimes import runtime_verdicts
+from dsv4.verification.report import card
+from dsv4.verification.report.schema import read_result
+from dsv4.verification.report.verify_page import page
+from dsv4.verification.scan import DOCUMENTS, scan
 
 SEED = 20261125
 VALUES = (
@@ -138,7 +138,7 @@ def test_any_value_anywhere_in_a_document_is_no_traceback(name, good, tmp_path):
                 found = bundles.Findings()
                 runtime_verdicts(scan(bundle, found), found)
                 assert findings is not None, said
-                metadata.patched_documents(open_bundle(bundle))
+                runtime_documents.patched_documents(open_bundle(bundle))
             except UserError:
                 pass
             except Exception as error:
@@ -259,15 +259,15 @@ CHILDREN = {
 def test_a_child_that_answers_nonsense_is_one_line(kind, tmp_path):
     python = stand_in(tmp_path, CHILDREN[kind])
     with pytest.raises(UserError) as stop:
-        toolchain.probe(python)
+        python_env.probe(python)
     assert f"{stop.value}".isprintable()
 
 
 def test_a_child_that_is_silent_is_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr(toolchain, "PATIENCE", 0.5)
+    monkeypatch.setattr(python_env, "PATIENCE", 0.5)
     start = time.monotonic()
     with pytest.raises(UserError):
-        toolchain.probe(stand_in(tmp_path, "exec sleep 60"))
+        python_env.probe(stand_in(tmp_path, "exec sleep 60"))
     assert time.monotonic() - start < 10
 
 
@@ -386,4 +386,4 @@ def test_the_last_words_of_a_log_cost_no_memory(tmp_path):
         file.truncate(1 << 40)
         file.seek(0, 2)
         file.write(b"\nValueError: at last\n")
-    assert child.last_log_line(log) == "ValueError: at last"
+    assert child_process.last_log_line(log) == "ValueError: at last"

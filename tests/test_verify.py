@@ -19,24 +19,17 @@ import numpy as np
 import pytest
 from conftest import SCRIPTS, must, refusal, script
 
-from dsv4.model.opening import open_bundle, open_source
-from dsv4.proof import (
-    certificate,
-    compare,
-    conversation,
-    documents,
-    kernels,
-    level1,
-    level2,
-    verdict,
-)
-from dsv4.proof.findings import FAULTS, Findings
-from dsv4.proof.promises import tolerance_for
-from dsv4.proof.survey import scan
-from dsv4.runtime import patches
-from dsv4.stop import UserError
-from dsv4.storage import reading
-from dsv4.weights.fp4 import E2M1
+from dsv4.errors import UserError
+from dsv4.model.load import open_bundle, open_source
+from dsv4.quantization.fp4 import E2M1
+from dsv4.storage import tensor_reader
+from dsv4.toolchain import patches
+from dsv4.verification.checks import conversation, documents, run
+from dsv4.verification.numbers import aggregate, case_table, compare, kernels
+from dsv4.verification.numbers import run as run_x
+from dsv4.verification.numbers.tolerances import tolerance_for
+from dsv4.verification.report.findings import FAULTS, Findings
+from dsv4.verification.scan import scan
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +56,7 @@ def test_a_good_bundle_passes_and_the_report_counts(good, source, tmp_path):
     assert set(result["hashes"]) == {
         path.relative_to(good).as_posix() for path in good.rglob("*") if path.is_file()
     }
-    assert result["hashes"]["config.json"] == level2.sha256(good / "config.json")
+    assert result["hashes"]["config.json"] == run_x.sha256(good / "config.json")
     assert result["versions"]["mlx"]
 
 
@@ -164,7 +157,8 @@ def test_the_loaders_show_what_a_wrong_label_does(good_copy):
 
 def test_an_unpatched_loader_is_told_by_what_it_does(good, monkeypatch, tmp_path):
     monkeypatch.setattr(
-        "dsv4.proof.loading.loader_states", lambda python: {"jang_tools/load_jangtq.py": "pristine"}
+        "dsv4.verification.checks.loading.loader_states",
+        lambda python: {"jang_tools/load_jangtq.py": "pristine"},
     )
     findings = bundles.judge(good, None, loader=True, level=1)
     assert findings.names == {"loader-unpatched"}
@@ -221,22 +215,22 @@ def test_a_flipped_bit_in_every_tensor_is_seen_in_every_tensor(
         bundles.flip(folder, tensor.name, int(rng.integers(tensor.nbytes)), int(rng.integers(8)))
     findings = Findings()
     opened, origin = scan(folder, findings), open_source(source)
-    read = level2.read_numbers(opened, origin, 2, lambda done: None)
+    read = run_x.read_numbers(opened, origin, 2, lambda done: None)
     places = [o.faults + o.wrong_places + o.explained_places for o in read.outcomes]
     assert [o.name for o, seen in zip(read.outcomes, places, strict=True) if not seen] == []
     assert len(read.outcomes) == len(parts)
-    verdict.aggregate(read, findings)
+    aggregate.aggregate(read, findings)
     assert {"expert-differs", "module-differs", "control-differs"} <= findings.names
 
 
 def test_a_bundle_from_elsewhere_is_held_to_mlx_formula(elsewhere, source):
     findings = Findings()
     opened, origin = scan(elsewhere, findings), open_source(source)
-    read = level2.read_numbers(opened, origin, 2, lambda done: None)
+    read = run_x.read_numbers(opened, origin, 2, lambda done: None)
     experts = [o for o in read.outcomes if o.what == "expert"]
     assert all(o.exact == o.groups and not o.recomputed for o in experts)
     assert sum(o.fragile for o in experts) > 0
-    verdict.aggregate(read, findings)
+    aggregate.aggregate(read, findings)
     assert not findings.names
 
 
@@ -293,12 +287,12 @@ def test_a_read_beyond_the_end_of_a_file_stops(good_copy):
     tensor = open_bundle(good_copy).tensors["norm.weight"]
     tensor.path.write_bytes(tensor.path.read_bytes()[: tensor.offset])
     with pytest.raises(UserError, match="its end"):
-        reading.TensorReader().read(tensor)
+        tensor_reader.TensorReader().read(tensor)
 
 
 def test_hidden_files_are_no_part_of_a_bundle():
     files = ["config.json", ".DS_Store", ".cache/x", "encoding/__pycache__/a.pyc", "encoding/a.py"]
-    assert level2.visible_files(files) == ["config.json", "encoding/a.py"]
+    assert run_x.visible_files(files) == ["config.json", "encoding/a.py"]
 
 
 # --- The kernels --------------------------------------------------------------------------------
@@ -377,12 +371,12 @@ def test_decoding_fp4_agrees_with_the_plain_one():
 def test_zeros_are_counted_as_decoding_counts_them():
     packed = np.random.default_rng(11).integers(0, 256, 4096, np.uint8)
     codes = np.stack([packed & 15, packed >> 4])
-    assert certificate.zeros(packed.view(np.int64)) == (E2M1[codes] == 0).sum()
+    assert case_table.zeros(packed.view(np.int64)) == (E2M1[codes] == 0).sum()
 
 
-@pytest.mark.parametrize("name", certificate.BY_CASE)
+@pytest.mark.parametrize("name", case_table.BY_CASE)
 def test_every_case_of_a_table_is_judged(name):
-    good, worst = certificate.judge_cases(bundles.quantizer(name), tolerance_for(name, 0))
+    good, worst = case_table.judge_cases(bundles.quantizer(name), tolerance_for(name, 0))
     assert good[105:141].all()
     assert not good[[150, 255]].any()  # beyond what F16 can hold
     assert 0.9 < worst <= 1
@@ -401,18 +395,18 @@ def test_a_quantizer_with_one_wrong_case_is_not_certified(part):
                 parts[part][77 * len(parts[part]) // len(exponents)] ^= 0x40
             return tally
 
-    good, _ = certificate.judge_cases(Wrong(), tolerance_for("mlx", 0))
+    good, _ = case_table.judge_cases(Wrong(), tolerance_for("mlx", 0))
     assert not good[120]
     assert good[[119, 121]].all()
 
 
 def test_comparing_bytes_and_decoding_come_to_the_same_sums(good, source, monkeypatch):
     sums = []
-    for names in (certificate.BY_CASE, ()):
-        monkeypatch.setattr(certificate, "BY_CASE", names)
+    for names in (case_table.BY_CASE, ()):
+        monkeypatch.setattr(case_table, "BY_CASE", names)
         monkeypatch.setattr(compare, "BLOCK_WEIGHTS", 1 << 11)
         bundle = scan(good, Findings())
-        done = level2.read_numbers(bundle, open_source(source), 2, lambda n: None)
+        done = run_x.read_numbers(bundle, open_source(source), 2, lambda n: None)
         sums.append([o for o in done.outcomes if o.what == "expert"])
     for fast, slow in zip(*sums, strict=True):
         assert fast.name == slow.name
@@ -427,7 +421,7 @@ def test_comparing_bytes_and_decoding_come_to_the_same_sums(good, source, monkey
 def test_rounding_to_a_dtype_is_numpys(dtype):
     rng = np.random.default_rng(5)
     values = (rng.standard_normal(4000) * 10.0 ** rng.integers(-9, 5, 4000)).astype(np.float32)
-    rounded = reading.as_float32(reading.round_to_dtype(values, dtype), dtype)
+    rounded = tensor_reader.as_float32(tensor_reader.round_to_dtype(values, dtype), dtype)
     kernel = [kernels._rounded(float(value), *kernels.ROUNDING[dtype]) for value in values]
     assert np.array_equal(np.array(kernel, np.float32), rounded)
 
@@ -437,7 +431,10 @@ def test_rounding_to_a_dtype_is_numpys(dtype):
 
 def test_upstreams_own_template_renders_plain_turns_and_loses_the_rest():
     converter = pytest.importorskip("jang_tools.dsv4.convert_dsv4_jangtq")
-    wrong = {name for _, name, _, _ in conversation.judge_template(converter.DSV4_CHAT_TEMPLATE_JINJA, "")}
+    wrong = {
+        name
+        for _, name, _, _ in conversation.judge_template(converter.DSV4_CHAT_TEMPLATE_JINJA, "")
+    }
     assert "a question" not in wrong
     assert {"tools in the system message", "a call, its result, an answer, a question"} <= wrong
 
@@ -453,6 +450,6 @@ def test_level_one_takes_headers_alone(good):
     findings = Findings()
     opened = scan(good, findings)
     shutil.rmtree  # noqa: B018
-    checks = level1.check_headers(opened, None, findings)
+    checks = run.check_headers(opened, None, findings)
     assert not findings.names
     assert all(check.number for check in checks)

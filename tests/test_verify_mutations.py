@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 from bundles import Arrays, edit, edit_json, flip, places, write_numbers
 
-from dsv4.model.opening import open_bundle
+from dsv4.model.load import open_bundle
 from dsv4.storage.checkpoint import INDEX
-from dsv4.storage.reading import as_float32
+from dsv4.storage.tensor_reader import as_float32
 
 E0, E1 = "layers.1.ffn.experts.0", "layers.1.ffn.experts.1"
 GATE = "model.layers.0.mlp.switch_mlp.gate_proj"

@@ -22,11 +22,11 @@ from here import must, refusal
 from small import save
 from test_repair import digests
 
-from dsv4.model.opening import open_source
+from dsv4.model.load import open_source
+from dsv4.quantization import imatrix
 from dsv4.settings import available_cores
-from dsv4.storage import space
-from dsv4.storage.shard import read_array
-from dsv4.weights import imatrix
+from dsv4.storage import disk_space
+from dsv4.storage.safetensors_file import read_array
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("cc") is None,
@@ -157,8 +157,8 @@ def test_a_volume_that_does_not_say_what_is_free_is_not_full(tmp_path, monkeypat
         raise OSError(errno.ENOSYS, "Function not implemented", str(path))
 
     monkeypatch.setattr(os, "statvfs", refused)
-    assert space.free_bytes(tmp_path) is None
-    space.check_free_space(tmp_path, 1 << 60, "", "")
+    assert disk_space.free_bytes(tmp_path) is None
+    disk_space.check_free_space(tmp_path, 1 << 60, "", "")
 
 
 # ------------------------------------------------------------------------------ what stops
@@ -278,12 +278,12 @@ def test_sixty_four_open_files_are_enough_for_any_number_of_shards(source, tmp_p
 
 
 def test_the_soft_limit_is_raised_and_threads_fit_what_is_left(monkeypatch):
-    from dsv4 import stop
+    from dsv4 import errors
 
     limits = {"now": (256, resource.RLIM_INFINITY)}
     monkeypatch.setattr(resource, "getrlimit", lambda _: limits["now"])
     monkeypatch.setattr(resource, "setrlimit", lambda _, new: limits.update(now=new))
-    assert stop.run(lambda: 0) == 0
+    assert errors.run(lambda: 0) == 0
     assert limits["now"] == (10240, resource.RLIM_INFINITY)  # as macOS will have it
     limits["now"] = (24, 24)
     assert available_cores() == 1

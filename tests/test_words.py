@@ -18,13 +18,13 @@ import sys
 import pytest
 from conftest import NANO, SCRIPTS, script
 
-from dsv4.model.forms import origin_of
-from dsv4.proof import card
-from dsv4.proof.findings import Check, Findings
-from dsv4.proof.page import SHOWN
-from dsv4.stop import UserError, with_path, run
-from dsv4.storage.shard import PendingTensor, read_shard, write_shard
-from dsv4.words import LINE, escape_line, join_some, short_repr, page_text
+from dsv4.errors import UserError, run, with_path
+from dsv4.model.json_schemas import origin_of
+from dsv4.storage.safetensors_file import PendingTensor, read_shard, write_shard
+from dsv4.text import LINE, escape_line, join_some, page_text, short_repr
+from dsv4.verification.report import card
+from dsv4.verification.report.findings import Check, Findings
+from dsv4.verification.report.verify_page import SHOWN
 
 OWNED = "mlx\x1b]0;OWNED\x07\x1b[2K\rpassed: all good"
 HOSTILE = [
@@ -68,7 +68,12 @@ def test_findings_checks_card_and_page_are_plain(text):
     for place in next(iter(findings)).places:
         assert all(is_plain(value, 300) for value in place.values())
     assert all(is_plain(line, LINE) for line in Check(text, 1, text, text).text().split("\n"))
-    for said in (card.escape_cell(text), card.escape_yaml(text), card.escape_code(text), page_text(text, SHOWN)):
+    for said in (
+        card.escape_cell(text),
+        card.escape_yaml(text),
+        card.escape_code(text),
+        page_text(text, SHOWN),
+    ):
         assert "\n" not in said
         assert said.isprintable()
 

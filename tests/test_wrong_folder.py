@@ -16,7 +16,7 @@ from here import here, must, refusal
 from test_paths import state
 
 from dsv4.hub.provenance import RECORD
-from dsv4.model.roles import BUNDLE, SOURCE, folder_role
+from dsv4.model.folder_roles import BUNDLE, SOURCE, folder_role
 from dsv4.storage.checkpoint import INDEX
 
 FAST = ("--without-loader", "--jobs", 1)

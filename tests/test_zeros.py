@@ -19,19 +19,19 @@ import numpy as np
 import pytest
 from conftest import NANO, must, refusal, script
 
-from dsv4.model.opening import open_bundle, open_source
-from dsv4.proof.findings import Findings
-from dsv4.proof.level2 import TensorWorker, read_numbers
-from dsv4.proof.survey import scan
-from dsv4.proof.verdict import aggregate
-from dsv4.stop import UserError
+from dsv4.errors import UserError
+from dsv4.model.load import open_bundle, open_source
+from dsv4.quantization.formats import MlxAffine
+from dsv4.quantization.imatrix import EVEN
+from dsv4.quantization.source_reader import read_blocks
 from dsv4.storage.checkpoint import INDEX
-from dsv4.storage.rewrite import BLOCK_BYTES, WorkerBuffers
-from dsv4.storage.shard import PendingTensor, Tensor, read_array, write_shard
-from dsv4.storage.zeros import HoleDetector, first_run
-from dsv4.weights.imatrix import EVEN
-from dsv4.weights.quantizer import MlxAffine
-from dsv4.weights.source import read_blocks
+from dsv4.storage.holes import HoleDetector, first_run
+from dsv4.storage.safetensors_file import PendingTensor, Tensor, read_array, write_shard
+from dsv4.storage.shard_writer import BLOCK_BYTES, WorkerBuffers
+from dsv4.verification.numbers.aggregate import aggregate
+from dsv4.verification.numbers.run import TensorWorker, read_numbers
+from dsv4.verification.report.findings import Findings
+from dsv4.verification.scan import scan
 
 
 def runs(data: np.ndarray, least: int) -> list[int]:

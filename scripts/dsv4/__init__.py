@@ -1,6 +1,6 @@
-"""The rooms of the house, from the ground up: an import goes down the stairs only.
+"""Shared packages, from the lowest layer to the highest; a module imports from lower layers only.
 
-words < stop < settings < storage < model, hub, runtime < weights < making, proof, served < mending
-< the commands in scripts/ and scripts/lab/. Rooms of one floor do not know each other. `make lint`
-holds every import to it; each room says in its __init__.py what it is for.
+text, errors, settings, storage, then model, hub, toolchain, then quantization, then conversion,
+verification, acceptance, then repair and evaluation, then the commands in scripts/ and
+scripts/lab/. Packages of one layer do not import each other. `make lint` checks it (.importlinter).
 """

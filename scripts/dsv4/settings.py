@@ -20,8 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dsv4.stop import UserError
-from dsv4.words import escape_line, short_repr
+from dsv4.errors import UserError
+from dsv4.text import escape_line, short_repr
 
 PREFIX = "RECIPE_"
 JOBS = 1024  # threads, beyond which no machine gains
@@ -152,8 +152,8 @@ def add_setting(parser: argparse.ArgumentParser, name: str, *, option: str = "",
 
     if_there: a path from make is left out, with a note, when nothing lies there, or a source whose
     shards LOW_DISK=1 has freed.
-    Raises Stop for a value from make that the option does not take, and for any that no command
-    could: what a later stage would refuse is refused by the first.
+    Raises UserError for a value from make that the option does not take, and for any that no
+    command could: what a later stage would refuse is refused by the first.
     """
     for each in TYPES:
         if text := os.environ.get(PREFIX + each):
@@ -169,19 +169,21 @@ def add_setting(parser: argparse.ArgumentParser, name: str, *, option: str = "",
     if action.choices and value not in action.choices:
         raise _setting_error(name, text, f"one of {', '.join(map(str, action.choices))}")
     if if_there and not is_there(value):
-        print(f"note: {name}: nothing lies at {escape_line(value)}; goes on without", file=sys.stderr)
+        print(
+            f"note: {name}: nothing lies at {escape_line(value)}; goes on without", file=sys.stderr
+        )
         return
     action.default, action.required = [value] if action.nargs else value, False
 
 
 def is_there(path: Path) -> bool:
-    """Is something there, and not only the headers of a source (dsv4/making/low_disk.py)?"""
+    """Is something there, and not only the headers of a source (dsv4/conversion/low_disk.py)?"""
     freed = (path / ".headers").is_dir() and not any(path.glob("*.safetensors"))
     return path.exists() and not freed
 
 
 def parse_setting(name: str, text: str) -> Any:
-    """The value of the setting `name`. Raises Stop when it cannot be one."""
+    """The value of the setting `name`. Raises UserError when it cannot be one."""
     if not text:
         raise _setting_error(name, text, "a value")
     if text != text.strip():
@@ -195,7 +197,7 @@ def parse_setting(name: str, text: str) -> Any:
 
 
 def parse_as(name: str, text: str, parse: Callable[[str], Any]) -> Any:
-    """The value of a setting that came as text. Raises Stop when `parse` does not take it."""
+    """The value of a setting that came as text. Raises UserError when `parse` does not take it."""
     try:
         return parse(text)
     except InvalidValue as unfit:
@@ -203,7 +205,9 @@ def parse_as(name: str, text: str, parse: Callable[[str], Any]) -> Any:
 
 
 def _setting_error(name: str, text: str, expected: str) -> UserError:
-    return UserError(name, short_repr(text), expected, f"make … {name}=VALUE, or a line of config.mk")
+    return UserError(
+        name, short_repr(text), expected, f"make … {name}=VALUE, or a line of config.mk"
+    )
 
 
 def environment_without_settings() -> dict[str, str]:

@@ -40,17 +40,18 @@ from race import (
     turn,
 )
 
+from dsv4.errors import UserError, run
+from dsv4.model.load import MODEL_TYPE, open_bundle, open_source
 from dsv4.model.names import GROUP, expert_base, parse_expert
-from dsv4.model.opening import MODEL_TYPE, open_bundle, open_source
-from dsv4.proof import level2, verdict
-from dsv4.proof.findings import Findings
-from dsv4.proof.survey import scan
-from dsv4.stop import UserError, run
-from dsv4.storage import volume
+from dsv4.quantization.fp4 import E2M1, UE8M0
+from dsv4.storage import filesystem
+from dsv4.storage.atomic import fsync_folder
 from dsv4.storage.checkpoint import INDEX
-from dsv4.storage.durable import fsync_folder
-from dsv4.storage.shard import read_array, write_shard
-from dsv4.weights.fp4 import E2M1, UE8M0
+from dsv4.storage.safetensors_file import read_array, write_shard
+from dsv4.verification.numbers import aggregate
+from dsv4.verification.numbers import run as run_x
+from dsv4.verification.report.findings import Findings
+from dsv4.verification.scan import scan
 
 REQUANTIZE = rooms.SCRIPTS / "requantize.py"
 FLASH_TENSORS = 33_792  # 43 layers × 256 experts × 3, and 1 × 256 × 3 under mtp
@@ -89,7 +90,7 @@ def copy(times: Times, folder: Path, target: Path) -> None:
         for path in sorted(folder.glob("*.safetensors")):
             call("cp", path, target / path.name)
             with (target / path.name).open("rb") as file:
-                volume.flush(file.fileno(), target / path.name)
+                filesystem.flush(file.fileno(), target / path.name)
         fsync_folder(target)
     shutil.rmtree(target)
 
@@ -125,16 +126,18 @@ def plans_method(source: Path, bundle: Path, tensors: int) -> None:
 
 
 def level_two(source: Path, bundle: Path) -> None:
-    """verify's level 2 of a bundle that has no more than experts. Raises Stop for any fault."""
+    """verify's level 2 of a bundle that has no more than experts. Raises UserError for any
+    fault."""
     opened, findings = scan(bundle, Findings()), Findings()
-    done = level2.read_numbers(opened, open_source(source), os.cpu_count() or 1, lambda n: None)
-    verdict.aggregate(done, findings)
+    done = run_x.read_numbers(opened, open_source(source), os.cpu_count() or 1, lambda n: None)
+    aggregate.aggregate(done, findings)
     if findings.errors or not done.compared:
         raise UserError(f"{bundle}", f"{findings.names}", "a bundle that is right", "debug")
 
 
 def compete(folder: Path, tensors: int, runs: int) -> dict[str, Times]:
-    """Let all contestants take `runs` turns. Raises Stop when the plan's bytes differ from ours."""
+    """Let all contestants take `runs` turns. Raises UserError when the plan's bytes differ from
+    ours."""
     source, stock, work = folder / "source", folder / "stock", folder / "work"
     done, share = folder / "done", min(tensors, 4 * SHARD_TENSORS)
     times = {name: Times(share if name == PLAN else tensors) for name in CONTESTANTS}
@@ -154,7 +157,9 @@ def compete(folder: Path, tensors: int, runs: int) -> dict[str, Times]:
         with turn(times[PLAN]) as call:
             call(sys.executable, __file__, "--plans-method", source, work, share)
         if sys.platform == "linux" and not same_tensors(work, done, share // SHARD_TENSORS):
-            raise UserError("the plan's method", "other bytes than requantize's", "the same", "debug")
+            raise UserError(
+                "the plan's method", "other bytes than requantize's", "the same", "debug"
+            )
         requantize(times[ONE], source, fresh(work), "--jobs", "1")
         requantize(times[IDLE], source, work)
         settle(source, stock, done)

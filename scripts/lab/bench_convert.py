@@ -32,16 +32,16 @@ import numpy as np
 import rooms
 from race import SHARD_TENSORS, Times, gaussian_fp4, machine, planned_expert, settle, turn
 
-from dsv4.model.implied import BLOCK as OF_A_BLOCK
-from dsv4.model.implied import TOP
-from dsv4.model.opening import MODEL_TYPE, open_bundle
-from dsv4.runtime.upstream import CONVERTER
-from dsv4.stop import UserError, run
-from dsv4.storage import volume
+from dsv4.errors import UserError, run
+from dsv4.model.expected_tensors import BLOCK as OF_A_BLOCK
+from dsv4.model.expected_tensors import TOP
+from dsv4.model.load import MODEL_TYPE, open_bundle
+from dsv4.quantization.fp8 import BLOCK
+from dsv4.storage import filesystem
+from dsv4.storage.atomic import format_bytes
 from dsv4.storage.checkpoint import INDEX
-from dsv4.storage.durable import format_bytes
-from dsv4.storage.shard import PendingTensor, read_array, write_shard
-from dsv4.weights.fp8 import BLOCK
+from dsv4.storage.safetensors_file import PendingTensor, read_array, write_shard
+from dsv4.toolchain.upstream_converter import CONVERTER
 
 FLASH_SOURCE = 160e9  # bytes
 SHARD_BYTES = 400_000_000  # of the sources that are made
@@ -89,7 +89,9 @@ def blocks(rows: float) -> int:
 
 def bf16(rng: np.random.Generator, name: str, shape: tuple[int, int]) -> PendingTensor:
     values = rng.standard_normal(shape, dtype=np.float32)
-    return PendingTensor(name, "BF16", shape, lambda: [(values.view(np.uint32) >> 16).astype(np.uint16)])
+    return PendingTensor(
+        name, "BF16", shape, lambda: [(values.view(np.uint32) >> 16).astype(np.uint16)]
+    )
 
 
 def fp8(rng: np.random.Generator, base: str, shape: tuple[int, int]) -> Iterator[PendingTensor]:
@@ -131,7 +133,7 @@ def read_and_write(source: Path, written: int, target: Path) -> None:
         with path.open("rb", buffering=0) as reader, (target / path.name).open("wb", 0) as writer:
             while n := reader.readinto(buffer[:PIECE]):
                 writer.write(buffer[: round(n * ratio)])
-            volume.flush(writer.fileno(), target / path.name)
+            filesystem.flush(writer.fileno(), target / path.name)
 
 
 def native(times: Times, source: Path, bundle: Path, quantizer: str = "mlx") -> None:

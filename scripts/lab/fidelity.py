@@ -45,11 +45,11 @@ from through_model import (
     stage,
 )
 
-from dsv4.runtime.toolchain import call_script
+from dsv4.errors import run
+from dsv4.quantization.synthetic import RULES
 from dsv4.settings import add_setting
-from dsv4.stop import run
-from dsv4.storage.durable import write_bytes, write_json
-from dsv4.weights.synthetic import RULES
+from dsv4.storage.atomic import write_bytes, write_json
+from dsv4.toolchain.python_env import call_script
 
 JANG = "convert_dsv4_jang"
 TURBO = "turboquant2"

@@ -19,14 +19,14 @@ from pathlib import Path
 import numpy as np
 from race import TALL, WIDE, Times, gaussian_fp4, machine, settle, turn
 
-from dsv4.proof.level2 import read_numbers
-from dsv4.proof.survey import Scan
-from dsv4.proof.verdict import by_kind, kind_rows
-from dsv4.stop import UserError, run
+from dsv4.errors import UserError, run
+from dsv4.quantization import fp4, turboquant
+from dsv4.storage.atomic import format_bytes
 from dsv4.storage.checkpoint import Checkpoint
-from dsv4.storage.durable import format_bytes
-from dsv4.storage.shard import PendingTensor, read_shard, write_shard
-from dsv4.weights import fp4, turboquant
+from dsv4.storage.safetensors_file import PendingTensor, read_shard, write_shard
+from dsv4.verification.numbers.aggregate import by_kind, kind_rows
+from dsv4.verification.numbers.run import read_numbers
+from dsv4.verification.scan import Scan
 
 VOCABULARY, HIDDEN = 129_280, 4096
 FILE = "model.safetensors"
@@ -97,7 +97,7 @@ def opened(folder: Path, experts: int) -> Checkpoint:
 
 
 def read(folder: Path, experts: int) -> int:
-    """Level 2 in this process. Raises Stop when it finds anything."""
+    """Level 2 in this process. Raises UserError when it finds anything."""
     bundle = Scan(opened(folder / "bundle", experts), {FILE: 0}, {})
     numbers = read_numbers(bundle, opened(folder / "source", experts), 2, lambda count: None)
     faults = [fault for outcome in numbers.outcomes for fault in outcome.faults]

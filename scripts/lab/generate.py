@@ -17,7 +17,7 @@ from pathlib import Path
 
 import rooms  # noqa: F401
 
-from dsv4.runtime.without_torchvision import hide
+from dsv4.toolchain.hide_torchvision import hide
 
 MAX_TOKENS = 40
 

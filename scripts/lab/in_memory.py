@@ -12,10 +12,10 @@ from race import GROUPS, WIDE
 
 from dsv4.model.labels import parts_of
 from dsv4.model.names import GROUP
-from dsv4.storage.shard import ITEMSIZE
-from dsv4.weights.fp4 import E2M1, UE8M0
-from dsv4.weights.quantizer import get_quantizer
-from dsv4.weights.synthetic import RULES, pack, random_weights, to_fp4
+from dsv4.quantization.formats import get_quantizer
+from dsv4.quantization.fp4 import E2M1, UE8M0
+from dsv4.quantization.synthetic import RULES, pack, random_weights, to_fp4
+from dsv4.storage.safetensors_file import ITEMSIZE
 
 
 def kernel_times(rule: str, runs: int) -> dict[str, float]:

@@ -29,14 +29,14 @@ import numpy as np
 import rooms  # noqa: F401
 import turbo_kernels
 
+from dsv4.errors import UserError, run
 from dsv4.model.labels import TURBO_PARTS, has_turboquant, stored_label
+from dsv4.model.load import open_bundle, open_source
 from dsv4.model.names import expert_base, parse_stack
-from dsv4.model.opening import open_bundle, open_source
-from dsv4.runtime.without_torchvision import hide
-from dsv4.stop import UserError, run
+from dsv4.quantization import fp4, fp8
 from dsv4.storage.checkpoint import Checkpoint
-from dsv4.storage.shard import Tensor, read_array
-from dsv4.weights import fp4, fp8
+from dsv4.storage.safetensors_file import Tensor, read_array
+from dsv4.toolchain.hide_torchvision import hide
 
 
 def decode_source(source: Checkpoint) -> dict[str, np.ndarray]:
@@ -65,8 +65,8 @@ def as_float(tensor: Tensor, array: np.ndarray) -> np.ndarray:
 def decode_bundle(bundle: Checkpoint) -> dict[str, np.ndarray]:
     """Every tensor of the bundle by storage name, dequantized by its shapes, not by its label.
 
-    FP4 bytes are decoded as what they are, whatever their label. Raises Stop when scales belong to
-    nothing that MLX could dequantize.
+    FP4 bytes are decoded as what they are, whatever their label. Raises UserError when scales
+    belong to nothing that MLX could dequantize.
     """
     import mlx.core as mx
 
@@ -117,7 +117,9 @@ def plain_model(config: dict, weights: dict[str, np.ndarray]):
     named = model.sanitize({name: mx.array(array) for name, array in weights.items()})
     parameters = dict(tree_flatten(model.parameters()))
     if odd := set(named) ^ set(parameters):
-        raise UserError(f"{sorted(odd)[0]}", "no match", "a tensor for every parameter", "see names.py")
+        raise UserError(
+            f"{sorted(odd)[0]}", "no match", "a tensor for every parameter", "see names.py"
+        )
     # Not strict: jang 2.5.9 declares attn_sink in a shape that no checkpoint has, and ignores it.
     model.load_weights(list(named.items()), strict=False)
     return model
@@ -211,7 +213,9 @@ class Reference:
             )
         odd = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
         if odd:
-            raise UserError(f"{folder}", f"no match for {odd[0]} in transformers", "every key", "see it")
+            raise UserError(
+                f"{folder}", f"no match for {odd[0]} in transformers", "every key", "see it"
+            )
         self.model.eval()
 
     def rows(self, ids: list[int], decode: int) -> np.ndarray:

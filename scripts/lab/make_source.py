@@ -21,11 +21,11 @@ import numpy as np
 from rooms import NANO
 from source_tensors import Sizes, Writer, tensors, with_dspark
 
-from dsv4.stop import UserError, run
+from dsv4.errors import UserError, run
+from dsv4.quantization.fp8 import BLOCK
+from dsv4.storage.atomic import copy_file, write_json
 from dsv4.storage.checkpoint import INDEX
-from dsv4.storage.durable import copy_file, write_json
-from dsv4.storage.shard import PendingTensor, write_shard
-from dsv4.weights.fp8 import BLOCK
+from dsv4.storage.safetensors_file import PendingTensor, write_shard
 
 WORDS = (
     "tokenizer.json",
@@ -125,7 +125,9 @@ def main() -> int:
     parser.add_argument("--dspark", action="store_true", help="DSpark in place of MTP")
     args = parser.parse_args()
     if args.source.exists() and any(args.source.iterdir()):
-        raise UserError(f"{args.source}", "a folder with files", "an empty folder", "choose another")
+        raise UserError(
+            f"{args.source}", "a folder with files", "an empty folder", "choose another"
+        )
     args.source.mkdir(parents=True, exist_ok=True)
     sizes = replace(Sizes(), **args.sizes)
     sizes = with_dspark(sizes) if args.dspark else sizes

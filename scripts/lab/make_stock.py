@@ -21,18 +21,18 @@ from pathlib import Path
 import numpy as np
 import rooms  # noqa: F401
 
+from dsv4.conversion.tokenizer_files import copy_tokenizer_files
+from dsv4.errors import run
 from dsv4.hub.provenance import source_name
-from dsv4.making.tokenizer_files import copy_tokenizer_files
 from dsv4.model import configs, labels
+from dsv4.model.bundle_plan import StorageFormat
+from dsv4.model.load import open_source
 from dsv4.model.names import PROJECTION, kind, switch_paths
-from dsv4.model.opening import open_source
-from dsv4.model.plan import StorageFormat
-from dsv4.stop import run
+from dsv4.quantization import fp8, mlx_affine
+from dsv4.storage.atomic import write_json
 from dsv4.storage.checkpoint import INDEX, Checkpoint
-from dsv4.storage.durable import write_json
-from dsv4.storage.reading import as_float32
-from dsv4.storage.shard import FLOATS, PendingTensor, Tensor, read_array, write_shard
-from dsv4.weights import fp8, matrices
+from dsv4.storage.safetensors_file import FLOATS, PendingTensor, Tensor, read_array, write_shard
+from dsv4.storage.tensor_reader import as_float32
 
 SHARD = "model-00001-of-00001.safetensors"
 # Answers of vMLX end after 300 tokens: one of upstream's faults that the stages mend.
@@ -55,7 +55,7 @@ def stored(weight: Tensor, scale: Tensor | None) -> dict[str, np.ndarray]:
         codes = np.ascontiguousarray(read_array(weight)).view(np.uint32)
         return {weight.name: codes, f"{base}.scales": read_array(scale).view(np.uint8)}
     if what in ("affine8", "head"):
-        parts = matrices.quantize(decode(weight, scale))
+        parts = mlx_affine.quantize(decode(weight, scale))
         return {f"{base}.{part}": array for part, array in parts.items()}
     if weight.dtype not in FLOATS:
         return {weight.name: read_array(weight)}

@@ -1,10 +1,10 @@
 """Which runtime loads which bundle of the nano model, and does it answer rightly there?
 
-Builds a venv for each stack of dsv4/proof/stacks.py from its pinned file (in build/matrix/stacks,
-0.4 to 2 GB each), makes the nano bundle with every quantizer and the stock one, and records for
-each pair: whether it loads or in what words it refuses, the median distance of its logits (prefill,
-and 4 tokens decoded with a cache) to the bundle's own tensors run in transformers, exact matches on
-50 held-out additions through the stack's own server or generate call, finish_reason, seconds. A
+Builds a venv for each stack of dsv4/verification/checks/runtimes.py from its pinned file (in
+build/matrix/stacks, 0.4 to 2 GB each), makes the nano bundle with every quantizer and the stock
+one, and records for each pair: whether it loads or in what words it refuses, the median distance
+of its logits (prefill, and 4 tokens decoded with a cache) to the bundle's own tensors run in
+transformers, exact matches on 50 held-out additions through the stack's own server or generate call, finish_reason, seconds. A
 bundle of random weights adds what the nano has not: compress ratios 4 and 128, a prompt beyond the
 window. The column "conversation" is of the nano with the encoding of DeepSeek's release -0731: how
 many of the built-in conversations (dsv4/model/conversations.json) become the encoder's prompt in
@@ -35,14 +35,14 @@ from typing import Any
 import numpy as np
 from rooms import NANO, SCRIPTS
 
-from dsv4.model.template import ENCODING, conversations
-from dsv4.proof.stacks import STACKS, Stack
-from dsv4.runtime.server import ask_question, running_server
-from dsv4.runtime.toolchain import call_script, module_file, probe, script_command
-from dsv4.served import nano
-from dsv4.served.questions import MOON
-from dsv4.stop import UserError, run
-from dsv4.storage.durable import write_json
+from dsv4.acceptance import nano
+from dsv4.acceptance.smoke_questions import MOON
+from dsv4.errors import UserError, run
+from dsv4.model.chat_template import ENCODING, conversations
+from dsv4.storage.atomic import write_json
+from dsv4.toolchain.python_env import call_script, module_file, probe, script_command
+from dsv4.toolchain.server import ask_question, running_server
+from dsv4.verification.checks.runtimes import STACKS, Stack
 
 RIGHT = ("mlx", "affine4g32", "mxfp4", "lossless")
 # A bundle of random weights with compress ratios 4 and 128: no answers, but logits of prompts that
@@ -71,7 +71,8 @@ NEAR = 0.02
 def run_script(
     python: Path, name: str, *arguments: object, stdin: Any = None, env: Mapping[str, str] = {}
 ) -> str:
-    """Run a script in `python`; return its stdout. Raises Stop with its last line when it fails."""
+    """Run a script in `python`; return its stdout. Raises UserError with its last line when it
+    fails."""
     command = script_command(python, name, *arguments)
     return call_script(command, name, "see it", json.dumps(stdin), env)
 
@@ -82,7 +83,9 @@ def python_of(requirements: str, work: Path) -> Path:
     wanted, venv = SCRIPTS / "stacks" / f"{requirements}.txt", work / "stacks" / requirements
     install = (SCRIPTS / "lab" / "install.py", "--anew", venv / "installed", wanted, "mlx.core")
     if subprocess.run([sys.executable, "-I", *install]).returncode:
-        raise UserError(f"{wanted}", "no environment", "one with its packages", "read the lines above")
+        raise UserError(
+            f"{wanted}", "no environment", "one with its packages", "read the lines above"
+        )
     return venv / "bin" / "python"
 
 

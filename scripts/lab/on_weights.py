@@ -11,12 +11,12 @@ import rooms  # noqa: F401
 import turbo_kernels
 from source_tensors import FLASH, headers
 
+from dsv4.model.bundle_plan import plan_shards
 from dsv4.model.labels import TURBO, affine_label, parts_of
 from dsv4.model.names import GROUP
-from dsv4.model.plan import plan_shards
-from dsv4.storage.shard import ITEMSIZE, NUMPY_DTYPE, TensorSpec
-from dsv4.weights.quantizer import QUANTIZERS, Quantizer, get_quantizer
-from dsv4.weights.synthetic import pack, random_weights, to_fp4
+from dsv4.quantization.formats import QUANTIZERS, Quantizer, get_quantizer
+from dsv4.quantization.synthetic import pack, random_weights, to_fp4
+from dsv4.storage.safetensors_file import ITEMSIZE, NUMPY_DTYPE, TensorSpec
 
 OUT, COLUMNS = 2048, 4096
 SEED = 2026

@@ -24,7 +24,7 @@ from typing import Any
 
 import rooms  # noqa: F401
 
-from dsv4.runtime.without_torchvision import hide
+from dsv4.toolchain.hide_torchvision import hide
 
 Writer = Callable[..., str]  # (messages, tools=…, enable_thinking=…, …) → prompt
 

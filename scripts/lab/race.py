@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 import rooms  # noqa: F401
 
+from dsv4.errors import UserError
 from dsv4.model.names import GROUP
+from dsv4.quantization.fp4 import E2M1
 from dsv4.settings import environment_without_settings
-from dsv4.stop import UserError
-from dsv4.storage.durable import format_bytes
-from dsv4.storage.shard import PendingTensor
-from dsv4.weights.fp4 import E2M1
+from dsv4.storage.atomic import format_bytes
+from dsv4.storage.safetensors_file import PendingTensor
 
 WIDE, TALL = (2048, 4096), (4096, 2048)  # Flash's w1 and w3, and w2: (out, in)
 SHARD_TENSORS = 24  # routed experts in a shard of the sources that are made

@@ -10,8 +10,8 @@ import numpy as np
 import rooms  # noqa: F401
 
 from dsv4.model.names import GROUP
-from dsv4.storage.shard import Tensor
-from dsv4.weights.fp8 import BLOCK, E4M3
+from dsv4.quantization.fp8 import BLOCK, E4M3
+from dsv4.storage.safetensors_file import Tensor
 
 
 @dataclass(frozen=True)

@@ -31,14 +31,14 @@ from typing import Any
 import numpy as np
 from rooms import NANO
 
-from dsv4.proof.examination import verify
-from dsv4.proof.stacks import STACKS, runtime_verdicts
-from dsv4.runtime.toolchain import call_script, script_command
-from dsv4.served import nano
+from dsv4.acceptance import nano
+from dsv4.errors import UserError, run
 from dsv4.settings import available_cores
-from dsv4.stop import UserError, run
-from dsv4.storage.durable import write_json
-from dsv4.words import print_escaped
+from dsv4.storage.atomic import write_json
+from dsv4.text import print_escaped
+from dsv4.toolchain.python_env import call_script, script_command
+from dsv4.verification.checks.runtimes import STACKS, runtime_verdicts
+from dsv4.verification.verify import verify
 
 TOOLCHAIN = Path(".toolchain/new/bin/python")
 # name → the module that makes it and its options; {source}, {out}, {bf16} are folders.
@@ -85,7 +85,7 @@ def prepared(source: Path, folder: Path) -> Path:
 
 
 def make(name: str, source: Path, out: Path, python: Path) -> None:
-    """Make one specimen. Raises Stop with the tool's last line when it fails."""
+    """Make one specimen. Raises UserError with the tool's last line when it fails."""
     if (out / name).exists():
         print_escaped(f"{out / name}: there already")
         return
@@ -94,7 +94,9 @@ def make(name: str, source: Path, out: Path, python: Path) -> None:
         own = prepared(source, Path(work) / "source") if name.startswith("vlm-") else source
         folders = {"source": own.resolve(), "out": made.resolve(), "bf16": out / "jang-bf16"}
         command = [part.format(**folders) for part in SPECIMENS[name]]
-        call_script(script_command(python, "lab/upstream", *command), command[0], "see the toolchain")
+        call_script(
+            script_command(python, "lab/upstream", *command), command[0], "see the toolchain"
+        )
         if not (made / "config.json").is_file():
             raise UserError(name, "no config.json", "a bundle", "see the tool")
         made.rename(out / name)
@@ -109,7 +111,12 @@ ROWS = [stack for stack in STACKS if stack.name in ("new", "lm", "vlm")]
 def verdict(folder: Path, source: Path) -> tuple[list[str], dict[str, str]]:
     """verify's findings, and what stands in a runtime's way by them."""
     asked = argparse.Namespace(
-        bundle=folder, source=source, level=2, without_loader=True, imatrix=None, jobs=available_cores()
+        bundle=folder,
+        source=source,
+        level=2,
+        without_loader=True,
+        imatrix=None,
+        jobs=available_cores(),
     )
     done = verify(asked)
     faults = sorted(finding.name for finding in done.findings.errors)

@@ -12,11 +12,11 @@ import numpy as np
 import rooms  # noqa: F401
 from tokenizers import Tokenizer
 
-from dsv4.model.chat import ASSISTANT, BOS, EOS, USER
-from dsv4.runtime.toolchain import call_script, script_command
-from dsv4.served.nano import held_out
-from dsv4.streaming import passes, states
-from dsv4.streaming.comparison import log_softmax
+from dsv4.acceptance.nano import held_out
+from dsv4.evaluation import activations, driver
+from dsv4.evaluation.divergence import log_softmax
+from dsv4.model.special_tokens import ASSISTANT, BOS, EOS, USER
+from dsv4.toolchain.python_env import call_script, script_command
 
 THINK, END_THINK = "<think>", "</think>"
 ALONE = "run it alone to see why"
@@ -39,7 +39,7 @@ class ModelError:
 
 
 def stage(name: str, *arguments: object) -> None:
-    """Run one stage's script. Raises Stop when it fails."""
+    """Run one stage's script. Raises UserError when it fails."""
     command = script_command(Path(sys.executable), name, *arguments)
     call_script(command, f"stage {name}", ALONE)
 
@@ -62,7 +62,7 @@ class Streamed:
     def __init__(self, python: Path, work: Path) -> None:
         """python: the new stack's. work: a folder that its passes may use."""
         work.mkdir(parents=True, exist_ok=True)
-        self._engine = passes.WorkerProcess(passes.settings_for(python, "jang", work), "cpu")
+        self._engine = driver.WorkerProcess(driver.settings_for(python, "jang", work), "cpu")
         self._work = work
 
     def __enter__(self) -> Streamed:
@@ -79,7 +79,7 @@ class Streamed:
         for tokens in ids:
             with tempfile.TemporaryDirectory(prefix="pass-", dir=self._work) as work:
                 self._engine.run(job | {"work": work, "ids": tokens}, folder.name)
-                rows.append(np.array(states.read_rows(Path(work) / states.LOGITS)))
+                rows.append(np.array(activations.read_rows(Path(work) / activations.LOGITS)))
         return np.concatenate(rows).astype(np.float64)
 
 
@@ -88,7 +88,9 @@ def every_logit(
 ) -> np.ndarray:
     """The same by logits.py, for bundles that jang's own model cannot run."""
     command = script_command(python, "lab/logits", "--folder", folder, "--how", how)
-    call_script([*command, "--every", "--out", str(out)], f"logits of {folder}", ALONE, json.dumps(ids))
+    call_script(
+        [*command, "--every", "--out", str(out)], f"logits of {folder}", ALONE, json.dumps(ids)
+    )
     return np.load(out).astype(np.float64)
 
 

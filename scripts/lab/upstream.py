@@ -1,7 +1,7 @@
 """Run another project's command in a runtime's Python as it is installed.
 
 Two things stand in the way there: a torchvision that does not fit, which is hidden
-(dsv4/runtime/without_torchvision.py), and an mlx_lm that has no DeepSeek-V4 of its own: jang's is
+(dsv4/toolchain/hide_torchvision.py), and an mlx_lm that has no DeepSeek-V4 of its own: jang's is
 registered with it, where jang is.
 
     .toolchain/new/bin/python scripts/lab/upstream.py mlx_vlm convert --hf-path DIR --mlx-path DIR
@@ -15,7 +15,7 @@ import sys
 
 import rooms  # noqa: F401
 
-from dsv4.runtime.without_torchvision import hide
+from dsv4.toolchain.hide_torchvision import hide
 
 
 def main() -> None:

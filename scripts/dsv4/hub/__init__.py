@@ -1,3 +1,4 @@
 """The Hugging Face hub: listings, resumable downloads, uploads, and the record of each.
-May import: storage and what lies below it.
+
+May import: storage and lower layers.
 """

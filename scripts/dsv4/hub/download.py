@@ -12,13 +12,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dsv4.hub import client
-from dsv4.hub.client import HubFile
+from dsv4.errors import UserError
+from dsv4.hub import repository
 from dsv4.hub.file_transfer import Interrupted, Transfer, file_hash, partial_for, size_of
 from dsv4.hub.hub_errors import RevisionNotFound
 from dsv4.hub.provenance import RECORD, Record, read_record
-from dsv4.stop import UserError
-from dsv4.storage import inside, locks, volume
+from dsv4.hub.repository import HubFile
+from dsv4.storage import filesystem, locks, safe_paths
 from dsv4.storage.checkpoint import INDEX, read_index
 
 PATIENCE = 300  # seconds without a byte, after which a transfer gives up
@@ -50,7 +50,7 @@ def remaining(source: Path, files: Iterable[HubFile]) -> int:
 
 
 def check_pin(source: Path, record: Record, repo: str, revision: str) -> None:
-    """Raise Stop when the folder is pinned to something else than what is asked for."""
+    """Raise UserError when the folder is pinned to something else than what is asked for."""
     if record.repo != repo:
         raise UserError(
             f"{source}", f"a download of {record.repo}", repo, "set SOURCE to another folder"
@@ -59,7 +59,7 @@ def check_pin(source: Path, record: Record, repo: str, revision: str) -> None:
         return
     asked = revision
     if not re.fullmatch("[0-9a-f]{40}", revision):
-        asked = client.commit_of(repo, revision)
+        asked = repository.commit_of(repo, revision)
     if asked != record.commit:
         raise UserError(
             f"{source}", f"the commit {record.commit[:12]} pinned", f"{revision} ({asked[:12]})",
@@ -69,10 +69,10 @@ def check_pin(source: Path, record: Record, repo: str, revision: str) -> None:
 
 def pin(source: Path, repo: str, revision: str, patience: float) -> Record:
     """Ask the hub what `revision` stands for and write that down before anything is fetched."""
-    record = Record.pinned(repo, revision, client.listing(repo, revision, patience))
+    record = Record.pinned(repo, revision, repository.listing(repo, revision, patience))
     source.mkdir(parents=True, exist_ok=True)
     with locks.locked(source):
-        volume.check_case(f"hub: {repo}", record.files, source)
+        filesystem.check_case(f"hub: {repo}", record.files, source)
         record.write(source)
     print(f"{source}: pinned to {repo} at {record.commit}")
     return record
@@ -80,7 +80,7 @@ def pin(source: Path, repo: str, revision: str, patience: float) -> Record:
 
 @contextlib.contextmanager
 def at_pin(source: Path, record: Record) -> Iterator[None]:
-    """Raise a Stop that says how to go on, when the pinned commit is no longer on the hub."""
+    """Raise a UserError that says how to go on, when the pinned commit is no longer on the hub."""
     try:
         yield
     except RevisionNotFound:
@@ -95,7 +95,7 @@ def at_pin(source: Path, record: Record) -> Iterator[None]:
 def report_news(record: Record) -> None:
     """Print when the revision stands for another commit by now. Errors of the hub are ignored."""
     with contextlib.suppress(UserError):
-        now = client.commit_of(record.repo, record.revision)
+        now = repository.commit_of(record.repo, record.revision)
         if now != record.commit:
             print(
                 f"note: {record.repo} {record.revision} is at {now[:12]} by now; this folder stays "
@@ -109,11 +109,11 @@ def report_news(record: Record) -> None:
 def hash_present(source: Path, record: Record, names: list[str], again: bool) -> None:
     """Hash those of the files that are there and not verified (with `again`: all), and record it.
 
-    Raises Stop when some differ from the hub's, after moving them aside; before anything is done
-    when a link leads out of the folder on the way to one.
+    Raises UserError when some differ from the hub's, after moving them aside; before anything is
+    done when a link leads out of the folder on the way to one.
     """
     for name in names:
-        inside.file_type(source, name)
+        safe_paths.file_type(source, name)
     todo = [
         record.files[name]
         for name in names
@@ -129,7 +129,7 @@ def hash_present(source: Path, record: Record, names: list[str], again: bool) ->
                 record.set_verified(source, file.name)
             else:
                 record.verified.pop(file.name, None)
-                inside.move(source, file.name, file.name + ".bad")
+                safe_paths.move(source, file.name, file.name + ".bad")
                 wrong.append(file.name)
             record.write(source)
     if wrong:
@@ -171,7 +171,7 @@ def fetch_documents(
 ) -> None:
     """Fetch what is missing of the JSON and text files, and select the shards by the index.
 
-    Raises Stop for failures, and as `hash_present` and `select_shards` do.
+    Raises UserError for failures, and as `hash_present` and `select_shards` do.
     """
     fetch(source, record, documents(record), patience, workers, again)
     select_shards(source, record)
@@ -180,7 +180,8 @@ def fetch_documents(
 def fetch_shards(
     source: Path, record: Record, patience: float, workers: int, again: bool = False
 ) -> None:
-    """Fetch the shards that are missing. Raises Stop for failures, and as `hash_present` does."""
+    """Fetch the shards that are missing. Raises UserError for failures, and as `hash_present`
+    does."""
     names = [name for name in record.files if name not in documents(record)]
     fetch(source, record, names, patience, workers, again)
 
@@ -214,7 +215,7 @@ def fetch(
 def fetch_all(transfer: Transfer, record: Record, files: list[HubFile], workers: int) -> None:
     """Fetch some files at once; the first failure stops the others, and they keep what they have.
 
-    Raises Stop for a failure of the hub, the network or the disk.
+    Raises UserError for a failure of the hub, the network or the disk.
     """
     with at_pin(transfer.folder, record), ThreadPoolExecutor(max_workers=workers) as pool:
         running = {pool.submit(transfer.fetch, file): file for file in files}
@@ -230,7 +231,7 @@ def fetch_all(transfer: Transfer, record: Record, files: list[HubFile], workers:
 
 
 def first_cause(error: BaseException, running: dict) -> BaseException:
-    """Return the error to raise: for a full disk a Stop, and never a mere Interrupted."""
+    """Return the error to raise: for a full disk a UserError, and never a mere Interrupted."""
     if isinstance(error, Interrupted):
         causes = [f.exception() for f in running if f.done() and not f.cancelled()]
         error = next((c for c in causes if c and not isinstance(c, Interrupted)), error)

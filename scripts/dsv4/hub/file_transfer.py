@@ -15,12 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+from dsv4.errors import UserError, with_path
 from dsv4.hub import http
-from dsv4.hub.client import HubFile
 from dsv4.hub.hub_errors import translated
+from dsv4.hub.repository import HubFile
 from dsv4.hub.retry import with_retries
-from dsv4.stop import UserError, with_path
-from dsv4.storage import inside, volume
+from dsv4.storage import filesystem, safe_paths
 
 CHUNK = 4 << 20
 Advance = Callable[[int], Any]  # told how many bytes came (or, negative, were thrown away)
@@ -65,13 +65,17 @@ class Transfer:
         """Bring `file` to its place, with the hub's size and hash, durably.
 
         A resumed file with a wrong hash is fetched once more from its beginning: a machine that
-        lost power may leave a partial file whose end was never written. Raises Stop when it is
+        lost power may leave a partial file whose end was never written. Raises UserError when it is
         wrong again.
         """
         path = self.folder / file.name
-        inside.expect_type(self.folder, file.name, inside.FILE, inside.LINK, inside.NOTHING)
+        safe_paths.expect_type(
+            self.folder, file.name, safe_paths.FILE, safe_paths.LINK, safe_paths.NOTHING
+        )
         partial = partial_for(path, file)
-        inside.expect_type(self.folder, self._name(partial), inside.FILE, inside.NOTHING)
+        safe_paths.expect_type(
+            self.folder, self._name(partial), safe_paths.FILE, safe_paths.NOTHING
+        )
         resumed = size_of(partial) > 0
         self._fill(file, partial)
         found = file_hash(partial, file)
@@ -87,23 +91,24 @@ class Transfer:
                 "stays, something on the way changes the bytes",
             )  # fmt: skip
         with self._open(partial) as written:
-            volume.flush(written.fileno(), partial)
-        inside.move(self.folder, self._name(partial), file.name)
+            filesystem.flush(written.fileno(), partial)
+        safe_paths.move(self.folder, self._name(partial), file.name)
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.folder).as_posix()
 
     def _open(self, partial: Path) -> IO[bytes]:
-        """Open a partial file for appending. Raises Stop for a link or another's file."""
+        """Open a partial file for appending. Raises UserError for a link or another's file."""
         flags = os.O_WRONLY | os.O_APPEND
-        return os.fdopen(inside.open_regular(self.folder, self._name(partial), flags), "ab")
+        return os.fdopen(safe_paths.open_regular(self.folder, self._name(partial), flags), "ab")
 
     def _drop(self, partial: Path) -> None:
         self.advance(-size_of(partial))
-        inside.remove(self.folder, self._name(partial))
+        safe_paths.remove(self.folder, self._name(partial))
 
     def _fill(self, file: HubFile, partial: Path) -> None:
-        """Append to `partial` until it has the file's size. Raises Stop when that cannot be."""
+        """Append to `partial` until it has the file's size. Raises UserError when that cannot
+        be."""
         if size_of(partial) > file.size:
             self._drop(partial)
 

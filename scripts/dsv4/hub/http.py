@@ -15,9 +15,9 @@ import re
 from collections.abc import Callable
 from typing import IO, TYPE_CHECKING, Any
 
+from dsv4.errors import UserError
 from dsv4.hub.hub_errors import BadResponse, TruncatedResponse, one_line
-from dsv4.stop import UserError
-from dsv4.words import short_repr
+from dsv4.text import short_repr
 
 if TYPE_CHECKING:
     import httpx2
@@ -33,7 +33,8 @@ CONNECTION = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY", "SSL_CERT_FILE", "SSL_CE
 
 @functools.cache
 def install() -> None:
-    """Let huggingface_hub use `make_client`. Raises Stop for settings that it cannot import."""
+    """Let huggingface_hub use `make_client`. Raises UserError for settings that it cannot
+    import."""
     for name in TIMEOUTS:
         value = os.environ.get(name, "1")
         if not re.fullmatch("[0-9]{1,5}", value):
@@ -47,7 +48,7 @@ def install() -> None:
 def make_client() -> httpx2.Client:
     """Return huggingface_hub's own client, with timeouts and `raise_when_limited`.
 
-    Raises Stop for a proxy or certificates that cannot be used.
+    Raises UserError for a proxy or certificates that cannot be used.
     """
     from huggingface_hub.utils import httpx
     from huggingface_hub.utils._http import default_client_factory
@@ -65,7 +66,7 @@ def make_client() -> httpx2.Client:
 
 
 def check_login() -> None:
-    """Raise Stop for a token that cannot be read, or that no request can carry."""
+    """Raise UserError for a token that cannot be read, or that no request can carry."""
     install()
     from huggingface_hub import errors, get_token
 

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
-from dsv4.stop import UserError
-from dsv4.words import escape_line
+from dsv4.errors import UserError
+from dsv4.text import escape_line
 
 AGAIN = "run the same command again: it resumes"
 LOGIN = "`hf auth login`, with an account that has access"
@@ -59,7 +59,7 @@ class RevisionNotFound(UserError):
 
 @contextlib.contextmanager
 def translated(repo: str) -> Iterator[None]:
-    """Turn the exceptions of huggingface_hub and of its HTTP library into a Stop.
+    """Turn the exceptions of huggingface_hub and of its HTTP library into a UserError.
 
     Raises RevisionNotFound, which is one, when the hub does not have the revision.
     """

@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dsv4.hub.client import HubFile, Listing
-from dsv4.stop import UserError
-from dsv4.storage import inside, typed
+from dsv4.errors import UserError
+from dsv4.hub.repository import HubFile, Listing
+from dsv4.storage import json_types, safe_paths
+from dsv4.storage.atomic import TEMPORARY_SUFFIX, write_json
 from dsv4.storage.checkpoint import read_json
-from dsv4.storage.durable import TEMPORARY_SUFFIX, write_json
-from dsv4.storage.inside import FILE, NOTHING
 from dsv4.storage.locks import LOCK
-from dsv4.words import short_repr
+from dsv4.storage.safe_paths import FILE, NOTHING
+from dsv4.text import short_repr
 
 RECORD = ".download.json"
 HEADERS = ".headers"  # with --low-disk: each shard's header, from which the bundle is planned
@@ -102,13 +102,13 @@ class Record:
 def read_record(source: Path) -> Record | None:
     """Read the record of `source`; None when it has none.
 
-    Raises Stop when it cannot be read. The record may have come with the folder, so every name and
-    every type in it is validated.
+    Raises UserError when it cannot be read. The record may have come with the folder, so every
+    name and every type in it is validated.
     """
     path = source / RECORD
-    if not source.is_dir() or inside.expect_type(source, RECORD, FILE, NOTHING) == NOTHING:
+    if not source.is_dir() or safe_paths.expect_type(source, RECORD, FILE, NOTHING) == NOTHING:
         return None
-    value = typed.validate(path, read_json(path), FORM, TODO)
+    value = json_types.validate(path, read_json(path), FORM, TODO)
     entries = value["files"]
     for name, entry in entries.items():
         check_entry(path, name, entry)
@@ -125,11 +125,11 @@ def read_record(source: Path) -> Record | None:
 
 
 def check_entry(path: Path, name: str, entry: dict[str, Any]) -> None:
-    """Raise Stop unless a record's entry has the form that `Record.to_json` gives it.
+    """Raise UserError unless a record's entry has the form that `Record.to_json` gives it.
 
     Reserved names must not be listed; only shards may be marked as fetched or freed.
     """
-    inside.check_name(f"{path}", name)
+    safe_paths.check_name(f"{path}", name)
     if name.split("/")[0] in OWN or name.endswith(TEMPORARY_SUFFIX):
         raise malformed(path, f"the file {short_repr(name)}, which is this recipe's own")
     hashes = [re.fullmatch(f"[0-9a-f]{{{digits}}}", entry.get(key, ""))

@@ -15,14 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dsv4.hub import client, http
-from dsv4.hub.client import HubFile
+from dsv4.hub import http, repository
 from dsv4.hub.file_transfer import Transfer
 from dsv4.hub.hub_errors import translated
+from dsv4.hub.repository import HubFile
 from dsv4.hub.retry import with_retries
-from dsv4.storage import volume
+from dsv4.storage import filesystem
 from dsv4.storage.checkpoint import INDEX, read_index
-from dsv4.storage.shard import MAX_HEADER, Tensor, read_shard
+from dsv4.storage.safetensors_file import MAX_HEADER, Tensor, read_shard
 
 FIRST = 64 << 10  # bytes of a shard that are asked for at once; upstream's headers have 60 kB
 WHOLE = (".json", ".jinja", ".py")
@@ -55,16 +55,16 @@ def fetch_skeleton(
     revision: str,
     folder: Path,
     patience: float,
-    wanted: Callable[[str], bool] = client.is_any_file,
+    wanted: Callable[[str], bool] = repository.is_any_file,
 ) -> Skeleton:
     """Make `folder` look like `repo` at `revision` to everything that reads JSON and headers.
 
-    Raises Stop when the hub does not give them.
+    Raises UserError when the hub does not give them.
     """
-    listing = client.listing(repo, revision, patience, wanted)
+    listing = repository.listing(repo, revision, patience, wanted)
     skeleton = Skeleton(repo, listing.commit, listing.files)
     folder.mkdir(parents=True, exist_ok=True)
-    volume.check_case(f"hub: {repo}", (file.name for file in listing.files), folder)
+    filesystem.check_case(f"hub: {repo}", (file.name for file in listing.files), folder)
     transfer = Transfer(repo, listing.commit, folder, patience, lambda count: None)
     with ThreadPoolExecutor(WORKERS) as pool:
         running = [pool.submit(write_sparse, skeleton, transfer, file) for file in listing.files]
@@ -100,7 +100,7 @@ def tensors(repo: str, revision: str) -> dict[str, Tensor]:
     """Return every tensor of a published checkpoint by name, from the headers of the shards that
     its index names; without an index, of all in the root.
 
-    Paths are the shards' names. Raises Stop as `fetch_skeleton` and `read_shard` do.
+    Paths are the shards' names. Raises UserError as `fetch_skeleton` and `read_shard` do.
     """
     found = {}
     with tempfile.TemporaryDirectory(prefix="headers-") as work:
@@ -132,7 +132,7 @@ def read_header(repo: str, commit: str, file: HubFile, patience: float) -> bytes
 def read_range(
     repo: str, commit: str, file: HubFile, begin: int, end: int, patience: float
 ) -> bytes:
-    """Return bytes `begin` to `end` of a published file. Raises Stop when the hub does not."""
+    """Return bytes `begin` to `end` of a published file. Raises UserError when the hub does not."""
     if begin == end:
         return b""
     with translated(repo):

@@ -6,13 +6,13 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsv4.hub import client, http
-from dsv4.hub.client import HubFile
+from dsv4.errors import UserError
+from dsv4.hub import http, repository
 from dsv4.hub.hub_errors import AGAIN, LOGIN, translated
+from dsv4.hub.repository import HubFile
 from dsv4.hub.retry import with_retries
-from dsv4.stop import UserError
-from dsv4.storage import bounds
-from dsv4.words import escape_line
+from dsv4.storage import limits
+from dsv4.text import escape_line
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def made(name: str, text: str) -> Item:
 
 
 def check_login(repo: str) -> None:
-    """Raise Stop when there is no login that the hub knows, before hours are spent."""
+    """Raise UserError when there is no login that the hub knows, before hours are spent."""
     http.check_login()
     from huggingface_hub import HfApi, get_token
 
@@ -45,7 +45,7 @@ def check_login(repo: str) -> None:
         with_retries(lambda: HfApi().whoami(), 30)
 
 
-def missing(items: list[Item], remote: client.Listing) -> list[Item]:
+def missing(items: list[Item], remote: repository.Listing) -> list[Item]:
     """Return the items whose bytes the repository does not have under their name."""
     have = {file.name: file for file in remote.files}
     return [item for item in items if not is_there(item, have.get(item.name))]
@@ -59,15 +59,15 @@ def is_there(item: Item, remote: HubFile | None) -> bool:
         return False
     if remote.sha256:
         return remote.sha256 == item.file.sha256
-    return git_hash(bounds.read_bounded(item.path) if item.path else item.data) == remote.git_sha1
+    return git_hash(limits.read_bounded(item.path) if item.path else item.data) == remote.git_sha1
 
 
-def list_all(to: str, patience: float) -> client.Listing:
+def list_all(to: str, patience: float) -> repository.Listing:
     """List every file of the repository's main branch."""
-    return client.listing(to, "main", patience, client.is_any_file)
+    return repository.listing(to, "main", patience, repository.is_any_file)
 
 
-def stale_shards(names: set[str], remote: client.Listing) -> list[str]:
+def stale_shards(names: set[str], remote: repository.Listing) -> list[str]:
     """Return the shards of an earlier bundle, which loaders would read too: those in the
     repository's root that are not in `names`. What lies in folders is not ours.
     """
@@ -78,7 +78,7 @@ def stale_shards(names: set[str], remote: client.Listing) -> list[str]:
 def upload(to: str, items: list[Item], private: bool, patience: float) -> str:
     """Bring the repository to these items in one commit; return the commit's hash.
 
-    Raises Stop for errors of the hub and the network, and when the hub's hashes differ after.
+    Raises UserError for errors of the hub and the network, and when the hub's hashes differ after.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 

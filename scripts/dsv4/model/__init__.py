@@ -1,5 +1,5 @@
-"""What DeepSeek-V4 is made of: its names, labels, configuration and conversation, and the plan
-of a bundle.
+"""DeepSeek-V4: tensors, names, labels, configuration, conversation, and the plan of a bundle.
+
 Reads headers and JSON, never a weight.
-May import: storage and what lies below it.
+May import: storage and lower layers.
 """

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from dsv4.model.chat import BOS, EOS
+from dsv4.model.bundle_plan import StorageFormat
 from dsv4.model.labels import TURBO, turboquant_fields
 from dsv4.model.names import GROUP
-from dsv4.model.plan import StorageFormat
+from dsv4.model.special_tokens import BOS, EOS
 from dsv4.storage.checkpoint import Checkpoint
 
 # The keys of config.json that describe the model, as DeepSeek publishes it, and those that stages,
@@ -62,7 +62,9 @@ def width_fields(label: dict[str, Any]) -> dict[str, Any]:
     """What config.json says of the experts' width, beside their labels."""
     named = f"DSV4-Flash-{jang_profile(label)}"
     said = {"_name_or_path": named, "routed_expert_bits": label["bits"]}
-    return said | ({"weight_format": TURBO, **turboquant_fields(label)} if label["mode"] == TURBO else {})
+    return said | (
+        {"weight_format": TURBO, **turboquant_fields(label)} if label["mode"] == TURBO else {}
+    )
 
 
 def replace_width_fields(config: dict[str, Any], label: dict[str, Any]) -> dict[str, Any]:
@@ -152,7 +154,9 @@ def turboquant_config(label: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def updated_jang_config(old: dict[str, Any], source: Checkpoint, form: StorageFormat) -> dict[str, Any]:
+def updated_jang_config(
+    old: dict[str, Any], source: Checkpoint, form: StorageFormat
+) -> dict[str, Any]:
     """A native bundle's jang_config.json after its numbers have got another form."""
     new = jang_config(source, form, old.get("source_model", ""))
     kept = {key: value for key, value in old.items() if key not in (*new, *TURBO_JANG)}

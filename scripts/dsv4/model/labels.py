@@ -28,7 +28,7 @@ from dsv4.model.names import (
     stack_of,
     switch_paths,
 )
-from dsv4.storage.shard import FLOATS, TensorSpec, Tensor
+from dsv4.storage.safetensors_file import FLOATS, Tensor, TensorSpec
 
 DEFAULT = {"group_size": GROUP, "bits": 8, "mode": "affine"}
 EXPERT = {"group_size": GROUP, "bits": 4, "mode": "affine"}

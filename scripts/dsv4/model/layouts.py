@@ -69,7 +69,7 @@ class NamingScheme:
     def _sides(self) -> list[tuple[re.Pattern[str], re.Pattern[str]]]:
         return [(pattern(source), pattern(bundle)) for source, bundle in self.lines]
 
-    def called(self, name: str) -> str | None:
+    def runtime_name(self, name: str) -> str | None:
         """What the layout calls the source tensor `name`; an open G stays. None: it drops it.
 
         >>> called = LAYOUTS["mlx-vlm"].called
@@ -94,7 +94,7 @@ class NamingScheme:
                 continue
             open_name = fill_pattern(source, found)
             one = fill_pattern(source, found, E=found.groupdict().get("E") or EXPERT)
-            back = (self.called(one) or "").replace(".G.", f".{found.groupdict().get('G')}.")
+            back = (self.runtime_name(one) or "").replace(".G.", f".{found.groupdict().get('G')}.")
             if back == name:
                 block = int(found["G"]) if "G" in found.groupdict() else None
                 return SourcePlace(open_name, "E" in re.findall(r"\bE\b", open_name), block)
@@ -237,7 +237,7 @@ def schemes_with_name(kind: str) -> tuple[str, ...]:
     return tuple(layout.name for layout in LAYOUTS.values() if has_name(layout, kind))
 
 
-def recognise(names: Iterable[str]) -> RecognizedScheme:
+def recognize_layout(names: Iterable[str]) -> RecognizedScheme:
     """The layout of a bundle by its tensors' names; of two that know as many, the first."""
     names = list(names)
     kind_of = {name: re.sub(r"(?<=\.)[0-9]{1,6}(?=\.|$)", "0", name) for name in names}

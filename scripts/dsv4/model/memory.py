@@ -21,8 +21,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from dsv4.errors import UserError
 from dsv4.settings import add_setting, parse_context, parse_memory, parse_size
-from dsv4.stop import UserError
 
 GIB = 1 << 30
 MACS = tuple(n * GIB for n in (64, 96, 128, 192, 256, 512))
@@ -39,7 +39,7 @@ def add_goal(parser: argparse.ArgumentParser) -> None:
 
 
 def check_goal(args: argparse.Namespace) -> None:
-    """Raise Stop when both FIT and SIZE are given."""
+    """Raise UserError when both FIT and SIZE are given."""
     if args.fit and args.size:
         raise UserError("FIT and SIZE", "both", "one of them", "leave the other out")
 

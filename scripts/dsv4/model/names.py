@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from dsv4.storage.bounds import COLUMNS
+from dsv4.storage.limits import COLUMNS
 
 GROUP = 32  # columns that share a scale, in the source's FP4 and in every label of a bundle
 BLOCK = 128  # rows and columns that share one in the source's FP8

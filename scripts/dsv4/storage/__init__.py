@@ -1,4 +1,5 @@
-"""Bytes on a disk: safetensors files, folders of them, bounded JSON, durable writing, locks.
-Knows neither names nor numbers of the model.
-May import: words, stop, settings.
+"""Safetensors files, checkpoints, bounded JSON, atomic writes, locks.
+
+Knows nothing of the model.
+May import: settings, errors, text.
 """

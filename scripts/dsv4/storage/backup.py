@@ -6,7 +6,7 @@ new file takes its place; the first original is kept, whatever is repaired later
 them says which files were new, and which work was begun and must be ended.
 
 The folder may have come with the bundle, from anywhere: its record is checked when it is read, and
-nothing is put back or removed outside the bundle (dsv4/storage/inside.py).
+nothing is put back or removed outside the bundle (dsv4/storage/safe_paths.py).
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dsv4.stop import UserError
-from dsv4.storage import inside, volume
+from dsv4.errors import UserError
+from dsv4.storage import filesystem, safe_paths
+from dsv4.storage.atomic import TEMPORARY_SUFFIX, copy_file, fsync_folder, write_json
 from dsv4.storage.checkpoint import read_json
-from dsv4.storage.durable import TEMPORARY_SUFFIX, copy_file, fsync_folder, write_json
-from dsv4.storage.inside import DIRECTORY, FILE, LINK, NOTHING
-from dsv4.storage.junk import is_system_file
-from dsv4.words import short_repr
+from dsv4.storage.safe_paths import DIRECTORY, FILE, LINK, NOTHING
+from dsv4.storage.system_files import is_system_file
+from dsv4.text import short_repr
 
 FOLDER = ".before-repair"
 FILES = f"{FOLDER}/files"
@@ -32,17 +32,17 @@ TODO = f"do not use {FOLDER}: nothing was touched"
 class Backup:
     """The originals of one bundle. Nothing is written before `keep`, `take` or `begin` is called.
 
-    Raises Stop for a folder or a record that was not written here: a link, a name that leads out of
-    the bundle, another type.
+    Raises UserError for a folder or a record that was not written here: a link, a name that leads
+    out of the bundle, another type.
     """
 
     def __init__(self, bundle: Path) -> None:
         self.bundle = bundle
         self.folder = bundle / FOLDER
         self.files = bundle / FILES
-        inside.expect_type(bundle, FOLDER, DIRECTORY, NOTHING)
-        inside.expect_type(bundle, FILES, DIRECTORY, NOTHING)
-        there = inside.expect_type(bundle, RECORD, FILE, NOTHING) == FILE
+        safe_paths.expect_type(bundle, FOLDER, DIRECTORY, NOTHING)
+        safe_paths.expect_type(bundle, FILES, DIRECTORY, NOTHING)
+        there = safe_paths.expect_type(bundle, RECORD, FILE, NOTHING) == FILE
         self._record = validate_record(bundle / RECORD, read_json(bundle / RECORD)) if there else {}
 
     @property
@@ -58,8 +58,12 @@ class Backup:
     @property
     def originals(self) -> list[str]:
         """Names of the originals that are kept."""
-        found = inside.files_below(self.bundle, FILES)
-        return [check_visible_name(self.files / n, n) for n in found if not is_leftover(n) and not is_system_file(n)]
+        found = safe_paths.files_below(self.bundle, FILES)
+        return [
+            check_visible_name(self.files / n, n)
+            for n in found
+            if not is_leftover(n) and not is_system_file(n)
+        ]
 
     @property
     def nbytes(self) -> int:
@@ -71,7 +75,7 @@ class Backup:
         """Bytes that keeping the originals of `names` costs at once: none where files may have two
         names, else those of copies."""
         new = [name for name in names if not self._has(name) and (self.bundle / name).is_file()]
-        if not new or volume.supports_hard_links(self.bundle):
+        if not new or filesystem.supports_hard_links(self.bundle):
             return 0
         return sum((self.bundle / name).stat().st_size for name in new)
 
@@ -87,9 +91,11 @@ class Backup:
     def keep(self, names: list[str]) -> None:
         """Make the originals of `names` durable; note those that are not there as created.
 
-        Raises Stop for a name that leads out of the bundle, and for what is no file.
+        Raises UserError for a name that leads out of the bundle, and for what is no file.
         """
-        kinds = {name: inside.expect_type(self.bundle, name, FILE, LINK, NOTHING) for name in names}
+        kinds = {
+            name: safe_paths.expect_type(self.bundle, name, FILE, LINK, NOTHING) for name in names
+        }
         new = {n for n in names if kinds[n] == NOTHING and not self._has(n)}
         if new - set(self.created):
             self._write({"created": sorted({*self.created, *new})})
@@ -101,16 +107,16 @@ class Backup:
     def take(self, name: str) -> None:
         """Move a file that is no part of the bundle to the originals; undo brings it back.
 
-        Raises Stop for what is no file, and when an original of that name is kept already.
+        Raises UserError for what is no file, and when an original of that name is kept already.
         """
         if self._has(name):
             raise UserError(f"{self.bundle / name}", f"another {name} in {self.files}", "none",
-                       inside.AWAY)  # fmt: skip
-        inside.move(self.bundle, name, f"{FILES}/{name}", make=True)
+                       safe_paths.AWAY)  # fmt: skip
+        safe_paths.move(self.bundle, name, f"{FILES}/{name}", make=True)
         self._make_durable(name)
 
     def _has(self, name: str) -> bool:
-        return inside.file_type(self.bundle, f"{FILES}/{name}") != NOTHING
+        return safe_paths.file_type(self.bundle, f"{FILES}/{name}") != NOTHING
 
     def _make_durable(self, name: str) -> None:
         for folder in Path(f"{FILES}/{name}").parents:
@@ -119,30 +125,30 @@ class Backup:
     def undo(self) -> tuple[int, int]:
         """Put every original back and remove what was created: (files put back, removed).
 
-        Raises Stop before anything is touched when a name leads elsewhere. What else lies in
+        Raises UserError before anything is touched when a name leads elsewhere. What else lies in
         .before-repair, and a folder that holds more, stays.
         """
         originals, created = self.originals, self.created
         for name in (*originals, *created):
-            inside.expect_type(self.bundle, name, FILE, LINK, NOTHING)
+            safe_paths.expect_type(self.bundle, name, FILE, LINK, NOTHING)
         for name in originals:
-            inside.move(self.bundle, f"{FILES}/{name}", name, make=True)
+            safe_paths.move(self.bundle, f"{FILES}/{name}", name, make=True)
             fsync_folder((self.bundle / name).parent)
         for name in created:
-            inside.remove(self.bundle, name)
+            safe_paths.remove(self.bundle, name)
             if "/" in name:
-                inside.remove_folder(self.bundle, name.rpartition("/")[0])
+                safe_paths.remove_folder(self.bundle, name.rpartition("/")[0])
         fsync_folder(self.bundle)
         self._remove()
         return len(originals), len(created)
 
     def _remove(self) -> None:
         """Remove the record, temporaries and folders; never what somebody else put there."""
-        for name in inside.files_below(self.bundle, FOLDER):
+        for name in safe_paths.files_below(self.bundle, FOLDER):
             if f"{FOLDER}/{name}" == RECORD or is_leftover(name) or is_system_file(name):
-                inside.remove(self.bundle, f"{FOLDER}/{name}")
+                safe_paths.remove(self.bundle, f"{FOLDER}/{name}")
         for folder, _, _ in os.walk(self.folder, topdown=False):
-            inside.remove_folder(self.bundle, Path(folder).relative_to(self.bundle).as_posix())
+            safe_paths.remove_folder(self.bundle, Path(folder).relative_to(self.bundle).as_posix())
 
     def _write(self, part: dict[str, Any]) -> None:
         self._record = {**self._record, **part}
@@ -157,14 +163,16 @@ def is_leftover(name: str) -> bool:
 
 
 def check_visible_name(where: Path, name: str) -> str:
-    """A name of one of the bundle's files. Raises Stop when it leads out or is hidden."""
-    if inside.check_name(f"{where}", name).startswith("."):
-        raise UserError(f"{where}", f"the hidden name {short_repr(name)}", "a file of the bundle", TODO)
+    """A name of one of the bundle's files. Raises UserError when it leads out or is hidden."""
+    if safe_paths.check_name(f"{where}", name).startswith("."):
+        raise UserError(
+            f"{where}", f"the hidden name {short_repr(name)}", "a file of the bundle", TODO
+        )
     return name
 
 
 def validate_record(path: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """A record as it may be used. Raises Stop for types and names that no repair writes."""
+    """A record as it may be used. Raises UserError for types and names that no repair writes."""
     created, unfinished = record.get("created", []), record.get("unfinished", {})
     if not isinstance(created, list) or not isinstance(unfinished, dict):
         raise UserError(f"{path}", "another form", "what repair writes", TODO)
@@ -185,15 +193,15 @@ def is_work(experts: Any, mark: Any) -> bool:
 def link_or_copy(root: Path, name: str, target: str) -> None:
     """Give a file a second name; a symbolic link is made again, and where none can be, a copy."""
     with (
-        inside.open_parent(root, name) as (old, first),
-        inside.open_parent(root, target, make=True) as (
+        safe_paths.open_parent(root, name) as (old, first),
+        safe_paths.open_parent(root, target, make=True) as (
             new,
             last,
         ),
     ):
-        if inside.file_type_at(old, first) == LINK:  # as the hub's cache has them
+        if safe_paths.file_type_at(old, first) == LINK:  # as the hub's cache has them
             os.symlink(os.readlink(first, dir_fd=old), last, dir_fd=new)
             return
-        if volume.link(root / target, first, last, old, new):
+        if filesystem.link(root / target, first, last, old, new):
             return
     copy_file(root / name, root / target, root)

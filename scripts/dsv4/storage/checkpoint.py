@@ -12,11 +12,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dsv4.stop import UserError
-from dsv4.storage import bounds, typed
-from dsv4.storage.shard import Shard, Tensor, read_shard
-from dsv4.storage.typed import OBJECT, Form
-from dsv4.words import escape_line, short_repr
+from dsv4.errors import UserError
+from dsv4.storage import json_types, limits
+from dsv4.storage.json_types import OBJECT, Form
+from dsv4.storage.safetensors_file import Shard, Tensor, read_shard
+from dsv4.text import escape_line, short_repr
 
 INDEX = "model.safetensors.index.json"
 SIDECAR = "jangtq_runtime.safetensors"  # no shard: what vMLX in Swift wants to know of TurboQuant
@@ -48,23 +48,23 @@ def read_json(path: Path, form: Form = OBJECT) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"{path}", "no such file", "a JSON file", "check the folder")
-    return parse_json(bounds.read_bounded(path), f"{path}", form)
+    return parse_json(limits.read_bounded(path), f"{path}", form)
 
 
 def parse_json(data: bytes, where: str, form: Form = OBJECT) -> dict[str, Any]:
     """The JSON object that `data` is the text of. Raises as `read_json` does."""
     todo = "restore this file"
-    bounds.check_json_size(data, where)
+    limits.check_json_size(data, where)
     try:
         value = json.loads(data.decode("utf-8"))
-        bounds.check_surrogates(data, value)
-        deep = not bounds.is_shallow(value)
+        limits.check_surrogates(data, value)
+        deep = not limits.is_shallow(value)
     except (ValueError, RecursionError) as error:
-        bounds.check_lfs_pointer(data, where)
+        limits.check_lfs_pointer(data, where)
         raise UserError(where, f"no valid JSON ({error})", "JSON", todo) from error
     if deep:
-        raise UserError(where, f"lists and objects more than {bounds.DEPTH} deep", "fewer", todo)
-    return typed.validate(where, value, form, todo)
+        raise UserError(where, f"lists and objects more than {limits.DEPTH} deep", "fewer", todo)
+    return json_types.validate(where, value, form, todo)
 
 
 def read_index(folder: Path) -> dict[str, str]:
@@ -72,7 +72,9 @@ def read_index(folder: Path) -> dict[str, str]:
     path = folder / INDEX
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{path}", "no weight_map", "tensor names and their shards", "restore the index")
+        raise UserError(
+            f"{path}", "no weight_map", "tensor names and their shards", "restore the index"
+        )
     for name, file in weight_map.items():
         if not is_file_name(file):
             raise UserError(
@@ -109,7 +111,9 @@ def check_index(checkpoint: Checkpoint, todo: str) -> None:
     index = checkpoint.folder / INDEX
     for name, file in checkpoint.weight_map.items():
         if name not in checkpoint.shards[file].tensors:
-            raise UserError(f"{index}: {name}", f"no such tensor in {file}", "it there", f"{todo} again")
+            raise UserError(
+                f"{index}: {name}", f"no such tensor in {file}", "it there", f"{todo} again"
+            )
     for file, shard in checkpoint.shards.items():
         for name in shard.tensors:
             if checkpoint.weight_map.get(name) != file:

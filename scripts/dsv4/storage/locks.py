@@ -4,7 +4,7 @@ A whole run holds FOLDER/.lock alone. Parts of one job hold it together, and eac
 whose name says which part of which work it is: .part-K-of-N-WORK.lock. It stays when the part ends,
 so that a part of another division or of other work, which would overlap, is refused; a whole run
 removes them all. The system drops the locks of a process that dies. portalocker does the locking
-(flock); where a volume has no locks, it is up to the user (dsv4/storage/volume.py).
+(flock); where a volume has no locks, it is up to the user (dsv4/storage/filesystem.py).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pathlib import Path
 
 import portalocker
 
-from dsv4.stop import UserError, with_path
-from dsv4.storage import inside, volume
+from dsv4.errors import UserError, with_path
+from dsv4.storage import filesystem, safe_paths
 
 LOCK = ".lock"
 OF_PART = re.compile(r"\.part-([0-9]+)-of-([0-9]+)-([0-9a-f]{12})\.lock")
@@ -40,10 +40,13 @@ def locked(folder: Path, part: tuple[int, int, str] | None = None) -> Iterator[N
     """Hold `folder` while the body runs; with `part`, (k, n, work), the k-th of n parts of it.
 
     work: what all parts must agree on, any text. A whole run leaves no lock behind.
-    Raises Stop when another run holds what is asked for, and for a part of another number or work.
+    Raises UserError when another run holds what is asked for, and for a part of another number or
+    work.
     """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_hold_lock_file(lock_for(folder), alone=part is None, stays=part is not None))
+        stack.enter_context(
+            _hold_lock_file(lock_for(folder), alone=part is None, stays=part is not None)
+        )
         if part is None:
             remove_stale(folder)
         else:
@@ -59,7 +62,7 @@ def locked(folder: Path, part: tuple[int, int, str] | None = None) -> Iterator[N
 
 
 def check_parts(folder: Path, mine: str) -> None:
-    """Raise Stop when a part of another number, or of other work, was here before this one."""
+    """Raise UserError when a part of another number, or of other work, was here before this one."""
     _, n, work = OF_PART.fullmatch(mine).groups()
     for path in sorted(folder.glob(f".part-*{LOCK}")):
         if (of := OF_PART.fullmatch(path.name)) and of.group(2, 3) != (n, work):
@@ -72,7 +75,7 @@ def check_parts(folder: Path, mine: str) -> None:
 def remove_stale(folder: Path) -> None:
     """Remove the locks of parts: empty plain files of such a name."""
     for path in folder.glob(f".part-*{LOCK}"):
-        ours = is_lock(path.name) and inside.file_type(folder, path.name) == inside.FILE
+        ours = is_lock(path.name) and safe_paths.file_type(folder, path.name) == safe_paths.FILE
         if ours and not path.stat().st_size:
             path.unlink()
 
@@ -81,7 +84,7 @@ def remove_stale(folder: Path) -> None:
 def _hold_lock_file(path: Path, alone: bool, stays: bool) -> Iterator[None]:
     """Hold one lock file, and remove it in the end unless it `stays`.
 
-    A link in its place is not followed, and nothing is waited for. Raises Stop for a link, for
+    A link in its place is not followed, and nothing is waited for. Raises UserError for a link, for
     what is no plain file, and for a file with content: that is somebody's, and no lock.
     """
     handle = _open_and_lock(path, alone)
@@ -101,7 +104,7 @@ def _open_and_lock(path: Path, alone: bool) -> int:
     file of that name is enough in the end.
     """
     for last in (False, False, True):
-        handle = inside.open_regular(path.parent, path.name, os.O_RDWR)
+        handle = safe_paths.open_regular(path.parent, path.name, os.O_RDWR)
         try:
             if _try_lock(handle, path, alone, last):
                 return handle
@@ -117,9 +120,9 @@ def _try_lock(handle: int, path: Path, alone: bool, last: bool) -> bool:
     with with_path(path):
         status = os.fstat(handle)
     if status.st_size:
-        raise UserError(f"{path}", "a file with content", "an empty lock", inside.AWAY)
+        raise UserError(f"{path}", "a file with content", "an empty lock", safe_paths.AWAY)
     try:
-        volume.lock_file(handle, path, alone)
+        filesystem.lock_file(handle, path, alone)
     except portalocker.AlreadyLocked as error:
         raise UserError(f"{path.parent}", "another run at work on it", "one run on each part",
                    "wait until it ends") from error  # fmt: skip

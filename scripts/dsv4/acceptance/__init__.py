@@ -1,0 +1,4 @@
+"""Questions to a running server: cases, their judgement, and speed.
+
+May import: quantization and lower layers.
+"""

@@ -1,0 +1,258 @@
+"""Routed experts from the FP4 source into a new shard, piece by piece."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from dsv4.errors import UserError
+from dsv4.model.bundle_plan import ConversionUnit
+from dsv4.model.labels import MXFP4, parts_of
+from dsv4.quantization.affine_table import BadGroup, ErrorStats
+from dsv4.quantization.formats import Quantizer
+from dsv4.quantization.imatrix import normalized
+from dsv4.quantization.source_reader import (
+    CopyTensorPiece,
+    copy_tensor_pieces,
+    read_blocks,
+    read_bytes,
+)
+from dsv4.storage.safetensors_file import Tensor, TensorSpec
+from dsv4.storage.shard_writer import NewShard, Piece, ShardWriter, WorkerBuffers
+from dsv4.text import escape_line
+
+PIECE_BYTES = 4 << 20  # of packed source codes
+
+
+@dataclass(frozen=True)
+class QuantizePiece:
+    """Rows `first` to `last` - 1 of one expert: FP4 in, the parts that a shard holds out."""
+
+    weight: Tensor
+    scale: Tensor
+    first: int
+    last: int
+    places: dict[str, int]  # part with rows → where its row 0 lies in the new shard
+    quantizer: Quantizer
+    ledger: ErrorLog
+    importance: np.ndarray | None = None  # of each column, as an imatrix has it
+
+    def _row_bytes(self) -> dict[str, int]:
+        """Part → bytes of a row, for the parts that have rows; the codes come first."""
+        return {p: n // self.weight.shape[0] for p, n in row_parts(self.weight, self.quantizer)}
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that it writes."""
+        row_bytes = self._row_bytes()
+        return (self.last - self.first) * sum(row_bytes[part] for part in self.places)
+
+    @property
+    def nbytes_read(self) -> int:
+        """The bytes that it reads."""
+        return (self.last - self.first) * (self.weight.shape[1] + self.scale.shape[1])
+
+    def write(self, target: ShardWriter, desk: WorkerBuffers) -> None:
+        """Quantize the rows and write each part that this shard holds.
+
+        Raises UserError for a group without such a form.
+        """
+        rows, half = self.last - self.first, self.weight.shape[1]
+        groups = self.scale.shape[1]
+        scale = read_bytes(desk, self.scale, self.first * groups, rows * groups, "exponents")
+        sizes = self._row_bytes()
+        codes, *others = sizes
+        parts = {part: desk.buffer(part, rows * sizes[part]) for part in others}
+        weights = self.importance
+        if weights is not None:
+            weights = normalized(weights, self.weight.name)
+        for at, packed in read_blocks(desk, self.weight, self.first * half, rows * half, half):
+            row, some = at // half, len(packed) // half
+            done = row - self.first
+            now = {p: data[done * sizes[p] :][: some * sizes[p]] for p, data in parts.items()}
+            now[codes] = desk.buffer("weight", some * sizes[codes])
+            exponents = scale[done * groups :][: some * groups]
+            tally = self._encode(row, packed, exponents, now, weights)
+            if codes in self.places:
+                target.write(self.places[codes] + row * sizes[codes], now[codes])
+                self.ledger.add(self.weight.name, tally)
+        for part in parts.keys() & self.places.keys():
+            target.write(self.places[part] + self.first * sizes[part], parts[part])
+
+    def _encode(
+        self,
+        row: int,
+        packed: np.ndarray,
+        exponents: np.ndarray,
+        parts: dict[str, np.ndarray],
+        weights: np.ndarray | None,
+    ) -> ErrorStats:
+        """Quantize some rows from `row` on into `parts`; weights: of the columns, usable."""
+        try:
+            return self.quantizer.encode(packed, exponents, parts, weights)
+        except BadGroup as bad:
+            below, group = divmod(bad.group, self.scale.shape[1])
+            where = f"in row {row + below}, group {group}"
+            raise UserError(
+                f"{self.weight.path}: {self.weight.name}", f"{bad.found} {where}",
+                bad.expected, "fetch the source again",
+            ) from bad  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ConstantPiece:
+    """A few bytes that are known beforehand."""
+
+    data: bytes
+    place: int
+    nbytes_read: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that it writes."""
+        return len(self.data)
+
+    def write(self, target: ShardWriter, desk: WorkerBuffers) -> None:
+        """Write them."""
+        target.write(self.place, np.frombuffer(self.data, np.uint8))
+
+
+def row_parts(weight: Tensor, quantizer: Quantizer) -> list[tuple[str, int]]:
+    """(part, bytes) of one expert's parts that have a row for each of the weight's."""
+    out, half = weight.shape
+    parts = parts_of(quantizer.label, out, 2 * half).items()
+    return [(part, TensorSpec("", *of).nbytes) for part, of in parts if part != "tq_bits"]
+
+
+class ErrorLog:
+    """The errors of the tensors quantized so far, by name."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.tallies: dict[str, ErrorStats] = {}
+        self.scales: dict[str, int] = {}  # FP8 scale bytes with which some runtimes round
+
+    def add(self, name: str, tally: ErrorStats) -> None:
+        with self._lock:
+            self.tallies.setdefault(name, ErrorStats()).add(tally)
+
+    def note_scales(self, name: str, number: int) -> None:
+        if number:
+            with self._lock:
+                self.scales[name] = self.scales.get(name, 0) + number
+
+
+def experts_pieces(
+    unit: ConversionUnit, places: dict[str, int], quantizer: Quantizer, ledger: ErrorLog
+) -> list[Piece]:
+    """The pieces that fill those parts of an expert, or of a stack of them, that a shard holds."""
+    pieces: list[Piece] = []
+    for number, (weight, scale) in enumerate(unit.stack or [(unit.weight, unit.scale)]):
+        base = weight.name.removesuffix(".weight")
+        one, importance = quantizer.of(base), quantizer.importance.get(base)
+        sizes = dict(row_parts(weight, one))
+        at = {p: place + number * sizes[p] for p, place in places.items() if p in sizes}
+        pieces += expert_pieces(weight, scale, at, one, ledger, importance)
+    for slot in unit.slots:
+        if slot.name.endswith(".tq_bits") and "tq_bits" in places:
+            bits = int(quantizer.label["bits"]).to_bytes(slot.nbytes, "little")
+            pieces.append(ConstantPiece(bits, places["tq_bits"]))
+    return pieces
+
+
+def expert_pieces(
+    weight: Tensor,
+    scale: Tensor,
+    places: dict[str, int],
+    quantizer: Quantizer,
+    ledger: ErrorLog,
+    importance: np.ndarray | None,
+) -> list[Piece]:
+    """The pieces that fill the parts of one expert, each at its place."""
+    if quantizer.label == MXFP4:
+        return copy_pieces(weight, scale, places, ledger)
+    out, half = weight.shape
+    rows = max(1, PIECE_BYTES // half)
+    cuts = [(row, min(row + rows, out)) for row in range(0, out, rows)]
+    return [
+        QuantizePiece(weight, scale, first, last, places, quantizer, ledger, importance)
+        for first, last in cuts
+    ]
+
+
+def copy_pieces(
+    weight: Tensor, scale: Tensor, places: dict[str, int], ledger: ErrorLog
+) -> list[Piece]:
+    """The pieces that copy codes and scale bytes. They stop at a scale byte that is NaN."""
+
+    def check(at: int, data: np.ndarray) -> None:
+        if (data == 255).any():
+            row, group = divmod(at + int(np.argmax(data == 255)), scale.shape[1])
+            raise UserError(
+                f"{weight.path}: {weight.name}",
+                f"scale byte 255 (NaN) in row {row}, group {group}",
+                "bytes from 0 to 254", "fetch the source again",
+            )  # fmt: skip
+
+    pieces: list[Piece] = []
+    if "weight" in places:
+        pieces += copy_tensor_pieces(weight, places["weight"])
+        ledger.add(weight.name, ErrorStats())
+    if "scales" in places:
+        pieces += copy_tensor_pieces(scale, places["scales"], check)
+    return pieces
+
+
+class NullWriter:
+    """Stands in for a Target: what is written to it is dropped."""
+
+    def write(self, offset: int, data: np.ndarray) -> None:
+        pass
+
+
+def estimate_seconds(shards: list[NewShard], written: int, jobs: int) -> str:
+    """Time from a measurement: the first pieces are read and quantized, and nothing is written."""
+    desk, seconds, done = WorkerBuffers(), 0.0, 0
+    kinds = (QuantizePiece, CopyTensorPiece)
+    pieces = [p for shard in shards[:4] for p in shard.pieces() if isinstance(p, kinds)]
+    with contextlib.closing(desk):
+        for i, piece in enumerate(pieces[:17]):
+            start = time.perf_counter()
+            piece.write(NullWriter(), desk)
+            if i:  # the first one loads the kernel
+                seconds += time.perf_counter() - start
+                done += piece.nbytes
+    if not done:
+        return "time: seconds"
+    rate = done / seconds * jobs
+    return (
+        f"time: about {written / rate / 60:.1f} minutes with {jobs} jobs, at the "
+        f"{rate / 1e6:,.0f} MB/s of reading and quantizing here; a slower disk takes longer"
+    )
+
+
+def describe_errors(ledger: ErrorLog) -> str:
+    """What the quantizer's own tallies say of the error, to be appended to a line."""
+    line = ""
+    if ledger.tallies:
+        errors = {name: tally.relative for name, tally in ledger.tallies.items()}
+        worst = max(errors, key=lambda name: errors[name])
+        # About 8.5% for weights of a normal distribution: that is what mx.quantize makes of FP4.
+        line += (
+            f"; relative RMS error mean {sum(errors.values()) / len(errors):.2%}, "
+            f"worst {errors[worst]:.2%} ({escape_line(worst)})"
+        )
+    lost = sum(tally.underflows for tally in ledger.tallies.values())
+    if lost:
+        line += f"; {lost:,} groups with a scale or bias that is 0 in F16"
+    if ledger.scales:
+        name, number = next(iter(ledger.scales.items()))
+        line += (
+            f"; FP8 scale bytes below 3 or above 246 in {len(ledger.scales):,} tensors ({number:,} "
+            f"in {name}): a runtime that decodes to BF16 rounds or overflows there"
+        )
+    return line

@@ -1,0 +1,195 @@
+"""What keeps the source's own numbers: FP8 matrices as mxfp8, BF16 in F16 where nothing is lost.
+
+MLX's mxfp8 is the source's FP8 with a scale for each row and 32 columns instead of each 128 × 128
+block: the same codes, the block's byte repeated. Every F16 and BF16 number that runtimes meet
+steers in which dtype they compute: F16 is finer, so a BF16 tensor becomes F16 if each of its values
+is an F16 number. Only the values tell, so they are read before the plan is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsv4.conversion.expert_pieces import ErrorLog
+from dsv4.conversion.shard_metadata import fingerprint
+from dsv4.errors import UserError
+from dsv4.model.bundle_plan import weights_of
+from dsv4.model.names import BLOCK, GROUP
+from dsv4.quantization.formats import Quantizer, with_bf16_overflow
+from dsv4.quantization.fp8 import expand_scales
+from dsv4.quantization.source_reader import read_blocks, read_bytes
+from dsv4.storage.atomic import write_json
+from dsv4.storage.checkpoint import Checkpoint, read_json
+from dsv4.storage.safetensors_file import Tensor
+from dsv4.storage.shard_writer import ShardWriter, WorkerBuffers
+from dsv4.storage.tensor_reader import as_float32
+from dsv4.text import join_some
+
+RECORD = (
+    ".bfloats.json"  # beside the shards that are being made: what was found of the BF16 tensors
+)
+SLICE_BYTES = 16 << 20
+PIECE_BYTES = 2 << 20  # of FP8 codes
+# Runtimes that decode to BF16 round what has a smaller scale byte and overflow with a larger one.
+LEAST, GREATEST = 3, 246
+
+Read = Callable[[Tensor, int, int], np.ndarray]  # (tensor, first byte, bytes) → uint8
+
+
+# --- The planning pass --------------------------------------------------------------------------
+
+
+def with_measured_overflow(
+    quantizer: Quantizer, source: Checkpoint, read: Read, record: Path, jobs: int
+) -> Quantizer:
+    """The quantizer for this source: it knows which BF16 tensors have values beyond F16.
+
+    What `record` says of the same source is taken for granted. Raises UserError for a NaN or
+    infinity.
+    """
+    check_blocks(source)
+    mark = fingerprint(source)
+    known = read_json(record) if record.is_file() else {}
+    if known.get("source") == mark and isinstance(known.get("beyond"), dict):
+        return with_bf16_overflow(quantizer, known["beyond"])
+    return with_bf16_overflow(quantizer, count_f16_overflow(source, read, jobs))
+
+
+def write_record(record: Path, source: Checkpoint, quantizer: Quantizer) -> None:
+    """Record what the planning pass found, so that a run that goes on decides the same."""
+    if quantizer.form.as_source:
+        write_json(record, {"source": fingerprint(source), "beyond": dict(quantizer.beyond)})
+
+
+def check_blocks(source: Checkpoint) -> None:
+    """Raise UserError when config.json tells of another block than 128 × 128."""
+    said = source.config.get("quantization_config")
+    size: Any = said.get("weight_block_size") if isinstance(said, dict) else None
+    if size not in (None, [BLOCK, BLOCK]):
+        first = next((n for n, t in source.tensors.items() if t.dtype == "F8_E4M3"), "no FP8")
+        raise UserError(
+            f"{source.folder / 'config.json'}: weight_block_size", f"{size} ({first})",
+            f"{[BLOCK, BLOCK]}", "use another QUANTIZER",
+        )  # fmt: skip
+
+
+def count_f16_overflow(source: Checkpoint, read: Read, jobs: int) -> dict[str, int]:
+    """BF16 tensor → how many of its values are no F16 numbers, for those that have any."""
+    names = [n for n in weights_of(source.tensors) if source.tensors[n].dtype == "BF16"]
+    tensors = sorted((source.tensors[n] for n in names), key=lambda t: (t.path.name, t.offset))
+    cuts = [(t, first) for t in tensors for first in range(0, t.nbytes, SLICE_BYTES)]
+
+    def count(cut: tuple[Tensor, int]) -> tuple[str, int]:
+        tensor, first = cut
+        data = read(tensor, first, min(SLICE_BYTES, tensor.nbytes - first))
+        return tensor.name, f16_overflow(data, tensor)
+
+    found: dict[str, int] = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        for name, n in pool.map(count, cuts):
+            found[name] = found.get(name, 0) + n
+    return {name: n for name, n in found.items() if n}
+
+
+def f16_overflow(data: np.ndarray, tensor: Tensor) -> int:
+    """How many of these BF16 numbers are no F16 numbers. Raises UserError for a NaN or an
+    infinity."""
+    bits = data.view(np.uint16)
+    exponent = bits >> 7 & 0xFF
+    # 8 significant bits: 2^-17 and more is exact, subnormal in F16 or not; so is 0, of either sign.
+    suspects = bits[((exponent < 127 - 17) | (exponent > 127 + 15)) & (bits & 0x7FFF != 0)]
+    if (exponent == 255).any():
+        raise UserError(f"{tensor.path}: {tensor.name}", "a NaN or an infinity", "finite values",
+                   "fetch the source again")  # fmt: skip
+    values = as_float32(suspects.view(np.uint8), "BF16")
+    with np.errstate(over="ignore"):
+        return int((values.astype(np.float16) != values).sum())
+
+
+def message(quantizer: Quantizer, source: Checkpoint) -> str:
+    """For a reader: which BF16 tensors stay BF16, and why. "" for any other quantizer."""
+    if not quantizer.form.as_source:
+        return ""
+    number = sum(source.tensors[n].dtype == "BF16" for n in weights_of(source.tensors))
+    line = f"BF16: {number - len(quantizer.beyond):,} tensors are exact in F16 and become F16"
+    if not quantizer.beyond:
+        return line
+    most = sorted(quantizer.beyond.items(), key=lambda item: -item[1])
+    named = join_some(f"{name} ({n:,} values)" for name, n in most)
+    return f"{line}; {len(most):,} have values that F16 lacks and stay BF16: {named}"
+
+
+# --- Pieces -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fp8Piece:
+    """Rows `first` to `last` - 1 of an FP8 matrix, as they are; `first` is a multiple of 128."""
+
+    weight: Tensor
+    scale: Tensor
+    first: int
+    last: int
+    places: dict[str, int]  # part → where its row 0 lies in the new shard
+    ledger: ErrorLog
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that it writes."""
+        columns = self.weight.shape[1]
+        row = {"weight": columns, "scales": columns // GROUP}
+        return (self.last - self.first) * sum(row[part] for part in self.places)
+
+    @property
+    def nbytes_read(self) -> int:
+        """The bytes of codes that it reads."""
+        return (self.last - self.first) * self.weight.shape[1]
+
+    def write(self, target: ShardWriter, desk: WorkerBuffers) -> None:
+        """Copy codes, repeat scales. Raises UserError for a NaN among either."""
+        rows, columns = self.last - self.first, self.weight.shape[1]
+        if "weight" in self.places:
+            for at, codes in read_blocks(
+                desk, self.weight, self.first * columns, rows * columns, columns
+            ):
+                self._check((codes & 127) == 127, codes, "code", columns, at // columns)
+                target.write(self.places["weight"] + at, codes)
+        if "scales" in self.places:
+            across = self.scale.shape[1]
+            top, bottom = self.first // BLOCK, -(-self.last // BLOCK)
+            data = read_bytes(desk, self.scale, top * across, (bottom - top) * across, "exponents")
+            self._check(data == 255, data, "scale byte", across, top)
+            groups = expand_scales(data.reshape(-1, across), rows, columns)
+            target.write(self.places["scales"] + self.first * (columns // GROUP), groups)
+            odd = int(((data < LEAST) | (data > GREATEST)).sum())
+            self.ledger.note_scales(self.scale.name, odd)
+
+    def _check(self, bad: np.ndarray, data: np.ndarray, what: str, width: int, first: int) -> None:
+        """Raise UserError when there is a NaN among codes or scales, `width` of them a row."""
+        if bad.any():
+            at = int(np.argmax(bad))
+            row, column = divmod(at, width)
+            kind = "row" if what == "code" else "block row"
+            raise UserError(
+                f"{self.weight.path}: {self.weight.name}",
+                f"{what} {data[at]:#04x} (NaN) in {kind} {first + row}, column {column}",
+                "numbers", "fetch the source again",
+            )  # fmt: skip
+
+
+def fp8_pieces(
+    weight: Tensor, scale: Tensor, places: dict[str, int], ledger: ErrorLog
+) -> list[Fp8Piece]:
+    """Cut an FP8 matrix into runs of rows, whole blocks of 128 rows each."""
+    out, columns = weight.shape
+    rows = max(1, PIECE_BYTES // columns // BLOCK) * BLOCK
+    return [
+        Fp8Piece(weight, scale, row, min(row + rows, out), places, ledger)
+        for row in range(0, out, rows)
+    ]

@@ -1,0 +1,329 @@
+"""The source's shards one after another: fetched when needed, deleted when used.
+
+A conversion with LOW_DISK=1 never has the whole source on the disk. The download stage brings the
+small files and every shard's header (kept in SOURCE/.headers), from which the whole bundle can be
+planned; the conversion then fetches the shards that the next shard of the bundle needs. What it
+fetched is written into SOURCE/.download.json before the first byte comes, and only such shards are
+ever deleted. One that lay there before is used and left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import tempfile
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from dsv4.errors import UserError, with_path
+from dsv4.hub import download, remote_headers, repository
+from dsv4.hub.download import at_pin, fetch_all
+from dsv4.hub.file_transfer import Transfer, file_hash
+from dsv4.hub.provenance import HEADERS, Record, read_record
+from dsv4.model.load import open_source
+from dsv4.settings import add_setting, parse_jobs, parse_seconds
+from dsv4.storage import limits, locks, safe_paths
+from dsv4.storage.atomic import copy_file, write_bytes
+from dsv4.storage.checkpoint import INDEX, Checkpoint, read_index
+from dsv4.storage.safetensors_file import Tensor, read_shard, sample_ranges
+from dsv4.storage.shard_writer import NewShard, Piece, WorkerBuffers, bypass_cache, drop_page_cache
+
+WORKERS = 8
+KEPT = limits.HEADER + limits.MIB  # bytes of a header with its samples
+AGAIN = "run download again, with LOW_DISK=1"
+
+
+# --- Headers --------------------------------------------------------------------------------------
+
+
+def fetch_headers(source: Path, record: Record, patience: float) -> int:
+    """Bring the header and three samples of every shard that the index names; how many came now.
+
+    A file in SOURCE/.headers holds a shard's first bytes up to its data, then its samples, which
+    requantize's fingerprint of a source wants.
+    """
+    folder = headers_folder(source)
+    names = sorted(set(read_index(source).values()))
+    missing = [name for name in names if not (folder / name).is_file()]
+
+    def bring(name: str) -> None:
+        file = record.files[name]
+        head = remote_headers.read_header(record.repo, record.commit, file, patience)
+        head = head[: header_length(head)]
+        with tempfile.TemporaryDirectory(prefix="header-") as work:
+            places = sample_ranges(read_shard(write_sparse(Path(work) / name, head, file.size)))
+        data = [head]
+        for place, nbytes in places:
+            end = place + nbytes
+            data.append(
+                remote_headers.read_range(record.repo, record.commit, file, place, end, patience)
+            )
+        write_bytes(folder / name, b"".join(data), source)
+
+    with at_pin(source, record), ThreadPoolExecutor(WORKERS) as pool:
+        for _ in pool.map(bring, missing):
+            pass
+    return len(missing)
+
+
+def headers_folder(source: Path) -> Path:
+    """SOURCE/.headers. Raises UserError when that is a link, or no folder."""
+    safe_paths.expect_type(source, HEADERS, safe_paths.DIRECTORY, safe_paths.NOTHING)
+    return source / HEADERS
+
+
+def write_sparse(path: Path, head: bytes, size: int) -> Path:
+    """Write a file of `size` bytes that holds `head` and then a hole."""
+    with with_path(path), path.open("wb") as out:
+        out.write(head)
+        out.truncate(size)
+    return path
+
+
+@contextlib.contextmanager
+def header_checkpoint(source: Path, record: Record) -> Iterator[Checkpoint]:
+    """The source as a checkpoint of headers, samples and holes, in a temporary folder.
+
+    Raises UserError when a header has not been fetched, or the source is not whole by them.
+    """
+    with tempfile.TemporaryDirectory(prefix="skeleton-") as work:
+        for name in ("config.json", INDEX):
+            copy_file(source / name, Path(work) / name)
+        for name in sorted(set(read_index(source).values())):
+            kept = headers_folder(source) / name
+            if name not in record.files or not kept.is_file():
+                raise UserError(f"{kept}", "no such header", "one for each shard", AGAIN)
+            fill_header_file(
+                Path(work) / name, limits.read_bounded(kept, KEPT), record.files[name].size
+            )
+        yield open_source(Path(work))
+
+
+def source_tensors(source: Path, repo: str, revision: str) -> dict[str, Tensor]:
+    """The source's tensors by name: from the folder, kept headers, or the hub."""
+    try:
+        record = read_record(source)
+        if record and (source / HEADERS).is_dir():
+            with header_checkpoint(source, record) as headers:
+                return headers.tensors
+        return open_source(source).tensors
+    except UserError:
+        if not repo:
+            raise
+        return remote_headers.tensors(repo, revision)
+
+
+def fill_header_file(path: Path, kept: bytes, size: int) -> None:
+    """Lay one shard of the skeleton: header, hole, and the samples at their places."""
+    rest = kept[header_length(kept) :]
+    write_sparse(path, kept[: header_length(kept)], size)
+    with with_path(path), path.open("r+b") as out:
+        for place, nbytes in sample_ranges(read_shard(path)):
+            out.seek(place)
+            out.write(rest[:nbytes])
+            rest = rest[nbytes:]
+
+
+def header_length(head: bytes) -> int:
+    """Bytes of a shard before its data."""
+    return 8 + int.from_bytes(head[:8], "little")
+
+
+def with_folder(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
+    """The same checkpoint with every tensor's path in `folder`, where the shards will come."""
+    shards = {}
+    for name, shard in checkpoint.shards.items():
+        path = folder / name
+        tensors = {n: replace(tensor, path=path) for n, tensor in shard.tensors.items()}
+        shards[name] = replace(shard, path=path, tensors=tensors)
+    return Checkpoint(folder, checkpoint.config, checkpoint.weight_map, shards)
+
+
+# --- Shards ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class ShardFetcher:
+    """Brings shards into the source folder, and deletes those that it brought."""
+
+    folder: Path
+    record: Record
+    patience: float
+    workers: int
+
+    def has(self, name: str) -> bool:
+        """True when the shard lies there, verified and untouched."""
+        return self.record.is_verified(self.folder, name)
+
+    def read(self, tensor: Tensor, first: int, nbytes: int) -> np.ndarray:
+        """Some bytes of a tensor, from the hub: for what must be known before any shard comes."""
+        file, begin = self.record.files[tensor.path.name], tensor.offset + first
+        place = (self.record.repo, self.record.commit, file, begin, begin + nbytes)
+        return np.frombuffer(remote_headers.read_range(*place, self.patience), np.uint8)
+
+    def size(self, names: set[str]) -> int:
+        """Bytes of these shards."""
+        return sum(self.record.files[name].size for name in names)
+
+    @contextlib.contextmanager
+    def fetching(self, names: set[str]) -> Iterator[None]:
+        """Fetch shards while the body runs; on leaving they are there. Raises what fetching raises.
+
+        When the body raises, the transfer is stopped and keeps what it has.
+        """
+        commit, failed = self.record.commit, []
+        transfer = Transfer(self.record.repo, commit, self.folder, self.patience, lambda n: None)
+
+        def work() -> None:
+            try:
+                self._fetch(names, transfer)
+            except BaseException as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        try:
+            yield
+        except BaseException:
+            transfer.stopped.set()
+            raise
+        finally:
+            thread.join()
+        if failed:
+            raise failed[0]
+
+    def _fetch(self, names: set[str], transfer: Transfer) -> None:
+        missing = sorted(name for name in names if not self.has(name) and not self._adopt(name))
+        if missing:
+            self.record.low_disk.update(dict.fromkeys(missing, "fetched"))
+            self.record.write(self.folder)
+            files = [self.record.files[name] for name in missing]
+            fetch_all(transfer, self.record, files, self.workers)
+        for name in missing:
+            self._check_header(name)
+
+    def _adopt(self, name: str) -> bool:
+        """Take a shard that lies there unverified, if it is right: a killed run's, or the user's.
+
+        A wrong one is moved aside.
+        """
+        path, file = self.folder / name, self.record.files[name]
+        if not path.is_file():
+            return False
+        if path.stat().st_size == file.size and file_hash(path, file) == file.digest:
+            self.record.set_verified(self.folder, name)
+            self.record.write(self.folder)
+            return True
+        safe_paths.move(self.folder, name, name + ".bad")
+        return False
+
+    def _check_header(self, name: str) -> None:
+        """The plan was made from the header that came first: it must be this shard's."""
+        kept = limits.read_bounded(self.folder / HEADERS / name, KEPT)
+        head = kept[: header_length(kept)]
+        with with_path(self.folder / name), (self.folder / name).open("rb") as file:
+            if file.read(len(head)) != head:
+                raise UserError(
+                    f"{self.folder / name}", "another header than the one that was planned with",
+                    "the same", f"delete {self.folder / HEADERS}, then {AGAIN}",
+                )  # fmt: skip
+
+    def keep_only(self, needed: set[str]) -> None:
+        """Delete the shards that LOW_DISK fetched and nothing needs any more.
+
+        One that was changed since it was fetched is somebody's, and stays.
+        """
+        changed = False
+        for name, state in self.record.low_disk.items():
+            ours = self.has(name) or not (self.folder / name).exists()
+            if state == "fetched" and ours and name not in needed:
+                safe_paths.remove(self.folder, name)
+                self.record.low_disk[name] = "freed"
+                self.record.verified.pop(name, None)
+                changed = True
+        if changed:
+            self.record.write(self.folder)
+
+
+# --- Is it really on the disk? --------------------------------------------------------------------
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options by which a command is told to take the source from the hub."""
+    add_setting(parser, "LOW_DISK", help="fetch and free the source's shards as it goes")
+    add_setting(parser, "REPO", default="", help="--low-disk: where they come from")
+    parser.add_argument("--patience", type=parse_seconds, default=download.PATIENCE,
+                        metavar="SECONDS",
+                        help="--low-disk: how long to try again while nothing comes")  # fmt: skip
+    parser.add_argument("--workers", type=parse_jobs, default=download.WORKERS,
+                        help="--low-disk: files fetched at once")  # fmt: skip
+
+
+@contextlib.contextmanager
+def open_checkpoints(
+    args: argparse.Namespace,
+) -> Iterator[tuple[Checkpoint, Checkpoint, ShardFetcher | None]]:
+    """The source, the source as far as headers tell, and with --low-disk what supplies shards."""
+    if not args.low_disk:
+        source = open_source(args.source)
+        yield source, source, None
+        return
+    record = read_record(args.source)
+    if not args.repo or record is None or record.repo != args.repo:
+        found = f"{record.repo}" if record else "no download prepared"
+        raise UserError(f"{args.source}", found, f"{args.repo or 'a repository'}", AGAIN)
+    repository.quiet()
+    supply = ShardFetcher(args.source, record, args.patience, args.workers)
+    with locks.locked(args.source), header_checkpoint(args.source, record) as headers:
+        yield with_folder(headers, args.source), headers, supply
+
+
+class CompareWriter:
+    """Stands in for a Target: what is written to it is compared with the finished shard."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._fd = os.open(path, os.O_RDONLY)
+        bypass_cache(self._fd)  # so that the disk answers, not the page cache
+        drop_page_cache(self._fd, 0, 0)
+
+    def write(self, offset: int, data: np.ndarray) -> None:
+        """Raise UserError unless the shard holds `data` at `offset`."""
+        expected = memoryview(data).cast("B")
+        with with_path(self._path):
+            found = os.pread(self._fd, len(expected), offset)
+        if found != expected:
+            raise UserError(
+                f"{self._path}", f"other bytes on the disk than were written at {offset:,}",
+                "the same", "check the disk and memory, delete this shard, then run it again",
+            )  # fmt: skip
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def compare_shard(shard: NewShard, jobs: int) -> None:
+    """Make every byte of a finished shard once more, from the source, and compare it.
+
+    Raises UserError for the first difference.
+    """
+
+    def some(pieces: list[Piece]) -> None:
+        with contextlib.closing(WorkerBuffers()) as desk:
+            for piece in pieces:
+                piece.write(target, desk)
+
+    with (
+        contextlib.closing(CompareWriter(shard.path)) as target,
+        ThreadPoolExecutor(jobs) as pool,
+    ):
+        target.write(0, np.frombuffer(shard.header, np.uint8))
+        pieces = shard.pieces()
+        for _ in pool.map(some, [pieces[i::jobs] for i in range(jobs)]):
+            pass

@@ -1,0 +1,155 @@
+"""What runtimes read of a bundle's small files: stop tokens, chat template, labels, defaults."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from dsv4.errors import UserError
+from dsv4.hub.provenance import provenance
+from dsv4.model import defaults
+from dsv4.model.chat_template import CHAT_TEMPLATE, is_own_template, template_for
+from dsv4.model.configs import without_code
+from dsv4.model.json_schemas import origin_of
+from dsv4.model.labels import quantization
+from dsv4.model.load import expert_labels
+from dsv4.model.names import GROUP
+from dsv4.model.special_tokens import BOS, EOS, text_of, token_ids
+from dsv4.storage import limits
+from dsv4.storage.checkpoint import Checkpoint, read_json
+
+UNRECORDED = "not recorded"
+
+
+def patched_documents(bundle: Checkpoint, source: Path | None = None) -> dict[str, dict[str, Any]]:
+    """File name → content that it should have, for the four JSON files."""
+    folder = bundle.folder
+    contents = {
+        "config.json": patched_config(bundle, expert_labels(bundle)),
+        "generation_config.json": generation_config(folder),
+        "tokenizer_config.json": tokenizer_config(folder),
+        "jang_config.json": jang_config(folder, source),
+    }
+    return {name: cleaned(folder, source, name, content) for name, content in contents.items()}
+
+
+def cleaned(
+    folder: Path, source: Path | None, name: str, content: dict[str, Any]
+) -> dict[str, Any]:
+    """A document without keys that name code, and without defaults that limit answers or override
+    generation_config.json: the source's where it has one, else the bundle's."""
+    content = without_code(content)
+    if name not in defaults.DOCUMENTS:
+        return content
+    own, theirs = (read_if_there(place, defaults.GENERATION) for place in (folder, source))
+    generation = defaults.reference(own or {}, theirs)
+    return defaults.without_overrides(name, content, generation, read_if_there(source, name) or {})
+
+
+def read_if_there(folder: Path | None, name: str) -> dict[str, Any] | None:
+    """A JSON object of a folder; None when there is none that can be read."""
+    path = folder / name if folder is not None else None
+    with contextlib.suppress(UserError):
+        return read_json(path) if path is not None and path.is_file() else None
+    return None
+
+
+def patched_config(bundle: Checkpoint, experts: dict[str, dict[str, Any]] | None) -> dict[str, Any]:
+    """config.json with the stop tokens, and labels of experts that are stored as `experts` says.
+
+    None: the labels stay as they are.
+    """
+    content = copy.deepcopy(bundle.config)
+    if experts is not None or content.get("quantization_config") == content.get("quantization"):
+        content.pop("quantization_config", None)
+    if experts is not None:
+        content["quantization"] = quantization(experts, bundle.tensors)
+    content["eos_token_id"] = token_ids(bundle.folder)
+    if "bos_token_id" in content:
+        content["bos_token_id"] = token_ids(bundle.folder, (BOS,))[0]
+    return content
+
+
+def generation_config(folder: Path) -> dict[str, Any]:
+    """generation_config.json with the ids of BOS and of the stop tokens."""
+    path = folder / "generation_config.json"
+    content = read_json(path) if path.is_file() else {}
+    bos = token_ids(folder, (BOS,))[0]
+    return {**content, "bos_token_id": bos, "eos_token_id": token_ids(folder)}
+
+
+def tokenizer_config(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json with its special tokens and a template."""
+    content = read_json(folder / "tokenizer_config.json")
+    for key, token in (("bos_token", BOS), ("eos_token", EOS)):
+        if text_of(content.get(key)) != token:
+            content[key] = token
+    content["chat_template"] = chat_templates(folder)[1]
+    return content
+
+
+def chat_templates(folder: Path) -> tuple[str, Any]:
+    """(text of chat_template.jinja, chat_template of tokenizer_config.json) as they should be.
+
+    This recipe's, unless somebody else's is there: that stays, and serves in the other place too
+    when nobody else's is there.
+    """
+    in_file = template_file(folder)
+    in_config = read_json(folder / "tokenizer_config.json").get("chat_template")
+    own = template_for(folder)
+    in_file, in_config = (
+        text if text and not is_own_template(text) else None for text in (in_file, in_config)
+    )
+    shared = in_config if isinstance(in_config, str) else None
+    return in_file or shared or own, in_config or in_file or own
+
+
+def template_file(folder: Path) -> str | None:
+    """The text of chat_template.jinja; None when there is none, or none that anybody can read."""
+    path = folder / CHAT_TEMPLATE
+    try:
+        return limits.read_bounded(path).decode("utf-8") if path.is_file() else None
+    except UnicodeDecodeError:
+        return None
+
+
+def jang_config(folder: Path, source: Path | None) -> dict[str, Any]:
+    """With groups of 32, and the source's origin in place of a local path.
+
+    Without a source that is there, an origin that was recorded earlier stays.
+    """
+    path = folder / "jang_config.json"
+    content = read_json(path) if path.is_file() else {"weight_format": "affine"}
+    quantized = content.get("quantization")
+    quantized = quantized if isinstance(quantized, dict) else {}
+    content = {**content, "quantization": {**quantized, "group_size": GROUP}}
+    origin = origin_of(content)
+    content.pop("source", None)
+    if source is not None and source.is_dir():
+        origin = provenance(source)
+    if origin is None:
+        return {**content, "source_model": UNRECORDED}
+    named = f"{origin['repo']}@{origin['commit']}"
+    return {**content, "source_model": named, "source": origin}
+
+
+def changed_keys(folder: Path, wanted: dict[str, dict[str, Any]]) -> list[str]:
+    """`file: key` for every top-level key that would change."""
+    out = []
+    for name, content in wanted.items():
+        path = folder / name
+        before = read_json(path) if path.is_file() else {}
+        keys = [k for k in {**before, **content} if before.get(k) != content.get(k)]
+        out += [f"{name}: {key}" for key in keys]
+    return out
+
+
+def check_json(name: str, content: dict[str, Any]) -> None:
+    """Raise UserError when the content does not survive JSON (NaN from a broken config, say)."""
+    try:
+        json.dumps(content, allow_nan=False)
+    except ValueError as error:
+        raise UserError(name, str(error), "plain JSON", "restore the file") from error

@@ -1,0 +1,203 @@
+"""Plan a mixture to a size: which form each layer's experts get, so that they lose least.
+
+The error of a layer is the sum of its three projections' mean squared errors, each relative to the
+mean square of its weights and weighed by the imatrix where there is one; all layers count the same,
+MTP's not at all (no runtime computes with them). Which layers the model can spare most no error on
+weights can tell. The choice itself is exact (knapsack.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dsv4.conversion.recorded_format import Recorded, quantizer_for
+from dsv4.conversion.shard_metadata import converted_by
+from dsv4.errors import UserError
+from dsv4.model import memory
+from dsv4.model.bundle_plan import PlannedShard, plan_shards
+from dsv4.model.labels import PLANNED, parts_of
+from dsv4.model.load import expert_bases, open_source, read_config
+from dsv4.model.names import PROJECTION, stack_of
+from dsv4.quantization import knapsack
+from dsv4.quantization.error_sampling import CHOICES
+from dsv4.quantization.formats import Mixture, Quantizer, get_quantizer
+from dsv4.quantization.imatrix import EVEN
+from dsv4.quantization.mixture_plan import label_by_name
+from dsv4.storage.atomic import format_bytes
+from dsv4.storage.checkpoint import Checkpoint
+from dsv4.storage.safetensors_file import Tensor, TensorSpec
+
+PROJECTIONS = tuple(PROJECTION.values())  # gate, down, up
+# The shapes of a layer for which vMLX 1.6.81 has fused Metal kernels (affine_moe_decode), and the
+# source's own numbers, in the order of PROJECTIONS.
+FUSED = (
+    ("affine2g64", "affine2g32", "affine2g64"),
+    ("affine3g64", "affine2g32", "affine2g64"),
+)
+EXACT = ("mxfp4",) * 3
+MARGIN = 16  # bytes an entry in a header may be longer by than in another plan
+
+Errors = Mapping[str, Mapping[str, float]]  # stack → form → relative squared error
+Forms = dict[str, str]  # stack → form
+
+
+@dataclass(frozen=True)
+class SizeFit:
+    """A plan: forms by stack, the bundle's bytes, the sum of the main layers' errors, and what that
+    sum would be without the preference for fused shapes (the same where there is none)."""
+
+    forms: Forms
+    nbytes: int
+    error: float
+    least: float
+
+
+class SizePlanner:
+    """Sizes and errors of one source."""
+
+    def __init__(
+        self, source: Checkpoint, errors: Errors, shard_bytes: int, name: str = "mixture"
+    ) -> None:
+        """name: of the quantizer, which says what becomes of all but the experts."""
+        self._source, self._errors, self._shard_bytes = source, errors, shard_bytes
+        self._name = name
+        self._bytes = stack_bytes(source, errors)
+        self._layers = list(dict.fromkeys(stack.rpartition(".")[0] for stack in errors))
+        cheap = {stack: min(sizes, key=sizes.get) for stack, sizes in self._bytes.items()}
+        number = 3 * len(expert_bases(source))
+        # What is no part of an expert: everything else, and the headers with some margin.
+        self._rest = self.nbytes(cheap) + MARGIN * number - self._experts(cheap)
+        self.smallest = self._rest + self._experts(cheap)
+
+    def nbytes(self, forms: Forms) -> int:
+        """The bytes of a bundle's shards, exactly."""
+        labels = {stack: label_by_name(form) for stack, form in forms.items()}
+        shards = shards_of(self._source.tensors, Mixture(self._name, labels), self._shard_bytes)
+        return sum(shard.size for shard in shards)
+
+    def _experts(self, forms: Forms) -> int:
+        return sum(self._bytes[stack][form] for stack, form in forms.items())
+
+    def fit(self, size: int, any_shape: bool = False) -> SizeFit:
+        """The plan of at most `size` bytes. Raises UserError, with the least size, when there is
+        none.
+
+        Where the size allows, each layer has a fused shape or is exact, unless any_shape.
+        """
+        if size < self.smallest:
+            raise UserError(f"a bundle of {format_bytes(size)}", f"{format_bytes(self.smallest)} at least",
+                       "a size that can be reached", "ask for a larger one")  # fmt: skip
+        best = self._choose(size, False)
+        fused = None if any_shape else self._choose(size, True)
+        forms = fused or best
+        return SizeFit(forms, self.nbytes(forms), self.error(forms), self.error(best))
+
+    def error(self, forms: Forms) -> float:
+        """The sum over the main layers."""
+        return sum(self._errors[s][form] for s, form in forms.items() if s.startswith("layers."))
+
+    def _choose(self, size: int, fused: bool) -> Forms | None:
+        shapes = {layer: self._shapes(layer, fused) for layer in self._layers}
+        if not all(shapes.values()):
+            return None
+        items = [[self._option(layer, shape) for shape in of] for layer, of in shapes.items()]
+        if knapsack.min_size(items) > size - self._rest:
+            return None
+        picks = zip(shapes.items(), knapsack.choose(items, size - self._rest), strict=True)
+        return {
+            f"{layer}.{projection}": form
+            for (layer, of), pick in picks
+            for projection, form in zip(PROJECTIONS, of[pick], strict=True)
+        }
+
+    def _shapes(self, layer: str, fused: bool) -> list[tuple[str, ...]]:
+        """The shapes that a layer can have: a form for each of PROJECTIONS."""
+        forms = [list(self._errors[f"{layer}.{projection}"]) for projection in PROJECTIONS]
+        wanted = (*FUSED, EXACT) if fused else itertools.product(*forms)
+        return [s for s in wanted if all(f in of for f, of in zip(s, forms, strict=True))]
+
+    def _option(self, layer: str, shape: tuple[str, ...]) -> knapsack.Option:
+        stacks = {f"{layer}.{p}": form for p, form in zip(PROJECTIONS, shape, strict=True)}
+        return self._experts(stacks), self.error(stacks)
+
+
+def stack_bytes(source: Checkpoint, errors: Errors) -> dict[str, dict[str, int]]:
+    """Stack → form → bytes of all its experts' parts."""
+    sizes = {stack: dict.fromkeys(forms, 0) for stack, forms in errors.items()}
+    for base in expert_bases(source):
+        out, half = source.tensors[f"{base}.weight"].shape
+        of = sizes[stack_of(base)]
+        for form in of:
+            parts = parts_of(label_by_name(form), out, 2 * half).values()
+            of[form] += sum(TensorSpec("", *part).nbytes for part in parts)
+    return sizes
+
+
+def plan_document(fit: SizeFit, errors: Errors, said: dict[str, Any]) -> dict[str, Any]:
+    """The plan as a file holds it; said: what was asked for and how errors were measured."""
+    experts: dict[str, dict[str, str]] = {}
+    for stack, form in fit.forms.items():
+        layer, _, projection = stack.rpartition(".")
+        experts.setdefault(layer, {})[projection] = form
+    return said | {"bytes": fit.nbytes, "experts": experts, "squared_errors": errors}
+
+
+def describe_fit(fit: SizeFit) -> str:
+    """The plan for a reader."""
+    main = {stack: form for stack, form in fit.forms.items() if stack.startswith("layers.")}
+    forms = Counter(main.values())
+    rms = (fit.error / max(1, len(main))) ** 0.5
+    lines = [
+        f"size: {format_bytes(fit.nbytes)}, of the least error that this size can have",
+        "stacks of experts: " + ", ".join(f"{n} {form}" for form, n in sorted(forms.items())),
+        f"relative RMS error of the main layers: {rms:.1%}",
+    ]
+    layers = [tuple(main[f"{layer}.{p}"] for p in PROJECTIONS)
+              for layer in dict.fromkeys(stack.rpartition(".")[0] for stack in main)]  # fmt: skip
+    if fused := sum(shape in FUSED for shape in layers):
+        least = (fit.least / max(1, len(main))) ** 0.5
+        lines[0] = f"size: {format_bytes(fit.nbytes)}"
+        lines.append(
+            f"{fused} of {len(layers)} layers in a shape for which vMLX has fused kernels; without "
+            f"that the error could be {least:.1%}: --any-shape"
+        )
+    return "\n".join(lines)
+
+
+def shards_of(
+    tensors: Mapping[str, Tensor], quantizer: Quantizer, shard_bytes: int
+) -> list[PlannedShard]:
+    """A bundle's shards, right in size; no source is read for their marks."""
+    return plan_shards(tensors, quantizer.form, converted_by(None, quantizer), shard_bytes)
+
+
+def planned_shards(
+    args: argparse.Namespace, tensors: Mapping[str, Tensor], made: Recorded | None
+) -> tuple[list[PlannedShard], int]:
+    """The bundle's shards by its options, and 0; before a plan of a mixture is there the smallest
+    shards that it can have, and the bytes that it may take: those asked for, or all exact.
+    made: the record of the bundle that is there.
+
+    Raises UserError as `chosen` and `plan_shards` do.
+    """
+
+    def shards(quantizer: Quantizer) -> list[PlannedShard]:
+        return shards_of(tensors, quantizer, args.shard_bytes)
+
+    def alike(form: str) -> Quantizer:
+        return Mixture(args.quantizer, dict.fromkeys(PROJECTIONS, label_by_name(form)))
+
+    if args.quantizer in PLANNED and (args.fit or args.size) and not args.plan.is_file():
+        there = (args.source / "config.json").is_file()
+        goal = memory.size_goal(args, read_config(args.source) if there else {})
+        most = sum(shard.size for shard in shards(alike(CHOICES[-1])))
+        return shards(alike(CHOICES[0])), max(1, min(goal, most))
+    if args.imatrix or args.plan:
+        return shards(quantizer_for(args, open_source(args.source), made)[0]), 0
+    stacks = made.stacks if made and made.mark[0] == args.quantizer else None
+    return shards(get_quantizer(args.quantizer, EVEN, stacks)), 0

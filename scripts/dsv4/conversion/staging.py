@@ -1,0 +1,93 @@
+"""The hidden sibling of a bundle in which it is made, and which takes the bundle's name in the end.
+
+A workplace that a killed run left is gone on with; a folder that is somebody's is never emptied.
+Ours has the mark .converting, or holds nothing but what only a converter makes: the native one's
+shards, which say so in their headers, upstream's half-made ones, temporaries, locks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from dsv4.errors import UserError
+from dsv4.storage import locks, safe_paths
+from dsv4.storage.atomic import TEMPORARY_SUFFIX, fsync_folder
+from dsv4.storage.disk_space import MARK, check_not_volume_root, staging_folder
+from dsv4.storage.system_files import is_system_file
+from dsv4.text import short_repr
+from dsv4.toolchain import upstream_converter
+
+UPSTREAMS = re.compile(r"model-\d{5}-of-XXXXX\.safetensors")  # its shards until it counts them
+
+
+@contextlib.contextmanager
+def staging(bundle: Path, part: tuple[int, int, str] | None = None) -> Iterator[Path]:
+    """The bundle's workplace, made and locked; for a `part`, together with the others.
+
+    Raises UserError when another run has it, and when a link or somebody's folder lies in its
+    place.
+    """
+    check_not_volume_root(bundle)
+    bundle.parent.mkdir(parents=True, exist_ok=True)
+    folder = staging_folder(bundle)
+    check_own_folder(folder)
+    folder.mkdir(exist_ok=True)
+    try:
+        with locks.locked(folder, part):
+            yield folder
+    finally:
+        with contextlib.suppress(OSError):  # it is gone, or has work to go on with; so have parts
+            if [path.name for path in folder.iterdir()] == [MARK]:
+                safe_paths.remove(folder, MARK)
+            folder.rmdir()
+
+
+def check_own_folder(folder: Path) -> None:
+    """Raise UserError for a link, a file, or a folder that no converter left, in a workplace's
+    place."""
+    kind = safe_paths.expect_type(
+        folder.parent, folder.name, safe_paths.DIRECTORY, safe_paths.NOTHING
+    )
+    if kind == safe_paths.NOTHING or safe_paths.file_type(folder, MARK) == safe_paths.FILE:
+        return
+    strangers = sorted(p.name for p in folder.iterdir() if not is_converter_file(folder, p.name))
+    if strangers:
+        raise UserError(
+            f"{folder}", f"{short_repr(strangers[0])} in a folder that no convert left",
+            "no folder, or a killed run's", "move it away: bundles are made under that name",
+        )  # fmt: skip
+
+
+def is_converter_file(folder: Path, name: str) -> bool:
+    """True for a plain file that nobody but a converter makes."""
+    if safe_paths.file_type(folder, name) != safe_paths.FILE:
+        return False
+    temporary = name.startswith(".") and name.endswith(TEMPORARY_SUFFIX)
+    if temporary or is_system_file(name) or locks.is_lock(name) or UPSTREAMS.fullmatch(name):
+        return True
+    return name.endswith(".safetensors") and upstream_converter.is_native(folder / name)
+
+
+def mark(folder: Path) -> None:
+    """Mark the workplace as ours, before the first byte of a bundle is written into it."""
+    os.close(safe_paths.open_regular(folder, MARK, os.O_RDWR))
+    fsync_folder(folder)
+
+
+def move_into_place(folder: Path, bundle: Path) -> None:
+    """Give the finished workplace the bundle's name; then it is marked no more."""
+    locks.lock_for(folder).unlink()
+    fsync_folder(folder)
+    folder.replace(bundle)
+    fsync_folder(bundle.parent)
+    unmark(bundle)
+
+
+def unmark(bundle: Path) -> None:
+    """Remove the mark of a workplace from what became a bundle; a killed run may have left it."""
+    if safe_paths.file_type(bundle, MARK) == safe_paths.FILE and not (bundle / MARK).stat().st_size:
+        safe_paths.remove(bundle, MARK)

@@ -1,0 +1,50 @@
+"""How far a bundle's next-token distributions are from its source's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dsv4.evaluation.activations import LOGITS, read_rows
+
+ROWS = 64  # of the logits, taken together
+
+
+@dataclass(frozen=True)
+class Distributions:
+    """Of each token but the last, float64 (tokens - 1,): the negative log-likelihood of the token
+    that follows, by bundle and by source; the bundle's KL divergence from the source, in nats;
+    whether both have the same most likely successor."""
+
+    bundle: np.ndarray
+    source: np.ndarray
+    kl: np.ndarray
+    same: np.ndarray
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """float64 of the same shape, (tokens, vocabulary)."""
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def compare(bundle: Path, source: Path, ids: list[int]) -> Distributions:
+    """Compare the logits that two passes left in their folders."""
+    parts = zip(*_logit_rows(bundle, source, np.array(ids[1:])), strict=True)
+    return Distributions(*(np.concatenate(part) for part in parts))
+
+
+def _logit_rows(
+    bundle: Path, source: Path, following: np.ndarray
+) -> Iterator[tuple[np.ndarray, ...]]:
+    ours, theirs = read_rows(bundle / LOGITS), read_rows(source / LOGITS)
+    for first in range(0, len(following), ROWS):
+        some = slice(first, min(first + ROWS, len(following)))
+        q, p = log_softmax(ours[some]), log_softmax(theirs[some])
+        at = np.arange(len(q)), following[some]
+        kl = (np.exp(p) * (p - q)).sum(axis=1)
+        yield -q[at], -p[at], kl, q.argmax(axis=1) == p.argmax(axis=1)

@@ -1,0 +1,92 @@
+"""The tensors of one layer, or of what lies around the layers, as MLX arrays.
+
+A bundle's are taken as they are. A source's are taken losslessly, as QUANTIZER=lossless stores
+them: FP4 as mxfp4, FP8 as mxfp8, which are other names for the same bytes. Everything else of a
+source becomes float32, so that it is computed in float32: that is what bundles are measured by.
+
+Nothing is read before it is evaluated: mx.load only looks at headers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import mlx.core as mx
+
+from dsv4.errors import UserError
+from dsv4.model.bundle_plan import ConversionUnit, StorageFormat, conversion_units
+from dsv4.model.labels import MXFP4
+from dsv4.model.names import BLOCK, GROUP
+from dsv4.storage.checkpoint import Checkpoint
+from dsv4.storage.safetensors_file import Tensor
+
+LOSSLESS = StorageFormat(MXFP4, as_source=True)
+HALVES = (mx.float16, mx.bfloat16)
+Arrays = dict[str, mx.array]
+
+
+def layer_tensors(checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:
+    """The tensors of one main layer. Raises UserError when there are none."""
+    found = {n: t for n, t in checkpoint.tensors.items() if n.startswith(f"layers.{layer}.")}
+    if not found:
+        raise UserError(f"{checkpoint.folder}", f"no tensor layers.{layer}.*", "the names of jang's "
+                   "bundles and of the source", "convert it with this recipe")  # fmt: skip
+    return found
+
+
+def end_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The tensors around the layers: embedding, last norm, head. MTP takes no part in this."""
+    blocks = ("layers.", "mtp.")
+    return {n: t for n, t in checkpoint.tensors.items() if not n.startswith(blocks)}
+
+
+def load(tensors: Mapping[str, Tensor]) -> Arrays:
+    """These tensors under their names, unread; 8-bit floats come as uint8.
+
+    Raises UserError for a file that this MLX cannot read: before 0.32 it knew no F8_E8M0.
+    """
+    shards = {}
+    for path in {t.path for t in tensors.values()}:
+        try:
+            shards[path] = mx.load(str(path))
+        except RuntimeError as error:
+            raise UserError(
+                f"{path}", f"{error}", "a file that MLX reads", "use STACK=new"
+            ) from error
+    return {name: shards[tensor.path][name] for name, tensor in tensors.items()}
+
+
+def from_bundle(tensors: Mapping[str, Tensor], wide: bool) -> Arrays:
+    """A bundle's, as it has them; wide: what is F16 or BF16 as float32."""
+    arrays = load(tensors)
+    return {name: widen(array) for name, array in arrays.items()} if wide else arrays
+
+
+def from_source(tensors: Mapping[str, Tensor]) -> Arrays:
+    """A source's, losslessly: packed codes with `.scales` as MLX wants them, the rest float32.
+
+    Raises UserError as `units_of` does, for a name, dtype or shape that has no treatment.
+    """
+    arrays, out = load(tensors), {}
+    for unit in conversion_units(tensors, LOSSLESS):
+        weight = arrays[unit.weight.name]
+        if unit.scale is None:
+            out[unit.weight.name] = widen(weight)
+        else:
+            out[unit.weight.name] = weight.view(mx.uint32)
+            out[f"{unit.base}.scales"] = group_scales(unit, arrays[unit.scale.name])
+    return out
+
+
+def group_scales(unit: ConversionUnit, scales: mx.array) -> mx.array:
+    """One byte for each row and 32 columns: FP4 has that; FP8's is for a block of 128 × 128."""
+    if unit.treatment == "expert":
+        return scales
+    rows, columns = unit.weight.shape
+    by_group = mx.repeat(scales, BLOCK // GROUP, axis=1)[:, : columns // GROUP]
+    return mx.repeat(by_group, BLOCK, axis=0)[:rows]
+
+
+def widen(array: mx.array) -> mx.array:
+    """F16 and BF16 as float32, which holds them exactly; everything else as it is."""
+    return array.astype(mx.float32) if array.dtype in HALVES else array

@@ -1,0 +1,296 @@
+"""What a bundle makes of its source: the one place that knows it.
+
+For every tensor of the source the plan says which tensors of the bundle it becomes, their names,
+dtypes and shapes, and what is done to it; and in which shards they come to lie. It needs headers
+only, those that a hub answers too. So what `make check` promises, what a dry run shows, what the
+stages write and what verify expects are the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dsv4.errors import UserError
+from dsv4.model.labels import DEFAULT, MXFP8, TURBO, parts_of
+from dsv4.model.names import BLOCK, GROUP, kind, parse_expert, stack_base, stack_of, treatment
+from dsv4.storage import limits
+from dsv4.storage.safetensors_file import FLOATS, ShardLayout, Tensor, TensorSpec
+
+SHARD_BYTES = 5_000_000_000  # the largest shard, unless another size is asked for
+ENTRY_BYTES = 110  # what a tensor takes in a header at most, beside its name
+TABLE = "scripts/dsv4/model/names.py"
+
+
+@dataclass(frozen=True)
+class StorageFormat:
+    """How a bundle stores its numbers.
+
+    expert: the label of the routed experts; mixture: the labels of those that have others, by their
+    stack ("layers.3.down_proj") or by its projection alone. as_source: everything else keeps the
+    source's numbers too: FP8 matrices as mxfp8, BF16 tensors in F16 or, where that would lose
+    anything, in BF16: those are `bfloats`, which values tell and headers do not. Both dtypes take
+    the same bytes, so sizes are known without them.
+    """
+
+    expert: dict[str, Any]
+    as_source: bool = False
+    bfloats: frozenset[str] = frozenset()
+    mixture: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+
+    def label(self, base: str) -> dict[str, Any]:
+        """The label of one routed-expert matrix, by its storage name."""
+        stack = stack_of(base)
+        in_all = self.mixture.get(stack.rpartition(".")[2], self.expert)
+        return self.mixture.get(stack, in_all)
+
+    def description(self) -> str:
+        """The forms of the routed experts, for a reader."""
+        forms = dict.fromkeys(
+            f"{label['mode']} {label['bits']} bits"
+            + f" in groups of {label['group_size']}" * (label["group_size"] != GROUP)
+            for label in (self.mixture or {"": self.expert}).values()
+        )
+        return " and ".join(sorted(forms))
+
+    @property
+    def stacked(self) -> bool:
+        """All experts of a main layer lie in one tensor a part, as vMLX wants TurboQuant."""
+        return self.expert["mode"] == TURBO
+
+
+@dataclass(frozen=True)
+class ConversionUnit:
+    """A weight of the source with its scale, and the tensors that it becomes, in one shard.
+
+    Of a stack of experts `weight` and `scale` are those of expert 0, and `stack` has those of all.
+    """
+
+    treatment: str
+    weight: Tensor
+    scale: Tensor | None
+    slots: tuple[TensorSpec, ...]
+    stack: tuple[tuple[Tensor, Tensor], ...] = ()
+
+    @property
+    def number(self) -> int:
+        """How many weights of the source it holds."""
+        return len(self.stack) or 1
+
+    @property
+    def base(self) -> str:
+        """Its storage name without the part."""
+        return self.weight.name.removesuffix(".weight")
+
+    @property
+    def max_bytes(self) -> int:
+        """The bytes that it takes in a shard, at most, with its entries in the header."""
+        return sum(slot.nbytes + len(slot.name) + ENTRY_BYTES for slot in self.slots)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What is read for it."""
+        if self.stack:
+            return [tensor for pair in self.stack for tensor in pair]
+        return [self.weight] + ([self.scale] if self.scale else [])
+
+
+@dataclass(frozen=True)
+class PlannedShard:
+    """One shard of the bundle: its file, what goes into it, and where each tensor lies."""
+
+    file: str
+    units: list[ConversionUnit]
+    layout: ShardLayout
+
+    @property
+    def size(self) -> int:
+        """Its size in bytes."""
+        return self.layout.size
+
+    @property
+    def sources(self) -> set[str]:
+        """The source's shards that it needs."""
+        return {tensor.path.name for unit in self.units for tensor in unit.tensors}
+
+
+def conversion_unit(weight: Tensor, scale: Tensor | None, form: StorageFormat) -> ConversionUnit:
+    """What becomes of one weight in a bundle of that form.
+
+    Raises UserError for a name, dtype or shape that has no treatment.
+    """
+    what = known_treatment(weight)
+    base = weight.name.removesuffix(".weight")
+    if what == "expert":
+        out, half = weight.shape
+        label = form.label(base)
+        if 2 * half % label["group_size"]:
+            raise UserError(f"{weight.path}: {weight.name}", f"{2 * half} columns",
+                       f"whole groups of {label['group_size']}", "use smaller groups")  # fmt: skip
+        parts = parts_of(label, out, 2 * half)
+    elif form.as_source and weight.dtype == "F8_E4M3":
+        check_matrix(weight, scale)
+        parts, what = parts_of(MXFP8, *weight.shape), "fp8"
+    elif form.as_source:
+        dtype = exact_dtype(weight, form)
+        return ConversionUnit(what, weight, None, (TensorSpec(weight.name, dtype, weight.shape),))
+    elif what == "affine8":
+        check_matrix(weight, scale)
+        parts = parts_of(DEFAULT, *weight.shape)
+    else:
+        dtype = weight.dtype if what == "head" else unquantized_dtype(weight, what)
+        return ConversionUnit(what, weight, None, (TensorSpec(weight.name, dtype, weight.shape),))
+    slots = tuple(TensorSpec(f"{base}.{part}", *of) for part, of in parts.items())
+    return ConversionUnit(what, weight, scale, slots)
+
+
+def group_stacks(units: list[ConversionUnit]) -> list[ConversionUnit]:
+    """The units with every main layer's experts gathered into stacks, each where its first was.
+
+    The first stack comes before all else: jang_tools 2.5.50 looks for one in the first shard only.
+    """
+    stacks: dict[str, list[ConversionUnit]] = {}
+    for unit in units:
+        at = stack_base(unit.base) if unit.treatment == "expert" else unit.base
+        stacks.setdefault(at, []).append(unit)
+    made = [
+        stack_unit(at, members) if at != members[0].base else members[0]
+        for at, members in stacks.items()
+    ]
+    return sorted(made, key=lambda unit: unit is not next((u for u in made if u.stack), None))
+
+
+def stack_unit(at: str, members: list[ConversionUnit]) -> ConversionUnit:
+    """One unit for a layer's experts, in the order of their numbers."""
+    members = sorted(members, key=lambda unit: parse_expert(unit.weight.name) or ())
+    slots = []
+    for slot in members[0].slots:
+        part = slot.name.rpartition(".")[2]
+        dtype, shape = slot.dtype, (len(members), *slot.shape)
+        if part == "tq_bits":  # one for all, and of another dtype than an expert's own
+            dtype, shape = "U8", slot.shape
+        slots.append(TensorSpec(f"{at}.{part}", dtype, shape))
+    pairs = tuple((unit.weight, unit.scale) for unit in members)
+    return ConversionUnit("expert", *pairs[0], tuple(slots), pairs)
+
+
+def missing_weights(names: Iterable[str], tensors: Mapping[str, Tensor]) -> list[str]:
+    """Those of the source's weights that a bundle's tensors have no counterpart of."""
+    return [name for name in names if name not in tensors and not _in_turbo(name, tensors)]
+
+
+def _in_turbo(name: str, tensors: Mapping[str, Tensor]) -> bool:
+    """True for a routed expert that is there as TurboQuant's codes."""
+    base = name.removesuffix(".weight")
+    return parse_expert(name) is not None and f"{stack_base(base)}.tq_packed" in tensors
+
+
+def known_treatment(tensor: Tensor) -> str:
+    """What the table of names says of a tensor. Raises UserError for a name that it does not
+    have."""
+    what = treatment(tensor.name)
+    if what is None:
+        raise UserError(
+            f"{tensor.path}: {tensor.name}", "a name that this recipe does not know",
+            "the names of DeepSeek-V4",
+            f"teach it to the table in {TABLE}, or use CONVERTER=jang",
+        )  # fmt: skip
+    return what
+
+
+def check_matrix(weight: Tensor, scale: Tensor | None) -> None:
+    """Raise UserError unless the matrix, and its scale when it is FP8, are of a form that we
+    decode."""
+    where, shape = f"{weight.path}: {weight.name}", list(weight.shape)
+    if weight.dtype not in ("F8_E4M3", *FLOATS):
+        forms = f"F8_E4M3 or one of {', '.join(FLOATS)}"
+        raise UserError(where, weight.dtype, forms, "see Converting in scripts/README.md")
+    if len(shape) != 2 or shape[1] % GROUP or not shape[1]:
+        todo = "this recipe quantizes rows of whole groups only"
+        raise UserError(where, f"shape {shape}", f"two axes, columns in groups of {GROUP}", todo)
+    if weight.dtype != "F8_E4M3":
+        return
+    expected = tuple(-(-n // BLOCK) for n in weight.shape)
+    if scale is None or scale.dtype not in ("F8_E8M0", "U8") or scale.shape != expected:
+        found = "no scale" if scale is None else f"a scale {scale.dtype} {list(scale.shape)}"
+        raise UserError(where, found, f"F8_E8M0 {list(expected)}", "fetch the source again")
+
+
+def unquantized_dtype(tensor: Tensor, what: str) -> str:
+    """The dtype of a tensor that is not quantized. Raises UserError for an 8-bit float, say."""
+    if tensor.dtype in FLOATS:
+        return "F32" if what == "control" and tensor.dtype == "F32" else "F16"
+    if tensor.dtype[0] in "IU" and what == "passthrough":
+        return tensor.dtype
+    raise UserError(
+        f"{tensor.path}: {tensor.name}", tensor.dtype, f"one of {', '.join(FLOATS)}",
+        "fetch the source again",
+    )  # fmt: skip
+
+
+def exact_dtype(tensor: Tensor, form: StorageFormat) -> str:
+    """The dtype in which a tensor that is no FP8 keeps its numbers. Raises UserError for others."""
+    if tensor.dtype == "BF16":
+        return "BF16" if tensor.name in form.bfloats else "F16"
+    if tensor.dtype in FLOATS or tensor.dtype[0] in "IU":
+        return tensor.dtype
+    raise UserError(
+        f"{tensor.path}: {tensor.name}", tensor.dtype, f"one of {', '.join(FLOATS)}",
+        "fetch the source again",
+    )  # fmt: skip
+
+
+def conversion_units(tensors: Mapping[str, Tensor], form: StorageFormat) -> list[ConversionUnit]:
+    """A unit for each weight, in the order in which the source has them. Raises as `unit_of`."""
+    ordered = sorted(tensors.values(), key=lambda t: (t.path.name, t.offset, t.name))
+    units = []
+    for tensor in ordered:
+        if known_treatment(tensor) != "scale":
+            scale = tensors.get(tensor.name.removesuffix(".weight") + ".scale")
+            units.append(conversion_unit(tensor, scale, form))
+    return group_stacks(units) if form.stacked else units
+
+
+def plan_shards(
+    tensors: Mapping[str, Tensor],
+    form: StorageFormat,
+    metadata: dict[str, str],
+    shard_bytes: int = SHARD_BYTES,
+) -> list[PlannedShard]:
+    """The bundle's shards, of at most `shard_bytes` each, from the source's tensors by name.
+
+    A unit that is larger than that has a shard to itself. Raises UserError as `unit_of` does, and
+    for more shards than a folder may have files.
+    """
+    groups: list[list[ConversionUnit]] = []
+    room = 0
+    for unit in conversion_units(tensors, form):
+        if not groups or room + unit.room > shard_bytes:
+            groups.append([])
+            room = len(str(metadata)) + ENTRY_BYTES
+        groups[-1].append(unit)
+        room += unit.room
+    if len(groups) > limits.FILES // 2:
+        raise UserError("SHARD_BYTES", f"{shard_bytes:,} bytes, {len(groups):,} shards", "at most "
+                   f"{limits.FILES // 2:,} shards", "choose larger ones; 5e9 is usual")  # fmt: skip
+    return [
+        PlannedShard(
+            f"model-{i:05d}-of-{len(groups):05d}.safetensors",
+            group,
+            ShardLayout.of(
+                (slot for unit in group for slot in unit.slots), metadata, header_dtypes(form)
+            ),
+        )
+        for i, group in enumerate(groups, 1)
+    ]
+
+
+def header_dtypes(form: StorageFormat) -> dict[str, str]:
+    """Dtypes whose entries in a header take the room of another's, so that sizes are the same."""
+    return {"F16": "BF16"} if form.as_source else {}
+
+
+def weights_of(names: Iterable[str]) -> list[str]:
+    """Those of the source's names that have a counterpart of their own: all but the scales."""
+    return [name for name in names if kind(name) != "scale"]

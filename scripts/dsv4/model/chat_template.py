@@ -1,0 +1,155 @@
+"""DeepSeek-V4's conversation as a Jinja template, and a careful way to render anybody's template.
+
+DeepSeek ships a program, encoding/encoding_dsv4.py, and no template; vMLX runs the program, others
+read chat_template.jinja or tokenizer_config.json alone. chat_template.jinja beside this file makes
+the same prompts. The releases differ in one table, the efforts, so a template is made for one.
+
+conversations.json holds talks that together meet every rule, and the prompts that DeepSeek's own
+program made of them: what a bundle's template is judged by.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from dsv4.storage import limits
+
+HERE = Path(__file__).resolve().parent
+RENDERING = HERE / "rendering.py"
+RELEASES = ("first", "0731", "nano")
+# SHA-256 of encoding_dsv4.py from its first line that is neither empty nor a comment on: vMLX's
+# copy of -0731's has the licence above it. The file of DeepSeek's first release has nothing above.
+DIGESTS = {
+    "bdbd57c132a1b3725042323d02b98b9d1df28e5f388f134399555d041f5055e0": "first",
+    "abc0d26120250dda0ae077dc64aa28836026e61e970854aaeb792445e6a0dde6": "0731",
+    "68ba6b13de5573bf47f0b5d34c2ab4ce3c1a20ca78cfc236517465b7c0d9a7a2": "nano",
+}
+# The template that this project wrote into bundles before: 15 lines, and nothing with tools.
+EARLIER = "d58d60fe1ad797462b902cd78b44f0805692adf7f9094042417e6296dcb9cd7e"
+ENCODING = "encoding/encoding_dsv4.py"
+CHAT_TEMPLATE = "chat_template.jinja"
+RELEASE_LINE = "{%- set release = '0731' -%}"
+KEPT_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
+WALL_SECONDS = 15  # rendering.py ends itself before
+ENDED_BY = {
+    signal.SIGPROF: "it takes more than a second of processor time",
+    signal.SIGXCPU: "it takes more than a second of processor time",
+    signal.SIGALRM: "it takes more than ten seconds",
+    signal.SIGKILL: "it was killed, as by a system that is short of memory",
+}
+
+Talk = dict[str, Any]  # the variables that a template is rendered with: messages, tools, …
+
+
+class TemplateFault(Exception):
+    """A template that does not compile, raises, or goes beyond its bounds; says which."""
+
+
+def encoding_release(encoding: bytes) -> str | None:
+    """Which release an encoding_dsv4.py is of: one of RELEASES, or None for an unknown file.
+
+    Comments above the program do not count, a single changed byte of it does.
+    """
+    lines = encoding.splitlines(keepends=True)
+    above = next((n for n, line in enumerate(lines) if line.strip() and line[:1] != b"#"), 0)
+    for program in (encoding, b"".join(lines[above:])):
+        if release := DIGESTS.get(hashlib.sha256(program).hexdigest()):
+            return release
+    return None
+
+
+@cache
+def template_text(release: str) -> str:
+    """The text of chat_template.jinja for one of RELEASES; KeyError for another."""
+    if release not in RELEASES:
+        raise KeyError(release)
+    text = (HERE / "chat_template.jinja").read_text(encoding="utf-8")
+    before, line, after = text.partition(RELEASE_LINE)
+    assert line, f"chat_template.jinja: no line {RELEASE_LINE}"
+    return before + line.replace("0731", release) + after
+
+
+def template_for(folder: Path) -> str:
+    """The template for the release that the folder's encoding file is of; the first for another."""
+    path = folder / ENCODING
+    return template_text(
+        (encoding_release(limits.read_bounded(path)) if path.is_file() else None) or "first"
+    )
+
+
+def is_own_template(text: object) -> bool:
+    """Whether a template is this project's, of today or of before, and for any release."""
+    if not isinstance(text, str):
+        return False
+    earlier = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() == EARLIER
+    return earlier or text in map(template_text, RELEASES)
+
+
+@cache
+def conversations(release: str) -> tuple[tuple[str, Talk, str], ...]:
+    """(name, talk, prompt) for each built-in conversation that means something to `release`."""
+    stored = json.loads((HERE / "conversations.json").read_text(encoding="utf-8"))
+    return tuple(
+        (entry["name"], entry["talk"], entry["prompts"][release])
+        for entry in stored
+        if release in entry["prompts"]
+    )
+
+
+def render(text: str, talk: Talk) -> str:
+    """The prompt that the template `text` makes of one talk; raises TemplateFault."""
+    (told,) = render_all(text, [talk])
+    if isinstance(told, TemplateFault):
+        raise told
+    return told
+
+
+def render_all(text: str, talks: Sequence[Talk]) -> list[str | TemplateFault]:
+    """The prompt of each talk, or what kept the template from making it; nothing is raised.
+
+    One process renders them all within the bounds of rendering.py, so this takes a fifth of a
+    second and the talks' own time, and for a hostile template a second more. Where a talk ends the
+    process, the later ones share its fault.
+    """
+    asked = json.dumps({"template": text, "talks": list(talks)})
+    child = subprocess.Popen(
+        [sys.executable, "-I", str(RENDERING)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={"LC_ALL": "C", **{k: os.environ[k] for k in KEPT_ENVIRONMENT if k in os.environ}},
+    )
+    try:
+        out, _ = child.communicate(asked.encode(), timeout=WALL_SECONDS)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        out, _ = child.communicate()
+    finally:
+        child.kill()
+        child.wait()
+    told = [parse_line(line) for line in out.splitlines(keepends=True) if line.endswith(b"\n")]
+    rest = TemplateFault(describe_exit(child.returncode))
+    return [*told, *[rest] * (len(talks) - len(told))][: len(talks)]
+
+
+def parse_line(line: bytes) -> str | TemplateFault:
+    """One line of rendering.py's."""
+    told = json.loads(line)
+    return told["prompt"] if "prompt" in told else TemplateFault(told["fault"])
+
+
+def describe_exit(status: int) -> str:
+    """Why a process ended before it had rendered everything."""
+    if status >= 0:
+        return f"rendering it ended with status {status}; is jinja2 installed?"
+    number = signal.Signals(-status)
+    return ENDED_BY.get(number, f"rendering it ended by {number.name}")

@@ -1,0 +1,41 @@
+"""Of which types the JSON documents of a checkpoint must be, as far as anything here reads them.
+
+Written as dsv4/storage/json_types.py says. What is missing or has a wrong value is found
+elsewhere, and by another name; here stands only what could not be looked at.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from dsv4.storage.checkpoint import INDEX
+from dsv4.storage.json_types import Form, first_mismatch
+
+ORIGIN = {"repo": str, "commit": str, "files": {str: {str: str}}}
+
+FORMS: dict[str, Form] = {
+    "config.json": {},
+    INDEX: {},
+    "tokenizer.json": {
+        "model?": ({"vocab?": ({str: int}, None)}, None),
+        "added_tokens?": ([{"content": str, "id": int}], None),
+    },
+    "tokenizer_config.json": {},
+    "generation_config.json": {},
+    "jang_config.json": {},
+}
+
+
+def origin_of(document: dict[str, Any]) -> dict[str, Any] | None:
+    """Where jang_config.json says that the source came from; None unless it can be said in public.
+
+    {"repo": user/name, "commit": hex digits, "files": {name: {kind of hash: hex digits}}}.
+    """
+    origin = document.get("source")
+    if origin is None or first_mismatch(origin, ORIGIN) is not None:
+        return None
+    hashes = [digest for of in origin["files"].values() for digest in of.values()]
+    names = re.fullmatch(r"[A-Za-z0-9_.-]{1,96}/[A-Za-z0-9_.-]{1,96}", origin["repo"])
+    whole = all(re.fullmatch(r"[0-9a-f]{1,64}", digit) for digit in (origin["commit"], *hashes))
+    return origin if names and whole and all(origin["files"].values()) else None

@@ -1,0 +1,263 @@
+"""Open a source or a bundle of DeepSeek-V4 and hold it against what its config.json calls for.
+
+Opening one reads JSON and headers only (seconds for 180 GB) and checks that index and shards agree,
+so that everything after it can trust a name to lead to its bytes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+from dsv4.errors import UserError
+from dsv4.model.labels import (
+    COPYING,
+    EXPERT,
+    MIXTURES,
+    MXFP4,
+    RECORD,
+    TURBO2,
+    TURBO_PARTS,
+    recorded_quantizer,
+    stored_label,
+)
+from dsv4.model.names import (
+    GROUP,
+    PROJECTION,
+    expert_base,
+    mtp_layer,
+    parse_expert,
+    stack_base,
+    stack_of,
+)
+from dsv4.storage.checkpoint import (
+    Checkpoint,
+    check_index,
+    check_strangers,
+    open_shards,
+    read_index,
+    read_json,
+)
+from dsv4.storage.limits import LAYERS, MATRICES
+from dsv4.storage.safetensors_file import Tensor
+from dsv4.text import short_repr
+
+MODEL_TYPE = "deepseek_v4"
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read config.json. Raises UserError unless its model_type is deepseek_v4."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}", "no such folder", "a checkpoint", "check SOURCE and BUNDLE")
+    config = read_json(folder / "config.json")
+    if config.get("model_type") != MODEL_TYPE:
+        raise UserError(
+            f"{folder / 'config.json'}",
+            f"model_type {short_repr(config.get('model_type'))}",
+            f"{MODEL_TYPE!r}",
+            "this recipe knows no other model",
+        )
+    return config
+
+
+def config_count(config: dict[str, Any], key: str, folder: Path) -> int:
+    """A count from config.json. Raises UserError when it is missing or no whole number."""
+    value = config.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise UserError(
+            f"{folder / 'config.json'}: {key}", short_repr(value), "a whole number",
+            "restore config.json",
+        )  # fmt: skip
+    return value
+
+
+def mtp_declared(config: dict[str, Any], folder: Path) -> int:
+    """The MTP layers that config.json declares; how many are stored, only the tensors tell.
+
+    DSpark's three stages go with 1 or 3, copies that were stripped of MTP keep the number, others
+    say 0 and have it. Raises as `count` does.
+    """
+    key = "num_nextn_predict_layers"
+    return config_count(config, key, folder) if key in config else 0
+
+
+def block_counts(checkpoint: Checkpoint) -> dict[str, int]:
+    """How many main layers config.json calls for, and MTP layers the tensors: {"layers", "mtp"}.
+
+    A bundle's labels name its experts: MTP layers that got lost are called for by them.
+    Raises UserError for more layers, or more matrices of experts, than any index could name.
+    """
+    config, folder = checkpoint.config, checkpoint.folder
+    experts, declared = (
+        config_count(config, "n_routed_experts", folder),
+        mtp_declared(config, folder),
+    )
+    labels = config.get("quantization")
+    names = itertools.chain(checkpoint.tensors, labels if isinstance(labels, dict) else ())
+    stored = max((n + 1 for name in names if (n := mtp_layer(name)) is not None), default=0)
+    layers = {"layers": config_count(config, "num_hidden_layers", folder), "mtp": stored}
+    matrices = sum(layers.values()) * experts * len(PROJECTION)
+    if max(*layers.values(), declared) > LAYERS or matrices > MATRICES:
+        raise UserError(
+            f"{folder / 'config.json'}",
+            f"{short_repr(layers['layers'])} layers, {short_repr(max(stored, declared))} of MTP by it or by "
+            f"a tensor's name, {short_repr(experts)} experts",
+            f"at most {LAYERS:,} layers and {MATRICES:,} matrices",
+            "restore config.json",
+        )
+    return layers
+
+
+def open_source(folder: Path) -> Checkpoint:
+    """Open the FP4/FP8 source and check it whole: index ↔ shards, weight ↔ scale, every expert.
+
+    Raises UserError for a missing shard, a tensor that index or shard lacks, a shard that the
+    index does not know (upstream's converter would read it), a missing expert, weight or scale.
+    """
+    config = read_config(folder)
+    weight_map = read_index(folder)
+    shards = open_shards(folder, set(weight_map.values()))
+    source = Checkpoint(folder, config, weight_map, shards)
+    check_index(source, "download")
+    check_strangers(source, "move it away: the converter reads every shard that it finds")
+    _check_scales(source)
+    check_experts(source, ("weight", "scale"))
+    return source
+
+
+def open_bundle(folder: Path) -> Checkpoint:
+    """Open a bundle: every shard that its index names; index and shards may still disagree.
+
+    A requantization that was killed leaves new keys in shards that the index does not name yet.
+    """
+    config = read_config(folder)
+    weight_map = read_index(folder)
+    return Checkpoint(folder, config, weight_map, open_shards(folder, set(weight_map.values())))
+
+
+def _check_scales(source: Checkpoint) -> None:
+    """Every FP4 and FP8 weight needs its `.scale`, every `.scale` its weight."""
+    tensors = source.tensors
+    for name, tensor in tensors.items():
+        base, _, part = name.rpartition(".")
+        quantized = part == "weight" and tensor.dtype in ("I8", "F8_E4M3")
+        partner = f"{base}.scale" if quantized else f"{base}.weight"
+        if (quantized or part == "scale") and partner not in tensors:
+            raise UserError(
+                f"{source.folder}: {name}",
+                f"no {partner}",
+                "a weight and its scale",
+                "fetch the source again",
+            )
+
+
+def expert_bases(checkpoint: Checkpoint) -> list[str]:
+    """Storage names of all routed-expert matrices that config.json and the tensors call for.
+
+    As many layers as `block_counts` says, × n_routed_experts × 3. Raises as it does.
+    """
+    experts = config_count(checkpoint.config, "n_routed_experts", checkpoint.folder)
+    return [
+        expert_base(block, layer, expert, matrix)
+        for block, n in block_counts(checkpoint).items()
+        for layer in range(n)
+        for expert in range(experts)
+        for matrix in ("w1", "w2", "w3")
+    ]
+
+
+def check_experts(checkpoint: Checkpoint, parts: tuple[str, ...]) -> None:
+    """Raise UserError when a routed expert lacks one of `parts`, or when one is there that should
+    not.
+
+    For parts ("weight", "scale") dtypes and shapes of the FP4 source are checked too.
+    """
+    bases = expert_bases(checkpoint)
+    tensors = checkpoint.tensors
+    expected = {f"{base}.{part}" for base in bases for part in parts}
+    missing = [name for name in sorted(expected) if name not in tensors]
+    if missing:
+        raise UserError(
+            f"{checkpoint.folder}",
+            f"no {missing[0]} ({len(missing):,} tensors missing)",
+            f"{len(expected):,} routed-expert tensors",
+            "fetch or rebuild it",
+        )
+    known = set(bases)
+    extra = [n for n in tensors if parse_expert(n) and n.rpartition(".")[0] not in known]
+    if extra:
+        raise UserError(
+            f"{checkpoint.folder}: {extra[0]}",
+            "an expert beyond config.json's counts",
+            f"{len(bases):,} matrices",
+            "restore config.json",
+        )
+    if parts == ("weight", "scale"):
+        for base in bases:
+            _check_fp4(checkpoint.folder, tensors[f"{base}.weight"], tensors[f"{base}.scale"])
+
+
+def _check_fp4(folder: Path, weight: Tensor, scale: Tensor) -> None:
+    if weight.dtype != "I8" or len(weight.shape) != 2:
+        raise UserError(
+            f"{folder}: {weight.name}",
+            f"{weight.dtype} {list(weight.shape)}",
+            "I8 (out, in/2): FP4 codes",
+            "use the FP4 release",
+        )
+    out, half = weight.shape
+    expected = (out, half * 2 // GROUP)
+    if scale.dtype not in ("F8_E8M0", "U8") or scale.shape != expected or half * 2 % GROUP:
+        raise UserError(
+            f"{folder}: {scale.name}",
+            f"{scale.dtype} {list(scale.shape)}",
+            f"F8_E8M0 {list(expected)}",
+            "fetch the source again",
+        )
+
+
+def expert_labels(bundle: Checkpoint) -> dict[str, dict[str, Any]]:
+    """Storage name → the label that a routed-expert matrix is stored by.
+
+    Those of a layer that a runtime stacks have one label; in a bundle that was not made as a
+    mixture all have. Raises UserError when one of them fits no label or another one, and for FP4
+    bytes in a bundle that was not made to have them: those are a stock bundle's, still to be
+    requantized.
+    """
+    bases, quantizer = expert_bases(bundle), recorded_quantizer(bundle.config)
+    if quantizer == "turboquant2":
+        check_turbo(bundle, bases)
+        return dict.fromkeys(bases, TURBO2)
+    firsts: dict[str, dict[str, Any]] = {}
+    found = {}
+    for base in bases:
+        label = stored_label(bundle.tensors, base, bundle.config)
+        first = firsts.setdefault(stack_of(base) if quantizer in MIXTURES else "", label or EXPERT)
+        if label is None or label != first:
+            raise UserError(
+                f"{bundle.folder}: {base}", "no affine triple" if label is None else f"{label}",
+                f"{first} for every expert of its kind", "run requantize",
+            )  # fmt: skip
+        if label == MXFP4 and quantizer not in COPYING:
+            raise UserError(
+                f"{bundle.folder}: {base}",
+                f"FP4 bytes, and no {RECORD}.quantizer {' or '.join(COPYING)} in config.json",
+                "what requantize makes of them", "run requantize",
+            )  # fmt: skip
+        found[base] = label
+    if not found:
+        raise UserError(f"{bundle.folder}: routed experts", "none", "some", "run requantize")
+    return found
+
+
+def check_turbo(bundle: Checkpoint, bases: list[str]) -> None:
+    """Raise UserError unless every expert is there as TurboQuant's codes and norms."""
+    stacks = dict.fromkeys(map(stack_base, bases))
+    wanted = [f"{at}.{part}" for at in stacks for part in TURBO_PARTS]
+    missing = [name for name in wanted if name not in bundle.tensors]
+    if missing:
+        raise UserError(
+            f"{bundle.folder}", f"no {missing[0]} ({len(missing):,} tensors missing)",
+            f"{len(wanted):,} tensors of routed experts", "run requantize",
+        )  # fmt: skip

@@ -1,0 +1,190 @@
+"""Everything but the routed experts: matrices to 8-bit affine, vectors and small tables to F16.
+
+A matrix comes as FP8 with a scale for each 128 × 128 block, or as BF16, F16 or F32; it is decoded
+to float32 some rows at a time and goes through `mx.quantize` on MLX's CPU backend, so that every
+machine writes the same bytes. Scales and biases are rounded to F16, as upstream's converter does
+(jang_tools.dsv4.convert_dsv4_jangtq, convert, 2.5.9).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from dsv4.errors import UserError
+from dsv4.model.labels import DEFAULT, parts_of
+from dsv4.model.names import BLOCK, GROUP
+from dsv4.quantization import fp8
+from dsv4.quantization.source_reader import read_bytes
+from dsv4.storage.safetensors_file import ITEMSIZE, Tensor, TensorSpec
+from dsv4.storage.shard_writer import ShardWriter, WorkerBuffers
+from dsv4.storage.tensor_reader import as_float32
+
+PIECE_ELEMENTS = 1 << 20  # decoded at a time: 4 MB of float32
+
+_one_at_a_time = threading.Lock()  # MLX has one CPU stream; its evaluation is not ours to race in
+
+
+def quantize(values: np.ndarray) -> dict[str, np.ndarray]:
+    """float32 (rows, columns) → weight uint32, scales and biases float16.
+
+    A scale or bias beyond F16 comes out as infinity, which the caller must look for.
+    """
+    import mlx.core as mx  # here, because importing it takes longer than most runs' planning
+
+    with _one_at_a_time:
+        answer = mx.quantize(mx.array(values), **DEFAULT, stream=mx.cpu)
+        mx.eval(*answer)
+        weight, scales, biases = (np.array(part) for part in answer)
+    with np.errstate(over="ignore"):
+        return {
+            "weight": weight,
+            "scales": scales.astype(np.float16),
+            "biases": biases.astype(np.float16),
+        }
+
+
+def digest() -> str:
+    """16 hex digits that change when the installed MLX quantizes to 8 bits in another way.
+
+    Asked: 2,048 groups of a fixed sequence, in sizes from 2^-16 to 2^15, some one-sided.
+    """
+    steps = np.arange(2048 * GROUP, dtype=np.int64)
+    values = (steps * 2654435761 % 2**32 / 2**31 - 1).astype(np.float32).reshape(2048, -1)
+    values[::7] = np.abs(values[::7])
+    values[3::7] = -np.abs(values[3::7])
+    values *= np.exp2(np.arange(2048) % 32 - 16).astype(np.float32)[:, None]
+    parts = quantize(values.reshape(512, -1))
+    return hashlib.sha256(b"".join(part.tobytes() for part in parts.values())).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class MatrixPiece:
+    """Rows `first` to `last` - 1 of one matrix; `first` is a multiple of 128."""
+
+    weight: Tensor
+    scale: Tensor | None
+    first: int
+    last: int
+    places: dict[str, int]  # part → where its row 0 lies in the new shard
+
+    @cached_property
+    def _row_bytes(self) -> dict[str, int]:
+        out, columns = self.weight.shape
+        parts = parts_of(DEFAULT, out, columns)
+        return {part: TensorSpec("", *of).nbytes // out for part, of in parts.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that it writes."""
+        return (self.last - self.first) * sum(self._row_bytes[part] for part in self.places)
+
+    @property
+    def nbytes_read(self) -> int:
+        """The bytes of the weight that it reads."""
+        return self.weight.nbytes // self.weight.shape[0] * (self.last - self.first)
+
+    def decode(self, desk: WorkerBuffers) -> np.ndarray:
+        """The rows as float32 (rows, columns). Raises UserError for a NaN or an infinity."""
+        rows, columns = self.last - self.first, self.weight.shape[1]
+        stride = columns * ITEMSIZE[self.weight.dtype]
+        data = read_bytes(desk, self.weight, self.first * stride, rows * stride, "codes")
+        if self.scale is None:
+            values = as_float32(data, self.weight.dtype).reshape(rows, columns)
+        else:
+            values = fp8.decode(data.reshape(rows, columns), self._scales(desk), self.scale.name)
+        self._check_finite(values.min(), values.max(), "a NaN or an infinity in the source")
+        return values
+
+    def _scales(self, desk: WorkerBuffers) -> np.ndarray:
+        """The scale bytes of these rows' blocks, uint8 (⌈rows/128⌉, ⌈columns/128⌉)."""
+        first, last = self.first // BLOCK, -(-self.last // BLOCK)
+        blocks = self.scale.shape[1]
+        data = read_bytes(desk, self.scale, first * blocks, (last - first) * blocks, "exponents")
+        return data.reshape(last - first, blocks)
+
+    def write(self, target: ShardWriter, desk: WorkerBuffers) -> None:
+        """Decode, quantize, and put the three parts to their places."""
+        parts = quantize(self.decode(desk))
+        with np.errstate(over="ignore"):
+            sums = [np.abs(parts[part]).max() for part in ("scales", "biases")]
+        self._check_finite(*sums, "values too large for an F16 scale or bias")
+        for part, place in self.places.items():
+            target.write(place + self.first * self._row_bytes[part], parts[part])
+
+    def _check_finite(self, one: np.floating, other: np.floating, found: str) -> None:
+        if not (np.isfinite(one) and np.isfinite(other)):
+            raise UserError(
+                f"{self.weight.path}: {self.weight.name}",
+                f"{found} in rows {self.first} to {self.last - 1}",
+                "finite values",
+                "fetch the source again",
+            )
+
+
+def matrix_pieces(
+    weight: Tensor, scale: Tensor | None, places: dict[str, int]
+) -> list[MatrixPiece]:
+    """Cut a matrix into runs of rows of about PIECE_ELEMENTS, whole blocks of 128 rows each."""
+    out, columns = weight.shape
+    rows = max(1, PIECE_ELEMENTS // columns // BLOCK) * BLOCK
+    scale = scale if weight.dtype == "F8_E4M3" else None
+    return [
+        MatrixPiece(weight, scale, row, min(row + rows, out), places) for row in range(0, out, rows)
+    ]
+
+
+@dataclass(frozen=True)
+class F16Piece:
+    """`count` elements of a tensor from element `first`, rounded to F16 (ties to even).
+
+    exact: nothing may be lost.
+    """
+
+    tensor: Tensor
+    first: int
+    count: int
+    place: int  # where the tensor's first element lies in the new shard
+    exact: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that it writes."""
+        return 2 * self.count
+
+    @property
+    def nbytes_read(self) -> int:
+        """The bytes that it reads."""
+        return ITEMSIZE[self.tensor.dtype] * self.count
+
+    def write(self, target: ShardWriter, desk: WorkerBuffers) -> None:
+        """Read, round, write. Raises UserError for a value that F16 cannot hold."""
+        begin = ITEMSIZE[self.tensor.dtype] * self.first
+        data = read_bytes(desk, self.tensor, begin, self.nbytes_read, "codes")
+        with np.errstate(over="ignore"):
+            given = as_float32(data, self.tensor.dtype)
+            values = given.astype(np.float16)
+        if not np.isfinite(values).all():
+            raise UserError(
+                f"{self.tensor.path}: {self.tensor.name}", "a value that F16 cannot hold",
+                "values up to 65,504", "fetch the source again",
+            )  # fmt: skip
+        if self.exact and not np.array_equal(values, given):
+            raise UserError(
+                f"{self.tensor.path}: {self.tensor.name}", "values that are no F16 numbers",
+                "those that were there when the run was planned", "check the disk, begin again",
+            )  # fmt: skip
+        target.write(self.place + 2 * self.first, values)
+
+
+def f16_pieces(tensor: Tensor, place: int, exact: bool = False) -> list[F16Piece]:
+    """Cut a tensor of any size into pieces of PIECE_ELEMENTS."""
+    elements = tensor.nbytes // ITEMSIZE[tensor.dtype]
+    return [
+        F16Piece(tensor, first, min(PIECE_ELEMENTS, elements - first), place, exact)
+        for first in range(0, elements, PIECE_ELEMENTS)
+    ]

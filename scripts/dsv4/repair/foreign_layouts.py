@@ -1,0 +1,135 @@
+"""What repair does to bundles that are not stored as this recipe stores them.
+
+Their experts stay as they are, right or wrong: to make them anew is their maker's. Labels are made
+to say what the tensors are, under every name that a runtime looks up, and controls that were
+rounded are F32 again, from the source.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from dsv4.conversion import runtime_documents
+from dsv4.errors import UserError
+from dsv4.model.labels import DEFAULT, MXFP8, SOURCE, TURBO, has_turboquant
+from dsv4.model.layouts import STORAGE
+from dsv4.model.names import is_control, parse_expert
+from dsv4.model.storage_view import StorageView
+from dsv4.repair.context import NEEDS_SOURCE, RepairContext
+from dsv4.repair.shards_on_disk import open_by_shards, wrong_experts
+from dsv4.storage.checkpoint import Checkpoint
+from dsv4.storage.safetensors_file import PendingTensor, Tensor, write_shard
+from dsv4.storage.tensor_reader import TensorReader
+from dsv4.verification.checks import turboquant_files
+from dsv4.verification.checks.documents import LABEL, is_plain, labels_in_use
+from dsv4.verification.checks.headers import label_at
+from dsv4.verification.scan import Scan
+
+PIECE = 8 << 20
+
+
+def scan_bundle(bundle: Checkpoint) -> Scan:
+    """A bundle opened by its shards, as the proof sees it."""
+    return Scan(bundle, {}, {})
+
+
+def keeps_experts(bundle: Scan) -> bool:
+    """True for what requantize knows nothing of: other names than storage names, TurboQuant, and
+    somebody else's groups or widths, where headers prove no expert wrong."""
+    if bundle.layout is not STORAGE or has_turboquant(bundle.tensors):
+        return True
+    return not (bundle.is_ours or is_uniform(bundle) or wrong_experts(bundle.checkpoint))
+
+
+def is_uniform(bundle: Scan) -> bool:
+    """True when the labels that this recipe writes can say how every module is stored."""
+    bases = {n.rpartition(".")[0] for n in bundle.tensors if n.endswith(".scales")}
+    kinds = [(parse_expert(f"{base}.weight"), label_at(bundle, base)) for base in bases]
+    return all(
+        label is None or (label["group_size"] == 32 and (expert or label in (DEFAULT, MXFP8)))
+        for expert, label in kinds
+    )
+
+
+def mend_controls(repair: RepairContext, bundle: Scan) -> None:
+    """Rewrite the shards that hold rounded controls. Raises UserError without a source that has
+    them."""
+    rounded = [n for n, t in bundle.tensors.items() if is_control(n) and t.dtype != "F32"]
+    if not rounded:
+        return
+    named = f"{len(rounded):,} controls not in F32 (controls-rounded)"
+    if repair.source is None:
+        raise UserError(f"{repair.bundle}", named, "F32 controls of the source", NEEDS_SOURCE)
+    odd = [n for n in rounded if not same_shape(repair.source.tensors.get(n), bundle.tensors[n])]
+    if odd:
+        raise UserError(f"{repair.bundle}: {odd[0]}", "another shape than the source's", "the source's",
+                   "check SOURCE and BUNDLE")  # fmt: skip
+    files = sorted({bundle.tensors[name].path.name for name in rounded})
+    if repair.say(named, f"made F32 again from the source: {len(files)} shards"):
+        origins = {bundle.view.name_on_disk(name): repair.source.tensors[name] for name in rounded}
+        repair.backup.keep(files)
+        for file in files:
+            rewrite_shard(bundle.view, file, origins)
+
+
+def same_shape(origin: Tensor | None, rounded: Tensor) -> bool:
+    return origin is not None and origin.dtype == "F32" and origin.shape == rounded.shape
+
+
+def rewrite_shard(view: StorageView, file: str, origins: dict[str, Tensor]) -> None:
+    """One shard anew, with the tensors that `origins` names from there."""
+    shard = view.shards[file]
+    planned = []
+    for name, tensor in shard.tensors.items():
+        origin = origins.get(name, tensor)
+        planned.append(
+            PendingTensor(name, origin.dtype, tensor.shape, lambda of=origin: copy_tensor(of))
+        )
+    write_shard(shard.path, planned, shard.metadata)
+
+
+def copy_tensor(tensor: Tensor) -> Iterator[bytes]:
+    """A tensor's bytes, some at a time."""
+    reader = TensorReader()
+    try:
+        for first in range(0, tensor.nbytes, PIECE):
+            yield reader.read(tensor, first, min(PIECE, tensor.nbytes - first)).tobytes()
+    finally:
+        reader.close()
+
+
+def patched_config(repair: RepairContext) -> dict[str, Any]:
+    """config.json with the stop tokens, and labels as the tensors are."""
+    bundle = scan_bundle(open_by_shards(repair.bundle))
+    content = runtime_documents.patched_config(bundle.checkpoint, None)
+    content |= turboquant_files.wrong_keys(content, bundle)
+    if any(name.endswith(".scales") for name in bundle.tensors):
+        content["quantization"] = corrected_labels(bundle)
+        if "quantization_config" in content:
+            content["quantization_config"] = copy.deepcopy(content["quantization"])
+    return content
+
+
+def corrected_labels(bundle: Scan) -> dict[str, Any]:
+    """The labels of config.json, those mended that are not what the tensors are."""
+    old = bundle.config.get("quantization")
+    labels = dict(copy.deepcopy(old)) if isinstance(old, dict) else {}
+    bases = dict.fromkeys(n.rpartition(".")[0] for n in bundle.tensors if n.endswith(".scales"))
+    stored = {base: label for base in bases if (label := label_at(bundle, base))}
+    if any(labels.get(key) is None for key in LABEL[:2]):
+        kinds = Counter(tuple(label.items()) for label in stored.values())
+        labels |= dict(kinds.most_common(1)[0][0]) if kinds else {}
+    top = {key: labels.get(key) for key in LABEL}
+    for key in [key for key in labels if is_plain(bundle, key, labels[key])]:
+        del labels[key]
+    keys = [(key, base) for key, base, _ in labels_in_use(bundle)]
+    keys += [(base, base) for base in stored if bundle.layout is STORAGE]
+    for key, base in keys:
+        found, label = stored.get(base), labels.get(key, top)
+        said = {**label, "mode": label.get("mode") or "affine"} if isinstance(label, dict) else {}
+        if found and found["mode"] not in (TURBO, SOURCE) and said != found:
+            labels[key] = dict(found)
+    return labels

@@ -1,0 +1,73 @@
+"""All checks of level 1 in their order, over a survey of headers and JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dsv4.errors import UserError
+from dsv4.model.labels import has_turboquant
+from dsv4.model.layouts import MLX_LM, MLX_VLM, STORAGE
+from dsv4.storage.checkpoint import Checkpoint
+from dsv4.toolchain.python_env import probe
+from dsv4.verification.checks import conversation, documents, headers, loading, turboquant_files
+from dsv4.verification.report.findings import Check, Findings
+from dsv4.verification.scan import Scan
+
+
+def check_headers(bundle: Scan, source: Checkpoint | None, findings: Findings) -> list[Check]:
+    """Everything that headers and JSON show, without the toolchain: seconds for 180 GB."""
+    findings.ours, findings.storage = bundle.is_ours, bundle.layout is STORAGE
+    fields = headers.check_config(bundle, source, findings)
+    if "config-broken" in findings:
+        return [fields]  # nothing can be counted by a config without counts
+    layout = headers.check_layout(bundle, findings)
+    if "layout-unknown" in findings:
+        return [fields, layout, headers.check_index(bundle, findings)]
+    checks = [
+        fields,
+        layout,
+        headers.check_index(bundle, findings),
+        headers.check_marks(bundle, findings),
+        *headers.check_experts(bundle, findings),
+        headers.check_triples(bundle, findings),
+        headers.check_controls(bundle, findings),
+        documents.check_code(bundle, findings),
+        documents.check_labels(bundle, findings),
+        *turboquant_files.check_turboquant_files(bundle, findings),
+        documents.check_stops(bundle, findings),
+        documents.check_defaults(bundle, source, findings),
+        *conversation.check(bundle, source, findings),
+    ]
+    if source is not None:
+        checks.append(headers.check_counterparts(bundle, source, findings))
+    return checks
+
+
+def check_toolchain(bundle: Scan, python: Path, findings: Findings) -> list[Check]:
+    """What the installed loaders make of these headers, and whether they are patched."""
+    if {"config-broken", "layout-unknown"} & findings.names:
+        return []
+    runtime = next((r for r in (MLX_LM, MLX_VLM) if r in bundle.layout.runtimes), None)
+    if runtime == MLX_VLM and has_package(python, "mlx-vlm"):
+        return loading.check_loading(bundle, python, findings, runtime)
+    if runtime != MLX_LM or has_turboquant(bundle.tensors):
+        who = "no mlx-vlm here" if runtime == MLX_VLM else "neither mlx_lm nor jang_tools"
+        said = f"{who} that loads this layout, so no loader was asked"
+        return [Check("parameters replayed", 0, said, optional=True)]
+    loader = loading.check_loader(python, findings)
+    return [loader, *loading.check_loading(bundle, python, findings)]
+
+
+def has_package(python: Path, package: str) -> bool:
+    """True when the toolchain has a package."""
+    try:
+        return probe(python)["packages"].get(package) is not None
+    except UserError:
+        return False
+
+
+def require_nonempty(checks: list[Check], findings: Findings) -> None:
+    """A check that found nothing to look at is a fault, but for layers that the model lacks."""
+    for check in checks:
+        if check.number == 0 and not check.optional:
+            findings.add("nothing-checked", check.what, "0", "more")

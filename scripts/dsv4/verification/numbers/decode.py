@@ -1,0 +1,75 @@
+"""Some rows of a source tensor as float32, and how the modes without biases store theirs.
+
+| mode   | codes | scale                                          |
+|--------|-------|------------------------------------------------|
+| mxfp4  | E2M1  | UE8M0, for 32 columns                          |
+| mxfp8  | E4M3  | UE8M0, for 32 columns                          |
+| nvfp4  | E2M1  | E4M3, for 16 columns                           |
+| source | E2M1  | F32 or UE8M0, for 32 columns                   |
+|        | E4M3  | F32 or UE8M0, for a block of 128 × 128         |
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dsv4.model.labels import SOURCE
+from dsv4.model.names import BLOCK, GROUP
+from dsv4.quantization.fp4 import UE8M0
+from dsv4.quantization.fp8 import E4M3
+from dsv4.storage.safetensors_file import Tensor
+from dsv4.storage.tensor_reader import TensorReader, as_float32
+from dsv4.verification.numbers import kernels
+from dsv4.verification.numbers.tasks import Task
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)  # by the low three bits of a code
+MAGNITUDES = {4: E2M1, 8: E4M3[:127].astype(np.float32)}
+
+
+def source_rows(
+    task: Task, reader: TensorReader, first: int, last: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(codes uint8, exponents uint8, values float32), flat, of rows `first` to `last` - 1.
+
+    Exponents of FP4 are those of the rows, of FP8 all of the tensor's, of others none.
+    """
+    origin, scale = task.origin, task.scale
+    codes = reader.rows(origin, first, last)
+    values = np.empty((last - first) * task.columns, np.float32)
+    exponents = np.empty(0, np.uint8)
+    if task.what == "expert":
+        exponents = reader.rows(scale, first, last)
+        kernels.decode_fp4(codes, exponents, values)
+    elif origin.dtype == "F8_E4M3":
+        exponents = reader.read(scale)
+        powers = UE8M0[exponents].reshape(scale.shape)
+        kernels.decode_fp8(codes, E4M3, powers, task.columns, first, values)
+    else:
+        values = as_float32(codes, origin.dtype)
+    return codes, exponents, values
+
+
+def stored_rows(
+    task: Task, reader: TensorReader, first: int, last: int
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """(codes uint8, one a weight; scales float32, one a group; columns of a group), flat."""
+    bits, weight = task.label["bits"], reader.rows(task.parts["weight"], first, last)
+    codes = weight
+    if bits == 4:
+        codes = np.empty(2 * len(weight), np.uint8)
+        kernels.unpack(weight, 4, codes)
+    if task.label["mode"] != SOURCE:
+        data = reader.rows(task.parts["scales"], first, last)
+        table = np.abs(E4M3).astype(np.float32) if task.label["mode"] == "nvfp4" else UE8M0
+        return codes, table[data], task.label["group_size"]
+    scale = task.parts["scale"]
+    if bits == 4:
+        return codes, scales_to_float32(reader.rows(scale, first, last), scale), GROUP
+    blocks = scales_to_float32(reader.read(scale), scale).reshape(scale.shape)
+    rows, columns = np.arange(first, last) // BLOCK, np.arange(task.columns // GROUP)
+    return codes, blocks[rows[:, None], columns * GROUP // BLOCK].reshape(-1), GROUP
+
+
+def scales_to_float32(data: np.ndarray, scale: Tensor) -> np.ndarray:
+    """Scales as float32."""
+    return as_float32(data, "F32") if scale.dtype == "F32" else UE8M0[data]

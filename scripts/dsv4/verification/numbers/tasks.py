@@ -1,0 +1,173 @@
+"""What is compared with what, and what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from dsv4.model.names import BLOCK, GROUP, expert_base, kind, parse_expert
+from dsv4.storage.checkpoint import Checkpoint
+from dsv4.storage.limits import COLUMNS
+from dsv4.storage.safetensors_file import FLOATS, Tensor
+from dsv4.verification.checks.headers import module_parts, shape_of, stored_label
+from dsv4.verification.numbers.pruned import Kept
+from dsv4.verification.scan import Scan
+
+
+@dataclass
+class TensorResult:
+    """What level 2 found of one tensor.
+
+    what: expert, module, control or passthrough; how: what its values are stored as. energy and
+    error are sums of squares. exact, explained and wrong count groups against the bytes that its
+    quantizer gives; fragile ones could be rounded otherwise by another device. faults are (name,
+    where, found, expected); explained ones count as verdict.py's `judge_groups` says. worst: the
+    largest error in steps, at worst_at; without a place, a bound. disk: the tensor's name in the
+    bundle, where that is another. lossless: groups that decode to the source's own values.
+    """
+
+    name: str
+    what: str
+    how: str
+    numbers: int = 0
+    groups: int = 0
+    exact: int = 0
+    fragile: int = 0
+    explained: int = 0
+    wrong: int = 0
+    energy: float = 0.0
+    error: float = 0.0
+    worst: float = 0.0
+    worst_at: str = ""
+    zeros: int = 0
+    zeros_lost: int = 0
+    recomputed: bool = False
+    disk: str = ""
+    lossless: int = 0
+    faults: list[tuple[str, str, str, str]] = field(default_factory=list)
+    wrong_places: list[tuple[str, str, str]] = field(default_factory=list)
+    explained_places: list[tuple[str, str, str]] = field(default_factory=list)
+
+    @property
+    def relative(self) -> float:
+        """RMS of the error relative to the RMS of the weights."""
+        return float(np.sqrt(self.error / self.energy)) if self.energy else 0.0
+
+    def fault(self, name: str, where: str, found: str, expected: str) -> None:
+        """Note one fault of this tensor."""
+        self.faults.append((name, f"{self.display_name}: {where}", found, expected))
+
+    @property
+    def display_name(self) -> str:
+        """Its name, and that on disk where it is another."""
+        return f"{self.name} ({self.disk})" if self.disk else self.name
+
+
+@dataclass(frozen=True)
+class Task:
+    """One source tensor and what the bundle made of it."""
+
+    origin: Tensor
+    scale: Tensor | None
+    parts: dict[str, Tensor]
+    what: str
+    label: dict[str, Any] | None
+
+    @property
+    def base(self) -> str:
+        """Its storage name without the part."""
+        return self.origin.name.removesuffix(".weight")
+
+    @property
+    def main(self) -> Tensor:
+        """The tensor that holds its numbers or codes."""
+        return self.parts.get("weight") or self.parts["tq_packed"]
+
+    @property
+    def columns(self) -> int:
+        """Of the matrix."""
+        return self.origin.shape[-1] * (2 if self.what == "expert" else 1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the bundle that it covers."""
+        return sum(part.nbytes for part in self.parts.values())
+
+
+def is_decodable(source: Checkpoint, origin: Tensor) -> bool:
+    """True for a source tensor that can be decoded row by row: its scale, if any, fits it."""
+    scale = source.tensors.get(f"{origin.name.removesuffix('.weight')}.scale")
+    if scale is None:
+        return origin.dtype != "F8_E4M3"
+    if len(origin.shape) != 2 or not 0 < origin.shape[1] <= COLUMNS:
+        return False
+    out, columns = origin.shape
+    fp4, fp8 = (out, 2 * columns // GROUP), (-(-out // BLOCK), -(-columns // BLOCK))
+    fits = scale.shape == (fp4 if origin.dtype == "I8" else fp8)
+    return fits and scale.dtype in ("F8_E8M0", "U8")
+
+
+def make_tasks(bundle: Scan, source: Checkpoint, kept: Kept) -> list[Task]:
+    """All source tensors whose counterparts are whole; level 1 has reported the others.
+
+    kept: of layers that lack experts, which of the source's are left.
+    """
+    tasks = (
+        task_of(bundle, source, name, origin)
+        for counterpart, origin in source.tensors.items()
+        for name in counterpart_names(counterpart, kept)
+    )
+    return [task for task in tasks if task is not None]
+
+
+def counterpart_names(name: str, kept: Kept) -> list[str]:
+    """What the bundle calls the source tensor `name`: where experts are left out, with the number
+    that a kept one has there."""
+    expert = parse_expert(name)
+    if expert is None or f"{expert[0]}.{expert[1]}" not in kept:
+        return [name]
+    block, layer, number, matrix, part = expert
+    left = kept[f"{block}.{layer}"] or []
+    if number not in left:
+        return []
+    return [f"{expert_base(block, layer, left.index(number), matrix)}.{part}"]
+
+
+def task_of(bundle: Scan, source: Checkpoint, name: str, origin: Tensor) -> Task | None:
+    """One source tensor beside the bundle's of that name; None when they do not fit."""
+    what = kind(name)
+    if what == "scale" or not is_decodable(source, origin):
+        return None
+    base = name.removesuffix(".weight")
+    scale = source.tensors.get(f"{origin.name.removesuffix('.weight')}.scale")
+    what = "module" if what in ("affine8", "head") else what
+    parts = module_parts(bundle, base) if what in ("expert", "module") else {}
+    if name in bundle.tensors:
+        parts.setdefault("weight", bundle.tensors[name])
+    columns = origin.shape[-1] * (2 if what == "expert" else 1) if origin.shape else 0
+    label = stored_label(parts, columns) if what in ("expert", "module") else None
+    fit = parts and is_comparable(origin, parts, what, label, columns, bundle.is_ours)
+    return Task(origin, scale, parts, what, label) if fit else None
+
+
+def is_comparable(
+    origin: Tensor,
+    parts: dict[str, Tensor],
+    what: str,
+    label: dict[str, Any] | None,
+    columns: int,
+    ours: bool,
+) -> bool:
+    """True when the parts can be compared with the source tensor, row by row."""
+    if label is not None:
+        tensor = parts.get("weight") or parts["tq_packed"]
+        two = len(origin.shape) == 2 and columns <= COLUMNS
+        return two and shape_of(tensor, label, columns) == (origin.shape[0], columns)
+    if len(parts) > 1:
+        return False
+    tensor = parts["weight"]
+    if what in ("expert", "module") and (tensor.dtype not in FLOATS or (ours and what == "expert")):
+        return False
+    return tensor.shape == (*origin.shape[:-1], columns) if origin.shape else not tensor.shape

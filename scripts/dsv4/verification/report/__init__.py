@@ -1,0 +1,1 @@
+"""Findings, and what is made of them: JSON, HTML page, terminal table, model card."""

@@ -1,0 +1,191 @@
+"""A bundle opened with tolerance: what can be read is read, what cannot is a finding.
+
+The stages open a checkpoint strictly and stop at the first fault; whoever judges a bundle wants to
+see all of them. A `Survey` holds headers and JSON only, so it can be made of a folder (`survey`) or
+of what a hub answers, and every check of level 1 works on either.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dsv4.errors import UserError
+from dsv4.model.json_schemas import FORMS
+from dsv4.model.labels import RECORD
+from dsv4.model.layouts import NamingScheme
+from dsv4.model.load import MODEL_TYPE, expert_bases
+from dsv4.model.names import parse_expert
+from dsv4.model.storage_view import StorageView, build_view
+from dsv4.storage import limits
+from dsv4.storage.checkpoint import INDEX, Checkpoint, is_file_name, read_json
+from dsv4.storage.safetensors_file import Shard, Tensor, read_shard
+from dsv4.text import short_repr
+from dsv4.verification.report.findings import Findings
+
+# The JSON files that runtimes read, and the fault of one that is missing or no JSON object.
+DOCUMENTS = {
+    "config.json": "config-broken",
+    INDEX: "index-broken",
+    "tokenizer.json": "tokenizer-missing",
+    "tokenizer_config.json": "tokenizer-config-broken",
+    "generation_config.json": "generation-config-broken",
+    "jang_config.json": "jang-config-group-size",
+}
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What is known of a bundle without reading a tensor.
+
+    files: relative path → size in bytes, of every file; documents: file name → parsed JSON object,
+    for the readable ones of DOCUMENTS; unread: tensors that the index puts into shards that are
+    missing or broken, so that they are not reported once more.
+    """
+
+    checkpoint: Checkpoint
+    files: dict[str, int]
+    documents: dict[str, dict[str, Any]]
+    unread: frozenset[str] = frozenset()
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.json."""
+        return self.checkpoint.config
+
+    @cached_property
+    def view(self) -> StorageView:
+        """The tensors under storage names, whatever layout they lie in."""
+        return build_view(self.checkpoint)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Storage name → tensor."""
+        return self.view.tensors
+
+    @property
+    def layout(self) -> NamingScheme:
+        """The layout that they lie in."""
+        return self.view.recognised.layout
+
+    @cached_property
+    def is_ours(self) -> bool:
+        """True for a bundle that this recipe made: its shards or its config.json say so."""
+        marks = ("convert_layout", "requantize_layout")
+        shards = self.checkpoint.shards.values()
+        return RECORD in self.config or any(m in s.metadata for s in shards for m in marks)
+
+    @cached_property
+    def bases(self) -> list[str]:
+        """Storage names of all routed-expert matrices that there should be.
+
+        As config.json counts them; somebody else's layers may have fewer, as many as their router
+        has rows, and no MTP.
+        """
+        bases = expert_bases(self.view)
+        if self.is_ours:
+            return bases
+        rows = {}
+        for name, tensor in self.tensors.items():
+            if name.endswith(".ffn.gate.weight") and tensor.shape:
+                rows[name.removesuffix(".ffn.gate.weight")] = tensor.shape[0]
+        kept = []
+        for base in bases:
+            block, layer, expert, *_ = parse_expert(f"{base}.weight")
+            if expert < rows.get(f"{block}.{layer}", expert + 1) and (
+                block == "layers" or self.has_mtp
+            ):
+                kept.append(base)
+        return kept
+
+    @cached_property
+    def has_mtp(self) -> bool:
+        """False when a bundle of somebody else left MTP out: no tensor of it is there."""
+        return self.is_ours or any(name.startswith("mtp.") for name in self.tensors)
+
+
+def scan(folder: Path, findings: Findings) -> Scan | None:
+    """Read a folder's JSON and headers. None when there is no config.json or index to go by.
+
+    Raises UserError when there is no such folder, or more in it than a bundle has.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}", "no such folder", "a bundle", "check BUNDLE")
+    known = any((folder / name).exists() for name in ("config.json", INDEX))
+    files = limits.list_files(folder) if known else {}  # `/` is not listed
+    check_shards_are_files(folder, files, findings)
+    documents = read_json_documents(folder, files, findings)
+    weight_map = check_weight_map(documents.get(INDEX), findings)
+    config = documents.get("config.json")
+    if config is not None and config.get("model_type") != MODEL_TYPE:
+        findings.add(
+            "config-broken",
+            "config.json: model_type",
+            short_repr(config.get("model_type")),
+            repr(MODEL_TYPE),
+        )
+        config = None
+    if config is None or not weight_map:
+        return None
+    shards = read_shards(folder, set(weight_map.values()), files, findings)
+    unread = frozenset(name for name, file in weight_map.items() if file not in shards)
+    return Scan(Checkpoint(folder, config, weight_map, shards), files, documents, unread)
+
+
+def check_shards_are_files(folder: Path, files: dict[str, int], findings: Findings) -> None:
+    """What has a shard's name is a file: loaders that find it by its name stop at a folder."""
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name not in files and path.name[0] != ".":
+            what = "a folder" if path.is_dir() else "a link that leads nowhere, or a device"
+            findings.add("shard-stranger", path.name, what, "a file, or nothing")
+
+
+def read_json_documents(
+    folder: Path, files: dict[str, int], findings: Findings
+) -> dict[str, dict[str, Any]]:
+    """Parse the JSON files that are there and of their form; the others are findings."""
+    documents = {}
+    for name, fault in DOCUMENTS.items():
+        if name not in files:
+            if name != "jang_config.json":  # only some layouts need it
+                findings.add(fault, name, "no such file", "it")
+            continue
+        try:
+            documents[name] = read_json(folder / name, FORMS[name])
+        except UserError as stop:
+            findings.add(fault, name, f"{stop}", "a JSON object that can be read")
+    return documents
+
+
+def check_weight_map(index: dict[str, Any] | None, findings: Findings) -> dict[str, str]:
+    """The index's entries that lead to a file inside the folder; {} when there is none."""
+    weight_map = (index or {}).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        if index is not None:
+            findings.add("index-broken", INDEX, "no weight_map", "tensor names and their shards")
+        return {}
+    safe = {}
+    for name, file in weight_map.items():
+        if not is_file_name(file):
+            findings.add("index-unsafe-path", f"{INDEX}: {name}", short_repr(file), "a file name")
+        else:
+            safe[name] = file
+    return safe
+
+
+def read_shards(
+    folder: Path, wanted: set[str], files: dict[str, int], findings: Findings
+) -> dict[str, Shard]:
+    """The headers of the shards that are there and whole."""
+    shards = {}
+    for file in sorted(wanted):
+        if file not in files:
+            findings.add("shard-missing", INDEX, f"no {file}", "every shard that it names")
+            continue
+        try:
+            shards[file] = read_shard(folder / file)
+        except UserError as stop:
+            findings.add("shard-broken", file, str(stop), "a whole safetensors file")
+    return shards

@@ -1,0 +1,209 @@
+"""An examination of a bundle: both levels, what they found, in words and as verify.json has it."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from dsv4.errors import UserError, with_path
+from dsv4.hub.provenance import read_record
+from dsv4.model.load import open_source
+from dsv4.model.names import is_control, parse_expert
+from dsv4.quantization.imatrix import EVEN, importances, open_imatrix
+from dsv4.storage.atomic import format_bytes
+from dsv4.storage.checkpoint import Checkpoint
+from dsv4.text import escape_line, print_escaped
+from dsv4.toolchain.python_env import probe
+from dsv4.verification.checks import run, turboquant_files
+from dsv4.verification.checks.headers import quantizer_of
+from dsv4.verification.numbers import aggregate
+from dsv4.verification.numbers import run as run_x
+from dsv4.verification.report.findings import Check, Findings
+from dsv4.verification.scan import Scan, scan
+
+FORMAT = 1  # of verify.json
+
+
+def level_one(
+    args: argparse.Namespace, source: Checkpoint | None, findings: Findings
+) -> tuple[Scan | None, list[Check]]:
+    """Survey the bundle and run level 1."""
+    bundle = scan(args.bundle, findings)
+    if bundle is None:
+        return None, []
+    checks = run.check_headers(bundle, source, findings)
+    if not args.without_loader:
+        checks += run.check_toolchain(bundle, args.python, findings)
+    return bundle, checks
+
+
+def level_two(
+    args: argparse.Namespace, bundle: Scan, source: Checkpoint | None, findings: Findings
+) -> tuple[run_x.Numbers, list[Check], float]:
+    """Read every number; returns the outcomes, the checks and the seconds that it took."""
+    start = time.perf_counter()
+    importance = EVEN
+    if args.imatrix and source:
+        importance = importances(open_imatrix(args.imatrix), source)
+    with tqdm(
+        total=bundle.checkpoint.nbytes, unit="B", unit_scale=True, desc="level 2", disable=None
+    ) as bar:
+        result = run_x.read_numbers(bundle, source, args.jobs, bar.update, importance)
+    checks = aggregate.aggregate(result, findings) + turboquant_files.check_sidecar(
+        bundle, findings
+    )
+    return result, checks, time.perf_counter() - start
+
+
+def print_findings(findings: Findings) -> None:
+    """Every finding, on stderr: its name, why it matters, where, and what repairs it."""
+    lines = []
+    for finding in findings:
+        fault = finding.fault
+        lines.append(f"\n{fault.severity}: {finding.name} ({finding.count:,}×): {fault.why}")
+        for place in finding.places:
+            said = f"found {place['found']}, expected {place['expected']}"
+            lines.append(f"    {place['where']}: {said}")
+        if finding.count > len(finding.places):
+            lines.append(f"    … and {finding.count - len(finding.places):,} more")
+        lines.append(f"  repair: {finding.repair}")
+    with with_path("standard output"):
+        sys.stdout.flush()
+    print_escaped("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def package_versions(python: Path | None) -> dict[str, Any]:
+    """This Python and, where there is one, the toolchain's packages."""
+    found: dict[str, Any] = {
+        "verify_python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+    if python is not None:
+        try:
+            toolchain = probe(python)
+        except UserError as stop:
+            return {**found, "toolchain": str(stop)}
+        found |= {"python": toolchain["python"], "metal": toolchain["metal"]}
+        found |= {name: version for name, version in toolchain["packages"].items() if version}
+    return found
+
+
+def source_origin(folder: Path | None) -> dict[str, Any] | None:
+    """Where the source came from, as download recorded it: repository, revision, commit."""
+    if folder is None:
+        return None
+    record = read_record(folder)
+    known = {key: getattr(record, key, None) for key in ("repo", "revision", "commit")}
+    return {"folder": str(folder), **known}
+
+
+def size_table(bundle: Scan, source: Checkpoint | None) -> dict[str, Any]:
+    """Bytes: the bundle by what its tensors are, and the source."""
+    kinds = {"routed experts": 0, "control tensors": 0, "8-bit modules and the rest": 0}
+    for name, tensor in bundle.tensors.items():
+        what = "routed experts" if parse_expert(name) else "8-bit modules and the rest"
+        kinds["control tensors" if is_control(name) else what] += tensor.nbytes
+    return {
+        "shards": len(bundle.checkpoint.shards),
+        "tensors": len(bundle.checkpoint.tensors),
+        "bundle_bytes": sum(bundle.files[file] for file in run_x.visible_files(bundle.files)),
+        "shard_bytes": bundle.checkpoint.nbytes,
+        "by_kind": kinds,
+        "source_shard_bytes": source.nbytes if source else None,
+    }
+
+
+@dataclass
+class Verification:
+    """What was found, before it is printed; `read` is level 2's part."""
+
+    findings: Findings
+    bundle: Scan | None
+    source: Checkpoint | None
+    first: list[Check]
+    second: list[Check]
+    read: run_x.Numbers | None
+    seconds: dict[str, float]
+
+    @property
+    def passed(self) -> bool:
+        """True when something was checked and no error found."""
+        return bool(self.first) and not self.findings.errors
+
+
+def verify(args: argparse.Namespace) -> Verification:
+    """Run the levels that were asked for. Raises UserError when the source itself is not whole."""
+    findings = Findings()
+    source = open_source(args.source) if args.source else None
+    start = time.perf_counter()
+    bundle, first = level_one(args, source, findings)
+    seconds = {"level 1": time.perf_counter() - start}
+    read, second = None, []
+    if bundle is not None and args.level == 2:
+        read, second, seconds["level 2"] = level_two(args, bundle, source, findings)
+    run.require_nonempty([*first, *second], findings)
+    return Verification(findings, bundle, source, first, second, read, seconds)
+
+
+def describe_checks(args: argparse.Namespace, done: Verification) -> str:
+    """What was checked, how many of it, and the worst of it."""
+    lines = [
+        escape_line(args.bundle),
+        f"level 1, headers and JSON ({done.seconds['level 1']:.1f} s)",
+    ]
+    lines += [check.text() for check in done.first]
+    if done.bundle is None:
+        lines.append("nothing more can be checked without config.json and index")
+    elif done.read is not None:
+        took, size = done.seconds["level 2"], done.bundle.checkpoint.nbytes
+        rate = f"{took:.1f} s, {size / took / 1e9:.2f} GB/s of the bundle"
+        lines.append(f"level 2, every number of {format_bytes(size)} ({rate})")
+        lines += [check.text() for check in done.second]
+        if done.read.compared:
+            lines += aggregate.kind_rows(aggregate.by_kind(done.read.outcomes))
+    if done.source is None:
+        values = ", every value" * (args.level == 2)
+        lines.append(f"not compared, for want of a source: tensors, tokenizer, encoding{values}")
+    return "\n".join(lines)
+
+
+def verification_json(args: argparse.Namespace, done: Verification) -> dict[str, Any]:
+    """The whole result, for report.py and other programs."""
+    bundle, read = done.bundle, done.read
+    hashes = dict(read.hashes) if read else {}
+    if args.hashes and bundle and not read:
+        hashes = {f: run_x.sha256(args.bundle / f) for f in run_x.files_to_hash(bundle)}
+    errors = {}
+    if read and read.compared:
+        errors = {
+            "experts": aggregate.by_layer(read.outcomes),
+            "others": aggregate.other_tensors(read.outcomes),
+            "kinds": aggregate.by_kind(read.outcomes),
+        }
+    return {
+        "format": FORMAT,
+        "verdict": "passed" if done.passed else "failed",
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "bundle": str(args.bundle.resolve()),
+        "source": source_origin(args.source),
+        "levels": [1, 2] if args.level == 2 else [1],
+        "loader_asked": not args.without_loader,
+        "quantizer": quantizer_of(bundle) if bundle else {},
+        "layout": bundle.layout.name if bundle else "",
+        "checks": [asdict(check) for check in (*done.first, *done.second)],
+        "findings": [finding.as_json() for finding in done.findings],
+        "sizes": size_table(bundle, done.source) if bundle else {},
+        "versions": package_versions(None if args.without_loader else args.python),
+        "seconds": done.seconds,
+        "jobs": args.jobs,
+        "errors": errors,
+        "hashes": hashes,
+    }
