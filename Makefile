@@ -155,7 +155,7 @@ OURS = $(if $(filter requantize,$(MAKECMDGOALS)),,--ours)
 python3 = command -v "$$RECIPE_PYTHON3" > /dev/null || { echo "error: PYTHON3: found no program \
   '$$RECIPE_PYTHON3', expected Python 3.11 to 3.13; make … PYTHON3=/path/to/python3" >&2; exit 1; }; \
   "$$RECIPE_PYTHON3" -I
-build/needs.mk: scripts/lab/depend.py $(wildcard scripts/*.py scripts/dsv4/*.py scripts/dsv4/*/*.py)
+build/needs.mk: scripts/lab/depend.py $(wildcard scripts/*.py scripts/dsv4/*.py scripts/dsv4/*/*.py scripts/dsv4/*/*/*.py)
 	@mkdir -p build
 	@$(python3) scripts/lab/depend.py > $@.new
 	@mv $@.new $@

@@ -144,7 +144,8 @@ def main() -> int:
                 supply.keep_only(set())
         else:
             if lacks := lacking_mtp(source):
-                print_escaped(f"note: {escape_line(source.folder)}: {lacks}; the bundle has the same",
+                folder = escape_line(source.folder)
+                print_escaped(f"note: {folder}: {lacks}; the bundle has the same",
                     file=sys.stderr)  # fmt: skip
             if args.converter == "jang":
                 said = run_upstream(args, source)

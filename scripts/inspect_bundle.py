@@ -27,7 +27,7 @@ from dsv4.model.load import open_source
 from dsv4.settings import add_setting, parse_seconds
 from dsv4.storage.atomic import format_bytes
 from dsv4.text import LINE, escape_line, join_some, print_escaped
-from dsv4.verification.checks import conversation, run
+from dsv4.verification.checks import check_all, conversation
 from dsv4.verification.checks.runtimes import runtime_verdicts
 from dsv4.verification.report.findings import Check, Findings
 from dsv4.verification.report.summary import Row, failed_row, markdown_table, summary_row
@@ -93,8 +93,8 @@ def inspect(args: argparse.Namespace, repo: str, work: Path) -> tuple[Row, str, 
         if not (work.parent / "source").exists():
             fetch_skeleton(args.against, "main", work.parent / "source", args.patience)
         source = open_source(work.parent / "source")
-    checks = run.check_headers(bundle, source, findings) if bundle else []
-    run.require_nonempty(checks, findings)
+    checks = check_all.check_headers(bundle, source, findings) if bundle else []
+    check_all.require_nonempty(checks, findings)
     show(skeleton, checks, findings)
     show_runtimes(runtime_verdicts(bundle, findings))
     if bundle:

@@ -25,7 +25,7 @@ from dsv4.quantization.imatrix import FLOOR, entry_name, importances, normalized
 from dsv4.storage.safetensors_file import read_array
 from dsv4.storage.shard_writer import WorkerBuffers
 from dsv4.verification.numbers import compare
-from dsv4.verification.numbers.run import read_numbers
+from dsv4.verification.numbers.compare_all import read_numbers
 from dsv4.verification.report.findings import Findings
 from dsv4.verification.scan import scan
 

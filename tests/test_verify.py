@@ -24,9 +24,8 @@ from dsv4.model.load import open_bundle, open_source
 from dsv4.quantization.fp4 import E2M1
 from dsv4.storage import tensor_reader
 from dsv4.toolchain import patches
-from dsv4.verification.checks import conversation, documents, run
-from dsv4.verification.numbers import aggregate, case_table, compare, kernels
-from dsv4.verification.numbers import run as run_x
+from dsv4.verification.checks import check_all, conversation, documents
+from dsv4.verification.numbers import aggregate, case_table, compare, compare_all, kernels
 from dsv4.verification.numbers.tolerances import tolerance_for
 from dsv4.verification.report.findings import FAULTS, Findings
 from dsv4.verification.scan import scan
@@ -56,7 +55,7 @@ def test_a_good_bundle_passes_and_the_report_counts(good, source, tmp_path):
     assert set(result["hashes"]) == {
         path.relative_to(good).as_posix() for path in good.rglob("*") if path.is_file()
     }
-    assert result["hashes"]["config.json"] == run_x.sha256(good / "config.json")
+    assert result["hashes"]["config.json"] == compare_all.sha256(good / "config.json")
     assert result["versions"]["mlx"]
 
 
@@ -215,7 +214,7 @@ def test_a_flipped_bit_in_every_tensor_is_seen_in_every_tensor(
         bundles.flip(folder, tensor.name, int(rng.integers(tensor.nbytes)), int(rng.integers(8)))
     findings = Findings()
     opened, origin = scan(folder, findings), open_source(source)
-    read = run_x.read_numbers(opened, origin, 2, lambda done: None)
+    read = compare_all.read_numbers(opened, origin, 2, lambda done: None)
     places = [o.faults + o.wrong_places + o.explained_places for o in read.outcomes]
     assert [o.name for o, seen in zip(read.outcomes, places, strict=True) if not seen] == []
     assert len(read.outcomes) == len(parts)
@@ -226,7 +225,7 @@ def test_a_flipped_bit_in_every_tensor_is_seen_in_every_tensor(
 def test_a_bundle_from_elsewhere_is_held_to_mlx_formula(elsewhere, source):
     findings = Findings()
     opened, origin = scan(elsewhere, findings), open_source(source)
-    read = run_x.read_numbers(opened, origin, 2, lambda done: None)
+    read = compare_all.read_numbers(opened, origin, 2, lambda done: None)
     experts = [o for o in read.outcomes if o.what == "expert"]
     assert all(o.exact == o.groups and not o.recomputed for o in experts)
     assert sum(o.fragile for o in experts) > 0
@@ -292,7 +291,7 @@ def test_a_read_beyond_the_end_of_a_file_stops(good_copy):
 
 def test_hidden_files_are_no_part_of_a_bundle():
     files = ["config.json", ".DS_Store", ".cache/x", "encoding/__pycache__/a.pyc", "encoding/a.py"]
-    assert run_x.visible_files(files) == ["config.json", "encoding/a.py"]
+    assert compare_all.visible_files(files) == ["config.json", "encoding/a.py"]
 
 
 # --- The kernels --------------------------------------------------------------------------------
@@ -406,7 +405,7 @@ def test_comparing_bytes_and_decoding_come_to_the_same_sums(good, source, monkey
         monkeypatch.setattr(case_table, "BY_CASE", names)
         monkeypatch.setattr(compare, "BLOCK_WEIGHTS", 1 << 11)
         bundle = scan(good, Findings())
-        done = run_x.read_numbers(bundle, open_source(source), 2, lambda n: None)
+        done = compare_all.read_numbers(bundle, open_source(source), 2, lambda n: None)
         sums.append([o for o in done.outcomes if o.what == "expert"])
     for fast, slow in zip(*sums, strict=True):
         assert fast.name == slow.name
@@ -450,6 +449,6 @@ def test_level_one_takes_headers_alone(good):
     findings = Findings()
     opened = scan(good, findings)
     shutil.rmtree  # noqa: B018
-    checks = run.check_headers(opened, None, findings)
+    checks = check_all.check_headers(opened, None, findings)
     assert not findings.names
     assert all(check.number for check in checks)

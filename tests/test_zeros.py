@@ -29,7 +29,7 @@ from dsv4.storage.holes import HoleDetector, first_run
 from dsv4.storage.safetensors_file import PendingTensor, Tensor, read_array, write_shard
 from dsv4.storage.shard_writer import BLOCK_BYTES, WorkerBuffers
 from dsv4.verification.numbers.aggregate import aggregate
-from dsv4.verification.numbers.run import TensorWorker, read_numbers
+from dsv4.verification.numbers.compare_all import TensorWorker, read_numbers
 from dsv4.verification.report.findings import Findings
 from dsv4.verification.scan import scan
 

@@ -48,8 +48,7 @@ from dsv4.storage import filesystem
 from dsv4.storage.atomic import fsync_folder
 from dsv4.storage.checkpoint import INDEX
 from dsv4.storage.safetensors_file import read_array, write_shard
-from dsv4.verification.numbers import aggregate
-from dsv4.verification.numbers import run as run_x
+from dsv4.verification.numbers import aggregate, compare_all
 from dsv4.verification.report.findings import Findings
 from dsv4.verification.scan import scan
 
@@ -129,7 +128,9 @@ def level_two(source: Path, bundle: Path) -> None:
     """verify's level 2 of a bundle that has no more than experts. Raises UserError for any
     fault."""
     opened, findings = scan(bundle, Findings()), Findings()
-    done = run_x.read_numbers(opened, open_source(source), os.cpu_count() or 1, lambda n: None)
+    done = compare_all.read_numbers(
+        opened, open_source(source), os.cpu_count() or 1, lambda n: None
+    )
     aggregate.aggregate(done, findings)
     if findings.errors or not done.compared:
         raise UserError(f"{bundle}", f"{findings.names}", "a bundle that is right", "debug")

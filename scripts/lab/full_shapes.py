@@ -25,7 +25,7 @@ from dsv4.storage.atomic import format_bytes
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.safetensors_file import PendingTensor, read_shard, write_shard
 from dsv4.verification.numbers.aggregate import by_kind, kind_rows
-from dsv4.verification.numbers.run import read_numbers
+from dsv4.verification.numbers.compare_all import read_numbers
 from dsv4.verification.scan import Scan
 
 VOCABULARY, HIDDEN = 129_280, 4096

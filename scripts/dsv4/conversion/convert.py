@@ -32,7 +32,7 @@ from dsv4.storage import locks, safe_paths
 from dsv4.storage.atomic import format_bytes, write_json
 from dsv4.storage.checkpoint import INDEX, Checkpoint, check_index
 from dsv4.storage.disk_space import MARK, check_free_space, staging_folder
-from dsv4.storage.shard_writer import NewShard, Piece, convert_shards
+from dsv4.storage.shard_writer import NewShard, Piece, write_shards
 from dsv4.toolchain import upstream_converter
 
 ELSEWHERE = "free space on that volume, or choose another BUNDLE"
@@ -180,7 +180,7 @@ def convert_shards(plan: Plan, todo: list[PlannedShard], folder: Path, jobs: int
     shards = [new_shard(shard, folder, plan, ledger) for shard in todo]
     total = sum(shard.size - len(shard.header) for shard in shards)
     with tqdm(total=total, unit="B", unit_scale=True, desc="convert", disable=None) as bar:
-        convert_shards(shards, jobs, bar.update)
+        write_shards(shards, jobs, bar.update)
     return ledger
 
 
@@ -199,7 +199,7 @@ def convert_low_disk(
             pass
         for i, shard in enumerate(todo, 1):
             with supply.coming(source_shards(todo[i : i + 1])):
-                convert_shards([new_shard(shard, folder, plan, ledger)], jobs, bar.update)
+                write_shards([new_shard(shard, folder, plan, ledger)], jobs, bar.update)
                 low_disk.compare_shard(new_shard(shard, folder, plan, ErrorLog()), jobs)
             supply.keep_only(source_shards(todo[i:]))
     return ledger

@@ -16,7 +16,7 @@ from dsv4.storage import safe_paths
 from dsv4.storage.backup import Backup
 from dsv4.storage.checkpoint import INDEX, Checkpoint, read_json
 from dsv4.text import LINE, escape_line, print_escaped
-from dsv4.verification.checks import run
+from dsv4.verification.checks import check_all
 from dsv4.verification.report.findings import Findings
 from dsv4.verification.scan import scan
 
@@ -62,7 +62,7 @@ def level1_findings(repair: RepairContext) -> Findings:
     findings = Findings()
     bundle = scan(repair.bundle, findings)
     if bundle is not None:
-        run.check_headers(bundle, repair.source, findings)
+        check_all.check_headers(bundle, repair.source, findings)
     return findings
 
 

@@ -22,10 +22,9 @@ from dsv4.storage.atomic import format_bytes
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.text import escape_line, print_escaped
 from dsv4.toolchain.python_env import probe
-from dsv4.verification.checks import run, turboquant_files
+from dsv4.verification.checks import check_all, turboquant_files
 from dsv4.verification.checks.headers import quantizer_of
-from dsv4.verification.numbers import aggregate
-from dsv4.verification.numbers import run as run_x
+from dsv4.verification.numbers import aggregate, compare_all
 from dsv4.verification.report.findings import Check, Findings
 from dsv4.verification.scan import Scan, scan
 
@@ -39,15 +38,15 @@ def level_one(
     bundle = scan(args.bundle, findings)
     if bundle is None:
         return None, []
-    checks = run.check_headers(bundle, source, findings)
+    checks = check_all.check_headers(bundle, source, findings)
     if not args.without_loader:
-        checks += run.check_toolchain(bundle, args.python, findings)
+        checks += check_all.check_toolchain(bundle, args.python, findings)
     return bundle, checks
 
 
 def level_two(
     args: argparse.Namespace, bundle: Scan, source: Checkpoint | None, findings: Findings
-) -> tuple[run_x.Numbers, list[Check], float]:
+) -> tuple[compare_all.Numbers, list[Check], float]:
     """Read every number; returns the outcomes, the checks and the seconds that it took."""
     start = time.perf_counter()
     importance = EVEN
@@ -56,7 +55,7 @@ def level_two(
     with tqdm(
         total=bundle.checkpoint.nbytes, unit="B", unit_scale=True, desc="level 2", disable=None
     ) as bar:
-        result = run_x.read_numbers(bundle, source, args.jobs, bar.update, importance)
+        result = compare_all.read_numbers(bundle, source, args.jobs, bar.update, importance)
     checks = aggregate.aggregate(result, findings) + turboquant_files.check_sidecar(
         bundle, findings
     )
@@ -114,7 +113,7 @@ def size_table(bundle: Scan, source: Checkpoint | None) -> dict[str, Any]:
     return {
         "shards": len(bundle.checkpoint.shards),
         "tensors": len(bundle.checkpoint.tensors),
-        "bundle_bytes": sum(bundle.files[file] for file in run_x.visible_files(bundle.files)),
+        "bundle_bytes": sum(bundle.files[file] for file in compare_all.visible_files(bundle.files)),
         "shard_bytes": bundle.checkpoint.nbytes,
         "by_kind": kinds,
         "source_shard_bytes": source.nbytes if source else None,
@@ -130,7 +129,7 @@ class Verification:
     source: Checkpoint | None
     first: list[Check]
     second: list[Check]
-    read: run_x.Numbers | None
+    read: compare_all.Numbers | None
     seconds: dict[str, float]
 
     @property
@@ -149,7 +148,7 @@ def verify(args: argparse.Namespace) -> Verification:
     read, second = None, []
     if bundle is not None and args.level == 2:
         read, second, seconds["level 2"] = level_two(args, bundle, source, findings)
-    run.require_nonempty([*first, *second], findings)
+    check_all.require_nonempty([*first, *second], findings)
     return Verification(findings, bundle, source, first, second, read, seconds)
 
 
@@ -180,7 +179,7 @@ def verification_json(args: argparse.Namespace, done: Verification) -> dict[str,
     bundle, read = done.bundle, done.read
     hashes = dict(read.hashes) if read else {}
     if args.hashes and bundle and not read:
-        hashes = {f: run_x.sha256(args.bundle / f) for f in run_x.files_to_hash(bundle)}
+        hashes = {f: compare_all.sha256(args.bundle / f) for f in compare_all.files_to_hash(bundle)}
     errors = {}
     if read and read.compared:
         errors = {

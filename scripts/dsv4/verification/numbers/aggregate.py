@@ -8,7 +8,7 @@ from typing import Any
 
 from dsv4.model.labels import TURBO
 from dsv4.model.names import PROJECTION, parse_expert
-from dsv4.verification.numbers.run import Numbers
+from dsv4.verification.numbers.compare_all import Numbers
 from dsv4.verification.numbers.tasks import TensorResult
 from dsv4.verification.report.findings import Check, Findings
 
