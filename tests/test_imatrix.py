@@ -29,7 +29,7 @@ from dsv4.verification.numbers.compare_all import read_numbers
 from dsv4.verification.report.findings import Findings
 from dsv4.verification.scan import scan
 
-SIZES = small.Sizes(layers=2, expert_pieces=3, mtp=1, hidden=64, width=32)
+SIZES = small.Sizes(layers=2, experts=3, mtp=1, hidden=64, width=32)
 
 Entries = dict[str, np.ndarray]
 

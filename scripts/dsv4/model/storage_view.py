@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from dsv4.model.layouts import STORAGE, RecognizedScheme, recognize
+from dsv4.model.layouts import STORAGE, RecognizedScheme, recognize_layout
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.limits import MATRICES
 from dsv4.storage.safetensors_file import Tensor
@@ -38,10 +38,10 @@ class StorageView(Checkpoint):
         return self.recognised.layout.runtime_name(name) or name
 
 
-def storage_view(checkpoint: Checkpoint) -> StorageView:
+def build_view(checkpoint: Checkpoint) -> StorageView:
     """The view of a checkpoint by the layout that knows most of its names."""
     tensors = checkpoint.tensors
-    recognised = recognize(tensors)
+    recognised = recognize_layout(tensors)
     view = StorageView(checkpoint.folder, checkpoint.config, checkpoint.weight_map, checkpoint.shards,
                 recognised)  # fmt: skip
     if recognised.layout is STORAGE:
