@@ -44,7 +44,7 @@ sys.path[0] = sys.argv.pop()
 for path in sorted(os.listdir(sys.path[0])):
     if path.endswith(".py"):
         importlib.import_module(path[:-3])
-from dsv4.weights import least_squares
+from dsv4.quantization import least_squares
 parts = np.empty(8, np.uint8), np.empty(1, np.uint16), np.empty(1, np.uint16)
 codes, exponent = np.arange(16, dtype=np.uint8), np.full(1, 120, np.uint8)
 least_squares.quantize(codes, exponent, None, (2, 32), parts)

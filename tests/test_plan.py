@@ -49,7 +49,7 @@ def test_the_parts_of_flash_s_experts_are_those_of_the_format():
 
 
 def test_more_shards_than_a_folder_may_have_stop_the_plan(monkeypatch):
-    monkeypatch.setattr("dsv4.storage.bounds.FILES", 8)
+    monkeypatch.setattr("dsv4.storage.limits.FILES", 8)
     form = QUANTIZERS["mlx"]().form
     with pytest.raises(
         UserError, match=r"SHARD_BYTES: found 1 bytes, [0-9]+ shards, expected at most 4"

@@ -61,17 +61,17 @@ def test_the_house_as_it_is_passes(copy):
         (
             "dsv4/conversion/shard_metadata.py",
             "import dsv4.verification.scan",
-            UP.format("making", "proof"),
+            UP.format("conversion", "verification"),
         ),
         (
             "dsv4/verification/scan.py",
             "import dsv4.conversion.shard_metadata",
-            UP.format("proof", "making"),
+            UP.format("verification", "conversion"),
         ),
         (
             "dsv4/errors.py",
             "import dsv4.storage.atomic",
-            UP.format("stop", "storage"),
+            UP.format("errors", "storage"),
         ),
         ("dsv4/strays.py", "", "dsv4.strays"),
         ("convert.py", "import requantize", "a command imports no command"),
