@@ -16,7 +16,6 @@ Trans. Inf. Theory 28, 1982) with equally spaced levels.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numba
@@ -32,7 +31,6 @@ LATTICE = 0.0  # a range whose step is a power of two, not a share of the group'
 # Shares of the range that are cut off at either end: few levels do better with more cut off.
 _CUTS = {2: (0.02, 0.12, 0.25), 3: (0.0, 0.07, 0.15)}
 _OTHER_CUTS = (0.0, 0.05)
-_UNITS = np.ldexp(1.0, np.arange(256) - 127)  # 2^(exponent - 127)
 _LEAST_STEP = np.float32(1e-20)
 _NEVER = np.float32(np.inf)
 
@@ -104,7 +102,7 @@ def quantize(
     if (bad := np.flatnonzero(~np.isfinite(stored).all(axis=0))).size:
         group = int(bad[0]) * (size // GROUP)
         raise bad_exponent(group, int(tops[bad[0]]))
-    sums = _write(*rows, UE8M0, size, bits, stored, weight)
+    sums = _write(*rows, UE8M0, size, bits, stored, weight.view(np.uint32))
     lost = int(np.count_nonzero((stored[0] == 0) & (found[0] != 0)))
     return Errors(ErrorStats(sums[0], sums[1], lost), sums[2], sums[3])
 
@@ -112,9 +110,9 @@ def quantize(
 def _half(values: np.ndarray, tops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Numbers in units of 2^(top - 127), rounded to F16: in these units again, and the bits."""
     with np.errstate(over="ignore", under="ignore"):
-        units = _UNITS[tops]
+        units = UE8M0[tops]
         rounded = (values * units).astype(np.float16)
-        return (rounded / units).astype(np.float32), rounded.view(np.uint16)
+        return rounded.astype(np.float32) / units, rounded.view(np.uint16)
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
@@ -234,9 +232,12 @@ def _begin(begins, k, top, whole, step, low):
         reach = whole[4, lane] - whole[3, lane]
         step[lane] = max(reach * begins[k, 1] / top, _LEAST_STEP)
         low[lane] = whole[3, lane] + reach * begins[k, 0]
-        if begins[k, 1] == 0 and reach > 0:
-            significand, power = math.frexp(reach / top)
-            step[lane] = math.ldexp(1.0, power - (significand == 0.5))
+    if begins[k, 1] == LATTICE:
+        steps = step.view(np.int32)  # of a float32 the upper bits are the power of two
+        for lane in range(LANES):
+            reach = whole[4, lane] - whole[3, lane]
+            step[lane] = reach / top if reach > 0 else step[lane]
+            steps[lane] = (steps[lane] + 0x7FFFFF) & 0x7F800000  # the next one, or itself
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
@@ -302,7 +303,7 @@ def _write(packed, exponents, tops, columns, powers, size, bits, stored, weight)
             scale[lane], bias[lane] = stored[0, group], stored[1, group]
         _levels(values, weights, size, (1 << bits) - 1, scale, bias, levels, squares)
         for lane in range(min(LANES, len(tops) - first)):
-            square = math.ldexp(1.0, 2 * (np.int64(tops[first + lane]) - 127))
+            square = np.float64(powers[tops[first + lane]]) ** 2
             for which in range(4):
                 totals[which] += squares[which, lane] * square
         _pack(levels, size, bits, first, min(LANES, len(tops) - first), weight)
@@ -329,14 +330,17 @@ def _levels(values, weights, size, most, scale, bias, levels, squares):
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _pack(levels, size, bits, first, groups, weight):
-    """The levels of `groups` groups from `first` on as bytes: eight levels make `bits` bytes."""
-    words = np.empty(LANES, np.int64)
-    for i in range(0, size, 8):
+    """The levels of `groups` groups from `first` on as words: 32 levels make `bits` of them."""
+    words = np.empty((bits + 1, LANES), np.int64)
+    for part in range(size // 32):
         words[:] = 0
-        for j in range(8):
+        for i in range(32):
+            word, place = i * bits // 32, i * bits % 32
             for lane in range(LANES):
-                words[lane] |= np.int64(levels[i + j, lane]) << (bits * j)
-        for lane in range(groups):
-            at = ((first + lane) * size + i) * bits // 8
-            for j in range(bits):
-                weight[at + j] = (words[lane] >> (8 * j)) & 255
+                words[word, lane] |= np.int64(levels[32 * part + i, lane]) << place
+        for word in range(bits):
+            for lane in range(groups):
+                at = ((first + lane) * (size // 32) + part) * bits + word
+                weight[at] = words[word, lane] & 0xFFFFFFFF
+            for lane in range(LANES):
+                words[word + 1, lane] |= words[word, lane] >> 32
