@@ -177,8 +177,11 @@ DRAFTERS = (
 )
 
 
-class MissingSize(KeyError):
-    """A key of config.json that is missing, or that is no positive whole number."""
+class MissingSize(LookupError):
+    """A key of config.json that is missing, or that is no positive whole number.
+
+    No KeyError: `eval` would take one for an unknown name.
+    """
 
 
 class _Sizes(dict):
