@@ -29,7 +29,7 @@ from dsv4.hub.download import recorded, remaining
 from dsv4.hub.provenance import read_record
 from dsv4.model import memory
 from dsv4.model.bundle_plan import SHARD_BYTES
-from dsv4.model.expected_tensors import check_whole, lacking_mtp
+from dsv4.model.expected_tensors import check_tables, check_whole, lacking_mtp
 from dsv4.model.folder_roles import bundle_path
 from dsv4.model.load import open_bundle, open_source, read_config
 from dsv4.quantization.formats import add_quantizer_options
@@ -175,6 +175,7 @@ def source_need(source: Path, repo: str, revision: str) -> tuple[Line, int]:
         try:
             opened = open_source(source)
             check_whole(opened)
+            check_tables(opened)
             known = " as downloaded" if repo and recorded(source, repo, revision) else ""
             lacks = f"; {words}" if (words := lacking_mtp(opened)) else ""
             return Line(True, "source", f"complete{known}, {format_bytes(opened.nbytes)}{lacks}"), 0

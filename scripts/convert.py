@@ -47,7 +47,7 @@ from dsv4.conversion.recorded_format import quantizer_for, recorded_in, resolve_
 from dsv4.conversion.staging import mark, move_into_place, staging, unmark
 from dsv4.errors import UserError, run
 from dsv4.model.bundle_plan import SHARD_BYTES
-from dsv4.model.expected_tensors import check_whole, lacking_mtp
+from dsv4.model.expected_tensors import check_tables, check_whole, lacking_mtp
 from dsv4.model.folder_roles import bundle_path
 from dsv4.model.load import open_bundle
 from dsv4.quantization.formats import Quantizer, add_quantizer_options
@@ -108,6 +108,8 @@ def run_native(args: argparse.Namespace, source: Checkpoint, headers: Checkpoint
         print_escaped(lossless.message(quantizer, headers))
     plan = make_plan(source, headers, quantizer, args.shard_bytes)
     check_whole(source)
+    if supply is None:
+        check_tables(source)
     if args.dry_run:
         return "would be made\n" + describe_plan(plan, args.bundle, args.jobs, args.part, supply)
     said = convert(plan, args.bundle, args.jobs, args.part, supply)

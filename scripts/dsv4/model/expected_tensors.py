@@ -11,8 +11,27 @@ from collections.abc import Iterator
 from dsv4.errors import UserError
 from dsv4.model.load import block_counts, config_count, mtp_declared
 from dsv4.model.names import mtp_layer
-from dsv4.model.tensor_table import DRAFTERS, Block, Row, compress_ratio, rows_in
+from dsv4.model.tensor_table import (
+    DRAFTERS,
+    FP8_BLOCK,
+    Block,
+    MissingSize,
+    Row,
+    compress_ratio,
+    rows_in,
+)
 from dsv4.storage.checkpoint import Checkpoint
+from dsv4.storage.safetensors_file import FLOATS, Tensor, read_array
+from dsv4.text import escape_line
+
+# The dtypes in which a source may have a tensor: fine-tuned copies have matrices that are dense.
+STORED = {
+    "FP4": ("I8", "U8"),
+    "FP8": ("F8_E4M3", *FLOATS),
+    "BF16": FLOATS,
+    "F32": FLOATS,
+    "INT": ("I64", "I32"),
+}
 
 
 def blocks(source: Checkpoint) -> Iterator[Block]:
@@ -59,16 +78,90 @@ def has_dspark(source: Checkpoint) -> bool:
     return any(key.startswith("dspark_") for key in source.config)
 
 
-def check_whole(source: Checkpoint) -> None:
-    """Raise UserError when the source lacks a tensor that its config.json calls for."""
-    wanted = [name for name, _, _ in expected_weights(source)]
-    missing = [name for name in wanted if name not in source.tensors]
-    if missing:
+def source_faults(source: Checkpoint) -> list[str]:
+    """Return what headers show to be wrong with a source, a sentence for each tensor.
+
+    A missing tensor, a shape or dtype that config.json does not call for, a weight without its
+    scale, a scale that belongs to nothing. Sizes that config.json lacks are not checked.
+    """
+    faults, known = [], set()
+    for name, row, block in expected_weights(source):
+        known.add(name)
+        tensor = source.tensors.get(name)
+        if tensor is None:
+            faults.append(f"no {name}")
+            continue
+        faults += _tensor_faults(source, tensor, row, block)
+    for name, tensor in source.tensors.items():
+        weight = source.tensors.get(name.removesuffix("scale") + "weight")
+        if name.endswith(".scale") and weight is not None and weight.dtype in FLOATS:
+            faults.append(
+                f"{name} {tensor.dtype} beside a weight in {weight.dtype}, not FP4 or FP8"
+            )
+    return faults
+
+
+def _tensor_faults(source: Checkpoint, tensor: Tensor, row: Row, block: Block) -> Iterator[str]:
+    allowed = STORED[row.stored]
+    if tensor.dtype not in allowed:
+        yield f"{tensor.name}: {tensor.dtype}, expected {' or '.join(allowed)}"
+        return
+    try:
+        shape = row.shape(source.config, block)
+    except MissingSize:
+        return
+    if row.stored == "FP4":
+        shape = (shape[0], shape[1] // 2)
+    if tensor.shape != shape:
+        yield f"{tensor.name}: shape {list(tensor.shape)}, expected {list(shape)}"
+    elif tensor.dtype == "F8_E4M3":
+        scale = source.tensors[tensor.name.removesuffix("weight") + "scale"]  # open_source asked
+        blocks = tuple(-(-n // FP8_BLOCK) for n in shape)
+        if scale.dtype not in ("F8_E8M0", "U8") or scale.shape != blocks:
+            found = f"{scale.name}: {scale.dtype} {list(scale.shape)}"
+            yield f"{found}, expected F8_E8M0 {list(blocks)}"
+
+
+def table_faults(source: Checkpoint) -> list[str]:
+    """Return the tables of hash-routed layers that name an expert which is not there.
+
+    Reads the tables, 6 MB for each of Flash's three.
+    """
+    experts = config_count(source.config, "n_routed_experts", source.folder)
+    faults = []
+    for name, tensor in source.tensors.items():
+        if name.endswith(".tid2eid") and tensor.dtype in STORED["INT"] and tensor.nbytes:
+            table = read_array(tensor)
+            if table.min() < 0 or table.max() >= experts:
+                faults.append(f"{name}: experts {table.min()} to {table.max()} of {experts}")
+    return faults
+
+
+def check_tables(source: Checkpoint) -> None:
+    """Raise UserError when a hash-routed layer's table names an expert which is not there."""
+    if faults := table_faults(source):
         raise UserError(
-            f"{source.folder}", f"no {missing[0]} ({len(missing):,} of {len(wanted):,} missing)",
-            "every tensor that config.json calls for",
-            "fetch the source again, or restore config.json",
+            f"{source.folder}", _listed(faults), "numbers of experts that there are",
+            "write the tables anew for the experts that were kept",
         )  # fmt: skip
+
+
+def _listed(faults: list[str]) -> str:
+    """Return up to 20 faults in one line."""
+    more = f" and {len(faults) - 20:,} more" if len(faults) > 20 else ""
+    return "; ".join(escape_line(fault) for fault in faults[:20]) + more
+
+
+def check_whole(source: Checkpoint) -> None:
+    """Raise UserError, with up to 20 faults in one line, when headers show a source to be wrong."""
+    faults = source_faults(source)
+    if faults:
+        raise UserError(
+            f"{source.folder}",
+            _listed(faults),
+            "every tensor that config.json calls for, in its format and shape",
+            "restore config.json, or fetch the shards of these tensors again",
+        )
 
 
 def lacking_mtp(source: Checkpoint) -> str:

@@ -31,6 +31,7 @@ from dsv4.model.names import (
     stack_base,
     stack_of,
 )
+from dsv4.model.source_format import check_format, check_model_type
 from dsv4.storage.checkpoint import (
     Checkpoint,
     check_index,
@@ -43,21 +44,13 @@ from dsv4.storage.limits import LAYERS, MATRICES
 from dsv4.storage.safetensors_file import Tensor
 from dsv4.text import short_repr
 
-MODEL_TYPE = "deepseek_v4"
-
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Read config.json. Raises UserError unless its model_type is deepseek_v4."""
     if not folder.is_dir():
         raise UserError(f"{folder}", "no such folder", "a checkpoint", "check SOURCE and BUNDLE")
     config = read_json(folder / "config.json")
-    if config.get("model_type") != MODEL_TYPE:
-        raise UserError(
-            f"{folder / 'config.json'}",
-            f"model_type {short_repr(config.get('model_type'))}",
-            f"{MODEL_TYPE!r}",
-            "this recipe knows no other model",
-        )
+    check_model_type(config, f"{folder / 'config.json'}")
     return config
 
 
@@ -121,6 +114,7 @@ def open_source(folder: Path) -> Checkpoint:
     source = Checkpoint(folder, config, weight_map, shards)
     check_index(source, "download")
     check_strangers(source, "move it away: the converter reads every shard that it finds")
+    check_format(source)
     _check_scales(source)
     check_experts(source, ("weight", "scale"))
     return source

@@ -16,8 +16,9 @@ from dsv4.errors import UserError
 from dsv4.model.json_schemas import FORMS
 from dsv4.model.labels import RECORD
 from dsv4.model.layouts import NamingScheme
-from dsv4.model.load import MODEL_TYPE, expert_bases
+from dsv4.model.load import expert_bases
 from dsv4.model.names import parse_expert
+from dsv4.model.source_format import MODEL_TYPE
 from dsv4.model.storage_view import StorageView, build_view
 from dsv4.storage import limits
 from dsv4.storage.checkpoint import INDEX, Checkpoint, is_file_name, read_json

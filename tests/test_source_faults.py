@@ -1,0 +1,110 @@
+"""What headers show to be wrong with a source is named before anything is written.
+
+Catches: a matrix cut in half, a scale that belongs to nothing, a table of experts that are not
+there, another format or model taken for an incomplete copy of the source.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from make_source import config_of, write_source
+from source_tensors import Sizes, headers, with_dspark
+
+from dsv4.errors import UserError
+from dsv4.model.expected_tensors import check_tables, source_faults
+from dsv4.model.load import open_source
+from dsv4.model.source_format import check_format, check_model_type
+from dsv4.storage.checkpoint import Checkpoint
+from dsv4.storage.safetensors_file import Shard, Tensor, read_array
+
+SIZES = with_dspark(Sizes(n_routed_experts=2))
+RIGHT = headers(SIZES)
+EXPERT = "layers.1.ffn.experts.1.w1"
+
+
+def source(changes: dict[str, Tensor | None], **config: object) -> Checkpoint:
+    """A source by its headers alone: tensors changed, added, or (None) taken away."""
+    tensors = {n: t for n, t in {**RIGHT, **changes}.items() if t is not None}
+    shard = Shard(Path("model.safetensors"), tensors, {}, 0)
+    where = dict.fromkeys(tensors, shard.path.name)
+    return Checkpoint(Path(), config_of(SIZES) | config, where, {shard.path.name: shard})
+
+
+def as_dtype(dtype: str, *names: str) -> dict[str, Tensor]:
+    return {name: replace(RIGHT[name], dtype=dtype) for name in names}
+
+
+def test_a_right_source_has_no_fault():
+    assert source_faults(source({})) == []
+
+
+HALF = {f"{EXPERT}.{part}": replace(RIGHT[f"{EXPERT}.{part}"], shape=(64, n))
+        for part, n in (("weight", 128), ("scale", 8))}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (HALF, f"{EXPERT}.weight: shape [64, 128], expected [128, 128]"),
+        ({"norm.weight": replace(RIGHT["norm.weight"], shape=(128,))}, "norm.weight: shape [128]"),
+        ({"mtp.2.norm.weight": None}, "no mtp.2.norm.weight"),
+        (as_dtype("F32", "layers.0.attn.wq_b.scale"), "wq_b.scale: F32 [4, 1], expected F8_E8M0"),
+        (as_dtype("BF16", "layers.0.attn.wkv.weight"), "wkv.scale F8_E8M0 beside a weight in BF16"),
+        (as_dtype("F8_E4M3", f"{EXPERT}.weight"), f"{EXPERT}.weight: F8_E4M3, expected I8 or U8"),
+        (as_dtype("I64", "layers.1.ffn.gate.bias"), "gate.bias: I64, expected F16 or BF16 or F32"),
+    ],
+    ids=["half-expert", "half-norm", "missing", "f32-scale", "raw-cast", "fp8-expert", "integers"],
+)
+def test_a_fault_of_a_tensor_is_named(changes, words):
+    assert any(words in fault for fault in source_faults(source(changes)))
+
+
+def test_a_grown_vocabulary_and_another_top_k_are_named():
+    faults = source_faults(source({}, vocab_size=513, num_experts_per_tok=1))
+    named = {fault.partition(":")[0] for fault in faults}
+    assert {"embed.weight", "head.weight", "layers.0.ffn.gate.tid2eid"} <= named
+
+
+def test_dense_matrices_of_a_fine_tuned_source_are_no_fault():
+    base = "layers.0.attn.wkv"
+    changes = {**as_dtype("BF16", f"{base}.weight"), f"{base}.scale": None}
+    assert source_faults(source(changes)) == []
+        source_faults(source({**as_dtype("BF16", f"{base}.weight"), f"{base}.scale": None})) == []
+    )
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({f"{EXPERT}.weight_scale": RIGHT[f"{EXPERT}.scale"]}, "NVFP4"),
+        ({"model.layers.0.mlp.gate.weight": RIGHT["norm.weight"]}, "transformers' names"),
+        (as_dtype("F8_E4M3", *(n for n in RIGHT if ".experts." in n and n.endswith(".weight"))),
+         "experts in FP8"),
+        (as_dtype("BF16", *(n for n in RIGHT if ".experts." in n and n.endswith(".weight"))),
+         "experts in BF16, not quantized"),
+    ],
+    ids=["nvfp4", "transformers", "fp8", "bf16"],
+)  # fmt: skip
+def test_another_format_is_named_and_nothing_is_fetched_again(tensors, words):
+    with pytest.raises(UserError, match=words) as stop:
+        check_format(source(tensors))
+    assert "fetch" not in f"{stop.value}"
+
+
+def test_another_model_is_named():
+    with pytest.raises(UserError, match=r"V4\.1 \(model_type 'deepseek_v41'\), another model"):
+        check_model_type({"model_type": "deepseek_v41"}, "config.json")
+
+
+def test_a_table_that_names_an_expert_which_was_pruned_is_named(tmp_path):
+    write_source(tmp_path, Sizes(), 1, 1)
+    opened = open_source(tmp_path)
+    check_tables(opened)
+    table = opened.tensors["layers.0.ffn.gate.tid2eid"]
+    assert read_array(table).max() == 7
+    pruned = replace(opened, config=opened.config | {"n_routed_experts": 6})
+    with pytest.raises(UserError, match=r"layers\.0\.ffn\.gate\.tid2eid: experts 0 to 7 of 6"):
+        check_tables(pruned)
