@@ -266,11 +266,11 @@ def plan_shards(
     groups: list[list[ConversionUnit]] = []
     room = 0
     for unit in conversion_units(tensors, form):
-        if not groups or room + unit.room > shard_bytes:
+        if not groups or room + unit.max_bytes > shard_bytes:
             groups.append([])
             room = len(str(metadata)) + ENTRY_BYTES
         groups[-1].append(unit)
-        room += unit.room
+        room += unit.max_bytes
     if len(groups) > limits.FILES // 2:
         raise UserError("SHARD_BYTES", f"{shard_bytes:,} bytes, {len(groups):,} shards", "at most "
                    f"{limits.FILES // 2:,} shards", "choose larger ones; 5e9 is usual")  # fmt: skip
