@@ -225,7 +225,7 @@ def test_a_killed_pass_goes_on_at_its_layer(settings, engine, tmp_path):
     kept = activations.states_path(tmp_path / "b", 1)
     (tmp_path / "b" / ".after-002.npy.partial").write_bytes(b"what a kill leaves")
     before = kept.stat().st_mtime_ns
-    told = list(engine.said(killed))
+    told = list(engine.messages(killed))
     assert [one["layer"] for one in told if "layer" in one] == [1, 2]
     assert kept.stat().st_mtime_ns == before
     a, b = (np.load(tmp_path / n / activations.LOGITS) for n in ("a", "b"))

@@ -10,8 +10,13 @@ them, the matrices of one layer with its share of embedding and head. Then, turn
 
 Before each turn the inputs are put out of the page cache; times are of whole processes.
 
+With --quantizers, those alone: convert.py, and verify's level 2 of what it made, in CPU seconds for
+a GB of source and bundle, beside the first one's. --uniform: FP4 codes of which each is as frequent
+as the others, so that nearly every group has both 6 and -6 and every second byte of the scales in
+F16 is zero; else they are of normal weights.
+
     .venv/bin/python scripts/lab/bench_convert.py [--folder DIR] [--experts 144] [--small 64]
-        [--runs 3]
+        [--runs 3] [--quantizers lossless,mlx,affine4g32] [--uniform]
 
 Takes about 7 minutes and 8 GB under --folder on two cores; prints a Markdown table.
 Exit status: 0 done; 1 failed; 2 usage.
@@ -20,104 +25,27 @@ Exit status: 0 done; 1 failed; 2 usage.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import rooms
-from race import SHARD_TENSORS, Times, gaussian_fp4, machine, planned_expert, settle, turn
+from layer_source import make_source
+from race import SHARD_TENSORS, Times, machine, settle, turn
 
 from dsv4.errors import UserError, run
-from dsv4.model.expected_tensors import BLOCK as OF_A_BLOCK
-from dsv4.model.expected_tensors import TOP
-from dsv4.model.load import MODEL_TYPE, open_bundle
-from dsv4.quantization.fp8 import BLOCK
+from dsv4.model.load import open_bundle
 from dsv4.storage import filesystem
 from dsv4.storage.atomic import format_bytes
-from dsv4.storage.checkpoint import INDEX
-from dsv4.storage.safetensors_file import PendingTensor, read_array, write_shard
+from dsv4.storage.safetensors_file import read_array
 from dsv4.toolchain.upstream_converter import CONVERTER
 
+BENCH = rooms.SCRIPTS / "lab" / "bench.py"
 FLASH_SOURCE = 160e9  # bytes
-SHARD_BYTES = 400_000_000  # of the sources that are made
 PIECE = 4 << 20
-# The FP8 matrices of one layer of Flash, for its 256 experts, as (out, in), and its 43rd part of
-# embedding and head, both (129280, 4096), in BF16.
-LAYER = {
-    "attn.wq_a": (1024, 4096), "attn.wq_b": (32768, 1024), "attn.wkv": (512, 4096),
-    "attn.wo_a": (8192, 4096), "attn.wo_b": (4096, 8192),
-    "attn.indexer.wq_b": (8192, 1024), "ffn.shared_experts.w1": (2048, 4096),
-    "ffn.shared_experts.w2": (4096, 2048), "ffn.shared_experts.w3": (2048, 4096),
-}  # fmt: skip
-COMPRESSOR = {"attn.compressor.wkv": (1024, 4096), "attn.compressor.wgate": (1024, 4096)}
-GATE = "layers.0.ffn.gate"
-VOCABULARY = 129280 // 43
-
-
-# --- Synthetic sources ----------------------------------------------------------------------------
-
-
-def source_tensors(experts: int) -> Iterator[PendingTensor]:
-    """One layer with so many experts, its other matrices shrunk to the same share of 256."""
-    rng = np.random.default_rng(0)
-    share = experts / 256
-    for name in ("embed.weight", "head.weight"):
-        yield bf16(rng, name, (round(VOCABULARY * share), 4096))
-    for name, (out, columns) in LAYER.items():
-        yield from fp8(rng, f"layers.0.{name}", (blocks(out * share) * BLOCK, columns))
-    for name, (out, columns) in COMPRESSOR.items():
-        yield bf16(rng, f"layers.0.{name}.weight", (round(out * share), columns))
-    yield bf16(rng, f"{GATE}.weight", (experts, 4096))
-    known = {"embed.weight", *(f"layers.0.{name}.weight" for name in LAYER), f"{GATE}.weight"}
-    for name in (*TOP, *(f"layers.0.{name}" for name in OF_A_BLOCK), f"{GATE}.bias"):
-        if name not in known:
-            yield PendingTensor(name, "F32", (4096,), lambda: [np.ones(4096, np.float32)])
-    matrices = [gaussian_fp4(rng) for _ in range(2)]
-    for i in range(3 * experts):
-        base = f"layers.0.ffn.experts.{i // 3}.w{i % 3 + 1}"
-        yield from planned_expert(base, matrices[i % 2], 128 * i, bundle=False)
-
-
-def blocks(rows: float) -> int:
-    return max(1, round(rows / BLOCK))
-
-
-def bf16(rng: np.random.Generator, name: str, shape: tuple[int, int]) -> PendingTensor:
-    values = rng.standard_normal(shape, dtype=np.float32)
-    return PendingTensor(
-        name, "BF16", shape, lambda: [(values.view(np.uint32) >> 16).astype(np.uint16)]
-    )
-
-
-def fp8(rng: np.random.Generator, base: str, shape: tuple[int, int]) -> Iterator[PendingTensor]:
-    """Codes of either sign below 448, and a scale for each block."""
-    codes = rng.integers(0, 120, shape, dtype=np.uint8) | rng.integers(0, 2, shape, np.uint8) << 7
-    scales = rng.integers(112, 118, [-(-n // BLOCK) for n in shape], dtype=np.uint8)
-    yield PendingTensor(f"{base}.weight", "F8_E4M3", shape, lambda: [codes])
-    yield PendingTensor(f"{base}.scale", "F8_E8M0", scales.shape, lambda: [scales])
-
-
-def make_source(folder: Path, experts: int) -> None:
-    """Write such a source in shards of about SHARD_BYTES."""
-    folder.mkdir(parents=True)
-    weight_map, part, number = {}, [], 1
-    tensors = list(source_tensors(experts))
-    for i, tensor in enumerate(tensors, 1):
-        part.append(tensor)
-        if sum(t.nbytes for t in part) < SHARD_BYTES and i < len(tensors):
-            continue
-        file = f"model-{number:05d}.safetensors"
-        write_shard(folder / file, part, {})
-        weight_map |= {t.name: file for t in part}
-        part, number = [], number + 1
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    config = {"model_type": MODEL_TYPE, "num_hidden_layers": 1, "n_routed_experts": experts}
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 # --- The contestants ------------------------------------------------------------------------------
@@ -142,6 +70,12 @@ def native(times: Times, source: Path, bundle: Path, quantizer: str = "mlx") -> 
     with turn(times) as call:
         call(sys.executable, rooms.SCRIPTS / "convert.py", "--source", source, "--bundle", bundle,
              "--quantizer", quantizer)  # fmt: skip
+
+
+def level_two(times: Times, source: Path, bundle: Path) -> None:
+    settle(source, bundle)
+    with turn(times) as call:
+        call(sys.executable, BENCH, "--level-two", source, bundle)
 
 
 def copy(times: Times, source: Path, target: Path) -> None:
@@ -174,7 +108,7 @@ def upstream(convert: Times, plan: Times, source: Path, bundle: Path) -> None:
         every = str(SHARD_TENSORS * len(list(bundle.glob("*.safetensors"))))
         call(
             sys.executable,
-            rooms.SCRIPTS / "lab" / "bench.py",
+            BENCH,
             "--plans-method",
             source,
             bundle,
@@ -249,6 +183,31 @@ def compete(folder: Path, experts: int, small: int, runs: int) -> str:
     return "\n".join([*rows, "", *ends])
 
 
+def by_quantizer(folder: Path, quantizers: list[str], runs: int) -> str:
+    """Convert the large source by each, and verify level 2 of it, by turns; returns a table."""
+    source, bundle = folder / "large", folder / "bundle"
+    sizes = {}
+    times = {q: (Times(1), Times(1)) for q in quantizers}
+    for number in range(-1, runs):  # the first turn compiles kernels, and does not count
+        for q in quantizers:
+            convert, verify = (Times(1), Times(1)) if number < 0 else times[q]
+            native(convert, source, bundle, q)
+            level_two(verify, source, bundle)
+            files = [*source.glob("*.safetensors"), *bundle.glob("*.safetensors")]
+            sizes[q] = sum(path.stat().st_size for path in files) / 1e9
+            shutil.rmtree(bundle)
+            print(f"{q}, turn {number + 1} of {runs}", file=sys.stderr)
+    rows = ["| | GB of source and bundle | convert, CPU-s for a GB | level 2, CPU-s for a GB | "
+            f"× {quantizers[0]} | level 2, wall s | peak memory |",
+            "|---|---|---|---|---|---|---|"]  # fmt: skip
+    each = {q: [statistics.median(t.cpu) / sizes[q] for t in times[q]] for q in quantizers}
+    for q, (convert, verify) in each.items():
+        rows.append(f"| {q} | {sizes[q]:.1f} | {convert:.2f} | {verify:.2f} | "
+                    f"{verify / each[quantizers[0]][1]:.1f} | {times[q][1].median:.1f} | "
+                    f"{times[q][1].peak / 2**20:,.0f} MiB |")  # fmt: skip
+    return "\n".join(rows)
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -257,6 +216,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--experts", type=int, default=144, help="of the large source")
     parser.add_argument("--small", type=int, default=64, help="of the small one; 0 for none")
     parser.add_argument("--runs", type=int, default=3, help="turns of each")
+    parser.add_argument("--quantizers", help="verify level 2 of each, with commas between them")
+    parser.add_argument("--uniform", action="store_true", help="every FP4 code as often as another")
     parser.add_argument("--make", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--read-and-write", nargs=3, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -266,20 +227,24 @@ def main() -> int:
     """Run the comparison. Returns 0 whatever it shows."""
     args = parse_arguments()
     if args.make:
-        make_source(Path(args.make[0]), int(args.make[1]))
+        make_source(Path(args.make[0]), int(args.make[1]), args.uniform)
         return 0
     if args.read_and_write:
         source, written, target = args.read_and_write
         read_and_write(Path(source), int(written), Path(target))
         return 0
     args.folder.mkdir(parents=True, exist_ok=True)
+    small, kind_of = 0 if args.quantizers else args.small, ["--uniform"] * args.uniform
     with tempfile.TemporaryDirectory(prefix="bench-", dir=args.folder) as name:
         folder = Path(name)
-        for kind, experts in (("large", args.experts), ("little", args.small)):
+        for kind, experts in (("large", args.experts), ("little", small)):
             if experts:  # in a process of its own: a child's peak begins at its parent's
                 with turn(Times(1)) as call:
-                    call(sys.executable, __file__, "--make", folder / kind, str(experts))
-        report = compete(folder, args.experts, args.small, args.runs)
+                    call(sys.executable, __file__, "--make", folder / kind, str(experts), *kind_of)
+        if args.quantizers:
+            report = by_quantizer(folder, args.quantizers.split(","), args.runs)
+        else:
+            report = compete(folder, args.experts, small, args.runs)
     print(machine(), report, sep="\n\n")
     return 0
 
