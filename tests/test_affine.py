@@ -164,11 +164,11 @@ def test_decoders_agree_on_every_code_and_exponent() -> None:
 @pytest.mark.parametrize("name", ["mlx", "affine4g32"])
 def test_a_processor_without_special_instructions_gives_the_same(name: str, tmp_path: Path) -> None:
     program = (
-        "import hashlib, numpy as np; from dsv4.quantization.formats import named\n"
+        "import hashlib, numpy as np; from dsv4.quantization.formats import get_quantizer\n"
         "rng = np.random.default_rng(24); n = 5000\n"
         "out = {p: np.empty(k * n, np.uint8) for p, k in"
         " (('weight', 16), ('scales', 2), ('biases', 2))}\n"
-        f"tally = named('{name}').encode(rng.integers(0, 256, 16 * n, np.uint8),"
+        f"tally = get_quantizer('{name}').encode(rng.integers(0, 256, 16 * n, np.uint8),"
         " rng.integers(90, 130, n).astype(np.uint8), out)\n"
         "print(hashlib.sha256(b''.join(out[p].tobytes() for p in sorted(out))).hexdigest(),"
         " round(tally.relative, 9))\n"

@@ -471,7 +471,7 @@ def test_half_an_expert_is_known_as_half(good, source, tmp_path, marks):
     at = {name: tensor.path.name for name, tensor in open_bundle(before).tensors.items()}
     wrong = [b for b in expert_bases(open_bundle(before)) if b.startswith(LAYER)]
     codes = next(at[f"{b}.weight"] for b in wrong if at[f"{b}.weight"] != at[f"{b}.scales"])
-    made = made_by(open_source(source), bundles.quantizer("mlx"))
+    made = made_by(open_source(source), get_quantizer("mlx"))
     repair(whole, "--source", source)
     shutil.copyfile(before / codes, whole / codes)
     Backup(whole).begin({"experts": wrong, "mark": made})
