@@ -134,7 +134,7 @@ def test_every_tensor_is_upstreams_or_requantizes(all_made):
     assert min(compared.values()) > 30, compared
 
 
-@pytest.mark.parametrize("quantizer", ("lossless", "mlx", "mxfp4", "turboquant2"))
+@pytest.mark.parametrize("quantizer", ["lossless", "mlx", "mxfp4", "turboquant2"])
 def test_every_quantizer_gives_requantizes_bytes(source, stock_copy, tmp_path, quantizer):
     chosen = ("--quantizer", quantizer)
     convert(source, tmp_path / "bundle", *chosen)

@@ -17,7 +17,7 @@ from dsv4.quantization.formats import get_quantizer
 from dsv4.storage.atomic import format_bytes
 
 
-@pytest.mark.parametrize("quantizer", ("lossless", "mlx", "mxfp4", "turboquant2"))
+@pytest.mark.parametrize("quantizer", ["lossless", "mlx", "mxfp4", "turboquant2"])
 def test_check_and_the_dry_run_name_the_bytes_that_are_written(quantizer, tmp_path):
     bundle = tmp_path / "bundle"
     options = ("--source", NANO, "--bundle", bundle, "--quantizer", quantizer,

@@ -28,6 +28,7 @@ from dsv4.conversion.shard_metadata import made_by
 from dsv4.model.chat_template import template_for
 from dsv4.model.load import expert_bases, open_bundle, open_source
 from dsv4.model.names import parse_expert
+from dsv4.quantization.formats import get_quantizer
 from dsv4.storage.backup import FOLDER, Backup
 from dsv4.storage.checkpoint import INDEX
 from dsv4.storage.safetensors_file import read_array, read_shard

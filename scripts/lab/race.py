@@ -133,6 +133,7 @@ def machine() -> str:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("mlx", "numba"))
     return (
-        f"{datetime.date.today()}: {processor}, {os.cpu_count()} cores, {format_bytes(memory)} memory, "
+        f"{datetime.date.today()}: {processor}, {os.cpu_count()} cores, "
+        f"{format_bytes(memory)} memory, "
         f"{platform.system()} {platform.release()}, {versions}, load {os.getloadavg()[0]:.1f}"
     )

@@ -78,7 +78,8 @@ class SizePlanner:
     def nbytes(self, forms: Forms) -> int:
         """The bytes of a bundle's shards, exactly."""
         labels = {stack: label_by_name(form) for stack, form in forms.items()}
-        shards = shards_of(self._source.tensors, get_quantizer(self._name, EVEN, labels), self._shard_bytes)
+        quantizer = get_quantizer(self._name, EVEN, labels)
+        shards = shards_of(self._source.tensors, quantizer, self._shard_bytes)
         return sum(shard.size for shard in shards)
 
     def _experts(self, forms: Forms) -> int:
@@ -194,7 +195,8 @@ def planned_shards(
         stacks = dict.fromkeys(PROJECTIONS, label_by_name(form))
         return get_quantizer(args.quantizer, EVEN, stacks)
 
-    if quantizer_properties(args.quantizer).needs_plan and (args.fit or args.size) and not args.plan.is_file():
+    planned = quantizer_properties(args.quantizer).needs_plan
+    if planned and (args.fit or args.size) and not args.plan.is_file():
         there = (args.source / "config.json").is_file()
         goal = memory.size_goal(args, read_config(args.source) if there else {})
         most = sum(shard.size for shard in shards(alike(CHOICES[-1])))

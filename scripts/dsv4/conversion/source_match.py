@@ -227,7 +227,8 @@ def is_copy(shard: Shard, source: Checkpoint, quantizer: Quantizer) -> bool:
     Looks at the middle SAMPLE_BYTES of every expert's part. Raises UserError when they are not the
     source's. A shard that requantize made says in its metadata what it holds.
     """
-    if not quantizer.properties.accepts_stock or any(key.startswith("requantize_") for key in shard.metadata):
+    marked = any(key.startswith("requantize_") for key in shard.metadata)
+    if marked or not quantizer.properties.accepts_stock:
         return False
     for name, tensor in shard.tensors.items():
         if parse_expert(name):
