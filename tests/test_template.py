@@ -353,7 +353,7 @@ def test_a_hostile_template_leaves_the_memory_alone(name):
 
 
 def memory_of(text):
-    """Peak resident bytes of rendering.py with a template; its own process tree, nobody else's."""
+    """Peak resident bytes of template_sandbox.py with a template; its own process tree, nobody else's."""
     code = (
         "import resource, subprocess, sys\n"
         "subprocess.run([sys.executable, '-I', sys.argv[1]], stdin=0, stdout=subprocess.DEVNULL)\n"
