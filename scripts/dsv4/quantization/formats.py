@@ -162,9 +162,7 @@ def _least_squares(name: str, form: StorageFormat, importance: Importance) -> Qu
     return Quantizer(name, form, digest, encode, importance.columns)
 
 
-def _mixture(
-    name: str, stacks: Mapping[str, dict[str, Any]], importance: Importance
-) -> Quantizer:
+def _mixture(name: str, stacks: Mapping[str, dict[str, Any]], importance: Importance) -> Quantizer:
     """Experts of several labels: by projection, or by layer and projection."""
     properties = quantizer_properties(name)
     expert = labels.most_common_label(stacks)

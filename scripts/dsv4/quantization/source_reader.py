@@ -32,8 +32,8 @@ def read_blocks(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield the same bytes as (first byte, data), in whole rows of `row` bytes.
 
-    A block has about BLOCK_BYTES, which stays in a core's cache until it is written. Holes are found
-    across blocks too.
+    A block has about BLOCK_BYTES, which stays in a core's cache until it is written. Holes are
+    found across blocks too.
     """
     step = max(row, BLOCK_BYTES // row * row)
     room, zeros = desk.buffer("block", min(step, nbytes)), 0
