@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,7 +15,6 @@ from dsv4.model.layouts import LAYOUTS
 from dsv4.model.load import open_bundle
 from dsv4.model.names import parse_expert
 from dsv4.model.storage_view import build_view
-from dsv4.quantization.formats import QUANTIZERS, get_quantizer
 from dsv4.storage.checkpoint import INDEX
 from dsv4.storage.safetensors_file import (
     NUMPY_DTYPE,
@@ -35,24 +32,12 @@ from dsv4.verification.verify import verify
 Arrays = dict[str, tuple[str, np.ndarray]]  # name → (safetensors dtype, array)
 
 
-@functools.cache
-def quantizer(name: str):
-    """A quantizer; the tests judge many bundles and one table will do."""
-    return QUANTIZERS[name]()
-
-
-def shared(name: str, *others: Any):
-    """The same for those that have a table, which no imatrix or plan changes here."""
-    return quantizer(name) if name in QUANTIZERS else get_quantizer(name, *others)
-
-
 def judge(bundle: Path, source: Path | None, loader: bool = False, level: int = 2) -> Findings:
     """What verify finds in `bundle`; without `loader` the toolchain is not asked.
 
     In small blocks, so that also of these small tensors most rows are compared by their bytes.
     """
-    before = compare.get_quantizer, compare.BLOCK_WEIGHTS
-    compare.get_quantizer, compare.BLOCK_WEIGHTS = shared, 1 << 11
+    before, compare.BLOCK_WEIGHTS = compare.BLOCK_WEIGHTS, 1 << 11
     args = argparse.Namespace(
         bundle=bundle, source=source, level=level, python=Path(sys.executable),
         without_loader=not loader, hashes=False, jobs=2, json=None, imatrix=None,
@@ -60,7 +45,7 @@ def judge(bundle: Path, source: Path | None, loader: bool = False, level: int = 
     try:
         return verify(args).findings
     finally:
-        compare.get_quantizer, compare.BLOCK_WEIGHTS = before
+        compare.BLOCK_WEIGHTS = before
 
 
 def places(findings: Findings, name: str) -> str:

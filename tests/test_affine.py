@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 
 from dsv4.quantization import affine_table, fp4
-from dsv4.quantization.formats import MlxAffine
+from dsv4.quantization.formats import Quantizer, get_quantizer
 
 VALUES = [ml_reference.decode_one(code, 127) for code in range(16)]
 
 
 @pytest.fixture(scope="module")
-def quantizer() -> MlxAffine:
-    return MlxAffine()
+def quantizer() -> Quantizer:
+    return get_quantizer("mlx")
 
 
 def encode(
-    quantizer: MlxAffine, packed: np.ndarray, exponents: np.ndarray
+    quantizer: Quantizer, packed: np.ndarray, exponents: np.ndarray
 ) -> tuple[dict[str, np.ndarray], affine_table.ErrorStats]:
     """Quantize whole rows with the engine; parts come as uint32 and float16 matrices."""
     out, columns = len(packed), packed.shape[1] * 2
@@ -39,7 +39,7 @@ def encode(
     return parts | {"weight": flat["weight"].view(np.uint32).reshape(out, -1)}, tally
 
 
-def assert_like_mlx(quantizer: MlxAffine, packed: np.ndarray, exponents: np.ndarray) -> None:
+def assert_like_mlx(quantizer: Quantizer, packed: np.ndarray, exponents: np.ndarray) -> None:
     parts, _ = encode(quantizer, packed, exponents)
     for part, expected in zip(
         ("weight", "scales", "biases"), ml_reference.quantize(packed, exponents), strict=True
@@ -66,7 +66,7 @@ def groups_of_every_case(rng: np.random.Generator) -> np.ndarray:
     return np.array(groups)
 
 
-def test_the_table_is_complete(quantizer: MlxAffine) -> None:
+def test_the_table_is_complete(quantizer: Quantizer) -> None:
     """Every (least, greatest), every code between, every exponent that F16 can hold, any order."""
     groups = groups_of_every_case(np.random.default_rng(20))
     held = 0
@@ -86,7 +86,7 @@ def test_the_table_is_complete(quantizer: MlxAffine) -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_random_tensors_are_bit_for_bit_what_mlx_gives(quantizer: MlxAffine, seed: int) -> None:
+def test_random_tensors_are_bit_for_bit_what_mlx_gives(quantizer: Quantizer, seed: int) -> None:
     rng = np.random.default_rng(seed)
     out, columns = int(rng.integers(1, 70)), 32 * int(rng.integers(1, 80))
     packed = rng.integers(0, 256, (out, columns // 2)).astype(np.uint8)
@@ -98,7 +98,7 @@ def test_random_tensors_are_bit_for_bit_what_mlx_gives(quantizer: MlxAffine, see
     [[0], [8], [0, 8], [7], [15], [1, 2, 3], [9, 10, 11], [0, 7], [8, 7], [0, 15], [7, 15]],
     ids=str,
 )
-def test_groups_of_few_values(quantizer: MlxAffine, codes: list[int]) -> None:
+def test_groups_of_few_values(quantizer: Quantizer, codes: list[int]) -> None:
     """All zero of either sign, one-valued, all positive, all negative, the two ends."""
     rng = np.random.default_rng(21)
     groups = rng.choice(codes, (250, 32))
@@ -109,14 +109,14 @@ def test_groups_of_few_values(quantizer: MlxAffine, codes: list[int]) -> None:
     assert_like_mlx(quantizer, pack(groups[fits]), exponents[fits])
 
 
-def test_scale_byte_255_is_refused_even_for_zeros(quantizer: MlxAffine) -> None:
+def test_scale_byte_255_is_refused_even_for_zeros(quantizer: Quantizer) -> None:
     packed = np.zeros((3, 16), np.uint8)
     with pytest.raises(affine_table.BadGroup, match="255") as caught:
         encode(quantizer, packed, np.array([[0], [255], [0]], np.uint8))
     assert caught.value.group == 1
 
 
-def test_the_error_in_the_table_is_the_error_of_the_tensor(quantizer: MlxAffine) -> None:
+def test_the_error_in_the_table_is_the_error_of_the_tensor(quantizer: Quantizer) -> None:
     """On Gaussian weights coded in FP4 it is about 8.5% RMS; far from that, something is wrong."""
     rng = np.random.default_rng(22)
     weights = rng.standard_normal((64, 128, 32))
@@ -133,7 +133,7 @@ def test_the_error_in_the_table_is_the_error_of_the_tensor(quantizer: MlxAffine)
     assert 0.075 < tally.relative < 0.095
 
 
-def test_zeros_stay_near_zero(quantizer: MlxAffine) -> None:
+def test_zeros_stay_near_zero(quantizer: Quantizer) -> None:
     """What MLX's formula is chosen for, and the plan's simple one loses: q · scale + bias ≈ 0.
 
     Exactly 0 before F16 rounds scale and bias; after it within 15 × 2^-11 of a step.
@@ -164,11 +164,11 @@ def test_decoders_agree_on_every_code_and_exponent() -> None:
 @pytest.mark.parametrize("name", ["mlx", "affine4g32"])
 def test_a_processor_without_special_instructions_gives_the_same(name: str, tmp_path: Path) -> None:
     program = (
-        "import hashlib, numpy as np; from dsv4.quantization.formats import named\n"
+        "import hashlib, numpy as np; from dsv4.quantization.formats import get_quantizer\n"
         "rng = np.random.default_rng(24); n = 5000\n"
         "out = {p: np.empty(k * n, np.uint8) for p, k in"
         " (('weight', 16), ('scales', 2), ('biases', 2))}\n"
-        f"tally = named('{name}').encode(rng.integers(0, 256, 16 * n, np.uint8),"
+        f"tally = get_quantizer('{name}').encode(rng.integers(0, 256, 16 * n, np.uint8),"
         " rng.integers(90, 130, n).astype(np.uint8), out)\n"
         "print(hashlib.sha256(b''.join(out[p].tobytes() for p in sorted(out))).hexdigest(),"
         " round(tally.relative, 9))\n"

@@ -149,7 +149,9 @@ def test_an_importance_is_prepared_once_for_a_matrix(tmp_path: Path, monkeypatch
     """By convert and by verify, however many blocks the matrix has."""
     folder, bundle, _ = small.make(tmp_path, SIZES, seed=54)
     path, source = write(tmp_path / "i.dat", example(4)), open_source(folder)
-    assert requantize(folder, bundle, "--quantizer", "optimal", "--imatrix", path).returncode == 0
+    assert (
+        requantize(folder, bundle, "--quantizer", "affine4g32", "--imatrix", path).returncode == 0
+    )
     importance = importances(open_imatrix(path), source)
     prepared: Counter[str] = Counter()
 
@@ -158,7 +160,7 @@ def test_an_importance_is_prepared_once_for_a_matrix(tmp_path: Path, monkeypatch
         return normalized(values, name)
 
     for module in (expert_pieces, compare):
-        monkeypatch.setattr(module, "usable", counted)
+        monkeypatch.setattr(module, "normalized", counted)
     monkeypatch.setattr(reading, "BLOCK_BYTES", 1)  # of one row each
     monkeypatch.setattr(compare, "BLOCK_WEIGHTS", 1)
     quantizer, tensors = get_quantizer("affine4g32", importance), source.tensors

@@ -10,9 +10,10 @@ from conftest import must
 
 from dsv4.model import labels
 from dsv4.model.load import expert_labels, open_bundle
+from dsv4.model.quantizer_table import SMALL, is_quantizer
 from dsv4.quantization import fp4, least_squares
 from dsv4.quantization.affine_table import BadGroup
-from dsv4.quantization.formats import SMALL, get_quantizer, is_quantizer
+from dsv4.quantization.formats import get_quantizer
 from dsv4.quantization.synthetic import pack, random_weights, to_fp4
 
 SHAPES = [(bits, size) for bits in labels.AFFINE_BITS for size in labels.GROUPS]

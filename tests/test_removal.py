@@ -214,7 +214,7 @@ def test_fidelity_leaves_what_lies_in_out(tmp_path, monkeypatch):
     def stop(*_):
         raise UserError("a stage", "none", "one", "none")
 
-    monkeypatch.setattr(fidelity, "QUANTIZERS", {"mlx": None})
+    monkeypatch.setattr(fidelity, "MEASURED", ("mlx",))
     monkeypatch.setattr(fidelity, "weight_error", lambda *_: None)
     monkeypatch.setattr(fidelity, "weights_table", lambda _: "")
     monkeypatch.setattr(fidelity, "stage", stop)

@@ -28,6 +28,7 @@ from dsv4.conversion.shard_metadata import made_by
 from dsv4.model.chat_template import template_for
 from dsv4.model.load import expert_bases, open_bundle, open_source
 from dsv4.model.names import parse_expert
+from dsv4.quantization.formats import get_quantizer
 from dsv4.storage.backup import FOLDER, Backup
 from dsv4.storage.checkpoint import INDEX
 from dsv4.storage.safetensors_file import read_array, read_shard
@@ -471,7 +472,7 @@ def test_half_an_expert_is_known_as_half(good, source, tmp_path, marks):
     at = {name: tensor.path.name for name, tensor in open_bundle(before).tensors.items()}
     wrong = [b for b in expert_bases(open_bundle(before)) if b.startswith(LAYER)]
     codes = next(at[f"{b}.weight"] for b in wrong if at[f"{b}.weight"] != at[f"{b}.scales"])
-    made = made_by(open_source(source), bundles.quantizer("mlx"))
+    made = made_by(open_source(source), get_quantizer("mlx"))
     repair(whole, "--source", source)
     shutil.copyfile(before / codes, whole / codes)
     Backup(whole).begin({"experts": wrong, "mark": made})

@@ -29,7 +29,7 @@ from dsv4.conversion.job_array import parse_part
 from dsv4.conversion.shard_metadata import made_by
 from dsv4.model.load import open_bundle, open_source
 from dsv4.model.names import parse_expert
-from dsv4.quantization.formats import QUANTIZERS
+from dsv4.quantization.formats import get_quantizer
 from dsv4.storage import locks
 from dsv4.storage.checkpoint import check_index
 from dsv4.storage.safetensors_file import PendingTensor, read_array, read_shard, write_shard
@@ -288,7 +288,7 @@ def test_a_second_run_on_the_same_shards_stops(
 ) -> None:
     source, bundle, _ = small.make(tmp_path, small.Sizes(bundle_shard=8), seed=9)
     before = digests(bundle)
-    work = f"{made_by(open_source(source), QUANTIZERS['mlx']())}"
+    work = f"{made_by(open_source(source), get_quantizer('mlx'))}"
     with locks.locked(bundle, parse_part(held).lock_key(work) if held else None):
         second = requantize(source, bundle, *options)
     for lock in bundle.glob(".*.lock"):

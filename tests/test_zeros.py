@@ -21,7 +21,7 @@ from conftest import NANO, must, refusal, script
 
 from dsv4.errors import UserError
 from dsv4.model.load import open_bundle, open_source
-from dsv4.quantization.formats import MlxAffine
+from dsv4.quantization.formats import get_quantizer
 from dsv4.quantization.imatrix import EVEN
 from dsv4.quantization.source_reader import read_blocks
 from dsv4.storage.checkpoint import INDEX
@@ -135,7 +135,7 @@ def halves() -> np.ndarray:
     parts = {"weight": np.empty(16 * groups, np.uint8)}
     parts |= {part: np.empty(2 * groups, np.uint8) for part in ("scales", "biases")}
     codes = rng.integers(0, 256, 16 * groups, dtype=np.uint8)
-    MlxAffine().encode(codes, rng.integers(116, 120, groups).astype(np.uint8), parts)
+    get_quantizer("mlx").encode(codes, rng.integers(116, 120, groups).astype(np.uint8), parts)
     return parts["scales"]
 
 

@@ -1,4 +1,4 @@
-"""What the quantizers take for one tensor in memory, beside the plan's method and jang's."""
+"""Time the quantizers on one tensor in memory, beside mx.quantize and jang's TurboQuant."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from dsv4.storage.safetensors_file import ITEMSIZE
 
 
 def kernel_times(rule: str, runs: int) -> dict[str, float]:
-    """Least CPU milliseconds for one 2048 × 4096 tensor of normal weights, by turns."""
+    """Return the least CPU milliseconds for one 2048 × 4096 tensor of normal weights.
+
+    The methods take turns.
+    """
     import mlx.core as mx
     from jang_tools.turboquant.linear import tq_quantize_weight
 
@@ -47,10 +50,10 @@ def kernel_times(rule: str, runs: int) -> dict[str, float]:
     turns = {name: turn_of(name) for name in MEASURED} | {PLAN_KERNEL: plan, JANG_KERNEL: jang}
     spent: dict[str, list[float]] = {name: [] for name in turns}
     for _ in range(runs + 1):  # the first compiles and is not counted
-        for name, act in turns.items():
-            for _ in range(4):  # the one before may have left the caches full of its own
+        for name, method in turns.items():
+            for _ in range(4):  # the method before has filled the caches
                 start = time.process_time()
-                act()
+                method()
                 spent[name].append(time.process_time() - start)
     return {name: 1e3 * min(times[4:]) for name, times in spent.items()}
 
@@ -59,7 +62,7 @@ PLAN_KERNEL, JANG_KERNEL = "decode, then mx.quantize", "decode, then jang's Turb
 
 
 def kernel_table(runs: int = 4) -> str:
-    """A markdown table: each quantizer's time for one tensor, and its ratio to mlx's."""
+    """Return a Markdown table: each quantizer's time for one tensor, and its ratio to mlx's."""
     by_rule = {rule: kernel_times(rule, runs) for rule in RULES}
     rows = [
         "| CPU ms a tensor | " + " | ".join(f"scales by {r} | × mlx" for r in RULES) + " |",

@@ -1,4 +1,4 @@
-"""What each quantizer costs: its error on synthetic experts of full shape, and Flash's bytes."""
+"""Measure each quantizer: its error on synthetic experts of full shape, and Flash's bytes."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ from source_tensors import FLASH, headers
 from dsv4.model.bundle_plan import plan_shards
 from dsv4.model.labels import TURBO, affine_label, parts_of
 from dsv4.model.names import GROUP
-from dsv4.quantization.formats import QUANTIZERS, Quantizer, get_quantizer
+from dsv4.quantization.formats import Quantizer, get_quantizer
 from dsv4.quantization.synthetic import pack, random_weights, to_fp4
 from dsv4.storage.safetensors_file import ITEMSIZE, NUMPY_DTYPE, TensorSpec
 
 OUT, COLUMNS = 2048, 4096
 SEED = 2026
-MEASURED = (*QUANTIZERS, "affine4g32")  # by fidelity.py and bench.py
+MEASURED = ("mlx", "mxfp4", "lossless", "turboquant2", "affine4g32")  # by fidelity.py and bench.py
 
 
 @dataclass(frozen=True)
 class WeightError:
-    """On one synthetic expert: RMS and mean of the error, both relative to the weights' RMS, the
-    share of groups without any error, bits a weight, seconds of one thread."""
+    """Errors on one synthetic expert.
+
+    rms, mean: of the error, relative to the weights' RMS; exact: share of groups without error;
+    bits: per weight; seconds: of one thread.
+    """
 
     quantizer: str
     kind: str
@@ -41,7 +44,7 @@ class WeightError:
 def encode(
     quantizer: Quantizer, packed: np.ndarray, exponents: np.ndarray
 ) -> tuple[dict[str, np.ndarray], float]:
-    """One whole matrix; returns its parts and the seconds of one thread after a first, short call.
+    """Quantize one matrix. Return its parts and one thread's seconds, after a short warm-up call.
 
     packed: uint8 (out, in/2); exponents: uint8 (out, in/32).
     """
@@ -60,7 +63,7 @@ def encode(
 
 
 def decode(label: dict, parts: dict[str, np.ndarray]) -> np.ndarray:
-    """The matrix as its runtime decodes it, float32; F16 scales and biases are widened first."""
+    """Decode a matrix as its runtime does, float32; F16 scales and biases are widened first."""
     import mlx.core as mx
 
     if label["mode"] == TURBO:
@@ -73,10 +76,10 @@ def decode(label: dict, parts: dict[str, np.ndarray]) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def expert(kind: str, rule: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A synthetic expert: codes (out, in/2), exponent bytes (out, in/32), values (groups, 32)."""
+    """Return a synthetic expert: codes (out, in/2), exponents (out, in/32), values (groups, 32)."""
     rng = np.random.default_rng(SEED)
     groups = OUT * COLUMNS // GROUP
-    # Rows differ by up to a factor of two, so that no place between powers of two is preferred.
+    # Row sizes vary by up to a factor of two, so that none relative to a power of two is favoured.
     sizes = 0.02 * np.exp2(rng.uniform(0, 1, OUT)).repeat(COLUMNS // GROUP)
     halves, exponents = to_fp4(sizes[:, None] * random_weights(rng, groups, kind), rule)
     packed = pack(halves).reshape(OUT, COLUMNS // 2)
@@ -85,7 +88,7 @@ def expert(kind: str, rule: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def by_mlx(values: np.ndarray, label: dict) -> dict[str, np.ndarray]:
-    """What mx.quantize makes of float32 (out, in), scales and biases rounded to F16."""
+    """Quantize float32 (out, in) with mx.quantize, scales and biases rounded to F16."""
     import mlx.core as mx
 
     weight, *rest = mx.quantize(mx.array(values), **label, stream=mx.cpu)
@@ -94,7 +97,7 @@ def by_mlx(values: np.ndarray, label: dict) -> dict[str, np.ndarray]:
 
 
 def mlx_error(bits: int, size: int, kind: str, rule: str) -> float:
-    """The relative RMS error of mx.quantize at any width, to compare affineBgG with."""
+    """Return the relative RMS error of mx.quantize at any width, to compare affineBgG with."""
     true, label = expert(kind, rule)[2].reshape(OUT, COLUMNS), affine_label(bits, size)
     wrong = decode(label, by_mlx(true, label)).astype(np.float64) - true
     return float(np.sqrt((wrong**2).mean() / (true.astype(np.float64) ** 2).mean()))
@@ -117,6 +120,6 @@ def weight_error(name: str, kind: str, rule: str) -> WeightError:
 
 @cache
 def flash_bytes(quantizer: str) -> int:
-    """The bytes of DeepSeek-V4-Flash's shards in a quantizer's form, as convert would plan them."""
+    """Return the bytes of DeepSeek-V4-Flash's shards by a quantizer, as convert plans them."""
     form = get_quantizer(quantizer).form
     return sum(shard.size for shard in plan_shards(headers(FLASH), form, {"format": "mlx"}))

@@ -1,4 +1,4 @@
-"""What the benches share: synthetic experts, turns that are timed, and the machine's name."""
+"""Synthetic experts, timing of commands and the machine's description, for the benches."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ GROUPS = WIDE[0] * WIDE[1] // GROUP
 
 
 def gaussian_fp4(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """One matrix of normal weights in FP4, flat: packed codes uint8, exponents uint8."""
+    """Return one matrix of normal weights in FP4, flat: packed codes uint8, exponents uint8."""
     weights = rng.standard_normal((GROUPS, GROUP), dtype=np.float32)
     greatest = np.abs(weights).max(axis=1, keepdims=True)
     weights *= rng.uniform(3.5, 6.9, (GROUPS, 1)).astype(np.float32) / greatest
@@ -63,9 +63,7 @@ def planned_expert(
 
 @dataclass
 class Times:
-    """What the turns of one contestant took: wall seconds, CPU seconds of its own and of the
-    system for it, peak memory in bytes.
-    """
+    """Measurements of one contestant, by run: wall, user and system seconds; peak bytes."""
 
     tensors: int
     wall: list[float] = field(default_factory=list)
@@ -75,7 +73,7 @@ class Times:
 
     @property
     def cpu(self) -> list[float]:
-        """CPU seconds of both kinds."""
+        """User plus system seconds of each run."""
         return [sum(pair) for pair in zip(self.user, self.system, strict=True)]
 
     @property
@@ -90,7 +88,7 @@ class Times:
 
 @contextlib.contextmanager
 def turn(times: Times) -> Iterator[Callable[..., None]]:
-    """Time the body, which is given a function that runs a command; Stop when one fails."""
+    """Time the body. It gets a function that runs a command and raises UserError if that fails."""
     user = system = 0.0
 
     def call(*command: str | Path) -> None:
@@ -114,7 +112,7 @@ def turn(times: Times) -> Iterator[Callable[..., None]]:
 
 
 def settle(*folders: Path) -> None:
-    """Write what is dirty, and put the folders' shards out of the page cache (not on macOS)."""
+    """Flush dirty pages and drop the folders' shards from the page cache (not on macOS)."""
     os.sync()
     if hasattr(os, "posix_fadvise"):
         for path in (path for folder in folders for path in folder.glob("*.safetensors")):
@@ -123,7 +121,7 @@ def settle(*folders: Path) -> None:
 
 
 def machine() -> str:
-    """One line: date, processor, cores, memory, system, versions, load."""
+    """Return one line: date, processor, cores, memory, system, versions, load."""
     processor = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -133,6 +131,7 @@ def machine() -> str:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("mlx", "numba"))
     return (
-        f"{datetime.date.today()}: {processor}, {os.cpu_count()} cores, {format_bytes(memory)} memory, "
+        f"{datetime.date.today()}: {processor}, {os.cpu_count()} cores, "
+        f"{format_bytes(memory)} memory, "
         f"{platform.system()} {platform.release()}, {versions}, load {os.getloadavg()[0]:.1f}"
     )

@@ -153,7 +153,7 @@ def experts_pieces(
     pieces: list[Piece] = []
     for number, (weight, scale) in enumerate(unit.stack or [(unit.weight, unit.scale)]):
         base = weight.name.removesuffix(".weight")
-        one, importance = quantizer.of(base), quantizer.importance.get(base)
+        one, importance = quantizer.for_tensor(base), quantizer.importance.get(base)
         sizes = dict(row_parts(weight, one))
         at = {p: place + number * sizes[p] for p, place in places.items() if p in sizes}
         pieces += expert_pieces(weight, scale, at, one, ledger, importance)

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,12 @@ from dsv4.errors import UserError
 from dsv4.model import labels
 from dsv4.model.folder_roles import BUNDLE, folder_role
 from dsv4.model.names import is_expert, parse_expert, stack_of
+from dsv4.model.quantizer_table import is_quantizer, quantizer_properties
 from dsv4.quantization.formats import (
     NAMES,
     Quantizer,
     check_quantizer_options,
     get_quantizer,
-    is_quantizer,
 )
 from dsv4.quantization.imatrix import EVEN, Importance, load_imatrix
 from dsv4.quantization.mixture_plan import read_plan
@@ -80,7 +79,8 @@ def recorded_in(folder: Path, wanted: str | None = None) -> Recorded | None:
                    f"one of {NAMES}" if len(found) == 1 else "one quantizer with one table",
                    "name the one that all are to be made by: QUANTIZER=NAME")  # fmt: skip
     mark = next((one for one in found if one[0] == wanted), found[0])
-    stacks = stored_stacks(tensors, config) if mark[0] in labels.PLANNED else {}
+    planned = quantizer_properties(mark[0]).needs_plan
+    stacks = stored_stacks(tensors, config) if planned else {}
     return Recorded(folder, mark, names, mark == said, stacks)
 
 
@@ -122,7 +122,8 @@ def resolve_quantizer(args: argparse.Namespace, made: Recorded | None) -> bool:
     Raises UserError when the options do not go together.
     """
     left_out = args.quantizer is None
-    if left_out and made and (made.mark[0] in labels.PLANNED or not args.plan):
+    planned = made and quantizer_properties(made.mark[0]).needs_plan
+    if left_out and made and (planned or not args.plan):
         args.quantizer = made.mark[0]
     elif left_out:
         args.quantizer = "mixture" if args.plan else "mlx"
@@ -152,13 +153,12 @@ def quantizer_for(
     if importance.digest and not args.imatrix:
         lack = UserError(f"{same.folder}", f"experts to be made with the imatrix {importance.digest}…",
                     "that file", "name it: IMATRIX=FILE")  # fmt: skip
-    by_labels = args.quantizer in labels.PLANNED and not args.plan
+    by_labels = quantizer.properties.needs_plan and not args.plan
     if (by_labels or stay) and quantizer.digest != same.mark[1]:
         todo = "name the plan: PLAN=FILE" if by_labels else "name QUANTIZER: all are made anew"
         lack = UserError(f"{same.folder}", f"experts of {args.quantizer} {short_repr(same.mark[1])}",
                     f"what can be made here, {quantizer.digest}", todo)  # fmt: skip
-        quantizer = copy.copy(quantizer)
-        quantizer.digest = same.mark[1]
+        quantizer = replace(quantizer, digest=same.mark[1])
     return quantizer, lack
 
 

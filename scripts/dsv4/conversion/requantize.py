@@ -20,6 +20,7 @@ from dsv4.model import configs, labels
 from dsv4.model.bundle_plan import ConversionUnit, conversion_unit, conversion_units, header_dtypes
 from dsv4.model.load import expert_bases
 from dsv4.model.names import expert_base, is_control, kind, parse_expert, parse_stack, stack_base
+from dsv4.model.quantizer_table import quantizer_properties
 from dsv4.quantization import turboquant
 from dsv4.quantization.formats import Quantizer
 from dsv4.storage import safe_paths
@@ -166,7 +167,7 @@ def shard_update(
     All of it is made anew where the source's own numbers are wanted, or where they are: then no
     byte of the bundle tells whether its weight or its scales were rewritten already.
     """
-    own = shard.metadata.get("requantize_quantizer") in labels.OWN
+    own = quantizer_properties(shard.metadata.get("requantize_quantizer")).keeps_source
     anew = only is None and (own or quantizer.form.as_source)
     slots, kinds, units = [], {}, {}
     for tensor in shard.tensors.values():

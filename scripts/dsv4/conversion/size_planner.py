@@ -20,12 +20,13 @@ from dsv4.conversion.shard_metadata import converted_by
 from dsv4.errors import UserError
 from dsv4.model import memory
 from dsv4.model.bundle_plan import PlannedShard, plan_shards
-from dsv4.model.labels import PLANNED, parts_of
+from dsv4.model.labels import parts_of
 from dsv4.model.load import expert_bases, open_source, read_config
 from dsv4.model.names import PROJECTION, stack_of
+from dsv4.model.quantizer_table import quantizer_properties
 from dsv4.quantization import knapsack
 from dsv4.quantization.error_sampling import CHOICES
-from dsv4.quantization.formats import Mixture, Quantizer, get_quantizer
+from dsv4.quantization.formats import Quantizer, get_quantizer
 from dsv4.quantization.imatrix import EVEN
 from dsv4.quantization.mixture_plan import label_by_name
 from dsv4.storage.atomic import format_bytes
@@ -77,7 +78,8 @@ class SizePlanner:
     def nbytes(self, forms: Forms) -> int:
         """The bytes of a bundle's shards, exactly."""
         labels = {stack: label_by_name(form) for stack, form in forms.items()}
-        shards = shards_of(self._source.tensors, Mixture(self._name, labels), self._shard_bytes)
+        quantizer = get_quantizer(self._name, EVEN, labels)
+        shards = shards_of(self._source.tensors, quantizer, self._shard_bytes)
         return sum(shard.size for shard in shards)
 
     def _experts(self, forms: Forms) -> int:
@@ -190,9 +192,11 @@ def planned_shards(
         return shards_of(tensors, quantizer, args.shard_bytes)
 
     def alike(form: str) -> Quantizer:
-        return Mixture(args.quantizer, dict.fromkeys(PROJECTIONS, label_by_name(form)))
+        stacks = dict.fromkeys(PROJECTIONS, label_by_name(form))
+        return get_quantizer(args.quantizer, EVEN, stacks)
 
-    if args.quantizer in PLANNED and (args.fit or args.size) and not args.plan.is_file():
+    planned = quantizer_properties(args.quantizer).needs_plan
+    if planned and (args.fit or args.size) and not args.plan.is_file():
         there = (args.source / "config.json").is_file()
         goal = memory.size_goal(args, read_config(args.source) if there else {})
         most = sum(shard.size for shard in shards(alike(CHOICES[-1])))

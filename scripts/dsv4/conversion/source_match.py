@@ -7,7 +7,7 @@ import numpy as np
 from dsv4.conversion.shard_metadata import CONVERT
 from dsv4.errors import UserError, with_path
 from dsv4.model.bundle_plan import missing_weights
-from dsv4.model.labels import AFFINE_BITS, GROUPS
+from dsv4.model.labels import AFFINE_BITS, GROUPS, TURBO2
 from dsv4.model.load import expert_bases
 from dsv4.model.names import (
     GROUP,
@@ -17,7 +17,8 @@ from dsv4.model.names import (
     parse_expert,
     parse_stack,
 )
-from dsv4.quantization.formats import Quantizer, TurboQuant2
+from dsv4.model.quantizer_table import quantizer_properties
+from dsv4.quantization.formats import Quantizer
 from dsv4.storage.checkpoint import INDEX, Checkpoint
 from dsv4.storage.safetensors_file import FLOATS, NUMPY_DTYPE, SAMPLE_BYTES, Shard, Tensor
 
@@ -85,7 +86,7 @@ def _may_change(name: str) -> bool:
 
 def _moves_to_stacks(shard: Shard) -> bool:
     """A killed run has dropped experts here whose stack may not have been written yet."""
-    return shard.metadata.get("requantize_quantizer") == TurboQuant2.name
+    return quantizer_properties(shard.metadata.get("requantize_quantizer")).label == TURBO2
 
 
 def _was_requantized(shard: Shard) -> bool:
@@ -226,7 +227,8 @@ def is_copy(shard: Shard, source: Checkpoint, quantizer: Quantizer) -> bool:
     Looks at the middle SAMPLE_BYTES of every expert's part. Raises UserError when they are not the
     source's. A shard that requantize made says in its metadata what it holds.
     """
-    if quantizer.name != "mxfp4" or any(key.startswith("requantize_") for key in shard.metadata):
+    marked = any(key.startswith("requantize_") for key in shard.metadata)
+    if marked or not quantizer.properties.accepts_stock:
         return False
     for name, tensor in shard.tensors.items():
         if parse_expert(name):

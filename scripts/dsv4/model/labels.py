@@ -42,12 +42,6 @@ TURBO2 = {"group_size": GROUP, "bits": 2, "mode": TURBO}
 TURBO_PARTS = ("tq_packed", "tq_norms", "tq_bits")
 # Where config.json says which quantizer made the routed experts. No runtime looks at the key.
 RECORD = "requantize"
-# The quantizers that a plan tells how; those with which layers or projections differ; those that
-# keep all but the experts as the source has it; those that may keep the FP4 bytes.
-PLANNED = ("mixture", "mixture-lossless")
-MIXTURES = ("small", *PLANNED)
-OWN = ("lossless", "mixture-lossless")
-COPYING = ("mxfp4", "lossless", *PLANNED)
 
 
 def affine_label(bits: int, size: int = GROUP) -> dict[str, Any]:

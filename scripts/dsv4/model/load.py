@@ -12,9 +12,7 @@ from typing import Any
 
 from dsv4.errors import UserError
 from dsv4.model.labels import (
-    COPYING,
     EXPERT,
-    MIXTURES,
     MXFP4,
     RECORD,
     TURBO2,
@@ -32,6 +30,7 @@ from dsv4.model.names import (
     stack_of,
 )
 from dsv4.model.source_format import check_format, check_model_type
+from dsv4.model.quantizer_table import quantizer_properties, quantizers_with
 from dsv4.storage.checkpoint import (
     Checkpoint,
     check_index,
@@ -220,23 +219,25 @@ def expert_labels(bundle: Checkpoint) -> dict[str, dict[str, Any]]:
     requantized.
     """
     bases, quantizer = expert_bases(bundle), recorded_quantizer(bundle.config)
-    if quantizer == "turboquant2":
+    properties = quantizer_properties(quantizer)
+    if properties.label == TURBO2:
         check_turbo(bundle, bases)
         return dict.fromkeys(bases, TURBO2)
     firsts: dict[str, dict[str, Any]] = {}
     found = {}
     for base in bases:
         label = stored_label(bundle.tensors, base, bundle.config)
-        first = firsts.setdefault(stack_of(base) if quantizer in MIXTURES else "", label or EXPERT)
+        first = firsts.setdefault(stack_of(base) if properties.mixed else "", label or EXPERT)
         if label is None or label != first:
             raise UserError(
                 f"{bundle.folder}: {base}", "no affine triple" if label is None else f"{label}",
                 f"{first} for every expert of its kind", "run requantize",
             )  # fmt: skip
-        if label == MXFP4 and quantizer not in COPYING:
+        if label == MXFP4 and not properties.copies_fp4:
             raise UserError(
                 f"{bundle.folder}: {base}",
-                f"FP4 bytes, and no {RECORD}.quantizer {' or '.join(COPYING)} in config.json",
+                f"FP4 bytes, and no {RECORD}.quantizer "
+                f"{' or '.join(quantizers_with('copies_fp4'))} in config.json",
                 "what requantize makes of them", "run requantize",
             )  # fmt: skip
         found[base] = label

@@ -1,13 +1,13 @@
-"""Affine 4-bit quantization of FP4 groups, by a table that the installed MLX fills.
+"""Quantize FP4 groups to 4-bit affine with a table computed by the installed MLX.
 
-A group is 32 E2M1 codes that share one UE8M0 exponent. What `mx.quantize` makes of it depends only
-on its least value, its greatest value and the exponent: 15 values, so 120 pairs (least, greatest),
-times 255 exponents. `build_table` puts one group for each of these 30,600 cases through
-`mx.quantize` on the CPU and keeps the answers; quantizing a tensor is then a lookup, bit for bit
-what MLX gives for the decoded float32, and it follows whatever formula the installed MLX has.
+A group is 32 E2M1 codes that share one UE8M0 exponent. The result of `mx.quantize` depends only on
+its least value, its greatest value and the exponent: 15 values, so 120 pairs (least, greatest),
+times 255 exponents. `build_table` quantizes one group for each of these 30,600 cases with
+`mx.quantize` on the CPU and stores the results. Quantizing a tensor is then a lookup. The bytes are
+MLX's for the decoded float32, whatever formula the installed MLX has.
 
 MLX's Metal and CUDA kernels differ from its CPU code for groups without a zero or positive value
-(they start the maximum at 0), so the CPU is asked explicitly: every machine writes the same bytes.
+(they start the maximum at 0). So the CPU is used explicitly: every machine writes the same bytes.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from dsv4.model.names import GROUP
 from dsv4.quantization.fp4 import E2M1, UE8M0
 
 BITS = 4
-# A code's place among the 15 values -6 … 6; both zeros are number 7.
+# Rank of each code's value among the 15 values -6 … 6; both zeros have rank 7.
 RANK = np.array([7, 8, 9, 10, 11, 12, 13, 14, 7, 6, 5, 4, 3, 2, 1, 0])
 
-OK, UNDERFLOW, BAD = 0, 1, 2  # what an entry says of its case
+OK, UNDERFLOW, BAD = 0, 1, 2  # flag of an entry
 ERROR_MAX = (1 << 14) - 1  # of a squared error in its row's unit
 SUM_BITS = 13  # a group's 32 squares of values × 4, at most 32 × 144
 
 
 @dataclass(frozen=True)
 class Table:
-    """What `mx.quantize` answers for every group that FP4 can hold.
+    """The result of `mx.quantize` for every case of an FP4 group.
 
     entries: int64 (65536,), index exponent << 8 | least rank << 4 | greatest rank; bits 0–15 the
       scale and 16–31 the bias (F16 bits), 32–47 the row, 48–49 OK, UNDERFLOW or BAD.
@@ -42,7 +42,7 @@ class Table:
       2^exponent.
     units: float64 (n,), each row's unit of squared errors.
     powers: float64 (256,), 4^(e - 127): turns squares in those units into squares.
-    digest: 16 hex digits that change when any answer does.
+    digest: 16 hex digits that change if any result does.
     """
 
     entries: np.ndarray
@@ -61,7 +61,7 @@ class ErrorStats:
     underflows: int = 0
 
     def add(self, other: ErrorStats) -> None:
-        """Add another tally's sums to this one."""
+        """Add the sums of another."""
         self.energy += other.energy
         self.error += other.error
         self.underflows += other.underflows
@@ -73,7 +73,7 @@ class ErrorStats:
 
 
 class BadGroup(Exception):
-    """A group that has no affine form in F16: its index in the block, and what is wrong with it."""
+    """A group that the format cannot hold: its index in the block, and what was found."""
 
     def __init__(self, group: int, found: str, expected: str) -> None:
         super().__init__(found)
@@ -81,7 +81,7 @@ class BadGroup(Exception):
 
 
 def bad_exponent(group: int, exponent: int) -> BadGroup:
-    """The error for a group whose exponent byte is 255 or too large for F16."""
+    """Return the error for a group whose exponent byte is 255 or too large for F16."""
     if exponent == 255:
         return BadGroup(group, "scale byte 255 (NaN)", "bytes from 0 to 254")
     return BadGroup(
@@ -92,10 +92,10 @@ def bad_exponent(group: int, exponent: int) -> BadGroup:
 
 
 def build_table() -> Table:
-    """Ask the installed MLX, on its CPU backend, for all 120 × 255 cases.
+    """Quantize all 120 × 255 cases with the installed MLX, on its CPU backend.
 
-    Every case is asked three times, with its codes in another order and its zeros written +0, -0 or
-    both. Raises UserError when the answers differ: then no such table can hold this MLX's formula.
+    Each case is quantized three times, with its codes in another order and its zeros written +0, -0
+    or both. Raises UserError if the results differ: then no such table fits this MLX's formula.
     """
     pairs, probes = _probes()
     scales, biases, levels = _ask_mlx(probes[0])
@@ -116,7 +116,7 @@ def build_table() -> Table:
 
 
 def _probes() -> tuple[np.ndarray, list[np.ndarray]]:
-    """All (least, greatest) pairs as least << 4 | greatest, (120,); three probes each, (120, 32).
+    """Return all pairs as least << 4 | greatest, (120,), and three probes of each, (120, 32).
 
     A probe holds every code between its least and greatest value, the last one repeated.
     """
@@ -139,7 +139,7 @@ def _every_exponent(probes: np.ndarray) -> np.ndarray:
 
 
 def _ask_mlx(probes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """mx.quantize on the CPU of (120, 32) codes at all exponents.
+    """Quantize (120, 32) codes at all exponents with mx.quantize on the CPU.
 
     Returns scales and biases, float32 (30600,), and levels 0 … 15, int64 (30600, 32).
     """
@@ -161,10 +161,10 @@ def _same_bits(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 def _nans(pairs: np.ndarray) -> np.ndarray:
-    """float16 (30600,): the NaN that x86 has for a scale, whatever this machine gave.
+    """Return the NaN that x86 gives for each case's scale, float16 (30600,).
 
     Its sign differs on arm64, in cases that no bundle can hold (exponents 253 and 254), and the
-    digest is not to tell machines apart by it. Plus where both ends overflow alike, else minus.
+    digest must be the same on every machine. Plus where both ends overflow alike, else minus.
     """
     values = np.unique(E2M1)  # by rank
     with np.errstate(over="ignore"):
@@ -178,7 +178,7 @@ def _nans(pairs: np.ndarray) -> np.ndarray:
 def _assemble(
     pairs: np.ndarray, scales: np.ndarray, biases: np.ndarray, by_code: np.ndarray
 ) -> Table:
-    """Pack the answers, exponents outside and pairs inside, into a Table."""
+    """Pack the results, exponents outside and pairs inside, into a Table."""
     exponents = np.repeat(np.arange(255), len(pairs))
     with np.errstate(over="ignore", invalid="ignore"):
         half_scales, half_biases = scales.astype(np.float16), biases.astype(np.float16)
@@ -209,9 +209,9 @@ def _assemble(
 def _distinct(
     levels: np.ndarray, steps: np.ndarray, offsets: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One index of each different row of the three, sorted, and which of these each row is.
+    """Return an index of each distinct row of the three, sorted, and the number of each row's.
 
-    np.unique of the rows would take half a run's start: 16 small levels are two numbers to compare.
+    np.unique of the rows takes half of a run's start-up; 16 small levels compare as two integers.
     """
     words = (levels + 1).astype(np.uint8).view(">u8").astype(np.uint64)
     keys = (offsets, steps, words[:, 1], words[:, 0])
@@ -226,7 +226,7 @@ def _distinct(
 def _rows(
     levels: np.ndarray, steps: np.ndarray, offsets: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What the rows of a Table hold, uint8 (n, 64), and its units.
+    """Return the contents of a Table's rows, uint8 (n, 64), and its units.
 
     Four columns for each code: the level; the value's square × 4; low and high byte of the squared
     error.
@@ -281,7 +281,7 @@ def _plane(low: int, high: int, bit: int) -> int:
 
 @numba.njit(inline="always")
 def _largest_magnitude(members: int, fours: int, twos: int, ones: int) -> int:
-    """The greatest magnitude index, 0 … 7, among the codes marked in `members`."""
+    """Return the greatest magnitude index, 0 … 7, of the codes marked in `members`."""
     left = members & fours
     top = 4 if left != 0 else 0
     members = left if left != 0 else members
@@ -293,7 +293,10 @@ def _largest_magnitude(members: int, fours: int, twos: int, ones: int) -> int:
 
 @numba.njit(inline="always")
 def _pair(low: int, high: int) -> int:
-    """A group's least rank << 4 | greatest rank. The least magnitude is 7 minus the top of ~m."""
+    """Return a group's least rank << 4 | greatest rank.
+
+    The least magnitude is 7 minus the greatest of the inverted bits.
+    """
     minus, fours = _plane(low, high, 3), _plane(low, high, 2)
     twos, ones = _plane(low, high, 1), _plane(low, high, 0)
     plus = ~minus & _PLANE
@@ -312,9 +315,9 @@ def _pair(low: int, high: int) -> int:
 
 @numba.njit(nogil=True, cache=True)
 def _quantize(packed, exponents, entries, rows, units, powers, weight, scales, biases):
-    """(first bad group or -1, underflows, sum of squares, sum of squared errors).
+    """Return (first bad group or -1, underflows, sum of squares, sum of squared errors).
 
-    In blocks, and from slices, because then the compiler vectorizes the search for the pairs.
+    It works in blocks and on slices, so that the compiler vectorizes the search for the pairs.
     """
     underflows, energy, error = 0, 0.0, 0.0
     cases = np.empty(_BLOCK, np.int64)

@@ -1,8 +1,8 @@
-"""How far each form lies from a source's routed experts, stack by stack, from a sample of them.
+"""Measure the error of each format on a sample of a source's routed experts, stack by stack.
 
-EXPERTS of a layer's experts, evenly spaced, give WEIGHTS weights each, a run of whole rows that
-begins at another place in each. What an imatrix says of the columns counts. Flash has 132 stacks:
-0.3 GB are read of its 151.
+The sample has EXPERTS experts of a layer, evenly spaced, and of each a run of whole rows of about
+WEIGHTS weights, which begins at another row in each. Errors are weighted by the imatrix. Flash has
+132 stacks: 0.3 GB of its 151 are read.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dsv4.storage.safetensors_file import Tensor
 
 EXPERTS = 4
 WEIGHTS = 1 << 20
-# From 4.25 bits on mxfp4 is exact: no wider affine form is better.
+# mxfp4 is exact with 4.25 bits, so wider affine formats are not tried.
 CHOICES = (
     "affine2g128", "affine2g64", "affine2g32", "affine3g128", "affine3g64", "affine3g32", "mxfp4"
 )  # fmt: skip
@@ -36,7 +36,7 @@ Run = tuple[str, np.ndarray, np.ndarray, np.ndarray | None]
 
 
 def sampled_tensors(source: Checkpoint) -> dict[str, list[str]]:
-    """Stack → the storage names of those of its matrices that are looked at."""
+    """Return stack → the storage names of its matrices in the sample."""
     stacks: dict[str, list[str]] = {}
     for base in expert_bases(source):
         stacks.setdefault(stack_of(base), []).append(base)
@@ -50,10 +50,10 @@ def sample_errors(
     jobs: int,
     progress: Callable[[int], object] = lambda done: None,
 ) -> dict[str, dict[str, float]]:
-    """Stack → form → mean squared error relative to the mean square of the weights, both weighed
-    by the importance of the columns. Only forms whose groups the columns are whole groups of.
+    """Return stack → format → relative squared error, for the formats that the columns allow.
 
-    Raises UserError for a scale byte of 255 and for values beyond F16.
+    That is the mean squared error over the mean square of the weights, both weighted by the
+    importance of the columns. Raises UserError for a scale byte of 255 and for values beyond F16.
     """
 
     def measure(item: tuple[str, list[str]]) -> tuple[str, dict[str, float]]:
@@ -67,7 +67,7 @@ def sample_errors(
 
 
 def possible_formats(source: Checkpoint, base: str) -> list[str]:
-    """The forms that a matrix can have: its columns are whole groups."""
+    """Return the formats with groups that divide the matrix' columns."""
     columns = 2 * source.tensors[f"{base}.weight"].shape[1]
     return [form for form in CHOICES if columns % label_by_name(form)["group_size"] == 0]
 
@@ -75,7 +75,10 @@ def possible_formats(source: Checkpoint, base: str) -> list[str]:
 def read_sample(
     source: Checkpoint, read: Read, base: str, which: int, importance: Importance
 ) -> Run:
-    """(storage name, codes, exponents, importance) of some rows, the arrays flat uint8."""
+    """Read some rows: (storage name, codes, exponents, importance), codes and exponents flat uint8.
+
+    which: the matrix' index in the sample.
+    """
     weight, scale = source.tensors[f"{base}.weight"], source.tensors[f"{base}.scale"]
     out, half = weight.shape
     rows = min(out, max(1, WEIGHTS // (2 * half)))

@@ -1,7 +1,7 @@
 """Decode the source's routed experts: E2M1 codes with a UE8M0 scale for 32 columns.
 
 A byte holds two codes, the low nibble is the even column. A code's low three bits give the
-magnitude, bit 3 the sign. A scale byte e stands for 2^(e - 127); 255 is NaN and has no business in
+magnitude, bit 3 the sign. A scale byte e stands for 2^(e - 127); 255 is NaN and invalid in
 a checkpoint. (OCP Microscaling Formats v1.0, sections 5.3.3 and 5.4.1.)
 """
 
@@ -13,7 +13,7 @@ from dsv4.errors import UserError
 from dsv4.model.names import GROUP
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-# The two values of a byte, side by side as float32, so that one lookup finds both.
+# The two float32 values of each byte, viewed as one uint64: one lookup decodes both.
 PAIRS = np.stack([np.tile(E2M1, 16), np.repeat(E2M1, 16)], axis=-1).view(np.uint64).reshape(-1)
 UE8M0 = np.append(np.ldexp(np.float32(1), np.arange(255) - 127), np.float32(np.nan))
 
@@ -21,7 +21,7 @@ UE8M0 = np.append(np.ldexp(np.float32(1), np.arange(255) - 127), np.float32(np.n
 def decode(packed: np.ndarray, scales: np.ndarray, name: str) -> np.ndarray:
     """Decode one matrix: packed (out, in/2) bytes, scales (out, in/32) bytes → float32 (out, in).
 
-    `name` is the tensor's, for the message. Raises UserError when a scale byte is 255.
+    name: the tensor's, for the message. Raises UserError if a scale byte is 255.
     """
     check_scales(scales, name)
     values = PAIRS.take(packed.view(np.uint8)).view(np.float32).reshape(*scales.shape, GROUP)

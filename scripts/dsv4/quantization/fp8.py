@@ -1,4 +1,4 @@
-"""FP8 E4M3 matrices with a UE8M0 scale for each 128 × 128 block, as NumPy sees them.
+"""Decode FP8 E4M3 matrices with a UE8M0 scale for each 128 × 128 block.
 
 E4M3 is the finite-only variant (E4M3FN): 4 exponent bits, bias 7, 3 mantissa bits, no infinity,
 S.1111.111 is NaN. (OCP 8-bit Floating Point Specification v1.0, section 5.)
@@ -38,6 +38,6 @@ def decode(codes: np.ndarray, scales: np.ndarray, name: str) -> np.ndarray:
 
 
 def expand_scales(scales: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """Scales (⌈rows/128⌉, ⌈columns/128⌉) of blocks as mxfp8 has them: uint8 (rows, columns/32)."""
+    """Expand scales of blocks (⌈rows/128⌉, ⌈columns/128⌉) to mxfp8's: uint8 (rows, columns/32)."""
     by_group = scales.view(np.uint8).repeat(BLOCK // GROUP, axis=1)[:, : columns // GROUP]
     return np.ascontiguousarray(by_group.repeat(BLOCK, axis=0)[:rows])

@@ -11,7 +11,7 @@ after expert. Only proportions within an expert matter here. ds4 collects nothin
 layers, which no runtime runs: where there is no entry for them (as block num_hidden_layers + M),
 all their columns count the same.
 
-Like a shard, the file is taken for hostile: nothing is allocated that it does not hold.
+The file is untrusted: every length is checked against the file's size before it is used.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from dsv4.text import escape_line, print_escaped
 
 GGUF_NAME = {"w1": "ffn_gate_exps", "w2": "ffn_down_exps", "w3": "ffn_up_exps"}
 MAX_NAME = 4096
-# A column that the calibration text never used still counts a little: it may be used one day.
+# The least weight of a column: the calibration text may not use a column that others do.
 FLOOR = 1e-3
 REDO = "make or fetch this imatrix again"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where an entry's `count` float32 values begin in the file, and over how many calls."""
+    """The calls, the offset in the file and the number of an entry's float32 values."""
 
     calls: int
     offset: int
@@ -53,7 +53,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Imatrix:
-    """An opened file: its entries by name, its digest, its data set's name ("" when unknown)."""
+    """An opened imatrix: entries by name, SHA-256, name of the data set ("" if unknown)."""
 
     path: Path
     entries: dict[str, Entry]
@@ -63,14 +63,17 @@ class Imatrix:
 
 @dataclass(frozen=True)
 class Importance:
-    """Of each input column, float32 (columns,), by an expert's storage name; the file's digest."""
+    """Importance of the input columns, float32 (columns,), by an expert's storage name.
+
+    digest: SHA-256 of the file.
+    """
 
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
     digest: str = ""
 
     @property
     def suffix(self) -> str:
-        """What a quantizer's digest says of it."""
+        """The end of a quantizer's digest that names the imatrix."""
         return f"-imatrix-{self.digest[:16]}" if self.digest else ""
 
 
@@ -78,13 +81,13 @@ EVEN = Importance()  # all columns count the same
 
 
 class _Reader:
-    """Reads numbers and names one after another; Stop where the file ends before they do."""
+    """Reads numbers and names in sequence. Raises UserError if the file ends too early."""
 
     def __init__(self, path: Path, data: np.ndarray) -> None:
         self.path, self.data, self.at = path, data, 0
 
     def skip(self, nbytes: int, what: str) -> int:
-        """Step over `nbytes`; returns where they began."""
+        """Skip `nbytes`. Return their offset."""
         if nbytes > len(self.data) - self.at:
             raise UserError(
                 f"{self.path}: {what} at byte {self.at:,}",
@@ -96,14 +99,14 @@ class _Reader:
         return self.at - nbytes
 
     def number(self, what: str, least: int) -> int:
-        """An int32. Raises UserError when it is below `least`."""
+        """Read an int32. Raises UserError if it is below `least`."""
         (value,) = struct.unpack_from("<i", self.data, self.skip(4, what))
         if value < least:
             raise UserError(f"{self.path}: {what}", f"{value}", f"{least} or more", REDO)
         return value
 
     def name(self, what: str, least: int) -> str:
-        """A length and as many bytes of UTF-8."""
+        """Read a length and as many bytes of UTF-8."""
         length = self.number(f"length of {what}", least)
         if length > MAX_NAME:
             raise UserError(
@@ -117,10 +120,10 @@ class _Reader:
 
 
 def open_imatrix(path: Path) -> Imatrix:
-    """Read the names and sizes of all entries, and the file's SHA-256; values are read later.
+    """Read the names and sizes of all entries, and the file's SHA-256. Values are read later.
 
-    Raises UserError for anything but a whole, well-formed file: a length beyond its end, a name
-    twice, bytes after the end; and for llama.cpp's newer GGUF form.
+    Raises UserError for a malformed file (a length beyond its end, a duplicate name, bytes after
+    the end) and for llama.cpp's newer GGUF format.
     """
     if not path.is_file() or path.stat().st_size == 0:
         raise UserError(f"{path}", "no such file, or an empty one", "an imatrix (.dat)", REDO)
@@ -146,7 +149,7 @@ def open_imatrix(path: Path) -> Imatrix:
 
 
 def map_file(path: Path) -> np.ndarray:
-    """A file's bytes, uint8: mapped, or read where the file system maps nothing (some FUSE)."""
+    """Return a file's bytes, uint8: mapped, or read if the file system cannot map (some FUSE)."""
     with with_path(path):
         try:
             return np.memmap(path, np.uint8, mode="r")
@@ -171,7 +174,7 @@ def _read_trailer(reader: _Reader) -> str:
 def write_imatrix(
     path: Path, count: int, entries: Iterable[tuple[str, np.ndarray]], dataset: str
 ) -> None:
-    """Write `count` entries (name, means of squares (experts, columns)), each as of one call."""
+    """Write `count` entries (name, means of squares (experts, columns)), each with one call."""
 
     def name_bytes(name: str) -> bytes:
         return struct.pack("<i", len(name.encode())) + name.encode()
@@ -185,7 +188,7 @@ def write_imatrix(
 
 
 def entry_name(base: str, layers: int) -> str:
-    """The entry for an expert's storage name in a model of `layers` main layers.
+    """Return the entry's name for an expert's storage name; layers: number of main layers.
 
     >>> entry_name("layers.3.ffn.experts.7.w2", 43), entry_name("mtp.0.ffn.experts.7.w1", 43)
     ('blk.3.ffn_down_exps.weight', 'blk.43.ffn_gate_exps.weight')
@@ -195,10 +198,10 @@ def entry_name(base: str, layers: int) -> str:
 
 
 def importances(imatrix: Imatrix, source: Checkpoint) -> Importance:
-    """Importance of the input columns of the source's experts.
+    """Return the importance of the input columns of the source's experts.
 
     The arrays are views of the mapped file. MTP experts without an entry are left out.
-    Raises UserError when the entry of a main layer is missing, or any has the wrong size.
+    Raises UserError if a main layer has no entry or an entry has the wrong size.
     """
     layers, experts = source.config["num_hidden_layers"], source.config["n_routed_experts"]
     values = map_file(imatrix.path)
@@ -223,10 +226,10 @@ def importances(imatrix: Imatrix, source: Checkpoint) -> Importance:
 
 
 def normalized(importance: np.ndarray, name: str) -> np.ndarray:
-    """Importance as the quantizer wants it: float64, mean 1, none below FLOOR.
+    """Return an importance with mean 1 and no value below FLOOR, float64.
 
-    An expert that the calibration never reached has only zeros: then all columns count the same.
-    Raises UserError when a value is negative, infinite or NaN.
+    All zeros, as of an expert that the calibration did not reach, give equal weights.
+    Raises UserError if a value is negative, infinite or NaN.
     """
     values = importance.astype(np.float64)
     if not (np.isfinite(values).all() and (values >= 0).all()):
@@ -236,9 +239,9 @@ def normalized(importance: np.ndarray, name: str) -> np.ndarray:
 
 
 def load_imatrix(path: Path | None, source: Checkpoint) -> Importance:
-    """The importance by an imatrix, all columns alike without one; says how far it reaches.
+    """Load column importances (uniform without an imatrix) and print their coverage.
 
-    Raises UserError when it is another model's.
+    Raises UserError for another model's imatrix.
     """
     if path is None:
         return EVEN
@@ -249,7 +252,7 @@ def load_imatrix(path: Path | None, source: Checkpoint) -> Importance:
 
 
 def describe_coverage(found: dict[str, np.ndarray], imatrix: Imatrix, source: Checkpoint) -> str:
-    """One line for --dry-run: how many experts have importances, how many were never reached."""
+    """Return one line: how many experts have importances, how many the calibration missed."""
     bases = expert_bases(source)
     even = sum(bool((found[base] == found[base][0]).all()) for base in found)
     unused = len(imatrix.entries) - len({

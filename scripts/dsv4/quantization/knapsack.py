@@ -1,10 +1,10 @@
-"""Choose one option of each item, so that the costs' sum is least and the sizes' within a budget.
+"""Choose one option of each item: least total cost, total size within a budget.
 
 The multiple-choice knapsack (Sinha and Zoltners, Operations Research 27, 1979), by dynamic
 programming over the sizes in units of their greatest common divisor: exact, whatever the costs. The
-layers of a model are of one size, so the units are large and few. Where there would be more than
-UNITS of them a coarser unit is taken, into which sizes are rounded up: then the sum is at most what
-the budget less one unit an item allows.
+layers of a model have one size, so the units are large and few. With more than UNITS units a
+coarser unit is taken and sizes are rounded up to it: the result is then at least as good as the
+best for a budget that is smaller by one unit an item.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ Option = tuple[int, float]  # size in bytes, cost
 
 
 def min_size(items: list[list[Option]]) -> int:
-    """The smallest size that one option of each item can have."""
+    """Return the least total size of one option of each item."""
     return sum(min(size for size, _ in options) for options in items)
 
 
 def choose(items: list[list[Option]], budget: int) -> list[int]:
-    """For each item the index of its option. The budget must hold `least(items)`.
+    """Return the index of each item's option. The budget must hold `min_size(items)`.
 
     Of equal costs the smaller size is taken.
     """

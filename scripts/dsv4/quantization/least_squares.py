@@ -1,17 +1,19 @@
-"""Affine with 2 to 8 bits and groups of 32, 64 or 128: scale and bias by least squared error.
+"""Quantize to affine, 2 to 8 bits, groups of 32, 64 or 128: scale and bias of least squared error.
 
 `mx.quantize` spreads the levels from a group's least to its greatest value. With few bits that is
-far from the best: a few weights at the ends cost all others a coarser step. Here each group begins
-from several ranges that clip its ends by other shares; each is bettered by turns of rounding (the
-nearest level of each weight) and least squares (the best scale and bias for these levels), and the
-best of them by more turns. Where four bits or more are there, one range begins on a lattice of a
-power of two, which holds many groups of FP4 numbers exactly. Then scale, bias and levels are made
-for F16, and the error is counted with them.
+far from the best: a few weights at the ends cost all others a coarser step. Here each group starts
+from several ranges that clip its ends by different shares; each is refined by alternating rounding
+(the nearest level of each weight) and least squares (the best scale and bias for these levels), and
+the best of them is refined further. With four bits or more, one range starts with a power of two as
+its step, which represents many groups of FP4 numbers exactly. Then scale and bias are rounded to
+F16, the levels are computed for them, and the error is measured with them.
 
-Columns may be weighed by an importance. Groups are independent; LANES of them are worked on side by
-side, which the compiler turns into vector code without changing the order of any sum: the bytes are
-the same on every machine. Rounding by least squares: Lloyd's algorithm (1957, published as IEEE
-Trans. Inf. Theory 28, 1982) with equally spaced levels.
+Columns may be weighted by an importance. Groups are independent. LANES of them are processed side
+by side, which the compiler vectorizes without changing the order of any sum: the bytes are the same
+on every machine.
+
+Alternating rounding and least squares is Lloyd's algorithm (1957, published as IEEE Trans. Inf.
+Theory 28, 1982) with equally spaced levels.
 """
 
 from __future__ import annotations
@@ -25,10 +27,10 @@ from dsv4.model.names import GROUP
 from dsv4.quantization.affine_table import ErrorStats, bad_exponent
 from dsv4.quantization.fp4 import UE8M0
 
-VERSION = "1"  # of the bytes that it gives
-LANES = 32  # groups side by side: what they need stays in a core's nearest cache
-LATTICE = 0.0  # a range whose step is a power of two, not a share of the group's range
-# Shares of the range that are cut off at either end: few levels do better with more cut off.
+VERSION = "1"  # of the bytes
+LANES = 32  # groups processed side by side: their data fits into a core's L1 cache
+LATTICE = 0.0  # marks a range whose step is a power of two, not a share of the group's range
+# Shares of the range that are cut off at either end: with few levels, more is cut off.
 _CUTS = {2: (0.02, 0.12, 0.25), 3: (0.0, 0.07, 0.15)}
 _OTHER_CUTS = (0.0, 0.05)
 _LEAST_STEP = np.float32(1e-20)
@@ -37,19 +39,21 @@ _NEVER = np.float32(np.inf)
 
 @dataclass(frozen=True)
 class Search:
-    """Where to begin, float32 (n, 2): the share cut off below and the share that is left. How many
-    turns each range takes, and as many again for the best."""
+    """ranges: to start from, float32 (n, 2): the share cut off below, and the share that is left.
+
+    turns: of refinement for each range, and as many again for the best one.
+    """
 
     ranges: np.ndarray
     turns: int
 
 
 def search(bits: int, size: int) -> Search:
-    """What each group goes through.
+    """Return the search for a format.
 
-    Much at one end and least at the other is left out: it takes a fifth of the time for a
-    three-hundredth of the error. 4 bits in groups of 32 have ranges of their own, each taken one
-    turn: five turns in all, in place of twelve, leave the same error.
+    Ranges that cut off much at one end and least at the other are left out: they take a fifth of
+    the time for a three-hundredth of the error. 4 bits in groups of 32 have ranges of their own,
+    each with one turn: five turns in all instead of twelve, with the same error.
     """
     if (bits, size) == (4, 32):
         shares, turns = [(0, 1), (0, 0.97), (0.03, 0.97)], 1
@@ -62,7 +66,7 @@ def search(bits: int, size: int) -> Search:
 
 @dataclass(frozen=True)
 class Errors:
-    """Of some rows: the plain tally, and energy and error with each column's importance."""
+    """Of some rows: plain sums, and energy and error weighted by the columns' importance."""
 
     tally: ErrorStats
     energy: float
@@ -79,7 +83,7 @@ def quantize(
     """Quantize whole rows; all arrays are contiguous and flat.
 
     packed: uint8, two codes a byte; exponents: uint8, one for 32 columns; importance: one positive
-    number a column of a row, or None when all count the same; form: bits and columns of a group;
+    number for each column of a row, or None for equal weights; form: bits and columns of a group;
     parts: weight uint8, scales and biases uint16 (bits of F16), which are written.
     Runs without the GIL. Raises BadGroup, by the group of 32 columns, for an exponent of 255 and
     for a scale or bias beyond F16.
@@ -93,11 +97,11 @@ def quantize(
     tops = exponents.reshape(-1, size // GROUP).max(axis=1)
     found = np.empty((3, len(tops)), np.float32)
     rows = (packed.view(np.int32), exponents, tops, columns)
-    how = search(bits, size)
-    _fit(*rows, UE8M0, size, (1 << bits) - 1, how.ranges, how.turns, found)
+    plan = search(bits, size)
+    _fit(*rows, UE8M0, size, (1 << bits) - 1, plan.ranges, plan.turns, found)
     stored = np.empty((2, len(tops)), np.float32)
     stored[0], scales[:] = _half(found[0], tops)
-    # What the scale lost by its rounding turns about the mean level.
+    # The bias is corrected for the scale's rounding, at the mean level.
     stored[1], biases[:] = _half(found[1] + (found[0] - stored[0]) * found[2], tops)
     if (bad := np.flatnonzero(~np.isfinite(stored).all(axis=0))).size:
         group = int(bad[0]) * (size // GROUP)
@@ -108,7 +112,7 @@ def quantize(
 
 
 def _half(values: np.ndarray, tops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers in units of 2^(top - 127), rounded to F16: in these units again, and the bits."""
+    """Round numbers in units of 2^(top - 127) to F16. Return them in these units, and the bits."""
     with np.errstate(over="ignore", under="ignore"):
         units = UE8M0[tops]
         rounded = (values * units).astype(np.float16)
@@ -117,11 +121,11 @@ def _half(values: np.ndarray, tops: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _read(packed, exponents, tops, columns, powers, size, first, values, weights):
-    """Groups from `first` on as columns: values in units of 2^(top - 127), and their weights.
+    """Read groups from `first` on as columns: values in units of 2^(top - 127), and weights.
 
     packed: int32, eight codes a word, the lowest first.
-    values, weights: float32 (size, LANES). Lanes beyond the last group hold the last one again.
-    Weights that are the same for every group are written with the first groups alone.
+    values, weights: float32 (size, LANES). Lanes beyond the last group repeat it.
+    Weights that are the same for every group are written with the first groups only.
     """
     row, parts, words = len(columns), size // 32, size // 8
     codes, units = np.empty((words, LANES), np.int32), np.empty((parts, LANES), np.float32)
@@ -145,9 +149,9 @@ def _read(packed, exponents, tops, columns, powers, size, first, values, weights
 
 @numba.njit(inline="always")
 def _doubled(code):
-    """Twice the value of an E2M1 code: 0, 1, 2, 3, 4, 6, 8, 12 and their negatives, -0 too.
+    """Return twice the value of an E2M1 code: 0, 1, 2, 3, 4, 6, 8, 12 and their negatives, -0 too.
 
-    By arithmetic, because the compiler makes vectors of no table lookup.
+    By arithmetic, because the compiler does not vectorize table lookups.
     """
     size = np.int32(code & 7)
     size += max(np.int32(size - 4), np.int32(0)) + 2 * max(np.int32(size - 6), np.int32(0))
@@ -157,10 +161,10 @@ def _doubled(code):
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _sweep(values, weights, size, inverse, shift, cap, sums):
-    """Round to the nearest level, and sum over each group: u q, u q², u q w for weights u.
+    """Round values w to levels q and sum over each group: u q, u q², u q w, with weights u.
 
-    inverse, shift: float32 (LANES,), level = values · inverse + shift, cut off at 0 and `cap`, and
-    rounded down. Four columns at a time, so that sums are loaded and stored less often.
+    inverse, shift: float32 (LANES,); level = w · inverse + shift, clipped to 0 and `cap`, rounded
+    down. It takes four columns at a time, so that sums are loaded and stored less often.
     """
     zero = np.float32(0)
     for lane in range(LANES):
@@ -187,7 +191,7 @@ def _sweep(values, weights, size, inverse, shift, cap, sums):
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _turn(values, weights, size, top, whole, sums, step, low, left):
-    """One turn of rounding and least squares: step and low become better, left their error.
+    """Do one turn of rounding and least squares: update step and low; left is their error.
 
     whole: float32 (5, LANES), over each group: u, u w, u w², the least and the greatest w.
     """
@@ -211,7 +215,7 @@ def _turn(values, weights, size, top, whole, sums, step, low, left):
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _sum_up(values, weights, size, whole):
-    """`whole` of `_turn`."""
+    """Compute `whole` for `_turn`."""
     for lane in range(LANES):
         whole[0, lane] = whole[1, lane] = whole[2, lane] = np.float32(0)
         whole[3, lane] = whole[4, lane] = values[0, lane]
@@ -227,13 +231,13 @@ def _sum_up(values, weights, size, whole):
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _begin(begins, k, top, whole, step, low):
-    """Step and low of the k-th range of a `Search`."""
+    """Set step and low to the k-th range of a `Search`."""
     for lane in range(LANES):
         reach = whole[4, lane] - whole[3, lane]
         step[lane] = max(reach * begins[k, 1] / top, _LEAST_STEP)
         low[lane] = whole[3, lane] + reach * begins[k, 0]
     if begins[k, 1] == LATTICE:
-        steps = step.view(np.int32)  # of a float32 the upper bits are the power of two
+        steps = step.view(np.int32)  # a float32's upper bits are its power of two
         for lane in range(LANES):
             reach = whole[4, lane] - whole[3, lane]
             step[lane] = reach / top if reach > 0 else step[lane]
@@ -242,11 +246,11 @@ def _begin(begins, k, top, whole, step, low):
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _fit(packed, exponents, tops, columns, powers, size, most, begins, turns, found):
-    """found, float32 (3, groups): scale and bias in units of 2^(top - 127), and the mean level.
+    """Fill found, float32 (3, groups): scale and bias in units of 2^(top - 127), and mean level.
 
-    A group of one value has scale 0. Where no turn finds a better scale, because the weights of a
-    group are so uneven that sums of float32 lose the small ones, levels go from the least value to
-    the greatest.
+    A group of one value has scale 0. If no turn finds a scale, because the weights of a group are
+    so uneven that sums of float32 lose the small ones, levels go from the least value to the
+    greatest.
     """
     values, weights = np.empty((size, LANES), np.float32), np.empty((size, LANES), np.float32)
     whole, sums = np.empty((5, LANES), np.float32), np.empty((5, LANES), np.float32)
@@ -287,10 +291,10 @@ def _fit(packed, exponents, tops, columns, powers, size, most, begins, turns, fo
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _write(packed, exponents, tops, columns, powers, size, bits, stored, weight):
-    """Levels for scales and biases as they are stored, packed as MLX does: a stream of bits, the
-    first level lowest (mlx/backend/cpu/quantized.cpp, `quantize`, 0.31).
+    """Write the levels for the stored scales and biases, packed as MLX does.
 
-    Returns sums of squares of weights and errors, plain and weighed.
+    That is a stream of bits, the first level lowest (mlx/backend/cpu/quantized.cpp, `quantize`,
+    0.31). Return sums of squares of weights and errors, plain and weighted.
     """
     values, weights = np.empty((size, LANES), np.float32), np.empty((size, LANES), np.float32)
     levels = np.empty((size, LANES), np.int32)
@@ -312,7 +316,7 @@ def _write(packed, exponents, tops, columns, powers, size, bits, stored, weight)
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _levels(values, weights, size, most, scale, bias, levels, squares):
-    """The nearest levels, and each group's four sums of squares."""
+    """Compute the nearest levels, and each group's four sums of squares."""
     top, zero = np.float32(most), np.float32(0)
     squares[:] = zero
     for i in range(size):
@@ -330,7 +334,7 @@ def _levels(values, weights, size, most, scale, bias, levels, squares):
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _pack(levels, size, bits, first, groups, weight):
-    """The levels of `groups` groups from `first` on as words: 32 levels make `bits` of them."""
+    """Pack the levels of `groups` groups from `first` on: 32 levels make `bits` words."""
     words = np.empty((bits + 1, LANES), np.int64)
     for part in range(size // 32):
         words[:] = 0

@@ -1,14 +1,13 @@
-"""A plan on disk: which stack of experts gets which form. plan.py writes it, a reader may edit it.
+"""Read a plan: the format of each stack of experts. plan.py writes it; a user may edit it.
 
     {"experts": {"layers.0": {"gate_proj": "affine2g64", …}, …, "mtp.0": {…}}, …}
 
-A form is `affineBgG` (B bits, groups of G columns) or `mxfp4`. Everything else in the file is what
-was measured and chosen, for a reader; nothing looks at it again.
+A format is `affineBgG` (B bits, groups of G columns) or `mxfp4`. The other keys record what was
+measured and chosen; they are not read again.
 """
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,45 +15,41 @@ from dsv4.errors import UserError
 from dsv4.model import labels
 from dsv4.model.load import expert_bases
 from dsv4.model.names import stack_of
+from dsv4.model.quantizer_table import affine_label_by_name
 from dsv4.storage.checkpoint import Checkpoint, read_json
 from dsv4.storage.json_types import first_mismatch
 from dsv4.text import short_repr
 
-_FORM = re.compile(r"affine([234568])g(32|64|128)")
 MAKE = "edit it, or make plan"
 
 
 def label_by_name(name: str) -> dict[str, Any] | None:
-    """The label of a form's name, None for another word."""
-    found = _FORM.fullmatch(name)
-    if found:
-        return labels.affine_label(int(found[1]), int(found[2]))
-    return dict(labels.MXFP4) if name == "mxfp4" else None
+    """Return the label of a format's name; None for another word."""
+    return dict(labels.MXFP4) if name == "mxfp4" else affine_label_by_name(name)
 
 
 def label_name(label: dict[str, Any]) -> str:
-    """The name of a form, by its label."""
+    """Return the name of a format, by its label."""
     if label == labels.MXFP4:
         return "mxfp4"
     return f"affine{label['bits']}g{label['group_size']}"
 
 
 def stacks_of(source: Checkpoint) -> list[str]:
-    """Every stack of routed experts that a source has, as "layers.3.down_proj"."""
+    """Return every stack of routed experts of a source, as "layers.3.down_proj"."""
     return list(dict.fromkeys(stack_of(base) for base in expert_bases(source)))
 
 
 def check_plan_exists(path: Path) -> None:
-    """Raise UserError when there is no such plan."""
+    """Raise UserError if the plan is missing."""
     if not path.is_file():
         raise UserError(f"{path}", "no such file", "a plan", "make plan FIT=… or SIZE=… writes one")
 
 
 def read_plan(path: Path, source: Checkpoint) -> dict[str, dict[str, Any]]:
-    """Stack → label, for every stack of the source.
+    """Return stack → label, for every stack of the source.
 
-    Raises UserError for a stack that the source does not have or that the plan lacks, and for a
-    form that is none.
+    Raises UserError for a stack that the source or the plan lacks, and for an unknown format.
     """
     check_plan_exists(path)
     experts = read_json(path).get("experts")
@@ -62,11 +57,17 @@ def read_plan(path: Path, source: Checkpoint) -> dict[str, dict[str, Any]]:
         raise UserError(
             f"{path}: experts", short_repr(experts), "{layer: {projection: form}}", MAKE
         )
-    given = {f"{layer}.{of}": form for layer in experts for of, form in experts[layer].items()}
+    given = {
+        f"{layer}.{projection}": form
+        for layer, forms in experts.items()
+        for projection, form in forms.items()
+    }
     wanted = stacks_of(source)
     if strange := [stack for stack in given if stack not in wanted]:
-        raise UserError(f"{path}: {short_repr(strange[0])}", "a module that the source does not have",
-                   f"one of {len(wanted)} from {wanted[0]} to {wanted[-1]}", MAKE)  # fmt: skip
+        raise UserError(
+            f"{path}: {short_repr(strange[0])}", "a module that the source does not have",
+            f"one of {len(wanted)} from {wanted[0]} to {wanted[-1]}", MAKE,
+        )  # fmt: skip
     if missing := [stack for stack in wanted if stack not in given]:
         raise UserError(f"{path}", f"nothing for {missing[0]}", f"{len(wanted)} modules", MAKE)
     for stack, form in given.items():

@@ -1,8 +1,8 @@
-"""Everything but the routed experts: matrices to 8-bit affine, vectors and small tables to F16.
+"""Quantize all tensors except the routed experts: matrices to 8-bit affine, the others to F16.
 
-A matrix comes as FP8 with a scale for each 128 × 128 block, or as BF16, F16 or F32; it is decoded
-to float32 some rows at a time and goes through `mx.quantize` on MLX's CPU backend, so that every
-machine writes the same bytes. Scales and biases are rounded to F16, as upstream's converter does
+A matrix is FP8 with a scale for each 128 × 128 block, or BF16, F16 or F32. It is decoded to float32
+some rows at a time and quantized by `mx.quantize` on MLX's CPU backend, so that every machine
+writes the same bytes. Scales and biases are rounded to F16, as upstream's converter does
 (jang_tools.dsv4.convert_dsv4_jangtq, convert, 2.5.9).
 """
 
@@ -26,20 +26,20 @@ from dsv4.storage.tensor_reader import as_float32
 
 PIECE_ELEMENTS = 1 << 20  # decoded at a time: 4 MB of float32
 
-_one_at_a_time = threading.Lock()  # MLX has one CPU stream; its evaluation is not ours to race in
+_one_at_a_time = threading.Lock()  # MLX has one CPU stream; it is not used from two threads
 
 
 def quantize(values: np.ndarray) -> dict[str, np.ndarray]:
-    """float32 (rows, columns) → weight uint32, scales and biases float16.
+    """Quantize float32 (rows, columns) to weight uint32, scales and biases float16.
 
-    A scale or bias beyond F16 comes out as infinity, which the caller must look for.
+    A scale or bias beyond F16 becomes infinity. The caller must check for it.
     """
     import mlx.core as mx  # here, because importing it takes longer than most runs' planning
 
     with _one_at_a_time:
-        answer = mx.quantize(mx.array(values), **DEFAULT, stream=mx.cpu)
-        mx.eval(*answer)
-        weight, scales, biases = (np.array(part) for part in answer)
+        quantized = mx.quantize(mx.array(values), **DEFAULT, stream=mx.cpu)
+        mx.eval(*quantized)
+        weight, scales, biases = (np.array(part) for part in quantized)
     with np.errstate(over="ignore"):
         return {
             "weight": weight,
@@ -49,9 +49,9 @@ def quantize(values: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def digest() -> str:
-    """16 hex digits that change when the installed MLX quantizes to 8 bits in another way.
+    """Return 16 hex digits that change if the installed MLX quantizes to 8 bits differently.
 
-    Asked: 2,048 groups of a fixed sequence, in sizes from 2^-16 to 2^15, some one-sided.
+    The input is 2,048 groups of a fixed sequence, of magnitude 2^-16 to 2^15, some one-sided.
     """
     steps = np.arange(2048 * GROUP, dtype=np.int64)
     values = (steps * 2654435761 % 2**32 / 2**31 - 1).astype(np.float32).reshape(2048, -1)
@@ -80,16 +80,16 @@ class MatrixPiece:
 
     @property
     def nbytes(self) -> int:
-        """The bytes that it writes."""
+        """Bytes written."""
         return (self.last - self.first) * sum(self._row_bytes[part] for part in self.places)
 
     @property
     def nbytes_read(self) -> int:
-        """The bytes of the weight that it reads."""
+        """Bytes of the weight that are read."""
         return self.weight.nbytes // self.weight.shape[0] * (self.last - self.first)
 
     def decode(self, desk: WorkerBuffers) -> np.ndarray:
-        """The rows as float32 (rows, columns). Raises UserError for a NaN or an infinity."""
+        """Read the rows as float32 (rows, columns). Raises UserError for a NaN or an infinity."""
         rows, columns = self.last - self.first, self.weight.shape[1]
         stride = columns * ITEMSIZE[self.weight.dtype]
         data = read_bytes(desk, self.weight, self.first * stride, rows * stride, "codes")
@@ -101,18 +101,18 @@ class MatrixPiece:
         return values
 
     def _scales(self, desk: WorkerBuffers) -> np.ndarray:
-        """The scale bytes of these rows' blocks, uint8 (⌈rows/128⌉, ⌈columns/128⌉)."""
+        """Read the scale bytes of these rows' blocks, uint8 (⌈rows/128⌉, ⌈columns/128⌉)."""
         first, last = self.first // BLOCK, -(-self.last // BLOCK)
         blocks = self.scale.shape[1]
         data = read_bytes(desk, self.scale, first * blocks, (last - first) * blocks, "exponents")
         return data.reshape(last - first, blocks)
 
     def write(self, target: ShardWriter, desk: WorkerBuffers) -> None:
-        """Decode, quantize, and put the three parts to their places."""
+        """Decode, quantize and write the three parts."""
         parts = quantize(self.decode(desk))
         with np.errstate(over="ignore"):
-            sums = [np.abs(parts[part]).max() for part in ("scales", "biases")]
-        self._check_finite(*sums, "values too large for an F16 scale or bias")
+            largest = [np.abs(parts[part]).max() for part in ("scales", "biases")]
+        self._check_finite(*largest, "values too large for an F16 scale or bias")
         for part, place in self.places.items():
             target.write(place + self.first * self._row_bytes[part], parts[part])
 
@@ -142,7 +142,7 @@ def matrix_pieces(
 class F16Piece:
     """`count` elements of a tensor from element `first`, rounded to F16 (ties to even).
 
-    exact: nothing may be lost.
+    exact: raise UserError if rounding changes a value.
     """
 
     tensor: Tensor
@@ -153,12 +153,12 @@ class F16Piece:
 
     @property
     def nbytes(self) -> int:
-        """The bytes that it writes."""
+        """Bytes written."""
         return 2 * self.count
 
     @property
     def nbytes_read(self) -> int:
-        """The bytes that it reads."""
+        """Bytes read."""
         return ITEMSIZE[self.tensor.dtype] * self.count
 
     def write(self, target: ShardWriter, desk: WorkerBuffers) -> None:

@@ -1,4 +1,4 @@
-"""Read the source's tensors piece by piece, and stop where a download left a hole in one."""
+"""Read the source's tensors in pieces. Raise UserError for a hole that a download left."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from dsv4.storage.shard_writer import BLOCK_BYTES, COPY_BYTES, ShardWriter, Work
 def read_bytes(
     desk: WorkerBuffers, tensor: Tensor, first: int, nbytes: int, use: str
 ) -> np.ndarray:
-    """`nbytes` bytes of a tensor from its byte `first`, uint8, in the desk's buffer for `use`.
+    """Read `nbytes` bytes of a tensor from its byte `first`: uint8, in the buffer for `use`.
 
-    Raises UserError when the file ends before, and for a hole.
+    Raises UserError for a file that ends too early and for a hole.
     """
     data = desk.buffer(use, nbytes)
     desk.read(tensor.path, tensor.offset + first, data)
@@ -30,9 +30,10 @@ def read_bytes(
 def read_blocks(
     desk: WorkerBuffers, tensor: Tensor, first: int, nbytes: int, row: int = 1
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """The same bytes as (first byte, data), whole rows of `row` bytes, about BLOCK_BYTES at a time.
+    """Yield the same bytes as (first byte, data), in whole rows of `row` bytes.
 
-    So little stays in a core's own cache until it is written. A hole is found across blocks too.
+    A block has about BLOCK_BYTES, which stays in a core's cache until it is written. Holes are
+    found across blocks too.
     """
     step = max(row, BLOCK_BYTES // row * row)
     room, zeros = desk.buffer("block", min(step, nbytes)), 0
@@ -44,10 +45,9 @@ def read_blocks(
 
 
 def check_hole(tensor: Tensor, offset: int, data: np.ndarray, before: int = 0) -> int:
-    """Raise UserError when `data`, of a tensor and read at `offset` of its file, has too many
-    zeros.
+    """Raise UserError if `data`, read at `offset` of a tensor's file, has a run of too many zeros.
 
-    before: how many zeros the tensor has just before `data`. Returns how many it ends with.
+    before: the number of zeros just before `data`. Returns the number at its end.
     """
     least = most_zeros(tensor.name, tensor.dtype, tensor.nbytes)
     if least is None:
@@ -64,7 +64,7 @@ def check_hole(tensor: Tensor, offset: int, data: np.ndarray, before: int = 0) -
 
 @dataclass(frozen=True)
 class CopyTensorPiece:
-    """`nbytes` bytes of a tensor from its byte `first`, as they are."""
+    """Copy `nbytes` bytes of a tensor from its byte `first`."""
 
     tensor: Tensor
     first: int
@@ -74,11 +74,11 @@ class CopyTensorPiece:
 
     @property
     def nbytes_read(self) -> int:
-        """The bytes that it reads."""
+        """Bytes read."""
         return self.nbytes
 
     def write(self, target: ShardWriter, desk: WorkerBuffers) -> None:
-        """Copy them. Raises UserError for a hole."""
+        """Copy the bytes. Raises UserError for a hole."""
         for at, data in read_blocks(desk, self.tensor, self.first, self.nbytes):
             if self.check:
                 self.check(at, data)

@@ -1,8 +1,8 @@
-"""Random weights as FP4 groups, in the ways in which checkpoints are made.
+"""Make random weights as FP4 groups, with scales rounded as checkpoints may have them.
 
 A group's scale is a power of two. Rounding it up (`ceil`) lets every weight fit below 6; the rule
 of the OCP Microscaling specification (`floor`: the greatest exponent less 2) clips what lies
-between 6 and 8. DeepSeek's files do not say which was used, so everything is measured for both.
+between 6 and 8. DeepSeek's files do not record the rule, so both are measured.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from dsv4.model.names import GROUP
 from dsv4.quantization.fp4 import E2M1
 
 RULES = ("ceil", "floor")
-# Halves: 2 × E2M1's magnitudes; and the borders between neighbours.
+# 2 × E2M1's magnitudes, and the borders between neighbours.
 _MAGNITUDES = np.rint(2 * E2M1[:8]).astype(np.int64)
 _BORDERS = (_MAGNITUDES[1:] + _MAGNITUDES[:-1]) / 2
 
 
 def random_weights(rng: np.random.Generator, n: int, kind: str) -> np.ndarray:
-    """float64 (n, 32), of a normal or Laplace distribution; kind: "normal" or "laplace"."""
+    """Return float64 (n, 32) of the distribution `kind`: "normal" or "laplace"."""
     draw = {"normal": rng.standard_normal, "laplace": rng.laplace}[kind]
     return draw(size=(n, GROUP))
 
@@ -37,6 +37,6 @@ def to_fp4(weights: np.ndarray, rule: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def pack(halves: np.ndarray) -> np.ndarray:
-    """Values in halves (…, even) as FP4 codes, uint8 (…, half as many), low nibble first."""
+    """Pack values in halves (…, n) as FP4 codes, uint8 (…, n / 2), low nibble first."""
     codes = np.searchsorted(_MAGNITUDES, np.abs(halves)) | np.where(halves < 0, 8, 0)
     return (codes[..., 0::2] | codes[..., 1::2] << 4).astype(np.uint8)

@@ -1,13 +1,13 @@
-"""TurboQuant: a row is rotated at random, and each of its numbers becomes a level of one codebook.
+"""TurboQuant: rotate each row at random and code its numbers with one codebook.
 
 A row of d weights is multiplied by fixed signs and by an orthonormal Walsh-Hadamard matrix. After
 that its numbers, divided by the row's norm, are distributed as one coordinate of a random point on
-the unit sphere, whatever the weights were: so one codebook does for all rows of that length. A row
+the unit sphere, whatever the weights were. So one codebook fits all rows of that length. A row
 is stored as its norm in F16 and a code for each number. (Zandieh and others, TurboQuant,
 arXiv:2504.19874; on disk as jang_tools.turboquant.linear, `tq_quantize_weight`, 2.5.50 has it.)
 
-The bytes are those that jang gives for the decoded float32 where MLX sums a row on a CPU: number
-after number. Metal sums in another order, which moves a few norms by one step of F16.
+The bytes are jang's for the decoded float32 with MLX on a CPU, which sums a row sequentially.
+Metal sums in another order, which changes a few norms by one step of F16.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from dsv4.model.names import GROUP
 from dsv4.quantization.affine_table import BadGroup, ErrorStats, bad_exponent
 from dsv4.quantization.fp4 import E2M1, UE8M0
 
-BITS, EACH = 2, 16  # of a code; codes in a word of 32 bits
+BITS, EACH = 2, 16  # bits of a code; codes in a word of 32 bits
 SEED = 42  # of the signs
-POINTS, ROUNDS = 10_000, 200  # of the grid on which a codebook is found; of its search at most
-LANES = 16  # rows that are rotated side by side, so that the processor's vectors are full
+POINTS, ROUNDS = 10_000, 200  # points of the codebook's grid; most rounds of its search
+LANES = 16  # rows that are rotated together, to fill the processor's vectors
 
 
 @functools.cache
 def signs(columns: int) -> np.ndarray:
-    """float32 (columns,): 1 or -1."""
+    """Return the random signs of a row: float32 (columns,), 1 or -1."""
     chosen = np.random.default_rng(SEED).choice([-1.0, 1.0], size=columns)
     return chosen.astype(np.float32)
 
 
 @functools.cache
 def codebook(columns: int) -> np.ndarray:
-    """The levels of normed rows, float32 (4,), rising.
+    """Return the levels of normalized rows, float32 (4,), ascending.
 
     Lloyd's algorithm on a grid, for the density of one coordinate on the unit sphere in `columns`
     dimensions. After jang_tools.turboquant.codebook, `compute_codebook`, 2.5.50.
@@ -60,7 +60,7 @@ def codebook(columns: int) -> np.ndarray:
 
 
 def _density(grid: np.ndarray, columns: int) -> np.ndarray:
-    """float64, of integral 1: (1 - x²)^((d - 3) / 2) with its constant."""
+    """Return the density (1 - x²)^((d - 3) / 2), normalized to integral 1, float64."""
     constant = math.lgamma(columns / 2.0) - 0.5 * math.log(math.pi)
     constant -= math.lgamma((columns - 1) / 2.0)
     inside = np.log(np.maximum(1.0 - grid**2, 1e-30))
@@ -69,7 +69,7 @@ def _density(grid: np.ndarray, columns: int) -> np.ndarray:
 
 
 def _centroid(grid: np.ndarray, density: np.ndarray, level: float) -> float:
-    """The mean of a cell's points; its level as it was where there is one at most."""
+    """Return the mean of a cell's points; `level` if the cell has fewer than two."""
     if len(grid) <= 1:
         return level
     mass = np.trapezoid(density, grid)
@@ -79,7 +79,7 @@ def _centroid(grid: np.ndarray, density: np.ndarray, level: float) -> float:
 def quantize(
     packed: np.ndarray, exponents: np.ndarray, words: np.ndarray, norms: np.ndarray
 ) -> ErrorStats:
-    """Write whole rows as codes and norms; the arrays are contiguous, the last two are written.
+    """Quantize whole rows to codes and norms. Arrays are contiguous; the last two are written.
 
     packed: uint8 (n · d / 2,), FP4 codes as the source has them; exponents: uint8 (n · d / 32,);
     words: uint32 (n · d / 16,), the first code in the lowest bits; norms: float16 (n,).
@@ -110,7 +110,7 @@ def quantize(
 
 @functools.cache
 def _sizes(columns: int) -> np.ndarray:
-    """The powers of two that a row is rotated by, the largest first."""
+    """Return the sizes (powers of two) of the parts of a row that are rotated, largest first."""
     return np.array([1 << i for i in reversed(range(columns.bit_length())) if columns >> i & 1])
 
 
@@ -118,7 +118,7 @@ def _sizes(columns: int) -> np.ndarray:
 def _quantize(
     packed, exponents, values, powers, signs, sizes, levels, middles, words, lengths, misses
 ):
-    """Fill words, lengths (float32 norms) and misses: what a normed row's squared error is."""
+    """Write words, lengths (float32 norms) and misses (squared errors of normalized rows)."""
     columns = len(signs)
     row = np.empty((columns, LANES), np.float32)
     for first in range(0, len(lengths), LANES):
@@ -136,7 +136,7 @@ def _quantize(
 
 @numba.njit(nogil=True, cache=True)
 def _decode(packed, exponents, first, count, values, powers, signs, row):
-    """FP4 rows from `first` on, by their signs, each down a lane of `row`."""
+    """Decode FP4 rows from `first` on, times their signs, each into a lane of `row`."""
     half = len(signs) // 2
     for lane in range(count):
         codes = packed[(first + lane) * half : (first + lane + 1) * half]
@@ -150,7 +150,7 @@ def _decode(packed, exponents, first, count, values, powers, signs, row):
 
 @numba.njit(nogil=True, cache=True)
 def _rotate(row):
-    """The Walsh-Hadamard transform down every lane, in place; orthonormal."""
+    """Apply the orthonormal Walsh-Hadamard transform to every lane, in place."""
     flat = row.reshape(-1)
     half = LANES
     while half < len(flat):
@@ -164,7 +164,7 @@ def _rotate(row):
 
 @numba.njit(nogil=True, cache=True)
 def _add_and_subtract(one, other):
-    """(a, b) become (a + b, a - b), in place."""
+    """Replace (a, b) by (a + b, a - b), in place."""
     for i in range(len(one)):
         a, b = one[i], other[i]
         one[i], other[i] = a + b, a - b
@@ -172,7 +172,7 @@ def _add_and_subtract(one, other):
 
 @numba.njit(nogil=True, cache=True)
 def _norms(row):
-    """float32 (LANES,): the root of the squares, summed one after the other in float32."""
+    """Return the norm of each lane, float32 (LANES,), summed sequentially in float32."""
     total = np.zeros(LANES, np.float32)
     for i in range(len(row)):
         for lane in range(LANES):
@@ -182,7 +182,7 @@ def _norms(row):
 
 @numba.njit(nogil=True, cache=True)
 def _code(row, length, levels, middles, words, first, count):
-    """Pack the code of each number: how many middles it is above. Returns the squared errors."""
+    """Pack each number's code (the number of middles below it). Return the squared errors."""
     width = len(row) // EACH
     miss, word = np.zeros(LANES, np.float32), np.empty(LANES, np.uint32)
     safe = np.maximum(length, np.float32(1e-10))
@@ -197,7 +197,7 @@ def _code(row, length, levels, middles, words, first, count):
 
 @numba.njit(nogil=True, cache=True)
 def _code_lanes(number, safe, levels, middles, shift, word, miss):
-    """The codes of one number of each row into their word, and the squared errors' sums."""
+    """Add the codes of one number of each row to their word, and the squared errors to `miss`."""
     low, middle, high = middles[0], middles[1], middles[2]
     for lane in range(LANES):
         x = number[lane] / safe[lane]

@@ -13,7 +13,7 @@ from dsv4.errors import UserError
 from dsv4.model import defaults, labels
 from dsv4.model.chat_template import CHAT_TEMPLATE, ENCODING, encoding_release, template_for
 from dsv4.model.names import GROUP
-from dsv4.quantization.formats import QUANTIZERS
+from dsv4.quantization.formats import get_quantizer
 from dsv4.repair import foreign_layouts
 from dsv4.repair.context import (
     NEEDS_SOURCE,
@@ -177,7 +177,7 @@ def relabelled_config(repair: RepairContext, bundle: Checkpoint) -> dict[str, An
     content = runtime_documents.patched_config(bundle, experts)
     copied = experts and all(one == labels.MXFP4 for one in experts.values())
     record = recorded_quantizer(bundle) or (
-        quantizer_record(QUANTIZERS["mxfp4"]()) if copied else None
+        quantizer_record(get_quantizer("mxfp4")) if copied else None
     )
     return {**content, labels.RECORD: record} if record else content
 

@@ -13,8 +13,9 @@ from dsv4.errors import UserError
 from dsv4.model import configs, labels
 from dsv4.model.bundle_plan import missing_weights, weights_of
 from dsv4.model.load import block_counts, config_count, read_config
+from dsv4.model.quantizer_table import quantizer_properties
 from dsv4.quantization import turboquant
-from dsv4.quantization.formats import QUANTIZERS
+from dsv4.quantization.formats import get_quantizer
 from dsv4.repair import foreign_layouts
 from dsv4.repair.context import NEEDS_SOURCE, RepairContext
 from dsv4.repair.document_steps import recorded_quantizer
@@ -78,14 +79,15 @@ def rebuilt_config(repair: RepairContext, bundle: Checkpoint) -> dict[str, Any]:
     record = recorded_quantizer(bundle)
     name = record["quantizer"] if record else repair.args.quantizer
     experts = expert_formats(bundle)
-    stock = labels.MXFP4 in experts.values() and name not in ("mxfp4", *labels.PLANNED)
-    if stock or not labels.in_stacks(experts, name in labels.MIXTURES):
+    properties = quantizer_properties(name)
+    stock = labels.MXFP4 in experts.values() and not properties.copies_fp4
+    if stock or not labels.in_stacks(experts, properties.mixed):
         experts = dict.fromkeys(experts, labels.EXPERT)
     label = labels.most_common_label(experts)
     content = configs.bundle_config(repair.source, label)
     content["quantization"] = labels.quantization(experts)
     if all(one == labels.MXFP4 for one in experts.values()):
-        record = record or quantizer_record(QUANTIZERS["mxfp4"]())
+        record = record or quantizer_record(get_quantizer("mxfp4"))
     return {**content, labels.RECORD: record} if record else content
 
 

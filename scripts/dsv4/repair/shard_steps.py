@@ -11,7 +11,8 @@ from dsv4.conversion.recorded_format import quantizer_for, recorded_in, resolve_
 from dsv4.errors import UserError
 from dsv4.model import labels
 from dsv4.model.load import expert_bases
-from dsv4.quantization.formats import Quantizer, is_quantizer
+from dsv4.model.quantizer_table import is_quantizer, quantizer_properties
+from dsv4.quantization.formats import Quantizer
 from dsv4.repair import foreign_layouts
 from dsv4.repair.context import NEEDS_SOURCE, RepairContext, write_index
 from dsv4.repair.shards_on_disk import (
@@ -35,7 +36,8 @@ def mend_shards(repair: RepairContext) -> None:
         foreign_layouts.mend_controls(repair, seen)
         return
     wrong = wrong_experts(bundle)
-    as_fp4 = repair.args.quantizer == "mxfp4" and repair.source is None and not begun
+    accepts_stock = quantizer_properties(repair.args.quantizer).accepts_stock
+    as_fp4 = accepts_stock and repair.source is None and not begun
     if as_fp4 and wrong and all_fp4(bundle):
         found = f"{len(wrong):,} expert matrices of FP4 bytes (stock-experts)"
         repair.report(found, "labelled mxfp4; not compared with the source")

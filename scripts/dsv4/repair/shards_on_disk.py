@@ -11,6 +11,7 @@ from dsv4.model import labels
 from dsv4.model.labels import stored_label
 from dsv4.model.load import expert_bases, read_config
 from dsv4.model.names import columns_of, is_control, is_expert, parse_expert, stack_base
+from dsv4.model.quantizer_table import quantizer_properties
 from dsv4.storage.checkpoint import INDEX, SIDECAR, Checkpoint, read_index
 from dsv4.storage.safetensors_file import Tensor, read_shard
 from dsv4.verification.checks.headers import check_triple, config_label
@@ -119,16 +120,14 @@ def wrong_experts(bundle: Checkpoint) -> dict[str, str]:
     files = files_of_experts(bundle)
     marks = {f: bundle.shards[f].metadata.get("requantize_quantizer") for f in files}
     meant = {*marks.values(), labels.recorded_quantizer(bundle.config)}
+    copied = any(quantizer_properties(name).copies_fp4 for name in meant)
     strangers = {f for f, mark in marks.items() if any(marks.values()) and not mark}
     wrong = {}
     for base in expert_bases(bundle):
         findings, has = Findings(), parts_of(bundle, base)
         check_triple(base, has, bundle.config, findings)
         if stored_label(bundle.tensors, base, bundle.config) == labels.MXFP4:
-            if not {"mxfp4", *labels.COPYING} & {
-                *meant,
-                config_label(bundle.config, base).get("mode"),
-            }:
+            if not copied and config_label(bundle.config, base).get("mode") != "mxfp4":
                 wrong[base] = "stock-experts"
         elif findings.names:
             wrong[base] = min(findings.names)

@@ -33,6 +33,7 @@ from dsv4.model.names import (
     parse_expert,
     switch_paths,
 )
+from dsv4.model.quantizer_table import quantizer_properties
 from dsv4.storage.atomic import TEMPORARY_SUFFIX
 from dsv4.storage.checkpoint import INDEX, SIDECAR, Checkpoint
 from dsv4.storage.json_types import first_mismatch
@@ -138,7 +139,7 @@ def check_marks(bundle: Scan, findings: Findings) -> Check:
     for file, shard in bundle.checkpoint.shards.items():
         if any(map(is_expert, shard.tensors)):
             marks[file] = tuple(shard.metadata.get(key) for key in MARKS)
-    if quantizer_of(bundle).get("requantize_quantizer") == "mxfp4":
+    if quantizer_properties(quantizer_of(bundle).get("requantize_quantizer")).accepts_stock:
         marks = {file: mark for file, mark in marks.items() if any(mark)}
     usual = Counter(marks.values()).most_common(1)
     for file, mark in marks.items():

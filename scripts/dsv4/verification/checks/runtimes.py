@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from dsv4.model.labels import OWN
 from dsv4.model.layouts import RUNTIMES
+from dsv4.model.quantizer_table import quantizers_with
 from dsv4.toolchain.python_env import LONG_PROMPTS, ROOT
 from dsv4.verification.checks.runtime_requirements import (
     Need,
@@ -116,7 +116,7 @@ FAILURES = (
     Failure({"vmlx": "1.3.97"}, "experts in MXFP4 are reported as broken there on Metal; set "
             "another QUANTIZER", ("mxfp4",), True),
     Failure({"vmlx": "1.3.97"}, "it takes every 8-bit matrix for affine and crashes on FP8's; set "
-            "another QUANTIZER, or STACK=new", OWN, fatal=True),
+            "another QUANTIZER, or STACK=new", quantizers_with("keeps_source"), fatal=True),
     Failure({"vmlx": None}, "vMLX alone reads TurboQuant; set another QUANTIZER, or STACK=new",
             ("turboquant2",), fatal=True),
     Failure({}, "TurboQuant's kernels are Metal's alone; serve the bundle on a Mac",

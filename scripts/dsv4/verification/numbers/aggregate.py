@@ -8,6 +8,7 @@ from typing import Any
 
 from dsv4.model.labels import TURBO
 from dsv4.model.names import PROJECTION, parse_expert
+from dsv4.model.quantizer_table import quantizer_properties
 from dsv4.verification.numbers.compare_all import Numbers
 from dsv4.verification.numbers.tasks import TensorResult
 from dsv4.verification.report.findings import Check, Findings
@@ -51,7 +52,7 @@ def aggregate(numbers: Numbers, findings: Findings) -> list[Check]:
 def check_lossless(numbers: Numbers) -> list[Check]:
     """The certificate of a bundle that claims to be lossless, when every number is the source's."""
     odd = [o for o in numbers.outcomes if o.faults or o.wrong or o.explained or o.error]
-    if numbers.recorded != "lossless" or odd or numbers.left_out:
+    if not quantizer_properties(numbers.recorded).lossless or odd or numbers.left_out:
         return []
     return [
         Check("numbers in all, lossless: each one is the source's", count_values(numbers.outcomes))

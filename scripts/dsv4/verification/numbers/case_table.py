@@ -19,8 +19,6 @@ from dsv4.storage.tensor_reader import as_float32
 from dsv4.verification.numbers import kernels
 from dsv4.verification.numbers.tolerances import Tolerance
 
-BY_CASE = ("mlx",)
-
 
 def all_cases() -> np.ndarray:
     """One group for each pair of least and greatest value, packed: uint8 (120 · 16,)."""
@@ -37,7 +35,7 @@ def all_cases() -> np.ndarray:
 def judge_cases(quantizer: Quantizer, promise: Tolerance) -> tuple[np.ndarray, float]:
     """Judge every case: (bool (256,), by exponent whether all hold; the largest error in steps)."""
     good, worst = np.zeros(256, bool), 0.0
-    if quantizer.name not in BY_CASE:
+    if not quantizer.properties.by_case:
         return good, worst
     packed = all_cases()
     for exponent in range(255):

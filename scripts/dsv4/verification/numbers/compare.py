@@ -24,10 +24,11 @@ from typing import Any
 
 import numpy as np
 
-from dsv4.model.labels import EXPERT, MIXTURES, OWN, SOURCE, TURBO
+from dsv4.model.labels import EXPERT, SOURCE, TURBO
 from dsv4.model.names import BLOCK, GROUP, parse_expert, stack_of
+from dsv4.model.quantizer_table import is_quantizer, quantizer_properties
 from dsv4.quantization.affine_table import BadGroup
-from dsv4.quantization.formats import Quantizer, get_quantizer, is_quantizer
+from dsv4.quantization.formats import Quantizer, get_quantizer
 from dsv4.quantization.imatrix import EVEN, Importance, normalized
 from dsv4.storage.safetensors_file import FLOATS, ITEMSIZE, NUMPY_DTYPE, Tensor
 from dsv4.storage.tensor_reader import (
@@ -78,8 +79,9 @@ class Comparer:
         outcome = TensorResult(task.origin.name, task.what, how or task.main.dtype)
         disk = task.main.disk.partition("[")[0].removesuffix(".weight")
         outcome.disk = disk if disk != task.base else ""
-        own = self.recorded in OWN
-        expert = task.what == "expert" and self.recorded in MIXTURES
+        properties = quantizer_properties(self.recorded)
+        own = properties.keeps_source
+        expert = task.what == "expert" and properties.mixed
         if own and not expert and task.label and task.label["mode"] == "affine":
             outcome.fault("rounded", "whole tensor", "affine", "the source's own numbers")
         if self._is_other_form(task):
@@ -113,7 +115,7 @@ class Comparer:
         """
         expert = task.what == "expert"
         promise = tolerance_for(self.recorded if expert else None, task.label)
-        quantizer = self.quantizer.of(task.base) if expert and self.quantizer else None
+        quantizer = self.quantizer.for_tensor(task.base) if expert and self.quantizer else None
         if quantizer is not None and quantizer.label != task.label:
             quantizer = None
         importance = quantizer and self.quantizer.importance.get(task.base)

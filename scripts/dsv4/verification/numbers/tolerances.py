@@ -10,7 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from dsv4.model.labels import EXPERT, MIXTURES
+from dsv4.model.labels import EXPERT
+from dsv4.model.quantizer_table import quantizer_properties
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,6 @@ def tolerance_for(quantizer: str | None, label: dict[str, Any]) -> Tolerance:
         return Tolerance()
     if quantizer is None:
         return Tolerance(rms=ceiling)
-    if quantizer.startswith("affine") or quantizer in MIXTURES:
+    if quantizer.startswith("affine") or quantizer_properties(quantizer).mixed:
         return Tolerance(steps=CLIPPED, zeros=False, rms=ceiling)
     return Tolerance(steps=2.0, zeros=False, rms=ceiling)
