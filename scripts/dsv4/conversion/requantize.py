@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dsv4.conversion.expert_pieces import ConstantPiece, ErrorLog, describe_errors, estimate_seconds
+from dsv4.conversion.expert_pieces import ErrorLog, describe_errors, estimate_seconds
 from dsv4.conversion.job_array import JobPart
 from dsv4.conversion.shard_metadata import is_made_by, made_by, with_mlx_digest
 from dsv4.conversion.source_match import check_bundle, check_samples, is_copy
@@ -289,7 +289,7 @@ def update_pieces(
             made[unit.weight.name] = unit
     for unit in made.values():
         pieces += unit_pieces(unit, fate.layout.offsets, quantizer, ledger)
-    return pieces or [ConstantPiece(b"", fate.layout.size)]  # a shard is whole with its last piece
+    return pieces
 
 
 def rewritten(plan: RequantizePlan) -> int:
