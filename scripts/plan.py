@@ -115,7 +115,8 @@ def main() -> int:
         head = asked(args, source, importance)
         if {**head, "imatrix": measured or importance.digest}.items() <= there.items():
             print_escaped(
-                f"{args.plan}: there already, for {format_bytes(head['size'])}; delete it to plan afresh"
+                f"{args.plan}: there already, for {format_bytes(head['size'])}; "
+                "delete it to plan afresh"
             )
             return 0
         stacks = error_sampling.sampled_tensors(source)

@@ -17,9 +17,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dsv4.conversion import lossless, low_disk, requantize, staging
-from dsv4.conversion.expert_pieces import ErrorLog, describe_errors, estimate_seconds
+from dsv4.conversion.bundle_files import remove_leftovers
+from dsv4.conversion.expert_pieces import ErrorLog
 from dsv4.conversion.job_array import JobPart
 from dsv4.conversion.low_disk import ShardFetcher
+from dsv4.conversion.progress import estimate_seconds, summary_line, write_with_progress
 from dsv4.conversion.shard_metadata import converted_by
 from dsv4.conversion.unit_pieces import make_pieces
 from dsv4.errors import UserError
@@ -146,7 +148,7 @@ def remove_other_files(folder: Path, plan: Plan, part: JobPart) -> list[PlannedS
     if part.whole:
         safe_paths.clear_folder(folder, {*whole, locks.LOCK, MARK, lossless.RECORD})
     else:
-        requantize.remove_leftovers(folder, list(planned), part)
+        remove_leftovers(folder, list(planned), part)
     return [planned[file] for file in part.select(list(planned)) if file not in whole]
 
 
@@ -161,7 +163,7 @@ def convert(plan: Plan, bundle: Path, jobs: int, part: JobPart, supply: ShardFet
         staging.mark(folder)
         check_free_space(folder, sum(shard.size for shard in todo), "", ELSEWHERE)
         if supply:
-            check_free_space(supply.folder, max_extra_bytes(plan, todo, supply), "", ELSEWHERE)
+            check_free_space(supply.folder, max_extra_bytes(todo, supply), "", ELSEWHERE)
             ledger = convert_low_disk(plan, todo, folder, jobs, supply)
         else:
             if part.whole:  # parts would write it at once
@@ -171,16 +173,17 @@ def convert(plan: Plan, bundle: Path, jobs: int, part: JobPart, supply: ShardFet
             complete(plan, folder, jobs)
             safe_paths.remove(folder, lossless.RECORD)
             staging.move_into_place(folder, bundle)
-    return summary_line(plan, todo, ledger, time.perf_counter() - start)
+    tensors = sum(unit.number for shard in todo for unit in shard.units)
+    counts = f"{tensors:,} tensors, {len(todo):,} of {len(plan.shards):,} shards"
+    written = sum(shard.size for shard in todo)
+    return summary_line(counts, written, ledger, time.perf_counter() - start)
 
 
 def convert_shards(plan: Plan, todo: list[PlannedShard], folder: Path, jobs: int) -> ErrorLog:
     """Write the shards; those that a killed run left whole are not touched."""
     ledger = ErrorLog()
     shards = [new_shard(shard, folder, plan, ledger) for shard in todo]
-    total = sum(shard.size - len(shard.header) for shard in shards)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="convert", disable=None) as bar:
-        write_shards(shards, jobs, bar.update)
+    write_with_progress(shards, jobs, "convert")
     return ledger
 
 
@@ -220,7 +223,7 @@ def source_shards(shards: list[PlannedShard]) -> set[str]:
     return {name for shard in shards for name in shard.sources}
 
 
-def max_extra_bytes(plan: Plan, todo: list[PlannedShard], supply: ShardFetcher) -> int:
+def max_extra_bytes(todo: list[PlannedShard], supply: ShardFetcher) -> int:
     """The most bytes of the source that --low-disk will add to the disk at one time."""
     came, most = set(), 0
     for i in range(len(todo)):
@@ -270,14 +273,17 @@ def describe_plan(
     written = sum(shard.size for shard in todo)
     read = sum(t.nbytes for shard in todo for unit in shard.units for t in unit.tensors)
     first = [new_shard(shard, folder, plan, ErrorLog()) for shard in todo[:1]]
+    extra = "nothing beside it"
+    if supply:
+        most = max_extra_bytes(todo, supply)
+        extra = f"{format_bytes(most)} for shards of the source at one time"
     lines = [
         f"tensors: {counts['expert']:,} routed experts to {plan.quantizer.form.description()}, "
         + describe_other_tensors(counts, plan.quantizer),
         f"shards: {len(todo):,} to write, {len(plan.shards):,} in the bundle",
         f"read: {format_bytes(read)}; written: {format_bytes(written)}",
         f"disk: {format_bytes(plan.nbytes)} for the bundle, "
-        + (f"{format_bytes(max_extra_bytes(plan, todo, supply))} for shards of the source at one time"
-           if supply else "nothing beside it"),
+        + extra,
         estimate_seconds(first, written, jobs) if not supply else "time: as the network has it",
     ]  # fmt: skip
     return "\n".join(lines)
@@ -292,14 +298,3 @@ def describe_other_tensors(counts: Counter[str], quantizer: Quantizer) -> str:
         f"{counts['affine8']:,} matrices to affine 8 bits, {counts['passthrough']:,} to F16 or as "
         f"integers, {counts['control']:,} controls in F32, {counts['head']:,} head as it is"
     )
-
-
-def summary_line(plan: Plan, todo: list[PlannedShard], ledger: ErrorLog, seconds: float) -> str:
-    """One line: tensors, bytes, seconds, rate, and the experts' errors."""
-    written = sum(shard.size for shard in todo)
-    tensors = sum(unit.number for shard in todo for unit in shard.units)
-    line = (
-        f"{tensors:,} tensors, {len(todo):,} of {len(plan.shards):,} shards, {format_bytes(written)} in "
-        f"{seconds:.1f} s ({written / seconds / 1e9:.2f} GB/s)"
-    )
-    return line + describe_errors(ledger)

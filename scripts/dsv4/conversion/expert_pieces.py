@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
-import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,14 +14,12 @@ from dsv4.quantization.affine_table import BadGroup, ErrorStats
 from dsv4.quantization.formats import Quantizer
 from dsv4.quantization.imatrix import normalized
 from dsv4.quantization.source_reader import (
-    CopyTensorPiece,
     copy_tensor_pieces,
     read_blocks,
     read_bytes,
 )
 from dsv4.storage.safetensors_file import Tensor, TensorSpec
-from dsv4.storage.shard_writer import NewShard, Piece, ShardWriter, WorkerBuffers
-from dsv4.text import escape_line
+from dsv4.storage.shard_writer import Piece, ShardWriter, WorkerBuffers
 
 PIECE_BYTES = 4 << 20  # of packed source codes
 
@@ -205,54 +201,3 @@ def copy_pieces(
     if "scales" in places:
         pieces += copy_tensor_pieces(scale, places["scales"], check)
     return pieces
-
-
-class NullWriter:
-    """Stands in for a Target: what is written to it is dropped."""
-
-    def write(self, offset: int, data: np.ndarray) -> None:
-        pass
-
-
-def estimate_seconds(shards: list[NewShard], written: int, jobs: int) -> str:
-    """Time from a measurement: the first pieces are read and quantized, and nothing is written."""
-    desk, seconds, done = WorkerBuffers(), 0.0, 0
-    kinds = (QuantizePiece, CopyTensorPiece)
-    pieces = [p for shard in shards[:4] for p in shard.pieces() if isinstance(p, kinds)]
-    with contextlib.closing(desk):
-        for i, piece in enumerate(pieces[:17]):
-            start = time.perf_counter()
-            piece.write(NullWriter(), desk)
-            if i:  # the first one loads the kernel
-                seconds += time.perf_counter() - start
-                done += piece.nbytes
-    if not done:
-        return "time: seconds"
-    rate = done / seconds * jobs
-    return (
-        f"time: about {written / rate / 60:.1f} minutes with {jobs} jobs, at the "
-        f"{rate / 1e6:,.0f} MB/s of reading and quantizing here; a slower disk takes longer"
-    )
-
-
-def describe_errors(ledger: ErrorLog) -> str:
-    """What the quantizer's own tallies say of the error, to be appended to a line."""
-    line = ""
-    if ledger.tallies:
-        errors = {name: tally.relative for name, tally in ledger.tallies.items()}
-        worst = max(errors, key=lambda name: errors[name])
-        # About 8.5% for weights of a normal distribution: that is what mx.quantize makes of FP4.
-        line += (
-            f"; relative RMS error mean {sum(errors.values()) / len(errors):.2%}, "
-            f"worst {errors[worst]:.2%} ({escape_line(worst)})"
-        )
-    lost = sum(tally.underflows for tally in ledger.tallies.values())
-    if lost:
-        line += f"; {lost:,} groups with a scale or bias that is 0 in F16"
-    if ledger.scales:
-        name, number = next(iter(ledger.scales.items()))
-        line += (
-            f"; FP8 scale bytes below 3 or above 246 in {len(ledger.scales):,} tensors ({number:,} "
-            f"in {name}): a runtime that decodes to BF16 rounds or overflows there"
-        )
-    return line

@@ -150,13 +150,17 @@ def quantizer_for(
         return quantizer, None
     lack = None
     if importance.digest and not args.imatrix:
-        lack = UserError(f"{same.folder}", f"experts to be made with the imatrix {importance.digest}…",
-                    "that file", "name it: IMATRIX=FILE")  # fmt: skip
+        lack = UserError(
+            f"{same.folder}", f"experts to be made with the imatrix {importance.digest}…",
+            "that file", "name it: IMATRIX=FILE",
+        )  # fmt: skip
     by_labels = args.quantizer in labels.PLANNED and not args.plan
     if (by_labels or stay) and quantizer.digest != same.mark[1]:
         todo = "name the plan: PLAN=FILE" if by_labels else "name QUANTIZER: all are made anew"
-        lack = UserError(f"{same.folder}", f"experts of {args.quantizer} {short_repr(same.mark[1])}",
-                    f"what can be made here, {quantizer.digest}", todo)  # fmt: skip
+        lack = UserError(
+            f"{same.folder}", f"experts of {args.quantizer} {short_repr(same.mark[1])}",
+            f"what can be made here, {quantizer.digest}", todo,
+        )  # fmt: skip
         quantizer = copy.copy(quantizer)
         quantizer.digest = same.mark[1]
     return quantizer, lack

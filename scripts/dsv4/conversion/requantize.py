@@ -2,45 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
-from dsv4.conversion.expert_pieces import ErrorLog, describe_errors, estimate_seconds
+from dsv4.conversion.bundle_files import quantizer_record, sidecar_bytes, write_index
+from dsv4.conversion.expert_pieces import ErrorLog
 from dsv4.conversion.job_array import JobPart
+from dsv4.conversion.progress import estimate_seconds, write_with_progress
 from dsv4.conversion.shard_metadata import is_made_by, made_by, with_mlx_digest
 from dsv4.conversion.source_match import check_bundle, check_samples, is_copy
 from dsv4.conversion.unit_pieces import make_pieces as unit_pieces
-from dsv4.errors import UserError
 from dsv4.model import configs, labels
 from dsv4.model.bundle_plan import ConversionUnit, conversion_unit, conversion_units, header_dtypes
 from dsv4.model.load import expert_bases
 from dsv4.model.names import expert_base, is_control, kind, parse_expert, parse_stack, stack_base
-from dsv4.quantization import turboquant
 from dsv4.quantization.formats import Quantizer
 from dsv4.storage import safe_paths
-from dsv4.storage.atomic import (
-    TEMPORARY_SUFFIX,
-    format_bytes,
-    temporary_for,
-    write_bytes,
-    write_json,
-)
-from dsv4.storage.checkpoint import INDEX, SIDECAR, Checkpoint, check_strangers, read_json
+from dsv4.storage.atomic import format_bytes, write_bytes, write_json
+from dsv4.storage.checkpoint import SIDECAR, Checkpoint, check_strangers, read_json
 from dsv4.storage.disk_space import check_free_space
-from dsv4.storage.safetensors_file import (
-    Shard,
-    ShardLayout,
-    Tensor,
-    TensorSpec,
-    header_bytes,
-    read_shard,
-)
-from dsv4.storage.shard_writer import NewShard, Piece, copy_pieces, write_shards
+from dsv4.storage.safetensors_file import Shard, ShardLayout, Tensor, TensorSpec
+from dsv4.storage.shard_writer import NewShard, Piece, copy_pieces
 
 JANG = "jang_config.json"
 
@@ -303,45 +287,13 @@ def rewritten(plan: RequantizePlan) -> int:
     return sum(units.values())
 
 
-def remove_leftovers(bundle: Path, files: list[str], part: JobPart) -> None:
-    """Remove what killed runs left: the temporaries of this part's shards, or all of them.
-
-    So do shards that it had emptied, and not come to remove. Links and folders of such a name are
-    not ours and stay.
-    """
-    if part.whole:
-        leftovers = list(bundle.glob(f".*{TEMPORARY_SUFFIX}"))
-        others = sorted({path.name for path in bundle.glob("*.safetensors")} - {*files, SIDECAR})
-        leftovers += [bundle / name for name in others if is_empty_shard(bundle, name)]
-    else:
-        leftovers = [temporary_for(bundle / file) for file in part.select(files)]
-    for path in leftovers:
-        if safe_paths.file_type(bundle, path.name) == safe_paths.FILE:
-            safe_paths.remove(bundle, path.name)
-
-
-def is_empty_shard(bundle: Path, name: str) -> bool:
-    """True for a shard of ours without a tensor: all its experts lie in stacks."""
-    if (
-        safe_paths.file_type(bundle, name) != safe_paths.FILE
-        or (bundle / name).stat().st_size > 1 << 16
-    ):
-        return False
-    with contextlib.suppress(UserError):
-        shard = read_shard(bundle / name)
-        return not shard.tensors and "requantize_layout" in shard.metadata
-    return False
-
-
 def write_updates(plan: RequantizePlan) -> ErrorLog:
     """Rewrite the plan's shards. Raises UserError when they do not fit on the disk."""
     todo = "free space on that volume, or use fewer --jobs"
     check_free_space(plan.bundle.folder, sum(plan.extra_disk), "", todo)
     ledger = ErrorLog()
     shards = [new_shard(fate, plan.source, plan.quantizer, ledger) for fate in plan.work]
-    total = sum(shard.size - len(shard.header) for shard in shards)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="requantize", disable=None) as bar:
-        write_shards(shards, plan.jobs, bar.update)
+    write_with_progress(shards, plan.jobs, "requantize")
     return ledger
 
 
@@ -392,33 +344,6 @@ def write_sidecar(folder: Path, plan: RequantizePlan) -> bool:
     return write_bytes(folder / SIDECAR, sidecar_bytes(columns), folder)
 
 
-def sidecar_bytes(columns: Iterable[int]) -> bytes:
-    """jangtq_runtime.safetensors for rows of these lengths."""
-    arrays = {f"signs.{n}.{turboquant.SEED}": turboquant.signs(n) for n in columns}
-    arrays |= {f"codebook.{n}.{turboquant.BITS}": turboquant.codebook(n) for n in columns}
-    slots = [TensorSpec(name, "F32", array.shape) for name, array in sorted(arrays.items())]
-    return b"".join([header_bytes(slots, {}), *(arrays[slot.name].tobytes() for slot in slots)])
-
-
-def write_index(folder: Path, shards: Mapping[str, Iterable[TensorSpec | Tensor]]) -> bool:
-    """Write the index of these shards' tensors; what else stands in it stays. True if it changed.
-
-    Raises UserError when an index is there that is no JSON object.
-    """
-    index = read_json(folder / INDEX) if (folder / INDEX).exists() else {}
-    tensors = {tensor.name: (file, tensor.nbytes) for file, of in shards.items() for tensor in of}
-    metadata = index.get("metadata")
-    total = sum(nbytes for _, nbytes in tensors.values())
-    index["metadata"] = (metadata if isinstance(metadata, dict) else {}) | {"total_size": total}
-    index["weight_map"] = {name: file for name, (file, _) in sorted(tensors.items())}
-    return write_json(folder / INDEX, index)
-
-
-def quantizer_record(quantizer: Quantizer) -> dict[str, str]:
-    """What config.json says of the quantizer that made the routed experts."""
-    return {"quantizer": quantizer.name, "table": quantizer.digest}
-
-
 def describe_plan(plan: RequantizePlan) -> str:
     """The plan for a reader: shards, tensors by kind, bytes, disk, an estimate of the time."""
     kinds = dict.fromkeys(("expert", "control", "head", "own", "copy"), 0)
@@ -439,13 +364,3 @@ def describe_plan(plan: RequantizePlan) -> str:
         estimate_seconds(shards, written, plan.jobs),
     ]
     return "\n".join(lines)
-
-
-def summary_line(plan: RequantizePlan, ledger: ErrorLog, seconds: float) -> str:
-    """One line: tensors, bytes, seconds, rate, and the errors as the table knows them."""
-    written = sum(fate.size for fate in plan.work)
-    line = (
-        f"{len(ledger.tallies):,} tensors, {len(plan.todo):,} shards, {format_bytes(written)} in "
-        f"{seconds:.1f} s ({written / seconds / 1e9:.2f} GB/s)"
-    )
-    return line + describe_errors(ledger)

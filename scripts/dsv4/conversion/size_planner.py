@@ -90,8 +90,10 @@ class SizePlanner:
         Where the size allows, each layer has a fused shape or is exact, unless any_shape.
         """
         if size < self.smallest:
-            raise UserError(f"a bundle of {format_bytes(size)}", f"{format_bytes(self.smallest)} at least",
-                       "a size that can be reached", "ask for a larger one")  # fmt: skip
+            raise UserError(
+                f"a bundle of {format_bytes(size)}", f"{format_bytes(self.smallest)} at least",
+                "a size that can be reached", "ask for a larger one",
+            )  # fmt: skip
         best = self._choose(size, False)
         fused = None if any_shape else self._choose(size, True)
         forms = fused or best
