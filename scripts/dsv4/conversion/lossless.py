@@ -141,7 +141,7 @@ class Fp8Piece:
 
     @property
     def nbytes(self) -> int:
-        """The bytes that it writes."""
+        """The number of bytes written."""
         columns = self.weight.shape[1]
         row = {"weight": columns, "scales": columns // GROUP}
         return (self.last - self.first) * sum(row[part] for part in self.places)
@@ -151,19 +151,21 @@ class Fp8Piece:
         """The bytes of codes that it reads."""
         return (self.last - self.first) * self.weight.shape[1]
 
-    def write(self, target: ShardWriter, desk: WorkerBuffers) -> None:
+    def write(self, target: ShardWriter, buffers: WorkerBuffers) -> None:
         """Copy codes, repeat scales. Raises UserError for a NaN among either."""
         rows, columns = self.last - self.first, self.weight.shape[1]
         if "weight" in self.places:
             for at, codes in read_blocks(
-                desk, self.weight, self.first * columns, rows * columns, columns
+                buffers, self.weight, self.first * columns, rows * columns, columns
             ):
                 self._check((codes & 127) == 127, codes, "code", columns, at // columns)
                 target.write(self.places["weight"] + at, codes)
         if "scales" in self.places:
             across = self.scale.shape[1]
             top, bottom = self.first // BLOCK, -(-self.last // BLOCK)
-            data = read_bytes(desk, self.scale, top * across, (bottom - top) * across, "exponents")
+            data = read_bytes(
+                buffers, self.scale, top * across, (bottom - top) * across, "exponents"
+            )
             self._check(data == 255, data, "scale byte", across, top)
             groups = expand_scales(data.reshape(-1, across), rows, columns)
             target.write(self.places["scales"] + self.first * (columns // GROUP), groups)

@@ -1,4 +1,7 @@
-"""Plan and carry out a requantization: which shards of a bundle change, and to what."""
+"""Plan and run a requantization: rewrite the shards of a bundle whose tensors change.
+
+It is a conversion in which unchanged tensors are copied from the bundle.
+"""
 
 from __future__ import annotations
 
@@ -31,14 +34,12 @@ JANG = "jang_config.json"
 
 @dataclass(frozen=True)
 class ShardUpdate:
-    """What becomes of one shard of the bundle: its new layout, and whether it has it already."""
+    """The target layout of one shard. `done` is true if the file on disk already has it."""
 
     shard: Shard
     layout: ShardLayout
     kinds: dict[str, str]  # tensor → "expert", "control", "head", "own" or "copy"
-    units: dict[
-        str, ConversionUnit
-    ]  # tensor → what it is a part of, for those that come from the source
+    units: dict[str, ConversionUnit]  # tensor → its unit, for tensors made from the source
     done: bool
 
     @property
@@ -49,7 +50,7 @@ class ShardUpdate:
 
 @dataclass(frozen=True)
 class RequantizePlan:
-    """Every shard's fate, and which of them this run rewrites."""
+    """The updates of all shards by file, and the files that this run rewrites (`todo`)."""
 
     source: Checkpoint
     bundle: Checkpoint
@@ -60,12 +61,12 @@ class RequantizePlan:
 
     @property
     def work(self) -> list[ShardUpdate]:
-        """The fates of the shards that this run rewrites, in order."""
+        """The updates of the shards that this run rewrites, in order."""
         return [self.fates[file] for file in self.todo]
 
     @property
     def extra_disk(self) -> tuple[int, int]:
-        """Bytes by which the bundle grows for good, and bytes of the shards open at one time."""
+        """The bytes by which the bundle grows, and the bytes of the shards open at one time."""
         sizes = sorted((fate.size for fate in self.work), reverse=True)
         growth = sum(fate.size - fate.shard.size for fate in self.work)
         return max(growth, 0), sum(sizes[: self.jobs + 1])
@@ -81,11 +82,11 @@ def make_plan(
     mark: dict[str, str] | None = None,
     stay: bool = False,
 ) -> RequantizePlan:
-    """Decide every shard's fate. Raises UserError when bundle and source do not belong together.
+    """Plan the update of every shard. Raises UserError when bundle and source do not match.
 
-    only: storage names of the expert matrices that are made; the others are copied as they lie
-    (None: all are made). mark: metadata of the shards that are written (None: who made them).
-    stay: a shard that has lost its marks is right where its header is.
+    only: storage names of the expert matrices that are made; others are copied (None: all are
+    made). mark: metadata of the written shards (None: `made_by`). stay: a shard without provenance
+    metadata counts as done if its header is as planned.
     """
     check_bundle(source, bundle)
     if only is None:  # repair moves strangers away itself
@@ -114,10 +115,10 @@ def make_plan(
 def incoming_units(
     units: list[ConversionUnit], bundle: Checkpoint
 ) -> dict[str, list[ConversionUnit]]:
-    """File → the experts, and stacks of them, that come to it though none of their tensors is in
-    the bundle: they go where those lie that they are made instead of.
+    """Return file → units whose tensors have no counterpart of the same name in the bundle.
 
-    The first stack goes into the first shard, where jang_tools looks for it.
+    They go into the file of the tensors that they replace. The first stack goes into the first
+    shard, where jang_tools looks for it.
     """
     tensors, files = bundle.tensors, list(bundle.shards)
     coming: dict[str, list[ConversionUnit]] = {}
@@ -188,7 +189,7 @@ def shard_update(
 def _source_weight(
     tensor: Tensor, source: Checkpoint, only: frozenset[str] | None, anew: bool
 ) -> tuple[Tensor | None, str]:
-    """The source's weight that a tensor of the bundle comes from, and the tensor's kind."""
+    """Return the source's weight for a tensor of the bundle, and the tensor's kind."""
     base, _, part = tensor.name.rpartition(".")
     if of := parse_stack(tensor.name):
         base = expert_base("layers", of[0], 0, of[1])
@@ -209,7 +210,7 @@ def _source_weight(
 def _unit(
     tensor: Tensor, weight: Tensor, source: Checkpoint, quantizer: Quantizer
 ) -> ConversionUnit | None:
-    """What becomes of the weight that a tensor holds; None when that lies under another name."""
+    """Return the unit of a tensor's weight, or None when its tensors get another name."""
     stacked = quantizer.form.stacked and weight.name.startswith("layers.")
     if parse_stack(tensor.name) or (parse_expert(tensor.name) and stacked):
         return None
@@ -218,7 +219,7 @@ def _unit(
 
 
 def _slots_of(tensor: Tensor, unit: ConversionUnit, present: frozenset[str]) -> list[TensorSpec]:
-    """What one tensor of the bundle becomes: no tensor, the one of its name, new ones after it."""
+    """Return what replaces one tensor: nothing, the tensor of its name, or also new ones."""
     slots = [slot for slot in unit.slots if slot.name == tensor.name]
     scales = f"{unit.base}.scales"
     arrives = not any(slot.name in present for slot in unit.slots)
@@ -228,14 +229,14 @@ def _slots_of(tensor: Tensor, unit: ConversionUnit, present: frozenset[str]) -> 
 
 
 def is_native(shard: Shard) -> bool:
-    """True for a shard that `convert` wrote."""
+    """Return True for a shard that `convert` wrote."""
     return "convert_layout" in shard.metadata
 
 
 def _in_order(
     slots: list[TensorSpec], units: dict[str, ConversionUnit], source: Checkpoint
 ) -> list[TensorSpec]:
-    """The slots in the order in which `convert` writes them, so that the bytes are the same."""
+    """Return the slots in the order of `convert`, so that the bytes are the same."""
     parts = {part: i for i, part in enumerate(("weight", "scales", "biases", *labels.TURBO_PARTS))}
 
     def place(slot: TensorSpec) -> tuple[str, int, str, int]:
@@ -253,7 +254,7 @@ def _in_order(
 def new_shard(
     fate: ShardUpdate, source: Checkpoint, quantizer: Quantizer, ledger: ErrorLog
 ) -> NewShard:
-    """How a shard will be written."""
+    """Return an updated shard with its header and pieces."""
     pieces = functools.partial(update_pieces, fate, source, quantizer, ledger)
     return NewShard(fate.shard.path, fate.layout.header, fate.size, pieces)
 
@@ -261,7 +262,7 @@ def new_shard(
 def update_pieces(
     fate: ShardUpdate, source: Checkpoint, quantizer: Quantizer, ledger: ErrorLog
 ) -> list[Piece]:
-    """Where every byte of a new shard comes from: copies in file order, then from the source."""
+    """Return the pieces of a shard: copies in file order, then tensors from the source."""
     pieces: list[Piece] = []
     made: dict[str, ConversionUnit] = {}
     for slot in fate.layout.slots:
@@ -277,7 +278,7 @@ def update_pieces(
 
 
 def rewritten(plan: RequantizePlan) -> int:
-    """How many matrices of routed experts are made anew."""
+    """Return the number of expert matrices that are quantized again."""
     units = {
         fate.units[slot.name].weight.name: fate.units[slot.name].number
         for fate in plan.work
@@ -298,7 +299,7 @@ def write_updates(plan: RequantizePlan) -> ErrorLog:
 
 
 def complete(plan: RequantizePlan) -> bool:
-    """Rebuild the index, then the labels in config.json; True when either changed."""
+    """Rebuild the index and the labels in config.json. Return True when either changed."""
     folder = plan.bundle.folder
     changed = write_index(folder, {file: fate.layout.slots for file, fate in plan.fates.items()})
     config = dict(plan.bundle.config)
@@ -323,16 +324,16 @@ def complete(plan: RequantizePlan) -> bool:
 
 
 def update_jang_config(path: Path, plan: RequantizePlan) -> bool:
-    """Write jang_config.json as the new form has it; True if it changed."""
+    """Write jang_config.json for the new format. Return True if it changed."""
     old = read_json(path) if path.is_file() else {}
     new = configs.updated_jang_config(old, plan.source, plan.quantizer.form)
     return old != new and write_json(path, new)
 
 
 def write_sidecar(folder: Path, plan: RequantizePlan) -> bool:
-    """Signs and codebooks for runtimes that cannot make them; no such file in other forms.
+    """Write TurboQuant's signs and codebooks, or remove that file from bundles in other formats.
 
-    True if it changed. As jang_tools.build_jangtq_sidecar, 2.5.50, writes it.
+    Returns True if it changed. The file is as jang_tools.build_jangtq_sidecar 2.5.50 writes it.
     """
     if not plan.quantizer.form.stacked:
         there = (folder / SIDECAR).is_file() and plan.bundle.config.get("weight_format") == "mxtq"
@@ -345,7 +346,7 @@ def write_sidecar(folder: Path, plan: RequantizePlan) -> bool:
 
 
 def describe_plan(plan: RequantizePlan) -> str:
-    """The plan for a reader: shards, tensors by kind, bytes, disk, an estimate of the time."""
+    """Return the plan as text: shards, tensors by kind, bytes, disk, estimated time."""
     kinds = dict.fromkeys(("expert", "control", "head", "own", "copy"), 0)
     for fate in plan.work:
         for what in fate.kinds.values():
