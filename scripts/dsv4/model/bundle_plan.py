@@ -286,7 +286,7 @@ def plan_shards(
 
 
 def header_dtypes(form: StorageFormat) -> dict[str, str]:
-    """Return dtypes whose header entries are padded to the length of another's."""
+    """Return dtypes whose header entries are padded to another's length: sizes stay the same."""
     return {"F16": "BF16"} if form.as_source else {}
 
 
