@@ -137,7 +137,8 @@ def main() -> int:
     args = parse_arguments()
     args.bundle = bundle_path(args.bundle, args.source)
     resolve_quantizer(args, recorded_in(args.bundle, args.quantizer))
-    with low_disk.open_checkpoints(args) as (source, headers, supply):
+    where = (args.source, args.low_disk, args.repo, args.patience, args.workers)
+    with low_disk.open_checkpoints(*where) as (source, headers, supply):
         if is_done(args.bundle, source):
             said = f"holds every tensor of {args.source} already; delete it to convert afresh"
             if not args.dry_run:

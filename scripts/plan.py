@@ -104,8 +104,9 @@ def main() -> int:
             check_plan_exists(args.plan)
         print_escaped(f"no size was asked for (FIT, SIZE); {args.plan or 'no plan'} stays as it is")
         return 0
+    where = (args.source, args.low_disk, args.repo, args.patience, args.workers)
     with (
-        low_disk.open_checkpoints(args) as (_, source, supply),
+        low_disk.open_checkpoints(*where) as (_, source, supply),
         contextlib.closing(TensorReader()) as reader,
     ):
         importance = load_imatrix(args.imatrix, source)
@@ -115,7 +116,8 @@ def main() -> int:
         head = asked(args, source, importance)
         if {**head, "imatrix": measured or importance.digest}.items() <= there.items():
             print_escaped(
-                f"{args.plan}: there already, for {format_bytes(head['size'])}; delete it to plan afresh"
+                f"{args.plan}: there already, for {format_bytes(head['size'])}; "
+                "delete it to plan afresh"
             )
             return 0
         stacks = error_sampling.sampled_tensors(source)

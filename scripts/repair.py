@@ -34,8 +34,8 @@ import argparse
 import contextlib
 import sys
 
+from dsv4.conversion.bundle_files import remove_leftovers
 from dsv4.conversion.job_array import JobPart
-from dsv4.conversion.requantize import remove_leftovers
 from dsv4.errors import UserError, run
 from dsv4.model.folder_roles import bundle_path, check_bundle_path
 from dsv4.model.load import open_source

@@ -31,8 +31,10 @@ import sys
 import time
 
 from dsv4.conversion import lossless
+from dsv4.conversion.bundle_files import remove_leftovers
 from dsv4.conversion.expert_pieces import ErrorLog
 from dsv4.conversion.job_array import JobPart, parse_part
+from dsv4.conversion.progress import summary_line
 from dsv4.conversion.recorded_format import (
     check_ours,
     describe_change,
@@ -44,9 +46,7 @@ from dsv4.conversion.requantize import (
     complete,
     describe_plan,
     make_plan,
-    remove_leftovers,
     rewritten,
-    summary_line,
     write_updates,
 )
 from dsv4.conversion.shard_metadata import made_by
@@ -120,7 +120,9 @@ def main() -> int:
         if arguments.part.whole:
             safe_paths.remove(arguments.bundle, lossless.RECORD)
     if plan.todo:
-        print_escaped(summary_line(plan, ledger, time.perf_counter() - start))
+        counts = f"{len(ledger.tallies):,} tensors, {len(plan.todo):,} shards"
+        written = sum(fate.size for fate in plan.work)
+        print_escaped(summary_line(counts, written, ledger, time.perf_counter() - start))
     elif changed:
         print("every shard was requantized already; index and config completed")
     else:

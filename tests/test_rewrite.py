@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from dsv4.errors import UserError
-from dsv4.storage import filesystem
+from dsv4.storage import filesystem, shard_writer
 from dsv4.storage.safetensors_file import TensorSpec, header_bytes, read_array, read_shard
 from dsv4.storage.shard_writer import (
+    COPY_BYTES,
     NewShard,
     ShardWriter,
     WorkerBuffers,
@@ -106,6 +107,55 @@ def test_workers_go_on_while_a_shard_is_flushed(tmp_path: Path, monkeypatch) -> 
     monkeypatch.setattr(filesystem, "flush", flush)
     write_shards(shards, 1, progress)
     assert named == [[], ["a"]]
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_a_shard_without_pieces_is_written(tmp_path: Path, jobs: int) -> None:
+    """More of them than may be open at one time, before and after one with data."""
+    (tmp_path / "origin").write_bytes(bytes(2000))
+    header = header_bytes([], {})
+    empty = [NewShard(tmp_path / f"e{i}", header, len(header), list) for i in range(6)]
+    shards = [*empty[:5], copying(tmp_path / "a", tmp_path / "origin", 1000), empty[5]]
+    done = threading.Event()
+    worker = threading.Thread(
+        target=lambda: (write_shards(shards, jobs, lambda _: None), done.set()), daemon=True
+    )
+    worker.start()
+    assert done.wait(20)
+    for shard in shards:
+        assert read_shard(shard.path).size == shard.size
+
+
+def test_no_thread_waits_while_another_reserves_space_or_reports(
+    tmp_path: Path, monkeypatch
+) -> None:
+    """The second shard's space is reserved until the first shard has its last piece counted, and
+    the first piece's progress is reported until that space is being reserved."""
+    (tmp_path / "origin").write_bytes(bytes(COPY_BYTES + 2000))
+    shards = [copying(tmp_path / name, tmp_path / "origin", COPY_BYTES + 1000) for name in "ab"]
+    reserving, named, stuck = threading.Event(), threading.Event(), []
+    reserve, flush = shard_writer.preallocate, filesystem.flush
+
+    def preallocate(fd: int, size: int) -> None:
+        if reserve_calls:
+            reserving.set()
+            stuck.extend([] if named.wait(5) else ["space is reserved with the lock held"])
+        reserve_calls.append(fd)
+        reserve(fd, size)
+
+    def flushed(fd: int, path: Path) -> None:
+        named.set()
+        flush(fd, path)
+
+    def progress(_: int) -> None:
+        if not reserving.wait(5):
+            stuck.append("progress is reported with the lock held")
+
+    reserve_calls: list[int] = []
+    monkeypatch.setattr(shard_writer, "preallocate", preallocate)
+    monkeypatch.setattr(filesystem, "flush", flushed)
+    write_shards(shards, 3, progress)
+    assert not stuck
 
 
 @pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC])

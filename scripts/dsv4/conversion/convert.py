@@ -1,8 +1,8 @@
-"""Plan and carry out a conversion: the source read once, the finished bundle written once.
+"""Plan and run a conversion: read the source once, write the finished bundle once.
 
-The work is done in a hidden sibling of the bundle, locked, that takes the bundle's name when it is
-whole. Each shard is written under a temporary name, made durable and renamed, so a run can be
-killed at any moment: the same command goes on, with the same bytes in the end.
+The bundle is made in a locked staging folder beside it, which is renamed when it is complete. Each
+shard is written under a temporary name, flushed and renamed. So a run may be killed at any time:
+the same command continues and gives the same bytes.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dsv4.conversion import lossless, low_disk, requantize, staging
-from dsv4.conversion.expert_pieces import ErrorLog, describe_errors, estimate_seconds
+from dsv4.conversion.bundle_files import remove_leftovers
+from dsv4.conversion.expert_pieces import ErrorLog
 from dsv4.conversion.job_array import JobPart
 from dsv4.conversion.low_disk import ShardFetcher
+from dsv4.conversion.progress import estimate_seconds, summary_line, write_with_progress
 from dsv4.conversion.shard_metadata import converted_by
 from dsv4.conversion.unit_pieces import make_pieces
 from dsv4.errors import UserError
@@ -37,14 +39,14 @@ from dsv4.toolchain import upstream_converter
 
 ELSEWHERE = "free space on that volume, or choose another BUNDLE"
 
-# --- The plan: which bytes go where -------------------------------------------------------------
+# --- The plan -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All shards of the bundle in order, and what makes them.
+    """All shards of the bundle in order, with their source and quantizer.
 
-    `headers` is the source as far as headers tell: with --low-disk a skeleton of it.
+    headers: the source, or with --low-disk a checkpoint that has headers and samples only.
     """
 
     source: Checkpoint
@@ -54,12 +56,12 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        """The bundle's shards, in bytes."""
+        """The bytes of all shards."""
         return sum(shard.size for shard in self.shards)
 
     @property
     def digest(self) -> str:
-        """64 hex digits for the plan: every shard's name and header."""
+        """The SHA-256 of every shard's name and header, as 64 hex digits."""
         digest = hashlib.sha256()
         for shard in self.shards:
             digest.update(f"{shard.file}\n".encode() + shard.layout.header)
@@ -69,32 +71,32 @@ class Plan:
 def make_plan(
     source: Checkpoint, headers: Checkpoint, quantizer: Quantizer, shard_bytes: int
 ) -> Plan:
-    """The shards of a bundle of `source`. Raises UserError for a tensor that we do not know."""
+    """Plan the shards of a bundle of `source`. Raises UserError for an unknown tensor."""
     metadata = converted_by(headers, quantizer)
     shards = plan_shards(source.tensors, quantizer.form, metadata, shard_bytes)
     return Plan(source, headers, quantizer, shards)
 
 
 def new_shard(shard: PlannedShard, folder: Path, plan: Plan, ledger: ErrorLog) -> NewShard:
-    """How a shard will be written."""
+    """Return a planned shard with its header and pieces."""
     pieces = functools.partial(shard_pieces, shard, plan, ledger)
     return NewShard(folder / shard.file, shard.layout.header, shard.size, pieces)
 
 
 def shard_pieces(shard: PlannedShard, plan: Plan, ledger: ErrorLog) -> list[Piece]:
-    """Where every byte of a shard comes from, in the order of the source."""
+    """Return the pieces of a shard in the order of the source."""
     places = shard.layout.offsets
     of = (plan.quantizer, ledger)
     return [piece for unit in shard.units for piece in make_pieces(unit, places, *of)]
 
 
-# --- The workplace ------------------------------------------------------------------------------
+# --- The staging folder -------------------------------------------------------------------------
 
 
 def is_done(folder: Path, source: Checkpoint) -> bool:
-    """True when `folder` holds this source converted; False when it is absent or empty.
+    """Return True when `folder` holds this source converted, False when it is absent or empty.
 
-    Raises UserError when it holds anything else, because nothing is written over.
+    Raises UserError when it holds anything else: nothing is overwritten.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
@@ -126,11 +128,10 @@ def check_complete(bundle: Checkpoint, source: Checkpoint) -> None:
 
 
 def remove_other_files(folder: Path, plan: Plan, part: JobPart) -> list[PlannedShard]:
-    """Remove what no shard of the plan is, and return those that the part is still to make.
+    """Remove files that are not finished shards of the plan. Return the shards the part must make.
 
-    A part removes its own temporaries only. Raises UserError when the workplace holds finished
-    shards of another plan: from another source, or made with other settings. They may have cost
-    hours.
+    A part removes its own temporary files only. Raises UserError for finished shards of another
+    plan (another source or other settings), which may have cost hours.
     """
     planned = {shard.file: shard for shard in plan.shards}
     whole = set()
@@ -146,22 +147,22 @@ def remove_other_files(folder: Path, plan: Plan, part: JobPart) -> list[PlannedS
     if part.whole:
         safe_paths.clear_folder(folder, {*whole, locks.LOCK, MARK, lossless.RECORD})
     else:
-        requantize.remove_leftovers(folder, list(planned), part)
+        remove_leftovers(folder, list(planned), part)
     return [planned[file] for file in part.select(list(planned)) if file not in whole]
 
 
-# --- Carrying it out ----------------------------------------------------------------------------
+# --- Writing ------------------------------------------------------------------------------------
 
 
 def convert(plan: Plan, bundle: Path, jobs: int, part: JobPart, supply: ShardFetcher | None) -> str:
-    """Make the bundle, which appears whole or not at all, or a part of it; return what to say."""
+    """Make the bundle, or a part of it, and return the summary. No incomplete bundle appears."""
     start = time.perf_counter()
     with staging.staging(bundle, part.lock_key(plan.digest)) as folder:
         todo = remove_other_files(folder, plan, part)
         staging.mark(folder)
         check_free_space(folder, sum(shard.size for shard in todo), "", ELSEWHERE)
         if supply:
-            check_free_space(supply.folder, max_extra_bytes(plan, todo, supply), "", ELSEWHERE)
+            check_free_space(supply.folder, max_extra_bytes(todo, supply), "", ELSEWHERE)
             ledger = convert_low_disk(plan, todo, folder, jobs, supply)
         else:
             if part.whole:  # parts would write it at once
@@ -171,25 +172,26 @@ def convert(plan: Plan, bundle: Path, jobs: int, part: JobPart, supply: ShardFet
             complete(plan, folder, jobs)
             safe_paths.remove(folder, lossless.RECORD)
             staging.move_into_place(folder, bundle)
-    return summary_line(plan, todo, ledger, time.perf_counter() - start)
+    tensors = sum(unit.number for shard in todo for unit in shard.units)
+    counts = f"{tensors:,} tensors, {len(todo):,} of {len(plan.shards):,} shards"
+    written = sum(shard.size for shard in todo)
+    return summary_line(counts, written, ledger, time.perf_counter() - start)
 
 
 def convert_shards(plan: Plan, todo: list[PlannedShard], folder: Path, jobs: int) -> ErrorLog:
-    """Write the shards; those that a killed run left whole are not touched."""
+    """Write the shards and return the quantization errors."""
     ledger = ErrorLog()
     shards = [new_shard(shard, folder, plan, ledger) for shard in todo]
-    total = sum(shard.size - len(shard.header) for shard in shards)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="convert", disable=None) as bar:
-        write_shards(shards, jobs, bar.update)
+    write_with_progress(shards, jobs, "convert")
     return ledger
 
 
 def convert_low_disk(
     plan: Plan, todo: list[PlannedShard], folder: Path, jobs: int, supply: ShardFetcher
 ) -> ErrorLog:
-    """Write shard after shard, each from source shards that have just come; free what is used.
+    """Write one shard after the other while the source shards of the next one are fetched.
 
-    A source shard goes when every shard that needs it is durable and was compared with the source.
+    A source shard is deleted when every shard that needs it is on disk and was compared with it.
     """
     ledger = ErrorLog()
     free_used(plan, todo, folder, jobs, supply)
@@ -208,7 +210,7 @@ def convert_low_disk(
 def free_used(
     plan: Plan, todo: list[PlannedShard], folder: Path, jobs: int, supply: ShardFetcher
 ) -> None:
-    """Free what a killed run had used; what it may not have compared any more is compared."""
+    """Delete the source shards that a killed run has used, after comparing the finished shards."""
     for shard in plan.shards:
         if shard not in todo and all(supply.has(name) for name in shard.sources):
             low_disk.compare_shard(new_shard(shard, folder, plan, ErrorLog()), jobs)
@@ -216,12 +218,12 @@ def free_used(
 
 
 def source_shards(shards: list[PlannedShard]) -> set[str]:
-    """The source's shards that some of the bundle's need."""
+    """Return the names of the source shards that these shards of the bundle need."""
     return {name for shard in shards for name in shard.sources}
 
 
-def max_extra_bytes(plan: Plan, todo: list[PlannedShard], supply: ShardFetcher) -> int:
-    """The most bytes of the source that --low-disk will add to the disk at one time."""
+def max_extra_bytes(todo: list[PlannedShard], supply: ShardFetcher) -> int:
+    """Return the most bytes of source shards that --low-disk keeps on the disk at one time."""
     came, most = set(), 0
     for i in range(len(todo)):
         came |= {name for name in source_shards(todo[i : i + 2]) if not supply.has(name)}
@@ -231,9 +233,10 @@ def max_extra_bytes(plan: Plan, todo: list[PlannedShard], supply: ShardFetcher) 
 
 
 def complete(plan: Plan, folder: Path, jobs: int) -> None:
-    """Write index and configs; requantize adds the labels, and must find nothing to do.
+    """Write the index and the config files. requantize adds the labels.
 
-    Raises UserError when it does: then the shards are not what the plan says.
+    Raises UserError when requantize would change a shard, because the shards then differ from the
+    plan.
     """
     weight_map = {slot.name: shard.file for shard in plan.shards for slot in shard.layout.slots}
     write_json(folder / INDEX, {"weight_map": weight_map})
@@ -252,13 +255,13 @@ def complete(plan: Plan, folder: Path, jobs: int) -> None:
     requantize.complete(after)
 
 
-# --- Saying what will be done and what was ------------------------------------------------------
+# --- Descriptions -------------------------------------------------------------------------------
 
 
 def describe_plan(
     plan: Plan, bundle: Path, jobs: int, part: JobPart, supply: ShardFetcher | None
 ) -> str:
-    """The plan for a reader: tensors by treatment, shards, bytes, an estimate of the time."""
+    """Return the plan as text: tensors by treatment, shards, bytes, estimated time."""
     folder = staging_folder(bundle)
     mine = part.select([shard.file for shard in plan.shards])
     here = [shard for shard in plan.shards if shard.file in mine]
@@ -270,21 +273,24 @@ def describe_plan(
     written = sum(shard.size for shard in todo)
     read = sum(t.nbytes for shard in todo for unit in shard.units for t in unit.tensors)
     first = [new_shard(shard, folder, plan, ErrorLog()) for shard in todo[:1]]
+    extra = "nothing beside it"
+    if supply:
+        most = max_extra_bytes(todo, supply)
+        extra = f"{format_bytes(most)} for shards of the source at one time"
     lines = [
         f"tensors: {counts['expert']:,} routed experts to {plan.quantizer.form.description()}, "
         + describe_other_tensors(counts, plan.quantizer),
         f"shards: {len(todo):,} to write, {len(plan.shards):,} in the bundle",
         f"read: {format_bytes(read)}; written: {format_bytes(written)}",
         f"disk: {format_bytes(plan.nbytes)} for the bundle, "
-        + (f"{format_bytes(max_extra_bytes(plan, todo, supply))} for shards of the source at one time"
-           if supply else "nothing beside it"),
+        + extra,
         estimate_seconds(first, written, jobs) if not supply else "time: as the network has it",
     ]  # fmt: skip
     return "\n".join(lines)
 
 
 def describe_other_tensors(counts: Counter[str], quantizer: Quantizer) -> str:
-    """What becomes of everything but the routed experts."""
+    """Return how all tensors but the routed experts are stored."""
     if quantizer.form.as_source:
         rest = counts.total() - counts["expert"] - counts["fp8"]
         return f"{counts['fp8']:,} FP8 matrices to mxfp8, {rest:,} others as the source has them"
@@ -292,14 +298,3 @@ def describe_other_tensors(counts: Counter[str], quantizer: Quantizer) -> str:
         f"{counts['affine8']:,} matrices to affine 8 bits, {counts['passthrough']:,} to F16 or as "
         f"integers, {counts['control']:,} controls in F32, {counts['head']:,} head as it is"
     )
-
-
-def summary_line(plan: Plan, todo: list[PlannedShard], ledger: ErrorLog, seconds: float) -> str:
-    """One line: tensors, bytes, seconds, rate, and the experts' errors."""
-    written = sum(shard.size for shard in todo)
-    tensors = sum(unit.number for shard in todo for unit in shard.units)
-    line = (
-        f"{tensors:,} tensors, {len(todo):,} of {len(plan.shards):,} shards, {format_bytes(written)} in "
-        f"{seconds:.1f} s ({written / seconds / 1e9:.2f} GB/s)"
-    )
-    return line + describe_errors(ledger)

@@ -1,4 +1,4 @@
-"""What keeps the source's own numbers: FP8 matrices as mxfp8, BF16 in F16 where nothing is lost.
+"""Store FP8 matrices as mxfp8, and BF16 tensors as F16 where that is exact.
 
 MLX's mxfp8 is the source's FP8 with a scale for each row and 32 columns instead of each 128 × 128
 block: the same codes, the block's byte repeated. Every F16 and BF16 number that runtimes meet
@@ -31,9 +31,7 @@ from dsv4.storage.shard_writer import ShardWriter, WorkerBuffers
 from dsv4.storage.tensor_reader import as_float32
 from dsv4.text import join_some
 
-RECORD = (
-    ".bfloats.json"  # beside the shards that are being made: what was found of the BF16 tensors
-)
+RECORD = ".bfloats.json"  # the result of `count_f16_overflow`, beside the unfinished shards
 SLICE_BYTES = 16 << 20
 PIECE_BYTES = 2 << 20  # of FP8 codes
 # Runtimes that decode to BF16 round what has a smaller scale byte and overflow with a larger one.
@@ -48,10 +46,9 @@ Read = Callable[[Tensor, int, int], np.ndarray]  # (tensor, first byte, bytes) �
 def with_measured_overflow(
     quantizer: Quantizer, source: Checkpoint, read: Read, record: Path, jobs: int
 ) -> Quantizer:
-    """The quantizer for this source: it knows which BF16 tensors have values beyond F16.
+    """Return the quantizer with the BF16 tensors that F16 cannot represent.
 
-    What `record` says of the same source is taken for granted. Raises UserError for a NaN or
-    infinity.
+    A `record` of the same source is used if there is one. Raises UserError for NaN or infinity.
     """
     check_blocks(source)
     mark = fingerprint(source)
@@ -62,13 +59,13 @@ def with_measured_overflow(
 
 
 def write_record(record: Path, source: Checkpoint, quantizer: Quantizer) -> None:
-    """Record what the planning pass found, so that a run that goes on decides the same."""
+    """Record the result of the planning pass, so that a continued run decides the same."""
     if quantizer.form.as_source:
         write_json(record, {"source": fingerprint(source), "beyond": dict(quantizer.beyond)})
 
 
 def check_blocks(source: Checkpoint) -> None:
-    """Raise UserError when config.json tells of another block than 128 × 128."""
+    """Raise UserError when config.json has another block size than 128 × 128."""
     said = source.config.get("quantization_config")
     size: Any = said.get("weight_block_size") if isinstance(said, dict) else None
     if size not in (None, [BLOCK, BLOCK]):
@@ -80,7 +77,7 @@ def check_blocks(source: Checkpoint) -> None:
 
 
 def count_f16_overflow(source: Checkpoint, read: Read, jobs: int) -> dict[str, int]:
-    """BF16 tensor → how many of its values are no F16 numbers, for those that have any."""
+    """Return BF16 tensor → number of values that F16 cannot represent, where there are any."""
     names = [n for n in weights_of(source.tensors) if source.tensors[n].dtype == "BF16"]
     tensors = sorted((source.tensors[n] for n in names), key=lambda t: (t.path.name, t.offset))
     cuts = [(t, first) for t in tensors for first in range(0, t.nbytes, SLICE_BYTES)]
@@ -98,8 +95,7 @@ def count_f16_overflow(source: Checkpoint, read: Read, jobs: int) -> dict[str, i
 
 
 def f16_overflow(data: np.ndarray, tensor: Tensor) -> int:
-    """How many of these BF16 numbers are no F16 numbers. Raises UserError for a NaN or an
-    infinity."""
+    """Count BF16 values that F16 cannot represent. Raises UserError for NaN or infinity."""
     bits = data.view(np.uint16)
     exponent = bits >> 7 & 0xFF
     # 8 significant bits: 2^-17 and more is exact, subnormal in F16 or not; so is 0, of either sign.
@@ -113,7 +109,7 @@ def f16_overflow(data: np.ndarray, tensor: Tensor) -> int:
 
 
 def message(quantizer: Quantizer, source: Checkpoint) -> str:
-    """For a reader: which BF16 tensors stay BF16, and why. "" for any other quantizer."""
+    """Return a line about the tensors that stay BF16, "" for a quantizer that is not lossless."""
     if not quantizer.form.as_source:
         return ""
     number = sum(source.tensors[n].dtype == "BF16" for n in weights_of(source.tensors))
@@ -130,40 +126,42 @@ def message(quantizer: Quantizer, source: Checkpoint) -> str:
 
 @dataclass(frozen=True)
 class Fp8Piece:
-    """Rows `first` to `last` - 1 of an FP8 matrix, as they are; `first` is a multiple of 128."""
+    """Rows `first` to `last` - 1 of an FP8 matrix, copied. `first` is a multiple of 128."""
 
     weight: Tensor
     scale: Tensor
     first: int
     last: int
-    places: dict[str, int]  # part → where its row 0 lies in the new shard
+    places: dict[str, int]  # part → offset of its row 0 in the shard
     ledger: ErrorLog
 
     @property
     def nbytes(self) -> int:
-        """The bytes that it writes."""
+        """The number of bytes written."""
         columns = self.weight.shape[1]
         row = {"weight": columns, "scales": columns // GROUP}
         return (self.last - self.first) * sum(row[part] for part in self.places)
 
     @property
     def nbytes_read(self) -> int:
-        """The bytes of codes that it reads."""
+        """The bytes of codes that are read."""
         return (self.last - self.first) * self.weight.shape[1]
 
-    def write(self, target: ShardWriter, desk: WorkerBuffers) -> None:
-        """Copy codes, repeat scales. Raises UserError for a NaN among either."""
+    def write(self, target: ShardWriter, buffers: WorkerBuffers) -> None:
+        """Copy codes and repeat scales. Raises UserError for a NaN in either."""
         rows, columns = self.last - self.first, self.weight.shape[1]
         if "weight" in self.places:
             for at, codes in read_blocks(
-                desk, self.weight, self.first * columns, rows * columns, columns
+                buffers, self.weight, self.first * columns, rows * columns, columns
             ):
                 self._check((codes & 127) == 127, codes, "code", columns, at // columns)
                 target.write(self.places["weight"] + at, codes)
         if "scales" in self.places:
             across = self.scale.shape[1]
             top, bottom = self.first // BLOCK, -(-self.last // BLOCK)
-            data = read_bytes(desk, self.scale, top * across, (bottom - top) * across, "exponents")
+            data = read_bytes(
+                buffers, self.scale, top * across, (bottom - top) * across, "exponents"
+            )
             self._check(data == 255, data, "scale byte", across, top)
             groups = expand_scales(data.reshape(-1, across), rows, columns)
             target.write(self.places["scales"] + self.first * (columns // GROUP), groups)
@@ -171,7 +169,7 @@ class Fp8Piece:
             self.ledger.note_scales(self.scale.name, odd)
 
     def _check(self, bad: np.ndarray, data: np.ndarray, what: str, width: int, first: int) -> None:
-        """Raise UserError when there is a NaN among codes or scales, `width` of them a row."""
+        """Raise UserError if `bad` has a true value. width: codes or scales in a row."""
         if bad.any():
             at = int(np.argmax(bad))
             row, column = divmod(at, width)
@@ -186,7 +184,7 @@ class Fp8Piece:
 def fp8_pieces(
     weight: Tensor, scale: Tensor, places: dict[str, int], ledger: ErrorLog
 ) -> list[Fp8Piece]:
-    """Cut an FP8 matrix into runs of rows, whole blocks of 128 rows each."""
+    """Return the pieces of an FP8 matrix, each of whole blocks of 128 rows."""
     out, columns = weight.shape
     rows = max(1, PIECE_BYTES // columns // BLOCK) * BLOCK
     return [

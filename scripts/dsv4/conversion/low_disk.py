@@ -1,10 +1,10 @@
-"""The source's shards one after another: fetched when needed, deleted when used.
+"""Fetch the source's shards when they are needed, and delete them when they have been used.
 
-A conversion with LOW_DISK=1 never has the whole source on the disk. The download stage brings the
+A conversion with LOW_DISK=1 never has the whole source on the disk. The download stage fetches the
 small files and every shard's header (kept in SOURCE/.headers), from which the whole bundle can be
-planned; the conversion then fetches the shards that the next shard of the bundle needs. What it
-fetched is written into SOURCE/.download.json before the first byte comes, and only such shards are
-ever deleted. One that lay there before is used and left alone.
+planned. The conversion then fetches the shards that the next shard of the bundle needs. Their names
+are written into SOURCE/.download.json before the first byte arrives. Only such shards are deleted.
+A shard that was there before is used and kept.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ AGAIN = "run download again, with LOW_DISK=1"
 
 
 def fetch_headers(source: Path, record: Record, patience: float) -> int:
-    """Bring the header and three samples of every shard that the index names; how many came now.
+    """Fetch header and three samples of every shard in the index. Return how many were fetched.
 
-    A file in SOURCE/.headers holds a shard's first bytes up to its data, then its samples, which
-    requantize's fingerprint of a source wants.
+    A file in SOURCE/.headers holds a shard's bytes up to its data, then the samples that
+    `fingerprint` reads.
     """
     folder = headers_folder(source)
     names = sorted(set(read_index(source).values()))
@@ -73,13 +73,13 @@ def fetch_headers(source: Path, record: Record, patience: float) -> int:
 
 
 def headers_folder(source: Path) -> Path:
-    """SOURCE/.headers. Raises UserError when that is a link, or no folder."""
+    """Return SOURCE/.headers. Raises UserError when that is a link or not a folder."""
     safe_paths.expect_type(source, HEADERS, safe_paths.DIRECTORY, safe_paths.NOTHING)
     return source / HEADERS
 
 
 def write_sparse(path: Path, head: bytes, size: int) -> Path:
-    """Write a file of `size` bytes that holds `head` and then a hole."""
+    """Write a sparse file of `size` bytes that begins with `head`."""
     with with_path(path), path.open("wb") as out:
         out.write(head)
         out.truncate(size)
@@ -88,9 +88,9 @@ def write_sparse(path: Path, head: bytes, size: int) -> Path:
 
 @contextlib.contextmanager
 def header_checkpoint(source: Path, record: Record) -> Iterator[Checkpoint]:
-    """The source as a checkpoint of headers, samples and holes, in a temporary folder.
+    """Yield the source as a checkpoint of headers and samples in a temporary folder.
 
-    Raises UserError when a header has not been fetched, or the source is not whole by them.
+    Raises UserError when a header is missing, or the headers describe an incomplete source.
     """
     with tempfile.TemporaryDirectory(prefix="skeleton-") as work:
         for name in ("config.json", INDEX):
@@ -106,7 +106,7 @@ def header_checkpoint(source: Path, record: Record) -> Iterator[Checkpoint]:
 
 
 def source_tensors(source: Path, repo: str, revision: str) -> dict[str, Tensor]:
-    """The source's tensors by name: from the folder, kept headers, or the hub."""
+    """Return the source's tensors by name, from the folder, its kept headers, or the hub."""
     try:
         record = read_record(source)
         if record and (source / HEADERS).is_dir():
@@ -120,7 +120,7 @@ def source_tensors(source: Path, repo: str, revision: str) -> dict[str, Tensor]:
 
 
 def fill_header_file(path: Path, kept: bytes, size: int) -> None:
-    """Lay one shard of the skeleton: header, hole, and the samples at their places."""
+    """Write one sparse shard: its header, and the samples at their offsets."""
     rest = kept[header_length(kept) :]
     write_sparse(path, kept[: header_length(kept)], size)
     with with_path(path), path.open("r+b") as out:
@@ -131,12 +131,12 @@ def fill_header_file(path: Path, kept: bytes, size: int) -> None:
 
 
 def header_length(head: bytes) -> int:
-    """Bytes of a shard before its data."""
+    """Return the bytes of a shard before its data."""
     return 8 + int.from_bytes(head[:8], "little")
 
 
 def with_folder(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
-    """The same checkpoint with every tensor's path in `folder`, where the shards will come."""
+    """Return a copy whose tensor paths point into `folder`, where shards will be downloaded."""
     shards = {}
     for name, shard in checkpoint.shards.items():
         path = folder / name
@@ -150,7 +150,7 @@ def with_folder(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
 
 @dataclass
 class ShardFetcher:
-    """Brings shards into the source folder, and deletes those that it brought."""
+    """Fetch shards into the source folder, and delete those that were fetched."""
 
     folder: Path
     record: Record
@@ -158,24 +158,24 @@ class ShardFetcher:
     workers: int
 
     def has(self, name: str) -> bool:
-        """True when the shard lies there, verified and untouched."""
+        """Return True when the shard is there, verified and unchanged."""
         return self.record.is_verified(self.folder, name)
 
     def read(self, tensor: Tensor, first: int, nbytes: int) -> np.ndarray:
-        """Some bytes of a tensor, from the hub: for what must be known before any shard comes."""
+        """Read some bytes of a tensor from the hub, before any shard is fetched."""
         file, begin = self.record.files[tensor.path.name], tensor.offset + first
         place = (self.record.repo, self.record.commit, file, begin, begin + nbytes)
         return np.frombuffer(remote_headers.read_range(*place, self.patience), np.uint8)
 
     def size(self, names: set[str]) -> int:
-        """Bytes of these shards."""
+        """Return the bytes of these shards."""
         return sum(self.record.files[name].size for name in names)
 
     @contextlib.contextmanager
     def fetching(self, names: set[str]) -> Iterator[None]:
-        """Fetch shards while the body runs; on leaving they are there. Raises what fetching raises.
+        """Fetch shards while the body runs, and wait for them at its end.
 
-        When the body raises, the transfer is stopped and keeps what it has.
+        Raises the errors of fetching. When the body raises, the transfer stops and keeps its data.
         """
         commit, failed = self.record.commit, []
         transfer = Transfer(self.record.repo, commit, self.folder, self.patience, lambda n: None)
@@ -209,9 +209,9 @@ class ShardFetcher:
             self._check_header(name)
 
     def _adopt(self, name: str) -> bool:
-        """Take a shard that lies there unverified, if it is right: a killed run's, or the user's.
+        """Verify a shard that is there already, and return True if it is right.
 
-        A wrong one is moved aside.
+        A wrong one is renamed to NAME.bad.
         """
         path, file = self.folder / name, self.record.files[name]
         if not path.is_file():
@@ -224,7 +224,7 @@ class ShardFetcher:
         return False
 
     def _check_header(self, name: str) -> None:
-        """The plan was made from the header that came first: it must be this shard's."""
+        """Raise UserError unless the shard has the header that the plan was made from."""
         kept = limits.read_bounded(self.folder / HEADERS / name, KEPT)
         head = kept[: header_length(kept)]
         with with_path(self.folder / name), (self.folder / name).open("rb") as file:
@@ -235,9 +235,9 @@ class ShardFetcher:
                 )  # fmt: skip
 
     def keep_only(self, needed: set[str]) -> None:
-        """Delete the shards that LOW_DISK fetched and nothing needs any more.
+        """Delete the shards that LOW_DISK fetched, unless they are in `needed`.
 
-        One that was changed since it was fetched is somebody's, and stays.
+        A shard that was changed since it was fetched is kept.
         """
         changed = False
         for name, state in self.record.low_disk.items():
@@ -251,11 +251,11 @@ class ShardFetcher:
             self.record.write(self.folder)
 
 
-# --- Is it really on the disk? --------------------------------------------------------------------
+# --- Options, and comparison with the disk --------------------------------------------------------
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options by which a command is told to take the source from the hub."""
+    """Add the options that take the source from the hub."""
     add_setting(parser, "LOW_DISK", help="fetch and free the source's shards as it goes")
     add_setting(parser, "REPO", default="", help="--low-disk: where they come from")
     parser.add_argument("--patience", type=parse_seconds, default=download.PATIENCE,
@@ -267,25 +267,28 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 @contextlib.contextmanager
 def open_checkpoints(
-    args: argparse.Namespace,
+    folder: Path, low_disk: bool, repo: str, patience: float, workers: int
 ) -> Iterator[tuple[Checkpoint, Checkpoint, ShardFetcher | None]]:
-    """The source, the source as far as headers tell, and with --low-disk what supplies shards."""
-    if not args.low_disk:
-        source = open_source(args.source)
+    """Yield the source, a checkpoint of its headers, and with low_disk what fetches its shards.
+
+    Raises UserError when low_disk is set and `repo` was not prepared by a download.
+    """
+    if not low_disk:
+        source = open_source(folder)
         yield source, source, None
         return
-    record = read_record(args.source)
-    if not args.repo or record is None or record.repo != args.repo:
+    record = read_record(folder)
+    if not repo or record is None or record.repo != repo:
         found = f"{record.repo}" if record else "no download prepared"
-        raise UserError(f"{args.source}", found, f"{args.repo or 'a repository'}", AGAIN)
+        raise UserError(f"{folder}", found, f"{repo or 'a repository'}", AGAIN)
     repository.quiet()
-    supply = ShardFetcher(args.source, record, args.patience, args.workers)
-    with locks.locked(args.source), header_checkpoint(args.source, record) as headers:
-        yield with_folder(headers, args.source), headers, supply
+    fetcher = ShardFetcher(folder, record, patience, workers)
+    with locks.locked(folder), header_checkpoint(folder, record) as headers:
+        yield with_folder(headers, folder), headers, fetcher
 
 
 class CompareWriter:
-    """Stands in for a Target: what is written to it is compared with the finished shard."""
+    """A ShardWriter that compares the bytes with a finished shard instead of writing them."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -309,9 +312,9 @@ class CompareWriter:
 
 
 def compare_shard(shard: NewShard, jobs: int) -> None:
-    """Make every byte of a finished shard once more, from the source, and compare it.
+    """Compute every byte of a finished shard again from the source, and compare it.
 
-    Raises UserError for the first difference.
+    Raises UserError at the first difference.
     """
 
     def some(pieces: list[Piece]) -> None:

@@ -52,7 +52,7 @@ class Recorded:
 
     @property
     def importance(self) -> Importance:
-        """The digest of the imatrix that the table tells; its columns stand in the file alone."""
+        """The imatrix digest in the mark, without columns: only the imatrix file has those."""
         found = re.search("-imatrix-([0-9a-f]{16})$", self.mark[1])
         return Importance({}, found[1]) if found else EVEN
 
@@ -85,9 +85,10 @@ def recorded_in(folder: Path, wanted: str | None = None) -> Recorded | None:
 
 
 def read_marks(folder: Path) -> tuple[list[Mark], dict[str, Tensor]]:
-    """The marks of the shards with routed experts, sorted, and the tensors of all that can be read.
+    """Return the sorted marks of shards with routed experts, and the tensors of readable shards.
 
-    Others' marks may be older: a shard without experts is not made anew with them.
+    Shards without experts are ignored: they are not rewritten with a new quantizer, so their marks
+    may be older.
     """
     found, tensors = set(), {}
     for path in sorted(folder.glob("[!.]*.safetensors")):
@@ -101,7 +102,7 @@ def read_marks(folder: Path) -> tuple[list[Mark], dict[str, Tensor]]:
 
 
 def stored_stacks(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Stack → the label of most of its experts."""
+    """Return stack → the label of most of its experts."""
     stacks: dict[str, dict[str, Any]] = {}
     for name in tensors:
         base, _, part = name.rpartition(".")
@@ -151,13 +152,17 @@ def quantizer_for(
         return quantizer, None
     lack = None
     if importance.digest and not args.imatrix:
-        lack = UserError(f"{same.folder}", f"experts to be made with the imatrix {importance.digest}…",
-                    "that file", "name it: IMATRIX=FILE")  # fmt: skip
+        lack = UserError(
+            f"{same.folder}", f"experts to be made with the imatrix {importance.digest}…",
+            "that file", "name it: IMATRIX=FILE",
+        )  # fmt: skip
     by_labels = quantizer.properties.needs_plan and not args.plan
     if (by_labels or stay) and quantizer.digest != same.mark[1]:
         todo = "name the plan: PLAN=FILE" if by_labels else "name QUANTIZER: all are made anew"
-        lack = UserError(f"{same.folder}", f"experts of {args.quantizer} {short_repr(same.mark[1])}",
-                    f"what can be made here, {quantizer.digest}", todo)  # fmt: skip
+        lack = UserError(
+            f"{same.folder}", f"experts of {args.quantizer} {short_repr(same.mark[1])}",
+            f"what can be made here, {quantizer.digest}", todo,
+        )  # fmt: skip
         quantizer = replace(quantizer, digest=same.mark[1])
     return quantizer, lack
 
@@ -185,7 +190,7 @@ def describe_change(
 
 
 def mark_of(quantizer: Quantizer) -> Mark:
-    """The mark of what a quantizer makes."""
+    """Return the mark of a quantizer."""
     return quantizer.name, quantizer.digest
 
 
@@ -209,7 +214,7 @@ def check_ours(args: argparse.Namespace, made: Recorded | None) -> None:
 
 
 def is_stock(folder: Path) -> bool:
-    """True for FP4 experts that no label says to be any: what upstream's converter makes."""
+    """Return True for FP4 experts without an mxfp4 label, as upstream's converter makes them."""
     _, tensors = read_marks(folder)
     with contextlib.suppress(UserError):
         said = read_json(folder / "config.json").get("quantization")

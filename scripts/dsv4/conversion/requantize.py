@@ -1,61 +1,46 @@
-"""Plan and carry out a requantization: which shards of a bundle change, and to what."""
+"""Plan and run a requantization: rewrite the shards of a bundle whose tensors change.
+
+It is a conversion in which unchanged tensors are copied from the bundle.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
-from dsv4.conversion.expert_pieces import ConstantPiece, ErrorLog, describe_errors, estimate_seconds
+from dsv4.conversion.bundle_files import quantizer_record, sidecar_bytes, write_index
+from dsv4.conversion.expert_pieces import ErrorLog
 from dsv4.conversion.job_array import JobPart
+from dsv4.conversion.progress import estimate_seconds, write_with_progress
 from dsv4.conversion.shard_metadata import is_made_by, made_by, with_mlx_digest
 from dsv4.conversion.source_match import check_bundle, check_samples, is_copy
 from dsv4.conversion.unit_pieces import make_pieces as unit_pieces
-from dsv4.errors import UserError
 from dsv4.model import configs, labels
 from dsv4.model.bundle_plan import ConversionUnit, conversion_unit, conversion_units, header_dtypes
 from dsv4.model.load import expert_bases
 from dsv4.model.names import expert_base, is_control, kind, parse_expert, parse_stack, stack_base
 from dsv4.model.quantizer_table import quantizer_properties
-from dsv4.quantization import turboquant
 from dsv4.quantization.formats import Quantizer
 from dsv4.storage import safe_paths
-from dsv4.storage.atomic import (
-    TEMPORARY_SUFFIX,
-    format_bytes,
-    temporary_for,
-    write_bytes,
-    write_json,
-)
-from dsv4.storage.checkpoint import INDEX, SIDECAR, Checkpoint, check_strangers, read_json
+from dsv4.storage.atomic import format_bytes, write_bytes, write_json
+from dsv4.storage.checkpoint import SIDECAR, Checkpoint, check_strangers, read_json
 from dsv4.storage.disk_space import check_free_space
-from dsv4.storage.safetensors_file import (
-    Shard,
-    ShardLayout,
-    Tensor,
-    TensorSpec,
-    header_bytes,
-    read_shard,
-)
-from dsv4.storage.shard_writer import NewShard, Piece, copy_pieces, write_shards
+from dsv4.storage.safetensors_file import Shard, ShardLayout, Tensor, TensorSpec
+from dsv4.storage.shard_writer import NewShard, Piece, copy_pieces
 
 JANG = "jang_config.json"
 
 
 @dataclass(frozen=True)
 class ShardUpdate:
-    """What becomes of one shard of the bundle: its new layout, and whether it has it already."""
+    """The target layout of one shard. `done` is true if the file on disk already has it."""
 
     shard: Shard
     layout: ShardLayout
     kinds: dict[str, str]  # tensor → "expert", "control", "head", "own" or "copy"
-    units: dict[
-        str, ConversionUnit
-    ]  # tensor → what it is a part of, for those that come from the source
+    units: dict[str, ConversionUnit]  # tensor → its unit, for tensors made from the source
     done: bool
 
     @property
@@ -66,7 +51,7 @@ class ShardUpdate:
 
 @dataclass(frozen=True)
 class RequantizePlan:
-    """Every shard's fate, and which of them this run rewrites."""
+    """The updates of all shards by file, and the files that this run rewrites (`todo`)."""
 
     source: Checkpoint
     bundle: Checkpoint
@@ -77,12 +62,12 @@ class RequantizePlan:
 
     @property
     def work(self) -> list[ShardUpdate]:
-        """The fates of the shards that this run rewrites, in order."""
+        """The updates of the shards that this run rewrites, in order."""
         return [self.fates[file] for file in self.todo]
 
     @property
     def extra_disk(self) -> tuple[int, int]:
-        """Bytes by which the bundle grows for good, and bytes of the shards open at one time."""
+        """The bytes by which the bundle grows, and the bytes of the shards open at one time."""
         sizes = sorted((fate.size for fate in self.work), reverse=True)
         growth = sum(fate.size - fate.shard.size for fate in self.work)
         return max(growth, 0), sum(sizes[: self.jobs + 1])
@@ -98,11 +83,11 @@ def make_plan(
     mark: dict[str, str] | None = None,
     stay: bool = False,
 ) -> RequantizePlan:
-    """Decide every shard's fate. Raises UserError when bundle and source do not belong together.
+    """Plan the update of every shard. Raises UserError when bundle and source do not match.
 
-    only: storage names of the expert matrices that are made; the others are copied as they lie
-    (None: all are made). mark: metadata of the shards that are written (None: who made them).
-    stay: a shard that has lost its marks is right where its header is.
+    only: storage names of the expert matrices that are made; others are copied (None: all are
+    made). mark: metadata of the written shards (None: `made_by`). stay: a shard without provenance
+    metadata counts as done if its header is as planned.
     """
     check_bundle(source, bundle)
     if only is None:  # repair moves strangers away itself
@@ -131,10 +116,10 @@ def make_plan(
 def incoming_units(
     units: list[ConversionUnit], bundle: Checkpoint
 ) -> dict[str, list[ConversionUnit]]:
-    """File → the experts, and stacks of them, that come to it though none of their tensors is in
-    the bundle: they go where those lie that they are made instead of.
+    """Return file → units whose tensors have no counterpart of the same name in the bundle.
 
-    The first stack goes into the first shard, where jang_tools looks for it.
+    They go into the file of the tensors that they replace. The first stack goes into the first
+    shard, where jang_tools looks for it.
     """
     tensors, files = bundle.tensors, list(bundle.shards)
     coming: dict[str, list[ConversionUnit]] = {}
@@ -205,7 +190,7 @@ def shard_update(
 def _source_weight(
     tensor: Tensor, source: Checkpoint, only: frozenset[str] | None, anew: bool
 ) -> tuple[Tensor | None, str]:
-    """The source's weight that a tensor of the bundle comes from, and the tensor's kind."""
+    """Return the source's weight for a tensor of the bundle, and the tensor's kind."""
     base, _, part = tensor.name.rpartition(".")
     if of := parse_stack(tensor.name):
         base = expert_base("layers", of[0], 0, of[1])
@@ -226,7 +211,7 @@ def _source_weight(
 def _unit(
     tensor: Tensor, weight: Tensor, source: Checkpoint, quantizer: Quantizer
 ) -> ConversionUnit | None:
-    """What becomes of the weight that a tensor holds; None when that lies under another name."""
+    """Return the unit of a tensor's weight, or None when its tensors get another name."""
     stacked = quantizer.form.stacked and weight.name.startswith("layers.")
     if parse_stack(tensor.name) or (parse_expert(tensor.name) and stacked):
         return None
@@ -235,7 +220,7 @@ def _unit(
 
 
 def _slots_of(tensor: Tensor, unit: ConversionUnit, present: frozenset[str]) -> list[TensorSpec]:
-    """What one tensor of the bundle becomes: no tensor, the one of its name, new ones after it."""
+    """Return what replaces one tensor: nothing, the tensor of its name, or also new ones."""
     slots = [slot for slot in unit.slots if slot.name == tensor.name]
     scales = f"{unit.base}.scales"
     arrives = not any(slot.name in present for slot in unit.slots)
@@ -245,14 +230,14 @@ def _slots_of(tensor: Tensor, unit: ConversionUnit, present: frozenset[str]) -> 
 
 
 def is_native(shard: Shard) -> bool:
-    """True for a shard that `convert` wrote."""
+    """Return True for a shard that `convert` wrote."""
     return "convert_layout" in shard.metadata
 
 
 def _in_order(
     slots: list[TensorSpec], units: dict[str, ConversionUnit], source: Checkpoint
 ) -> list[TensorSpec]:
-    """The slots in the order in which `convert` writes them, so that the bytes are the same."""
+    """Return the slots in the order of `convert`, so that the bytes are the same."""
     parts = {part: i for i, part in enumerate(("weight", "scales", "biases", *labels.TURBO_PARTS))}
 
     def place(slot: TensorSpec) -> tuple[str, int, str, int]:
@@ -270,7 +255,7 @@ def _in_order(
 def new_shard(
     fate: ShardUpdate, source: Checkpoint, quantizer: Quantizer, ledger: ErrorLog
 ) -> NewShard:
-    """How a shard will be written."""
+    """Return an updated shard with its header and pieces."""
     pieces = functools.partial(update_pieces, fate, source, quantizer, ledger)
     return NewShard(fate.shard.path, fate.layout.header, fate.size, pieces)
 
@@ -278,7 +263,7 @@ def new_shard(
 def update_pieces(
     fate: ShardUpdate, source: Checkpoint, quantizer: Quantizer, ledger: ErrorLog
 ) -> list[Piece]:
-    """Where every byte of a new shard comes from: copies in file order, then from the source."""
+    """Return the pieces of a shard: copies in file order, then tensors from the source."""
     pieces: list[Piece] = []
     made: dict[str, ConversionUnit] = {}
     for slot in fate.layout.slots:
@@ -290,11 +275,11 @@ def update_pieces(
             made[unit.weight.name] = unit
     for unit in made.values():
         pieces += unit_pieces(unit, fate.layout.offsets, quantizer, ledger)
-    return pieces or [ConstantPiece(b"", fate.layout.size)]  # a shard is whole with its last piece
+    return pieces
 
 
 def rewritten(plan: RequantizePlan) -> int:
-    """How many matrices of routed experts are made anew."""
+    """Return the number of expert matrices that are quantized again."""
     units = {
         fate.units[slot.name].weight.name: fate.units[slot.name].number
         for fate in plan.work
@@ -304,50 +289,18 @@ def rewritten(plan: RequantizePlan) -> int:
     return sum(units.values())
 
 
-def remove_leftovers(bundle: Path, files: list[str], part: JobPart) -> None:
-    """Remove what killed runs left: the temporaries of this part's shards, or all of them.
-
-    So do shards that it had emptied, and not come to remove. Links and folders of such a name are
-    not ours and stay.
-    """
-    if part.whole:
-        leftovers = list(bundle.glob(f".*{TEMPORARY_SUFFIX}"))
-        others = sorted({path.name for path in bundle.glob("*.safetensors")} - {*files, SIDECAR})
-        leftovers += [bundle / name for name in others if is_empty_shard(bundle, name)]
-    else:
-        leftovers = [temporary_for(bundle / file) for file in part.select(files)]
-    for path in leftovers:
-        if safe_paths.file_type(bundle, path.name) == safe_paths.FILE:
-            safe_paths.remove(bundle, path.name)
-
-
-def is_empty_shard(bundle: Path, name: str) -> bool:
-    """True for a shard of ours without a tensor: all its experts lie in stacks."""
-    if (
-        safe_paths.file_type(bundle, name) != safe_paths.FILE
-        or (bundle / name).stat().st_size > 1 << 16
-    ):
-        return False
-    with contextlib.suppress(UserError):
-        shard = read_shard(bundle / name)
-        return not shard.tensors and "requantize_layout" in shard.metadata
-    return False
-
-
 def write_updates(plan: RequantizePlan) -> ErrorLog:
     """Rewrite the plan's shards. Raises UserError when they do not fit on the disk."""
     todo = "free space on that volume, or use fewer --jobs"
     check_free_space(plan.bundle.folder, sum(plan.extra_disk), "", todo)
     ledger = ErrorLog()
     shards = [new_shard(fate, plan.source, plan.quantizer, ledger) for fate in plan.work]
-    total = sum(shard.size - len(shard.header) for shard in shards)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="requantize", disable=None) as bar:
-        write_shards(shards, plan.jobs, bar.update)
+    write_with_progress(shards, plan.jobs, "requantize")
     return ledger
 
 
 def complete(plan: RequantizePlan) -> bool:
-    """Rebuild the index, then the labels in config.json; True when either changed."""
+    """Rebuild the index and the labels in config.json. Return True when either changed."""
     folder = plan.bundle.folder
     changed = write_index(folder, {file: fate.layout.slots for file, fate in plan.fates.items()})
     config = dict(plan.bundle.config)
@@ -372,16 +325,16 @@ def complete(plan: RequantizePlan) -> bool:
 
 
 def update_jang_config(path: Path, plan: RequantizePlan) -> bool:
-    """Write jang_config.json as the new form has it; True if it changed."""
+    """Write jang_config.json for the new format. Return True if it changed."""
     old = read_json(path) if path.is_file() else {}
     new = configs.updated_jang_config(old, plan.source, plan.quantizer.form)
     return old != new and write_json(path, new)
 
 
 def write_sidecar(folder: Path, plan: RequantizePlan) -> bool:
-    """Signs and codebooks for runtimes that cannot make them; no such file in other forms.
+    """Write TurboQuant's signs and codebooks, or remove that file from bundles in other formats.
 
-    True if it changed. As jang_tools.build_jangtq_sidecar, 2.5.50, writes it.
+    Returns True if it changed. The file is as jang_tools.build_jangtq_sidecar 2.5.50 writes it.
     """
     if not plan.quantizer.form.stacked:
         there = (folder / SIDECAR).is_file() and plan.bundle.config.get("weight_format") == "mxtq"
@@ -393,35 +346,8 @@ def write_sidecar(folder: Path, plan: RequantizePlan) -> bool:
     return write_bytes(folder / SIDECAR, sidecar_bytes(columns), folder)
 
 
-def sidecar_bytes(columns: Iterable[int]) -> bytes:
-    """jangtq_runtime.safetensors for rows of these lengths."""
-    arrays = {f"signs.{n}.{turboquant.SEED}": turboquant.signs(n) for n in columns}
-    arrays |= {f"codebook.{n}.{turboquant.BITS}": turboquant.codebook(n) for n in columns}
-    slots = [TensorSpec(name, "F32", array.shape) for name, array in sorted(arrays.items())]
-    return b"".join([header_bytes(slots, {}), *(arrays[slot.name].tobytes() for slot in slots)])
-
-
-def write_index(folder: Path, shards: Mapping[str, Iterable[TensorSpec | Tensor]]) -> bool:
-    """Write the index of these shards' tensors; what else stands in it stays. True if it changed.
-
-    Raises UserError when an index is there that is no JSON object.
-    """
-    index = read_json(folder / INDEX) if (folder / INDEX).exists() else {}
-    tensors = {tensor.name: (file, tensor.nbytes) for file, of in shards.items() for tensor in of}
-    metadata = index.get("metadata")
-    total = sum(nbytes for _, nbytes in tensors.values())
-    index["metadata"] = (metadata if isinstance(metadata, dict) else {}) | {"total_size": total}
-    index["weight_map"] = {name: file for name, (file, _) in sorted(tensors.items())}
-    return write_json(folder / INDEX, index)
-
-
-def quantizer_record(quantizer: Quantizer) -> dict[str, str]:
-    """What config.json says of the quantizer that made the routed experts."""
-    return {"quantizer": quantizer.name, "table": quantizer.digest}
-
-
 def describe_plan(plan: RequantizePlan) -> str:
-    """The plan for a reader: shards, tensors by kind, bytes, disk, an estimate of the time."""
+    """Return the plan as text: shards, tensors by kind, bytes, disk, estimated time."""
     kinds = dict.fromkeys(("expert", "control", "head", "own", "copy"), 0)
     for fate in plan.work:
         for what in fate.kinds.values():
@@ -440,13 +366,3 @@ def describe_plan(plan: RequantizePlan) -> str:
         estimate_seconds(shards, written, plan.jobs),
     ]
     return "\n".join(lines)
-
-
-def summary_line(plan: RequantizePlan, ledger: ErrorLog, seconds: float) -> str:
-    """One line: tensors, bytes, seconds, rate, and the errors as the table knows them."""
-    written = sum(fate.size for fate in plan.work)
-    line = (
-        f"{len(ledger.tallies):,} tensors, {len(plan.todo):,} shards, {format_bytes(written)} in "
-        f"{seconds:.1f} s ({written / seconds / 1e9:.2f} GB/s)"
-    )
-    return line + describe_errors(ledger)

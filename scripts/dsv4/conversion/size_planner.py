@@ -1,4 +1,4 @@
-"""Plan a mixture to a size: which form each layer's experts get, so that they lose least.
+"""Plan a mixture for a size: choose each layer's expert formats with the least error.
 
 The error of a layer is the sum of its three projections' mean squared errors, each relative to the
 mean square of its weights and weighed by the imatrix where there is one; all layers count the same,
@@ -59,7 +59,7 @@ class SizeFit:
 
 
 class SizePlanner:
-    """Sizes and errors of one source."""
+    """Choose the formats of one source's experts by size and error."""
 
     def __init__(
         self, source: Checkpoint, errors: Errors, shard_bytes: int, name: str = "mixture"
@@ -76,7 +76,7 @@ class SizePlanner:
         self.smallest = self._rest + self._experts(cheap)
 
     def nbytes(self, forms: Forms) -> int:
-        """The bytes of a bundle's shards, exactly."""
+        """Return the exact bytes of a bundle's shards."""
         labels = {stack: label_by_name(form) for stack, form in forms.items()}
         quantizer = get_quantizer(self._name, EVEN, labels)
         shards = shards_of(self._source.tensors, quantizer, self._shard_bytes)
@@ -92,15 +92,17 @@ class SizePlanner:
         Where the size allows, each layer has a fused shape or is exact, unless any_shape.
         """
         if size < self.smallest:
-            raise UserError(f"a bundle of {format_bytes(size)}", f"{format_bytes(self.smallest)} at least",
-                       "a size that can be reached", "ask for a larger one")  # fmt: skip
+            raise UserError(
+                f"a bundle of {format_bytes(size)}", f"{format_bytes(self.smallest)} at least",
+                "a size that can be reached", "ask for a larger one",
+            )  # fmt: skip
         best = self._choose(size, False)
         fused = None if any_shape else self._choose(size, True)
         forms = fused or best
         return SizeFit(forms, self.nbytes(forms), self.error(forms), self.error(best))
 
     def error(self, forms: Forms) -> float:
-        """The sum over the main layers."""
+        """Return the sum of errors of the main layers."""
         return sum(self._errors[s][form] for s, form in forms.items() if s.startswith("layers."))
 
     def _choose(self, size: int, fused: bool) -> Forms | None:
@@ -118,7 +120,7 @@ class SizePlanner:
         }
 
     def _shapes(self, layer: str, fused: bool) -> list[tuple[str, ...]]:
-        """The shapes that a layer can have: a form for each of PROJECTIONS."""
+        """Return the possible shapes of a layer: a format for each of PROJECTIONS."""
         forms = [list(self._errors[f"{layer}.{projection}"]) for projection in PROJECTIONS]
         wanted = (*FUSED, EXACT) if fused else itertools.product(*forms)
         return [s for s in wanted if all(f in of for f, of in zip(s, forms, strict=True))]
@@ -150,7 +152,7 @@ def plan_document(fit: SizeFit, errors: Errors, said: dict[str, Any]) -> dict[st
 
 
 def describe_fit(fit: SizeFit) -> str:
-    """The plan for a reader."""
+    """Return the plan as text."""
     main = {stack: form for stack, form in fit.forms.items() if stack.startswith("layers.")}
     forms = Counter(main.values())
     rms = (fit.error / max(1, len(main))) ** 0.5
@@ -174,7 +176,7 @@ def describe_fit(fit: SizeFit) -> str:
 def shards_of(
     tensors: Mapping[str, Tensor], quantizer: Quantizer, shard_bytes: int
 ) -> list[PlannedShard]:
-    """A bundle's shards, right in size; no source is read for their marks."""
+    """Return a bundle's shards with their exact sizes. No data of the source is read."""
     return plan_shards(tensors, quantizer.form, converted_by(None, quantizer), shard_bytes)
 
 

@@ -1,8 +1,8 @@
-"""The hidden sibling of a bundle in which it is made, and which takes the bundle's name in the end.
+"""The staging folder: a hidden folder beside the bundle, renamed to the bundle when complete.
 
-A workplace that a killed run left is gone on with; a folder that is somebody's is never emptied.
-Ours has the mark .converting, or holds nothing but what only a converter makes: the native one's
-shards, which say so in their headers, upstream's half-made ones, temporaries, locks.
+A run continues in the staging folder that a killed run left. Folders of others are never emptied.
+A staging folder has the mark .converting, or holds only files that a converter makes: shards of the
+native converter (known by their metadata), unfinished shards of upstream's, temporary files, locks.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ UPSTREAMS = re.compile(r"model-\d{5}-of-XXXXX\.safetensors")  # its shards until
 
 @contextlib.contextmanager
 def staging(bundle: Path, part: tuple[int, int, str] | None = None) -> Iterator[Path]:
-    """The bundle's workplace, made and locked; for a `part`, together with the others.
+    """Make and lock the bundle's staging folder. A `part` shares it with the other parts.
 
-    Raises UserError when another run has it, and when a link or somebody's folder lies in its
-    place.
+    Raises UserError when another run has it, and when a link or a foreign folder has its name.
     """
     check_not_volume_root(bundle)
     bundle.parent.mkdir(parents=True, exist_ok=True)
@@ -47,8 +46,7 @@ def staging(bundle: Path, part: tuple[int, int, str] | None = None) -> Iterator[
 
 
 def check_own_folder(folder: Path) -> None:
-    """Raise UserError for a link, a file, or a folder that no converter left, in a workplace's
-    place."""
+    """Raise UserError unless `folder` is missing or a converter's staging folder."""
     kind = safe_paths.expect_type(
         folder.parent, folder.name, safe_paths.DIRECTORY, safe_paths.NOTHING
     )
@@ -63,7 +61,7 @@ def check_own_folder(folder: Path) -> None:
 
 
 def is_converter_file(folder: Path, name: str) -> bool:
-    """True for a plain file that nobody but a converter makes."""
+    """Return True for a regular file that only a converter makes."""
     if safe_paths.file_type(folder, name) != safe_paths.FILE:
         return False
     temporary = name.startswith(".") and name.endswith(TEMPORARY_SUFFIX)
@@ -73,13 +71,13 @@ def is_converter_file(folder: Path, name: str) -> bool:
 
 
 def mark(folder: Path) -> None:
-    """Mark the workplace as ours, before the first byte of a bundle is written into it."""
+    """Mark the staging folder before the first byte of a bundle is written into it."""
     os.close(safe_paths.open_regular(folder, MARK, os.O_RDWR))
     fsync_folder(folder)
 
 
 def move_into_place(folder: Path, bundle: Path) -> None:
-    """Give the finished workplace the bundle's name; then it is marked no more."""
+    """Rename the finished staging folder to the bundle, and remove its mark."""
     locks.lock_for(folder).unlink()
     fsync_folder(folder)
     folder.replace(bundle)
@@ -88,6 +86,6 @@ def move_into_place(folder: Path, bundle: Path) -> None:
 
 
 def unmark(bundle: Path) -> None:
-    """Remove the mark of a workplace from what became a bundle; a killed run may have left it."""
+    """Remove the mark that a killed run may have left in a finished bundle."""
     if safe_paths.file_type(bundle, MARK) == safe_paths.FILE and not (bundle / MARK).stat().st_size:
         safe_paths.remove(bundle, MARK)

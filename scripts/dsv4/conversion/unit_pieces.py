@@ -1,4 +1,4 @@
-"""Where the bytes of a unit's tensors come from: by its treatment, in pieces of any shard."""
+"""Make the pieces of a unit's tensors according to its treatment."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dsv4.storage.shard_writer import Piece
 def make_pieces(
     unit: ConversionUnit, places: dict[str, int], quantizer: Quantizer, ledger: ErrorLog
 ) -> list[Piece]:
-    """The pieces of those of a unit's tensors that a shard holds; `places` are by name."""
+    """Return the pieces of the unit's tensors in a shard. places: tensor name → offset."""
     weight = unit.weight
     mine = {slot.name: places[slot.name] for slot in unit.slots if slot.name in places}
     parts = {name.rpartition(".")[2]: place for name, place in mine.items()}

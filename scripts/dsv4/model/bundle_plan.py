@@ -1,9 +1,8 @@
-"""What a bundle makes of its source: the one place that knows it.
+"""Plan a bundle from the headers of its source.
 
-For every tensor of the source the plan says which tensors of the bundle it becomes, their names,
-dtypes and shapes, and what is done to it; and in which shards they come to lie. It needs headers
-only, those that a hub answers too. So what `make check` promises, what a dry run shows, what the
-stages write and what verify expects are the same bytes.
+For every tensor of the source the plan has its treatment, the tensors of the bundle that it becomes
+(names, dtypes, shapes) and their shard. Only headers are needed, which the hub serves too. `make
+check`, a dry run, the stages and verify use this one plan, so they agree about every byte.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ class StorageFormat:
 
     @property
     def stacked(self) -> bool:
-        """All experts of a main layer lie in one tensor a part, as vMLX wants TurboQuant."""
+        """True when each part of a main layer's experts is one tensor, as vMLX reads TurboQuant."""
         return self.expert["mode"] == TURBO
 
 
@@ -75,7 +74,7 @@ class ConversionUnit:
 
     @property
     def number(self) -> int:
-        """How many weights of the source it holds."""
+        """The number of weights of the source in it."""
         return len(self.stack) or 1
 
     @property
@@ -85,12 +84,12 @@ class ConversionUnit:
 
     @property
     def max_bytes(self) -> int:
-        """The bytes that it takes in a shard, at most, with its entries in the header."""
+        """An upper limit of the bytes in a shard, header entries included."""
         return sum(slot.nbytes + len(slot.name) + ENTRY_BYTES for slot in self.slots)
 
     @property
     def tensors(self) -> list[Tensor]:
-        """What is read for it."""
+        """The tensors of the source that are read for it."""
         if self.stack:
             return [tensor for pair in self.stack for tensor in pair]
         return [self.weight] + ([self.scale] if self.scale else [])
@@ -98,7 +97,7 @@ class ConversionUnit:
 
 @dataclass(frozen=True)
 class PlannedShard:
-    """One shard of the bundle: its file, what goes into it, and where each tensor lies."""
+    """One shard of the bundle: file name, units, and the offset of each tensor."""
 
     file: str
     units: list[ConversionUnit]
@@ -111,12 +110,12 @@ class PlannedShard:
 
     @property
     def sources(self) -> set[str]:
-        """The source's shards that it needs."""
+        """The names of the source shards that it needs."""
         return {tensor.path.name for unit in self.units for tensor in unit.tensors}
 
 
 def conversion_unit(weight: Tensor, scale: Tensor | None, form: StorageFormat) -> ConversionUnit:
-    """What becomes of one weight in a bundle of that form.
+    """Return the unit of one weight in a bundle of that format.
 
     Raises UserError for a name, dtype or shape that has no treatment.
     """
@@ -146,9 +145,9 @@ def conversion_unit(weight: Tensor, scale: Tensor | None, form: StorageFormat) -
 
 
 def group_stacks(units: list[ConversionUnit]) -> list[ConversionUnit]:
-    """The units with every main layer's experts gathered into stacks, each where its first was.
+    """Gather every main layer's experts into stacks, each at the position of its first expert.
 
-    The first stack comes before all else: jang_tools 2.5.50 looks for one in the first shard only.
+    The first stack comes first of all: jang_tools 2.5.50 looks for one in the first shard only.
     """
     stacks: dict[str, list[ConversionUnit]] = {}
     for unit in units:
@@ -176,7 +175,7 @@ def stack_unit(at: str, members: list[ConversionUnit]) -> ConversionUnit:
 
 
 def missing_weights(names: Iterable[str], tensors: Mapping[str, Tensor]) -> list[str]:
-    """Those of the source's weights that a bundle's tensors have no counterpart of."""
+    """Return the weights of the source that have no counterpart in a bundle's tensors."""
     return [name for name in names if name not in tensors and not _in_turbo(name, tensors)]
 
 
@@ -218,7 +217,7 @@ def check_matrix(weight: Tensor, scale: Tensor | None) -> None:
 
 
 def unquantized_dtype(tensor: Tensor, what: str) -> str:
-    """The dtype of a tensor that is not quantized. Raises UserError for an 8-bit float, say."""
+    """Return the dtype of a tensor that is not quantized. Raises UserError for 8-bit floats."""
     if tensor.dtype in FLOATS:
         return "F32" if what == "control" and tensor.dtype == "F32" else "F16"
     if tensor.dtype[0] in "IU" and what == "passthrough":
@@ -242,7 +241,7 @@ def exact_dtype(tensor: Tensor, form: StorageFormat) -> str:
 
 
 def conversion_units(tensors: Mapping[str, Tensor], form: StorageFormat) -> list[ConversionUnit]:
-    """A unit for each weight, in the order in which the source has them. Raises as `unit_of`."""
+    """Return a unit for each weight in the source's order. Raises as `conversion_unit`."""
     ordered = sorted(tensors.values(), key=lambda t: (t.path.name, t.offset, t.name))
     units = []
     for tensor in ordered:
@@ -258,10 +257,10 @@ def plan_shards(
     metadata: dict[str, str],
     shard_bytes: int = SHARD_BYTES,
 ) -> list[PlannedShard]:
-    """The bundle's shards, of at most `shard_bytes` each, from the source's tensors by name.
+    """Return the bundle's shards, of at most `shard_bytes` each.
 
-    A unit that is larger than that has a shard to itself. Raises UserError as `unit_of` does, and
-    for more shards than a folder may have files.
+    A larger unit has a shard of its own. Raises UserError as `conversion_unit` does, and for more
+    shards than a folder may have files.
     """
     groups: list[list[ConversionUnit]] = []
     room = 0
@@ -287,10 +286,10 @@ def plan_shards(
 
 
 def header_dtypes(form: StorageFormat) -> dict[str, str]:
-    """Dtypes whose entries in a header take the room of another's, so that sizes are the same."""
+    """Return dtypes whose header entries are padded to another's length: sizes stay the same."""
     return {"F16": "BF16"} if form.as_source else {}
 
 
 def weights_of(names: Iterable[str]) -> list[str]:
-    """Those of the source's names that have a counterpart of their own: all but the scales."""
+    """Return the names of weights: all names but those of scales."""
     return [name for name in names if kind(name) != "scale"]

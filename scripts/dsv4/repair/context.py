@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dsv4.conversion import requantize
+from dsv4.conversion import bundle_files
 from dsv4.errors import UserError
 from dsv4.repair.shards_on_disk import open_by_shards
 from dsv4.storage import safe_paths
@@ -70,7 +70,7 @@ def write_index(repair: RepairContext) -> None:
     """The index of what the shards hold now; one that is no JSON object is written anew."""
     set_aside(repair, [INDEX])
     shards = open_by_shards(repair.bundle).shards
-    requantize.write_index(repair.bundle, {f: s.tensors.values() for f, s in shards.items()})
+    bundle_files.write_index(repair.bundle, {f: s.tensors.values() for f, s in shards.items()})
 
 
 def set_aside(repair: RepairContext, names: list[str]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.conversion import runtime_documents
-from dsv4.conversion.requantize import quantizer_record
+from dsv4.conversion.bundle_files import quantizer_record
 from dsv4.conversion.tokenizer_files import REQUIRED, copy_files, required_files
 from dsv4.errors import UserError
 from dsv4.model import defaults, labels

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from dsv4.conversion.bundle_files import remove_leftovers
 from dsv4.conversion.job_array import JobPart
-from dsv4.conversion.requantize import remove_leftovers
 from dsv4.repair.context import RepairContext
 from dsv4.repair.document_steps import mend_files, mend_index, mend_metadata
 from dsv4.repair.folder_steps import (

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dsv4.conversion.requantize import quantizer_record, sidecar_bytes
+from dsv4.conversion.bundle_files import quantizer_record, sidecar_bytes
 from dsv4.errors import UserError
 from dsv4.model import configs, labels
 from dsv4.model.bundle_plan import missing_weights, weights_of

@@ -1,11 +1,11 @@
-"""Write new shards in the place of old ones, by several threads, at the speed of the disk.
+"""Write new shards in the place of old ones with several threads.
 
-A new shard's header is known before its first byte, so its bytes can be produced in any order:
-each shard is a list of pieces, and every worker takes the next piece, wherever it lies, and writes
-it to its place. Reading and writing are positioned (`preadv`, `pwrite`) through buffers that each
-worker keeps, and what was read or written leaves the page cache, so memory stays flat whatever the
-shards' sizes. A shard takes its name when it is whole and on the disk: one thread more waits for
-that while the workers go on, so at most one shard a worker, and one more, is open.
+A shard's header is known before its data, so its bytes can be written in any order. Each shard is a
+list of pieces. Every worker takes the next piece and writes it at its offset. Reads and writes are
+positioned (`preadv`, `pwrite`) and use buffers that each worker keeps. Bytes that were read or
+written are dropped from the page cache, so memory use does not grow with the size of the shards.
+A finished shard is flushed to disk and then renamed, by one more thread, while the workers go on.
+At most `jobs` + 1 shards are open at one time.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from dsv4.storage import filesystem
 from dsv4.storage.atomic import AtomicFile
 from dsv4.storage.safetensors_file import REDO
 
-COPY_BYTES = 4 << 20  # a piece of what is copied, and what is forgotten at one time
-BLOCK_BYTES = 256 << 10  # what is read and then written: small enough for a core's own cache
+COPY_BYTES = 4 << 20  # of one copied piece, and of one range dropped from the page cache
+BLOCK_BYTES = 256 << 10  # read and then written at once: fits into the cache of a core
 
 
 class WorkerBuffers:
-    """What one worker has for itself: an open source file and buffers that it uses again."""
+    """Per-thread state: one open source file and reusable buffers."""
 
     def __init__(self) -> None:
         self._path: Path | None = None
@@ -41,14 +41,16 @@ class WorkerBuffers:
         self._buffers: dict[str, np.ndarray] = {}
 
     def buffer(self, use: str, nbytes: int) -> np.ndarray:
-        """`nbytes` bytes of scratch space, uint8; the same bytes each time for the same `use`."""
+        """Return `nbytes` bytes of scratch space, uint8. Each `use` has one buffer."""
         if use not in self._buffers or len(self._buffers[use]) < nbytes:
             self._buffers[use] = np.empty(nbytes, np.uint8)
         return self._buffers[use][:nbytes]
 
     def read(self, path: Path, offset: int, target: np.ndarray) -> None:
-        """Fill `target` from byte `offset` of `path`. Raises UserError when the file ends
-        before."""
+        """Fill `target` from byte `offset` of `path`.
+
+        Raises UserError when the file is too short.
+        """
         view = memoryview(target).cast("B")
         self._open(path)
         done = 0
@@ -75,11 +77,11 @@ class WorkerBuffers:
 
 
 class ShardWriter:
-    """A shard being written: `write` puts bytes to their place, from any thread."""
+    """A shard that is being written. `write` may be called from any thread."""
 
     def __init__(self, shard: NewShard) -> None:
-        self.pieces = shard.pieces()[::-1]  # those that no worker has taken yet, the next one last
-        self.left = len(self.pieces)
+        self.pieces = shard.pieces()[::-1]  # not taken yet; the next one is last
+        self.unfinished = len(self.pieces)
         self._replacement = AtomicFile(shard.path)
         self._fd = self._replacement.file.fileno()
         bypass_cache(self._fd)
@@ -92,7 +94,7 @@ class ShardWriter:
             raise
 
     def write(self, offset: int, data: np.ndarray) -> None:
-        """Write contiguous `data` at byte `offset`, and let the disk begin with it."""
+        """Write contiguous `data` at byte `offset`."""
         view = memoryview(data).cast("B")
         done = 0
         while done < len(view):
@@ -101,16 +103,16 @@ class ShardWriter:
         drop_finished_ranges(self._fd, offset, done)
 
     def commit(self) -> None:
-        """Give the whole, durable file its name."""
+        """Flush the file to disk and rename it to the shard's name."""
         self._replacement.commit()
 
     def discard(self) -> None:
-        """Drop what was written."""
+        """Remove the temporary file."""
         self._replacement.discard()
 
 
 def preallocate(fd: int, size: int) -> None:
-    """Give a new file its size, and its blocks where the system can: a full disk shows at once."""
+    """Set the size of a new file and reserve its blocks, so that a full disk fails early."""
     if hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(fd, 0, size)
@@ -121,44 +123,44 @@ def preallocate(fd: int, size: int) -> None:
     try:
         os.ftruncate(fd, size)
     except OSError as error:
-        if error.errno not in {*filesystem.UNKNOWN, errno.EPERM}:  # then it grows as it is written
+        if error.errno not in {*filesystem.UNKNOWN, errno.EPERM}:  # then it grows with each write
             raise
 
 
 def bypass_cache(fd: int) -> None:
-    """On macOS keep a file's bytes out of the page cache; `forget` does it elsewhere."""
+    """Keep a file out of the page cache on macOS. Elsewhere `drop_page_cache` does it."""
     if hasattr(fcntl, "F_NOCACHE"):
-        with contextlib.suppress(OSError):  # advice, which need not be taken
+        with contextlib.suppress(OSError):  # only a hint to the system
             fcntl.fcntl(fd, fcntl.F_NOCACHE, 1)
 
 
 def drop_page_cache(fd: int, offset: int, nbytes: int) -> None:
-    """Tell the system that these bytes are not needed again; Linux starts writing dirty ones."""
+    """Drop these bytes from the page cache. Linux starts to write those that are dirty."""
     if hasattr(os, "posix_fadvise"):
-        with contextlib.suppress(OSError):  # advice, which need not be taken
+        with contextlib.suppress(OSError):  # only a hint to the system
             os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def drop_finished_ranges(fd: int, offset: int, nbytes: int) -> None:
-    """Forget whole stretches of COPY_BYTES, when a reader or writer comes to the end of one."""
+    """Drop each COPY_BYTES-aligned range from the page cache when its end is reached."""
     first, last = (at // COPY_BYTES * COPY_BYTES for at in (offset, offset + nbytes))
     if first < last:
         drop_page_cache(fd, first, last - first)
 
 
 class Piece(Protocol):
-    """Some bytes of a new shard: how many it writes, and how many it reads for that."""
+    """Some bytes of a new shard, with the number of bytes written and read for them."""
 
     nbytes: int
     nbytes_read: int
 
-    def write(self, target: ShardWriter, desk: WorkerBuffers) -> None:
-        """Produce the bytes and put them to their places in `target`."""
+    def write(self, target: ShardWriter, buffers: WorkerBuffers) -> None:
+        """Produce the bytes and write them to `target` at their offsets."""
 
 
 @dataclass(frozen=True)
 class CopyPiece:
-    """`nbytes` bytes that are copied from `offset` of another file to `place`, both absolute."""
+    """A copy of `nbytes` bytes from byte `offset` of another file to byte `place` of the shard."""
 
     path: Path
     offset: int
@@ -167,19 +169,19 @@ class CopyPiece:
 
     @property
     def nbytes_read(self) -> int:
-        """The bytes that it reads."""
+        """The number of bytes read."""
         return self.nbytes
 
-    def write(self, target: ShardWriter, desk: WorkerBuffers) -> None:
-        """Copy through a buffer of at most BLOCK_BYTES."""
+    def write(self, target: ShardWriter, buffers: WorkerBuffers) -> None:
+        """Copy with a buffer of at most BLOCK_BYTES."""
         for done in range(0, self.nbytes, BLOCK_BYTES):
-            data = desk.buffer("copy", min(BLOCK_BYTES, self.nbytes - done))
-            desk.read(self.path, self.offset + done, data)
+            data = buffers.buffer("copy", min(BLOCK_BYTES, self.nbytes - done))
+            buffers.read(self.path, self.offset + done, data)
             target.write(self.place + done, data)
 
 
 def copy_pieces(path: Path, offset: int, place: int, nbytes: int) -> list[CopyPiece]:
-    """Cut a copy of any size into pieces of at most COPY_BYTES."""
+    """Return a copy of any size as pieces of at most COPY_BYTES."""
     return [
         CopyPiece(path, offset + done, place + done, min(COPY_BYTES, nbytes - done))
         for done in range(0, nbytes, COPY_BYTES)
@@ -190,7 +192,7 @@ def copy_pieces(path: Path, offset: int, place: int, nbytes: int) -> list[CopyPi
 class NewShard:
     """A shard to be written: path, header with length prefix, size in bytes.
 
-    `pieces` lists what to do when the shard's turn comes: for all shards at once it would be long.
+    `pieces` is called when the shard is opened: the lists of all shards would take much memory.
     """
 
     path: Path
@@ -200,16 +202,19 @@ class NewShard:
 
 
 def write_shards(shards: list[NewShard], jobs: int, progress: Callable[[int], object]) -> None:
-    """Write the shards in order with `jobs` threads; `progress` is told the bytes of each piece.
+    """Write the shards in order with `jobs` threads.
 
-    Raises the first error of any thread, after every unfinished shard has been removed; shards
-    that were finished stay.
+    `progress` is called with the bytes of each piece, by one thread at a time. Raises the first
+    error of any thread after the temporary files have been removed. Finished shards stay.
     """
     _WriterPool(shards, jobs, progress).run()
 
 
 class _WriterPool:
-    """The workers' common state; everything in it is changed under `_changed`'s lock."""
+    """The state that the workers share. It is changed with the lock of `_changed` held.
+
+    What may take long (reserving space, progress, flushing) is done without that lock.
+    """
 
     def __init__(
         self, shards: list[NewShard], jobs: int, progress: Callable[[int], object]
@@ -219,7 +224,9 @@ class _WriterPool:
         self._current: ShardWriter | None = None
         self._open: set[ShardWriter] = set()
         self._jobs = jobs
+        self._opening = False
         self._progress = progress
+        self._progress_lock = threading.Lock()
         self._error: BaseException | None = None
 
     def run(self) -> None:
@@ -230,7 +237,7 @@ class _WriterPool:
                 thread.start()
             for thread in threads:
                 thread.join()
-        except BaseException as error:  # Ctrl-C: the workers stop after the piece in hand
+        except BaseException as error:  # Ctrl-C: each worker finishes its piece
             self._fail(error)
         finally:
             for thread in threads:
@@ -243,12 +250,12 @@ class _WriterPool:
             raise self._error
 
     def _work(self) -> None:
-        desk = WorkerBuffers()
-        with contextlib.closing(desk):
+        buffers = WorkerBuffers()
+        with contextlib.closing(buffers):
             try:
                 while (task := self._next()) is not None:
                     target, piece = task
-                    piece.write(target, desk)
+                    piece.write(target, buffers)
                     self._finish(target, piece)
             except BaseException as error:
                 self._fail(error)
@@ -259,30 +266,48 @@ class _WriterPool:
             self._changed.notify_all()
 
     def _next(self) -> tuple[ShardWriter, Piece] | None:
-        """The next piece and where it goes; None when there is none, or another worker failed."""
-        with self._changed:
-            while self._error is None:
+        """Return the next piece and its shard, or None after the last one or an error."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(self._is_ready)
+                if self._error is not None:
+                    return None
                 if self._current and self._current.pieces:
                     return self._current, self._current.pieces.pop()
                 if not self._waiting:
                     return None
-                if len(self._open) <= self._jobs:
-                    self._current = ShardWriter(self._waiting.pop())
-                    self._open.add(self._current)
-                else:
-                    self._changed.wait()
-            return None
+                self._opening = True
+                shard = self._waiting.pop()
+            self._open_next(shard)
+
+    def _is_ready(self) -> bool:
+        """True when a worker can take a piece, open a shard, or end."""
+        if self._error is not None or (self._current and self._current.pieces):
+            return True
+        return not self._opening and (not self._waiting or len(self._open) <= self._jobs)
+
+    def _open_next(self, shard: NewShard) -> None:
+        """Open a shard whose pieces are the next ones. One without pieces is complete already."""
+        writer = ShardWriter(shard)
+        with self._changed:
+            self._open.add(writer)
+            self._current = writer
+            self._opening = False
+            if not writer.unfinished:
+                self._flusher.submit(self._commit, writer)
+            self._changed.notify_all()
 
     def _finish(self, target: ShardWriter, piece: Piece) -> None:
-        """Count a piece as written; after a shard's last one the shard is flushed and named."""
-        with self._changed:
+        """Count a piece as written. After the last one of a shard, flush and rename the shard."""
+        with self._progress_lock:
             self._progress(piece.nbytes)
-            target.left -= 1
-            if not target.left:
+        with self._changed:
+            target.unfinished -= 1
+            if not target.unfinished:
                 self._flusher.submit(self._commit, target)
 
     def _commit(self, target: ShardWriter) -> None:
-        """Flush and name a shard, unless a failure came first: then it is dropped in the end."""
+        """Flush and rename a shard. After an error do nothing: `run` removes the temporary file."""
         if self._error is not None:
             return
         try:

@@ -1,0 +1,82 @@
+"""Write shards with a progress bar. Estimate the time before, and sum up afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+import numpy as np
+from tqdm import tqdm
+
+from dsv4.conversion.expert_pieces import ErrorLog, QuantizePiece
+from dsv4.quantization.source_reader import CopyTensorPiece
+from dsv4.storage.atomic import format_bytes
+from dsv4.storage.shard_writer import NewShard, WorkerBuffers, write_shards
+from dsv4.text import escape_line
+
+
+def write_with_progress(shards: list[NewShard], jobs: int, name: str) -> None:
+    """Write the shards with `jobs` threads and a progress bar called `name`."""
+    total = sum(shard.size - len(shard.header) for shard in shards)
+    with tqdm(total=total, unit="B", unit_scale=True, desc=name, disable=None) as bar:
+        write_shards(shards, jobs, bar.update)
+
+
+def summary_line(counts: str, written: int, ledger: ErrorLog, seconds: float) -> str:
+    """Return one line: counts, bytes, seconds, rate, and the errors of the routed experts."""
+    rate = f"{seconds:.1f} s ({written / seconds / 1e9:.2f} GB/s)"
+    return f"{counts}, {format_bytes(written)} in {rate}" + describe_errors(ledger)
+
+
+class NullWriter:
+    """A ShardWriter that writes nothing."""
+
+    def write(self, offset: int, data: np.ndarray) -> None:
+        pass
+
+
+def estimate_seconds(shards: list[NewShard], written: int, jobs: int) -> str:
+    """Return a line with the estimated time.
+
+    Measures reading and quantizing of the first pieces. Nothing is written.
+    """
+    buffers, seconds, done = WorkerBuffers(), 0.0, 0
+    kinds = (QuantizePiece, CopyTensorPiece)
+    pieces = [p for shard in shards[:4] for p in shard.pieces() if isinstance(p, kinds)]
+    with contextlib.closing(buffers):
+        for i, piece in enumerate(pieces[:17]):
+            start = time.perf_counter()
+            piece.write(NullWriter(), buffers)
+            if i:  # the first one loads the kernel
+                seconds += time.perf_counter() - start
+                done += piece.nbytes
+    if not done:
+        return "time: seconds"
+    rate = done / seconds * jobs
+    return (
+        f"time: about {written / rate / 60:.1f} minutes with {jobs} jobs, at the "
+        f"{rate / 1e6:,.0f} MB/s of reading and quantizing here; a slower disk takes longer"
+    )
+
+
+def describe_errors(ledger: ErrorLog) -> str:
+    """Return the relative errors, zeros and scale bytes in `ledger`, as the end of a line."""
+    line = ""
+    if ledger.tallies:
+        errors = {name: tally.relative for name, tally in ledger.tallies.items()}
+        worst = max(errors, key=lambda name: errors[name])
+        # About 8.5% for weights of a normal distribution: that is what mx.quantize makes of FP4.
+        line += (
+            f"; relative RMS error mean {sum(errors.values()) / len(errors):.2%}, "
+            f"worst {errors[worst]:.2%} ({escape_line(worst)})"
+        )
+    lost = sum(tally.underflows for tally in ledger.tallies.values())
+    if lost:
+        line += f"; {lost:,} groups with a scale or bias that is 0 in F16"
+    if ledger.scales:
+        name, number = next(iter(ledger.scales.items()))
+        line += (
+            f"; FP8 scale bytes below 3 or above 246 in {len(ledger.scales):,} tensors ({number:,} "
+            f"in {name}): a runtime that decodes to BF16 rounds or overflows there"
+        )
+    return line
