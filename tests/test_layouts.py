@@ -421,6 +421,15 @@ def mended(folder: Path) -> list[str]:
     return repair.left
 
 
+def test_controls_of_another_layout_are_not_written_without_room(specimen, tmp_path, monkeypatch):
+    folder = shutil.copytree(specimen("vlm-affine8"), tmp_path / "bundle")
+    edit(folder, rounded)
+    before = {path: path.read_bytes() for path in folder.glob("*.safetensors")}
+    monkeypatch.setattr("dsv4.storage.disk_space.free_bytes", lambda path: 0)
+    assert any("0 bytes free" in line for line in mended(folder))
+    assert {path: path.read_bytes() for path in folder.glob("*.safetensors")} == before
+
+
 @pytest.mark.parametrize("name", ["vlm-affine8", "jang-affine2", "jangtq-2", "mlx-lm, hc_attn"])
 def test_repair_mends_in_other_layouts_what_it_mends_in_ours(specimen, tmp_path, name):
     folder = shutil.copytree(specimen(name), tmp_path / "bundle")
