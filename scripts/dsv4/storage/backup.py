@@ -171,7 +171,7 @@ def check_visible_name(where: Path, name: str) -> str:
 
 
 def validate_record(path: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """Return the validated record. Raises UserError for types and names that repair never writes."""
+    """Return the validated record. Raises UserError for what repair never writes."""
     created, unfinished = record.get("created", []), record.get("unfinished", {})
     if not isinstance(created, list) or not isinstance(unfinished, dict):
         raise UserError(f"{path}", "another form", "what repair writes", TODO)
