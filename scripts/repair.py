@@ -1,11 +1,12 @@
-"""Mend a bundle that somebody else published, or a damaged one, and touch nothing that is right.
+"""Repair a bundle that somebody else published, or a damaged one. What is right stays untouched.
 
-verify's level 1 says what is wrong; from that each step decides whether it has anything to do:
+verify's level 1 says what is wrong. From that repair plans a list of actions, prints it, applies
+it, and looks again; --dry-run stops after the list.
 
-| step     | what it mends                                                          | needs      |
+| step     | what it repairs                                                        | needs      |
 |----------|------------------------------------------------------------------------|------------|
 | config   | a config.json that is missing or broken                                | the source |
-| others   | shards that are none of the bundle's are moved to the originals        |            |
+| others   | shards that are not the bundle's are moved to the originals            |            |
 | shards   | routed experts that headers prove wrong, controls not in F32, the head | the source |
 | index    | entries that are missing, wrong or too many; an index that is gone, or |            |
 |          | another checkpoint's                                                   |            |
@@ -13,14 +14,13 @@ verify's level 1 says what is wrong; from that each step decides whether it has 
 | metadata | labels, stop tokens, chat template, jang_config.json's group size,     |            |
 |          | limits of answers, another sampling than generation_config.json's      |            |
 
-The work is that of requantize, finalize and patch. Right experts stay as they are, whoever made
-them; those that must be made again are made by --quantizer, or by that of the bundle's record. What
-cannot be mended is named, the rest is done. The originals stay in BUNDLE/.before-repair as second
-names of the same files: only rewritten shards cost disk. --undo puts every byte back; delete that
-folder to keep the repair.
-Half-written files of killed runs are removed for good.
+It uses the code of requantize, finalize and patch. Right experts stay as they are, whoever made
+them. Wrong ones are made by --quantizer, or by the quantizer in the bundle's record. What cannot be
+repaired is named, and the rest is done. The originals stay in BUNDLE/.before-repair as second names
+of the same files, so only rewritten shards cost disk. --undo puts every byte back. Delete that
+folder to keep the repair. Half-written files of killed runs are removed for good.
 
-Can be killed at any moment: the same command goes on. It ends with verify's level 1.
+It can be killed at any moment: the same command goes on. It ends with verify's level 1.
 
     .venv/bin/python scripts/repair.py --bundle DIR [--source DIR] [--quantizer NAME] [--dry-run]
     .venv/bin/python scripts/repair.py --bundle DIR --undo
@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import sys
 
 from dsv4.conversion.bundle_files import remove_leftovers
@@ -40,7 +41,7 @@ from dsv4.errors import UserError, run
 from dsv4.model.folder_roles import bundle_path, check_bundle_path
 from dsv4.model.load import open_source
 from dsv4.quantization.formats import add_quantizer_options
-from dsv4.repair.context import RepairContext
+from dsv4.repair.context import RepairContext, RepairOptions
 from dsv4.repair.engine import print_remaining, repair_bundle, undo_repair
 from dsv4.repair.shards_on_disk import shard_files
 from dsv4.settings import add_setting, available_cores
@@ -51,19 +52,20 @@ from dsv4.toolchain.python_env import default_python
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_setting(parser, "BUNDLE", required=True)
-    add_setting(parser, "SOURCE", if_there=True, help="the FP4/FP8 source that it was made of")
-    add_setting(parser, "REFERENCE", help="a bundle to take tokenizer, encoding from")
+    add_setting(parser, "SOURCE", if_there=True, help="FP4/FP8 source of the bundle")
+    add_setting(parser, "REFERENCE", help="bundle to copy tokenizer and encoding files from")
     add_quantizer_options(parser)
-    add_setting(parser, "DRY_RUN", help="say what would be done")
+    add_setting(parser, "DRY_RUN", help="print the plan and change nothing")
     parser.add_argument("--undo", action="store_true", help="put every original back")
     add_setting(
         parser, "TOOLCHAIN_PYTHON", option="--python", default=default_python(), help="toolchain"
     )
-    parser.add_argument("--without-loader", action="store_true", help="do not ask its loaders")
+    parser.add_argument("--without-loader", action="store_true", help="do not check the loaders")
     add_setting(parser, "JOBS", default=available_cores())
     return parser.parse_args()
 
@@ -76,7 +78,9 @@ def main() -> int:
     bundle_path(args.bundle, args.source)
     files = shard_files(args.bundle)
     source = open_source(args.source) if args.source else None
-    repair = RepairContext(args, source, Backup(args.bundle))
+    names = (field.name for field in dataclasses.fields(RepairOptions))
+    options = RepairOptions(**{name: getattr(args, name) for name in names})
+    repair = RepairContext(options, source, Backup(args.bundle))
     lock = locks.locked(args.bundle)
     with contextlib.nullcontext() if args.dry_run else lock:
         if not args.dry_run:
@@ -86,7 +90,7 @@ def main() -> int:
         print_escaped(f"left: {line}", file=sys.stderr)
     wrong = [] if args.dry_run else print_remaining(repair)
     if wrong or repair.left:
-        raise UserError(f"{args.bundle}", ", ".join(wrong) or f"{len(repair.left)} not mended",
+        raise UserError(f"{args.bundle}", ", ".join(wrong) or f"{len(repair.left)} not repaired",
                    "a bundle that level 1 passes", "see above")  # fmt: skip
     if not args.dry_run:
         print("level 1 holds; every number: scripts/verify.py --bundle DIR --source DIR")

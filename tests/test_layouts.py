@@ -10,7 +10,6 @@ passes; advice to delete what somebody else made.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shutil
@@ -28,7 +27,7 @@ from dsv4.acceptance import nano
 from dsv4.model.layouts import LAYOUTS, has_name, recognize_layout
 from dsv4.model.load import open_bundle, open_source
 from dsv4.model.storage_view import build_view
-from dsv4.repair.context import RepairContext
+from dsv4.repair.context import RepairContext, RepairOptions
 from dsv4.repair.engine import repair_bundle, undo_repair
 from dsv4.storage.backup import Backup
 from dsv4.storage.checkpoint import Checkpoint
@@ -416,13 +415,19 @@ def wrong_label(config: dict) -> None:
 
 def mended(folder: Path) -> list[str]:
     """Let repair's own steps mend a bundle; returns what they left."""
-    args = argparse.Namespace(
-        bundle=folder, source=NANO, reference=None, quantizer="mlx", imatrix=None, dry_run=False,
-        without_loader=True, python=PYTHON, jobs=1,
-    )  # fmt: skip
-    repair = RepairContext(args, open_source(NANO), Backup(folder))
+    options = RepairOptions(folder, NANO, quantizer="mlx", without_loader=True, python=PYTHON)
+    repair = RepairContext(options, open_source(NANO), Backup(folder))
     repair_bundle(repair)
     return repair.left
+
+
+def test_controls_of_another_layout_are_not_written_without_room(specimen, tmp_path, monkeypatch):
+    folder = shutil.copytree(specimen("vlm-affine8"), tmp_path / "bundle")
+    edit(folder, rounded)
+    before = {path: path.read_bytes() for path in folder.glob("*.safetensors")}
+    monkeypatch.setattr("dsv4.storage.disk_space.free_bytes", lambda path: 0)
+    assert any("0 bytes free" in line for line in mended(folder))
+    assert {path: path.read_bytes() for path in folder.glob("*.safetensors")} == before
 
 
 @pytest.mark.parametrize("name", ["vlm-affine8", "jang-affine2", "jangtq-2", "mlx-lm, hc_attn"])

@@ -5,7 +5,6 @@ tool itself uses. Catches: a folder that the user named and that is emptied, a l
 followed, an installation by halves that counts, 2 GB that are installed again for a new date.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -98,7 +97,8 @@ def test_a_removal_that_was_killed_leaves_the_mark(tmp_path, monkeypatch):
 
 
 def replay(folder: Path, *options: str, **more) -> subprocess.Popen:
-    command = [sys.executable, "-m", "dsv4.verification.checks.loader_replay", "--folder", folder / "bundle",
+    module = "dsv4.verification.checks.loader_replay"
+    command = [sys.executable, "-m", module, "--folder", folder / "bundle",
                "--out", folder / "out.json", *options]  # fmt: skip
     return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(SCRIPTS)},
                             start_new_session=True, stderr=subprocess.PIPE, **more)  # fmt: skip
@@ -306,7 +306,7 @@ def test_training_anew_leaves_the_work_folder_and_replaces_no_foreign_checkpoint
 # ------------------------------------------------------------------------------------ repair
 
 
-@pytest.mark.parametrize("step", ["set_aside", "mend_files"])
+@pytest.mark.parametrize("step", ["remove_broken", "plan_files"])
 def test_what_repair_removes_is_flushed_from_its_folder(tmp_path, monkeypatch, step):
     """Else a power cut brings the file back, beside a record that says it is gone."""
     name, flushed = document_steps.conversation.SPECIAL, []
@@ -314,16 +314,17 @@ def test_what_repair_removes_is_flushed_from_its_folder(tmp_path, monkeypatch, s
     monkeypatch.setattr(
         safe_paths.filesystem, "flush_folder", lambda fd, path: flushed.append(path)
     )
-    args = argparse.Namespace(bundle=tmp_path, reference=NANO, source=None, dry_run=False)
-    repair = context.RepairContext(args, None, SimpleNamespace(keep=lambda names: None))
-    if step == "set_aside":
-        context.set_aside(repair, [name])
+    options = context.RepairOptions(tmp_path, reference=NANO)
+    repair = context.RepairContext(options, None, SimpleNamespace(keep=lambda names: None))
+    if step == "remove_broken":
+        context.remove_broken(repair, [name])
     else:
-        found = SimpleNamespace(names={"special-tokens-differ"})
-        monkeypatch.setattr(document_steps, "faults", lambda repair: found)
-        monkeypatch.setattr(document_steps, "copy", lambda *_: None)
-        monkeypatch.setattr(document_steps, "wanted", lambda origin: [])
-        document_steps.mend_files(repair)
+        repair.findings = SimpleNamespace(names={"special-tokens-differ"})
+        monkeypatch.setattr(document_steps, "copy_files", lambda *_: None)
+        monkeypatch.setattr(document_steps, "required_files", lambda origin: [])
+        document_steps.plan_files(repair)
+        (action,) = repair.actions
+        action.apply()
     assert not (tmp_path / name).exists()
     assert flushed == [tmp_path]
 

@@ -1,8 +1,7 @@
-"""One run of repair: what it knows, and what its steps share."""
+"""The plan of one repair: its options, the last look at the bundle, and the actions that follow."""
 
 from __future__ import annotations
 
-import argparse
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,9 +12,10 @@ from dsv4.conversion import bundle_files
 from dsv4.errors import UserError
 from dsv4.repair.shards_on_disk import open_by_shards
 from dsv4.storage import safe_paths
+from dsv4.storage.atomic import format_bytes
 from dsv4.storage.backup import Backup
 from dsv4.storage.checkpoint import INDEX, Checkpoint, read_json
-from dsv4.text import LINE, escape_line, print_escaped
+from dsv4.storage.disk_space import check_free_space
 from dsv4.verification.checks import check_all
 from dsv4.verification.report.findings import Findings
 from dsv4.verification.scan import scan
@@ -24,64 +24,94 @@ NEEDS_SOURCE = "name the FP4/FP8 source: make repair SOURCE=…"
 
 
 @dataclass
-class RepairContext:
-    """One run: the arguments, the source, the originals, and what could not be mended.
+class RepairOptions:
+    """The settings of one repair. `quantizer` is filled in from the bundle when it is None."""
 
-    experts: the labels of the experts that the shards step leaves, by storage name, when they are
-    known beforehand.
+    bundle: Path
+    source: Path | None = None
+    reference: Path | None = None
+    quantizer: str | None = None
+    plan: Path | None = None
+    imatrix: Path | None = None
+    python: Path | None = None
+    without_loader: bool = False
+    dry_run: bool = False
+    jobs: int = 1
+
+
+@dataclass(frozen=True)
+class Action:
+    """One change of the bundle: what is wrong, what is done, and the function that does it."""
+
+    found: str
+    change: str
+    apply: Callable[[], object] = field(compare=False)
+
+
+@dataclass
+class RepairContext:
+    """State of one repair. `findings`, `actions`, `left` and `experts` are of the last look.
+
+    left: error lines of faults for which nothing can be planned.
+    experts: labels of the experts as the shard actions leave them, by storage name; None when the
+    shards on disk tell.
     """
 
-    args: argparse.Namespace
+    options: RepairOptions
     source: Checkpoint | None
     backup: Backup
+    findings: Findings = field(default_factory=Findings)
+    actions: list[Action] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
     experts: dict[str, dict[str, Any]] | None = None
-    steps: int = 0
 
     @property
     def bundle(self) -> Path:
-        return self.args.bundle
+        return self.options.bundle
 
-    def report(self, found: str, done: str) -> bool:
-        """Report one step; True when it is to be taken, False in a dry run."""
-        self.steps += 1
-        would = "would be " if self.args.dry_run else ""
-        print_escaped(f"{escape_line(found, LINE)}; {would}{escape_line(done, LINE)}")
-        return not self.args.dry_run
+    def look(self) -> None:
+        """Run level 1 without the toolchain, and forget the plan that was made before."""
+        self.findings, self.actions, self.left, self.experts = Findings(), [], [], None
+        bundle = scan(self.bundle, self.findings)
+        if bundle is not None:
+            check_all.check_headers(bundle, self.source, self.findings)
 
-    def attempt(self, step: Callable[..., None], *arguments: object) -> None:
-        """Take a step; what stops it is left, and the next steps are taken all the same."""
+    def plan(self, found: str, change: str, apply: Callable[[], object]) -> None:
+        """Add an action to the plan."""
+        self.actions.append(Action(found, change, apply))
+
+    def attempt(self, planner: Callable[..., None], *arguments: object) -> None:
+        """Call `planner`. A UserError is added to `left`, so that the other planners still run."""
         try:
-            step(self, *arguments)
-        except UserError as stop:
-            self.left.append(f"{stop}")
+            planner(self, *arguments)
+        except UserError as error:
+            self.left.append(f"{error}")
 
-
-def level1_findings(repair: RepairContext) -> Findings:
-    """What level 1 finds in the bundle as it lies there now, without the toolchain."""
-    findings = Findings()
-    bundle = scan(repair.bundle, findings)
-    if bundle is not None:
-        check_all.check_headers(bundle, repair.source, findings)
-    return findings
+    def check_space(self, names: list[str], nbytes: int) -> None:
+        """Raise UserError without room for `nbytes` of new files and for copies of `names`."""
+        copies = self.backup.cost(names)
+        why = f", {format_bytes(copies)} of it for copies of the originals" if copies else ""
+        todo = "free space on that volume, where the originals stay too"
+        check_free_space(self.bundle, nbytes + copies, why, todo)
 
 
 def write_index(repair: RepairContext) -> None:
-    """The index of what the shards hold now; one that is no JSON object is written anew."""
-    set_aside(repair, [INDEX])
+    """Write the index of the shards on disk. Raises UserError when they cannot be read."""
+    repair.backup.keep([INDEX])
+    remove_broken(repair, [INDEX])
     shards = open_by_shards(repair.bundle).shards
     bundle_files.write_index(repair.bundle, {f: s.tensors.values() for f, s in shards.items()})
 
 
-def set_aside(repair: RepairContext, names: list[str]) -> None:
-    """Remove those of the files that are no JSON object, after their originals are kept."""
+def remove_broken(repair: RepairContext, names: list[str]) -> None:
+    """Remove the files that hold no JSON object, after their originals are kept."""
     for name in filter(functools.partial(is_broken, repair.bundle), names):
         repair.backup.keep([name])
         safe_paths.remove(repair.bundle, name)
 
 
 def is_broken(folder: Path, name: str) -> bool:
-    """True for a JSON document that is there and no JSON object."""
+    """Return True for a file that exists and holds no JSON object."""
     try:
         if (folder / name).is_file():
             read_json(folder / name)

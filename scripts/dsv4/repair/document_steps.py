@@ -1,7 +1,8 @@
-"""repair's other steps: the index, the tokenizer's files, and what runtimes read of JSON files."""
+"""Plan the repair of the index, the tokenizer's files and the JSON files that runtimes read."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,7 @@ from dsv4.repair.context import (
     NEEDS_SOURCE,
     RepairContext,
     is_broken,
-    level1_findings,
-    set_aside,
+    remove_broken,
     write_index,
 )
 from dsv4.repair.shards_on_disk import (
@@ -36,7 +36,7 @@ from dsv4.verification.checks import conversation, turboquant_files
 from dsv4.verification.checks.documents import group_size
 from dsv4.verification.report.findings import Findings
 
-# Faults, by how their names begin → the files that hold them, for those that patch writes.
+# Prefix of a finding's name → the files with the fault, for files that patch writes.
 DOCUMENTS = ("config.json", "generation_config.json", "jang_config.json", "tokenizer_config.json")
 METADATA = {
     "config-runs-code": DOCUMENTS,
@@ -52,7 +52,7 @@ METADATA = {
     "jang-config-": ("jang_config.json",),
     "turbo-config-": turboquant_files.DOCUMENTS,
 }
-# Faults that a file of the source cures → that file; "" where only absence or JSON was at fault.
+# Finding → the file to copy from the source; "" when that file is missing or no JSON anyway.
 FILES = {
     "encoding-missing": "",
     "encoding-differs": ENCODING,
@@ -67,51 +67,57 @@ FILES = {
 }
 
 
-def mend_index(repair: RepairContext) -> None:
-    """The index names what the shards hold. What it calls missing is another checkpoint's: the
-    bundle's own shards are there, or no step had begun."""
-    found = level1_findings(repair).names
-    named = [n for n in sorted(found) if n.startswith("index-") or n == "shard-missing"]
-    if named and repair.report(", ".join(named), f"rebuilt: {INDEX}"):
-        repair.backup.keep([INDEX])
-        write_index(repair)
+def plan_index(repair: RepairContext) -> None:
+    """Plan a new index when it does not match the shards.
+
+    A shard that it names and the folder lacks is another checkpoint's: repair does not start when
+    one of the bundle's own shards is missing.
+    """
+    found = repair.findings.names
+    faults = [n for n in sorted(found) if n.startswith("index-") or n == "shard-missing"]
+    if faults:
+        write = functools.partial(write_index, repair)
+        repair.plan(", ".join(faults), f"rebuilt: {INDEX}", write)
 
 
-def mend_files(repair: RepairContext) -> None:
-    """Tokenizer and encoding files that are missing, empty or broken: from source or reference."""
-    named = sorted(level1_findings(repair).names & set(FILES))
-    if not named:
+def plan_files(repair: RepairContext) -> None:
+    """Plan copies of missing or wrong tokenizer and encoding files, from source or reference."""
+    faults = sorted(repair.findings.names & set(FILES))
+    if not faults:
         return
-    origin = repair.args.reference or repair.args.source
+    origin = repair.options.reference or repair.options.source
     if origin is None:
-        raise UserError(f"{repair.bundle}", ", ".join(named), "tokenizer and encoding files",
+        raise UserError(f"{repair.bundle}", ", ".join(faults), "tokenizer and encoding files",
                    f"{NEEDS_SOURCE}, or a bundle that has them: REFERENCE=…")  # fmt: skip
     bad = {n for n in REQUIRED if n.endswith(".json") and is_broken(repair.bundle, n)}
-    bad |= {FILES[name] for name in named}
-    bad |= {conversation.SPECIAL} if "special-token-wrong" in named else set()
+    bad |= {FILES[name] for name in faults}
+    bad |= {conversation.SPECIAL} if "special-token-wrong" in faults else set()
     names = [n for n in required_files(origin) if n in bad or size_of(repair.bundle / n) == 0]
-    stale = {conversation.SPECIAL} & bad - set(required_files(origin))  # the source does without it
-    done = f"copied from {origin}: {', '.join(names)}" if names else "moved away"
-    if repair.report(", ".join(named), done):
+    stale = {conversation.SPECIAL} & bad - set(required_files(origin))  # the source has none
+    change = f"copied from {origin}: {', '.join(names)}" if names else "moved away"
+
+    def apply() -> None:
         repair.backup.keep([*names, *sorted(stale)])
         copy_files(origin, repair.bundle, names)
         for name in stale:
             safe_paths.remove(repair.bundle, name)
 
+    repair.plan(", ".join(faults), change, apply)
+
 
 def size_of(path: Path) -> int:
-    """A file's size in bytes; 0 when it is not there."""
+    """Return a file's size in bytes, 0 when it does not exist."""
     return path.stat().st_size if path.is_file() else 0
 
 
-def mend_metadata(repair: RepairContext) -> None:
-    """Labels, stop tokens, template, group size: each JSON file in which a fault lies."""
-    found = level1_findings(repair)
+def plan_metadata(repair: RepairContext) -> None:
+    """Plan every JSON file with a fault: labels, stop tokens, template, group size."""
+    found = repair.findings
     files = {f for name in found.names for start, of in METADATA.items() if name.startswith(start)
              for f in of}  # fmt: skip
     bundle = open_by_shards(repair.bundle)
     makers = {
-        "config.json": lambda: relabelled_config(repair, bundle),
+        "config.json": lambda: relabelled_config(repair),
         "generation_config.json": lambda: runtime_documents.generation_config(repair.bundle),
         "tokenizer_config.json": lambda: tokenizer_config(repair, found),
         "jang_config.json": lambda: jang_config(repair, found),
@@ -119,24 +125,26 @@ def mend_metadata(repair: RepairContext) -> None:
     if repair.experts or recorded_quantizer(bundle) != bundle.config.get(labels.RECORD):
         files.add("config.json")
     if any(name.startswith("chat-template") for name in found.names):
-        repair.attempt(mend_template)
+        repair.attempt(plan_template)
     for name in sorted(files):
-        repair.attempt(mend_document, name, makers[name])
+        repair.attempt(plan_document, name, makers[name])
 
 
-def mend_template(repair: RepairContext) -> None:
-    """Write chat_template.jinja as it is to go with tokenizer_config.json, if that changes it."""
-    name = CHAT_TEMPLATE
-    path = repair.bundle / name
+def plan_template(repair: RepairContext) -> None:
+    """Plan chat_template.jinja with the text that tokenizer_config.json gets."""
+    path = repair.bundle / CHAT_TEMPLATE
     text = right_template(repair).encode()
-    same = path.is_file() and limits.read_bounded(path) == text
-    if not same and repair.report(f"{name}: another template than runtimes need", "written"):
-        repair.backup.keep([name])
-        write_bytes(path, text)
+
+    def apply() -> None:
+        repair.backup.keep([CHAT_TEMPLATE])
+        write_bytes(path, right_template(repair).encode())
+
+    if not path.is_file() or limits.read_bounded(path) != text:
+        repair.plan(f"{CHAT_TEMPLATE}: another template than runtimes need", "written", apply)
 
 
 def right_template(repair: RepairContext) -> str:
-    """The text for both places: one that is there and right, else this recipe's."""
+    """Return the template for both places: a right one of the bundle, else this recipe's."""
     folder = repair.bundle
     encoding = folder / ENCODING
     release = (
@@ -149,25 +157,37 @@ def right_template(repair: RepairContext) -> str:
     return template_for(folder)
 
 
-def mend_document(repair: RepairContext, name: str, make: Callable[[], dict[str, Any]]) -> None:
-    """Write one JSON file, if that changes it."""
-    if not repair.args.dry_run:
-        set_aside(repair, [name])
-    elif is_broken(repair.bundle, name):
-        repair.report(f"{name}: no JSON object", "made anew")
-        return
+def plan_document(repair: RepairContext, name: str, make: Callable[[], dict[str, Any]]) -> None:
+    """Plan one JSON file, if that changes it.
+
+    The content is made again when the action is applied, after the actions before it.
+    """
     source = repair.source.folder if repair.source is not None else None
-    content = runtime_documents.cleaned(repair.bundle, source, name, make())
-    runtime_documents.check_json(name, content)
-    changes = runtime_documents.changed_keys(repair.bundle, {name: content})
+
+    def content() -> dict[str, Any]:
+        made = runtime_documents.cleaned(repair.bundle, source, name, make())
+        runtime_documents.check_json(name, made)
+        return made
+
+    def apply() -> None:
+        remove_broken(repair, [name])
+        made = content()
+        if runtime_documents.changed_keys(repair.bundle, {name: made}):
+            repair.backup.keep([name])
+            write_json(repair.bundle / name, made)
+
+    if is_broken(repair.bundle, name):
+        repair.plan(f"{name}: no JSON object", "made anew", apply)
+        return
+    changes = runtime_documents.changed_keys(repair.bundle, {name: content()})
     keys = [change.removeprefix(f"{name}: ") for change in changes]
-    if changes and repair.report(f"{name}: other {', '.join(keys)} than runtimes need", "set"):
-        repair.backup.keep([name])
-        write_json(repair.bundle / name, content)
+    if changes:
+        repair.plan(f"{name}: other {', '.join(keys)} than runtimes need", "set", apply)
 
 
-def relabelled_config(repair: RepairContext, bundle: Checkpoint) -> dict[str, Any]:
-    """config.json with labels as the experts lie there, or as they were if some are wrong still."""
+def relabelled_config(repair: RepairContext) -> dict[str, Any]:
+    """Return config.json with the labels of the stored experts; the old ones if some are wrong."""
+    bundle = open_by_shards(repair.bundle)
     experts = repair.experts
     if experts is None and foreign_layouts.keeps_experts(foreign_layouts.scan_bundle(bundle)):
         return foreign_layouts.patched_config(repair)
@@ -183,7 +203,7 @@ def relabelled_config(repair: RepairContext, bundle: Checkpoint) -> dict[str, An
 
 
 def recorded_quantizer(bundle: Checkpoint) -> dict[str, str] | None:
-    """config.json's record of the quantizer: as the shards' marks have it, else its own."""
+    """Return the record of the quantizer: by the shards' metadata, else config.json's own."""
     keys = ("requantize_quantizer", "requantize_table")
     marks = {
         tuple(bundle.shards[file].metadata.get(key) for key in keys)
@@ -195,7 +215,7 @@ def recorded_quantizer(bundle: Checkpoint) -> dict[str, str] | None:
 
 
 def tokenizer_config(repair: RepairContext, found: Findings) -> dict[str, Any]:
-    """tokenizer_config.json with this recipe's template where the file's own is wrong."""
+    """Return tokenizer_config.json, with this recipe's template where the file's own is wrong."""
     content = runtime_documents.tokenizer_config(repair.bundle)
     if any(name.startswith("chat-template") for name in found.names):
         content["chat_template"] = right_template(repair)
@@ -203,11 +223,11 @@ def tokenizer_config(repair: RepairContext, found: Findings) -> dict[str, Any]:
 
 
 def jang_config(repair: RepairContext, found: Findings) -> dict[str, Any]:
-    """jang_config.json; what it says of its source stays, and so do groups that are right."""
+    """Return jang_config.json. Its record of the source and right group sizes stay."""
     path = repair.bundle / "jang_config.json"
     own = read_json(path) if path.is_file() else {}
     kept = {key: own[key] for key in ("source_model", "source") if key in own}
-    content = runtime_documents.jang_config(repair.bundle, repair.args.source) | kept
+    content = runtime_documents.jang_config(repair.bundle, repair.options.source) | kept
     bundle = foreign_layouts.scan_bundle(open_by_shards(repair.bundle))
     quantized = own.get("quantization")
     if "jang-config-group-size" in found:

@@ -1,4 +1,4 @@
-"""The engine of repair: its steps in order, the judgement at the end, and the undo."""
+"""Repair and undo: look at the bundle, plan actions, apply them, and look again."""
 
 from __future__ import annotations
 
@@ -7,37 +7,46 @@ from pathlib import Path
 
 from dsv4.conversion.bundle_files import remove_leftovers
 from dsv4.conversion.job_array import JobPart
-from dsv4.repair.context import RepairContext
-from dsv4.repair.document_steps import mend_files, mend_index, mend_metadata
+from dsv4.errors import UserError
+from dsv4.repair.context import Action, RepairContext
+from dsv4.repair.document_steps import plan_files, plan_index, plan_metadata
 from dsv4.repair.folder_steps import (
     config_fault,
     list_system_files,
-    mend_config,
-    mend_sidecar,
-    mend_strangers,
+    plan_config,
+    plan_sidecar,
+    plan_strangers,
 )
-from dsv4.repair.shard_steps import mend_shards
+from dsv4.repair.shard_steps import plan_shards
 from dsv4.storage import locks, safe_paths
 from dsv4.storage.atomic import format_bytes
 from dsv4.storage.backup import FOLDER, Backup
-from dsv4.text import print_escaped
+from dsv4.text import LINE, escape_line, print_escaped
 from dsv4.verification import verify
 
-# Of the toolchain, not of the bundle: named, but nothing that is left to repair.
+# Findings about the toolchain: reported, but not the bundle's to repair.
 TOOLCHAIN = {"loader-unpatched", "loader-unknown", "loader-not-checked"}
+# In this order they are applied: each step may need what the ones before it write.
+PLANNERS = (plan_strangers, plan_shards, plan_index, plan_files, plan_metadata, plan_sidecar)
 
 
 def repair_bundle(repair: RepairContext) -> None:
-    """All steps, in the order in which one needs the other."""
+    """Plan and apply actions until a look at the bundle plans none that is new.
+
+    One round is the rule. More are needed when a file that was missing or broken hid other faults,
+    as an unusable config.json does. A dry run prints the first plan and applies nothing.
+    """
     list_system_files(repair.bundle)
-    repair.attempt(mend_config)
-    if config_fault(repair):
-        print("what else is to be done shows when config.json can be used")
-    else:
-        first = (mend_strangers, mend_shards, mend_index)
-        for step in (*first, mend_files, mend_metadata, mend_sidecar):
-            repair.attempt(step)
-    if not repair.steps and not repair.left:
+    errors: dict[Action, str] = {}
+    applied: list[Action] = []
+    while actions := [a for a in make_plan(repair) if a not in applied]:
+        print_plan(actions, repair.options.dry_run)
+        applied += actions
+        if repair.options.dry_run:
+            break
+        errors |= apply_plan(actions)
+    repair.left += [errors[action] for action in repair.actions if action in errors]
+    if not applied and not repair.left:
         print("nothing to repair")
     names = repair.backup.originals
     if names:
@@ -45,8 +54,39 @@ def repair_bundle(repair: RepairContext) -> None:
               f"{format_bytes(repair.backup.nbytes)}: make unrepair puts them back")  # fmt: skip
 
 
+def make_plan(repair: RepairContext) -> list[Action]:
+    """Look at the bundle and return the actions that it needs, in order."""
+    repair.look()
+    repair.attempt(plan_config)
+    if config_fault(repair):
+        print("what else is to be done shows when config.json can be used")
+    else:
+        for planner in PLANNERS:
+            repair.attempt(planner)
+    return repair.actions
+
+
+def print_plan(actions: list[Action], dry_run: bool) -> None:
+    """Print one line for each action."""
+    would = "would be " if dry_run else ""
+    for action in actions:
+        found, change = escape_line(action.found, LINE), escape_line(action.change, LINE)
+        print_escaped(f"{found}; {would}{change}")
+
+
+def apply_plan(actions: list[Action]) -> dict[Action, str]:
+    """Apply every action; return those that failed, each with its error line."""
+    errors = {}
+    for action in actions:
+        try:
+            action.apply()
+        except UserError as error:
+            errors[action] = f"{error}"
+    return errors
+
+
 def undo_repair(bundle: Path) -> int:
-    """Put every original back."""
+    """Put every original back, and remove the files that repair created."""
     if safe_paths.file_type(bundle, FOLDER) == safe_paths.NOTHING:
         print(f"{bundle}: not repaired, nothing to undo")
         return 0
@@ -61,8 +101,8 @@ def undo_repair(bundle: Path) -> int:
 
 
 def print_remaining(repair: RepairContext) -> list[str]:
-    """verify's level 1 on the result, printed; the names of what is still wrong with the bundle."""
-    args = argparse.Namespace(**vars(repair.args), level=1)
+    """Run and print verify's level 1; return the names of the bundle's remaining errors."""
+    args = argparse.Namespace(**vars(repair.options), level=1)
     done = verify.verify(args)
     print_escaped(verify.describe_checks(args, done))
     verify.print_findings(done.findings)

@@ -1,10 +1,12 @@
-"""repair's first steps: config.json, and the files beside the bundle's own.
+"""Plan the repair of config.json and of files that are not the bundle's own.
 
-The other steps count by config.json, and MLX loads every shard that it finds, so both come first.
+The other steps read sizes from config.json, and MLX loads every shard in the folder, so both come
+first.
 """
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,10 @@ from dsv4.verification.checks.headers import COUNTS
 
 
 def config_fault(repair: RepairContext) -> str:
-    """Why config.json cannot be used; '' when it can. It has every count that the source has."""
+    """Return why config.json cannot be used, '' when it can.
+
+    A count that the source has must be in it.
+    """
     folder = repair.bundle
     try:
         config = read_config(folder)
@@ -48,28 +53,31 @@ def config_fault(repair: RepairContext) -> str:
                 and not config_count(config, key, folder)
             ):
                 raise UserError(f"{folder / 'config.json'}: {key}", "0", "1 or more", "restore it")
-    except UserError as stop:
-        return f"{stop}"
+    except UserError as error:
+        return f"{error}"
     return ""
 
 
-def mend_config(repair: RepairContext) -> None:
-    """A config.json that cannot be used is made anew, from the source's and the shards."""
+def plan_config(repair: RepairContext) -> None:
+    """Plan a new config.json from the source's and the shards, when it cannot be used."""
     if not (fault := config_fault(repair)):
         return
     if repair.source is None:
         raise UserError(fault, "no source", "its config.json", NEEDS_SOURCE)
     content = rebuilt_config(repair, open_with(repair.bundle, repair.source.config))
-    if repair.report(f"config-broken: {fault}", "made anew from the source's config.json"):
+
+    def apply() -> None:
         repair.backup.keep(["config.json"])
         write_json(repair.bundle / "config.json", content)
 
+    repair.plan(f"config-broken: {fault}", "made anew from the source's config.json", apply)
+
 
 def rebuilt_config(repair: RepairContext, bundle: Checkpoint) -> dict[str, Any]:
-    """The source's config.json as a bundle has it, with labels as the experts lie there.
+    """Return the source's config.json as a bundle has it, with the labels of the stored experts.
 
-    FP4 bytes are labelled as what they are when the shards or --quantizer say that they were meant
-    so; else they are a stock bundle's, and to be made anew. Raises UserError for another model's
+    FP4 experts are labelled mxfp4 when the shards' metadata or --quantizer names such a format.
+    Otherwise they are a stock bundle's and will be made again. Raises UserError for another model's
     shards.
     """
     missing = missing_weights(weights_of(repair.source.tensors), bundle.tensors)
@@ -77,7 +85,7 @@ def rebuilt_config(repair: RepairContext, bundle: Checkpoint) -> dict[str, Any]:
         raise UserError(f"{bundle.folder}", f"no {missing[0]} ({len(missing):,} tensors missing)",
                    "every tensor of the source", "check SOURCE and BUNDLE")  # fmt: skip
     record = recorded_quantizer(bundle)
-    name = record["quantizer"] if record else repair.args.quantizer
+    name = record["quantizer"] if record else repair.options.quantizer
     experts = expert_formats(bundle)
     properties = quantizer_properties(name)
     stock = labels.MXFP4 in experts.values() and not properties.copies_fp4
@@ -91,10 +99,11 @@ def rebuilt_config(repair: RepairContext, bundle: Checkpoint) -> dict[str, Any]:
     return {**content, labels.RECORD: record} if record else content
 
 
-def mend_strangers(repair: RepairContext) -> None:
-    """Shards that are none of the bundle's are moved to the originals, whence undo brings them.
+def plan_strangers(repair: RepairContext) -> None:
+    """Plan to move shards that are not the bundle's to the backup, from which undo restores them.
 
-    Raises UserError when the bundle's own do not hold a whole model: then they may be what lacks.
+    Raises UserError when the bundle's own shards hold no whole model: a stranger may be the missing
+    one.
     """
     files = shard_files(repair.bundle)
     bundle = foreign_layouts.scan_bundle(open_by_shards(repair.bundle))
@@ -102,35 +111,46 @@ def mend_strangers(repair: RepairContext) -> None:
     strangers = sorted(shard_paths(repair.bundle) - known)
     if not strangers:
         return
-    named = f"shard-stranger: {join_some(strangers)}"
+    found = f"shard-stranger: {join_some(strangers)}"
     held = {name.rpartition(".")[0] for name in bundle.tensors}
     if not all(base in held for base in bundle.bases):
-        raise UserError(f"{repair.bundle}", named, "the index's shards alone to hold every expert",
+        raise UserError(f"{repair.bundle}", found, "the index's shards alone to hold every expert",
                    "see what else is named, then move them away")  # fmt: skip
-    if repair.report(named, f"moved to {repair.backup.files}"):
-        for name in strangers:
-            repair.attempt(move_to_originals, name)
+    move = functools.partial(move_to_backup, repair, strangers)
+    repair.plan(found, f"moved to {repair.backup.files}", move)
 
 
-def mend_sidecar(repair: RepairContext) -> None:
-    """What runtimes in Swift want to know of TurboQuant, in a bundle that this recipe made."""
+def plan_sidecar(repair: RepairContext) -> None:
+    """Plan the TurboQuant file that runtimes in Swift read, in a bundle that this recipe made."""
     bundle = foreign_layouts.scan_bundle(open_by_shards(repair.bundle))
     forms = turboquant_files.stack_formats(bundle)
     if not bundle.is_ours or {bits for _, bits in forms} != {turboquant.BITS}:
         return
     path, data = repair.bundle / SIDECAR, sidecar_bytes({columns for columns, _ in forms})
     same = path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data
-    if not same and repair.report(f"{SIDECAR}: other signs or levels than the codes'", "written"):
+
+    def apply() -> None:
         repair.backup.keep([SIDECAR])
         write_bytes(path, data)
 
+    if not same:
+        repair.plan(f"{SIDECAR}: other signs or levels than the codes'", "written", apply)
 
-def move_to_originals(repair: RepairContext, name: str) -> None:
-    repair.backup.take(name)
+
+def move_to_backup(repair: RepairContext, names: list[str]) -> None:
+    """Move every file that can be moved. Raises the first UserError after that."""
+    errors = []
+    for name in names:
+        try:
+            repair.backup.take(name)
+        except UserError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 def list_system_files(bundle: Path) -> None:
-    """Name what a system left in the folder: it stays, and no runtime reads it."""
+    """Print the operating system's own files in the folder. They stay; no runtime reads them."""
     files = [name for name in list_files(bundle) if is_system_file(name)]
     if files:
         print(f"left alone: {join_some(files)}; the system's own, which no runtime reads")

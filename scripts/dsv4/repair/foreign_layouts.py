@@ -1,15 +1,13 @@
-"""What repair does to bundles that are not stored as this recipe stores them.
+"""Plan the repair of bundles that are not stored as this recipe stores them.
 
-Their experts stay as they are, right or wrong: to make them anew is their maker's. Labels are made
-to say what the tensors are, under every name that a runtime looks up, and controls that were
-rounded are F32 again, from the source.
+Their experts stay as they are, right or wrong. Labels are corrected under every name that a runtime
+looks up. Rounded controls become F32 again, from the source.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 from dsv4.conversion import runtime_documents
@@ -17,22 +15,19 @@ from dsv4.errors import UserError
 from dsv4.model.labels import DEFAULT, MXFP8, SOURCE, TURBO, has_turboquant
 from dsv4.model.layouts import STORAGE
 from dsv4.model.names import is_control, parse_expert
-from dsv4.model.storage_view import StorageView
 from dsv4.repair.context import NEEDS_SOURCE, RepairContext
 from dsv4.repair.shards_on_disk import open_by_shards, wrong_experts
 from dsv4.storage.checkpoint import Checkpoint
-from dsv4.storage.safetensors_file import PendingTensor, Tensor, write_shard
-from dsv4.storage.tensor_reader import TensorReader
+from dsv4.storage.safetensors_file import Shard, Tensor, TensorSpec, header_bytes
+from dsv4.storage.shard_writer import NewShard, copy_pieces, write_shards
 from dsv4.verification.checks import turboquant_files
 from dsv4.verification.checks.documents import LABEL, is_plain, labels_in_use
 from dsv4.verification.checks.headers import label_at
 from dsv4.verification.scan import Scan
 
-PIECE = 8 << 20
-
 
 def scan_bundle(bundle: Checkpoint) -> Scan:
-    """A bundle opened by its shards, as the proof sees it."""
+    """Return a bundle that was opened by its shards as verification reads it."""
     return Scan(bundle, {}, {})
 
 
@@ -54,51 +49,45 @@ def is_uniform(bundle: Scan) -> bool:
     )
 
 
-def mend_controls(repair: RepairContext, bundle: Scan) -> None:
-    """Rewrite the shards that hold rounded controls. Raises UserError without a source that has
-    them."""
+def plan_controls(repair: RepairContext, bundle: Scan) -> None:
+    """Plan new shards with F32 controls. Raises UserError without a source that has them."""
     rounded = [n for n, t in bundle.tensors.items() if is_control(n) and t.dtype != "F32"]
     if not rounded:
         return
-    named = f"{len(rounded):,} controls not in F32 (controls-rounded)"
+    found = f"{len(rounded):,} controls not in F32 (controls-rounded)"
     if repair.source is None:
-        raise UserError(f"{repair.bundle}", named, "F32 controls of the source", NEEDS_SOURCE)
+        raise UserError(f"{repair.bundle}", found, "F32 controls of the source", NEEDS_SOURCE)
     odd = [n for n in rounded if not same_shape(repair.source.tensors.get(n), bundle.tensors[n])]
     if odd:
-        raise UserError(f"{repair.bundle}: {odd[0]}", "another shape than the source's", "the source's",
-                   "check SOURCE and BUNDLE")  # fmt: skip
+        raise UserError(f"{repair.bundle}: {odd[0]}", "another shape than the source's",
+                   "the source's", "check SOURCE and BUNDLE")  # fmt: skip
     files = sorted({bundle.tensors[name].path.name for name in rounded})
-    if repair.report(named, f"made F32 again from the source: {len(files)} shards"):
-        origins = {bundle.view.name_on_disk(name): repair.source.tensors[name] for name in rounded}
+    origins = {bundle.view.name_on_disk(name): repair.source.tensors[name] for name in rounded}
+
+    def apply() -> None:
+        shards = [updated_shard(bundle.view.shards[file], origins) for file in files]
+        repair.check_space(files, sum(shard.size for shard in shards))
         repair.backup.keep(files)
-        for file in files:
-            rewrite_shard(bundle.view, file, origins)
+        write_shards(shards, repair.options.jobs, lambda nbytes: None)
+
+    repair.plan(found, f"made F32 again from the source: {len(files)} shards", apply)
 
 
 def same_shape(origin: Tensor | None, rounded: Tensor) -> bool:
+    """Return True for an F32 tensor of the source with the shape of the bundle's tensor."""
     return origin is not None and origin.dtype == "F32" and origin.shape == rounded.shape
 
 
-def rewrite_shard(view: StorageView, file: str, origins: dict[str, Tensor]) -> None:
-    """One shard anew, with the tensors that `origins` names from there."""
-    shard = view.shards[file]
-    planned = []
-    for name, tensor in shard.tensors.items():
-        origin = origins.get(name, tensor)
-        planned.append(
-            PendingTensor(name, origin.dtype, tensor.shape, lambda of=origin: copy_tensor(of))
-        )
-    write_shard(shard.path, planned, shard.metadata)
-
-
-def copy_tensor(tensor: Tensor) -> Iterator[bytes]:
-    """A tensor's bytes, some at a time."""
-    reader = TensorReader()
-    try:
-        for first in range(0, tensor.nbytes, PIECE):
-            yield reader.read(tensor, first, min(PIECE, tensor.nbytes - first)).tobytes()
-    finally:
-        reader.close()
+def updated_shard(shard: Shard, origins: dict[str, Tensor]) -> NewShard:
+    """Return a shard with the same tensors in the same order, those in `origins` from there."""
+    tensors = {name: origins.get(name, tensor) for name, tensor in shard.tensors.items()}
+    specs = [TensorSpec(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
+    header = header_bytes(specs, shard.metadata)
+    pieces, offset = [], len(header)
+    for tensor in tensors.values():
+        pieces += copy_pieces(tensor.path, tensor.offset, offset, tensor.nbytes)
+        offset += tensor.nbytes
+    return NewShard(shard.path, header, offset, lambda: pieces)
 
 
 def patched_config(repair: RepairContext) -> dict[str, Any]:

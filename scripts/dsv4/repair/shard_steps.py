@@ -1,4 +1,4 @@
-"""repair's first step: wrong experts, rounded controls and a quantized head, from the source."""
+"""Plan new shards for wrong experts, rounded controls and a quantized head, from the source."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from dsv4.repair.shards_on_disk import (
 )
 from dsv4.storage.atomic import format_bytes
 from dsv4.storage.checkpoint import INDEX, Checkpoint
-from dsv4.storage.disk_space import check_free_space
 from dsv4.text import escape_line
 
 
-def mend_shards(repair: RepairContext) -> None:
-    """Wrong experts, rounded controls and a quantized head are made again, from the source."""
+def plan_shards(repair: RepairContext) -> None:
+    """Plan to make wrong experts, rounded controls and a quantized head from the source."""
     bundle, begun = open_by_shards(repair.bundle), repair.backup.unfinished
-    if foreign_layouts.keeps_experts(seen := foreign_layouts.scan_bundle(bundle)):
-        foreign_layouts.mend_controls(repair, seen)
+    if foreign_layouts.keeps_experts(scanned := foreign_layouts.scan_bundle(bundle)):
+        foreign_layouts.plan_controls(repair, scanned)
         return
     wrong = wrong_experts(bundle)
-    accepts_stock = quantizer_properties(repair.args.quantizer).accepts_stock
+    accepts_stock = quantizer_properties(repair.options.quantizer).accepts_stock
     as_fp4 = accepts_stock and repair.source is None and not begun
     if as_fp4 and wrong and all_fp4(bundle):
         found = f"{len(wrong):,} expert matrices of FP4 bytes (stock-experts)"
-        repair.report(found, "labelled mxfp4; not compared with the source")
+        change = "labelled mxfp4; not compared with the source"
+        repair.plan(found, change, lambda: None)  # config.json's own action writes the labels
         repair.experts, wrong = dict.fromkeys(expert_bases(bundle), labels.MXFP4), {}
     wrong |= dict.fromkeys(begun.get("experts", ()), "unfinished")
     controls, head = rounded_controls(bundle), has_quantized_head(bundle)
@@ -51,21 +51,21 @@ def mend_shards(repair: RepairContext) -> None:
                    "experts and F32 controls made of the source", NEEDS_SOURCE)  # fmt: skip
     if repair.source is not None and (found or head or begun):
         found += ["an 8-bit head, which mlx-vlm refuses"] if head else []
-        from_source(repair, bundle, wrong, ", ".join(found) or "an unfinished repair")
+        plan_from_source(repair, bundle, wrong, ", ".join(found) or "an unfinished repair")
 
 
 def all_fp4(bundle: Checkpoint) -> bool:
-    """True when every routed expert is stored as FP4 codes and their exponents."""
+    """Return True when every routed expert is stored as FP4 codes and exponents."""
     return all(one == labels.MXFP4 for one in expert_formats(bundle).values())
 
 
-def from_source(
+def plan_from_source(
     repair: RepairContext, bundle: Checkpoint, wrong: dict[str, str], found: str
 ) -> None:
-    """Rewrite the shards that need it. Raises UserError when source and bundle do not fit."""
-    before = recorded_in(repair.bundle, repair.args.quantizer)
-    stay = resolve_quantizer(repair.args, before)
-    quantizer, lack = quantizer_for(repair.args, repair.source, before, stay)
+    """Plan the shards to rewrite. Raises UserError when source and bundle do not fit."""
+    before = recorded_in(repair.bundle, repair.options.quantizer)
+    stay = resolve_quantizer(repair.options, before)
+    quantizer, lack = quantizer_for(repair.options, repair.source, before, stay)
     if lack and wrong:
         raise lack
     if quantizer.form.as_source and not (before and before.mark[0] == quantizer.name):
@@ -74,32 +74,38 @@ def from_source(
     made = shard_metadata.made_by(repair.source, quantizer)
     begun = repair.backup.unfinished.get("mark", made)
     if begun != made:
-        raise UserError(f"{repair.backup.folder}", f"a repair begun with {describe_mark(begun)}", describe_mark(made),
-                   "go on with those, or make unrepair")  # fmt: skip
+        raise UserError(f"{repair.backup.folder}", f"a repair begun with {describe_mark(begun)}",
+                   describe_mark(made), "go on with those, or make unrepair")  # fmt: skip
     mark = made if can_mark_all(bundle, wrong, quantizer, made) else {}
     plan = requantize.make_plan(
         repair.source,
         bundle,
         quantizer,
         JobPart(),
-        repair.args.jobs,
+        repair.options.jobs,
         frozenset(wrong),
         mark,
     )
-    size = sum(fate.size for fate in plan.work)
+    size = sum(update.size for update in plan.work)
     how = f"made again from the source ({quantizer.name}): {len(plan.todo)} of {len(plan.fates)} "
-    if repair.report(found, f"{how}shards, {format_bytes(size)}"):
-        rewrite(repair, plan, {"experts": sorted(wrong), "mark": made}, size)
     bases = expert_bases(bundle)
-    repair.experts = {base: quantizer.form.label(base) for base in bases} if wrong else None
+    experts = {base: quantizer.form.label(base) for base in bases} if wrong else None
+
+    def apply() -> None:
+        repair.experts = None  # the labels are right only once the shards are written
+        rewrite(repair, plan, {"experts": sorted(wrong), "mark": made}, size)
+        repair.experts = experts
+
+    repair.plan(found, f"{how}shards, {format_bytes(size)}", apply)
+    repair.experts = experts
 
 
 def can_mark_all(
     bundle: Checkpoint, wrong: dict[str, str], quantizer: Quantizer, made: dict[str, str]
 ) -> bool:
-    """May the new shards say who made their experts? Only when that is true of every shard.
+    """Return whether the new shards get provenance metadata: only if it holds for every shard.
 
-    Raises UserError when right experts, which stay, are stored in another way than the new ones.
+    Raises UserError when the right experts, which stay, have another format than the new ones.
     """
     if not wrong:
         return False
@@ -129,7 +135,7 @@ def was_requantized(bundle: Checkpoint, file: str) -> bool:
 
 
 def describe_mark(mark: dict[str, str]) -> str:
-    """A mark for a reader."""
+    """Return the quantizer and the source that provenance metadata names, as text."""
     name, table = mark.get("requantize_quantizer"), mark.get("requantize_table", "")
     source = mark.get("requantize_source", "")
     return f"QUANTIZER={escape_line(name)} (table {table[:8]}) and source {source[:8]}"
@@ -138,13 +144,12 @@ def describe_mark(mark: dict[str, str]) -> str:
 def rewrite(
     repair: RepairContext, plan: requantize.RequantizePlan, work: dict[str, Any], size: int
 ) -> None:
-    """Keep the originals, write the new shards, then the index. Raises UserError without the
-    room."""
+    """Keep the originals, write the new shards, then the index.
+
+    Raises UserError when the disk has no room for that.
+    """
     kept = [*plan.todo, INDEX]
-    copies = repair.backup.cost(kept)
-    why = f", {format_bytes(copies)} of it for copies of the originals" if copies else ""
-    todo = "free space on that volume, where the originals stay too"
-    check_free_space(repair.bundle, size + copies, why, todo)
+    repair.check_space(kept, size)
     if plan.todo:
         repair.backup.begin(work)
         repair.backup.keep(kept)

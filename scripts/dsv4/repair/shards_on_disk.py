@@ -1,4 +1,4 @@
-"""A bundle opened by its shards, whatever its index says, and what of it headers prove wrong."""
+"""Open a bundle by its shards, not by its index, and find the experts that headers prove wrong."""
 
 from __future__ import annotations
 
@@ -19,36 +19,37 @@ from dsv4.verification.report.findings import Findings
 
 
 def open_by_shards(folder: Path) -> Checkpoint:
-    """The bundle with an index made of its shards, whatever the one on disk says.
+    """Open a bundle with a weight_map made from its shards' headers.
 
-    Raises UserError for an unreadable config.json, a missing or broken shard, a tensor in two of
-    them.
+    Raises UserError for an unreadable config.json, a missing or broken shard, and a tensor in two
+    shards.
     """
     return open_with(folder, read_config(folder))
 
 
 def open_with(folder: Path, config: dict[str, Any]) -> Checkpoint:
-    """The same with another config.json than the folder's. Raises UserError as `open_whole`
-    does."""
+    """Open a bundle by its shards with this config. Raises UserError as `open_by_shards` does."""
     shards = {file: read_shard(folder / file) for file in shard_files(folder)}
     weight_map: dict[str, str] = {}
     for file, shard in shards.items():
         for name in shard.tensors:
             if name in weight_map:
-                raise UserError(f"{folder}: {name}", f"it in {weight_map[name]} and {file}", "one shard",
-                           "fetch or convert it again")  # fmt: skip
+                found = f"it in {weight_map[name]} and {file}"
+                todo = "fetch or convert it again"
+                raise UserError(f"{folder}: {name}", found, "one shard", todo)
             weight_map[name] = file
     return Checkpoint(folder, config, weight_map, shards)
 
 
 def shard_paths(folder: Path) -> set[str]:
-    """What has a shard's name in a bundle; hidden files are no shards, a folder may be one's."""
+    """Return the names in a bundle that end as a shard's, folders too, without hidden ones."""
     return {path.name for path in folder.glob("*.safetensors") if path.name[0] != "."}
 
 
 def shard_files(folder: Path) -> list[str]:
-    """The shards that the index names, and others of their set. When one of these is missing, or
-    there is no index to go by: the one whole set that is there and holds a model.
+    """Return the shards that the index names, and the others of their set.
+
+    If one of these is missing, or there is no index: the one complete set that holds a model.
 
     An index can be another checkpoint's: mlx-vlm's convert leaves the source's (mlx-vlm#624).
     Raises UserError when no set is whole.
@@ -79,8 +80,10 @@ def shard_files(folder: Path) -> list[str]:
 
 
 def model_of(folder: Path, files: list[str]) -> set[str]:
-    """The tensors of these shards, when all can be read and together they hold an MLX model: its
-    embedding, and all experts of as many layers as they name; else nothing."""
+    """Return the tensor names of these shards if together they hold an MLX model, else nothing.
+
+    A model has its embedding, and all experts of as many layers as the names tell.
+    """
     try:
         tensors = {n: t for file in files for n, t in read_shard(folder / file).tensors.items()}
     except UserError:
@@ -94,28 +97,28 @@ def model_of(folder: Path, files: list[str]) -> set[str]:
 
 
 def parse_set_name(file: str) -> tuple[str, str]:
-    """The set that a shard's own name calls for: (NAME, N) of NAME-k-of-N; else (file, "")."""
+    """Return the set that a shard belongs to: (NAME, N) for NAME-k-of-N, else (file, "")."""
     numbered = re.fullmatch(r"(.+)-[0-9]{5}-of-([0-9]{5})\.safetensors", file)
     return (numbered[1], numbered[2]) if numbered else (file, "")
 
 
 def set_names(of: tuple[str, str]) -> list[str]:
-    """The names of a whole set: NAME-00001-of-N to NAME-N-of-N."""
+    """Return the file names of a complete set: NAME-00001-of-N to NAME-N-of-N."""
     name, n = of
     return [f"{name}-{k:05d}-of-{n}.safetensors" for k in range(1, int(n) + 1)] if n else [name]
 
 
 def parts_of(bundle: Checkpoint, base: str) -> dict[str, Tensor]:
-    """A module's tensors that are there: 'weight', 'scales', 'biases'."""
+    """Return a module's existing tensors by part: 'weight', 'scales', 'biases'."""
     names = {part: f"{base}.{part}" for part in ("weight", "scales", "biases")}
     return {part: bundle.tensors[name] for part, name in names.items() if name in bundle.tensors}
 
 
 def wrong_experts(bundle: Checkpoint) -> dict[str, str]:
-    """Storage name → fault, of the routed-expert matrices that headers prove wrong.
+    """Return storage name → fault for the routed-expert matrices that headers prove wrong.
 
-    FP4 bytes are right where a label says mxfp4, or the bundle tells that they were meant so. In a
-    bundle that requantize made, the experts of a shard without its mark are wrong too.
+    FP4 experts are right if a label says mxfp4, or if the bundle's record names such a quantizer.
+    In a bundle that requantize made, experts in a shard without its metadata are wrong too.
     """
     files = files_of_experts(bundle)
     marks = {f: bundle.shards[f].metadata.get("requantize_quantizer") for f in files}
@@ -137,12 +140,12 @@ def wrong_experts(bundle: Checkpoint) -> dict[str, str]:
 
 
 def expert_formats(bundle: Checkpoint) -> dict[str, dict[str, Any] | None]:
-    """Storage name → the label that a routed-expert matrix is stored by, None where none fits."""
+    """Return storage name → label of the stored routed-expert matrix, None where none fits."""
     return {base: expert_format(bundle, base) for base in expert_bases(bundle)}
 
 
 def expert_format(bundle: Checkpoint, base: str) -> dict[str, Any] | None:
-    """The label that one routed-expert matrix is stored by."""
+    """Return the label of one stored routed-expert matrix."""
     packed = bundle.tensors.get(f"{stack_base(base)}.tq_packed")
     columns = columns_of(base, bundle.config)
     if packed is not None and packed.shape and columns:
@@ -151,15 +154,15 @@ def expert_format(bundle: Checkpoint, base: str) -> dict[str, Any] | None:
 
 
 def files_of_experts(bundle: Checkpoint) -> set[str]:
-    """The shards that hold any part of a routed expert."""
+    """Return the shards that hold any part of a routed expert."""
     return {tensor.path.name for name, tensor in bundle.tensors.items() if is_expert(name)}
 
 
 def rounded_controls(bundle: Checkpoint) -> list[str]:
-    """Control tensors that are not F32."""
+    """Return the names of control tensors that are not F32."""
     return [n for n, t in bundle.tensors.items() if is_control(n) and t.dtype != "F32"]
 
 
 def has_quantized_head(bundle: Checkpoint) -> bool:
-    """True for a head that mlx-vlm cannot load; level 1 takes it, because other runtimes can."""
+    """Return True for a quantized head: mlx-vlm cannot load it, other runtimes can."""
     return "head.scales" in bundle.tensors

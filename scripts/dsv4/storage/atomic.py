@@ -1,4 +1,4 @@
-"""Files that are never half-written under their final name.
+"""Write files atomically: a file never has its final name before it is complete.
 
 A file is written beside its target under a temporary name, fsynced, renamed with `os.replace`, and
 the folder is fsynced, so that after a crash the name holds either the old bytes or all of the new.
@@ -35,7 +35,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def temporary_for(path: Path) -> Path:
-    """The name under which `path` is written until it is complete: hidden, in the same folder."""
+    """Return the hidden name in the same folder under which `path` is written."""
     return path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
 
 
@@ -63,7 +63,7 @@ class AtomicFile:
             self._done = False
 
     def commit(self) -> None:
-        """Make the bytes durable, then the name; `path` never names anything but whole files."""
+        """Make the bytes durable, then rename the temporary to `path`."""
         with safe_paths.with_full_path(self.path):
             self.file.flush()
             filesystem.flush(self.file.fileno(), self.path)
@@ -104,7 +104,7 @@ def atomic_writer(path: Path, root: Path | None = None) -> Iterator[IO[bytes]]:
 
 
 def write_bytes(path: Path, data: bytes, root: Path | None = None) -> bool:
-    """Give `path` the content `data`; False when it has it already and nothing was written."""
+    """Write `data` to `path`. Return False, and write nothing, when it has that content."""
     with with_path(path):
         if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data:
             return False
@@ -114,13 +114,13 @@ def write_bytes(path: Path, data: bytes, root: Path | None = None) -> bool:
 
 
 def write_json(path: Path, value: Any, root: Path | None = None) -> bool:
-    """Give `path` the JSON text of `value` (indent 2, UTF-8); False when nothing changed."""
+    """Write `value` as JSON (indent 2, UTF-8). Return False when nothing changed."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     return write_bytes(path, text.encode(), root)
 
 
 def copy_file(source: Path, target: Path, root: Path | None = None) -> bool:
-    """Copy one file durably; False when `target` has the same bytes already."""
+    """Copy one file durably. Return False when `target` has the same bytes."""
     with with_path(f"{source} or {target}"):  # a copy does not say which of the two it was
         if target.is_file() and filecmp.cmp(source, target, shallow=False):
             return False
@@ -131,13 +131,13 @@ def copy_file(source: Path, target: Path, root: Path | None = None) -> bool:
 
 
 def read_chunk(reader: IO[bytes], path: Path) -> bytes:
-    """The next megabyte of an open file, whose path an error names."""
+    """Read the next MiB of an open file. An OSError names `path`."""
     with with_path(path):
         return reader.read(1 << 20)
 
 
 def format_bytes(size: int) -> str:
-    """A byte count as people read it: `human(160_000_000_000)` is '160.0 GB (149.0 GiB)'."""
+    """Return a size as text: `format_bytes(160_000_000_000)` is '160.0 GB (149.0 GiB)'."""
     if size < 1 << 20:
         return f"{size:,} bytes"
     if size < 1e9:

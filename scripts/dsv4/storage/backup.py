@@ -1,4 +1,4 @@
-"""The files of a bundle as they were before it was repaired, in a hidden folder inside it.
+"""Back up the files that repair changes, in a hidden folder of the bundle, and restore them.
 
 BUNDLE/.before-repair/files/NAME is the original of NAME under a second name (a hard link), so that
 it costs nothing until the first name gets other bytes. The original is there, durably, before the
@@ -52,7 +52,7 @@ class Backup:
 
     @property
     def unfinished(self) -> dict[str, Any]:
-        """What `begin` was told and `finish` not yet; {} when nothing is under way."""
+        """Work that `begin` recorded and `finish` has not ended; {} for none."""
         return self._record.get("unfinished", {})
 
     @property
@@ -67,24 +67,23 @@ class Backup:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the disk that the originals cost: those that have no other name."""
+        """Disk bytes of the originals: those that have no second name."""
         stats = [(self.files / name).lstat() for name in self.originals]
         return sum(stat.st_size for stat in stats if stat.st_nlink <= 1)
 
     def cost(self, names: list[str]) -> int:
-        """Bytes that keeping the originals of `names` costs at once: none where files may have two
-        names, else those of copies."""
+        """Return the disk bytes for keeping `names`: 0 with hard links, else those of copies."""
         new = [name for name in names if not self._has(name) and (self.bundle / name).is_file()]
         if not new or filesystem.supports_hard_links(self.bundle):
             return 0
         return sum((self.bundle / name).stat().st_size for name in new)
 
     def begin(self, work: dict[str, Any]) -> None:
-        """Note work that a killed run must find again."""
+        """Record work that the next run must end if this one is killed."""
         self._write({"unfinished": work})
 
     def finish(self) -> None:
-        """The work that was begun is done."""
+        """Record that the work of `begin` is done."""
         if self.unfinished:
             self._write({"unfinished": {}})
 
@@ -157,13 +156,13 @@ class Backup:
 
 
 def is_leftover(name: str) -> bool:
-    """True for a temporary that a killed run left among the originals."""
+    """Return True for a temporary file that a killed run left among the originals."""
     last = name.rpartition("/")[2]
     return last.startswith(".") and last.endswith(TEMPORARY_SUFFIX)
 
 
 def check_visible_name(where: Path, name: str) -> str:
-    """A name of one of the bundle's files. Raises UserError when it leads out or is hidden."""
+    """Return `name`. Raises UserError when it leads out of the bundle or is hidden."""
     if safe_paths.check_name(f"{where}", name).startswith("."):
         raise UserError(
             f"{where}", f"the hidden name {short_repr(name)}", "a file of the bundle", TODO
@@ -172,7 +171,7 @@ def check_visible_name(where: Path, name: str) -> str:
 
 
 def validate_record(path: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """A record as it may be used. Raises UserError for types and names that no repair writes."""
+    """Return the validated record. Raises UserError for what repair never writes."""
     created, unfinished = record.get("created", []), record.get("unfinished", {})
     if not isinstance(created, list) or not isinstance(unfinished, dict):
         raise UserError(f"{path}", "another form", "what repair writes", TODO)
@@ -185,19 +184,16 @@ def validate_record(path: Path, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_work(experts: Any, mark: Any) -> bool:
-    """True for a list of names and a map of strings."""
+    """Return True for a list of names and a map of strings."""
     right = isinstance(experts, list) and isinstance(mark, dict)
     return right and all(isinstance(text, str) for text in (*experts, *mark.values()))
 
 
 def link_or_copy(root: Path, name: str, target: str) -> None:
-    """Give a file a second name; a symbolic link is made again, and where none can be, a copy."""
+    """Hard-link a file as `target`. Recreate a symbolic link; copy where links are unsupported."""
     with (
         safe_paths.open_parent(root, name) as (old, first),
-        safe_paths.open_parent(root, target, make=True) as (
-            new,
-            last,
-        ),
+        safe_paths.open_parent(root, target, make=True) as (new, last),
     ):
         if safe_paths.file_type_at(old, first) == LINK:  # as the hub's cache has them
             os.symlink(os.readlink(first, dir_fd=old), last, dir_fd=new)

@@ -1,7 +1,6 @@
-"""A folder of safetensors shards with an index and a config.json: the source and the bundle alike.
+"""Read a folder of safetensors shards with an index and a config.json: a source or a bundle.
 
-What stands here is true of any such folder, whatever model it holds. Reading it takes JSON and
-headers only: seconds for 180 GB.
+Nothing here depends on the model. Only JSON and headers are read: seconds for 180 GB.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from dsv4.storage.safetensors_file import Shard, Tensor, read_shard
 from dsv4.text import escape_line, short_repr
 
 INDEX = "model.safetensors.index.json"
-SIDECAR = "jangtq_runtime.safetensors"  # no shard: what vMLX in Swift wants to know of TurboQuant
+SIDECAR = "jangtq_runtime.safetensors"  # no shard: TurboQuant data for vMLX in Swift
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Checkpoint:
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by name, over all shards."""
+        """Every tensor of all shards by name."""
         return {n: t for shard in self.shards.values() for n, t in shard.tensors.items()}
 
     @property
@@ -43,8 +42,10 @@ class Checkpoint:
 
 
 def read_json(path: Path, form: Form = OBJECT) -> dict[str, Any]:
-    """Read a JSON object of a form (see typed.py). Raises Stop when the file is missing, larger
-    than any document here needs to be, a Git LFS pointer, not JSON, or of other types.
+    """Read a JSON object and validate it (see json_types.py).
+
+    Raises UserError when the file is missing, larger than limits.DOCUMENT, a Git LFS pointer, not
+    JSON, or of other types.
     """
     if not path.is_file():
         raise UserError(f"{path}", "no such file", "a JSON file", "check the folder")
@@ -52,7 +53,7 @@ def read_json(path: Path, form: Form = OBJECT) -> dict[str, Any]:
 
 
 def parse_json(data: bytes, where: str, form: Form = OBJECT) -> dict[str, Any]:
-    """The JSON object that `data` is the text of. Raises as `read_json` does."""
+    """Parse a JSON object. Raises UserError as `read_json` does."""
     todo = "restore this file"
     limits.check_json_size(data, where)
     try:
@@ -68,7 +69,7 @@ def parse_json(data: bytes, where: str, form: Form = OBJECT) -> dict[str, Any]:
 
 
 def read_index(folder: Path) -> dict[str, str]:
-    """Read the index's weight_map. Raises Stop when an entry leads out of the folder."""
+    """Read the index's weight_map. Raises UserError when an entry leads out of the folder."""
     path = folder / INDEX
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -87,14 +88,14 @@ def read_index(folder: Path) -> dict[str, str]:
 
 
 def is_file_name(file: Any) -> bool:
-    """True for what can name a file inside a folder, and nothing outside it."""
+    """Return True for a file name without a folder."""
     if not isinstance(file, str) or not 0 < len(file.encode()) <= 255:
         return False
     return Path(file).name == file and "\\" not in file and "\0" not in file
 
 
 def open_shards(folder: Path, files: set[str]) -> dict[str, Shard]:
-    """The headers of these shards. Raises Stop when one is missing or not whole."""
+    """Read the headers of these shards. Raises UserError when one is missing or broken."""
     missing = sorted(file for file in files if not (folder / file).is_file())
     if missing:
         raise UserError(
@@ -107,7 +108,7 @@ def open_shards(folder: Path, files: set[str]) -> dict[str, Shard]:
 
 
 def check_index(checkpoint: Checkpoint, todo: str) -> None:
-    """Raise Stop unless index and shards name the same tensors in the same shards."""
+    """Raise UserError unless index and shards name the same tensors in the same shards."""
     index = checkpoint.folder / INDEX
     for name, file in checkpoint.weight_map.items():
         if name not in checkpoint.shards[file].tensors:
@@ -126,7 +127,7 @@ def check_index(checkpoint: Checkpoint, todo: str) -> None:
 
 
 def check_strangers(checkpoint: Checkpoint, todo: str) -> None:
-    """Raise Stop when the folder holds a shard that the index does not name."""
+    """Raise UserError when the folder holds a shard that the index does not name."""
     on_disk = {path.name for path in checkpoint.folder.glob("*.safetensors")}
     known = {*checkpoint.shards, SIDECAR}
     strangers = sorted(n for n in on_disk - known if not n.startswith("."))

@@ -1,4 +1,4 @@
-"""Volumes and folders: how much there is, how much is free, and where a bundle is made."""
+"""Disk space: sizes of folders, free bytes of volumes, and the staging folder of a bundle."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 from dsv4.errors import UserError
 from dsv4.storage.atomic import format_bytes
 
-MARK = ".converting"  # in a workplace: a converter made this folder, and may empty it
+MARK = ".converting"  # in a staging folder: a converter made it, and may empty it
 
 
 def staging_folder(bundle: Path) -> Path:
-    """The hidden sibling in which a bundle is made."""
+    """Return the hidden sibling folder in which a bundle is made."""
     return bundle.with_name(f".{bundle.name}.converting")
 
 
 def existing_parent(path: Path) -> Path:
-    """The nearest folder of `path` that exists: where its volume is mounted."""
+    """Return `path` or its nearest parent that exists, to ask for its volume."""
     path = path.absolute()
     while not path.exists():
         path = path.parent
@@ -26,7 +26,7 @@ def existing_parent(path: Path) -> Path:
 
 
 def free_bytes(path: Path) -> int | None:
-    """Bytes that a user may still write on the volume of `path`; None where it does not say."""
+    """Return the bytes a user may still write on the volume of `path`, None if unknown."""
     try:
         stat = os.statvfs(existing_parent(path))
     except OSError as error:
@@ -37,8 +37,10 @@ def free_bytes(path: Path) -> int | None:
 
 
 def check_not_volume_root(bundle: Path) -> None:
-    """Raise UserError for the root of a volume: what is made beside it would lie on another one,
-    and could not take its name."""
+    """Raise UserError for the root of a volume.
+
+    The staging folder beside it would be on another volume, and could not be renamed to it.
+    """
     if bundle.is_mount():
         raise UserError(
             f"{bundle}", "a volume's own root", "a folder on it", f"BUNDLE={bundle}/NAME"
@@ -46,12 +48,10 @@ def check_not_volume_root(bundle: Path) -> None:
 
 
 def check_free_space(path: Path, need: int, why: str, todo: str) -> None:
-    """Raise UserError when the volume of `path` says that it lacks room for `need` bytes."""
-    there = free_bytes(path)
-    if there is not None and need > there:
-        raise UserError(
-            f"{path}", f"{format_bytes(there)} free", f"{format_bytes(need)}{why}", todo
-        )
+    """Raise UserError when the volume of `path` has less than `need` free bytes."""
+    free = free_bytes(path)
+    if free is not None and need > free:
+        raise UserError(f"{path}", f"{format_bytes(free)} free", f"{format_bytes(need)}{why}", todo)
 
 
 def same_volume(a: Path, b: Path) -> bool:
@@ -59,5 +59,5 @@ def same_volume(a: Path, b: Path) -> bool:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below `folder`; 0 when it is not there."""
+    """Return the bytes of all files below `folder`, 0 when it does not exist."""
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) if folder.exists() else 0

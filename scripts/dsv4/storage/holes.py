@@ -1,4 +1,4 @@
-"""Runs of zero bytes: what a download manager leaves where a piece of a file never came."""
+"""Find holes: runs of zero bytes where a download left out a piece of a file."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from dsv4.storage.safetensors_file import Tensor
 
 @numba.njit(nogil=True, cache=True)
 def first_run(data: np.ndarray, least: int, before: int) -> tuple[int, int]:
-    """Find the first `least` zeros in a row in `data`, uint8 and flat: (begin, begin + least).
+    """Return the first run of `least` zeros in `data` (flat uint8) as (begin, begin + least).
 
-    Where there are none, it is the zeros that `data` ends with, fewer than `least`, maybe none.
-    before: how many zeros lie before `data`; a run may begin among them, at a negative index.
+    Without one, return the run of fewer zeros at the end of `data`, which may be empty.
+    before: number of zeros before `data`. A run may begin among them, at a negative index.
 
-    A run that begins at `begin` has no other byte up to its end, so that end is looked at first,
-    and from there back to the last byte that is no zero: the next run can only begin behind it. No
-    byte is looked at twice, and of most pages one or two are.
+    The search starts at the end of a possible run and goes back to its last byte that is not zero.
+    The next run can only begin after that byte. No byte is read twice, and of most pages only one
+    or two bytes are read.
     """
     begin, seen = -before, 0  # what was seen so far is zeros from `begin` on
     while True:
@@ -33,18 +33,18 @@ def first_run(data: np.ndarray, least: int, before: int) -> tuple[int, int]:
 
 
 class HoleDetector:
-    """Looks for holes in what is read of tensors, in pieces of any size, one after another.
+    """Find holes in tensors that are read in pieces of any size, in order.
 
-    most: (name, dtype, bytes of a tensor) → how many zero bytes in a row are a hole, or None.
+    most: (name, dtype, bytes of a tensor) → number of zero bytes in a row that is a hole, or None.
     """
 
     def __init__(self, most: Callable[[str, str, int], int | None]) -> None:
         self._most = most
-        self._ends: dict[Tensor, tuple[int, int]] = {}  # how far it was read; zeros before that
-        self.holes: dict[Tensor, int] = {}  # tensor → the byte of the file from which on
+        self._ends: dict[Tensor, tuple[int, int]] = {}  # end of what was read; zeros before it
+        self.holes: dict[Tensor, int] = {}  # tensor → offset of the hole in the file
 
     def scan(self, tensor: Tensor, first: int, data: np.ndarray) -> None:
-        """Look at the bytes of a tensor from byte `first` on."""
+        """Scan the bytes of a tensor from byte `first` on."""
         least = self._most(tensor.name, tensor.dtype, tensor.nbytes)
         if least is None or tensor in self.holes:
             return

@@ -1,9 +1,9 @@
-"""Documents of the types that their readers count on.
+"""Validate the types of JSON values.
 
-A form is written as the values look: a type; a tuple of forms, one of which holds; `[form]`, a list
-of such; `{str: form}`, an object of any keys; `{"key": form, "other?": form}`, an object that has
-these keys, of which "other" may be missing; further keys are nobody's business. `None` is null.
-Numbers are finite and fit 64 bits, True is no number.
+A form looks like the values: a type; a tuple of forms, one of which must match; `[form]`, a list;
+`{str: form}`, an object with any keys; `{"key": form, "other?": form}`, an object with these keys,
+of which "other" may be missing. Additional keys are allowed. `None` is null. Numbers must be finite
+and fit 64 bits. True is no number.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from dsv4.errors import UserError
 from dsv4.text import escape_line, short_repr
 
 Form = Any
-OBJECT: Form = {}  # whose keys are nobody's business
+OBJECT: Form = {}  # any keys
 NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", None: "null"}
 
 
 def first_mismatch(value: Any, form: Form, where: str = "") -> tuple[str, str, str] | None:
-    """(where, found, expected) of the first part that is not of its form; None when all are.
+    """Return (where, found, expected) of the first part that does not match, None if all do.
 
-    >>> misfit({"a": [1, "x"]}, {"a": [int]})
+    >>> first_mismatch({"a": [1, "x"]}, {"a": [int]})
     ('a[1]', "'x'", 'a whole number')
     """
     if isinstance(form, tuple):
@@ -43,7 +43,7 @@ def first_mismatch(value: Any, form: Form, where: str = "") -> tuple[str, str, s
 
 
 def validate(path: Path | str, value: Any, form: Form, todo: str) -> Any:
-    """The value itself. Raises UserError when a part of it is not of its form."""
+    """Return the value. Raises UserError when a part of it does not match its form."""
     if odd := first_mismatch(value, form):
         where, found, expected = odd
         raise UserError(f"{path}: {where}" if where else f"{path}", found, expected, todo)
@@ -51,14 +51,14 @@ def validate(path: Path | str, value: Any, form: Form, todo: str) -> Any:
 
 
 def describe_schema(form: Form) -> str:
-    """A form in words."""
+    """Return a form in words."""
     if isinstance(form, (list, dict)):
         return "a list" if isinstance(form, list) else "an object"
     return " or ".join(map(describe_schema, form)) if isinstance(form, tuple) else NAMES[form]
 
 
 class Missing:
-    """Stands for the value of a key that is not there."""
+    """The value of a missing key, for messages."""
 
     def __repr__(self) -> str:
         return "nothing"

@@ -1,4 +1,4 @@
-"""How much a file may ask for, before it is read: every limit on what foreign files can cost.
+"""Limits on untrusted files, checked before they are read.
 
 They follow from the largest model of the family, DeepSeek-V4-Pro: 61 layers of 384 experts make
 70,272 expert matrices, 210,816 tensors of a bundle. Its index has some 20 MB, its config.json with
@@ -27,13 +27,13 @@ FILES = 20_000  # in a folder
 LAYERS = 1_000  # main or MTP
 MATRICES = DOCUMENT // 64  # of routed experts: an index names each, in 64 bytes at least
 IMATRIX = 16 << 30  # bytes
-POINTER = b"version https://git-lfs.github.com/spec/"  # how Git LFS begins what stands for a file
+POINTER = b"version https://git-lfs.github.com/spec/"  # first bytes of a Git LFS pointer
 
 
 def read_bounded(path: Path, most: int = DOCUMENT) -> bytes:
-    """A whole file of at most `most` bytes.
+    """Read a file of at most `most` bytes.
 
-    Raises UserError for a larger one, of which nothing is read, and for what is no plain file.
+    Raises UserError for a larger one, of which nothing is read, and for anything but a plain file.
     """
     with with_path(path):
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO would wait for its writer
@@ -49,8 +49,7 @@ def read_bounded(path: Path, most: int = DOCUMENT) -> bytes:
 
 
 def check_json_size(data: bytes, where: str) -> None:
-    """Raise UserError for JSON of more parts than any file here needs: a part takes 100 bytes
-    parsed."""
+    """Raise UserError for JSON with more than MARKS parts. A part takes 100 bytes once parsed."""
     marks = sum(data.count(mark) for mark in b",[{")
     if marks > MARKS:
         todo = "do not use this file"
@@ -58,23 +57,23 @@ def check_json_size(data: bytes, where: str) -> None:
 
 
 def check_lfs_pointer(data: bytes, where: str) -> None:
-    """Raise UserError when a file that begins with `data` is a Git LFS pointer: a clone without
-    LFS."""
+    """Raise UserError when `data`, a file's first bytes, is a Git LFS pointer."""
     if data.startswith(POINTER):
         raise UserError(where, "a Git LFS pointer in place of the file", "the file itself",
                    "fetch it: git lfs pull in its clone, or make download")  # fmt: skip
 
 
 def check_surrogates(data: bytes, value: Any) -> None:
-    """Raise UnicodeEncodeError when a string of `value`, which `data` is the JSON text of, has half
-    of a surrogate pair: it is no text, and could not be written again.
+    """Raise UnicodeEncodeError when a string of `value` has half of a surrogate pair.
+
+    Such a string could not be written again. data: the JSON text of `value`.
     """
     if b"\\ud" in data.lower():
         json.dumps(value, ensure_ascii=False).encode()
 
 
 def is_shallow(value: Any) -> bool:
-    """True when lists and objects lie at most DEPTH deep inside one another."""
+    """Return True when lists and objects are nested at most DEPTH deep."""
     level = [value] if isinstance(value, (dict, list)) else []
     for _ in range(DEPTH):
         level = [
@@ -89,8 +88,9 @@ def is_shallow(value: Any) -> bool:
 
 
 def list_files(folder: Path) -> dict[str, int]:
-    """Relative path → size in bytes, of every file below a folder; links to folders are not
-    entered. Raises UserError when there are more than FILES: that is no bundle.
+    """Return relative path → size in bytes of every file below a folder.
+
+    Links to folders are not entered. Raises UserError when there are more than FILES.
     """
     found: dict[str, int] = {}
     seen = 0

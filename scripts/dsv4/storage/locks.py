@@ -1,10 +1,10 @@
-"""One writer at a time: the lock that every stage takes before it changes a folder.
+"""Lock a folder before a stage changes it, so that one run writes at a time.
 
-A whole run holds FOLDER/.lock alone. Parts of one job hold it together, and each a file of its own,
-whose name says which part of which work it is: .part-K-of-N-WORK.lock. It stays when the part ends,
-so that a part of another division or of other work, which would overlap, is refused; a whole run
-removes them all. The system drops the locks of a process that dies. portalocker does the locking
-(flock); where a volume has no locks, it is up to the user (dsv4/storage/filesystem.py).
+A whole run holds FOLDER/.lock exclusively. Parts of one job share it, and each holds a file of its
+own, .part-K-of-N-WORK.lock. That file stays when the part ends, so that a part of another division
+or of other work, which would overlap, is refused. A whole run removes them all. The system drops
+the locks of a process that dies. portalocker does the locking (flock). On a volume without locks
+the user must start one run at a time (dsv4/storage/filesystem.py).
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ OF_PART = re.compile(r"\.part-([0-9]+)-of-([0-9]+)-([0-9a-f]{12})\.lock")
 
 
 def lock_for(folder: Path) -> Path:
-    """The lock of a whole folder: hidden."""
+    """Return the path of the lock of a whole folder."""
     return folder / LOCK
 
 
 def is_lock(name: str) -> bool:
-    """True for the name of a lock that is made here."""
+    """Return True for the name of a lock file of this module."""
     return name == LOCK or OF_PART.fullmatch(name) is not None
 
 
@@ -73,7 +73,7 @@ def check_parts(folder: Path, mine: str) -> None:
 
 
 def remove_stale(folder: Path) -> None:
-    """Remove the locks of parts: empty plain files of such a name."""
+    """Remove the lock files of parts, if they are empty plain files."""
     for path in folder.glob(f".part-*{LOCK}"):
         ours = is_lock(path.name) and safe_paths.file_type(folder, path.name) == safe_paths.FILE
         if ours and not path.stat().st_size:
@@ -84,8 +84,8 @@ def remove_stale(folder: Path) -> None:
 def _hold_lock_file(path: Path, alone: bool, stays: bool) -> Iterator[None]:
     """Hold one lock file, and remove it in the end unless it `stays`.
 
-    A link in its place is not followed, and nothing is waited for. Raises UserError for a link, for
-    what is no plain file, and for a file with content: that is somebody's, and no lock.
+    Does not wait and follows no link. Raises UserError for a link, for anything but a plain file,
+    and for a file with content, which is no lock.
     """
     handle = _open_and_lock(path, alone)
     try:
@@ -97,11 +97,11 @@ def _hold_lock_file(path: Path, alone: bool, stays: bool) -> Iterator[None]:
 
 
 def _open_and_lock(path: Path, alone: bool) -> int:
-    """Open and lock the file; its descriptor.
+    """Open and lock the file; return its descriptor.
 
-    A run that ends removes its lock: what was opened before and locked after holds nothing, and is
-    opened again. A file system that numbers files anew each time never agrees; that one there is a
-    file of that name is enough in the end.
+    A run that ends removes its lock file. A file that was opened before and locked after that locks
+    nothing, and is opened again. Some file systems return a new inode number at every stat; after
+    the last attempt, that the name exists is taken as proof.
     """
     for last in (False, False, True):
         handle = safe_paths.open_regular(path.parent, path.name, os.O_RDWR)
@@ -116,7 +116,7 @@ def _open_and_lock(path: Path, alone: bool) -> int:
 
 
 def _try_lock(handle: int, path: Path, alone: bool, last: bool) -> bool:
-    """Lock an open file; False when its name is another file's, or, the `last` time, gone."""
+    """Lock an open file; return False when its name is another file's or, at `last`, gone."""
     with with_path(path):
         status = os.fstat(handle)
     if status.st_size:

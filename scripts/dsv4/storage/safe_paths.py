@@ -1,9 +1,8 @@
-"""Names inside a folder that somebody else may have filled: nothing leads out of it.
+"""Open, make, rename and remove names inside an untrusted folder, never outside it.
 
-A name that a record holds is checked before it is used. Then it is opened from the folder's own
-descriptor, one part after another, and no symbolic link on the way is followed: what is made,
-renamed or removed lies in the folder itself. What lies in the way and is not ours is named and
-left alone. The folder itself may be reached through a link: the user named it.
+A name from a record is checked first. Then it is opened from the folder's descriptor, part by part,
+without following symbolic links. Anything unexpected in the way is reported and left alone. The
+folder itself may be reached through a link, because the user named it.
 """
 
 from __future__ import annotations
@@ -26,8 +25,7 @@ _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 def check_name(where: str, name: object) -> str:
-    """`name`, when it is a path that stays inside a folder. Raises UserError for any other
-    value."""
+    """Return `name` if it is a path inside a folder. Raises UserError for any other value."""
     parts = name.split("/") if isinstance(name, str) else [""]
     if {"", ".", ".."} & set(parts) or any(mark in f"{name}" for mark in ("\\", "\0")):
         raise UserError(where, f"the name {short_repr(name)}", "a path inside the folder",
@@ -37,9 +35,9 @@ def check_name(where: str, name: object) -> str:
 
 @contextlib.contextmanager
 def open_parent(root: Path, name: str, make: bool = False) -> Iterator[tuple[int, str]]:
-    """The open folder in which `name` lies, and the last part of its name.
+    """Open the parent folder of `name`; yield its descriptor and the last part of the name.
 
-    make: folders on the way that are missing are made. Raises UserError for a link or a file in the
+    make: make missing folders on the way. Raises UserError for a link or a file in the
     place of one, FileNotFoundError when one is missing.
     """
     *folders, last = check_name(f"{root}", name).split("/")
@@ -53,7 +51,7 @@ def open_parent(root: Path, name: str, make: bool = False) -> Iterator[tuple[int
 
 
 def _open_subfolder(handle: int, part: str, path: Path, make: bool) -> int:
-    """Open a folder in an open folder, which is closed then."""
+    """Open a folder in an open folder, and close that one."""
     if make and file_type_at(handle, part) == NOTHING:
         with contextlib.suppress(FileExistsError), with_full_path(path):
             os.mkdir(part, dir_fd=handle)
@@ -68,7 +66,7 @@ def _open_subfolder(handle: int, part: str, path: Path, make: bool) -> int:
 
 @contextlib.contextmanager
 def with_full_path(path: Path) -> Iterator[None]:
-    """Give an operating-system error the whole path; relative to a descriptor it has a part."""
+    """Raise OSErrors with the whole path: calls relative to a descriptor know a part only."""
     try:
         yield
     except OSError as error:
@@ -76,7 +74,7 @@ def with_full_path(path: Path) -> Iterator[None]:
 
 
 def file_type_at(handle: int, last: str) -> str:
-    """What lies under a name in an open folder: FILE, DIRECTORY, LINK, OTHER or NOTHING."""
+    """Return the type of a name in an open folder: FILE, DIRECTORY, LINK, OTHER or NOTHING."""
     try:
         mode = os.stat(last, dir_fd=handle, follow_symlinks=False).st_mode
     except FileNotFoundError:
@@ -87,7 +85,7 @@ def file_type_at(handle: int, last: str) -> str:
 
 
 def file_type(root: Path, name: str) -> str:
-    """What lies under a name inside `root`. Raises UserError for a link on the way to it."""
+    """Return the type of a name inside `root`. Raises UserError for a link on the way to it."""
     try:
         with open_parent(root, name) as (handle, last), with_full_path(root / name):
             return file_type_at(handle, last)
@@ -96,14 +94,14 @@ def file_type(root: Path, name: str) -> str:
 
 
 def expect_type(root: Path, name: str, *kinds: str) -> str:
-    """What lies under a name. Raises UserError when it is none of `kinds`."""
+    """Return the type of a name. Raises UserError when it is none of `kinds`."""
     if (found := file_type(root, name)) not in kinds:
         raise UserError(f"{root / name}", found, " or ".join(kinds), AWAY)
     return found
 
 
 def open_regular(root: Path, name: str, flags: int) -> int:
-    """Open a plain file that has no other name, for writing on in it; it is made when missing.
+    """Open a plain file without other hard links for writing; make it when missing.
 
     Raises UserError for anything else: a link, or a file that lies elsewhere too.
     """
@@ -134,7 +132,7 @@ def create_new(handle: int, last: str, path: Path) -> int:
 
 
 def move(root: Path, name: str, target: str, make: bool = False) -> None:
-    """Give a file or a link another name inside `root`, durably; what has that name goes.
+    """Rename a file or a link inside `root` durably, and replace what has that name.
 
     Two names of one file become one. Raises UserError for a folder in either place.
     """
@@ -158,7 +156,7 @@ def replace_at(old: int, source: str, new: int, last: str) -> None:
 
 
 def remove(root: Path, name: str) -> bool:
-    """Remove a plain file or a link itself; False when nothing is there. Raises UserError else."""
+    """Remove a file or a link itself. False when nothing is there. Raises UserError otherwise."""
     if expect_type(root, name, FILE, LINK, NOTHING) == NOTHING:
         return False
     with open_parent(root, name) as (handle, last), with_full_path(root / name):
@@ -168,7 +166,7 @@ def remove(root: Path, name: str) -> bool:
 
 
 def remove_folder(root: Path, name: str) -> bool:
-    """Remove a folder that is empty; False when it is not, or is none."""
+    """Remove an empty folder. Return False for anything else."""
     try:
         with open_parent(root, name) as (handle, last):
             os.rmdir(last, dir_fd=handle)
@@ -178,7 +176,7 @@ def remove_folder(root: Path, name: str) -> bool:
 
 
 def clear_folder(folder: Path, keep: set[str]) -> None:
-    """Remove everything in a folder that is ours but `keep`; a link goes, not what it leads to."""
+    """Remove everything in a folder but `keep`. Links are removed, not their targets."""
     for path in folder.iterdir():
         if path.name not in keep:
             whole = path.is_dir() and not path.is_symlink()

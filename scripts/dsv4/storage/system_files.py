@@ -1,7 +1,7 @@
-"""What systems leave in folders, and no program reads: Finder's and Explorer's own files.
+"""Recognize the files that macOS and Windows put into folders: Finder's and Explorer's own.
 
-macOS keeps a file's further attributes in a second one, ._NAME, where the volume has no place for
-them (exFAT, network shares); it looks like a shard by its name's end.
+On volumes without extended attributes (exFAT, network shares) macOS keeps those of NAME in ._NAME,
+which ends as a shard's name does.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ NAMES = {
 
 
 def is_system_file(name: str) -> bool:
-    """True for a relative path that is a system's own, or lies in such a folder.
+    """Return True for a relative path that is such a file, or lies in such a folder.
 
-    >>> is_junk("encoding/._encoding_dsv4.py"), is_junk("config.json")
+    >>> is_system_file("encoding/._encoding_dsv4.py"), is_system_file("config.json")
     (True, False)
     """
     return any(part in NAMES or part.startswith("._") for part in name.split("/"))
