@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import shutil
@@ -30,7 +29,7 @@ from dsv4.storage.safetensors_file import (
 from dsv4.storage.tensor_reader import TensorReader
 from dsv4.verification.numbers import compare
 from dsv4.verification.report.findings import Findings
-from dsv4.verification.verify import verify
+from dsv4.verification.verify import VerifyOptions, verify
 
 Arrays = dict[str, tuple[str, np.ndarray]]  # name → (safetensors dtype, array)
 
@@ -53,12 +52,11 @@ def judge(bundle: Path, source: Path | None, loader: bool = False, level: int = 
     """
     before = compare.get_quantizer, compare.BLOCK_WEIGHTS
     compare.get_quantizer, compare.BLOCK_WEIGHTS = shared, 1 << 11
-    args = argparse.Namespace(
-        bundle=bundle, source=source, level=level, python=Path(sys.executable),
-        without_loader=not loader, hashes=False, jobs=2, json=None, imatrix=None,
-    )  # fmt: skip
+    options = VerifyOptions(
+        bundle, source, level, Path(sys.executable), without_loader=not loader, jobs=2
+    )
     try:
-        return verify(args).findings
+        return verify(options).findings
     finally:
         compare.get_quantizer, compare.BLOCK_WEIGHTS = before
 

@@ -27,7 +27,8 @@ from dsv4.toolchain import patches
 from dsv4.verification.checks import check_all, conversation, documents
 from dsv4.verification.numbers import aggregate, case_table, compare, compare_all, kernels
 from dsv4.verification.numbers.tolerances import tolerance_for
-from dsv4.verification.report.findings import FAULTS, Findings
+from dsv4.verification.report.finding_types import FAULTS
+from dsv4.verification.report.findings import Findings
 from dsv4.verification.scan import scan
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from dsv4.conversion.job_array import JobPart
@@ -62,9 +61,17 @@ def undo_repair(bundle: Path) -> int:
 
 def print_remaining(repair: RepairContext) -> list[str]:
     """verify's level 1 on the result, printed; the names of what is still wrong with the bundle."""
-    args = argparse.Namespace(**vars(repair.args), level=1)
-    done = verify.verify(args)
-    print_escaped(verify.describe_checks(args, done))
+    args = repair.args
+    options = verify.VerifyOptions(
+        args.bundle,
+        args.source,
+        level=1,
+        python=args.python,
+        without_loader=args.without_loader,
+        jobs=args.jobs,
+    )
+    done = verify.verify(options)
+    print_escaped(verify.describe_checks(options, done))
     verify.print_findings(done.findings)
     names = [f.name for f in done.findings.errors if f.name not in TOOLCHAIN]
     return names if done.first else names or ["nothing-checked"]

@@ -25,7 +25,7 @@ from dsv4.storage.safetensors_file import PendingTensor, Tensor, write_shard
 from dsv4.storage.tensor_reader import TensorReader
 from dsv4.verification.checks import turboquant_files
 from dsv4.verification.checks.documents import LABEL, is_plain, labels_in_use
-from dsv4.verification.checks.headers import label_at
+from dsv4.verification.checks.stored_formats import label_at
 from dsv4.verification.scan import Scan
 
 PIECE = 8 << 20

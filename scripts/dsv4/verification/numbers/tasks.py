@@ -11,7 +11,7 @@ from dsv4.model.names import BLOCK, GROUP, expert_base, kind, parse_expert
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.limits import COLUMNS
 from dsv4.storage.safetensors_file import FLOATS, Tensor
-from dsv4.verification.checks.headers import module_parts, shape_of, stored_label
+from dsv4.verification.checks.stored_formats import module_parts, shape_of, stored_label
 from dsv4.verification.numbers.pruned import Kept
 from dsv4.verification.scan import Scan
 

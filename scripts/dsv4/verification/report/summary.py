@@ -8,8 +8,8 @@ from itertools import groupby
 
 from dsv4.storage.atomic import format_bytes
 from dsv4.text import escape_line
-from dsv4.verification.checks.headers import PARTS, label_at, shape_of
 from dsv4.verification.checks.runtimes import runtime_verdicts
+from dsv4.verification.checks.stored_formats import PARTS, label_at, shape_of
 from dsv4.verification.report.findings import Findings
 from dsv4.verification.scan import Scan
 
@@ -37,8 +37,9 @@ def summary_row(repo: str, size: int, bundle: Scan | None, findings: Findings) -
     loads = [name for name, why in runtime_verdicts(bundle, findings).items() if not why]
     loaded = sum(t.nbytes for name, t in bundle.tensors.items() if not name.startswith("mtp."))
     named = "unknown" if "layout-unknown" in findings else bundle.layout.name
-    return Row((repo, format_bytes(size), named, bits_by_kind(bundle), ", ".join(loads) or "none known",
-                format_bytes(loaded), faults))  # fmt: skip
+    runtimes = ", ".join(loads) or "none known"
+    bits, memory = bits_by_kind(bundle), format_bytes(loaded)
+    return Row((repo, format_bytes(size), named, bits, runtimes, memory, faults))
 
 
 def failed_row(repo: str, why: str) -> Row:
