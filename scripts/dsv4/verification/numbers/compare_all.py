@@ -93,7 +93,7 @@ class TensorWorker:
 
     def _reader(self) -> TensorReader:
         if not hasattr(self._local, "reader"):
-            watch = HoleDetector(most_zeros)  # each thread's own, whichever is appended last
+            watch = HoleDetector(most_zeros)  # local, so that no two threads share one
             self._local.reader = TensorReader(watch)
             self._watches.append(watch)
             self._readers.append(self._local.reader)
