@@ -1,4 +1,4 @@
-"""An examination of a bundle: both levels, what they found, in words and as verify.json has it."""
+"""Verify a bundle on both levels, and give the result as text and as verify.json."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class VerifyOptions:
 def level_one(
     options: VerifyOptions, source: Checkpoint | None, findings: Findings
 ) -> tuple[Scan | None, list[Check]]:
-    """Survey the bundle and run level 1."""
+    """Scan the bundle and run level 1."""
     bundle = scan(options.bundle, findings)
     if bundle is None:
         return None, []
@@ -81,7 +81,7 @@ def level_two(
 
 
 def print_findings(findings: Findings) -> None:
-    """Every finding, on stderr: its name, why it matters, where, and what repairs it."""
+    """Print every finding to stderr: name, why it matters, places, repair."""
     lines = []
     for finding in findings:
         fault = finding.fault
@@ -98,7 +98,7 @@ def print_findings(findings: Findings) -> None:
 
 
 def package_versions(python: Path | None) -> dict[str, Any]:
-    """This Python and, where there is one, the toolchain's packages."""
+    """Return the versions of this Python and of the toolchain's packages."""
     found: dict[str, Any] = {
         "verify_python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -114,7 +114,7 @@ def package_versions(python: Path | None) -> dict[str, Any]:
 
 
 def source_origin(folder: Path | None) -> dict[str, Any] | None:
-    """Where the source came from, as download recorded it: repository, revision, commit."""
+    """Return repository, revision and commit of the source, as download recorded them."""
     if folder is None:
         return None
     record = read_record(folder)
@@ -140,7 +140,7 @@ def size_table(bundle: Scan, source: Checkpoint | None) -> dict[str, Any]:
 
 @dataclass
 class Verification:
-    """What was found, before it is printed; `read` is level 2's part."""
+    """Result of verify. first and second: checks of the levels; read: level 2's numbers."""
 
     findings: Findings
     bundle: Scan | None
@@ -171,7 +171,7 @@ def verify(options: VerifyOptions) -> Verification:
 
 
 def describe_checks(options: VerifyOptions, done: Verification) -> str:
-    """What was checked, how many of it, and the worst of it."""
+    """Return what was checked, how much of it, and its worst value, as text."""
     lines = [
         escape_line(options.bundle),
         f"level 1, headers and JSON ({done.seconds['level 1']:.1f} s)",
@@ -193,7 +193,7 @@ def describe_checks(options: VerifyOptions, done: Verification) -> str:
 
 
 def verification_json(options: VerifyOptions, done: Verification) -> dict[str, Any]:
-    """The whole result, for report.py and other programs."""
+    """Return the whole result as verify.json holds it."""
     bundle, read = done.bundle, done.read
     hashes = dict(read.hashes) if read else {}
     if options.hashes and bundle and not read:

@@ -1,6 +1,6 @@
-"""Level 1: what a bundle's headers and JSON say, without one tensor read.
+"""Level 1: check index, names, shapes, dtypes and config.json, without reading a tensor.
 
-Every check takes a `Survey` (and the source's `Checkpoint`, where there is one), adds what is wrong
+Every check takes a `Scan` (and the source's `Checkpoint`, where there is one), adds what is wrong
 to the `Findings` and returns how much it looked at. None stops at the first fault.
 """
 

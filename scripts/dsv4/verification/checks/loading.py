@@ -1,7 +1,7 @@
 """Level 1: would the installed loaders give every parameter its tensor? Asked of themselves.
 
-`hollow` writes a folder with the bundle's JSON and shards that have its headers and holes for data:
-a 180 GB bundle takes the size of its headers on disk. replay.py lets the real loaders load
+`write_headers_only` writes a folder with the bundle's JSON and shards that have its headers and holes for data:
+a 180 GB bundle takes the size of its headers on disk. loader_replay.py lets the real loaders load
 that, in the toolchain's Python.
 """
 
@@ -56,7 +56,7 @@ def write_sparse_shard(path: Path, shard: Shard) -> None:
 
 
 def run_loader_replay(python: Path, bundle: Scan, runtime: str) -> dict[str, dict[str, Any]]:
-    """Loader → its answer, as replay.py gives it. Raises UserError when it cannot be asked."""
+    """Loader → its answer, as loader_replay.py gives it. Raises UserError when it cannot be asked."""
     with tempfile.TemporaryDirectory(prefix="hollow-") as folder:
         own_folders.make_own(Path(folder))  # if this process is killed, the child removes it
         out, log = Path(folder) / "answer.json", Path(folder) / "log"

@@ -1,4 +1,4 @@
-"""Level 2: every number of a bundle, and its files' SHA-256.
+"""Level 2: compare every number of a bundle and hash its files (SHA-256).
 
 The work goes shard by shard: each is hashed, and then the tensors whose weight lies in it are
 compared, so that most bytes come from the page cache the second time. Memory stays flat: tensors

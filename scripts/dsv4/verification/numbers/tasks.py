@@ -1,4 +1,4 @@
-"""What is compared with what, and what came of it."""
+"""Pair each source tensor with its counterpart (`Task`), and hold the result (`TensorResult`)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class TensorResult:
     what: expert, module, control or passthrough; how: what its values are stored as. energy and
     error are sums of squares. exact, explained and wrong count groups against the bytes that its
     quantizer gives; fragile ones could be rounded otherwise by another device. faults are (name,
-    where, found, expected); explained ones count as verdict.py's `judge_groups` says. worst: the
+    where, found, expected); explained ones count as aggregate.py's `judge_groups` says. worst: the
     largest error in steps, at worst_at; without a place, a bound. disk: the tensor's name in the
     bundle, where that is another. lossless: groups that decode to the source's own values.
     """

@@ -30,7 +30,7 @@ class Row:
 
 
 def summary_row(repo: str, size: int, bundle: Scan | None, findings: Findings) -> Row:
-    """One bundle; size: bytes of all its files; without a survey, its faults alone."""
+    """One bundle; size: bytes of all its files; without a scan, its faults alone."""
     faults = ", ".join(finding.name for finding in findings.errors) or "none"
     if bundle is None or not bundle.view.recognised.known:
         return Row((repo, format_bytes(size), "", "", "", "", faults))
