@@ -190,7 +190,10 @@ def source_need(source: Path, repo: str, revision: str) -> tuple[Line, int]:
         return Line(False, "source", str(stop)), 0
     needed = remaining(source, listing.files)
     total = sum(file.size for file in listing.files)
-    found = f"{format_bytes(total)} on the hub at {listing.commit[:12]}, {format_bytes(needed)} still to fetch"
+    found = (
+        f"{format_bytes(total)} on the hub at {listing.commit[:12]}, "
+        f"{format_bytes(needed)} still to fetch"
+    )
     return Line(True, "source", found), needed
 
 

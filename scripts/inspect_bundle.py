@@ -57,8 +57,9 @@ def mending(findings: Findings) -> str:
 def show(skeleton: Skeleton, checks: list[Check], findings: Findings) -> None:
     """What was looked at, and what was found."""
     print_escaped(
-        f"{escape_line(skeleton.repo)} at {escape_line(skeleton.commit[:12])}: {len(skeleton.files)} files, "
-        f"{format_bytes(skeleton.nbytes)}; {format_bytes(skeleton.read)} of it read"
+        f"{escape_line(skeleton.repo)} at {escape_line(skeleton.commit[:12])}: "
+        f"{len(skeleton.files)} files, {format_bytes(skeleton.nbytes)}; "
+        f"{format_bytes(skeleton.read)} of it read"
     )
     for check in checks:
         print_escaped(f"{check.number:>9,} {check.what}{'; ' + check.note if check.note else ''}")

@@ -92,13 +92,17 @@ def hashed(folder: Path, names: list[str], sizes: dict[str, int], known: dict[st
     with tqdm(total=total, unit="B", unit_scale=True, desc="hashing", disable=None) as bar:
         for name in names:
             if name not in known:
-                raise UserError(f"{folder / name}", "a file that verify has not seen", "only files that "
-                           "it has", "make verify, then make publish")  # fmt: skip
+                raise UserError(
+                    f"{folder / name}", "a file that verify has not seen", "only files that it has",
+                    "make verify, then make publish",
+                )  # fmt: skip
             file = HubFile(name, sizes[name], known[name])
             found = file_hash(folder / name, file, bar.update)
             if found != known[name]:
-                raise UserError(f"{folder / name}", f"SHA-256 {found[:16]}…", f"{known[name][:16]}… as "
-                           "verified", "make verify, then make publish")  # fmt: skip
+                raise UserError(
+                    f"{folder / name}", f"SHA-256 {found[:16]}…",
+                    f"{known[name][:16]}… as verified", "make verify, then make publish",
+                )  # fmt: skip
             items.append(Item(file, folder / name))
     return items
 
@@ -185,7 +189,8 @@ def show_deletions(args: argparse.Namespace, items: list[Item]) -> None:
         remote = list_all(args.to, 0)
     except UserError as stop:
         print_escaped(
-            f"would be deleted: unknown, or nothing when {args.to} is new ({escape_line(stop, LINE)})"
+            f"would be deleted: unknown, or nothing when {args.to} is new "
+            f"({escape_line(stop, LINE)})"
         )
         return
     for name in stale_shards({item.name for item in items}, remote):

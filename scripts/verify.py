@@ -23,7 +23,13 @@ from dsv4.settings import add_setting, available_cores, parse_path
 from dsv4.storage.atomic import write_json
 from dsv4.text import print_escaped
 from dsv4.toolchain.python_env import default_python
-from dsv4.verification.verify import describe_checks, print_findings, verification_json, verify
+from dsv4.verification.verify import (
+    VerifyOptions,
+    describe_checks,
+    print_findings,
+    verification_json,
+    verify,
+)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -52,12 +58,22 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_arguments()
-    done = verify(args)
-    print_escaped(describe_checks(args, done))
+    options = VerifyOptions(
+        args.bundle,
+        args.source,
+        args.level,
+        args.python,
+        args.without_loader,
+        args.imatrix,
+        args.jobs,
+        args.hashes,
+    )
+    done = verify(options)
+    print_escaped(describe_checks(options, done))
     print_findings(done.findings)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.json, verification_json(args, done))
+        write_json(args.json, verification_json(options, done))
     if done.passed:
         not_asked = ", but the loaders were not asked" if args.without_loader else ""
         print(f"passed: everything that was asked for was checked and holds{not_asked}")

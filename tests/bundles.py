@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
@@ -27,7 +26,7 @@ from dsv4.storage.safetensors_file import (
 from dsv4.storage.tensor_reader import TensorReader
 from dsv4.verification.numbers import compare
 from dsv4.verification.report.findings import Findings
-from dsv4.verification.verify import verify
+from dsv4.verification.verify import VerifyOptions, verify
 
 Arrays = dict[str, tuple[str, np.ndarray]]  # name → (safetensors dtype, array)
 
@@ -38,12 +37,11 @@ def judge(bundle: Path, source: Path | None, loader: bool = False, level: int = 
     In small blocks, so that also of these small tensors most rows are compared by their bytes.
     """
     before, compare.BLOCK_WEIGHTS = compare.BLOCK_WEIGHTS, 1 << 11
-    args = argparse.Namespace(
-        bundle=bundle, source=source, level=level, python=Path(sys.executable),
-        without_loader=not loader, hashes=False, jobs=2, json=None, imatrix=None,
-    )  # fmt: skip
+    options = VerifyOptions(
+        bundle, source, level, Path(sys.executable), without_loader=not loader, jobs=2
+    )
     try:
-        return verify(args).findings
+        return verify(options).findings
     finally:
         compare.BLOCK_WEIGHTS = before
 

@@ -29,7 +29,8 @@ from dsv4.storage import limits
 from dsv4.storage.checkpoint import INDEX, Checkpoint, read_json
 from dsv4.storage.safetensors_file import PendingTensor, Shard, Tensor, read_shard, write_shard
 from dsv4.storage.tensor_reader import TensorReader
-from dsv4.verification.numbers import compare
+from dsv4.verification.numbers import unquantized
+from dsv4.verification.numbers.tasks import Task, TensorResult
 from dsv4.verification.report.findings import Findings
 from dsv4.verification.scan import scan
 
@@ -259,7 +260,7 @@ def peak_of(source: Path, bundle: Path) -> int:
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
 def test_slices_find_the_same_place_as_the_whole(dtype, tmp_path, monkeypatch):
     """One number that differs, at the ends of slices and inside them."""
-    monkeypatch.setattr(compare, "PIECE_NUMBERS", 64)
+    monkeypatch.setattr(unquantized, "CHUNK_NUMBERS", 64)
     size = {"BF16": 2, "F16": 2, "F32": 4}[dtype]
     rng = np.random.default_rng(5)
     right = rng.integers(0, 60, 50 * 7 * size, dtype=np.uint8)
@@ -275,9 +276,9 @@ def test_slices_find_the_same_place_as_the_whole(dtype, tmp_path, monkeypatch):
             read_shard(tmp_path / f"{name}.safetensors").tensors["norm.weight"]
             for name in ("source", "bundle")
         )
-        task = compare.Task(one, None, {"weight": other}, "passthrough", None)
-        outcome = compare.TensorResult("norm.weight", "passthrough", dtype)
-        compare.compare_plain(task, TensorReader(), outcome)
+        task = Task(one, None, {"weight": other}, "passthrough", None)
+        outcome = TensorResult("norm.weight", "passthrough", dtype)
+        unquantized.compare_plain(task, TensorReader(), outcome)
         assert [fault[0] for fault in outcome.faults] == ["passthrough-differs"]
         assert f"element {list(divmod(at, 7))}" in outcome.faults[0][1]
 

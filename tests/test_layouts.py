@@ -35,7 +35,8 @@ from dsv4.storage.safetensors_file import Shard, Tensor
 from dsv4.verification.checks.headers import describe_layout
 from dsv4.verification.checks.loading import write_headers_only
 from dsv4.verification.checks.runtimes import runtime_verdicts
-from dsv4.verification.report.findings import FAULTS, Findings
+from dsv4.verification.report.finding_types import FAULTS
+from dsv4.verification.report.findings import Findings
 from dsv4.verification.report.summary import summary_row
 from dsv4.verification.scan import scan
 

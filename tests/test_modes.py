@@ -20,6 +20,7 @@ from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.safetensors_file import NUMPY_DTYPE, PendingTensor, read_shard, write_shard
 from dsv4.storage.tensor_reader import TensorReader
 from dsv4.verification.numbers.compare import Comparer
+from dsv4.verification.numbers.copies import compare_copies
 from dsv4.verification.numbers.tasks import TensorResult, make_tasks
 from dsv4.verification.numbers.turboquant import codebook, rotate, rotation_signs
 from dsv4.verification.scan import Scan
@@ -183,6 +184,24 @@ def test_the_sources_own_codes_are_exact(tmp_path, kind, mode):
     found = outcome(tmp_path, of, made)
     assert not wrong(found)
     assert (found.relative, found.lossless) == (0, ROWS * COLUMNS // 32)
+
+
+def test_wrong_bytes_of_one_group_are_one_wrong_group(tmp_path):
+    of, _ = source("FP4")
+    codes, scale = of[f"{EXPERT}.weight"][1].copy(), of[f"{EXPERT}.scale"][1].copy()
+    codes[5, 16:20] ^= 1
+    scale[5, 1] += 1
+    made = {
+        f"{EXPERT}.weight": ("U32", codes.view(np.uint32)),
+        f"{EXPERT}.scales": ("U8", scale),
+    }
+    for name in ("source", "bundle"):
+        (tmp_path / name).mkdir()
+    origin, bundle = opened(tmp_path / "source", of), opened(tmp_path / "bundle", made)
+    (task,) = make_tasks(Scan(bundle, {}, {}), origin, {})
+    found = TensorResult(task.origin.name, task.what, "mxfp4 4-bit")
+    compare_copies(task, TensorReader(), found)
+    assert (found.wrong, found.exact) == (1, ROWS * COLUMNS // 32 - 1)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

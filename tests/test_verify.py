@@ -27,9 +27,10 @@ from dsv4.quantization.fp4 import E2M1
 from dsv4.storage import tensor_reader
 from dsv4.toolchain import patches
 from dsv4.verification.checks import check_all, conversation, documents
-from dsv4.verification.numbers import aggregate, case_table, compare, compare_all, kernels
+from dsv4.verification.numbers import affine, aggregate, case_table, compare, compare_all, kernels
 from dsv4.verification.numbers.tolerances import tolerance_for
-from dsv4.verification.report.findings import FAULTS, Findings
+from dsv4.verification.report.finding_types import FAULTS
+from dsv4.verification.report.findings import Findings
 from dsv4.verification.scan import scan
 
 
@@ -372,11 +373,12 @@ def test_decoding_fp4_agrees_with_the_plain_one():
 def test_zeros_are_counted_as_decoding_counts_them():
     packed = np.random.default_rng(11).integers(0, 256, 4096, np.uint8)
     codes = np.stack([packed & 15, packed >> 4])
-    assert case_table.zeros(packed.view(np.int64)) == (E2M1[codes] == 0).sum()
+    assert case_table.count_zeros(packed.view(np.int64)) == (E2M1[codes] == 0).sum()
 
 
 def test_every_case_of_a_table_is_judged():
-    good, worst = case_table.judge_cases(get_quantizer("mlx"), tolerance_for("mlx", 0))
+    cases = case_table.check_cases(get_quantizer("mlx"), tolerance_for("mlx", 0))
+    good, worst = cases.holds, cases.worst
     assert good[105:141].all()
     assert not good[[150, 255]].any()  # beyond what F16 can hold
     assert 0.9 < worst <= 1
@@ -394,22 +396,53 @@ def test_a_quantizer_with_one_wrong_case_is_not_certified(part):
         return tally
 
     wrong = dataclasses.replace(right, encode=encode)
-    good, _ = case_table.judge_cases(wrong, tolerance_for("mlx", 0))
+    good = case_table.check_cases(wrong, tolerance_for("mlx", 0)).holds
     assert not good[120]
     assert good[[119, 121]].all()
 
 
+def test_exact_groups_are_counted_one_by_one():
+    """Not a whole run of rows or none of it: half of these groups are zeros."""
+    rng = np.random.default_rng(3)
+    packed = rng.integers(0, 256, (4000, 16), np.uint8)
+    packed[::2] = rng.choice(np.array([0x00, 0x08, 0x80, 0x88], np.uint8), (2000, 16))
+    packed, exponents = packed.reshape(-1), rng.integers(110, 130, 4000).astype(np.uint8)
+    mlx = get_quantizer("mlx")
+    parts = {p: np.empty(4000 * n, np.uint8) for p, n in
+             (("weight", 16), ("scales", 2), ("biases", 2))}  # fmt: skip
+    mlx.encode(packed, exponents, parts)
+    values, levels = np.empty(4000 * 32, np.float32), np.empty(4000 * 32, np.uint8)
+    kernels.decode_fp4(packed, exponents, values)
+    kernels.unpack(parts["weight"], 4, levels)
+    scales, biases = (parts[p].view(np.float16).astype(np.float32) for p in ("scales", "biases"))
+    decoded = levels.reshape(-1, 32) * scales[:, None] + biases[:, None]
+    exact = (decoded == values.reshape(-1, 32)).all(axis=1).sum()
+    cases = case_table.check_cases(mlx, tolerance_for("mlx", 0))
+    assert case_table.count_exact_groups(packed, exponents, cases.exact_codes) == exact
+    assert 2000 <= exact < 4000
+
+
 def test_comparing_bytes_and_decoding_come_to_the_same_sums(good, source, monkeypatch):
     sums = []
-    for judged in (case_table.judge_cases, lambda *_: (np.zeros(256, bool), 0.0)):
-        monkeypatch.setattr(compare, "judge_cases", judged)
+    none = case_table.CheckedCases(np.zeros(256, bool), 0.0, np.zeros((256, 225), np.uint16))
+    for check in (case_table.check_cases, lambda *_: none):
+        monkeypatch.setattr(affine, "check_cases", check)
         monkeypatch.setattr(compare, "BLOCK_WEIGHTS", 1 << 11)
         bundle = scan(good, Findings())
         done = compare_all.read_numbers(bundle, open_source(source), 2, lambda n: None)
         sums.append([o for o in done.outcomes if o.what == "expert"])
     for fast, slow in zip(*sums, strict=True):
         assert fast.name == slow.name
-        for what in ("numbers", "groups", "exact", "zeros", "zeros_lost", "recomputed", "faults"):
+        for what in (
+            "numbers",
+            "groups",
+            "exact",
+            "lossless",
+            "zeros",
+            "zeros_lost",
+            "recomputed",
+            "faults",
+        ):
             assert getattr(fast, what) == getattr(slow, what), what
         assert fast.energy == pytest.approx(slow.energy, rel=1e-6)
         assert fast.error == pytest.approx(slow.error, rel=1e-3)

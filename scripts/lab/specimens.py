@@ -38,7 +38,7 @@ from dsv4.storage.atomic import write_json
 from dsv4.text import print_escaped
 from dsv4.toolchain.python_env import call_script, script_command
 from dsv4.verification.checks.runtimes import STACKS, runtime_verdicts
-from dsv4.verification.verify import verify
+from dsv4.verification.verify import VerifyOptions, verify
 
 TOOLCHAIN = Path(".toolchain/new/bin/python")
 # name → the module that makes it and its options; {source}, {out}, {bf16} are folders.
@@ -110,15 +110,7 @@ ROWS = [stack for stack in STACKS if stack.name in ("new", "lm", "vlm")]
 
 def verdict(folder: Path, source: Path) -> tuple[list[str], dict[str, str]]:
     """verify's findings, and what stands in a runtime's way by them."""
-    asked = argparse.Namespace(
-        bundle=folder,
-        source=source,
-        level=2,
-        without_loader=True,
-        imatrix=None,
-        jobs=available_cores(),
-    )
-    done = verify(asked)
+    done = verify(VerifyOptions(folder, source, without_loader=True, jobs=available_cores()))
     faults = sorted(finding.name for finding in done.findings.errors)
     return faults, runtime_verdicts(done.bundle, done.findings)
 

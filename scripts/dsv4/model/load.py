@@ -29,8 +29,8 @@ from dsv4.model.names import (
     stack_base,
     stack_of,
 )
-from dsv4.model.source_format import check_format, check_model_type
 from dsv4.model.quantizer_table import quantizer_properties, quantizers_with
+from dsv4.model.source_format import check_format, check_model_type
 from dsv4.storage.checkpoint import (
     Checkpoint,
     check_index,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from dsv4.conversion.bundle_files import remove_leftovers
@@ -102,9 +101,17 @@ def undo_repair(bundle: Path) -> int:
 
 def print_remaining(repair: RepairContext) -> list[str]:
     """Run and print verify's level 1; return the names of the bundle's remaining errors."""
-    args = argparse.Namespace(**vars(repair.options), level=1)
-    done = verify.verify(args)
-    print_escaped(verify.describe_checks(args, done))
+    args = repair.options
+    options = verify.VerifyOptions(
+        args.bundle,
+        args.source,
+        level=1,
+        python=args.python,
+        without_loader=args.without_loader,
+        jobs=args.jobs,
+    )
+    done = verify.verify(options)
+    print_escaped(verify.describe_checks(options, done))
     verify.print_findings(done.findings)
     names = [f.name for f in done.findings.errors if f.name not in TOOLCHAIN]
     return names if done.first else names or ["nothing-checked"]

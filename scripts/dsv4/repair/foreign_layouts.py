@@ -22,7 +22,7 @@ from dsv4.storage.safetensors_file import Shard, Tensor, TensorSpec, header_byte
 from dsv4.storage.shard_writer import NewShard, copy_pieces, write_shards
 from dsv4.verification.checks import turboquant_files
 from dsv4.verification.checks.documents import LABEL, is_plain, labels_in_use
-from dsv4.verification.checks.headers import label_at
+from dsv4.verification.checks.stored_formats import label_at
 from dsv4.verification.scan import Scan
 
 

@@ -14,7 +14,8 @@ from dsv4.model.names import columns_of, is_control, is_expert, parse_expert, st
 from dsv4.model.quantizer_table import quantizer_properties
 from dsv4.storage.checkpoint import INDEX, SIDECAR, Checkpoint, read_index
 from dsv4.storage.safetensors_file import Tensor, read_shard
-from dsv4.verification.checks.headers import check_triple, config_label
+from dsv4.verification.checks.headers import check_triple
+from dsv4.verification.checks.stored_formats import config_label
 from dsv4.verification.report.findings import Findings
 
 

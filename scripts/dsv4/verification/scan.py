@@ -1,8 +1,8 @@
-"""A bundle opened with tolerance: what can be read is read, what cannot is a finding.
+"""Read a bundle's headers and JSON; what cannot be read becomes a finding.
 
-The stages open a checkpoint strictly and stop at the first fault; whoever judges a bundle wants to
-see all of them. A `Survey` holds headers and JSON only, so it can be made of a folder (`survey`) or
-of what a hub answers, and every check of level 1 works on either.
+Other stages open a checkpoint strictly and stop at the first fault; verify reports all of them.
+A `Scan` holds headers and JSON only. It is made from a folder (`scan`) or from a hub's answers, and
+every check of level 1 works on either.
 """
 
 from __future__ import annotations

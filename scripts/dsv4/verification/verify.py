@@ -1,8 +1,7 @@
-"""An examination of a bundle: both levels, what they found, in words and as verify.json has it."""
+"""Verify a bundle on both levels, and give the result as text and as verify.json."""
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import platform
 import sys
@@ -31,31 +30,50 @@ from dsv4.verification.scan import Scan, scan
 FORMAT = 1  # of verify.json
 
 
+@dataclass(frozen=True)
+class VerifyOptions:
+    """What to verify, and how.
+
+    level: 1 for headers and JSON, 2 for every number; python: the toolchain's, whose loaders are
+    run unless without_loader; imatrix: what the quantizer was given; jobs: threads of level 2;
+    hashes: SHA-256 of all files at level 1 too.
+    """
+
+    bundle: Path
+    source: Path | None = None
+    level: int = 2
+    python: Path | None = None
+    without_loader: bool = False
+    imatrix: Path | None = None
+    jobs: int = 1
+    hashes: bool = False
+
+
 def level_one(
-    args: argparse.Namespace, source: Checkpoint | None, findings: Findings
+    options: VerifyOptions, source: Checkpoint | None, findings: Findings
 ) -> tuple[Scan | None, list[Check]]:
-    """Survey the bundle and run level 1."""
-    bundle = scan(args.bundle, findings)
+    """Scan the bundle and run level 1."""
+    bundle = scan(options.bundle, findings)
     if bundle is None:
         return None, []
     checks = check_all.check_headers(bundle, source, findings)
-    if not args.without_loader:
-        checks += check_all.check_toolchain(bundle, args.python, findings)
+    if not options.without_loader:
+        checks += check_all.check_toolchain(bundle, options.python, findings)
     return bundle, checks
 
 
 def level_two(
-    args: argparse.Namespace, bundle: Scan, source: Checkpoint | None, findings: Findings
+    options: VerifyOptions, bundle: Scan, source: Checkpoint | None, findings: Findings
 ) -> tuple[compare_all.Numbers, list[Check], float]:
     """Read every number; returns the outcomes, the checks and the seconds that it took."""
     start = time.perf_counter()
     importance = EVEN
-    if args.imatrix and source:
-        importance = importances(open_imatrix(args.imatrix), source)
+    if options.imatrix and source:
+        importance = importances(open_imatrix(options.imatrix), source)
     with tqdm(
         total=bundle.checkpoint.nbytes, unit="B", unit_scale=True, desc="level 2", disable=None
     ) as bar:
-        result = compare_all.read_numbers(bundle, source, args.jobs, bar.update, importance)
+        result = compare_all.read_numbers(bundle, source, options.jobs, bar.update, importance)
     checks = aggregate.aggregate(result, findings) + turboquant_files.check_sidecar(
         bundle, findings
     )
@@ -63,7 +81,7 @@ def level_two(
 
 
 def print_findings(findings: Findings) -> None:
-    """Every finding, on stderr: its name, why it matters, where, and what repairs it."""
+    """Print every finding to stderr: name, why it matters, places, repair."""
     lines = []
     for finding in findings:
         fault = finding.fault
@@ -80,7 +98,7 @@ def print_findings(findings: Findings) -> None:
 
 
 def package_versions(python: Path | None) -> dict[str, Any]:
-    """This Python and, where there is one, the toolchain's packages."""
+    """Return the versions of this Python and of the toolchain's packages."""
     found: dict[str, Any] = {
         "verify_python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -96,7 +114,7 @@ def package_versions(python: Path | None) -> dict[str, Any]:
 
 
 def source_origin(folder: Path | None) -> dict[str, Any] | None:
-    """Where the source came from, as download recorded it: repository, revision, commit."""
+    """Return repository, revision and commit of the source, as download recorded them."""
     if folder is None:
         return None
     record = read_record(folder)
@@ -122,7 +140,7 @@ def size_table(bundle: Scan, source: Checkpoint | None) -> dict[str, Any]:
 
 @dataclass
 class Verification:
-    """What was found, before it is printed; `read` is level 2's part."""
+    """Result of verify. first and second: checks of the levels; read: level 2's numbers."""
 
     findings: Findings
     bundle: Scan | None
@@ -138,24 +156,24 @@ class Verification:
         return bool(self.first) and not self.findings.errors
 
 
-def verify(args: argparse.Namespace) -> Verification:
+def verify(options: VerifyOptions) -> Verification:
     """Run the levels that were asked for. Raises UserError when the source itself is not whole."""
     findings = Findings()
-    source = open_source(args.source) if args.source else None
+    source = open_source(options.source) if options.source else None
     start = time.perf_counter()
-    bundle, first = level_one(args, source, findings)
+    bundle, first = level_one(options, source, findings)
     seconds = {"level 1": time.perf_counter() - start}
     read, second = None, []
-    if bundle is not None and args.level == 2:
-        read, second, seconds["level 2"] = level_two(args, bundle, source, findings)
+    if bundle is not None and options.level == 2:
+        read, second, seconds["level 2"] = level_two(options, bundle, source, findings)
     check_all.require_nonempty([*first, *second], findings)
     return Verification(findings, bundle, source, first, second, read, seconds)
 
 
-def describe_checks(args: argparse.Namespace, done: Verification) -> str:
-    """What was checked, how many of it, and the worst of it."""
+def describe_checks(options: VerifyOptions, done: Verification) -> str:
+    """Return what was checked, how much of it, and its worst value, as text."""
     lines = [
-        escape_line(args.bundle),
+        escape_line(options.bundle),
         f"level 1, headers and JSON ({done.seconds['level 1']:.1f} s)",
     ]
     lines += [check.text() for check in done.first]
@@ -169,17 +187,19 @@ def describe_checks(args: argparse.Namespace, done: Verification) -> str:
         if done.read.compared:
             lines += aggregate.kind_rows(aggregate.by_kind(done.read.outcomes))
     if done.source is None:
-        values = ", every value" * (args.level == 2)
+        values = ", every value" * (options.level == 2)
         lines.append(f"not compared, for want of a source: tensors, tokenizer, encoding{values}")
     return "\n".join(lines)
 
 
-def verification_json(args: argparse.Namespace, done: Verification) -> dict[str, Any]:
-    """The whole result, for report.py and other programs."""
+def verification_json(options: VerifyOptions, done: Verification) -> dict[str, Any]:
+    """Return the whole result as verify.json holds it."""
     bundle, read = done.bundle, done.read
     hashes = dict(read.hashes) if read else {}
-    if args.hashes and bundle and not read:
-        hashes = {f: compare_all.sha256(args.bundle / f) for f in compare_all.files_to_hash(bundle)}
+    if options.hashes and bundle and not read:
+        hashes = {
+            f: compare_all.sha256(options.bundle / f) for f in compare_all.files_to_hash(bundle)
+        }
     errors = {}
     if read and read.compared:
         errors = {
@@ -191,18 +211,18 @@ def verification_json(args: argparse.Namespace, done: Verification) -> dict[str,
         "format": FORMAT,
         "verdict": "passed" if done.passed else "failed",
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "bundle": str(args.bundle.resolve()),
-        "source": source_origin(args.source),
-        "levels": [1, 2] if args.level == 2 else [1],
-        "loader_asked": not args.without_loader,
+        "bundle": str(options.bundle.resolve()),
+        "source": source_origin(options.source),
+        "levels": [1, 2] if options.level == 2 else [1],
+        "loader_asked": not options.without_loader,
         "quantizer": quantizer_of(bundle) if bundle else {},
         "layout": bundle.layout.name if bundle else "",
         "checks": [asdict(check) for check in (*done.first, *done.second)],
         "findings": [finding.as_json() for finding in done.findings],
         "sizes": size_table(bundle, done.source) if bundle else {},
-        "versions": package_versions(None if args.without_loader else args.python),
+        "versions": package_versions(None if options.without_loader else options.python),
         "seconds": done.seconds,
-        "jobs": args.jobs,
+        "jobs": options.jobs,
         "errors": errors,
         "hashes": hashes,
     }

@@ -1,4 +1,4 @@
-"""All checks of level 1 in their order, over a survey of headers and JSON."""
+"""All checks of level 1 in their order, on headers and JSON."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from dsv4.model.special_tokens import STOP_TOKENS, vocabulary
 from dsv4.storage.checkpoint import INDEX, Checkpoint, read_json
 from dsv4.storage.safetensors_file import FLOATS
 from dsv4.text import escape_line, short_repr
-from dsv4.verification.checks.headers import label_at
+from dsv4.verification.checks.stored_formats import label_at
 from dsv4.verification.report.findings import Check, Findings
 from dsv4.verification.scan import Scan
 

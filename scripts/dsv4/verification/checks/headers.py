@@ -1,6 +1,6 @@
-"""Level 1: what a bundle's headers and JSON say, without one tensor read.
+"""Level 1: check index, names, shapes, dtypes and config.json, without reading a tensor.
 
-Every check takes a `Survey` (and the source's `Checkpoint`, where there is one), adds what is wrong
+Every check takes a `Scan` (and the source's `Checkpoint`, where there is one), adds what is wrong
 to the `Findings` and returns how much it looked at. None stops at the first fault.
 """
 
@@ -13,13 +13,8 @@ from typing import Any
 
 from dsv4.errors import UserError
 from dsv4.model.labels import (
-    SOURCE,
-    TURBO,
-    TURBO_PARTS,
     has_turboquant,
     label_of,
-    source_label,
-    turbo_label,
 )
 from dsv4.model.layouts import STORAGE
 from dsv4.model.load import block_counts
@@ -28,10 +23,8 @@ from dsv4.model.names import (
     is_control,
     is_expert,
     kind,
-    module_paths,
     mtp_layer,
     parse_expert,
-    switch_paths,
 )
 from dsv4.model.quantizer_table import quantizer_properties
 from dsv4.storage.atomic import TEMPORARY_SUFFIX
@@ -41,15 +34,19 @@ from dsv4.storage.limits import DOCUMENT
 from dsv4.storage.safetensors_file import FLOATS, Tensor
 from dsv4.storage.system_files import is_system_file
 from dsv4.text import join_some, short_repr
+from dsv4.verification.checks.stored_formats import (
+    FORMS,
+    PARTS,
+    config_label,
+    display_name,
+    module_parts,
+    shape_of,
+    stored_label,
+    wanted_keys,
+)
 from dsv4.verification.report.findings import Check, Findings
 from dsv4.verification.scan import Scan
 
-# A module's tensors by what follows its name, and which of them go together.
-PARTS = ("weight", "scales", "biases", "scale", *TURBO_PARTS)
-FORMS = (
-    ("weight", "scales", "biases"), ("weight", "scales"), TURBO_PARTS[:2],
-    ("weight", "scale"),
-)  # fmt: skip
 VISION = ("vision_tower", "vision_model", "visual", "multi_modal_projector", "mm_projector")
 MARKS = ("requantize_layout", "requantize_source", "requantize_quantizer", "requantize_table")
 # What the stages write into config.json; everything else must be the source's.
@@ -218,12 +215,6 @@ def check_experts(bundle: Scan, findings: Findings) -> list[Check]:
     ]
 
 
-def display_name(bundle: Scan, name: str) -> str:
-    """A storage name, and what it is called on disk where that is another."""
-    disk = bundle.view.name_on_disk(name)
-    return name if disk == name else f"{name} ({disk})"
-
-
 def check_triples(bundle: Scan, findings: Findings) -> Check:
     """Every quantized module has its parts, and they fit each other."""
     tensors, unread = bundle.tensors, bundle.unread
@@ -266,37 +257,6 @@ def check_triple(
         findings.add("triple-misfit", base, shown, "U32 weight, scales and biases of one group")
 
 
-def config_label(config: dict[str, Any], base: str) -> dict[str, Any]:
-    """The label that stands under a storage name, else the one under its module path, else {}."""
-    labels = config.get("quantization")
-    labels = labels if isinstance(labels, dict) else {}
-    expert = parse_expert(f"{base}.weight")
-    paths = [base, *(switch_paths(expert[1], expert[3]) if expert else module_paths(base))]
-    found = next((labels[path] for path in paths if isinstance(labels.get(path), dict)), None)
-    return found or {key: labels.get(key) for key in ("group_size", "bits", "mode")}
-
-
-def stored_label(has: dict[str, Tensor], columns: int = 0) -> dict[str, Any] | None:
-    """The label that fits a module's parts on disk, or None when none does."""
-    if "tq_packed" in has:
-        return turbo_label(has["tq_packed"], has.get("tq_norms"), columns)
-    if "scale" in has and "weight" in has:
-        return source_label(has["weight"], has["scale"])
-    return label_of(*(has.get(part) for part in ("weight", "scales", "biases")), columns)
-
-
-def module_parts(bundle: Scan, base: str) -> dict[str, Tensor]:
-    """The tensors `base`.{weight,scales,biases …} that are there."""
-    tensors = bundle.tensors
-    names = {part: f"{base}.{part}" for part in PARTS}
-    return {part: tensors[name] for part, name in names.items() if name in tensors}
-
-
-def label_at(bundle: Scan, base: str) -> dict[str, Any] | None:
-    """How the module of that storage name is stored."""
-    return stored_label(module_parts(bundle, base), columns_of(base, bundle.config))
-
-
 def check_controls(bundle: Scan, findings: Findings) -> Check:
     """Control tensors are F32."""
     controls = [t for name, t in bundle.tensors.items() if is_control(name)]
@@ -328,33 +288,6 @@ def check_counterparts(bundle: Scan, source: Checkpoint, findings: Findings) -> 
             where = display_name(bundle, name)
             findings.add("tensor-extra", where, "no such tensor in the source", "none")
     return Check("source tensors with their counterparts", len(source.tensors))
-
-
-def wanted_keys(bundle: Scan, name: str, what: str) -> tuple[str, ...]:
-    """The tensors that hold a source tensor's weight, by the form in which the bundle has it."""
-    base, tensors = name.removesuffix(".weight"), bundle.tensors
-    if what not in ("expert", "affine8", "head"):
-        return (name,)
-    if f"{base}.tq_packed" in tensors:
-        return tuple(f"{base}.{part}" for part in FORMS[2])
-    if f"{base}.scale" in tensors:
-        return tuple(f"{base}.{part}" for part in FORMS[3])
-    # other tools quantize the head, or leave a matrix
-    if (
-        name in tensors
-        and tensors[name].dtype in FLOATS
-        and (what != "expert" or not bundle.is_ours)
-    ):
-        return (name,)
-    scales = tensors.get(f"{base}.scales")
-    plain = scales is not None and scales.dtype in ("U8", "F8_E8M0")  # MXFP4 and FP8: no biases
-    # of an expert where affine lacks them, its triple tells
-    return quantized_keys(name)[: 2 if plain or what == "expert" else 3]
-
-
-def quantized_keys(name: str) -> tuple[str, ...]:
-    """The parts of a matrix that is quantized."""
-    return tuple(f"{name.removesuffix('weight')}{part}" for part in ("weight", "scales", "biases"))
 
 
 def check_counterpart(bundle: Scan, origin: Tensor, what: str, findings: Findings) -> None:
@@ -389,16 +322,6 @@ def is_pruned_router(
     """True for a router with a row for each expert of a layer that has fewer than the source's."""
     rows = found[0] if name.endswith((".ffn.gate.weight", ".ffn.gate.bias")) and found else 0
     return rows in pruned(bundle).values() and (rows, *shape[1:]) == found
-
-
-def shape_of(tensor: Tensor, label: dict[str, Any], columns: int) -> tuple[int, ...]:
-    """The shape of the matrix whose codes a tensor holds."""
-    rows, words = tensor.shape
-    if label["mode"] == TURBO:
-        return rows, columns
-    if label["mode"] == SOURCE:
-        return rows, words * (2 if label["bits"] == 4 else 1)
-    return rows, words * 32 // label["bits"]
 
 
 def check_config(bundle: Scan, source: Checkpoint | None, findings: Findings) -> Check:

@@ -1,8 +1,8 @@
-"""Level 1: would the installed loaders give every parameter its tensor? Asked of themselves.
+"""Level 1: run the installed loaders on a bundle's headers, to see that every parameter is fed.
 
-`hollow` writes a folder with the bundle's JSON and shards that have its headers and holes for data:
-a 180 GB bundle takes the size of its headers on disk. replay.py lets the real loaders load
-that, in the toolchain's Python.
+`write_headers_only` writes the bundle's JSON, and shards that have its headers and sparse data: a
+180 GB bundle takes the size of its headers on disk. loader_replay.py runs the real loaders on that
+folder, in the toolchain's Python.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def write_sparse_shard(path: Path, shard: Shard) -> None:
 
 
 def run_loader_replay(python: Path, bundle: Scan, runtime: str) -> dict[str, dict[str, Any]]:
-    """Loader → its answer, as replay.py gives it. Raises UserError when it cannot be asked."""
+    """Return loader → its answer. Raises UserError when loader_replay.py gives none."""
     with tempfile.TemporaryDirectory(prefix="hollow-") as folder:
         own_folders.make_own(Path(folder))  # if this process is killed, the child removes it
         out, log = Path(folder) / "answer.json", Path(folder) / "log"

@@ -16,7 +16,8 @@ from dsv4.model.layouts import MLX_LM, STORAGE, VMLX
 from dsv4.text import escape_line, short_repr
 from dsv4.verification.checks.documents import VMLX_GROUP, group_size, labels_in_use, names_no_group
 from dsv4.verification.checks.documents import stop_token_ids as ids_of
-from dsv4.verification.checks.headers import check_controls, label_at
+from dsv4.verification.checks.headers import check_controls
+from dsv4.verification.checks.stored_formats import label_at
 from dsv4.verification.report.findings import Findings
 from dsv4.verification.scan import Scan
 

@@ -21,7 +21,7 @@ from dsv4.model.names import columns_of, parse_stack
 from dsv4.storage.checkpoint import SIDECAR
 from dsv4.storage.safetensors_file import read_array, read_shard
 from dsv4.text import short_repr
-from dsv4.verification.checks.headers import label_at
+from dsv4.verification.checks.stored_formats import label_at
 from dsv4.verification.numbers.turboquant import SEED, codebook, rotation_signs
 from dsv4.verification.report.findings import Check, Findings
 from dsv4.verification.scan import Scan

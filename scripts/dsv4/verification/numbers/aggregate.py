@@ -1,4 +1,4 @@
-"""What level 2's outcomes mean for the whole bundle, and what verify.json says of them."""
+"""Aggregate level 2's results into findings, checks and the tables of verify.json."""
 
 from __future__ import annotations
 

@@ -1,13 +1,14 @@
-"""Level 2's shortcut: which bytes need no decoding, because every case of them was judged before.
+"""Check every case of the quantizer `mlx` once, so that groups with its own bytes need no decoding.
 
-What `mlx` writes for a group depends on its exponent and on its least and greatest
-value alone, and within a group on each code alone. So a group for each such case, holding every
-code between its ends, goes through the quantizer and then through kernels.py, which decodes it
-in its own way and holds every weight to the quantizer's promise. Where an exponent passes, bytes
-of a bundle that equal the quantizer's are as good as decoded; all others are decoded one by one.
+What `mlx` writes for a group depends only on the group's exponent, its least and its greatest
+value, and within a group on each code. So one group for each such case, holding every code between
+its ends, goes through the quantizer and is decoded and compared by kernels.py. Where an exponent's
+cases all hold, bytes of a bundle that equal the quantizer's need no decoding. Others are decoded.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numba
 import numpy as np
@@ -19,37 +20,55 @@ from dsv4.storage.tensor_reader import as_float32
 from dsv4.verification.numbers import kernels
 from dsv4.verification.numbers.tolerances import Tolerance
 
+RANKS = 15  # values of FP4 in rising order; 7 is zero
+CASES = [(least, greatest) for least in range(RANKS) for greatest in range(least, RANKS)]
 
-def all_cases() -> np.ndarray:
-    """One group for each pair of least and greatest value, packed: uint8 (120 · 16,)."""
+
+@dataclass(frozen=True)
+class CheckedCases:
+    """holds: bool (256,), by exponent, whether every case keeps the tolerance; worst: the largest
+    error in steps; exact_codes: uint16 (256, 225), by exponent and least · 15 + greatest, one bit
+    for each FP4 code that the case's bytes decode to without error.
+    """
+
+    holds: np.ndarray
+    worst: float
+    exact_codes: np.ndarray
+
+
+def case_groups() -> np.ndarray:
+    """Return one group for each case, packed FP4: uint8 (120 · 16,)."""
     codes = sorted(range(16), key=lambda code: (RANK[code], code))
     inside = [
-        [code for code in codes if least <= RANK[code] <= greatest]
-        for least in range(15)
-        for greatest in range(least, 15)
+        [code for code in codes if least <= RANK[code] <= greatest] for least, greatest in CASES
     ]
     groups = np.array([(some * GROUP)[:GROUP] for some in inside], np.uint8)
     return (groups[:, 0::2] | groups[:, 1::2] << 4).reshape(-1)
 
 
-def judge_cases(quantizer: Quantizer, promise: Tolerance) -> tuple[np.ndarray, float]:
-    """Judge every case: (bool (256,), by exponent whether all hold; the largest error in steps)."""
-    good, worst = np.zeros(256, bool), 0.0
-    if not quantizer.properties.by_case:
-        return good, worst
-    packed = all_cases()
-    for exponent in range(255):
-        error = _worst(quantizer, promise, packed, np.full(len(packed) // 16, exponent, np.uint8))
-        if error is not None:
-            good[exponent] = True
-            worst = max(worst, error)
-    return good, worst
+def check_cases(quantizer: Quantizer, tolerance: Tolerance) -> CheckedCases:
+    """Check every case of a quantizer; no exponent holds where bytes depend on more."""
+    holds, worst = np.zeros(256, bool), 0.0
+    exact_codes = np.zeros((256, RANKS * RANKS), np.uint16)
+    if quantizer.properties.by_case:
+        packed = case_groups()
+        for exponent in range(255):
+            exponents = np.full(len(CASES), exponent, np.uint8)
+            checked = _check_exponent(quantizer, tolerance, packed, exponents)
+            if checked is not None:
+                holds[exponent] = True
+                worst = max(worst, checked[0])
+                for (least, greatest), bits in zip(CASES, checked[1], strict=True):
+                    exact_codes[exponent, RANKS * least + greatest] = bits
+    return CheckedCases(holds, worst, exact_codes)
 
 
-def _worst(
-    quantizer: Quantizer, promise: Tolerance, packed: np.ndarray, exponents: np.ndarray
-) -> float | None:
-    """The largest error in steps over these groups; None when one breaks the promise."""
+def _check_exponent(
+    quantizer: Quantizer, tolerance: Tolerance, packed: np.ndarray, exponents: np.ndarray
+) -> tuple[float, np.ndarray] | None:
+    """Return the largest error in steps over these groups, and for each group the bits of the codes
+    that decode without error; None when one is beyond the tolerance.
+    """
     bits, groups = quantizer.label["bits"], len(exponents)
     parts = {
         part: np.empty(groups * nbytes, np.uint8)
@@ -62,15 +81,55 @@ def _worst(
     values, levels = np.empty(GROUP * groups, np.float32), np.empty(GROUP * groups, np.uint8)
     kernels.decode_fp4(packed, exponents, values)
     kernels.unpack(parts["weight"], bits, levels)
-    stored = [as_float32(parts[part], "F16") for part in ("scales", "biases")]
-    counts, _, _, worst = kernels.bounds(values, levels, *stored, bits, *kernels.ROUNDING["F16"])
-    odd = (kernels.BAD_NUMBER, kernels.NOT_NEAREST, kernels.LOST_ZEROS)
-    return None if counts[list(odd)].any() or worst > promise.steps else worst
+    scales, biases = (as_float32(parts[part], "F16") for part in ("scales", "biases"))
+    counts, _, _, worst = kernels.bounds(
+        values, levels, scales, biases, bits, *kernels.ROUNDING["F16"]
+    )
+    faults = (kernels.BAD_NUMBER, kernels.NOT_NEAREST, kernels.LOST_ZEROS)
+    if counts[list(faults)].any() or worst > tolerance.steps:
+        return None
+    decoded = levels.reshape(groups, GROUP) * scales[:, None] + biases[:, None]
+    codes = np.empty(GROUP * groups, np.uint8)
+    kernels.unpack(packed, 4, codes)
+    code_bits = np.uint16(1) << codes.reshape(groups, GROUP).astype(np.uint16)
+    equal = decoded == values.reshape(groups, GROUP)
+    return worst, np.bitwise_or.reduce(np.where(equal, code_bits, np.uint16(0)), axis=1)
+
+
+def _case_numbers() -> np.ndarray:
+    """Return the bits of a group's codes → least · 15 + greatest: uint8 (65536,)."""
+    codes = np.arange(1 << 16)
+    least, greatest = np.full(1 << 16, RANKS - 1), np.zeros(1 << 16, int)
+    for code, rank in enumerate(RANK):
+        has = (codes >> code & 1).astype(bool)
+        least = np.where(has, np.minimum(least, rank), least)
+        greatest = np.where(has, np.maximum(greatest, rank), greatest)
+    return (RANKS * least + greatest).astype(np.uint8)
+
+
+_CASE = _case_numbers()
+_BYTES = np.arange(256, dtype=np.uint16)
+_CODES_OF_BYTE = (1 << (_BYTES & 15) | 1 << (_BYTES >> 4)).astype(np.uint16)
 
 
 @numba.njit(nogil=True, cache=True)
-def zeros(packed: np.ndarray) -> int:
-    """How many of these FP4 codes are zeros, of either sign; packed: int64, sixteen codes each."""
+def count_exact_groups(packed: np.ndarray, exponents: np.ndarray, exact_codes: np.ndarray) -> int:
+    """Count the groups whose bytes by the quantizer decode to the source's values.
+
+    packed uint8 (16n,), exponents uint8 (n,), exact_codes as in CheckedCases.
+    """
+    count = 0
+    for group in range(len(exponents)):
+        bits = np.uint16(0)
+        for i in range(16):
+            bits |= _CODES_OF_BYTE[packed[16 * group + i]]
+        count += bits & ~exact_codes[exponents[group], _CASE[bits]] == 0
+    return count
+
+
+@numba.njit(nogil=True, cache=True)
+def count_zeros(packed: np.ndarray) -> int:
+    """Count the FP4 codes that are zeros, of either sign; packed: int64, sixteen codes each."""
     found = 0
     for i in range(len(packed)):
         rest = (packed[i] | packed[i] >> 1 | packed[i] >> 2) & 0x1111111111111111

@@ -1,4 +1,4 @@
-"""Level 2: every number of a bundle, and its files' SHA-256.
+"""Level 2: compare every number of a bundle and hash its files (SHA-256).
 
 The work goes shard by shard: each is hashed, and then the tensors whose weight lies in it are
 compared, so that most bytes come from the page cache the second time. Memory stays flat: tensors
@@ -24,9 +24,10 @@ from dsv4.storage.holes import HoleDetector
 from dsv4.storage.limits import DOCUMENT
 from dsv4.storage.safetensors_file import Tensor
 from dsv4.storage.tensor_reader import TensorReader
-from dsv4.verification.numbers.compare import Comparer, scan_values
+from dsv4.verification.numbers.compare import Comparer
 from dsv4.verification.numbers.pruned import Kept, kept_experts, select_rows
 from dsv4.verification.numbers.tasks import Task, TensorResult, make_tasks
+from dsv4.verification.numbers.without_source import scan_values
 from dsv4.verification.scan import Scan
 
 HASH_BYTES = 4 << 20
@@ -67,7 +68,7 @@ class TensorWorker:
         self, bundle: Scan, importance: Importance, progress: Callable[[int], object]
     ) -> None:
         self.comparer = Comparer(bundle, importance)
-        self._bundle, self._progress = bundle, progress
+        self._progress = progress
         self._local = threading.local()
         self._readers: list[TensorReader] = []
         self._watches: list[HoleDetector] = []
@@ -86,13 +87,13 @@ class TensorWorker:
             if isinstance(one, Task):
                 outcomes.append(self.comparer.compare(one, self._reader()))
             else:
-                outcomes.append(scan_values(self._bundle, one, self._reader()))
+                outcomes.append(scan_values(one, self._reader()))
             self._progress(one.nbytes)
         return outcomes
 
     def _reader(self) -> TensorReader:
         if not hasattr(self._local, "reader"):
-            watch = HoleDetector(most_zeros)  # each thread's own, whichever is appended last
+            watch = HoleDetector(most_zeros)  # local, so that no two threads share one
             self._local.reader = TensorReader(watch)
             self._watches.append(watch)
             self._readers.append(self._local.reader)

@@ -49,8 +49,8 @@ def compare_floats(task: Task, reader: TensorReader, outcome: TensorResult, weig
         limits = top * np.float32(HALF_OCTAVE) * scales
         if task.label["mode"] == "nvfp4":
             limits = top * np.float32(1.00001) * (scales + np.maximum(scales / 16, 2.0**-10))
-        answer = count_not_nearest(values, codes, scales, limits.astype(np.float32), MAGNITUDES[bits],
-                       bits, group)  # fmt: skip
+        limits = limits.astype(np.float32)
+        answer = count_not_nearest(values, codes, scales, limits, MAGNITUDES[bits], bits, group)
         report_first_mismatch(task, outcome, first, (values, codes, scales, group), answer, exact)
     if exact and outcome.error and not outcome.faults:
         found = f"relative RMS {outcome.relative:.3%}"

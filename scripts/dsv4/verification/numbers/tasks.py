@@ -1,4 +1,4 @@
-"""What is compared with what, and what came of it."""
+"""Pair each source tensor with its counterpart (`Task`), and hold the result (`TensorResult`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dsv4.model.names import BLOCK, GROUP, expert_base, kind, parse_expert
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.limits import COLUMNS
 from dsv4.storage.safetensors_file import FLOATS, Tensor
-from dsv4.verification.checks.headers import module_parts, shape_of, stored_label
+from dsv4.verification.checks.stored_formats import module_parts, shape_of, stored_label
 from dsv4.verification.numbers.pruned import Kept
 from dsv4.verification.scan import Scan
 
@@ -23,7 +23,7 @@ class TensorResult:
     what: expert, module, control or passthrough; how: what its values are stored as. energy and
     error are sums of squares. exact, explained and wrong count groups against the bytes that its
     quantizer gives; fragile ones could be rounded otherwise by another device. faults are (name,
-    where, found, expected); explained ones count as verdict.py's `judge_groups` says. worst: the
+    where, found, expected); explained ones count as aggregate.py's `judge_groups` says. worst: the
     largest error in steps, at worst_at; without a place, a bound. disk: the tensor's name in the
     bundle, where that is another. lossless: groups that decode to the source's own values.
     """

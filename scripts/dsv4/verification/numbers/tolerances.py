@@ -1,4 +1,4 @@
-"""What each quantizer promises about a tensor, for verify to hold it to.
+"""Error bounds of each quantizer, by which verify judges a tensor.
 
 The names are those that requantize writes into a shard's metadata (`requantize_quantizer`). A
 bundle that another tool made has none; its promise follows from the bits that its labels give.

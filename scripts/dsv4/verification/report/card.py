@@ -220,7 +220,8 @@ def version_section(facts: Facts) -> str:
     """What was installed where the bundle was verified."""
     known = facts.report["versions"]
     rows = [(name, f"{value}") for name, value in known.items()]
-    return f"## Versions\n\nInstalled where it was verified:\n\n{markdown_table(('what', 'version'), rows)}"
+    table = markdown_table(("what", "version"), rows)
+    return f"## Versions\n\nInstalled where it was verified:\n\n{table}"
 
 
 def licence_section(facts: Facts) -> str:

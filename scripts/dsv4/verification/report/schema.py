@@ -1,4 +1,4 @@
-"""verify.json read back: of the form in which examination.py writes it, or not at all."""
+"""Read verify.json and validate it against the form in which verify.py writes it."""
 
 from __future__ import annotations
 

@@ -8,8 +8,8 @@ from itertools import groupby
 
 from dsv4.storage.atomic import format_bytes
 from dsv4.text import escape_line
-from dsv4.verification.checks.headers import PARTS, label_at, shape_of
 from dsv4.verification.checks.runtimes import runtime_verdicts
+from dsv4.verification.checks.stored_formats import PARTS, label_at, shape_of
 from dsv4.verification.report.findings import Findings
 from dsv4.verification.scan import Scan
 
@@ -30,15 +30,16 @@ class Row:
 
 
 def summary_row(repo: str, size: int, bundle: Scan | None, findings: Findings) -> Row:
-    """One bundle; size: bytes of all its files; without a survey, its faults alone."""
+    """One bundle; size: bytes of all its files; without a scan, its faults alone."""
     faults = ", ".join(finding.name for finding in findings.errors) or "none"
     if bundle is None or not bundle.view.recognised.known:
         return Row((repo, format_bytes(size), "", "", "", "", faults))
     loads = [name for name, why in runtime_verdicts(bundle, findings).items() if not why]
     loaded = sum(t.nbytes for name, t in bundle.tensors.items() if not name.startswith("mtp."))
     named = "unknown" if "layout-unknown" in findings else bundle.layout.name
-    return Row((repo, format_bytes(size), named, bits_by_kind(bundle), ", ".join(loads) or "none known",
-                format_bytes(loaded), faults))  # fmt: skip
+    runtimes = ", ".join(loads) or "none known"
+    bits, memory = bits_by_kind(bundle), format_bytes(loaded)
+    return Row((repo, format_bytes(size), named, bits, runtimes, memory, faults))
 
 
 def failed_row(repo: str, why: str) -> Row:

@@ -26,9 +26,10 @@ def page(result: dict[str, Any]) -> str:
     cells = result["errors"].get("experts") or []
     return render_html(
         TEMPLATE, SHOWN,
-        result=result, name=Path(result["bundle"]).name, said=verdict_sentence(result), places=finding_rows,
-        drawing=error_chart(cells) if cells else None, experts=expert_rows(cells), others=other_rows(result),
-        kinds=kind_rows(result), checks=check_rows(result), sizes=size_rows(result), **provenance_rows(result),
+        result=result, name=Path(result["bundle"]).name, said=verdict_sentence(result),
+        places=finding_rows, drawing=error_chart(cells) if cells else None,
+        experts=expert_rows(cells), others=other_rows(result), kinds=kind_rows(result),
+        checks=check_rows(result), sizes=size_rows(result), **provenance_rows(result),
     )  # fmt: skip
 
 
@@ -49,7 +50,7 @@ def finding_rows(finding: dict[str, Any]) -> list[tuple[str, str, str]]:
 def axis_ticks(most: float) -> list[float]:
     """About four round numbers from 0 to `most` or just beyond.
 
-    >>> ticks(0.087)
+    >>> axis_ticks(0.087)
     [0.0, 0.02, 0.04, 0.06, 0.08, 0.1]
     """
     if most <= 0:

@@ -1,0 +1,108 @@
+"""Compare affine modules: bounds on every weight, and the bytes of the quantizer or MLX's formula.
+
+Rows whose bytes are the quantizer's own need no decoding where every case of their exponents was
+checked before (case_table.py). All other rows are decoded, and one block of every tensor always is.
+"""
+
+from __future__ import annotations
+
+import zlib
+from itertools import pairwise
+
+import numpy as np
+
+from dsv4.model.labels import EXPERT
+from dsv4.quantization.formats import Quantizer
+from dsv4.quantization.imatrix import normalized
+from dsv4.storage.tensor_reader import TensorReader
+from dsv4.verification.numbers.affine_block import AffineBlock
+from dsv4.verification.numbers.case_table import (
+    check_cases,
+    count_exact_groups,
+    count_zeros,
+)
+from dsv4.verification.numbers.tasks import Task, TensorResult
+from dsv4.verification.numbers.tolerances import Tolerance, tolerance_for
+
+RUN_BLOCKS = 8  # blocks of rows whose bytes are compared at one time
+
+
+class AffineComparer:
+    """Compares affine modules, in any thread; the cases of the quantizer are checked once.
+
+    recorded: name of the quantizer that the shards record; quantizer: None where its bytes cannot
+    be made again here.
+    """
+
+    def __init__(self, recorded: str | None, quantizer: Quantizer | None) -> None:
+        self._recorded, self._quantizer = recorded, quantizer
+        if quantizer is not None:
+            self._cases = check_cases(quantizer, tolerance_for(quantizer.name, EXPERT))
+
+    def compare(
+        self, task: Task, reader: TensorReader, result: TensorResult, block_weights: int
+    ) -> None:
+        """Compare one tensor, in blocks of rows of about `block_weights` weights."""
+        expert = task.what == "expert"
+        tolerance = tolerance_for(self._recorded if expert else None, task.label)
+        quantizer = self._quantizer.for_tensor(task.base) if expert and self._quantizer else None
+        if quantizer is not None and quantizer.label != task.label:
+            quantizer = None
+        importance = quantizer and self._quantizer.importance.get(task.base)
+        if importance is not None:
+            importance = normalized(importance, task.base)
+        out, columns = task.origin.shape[0], task.columns
+        rows = max(1, block_weights // columns)
+        sample = zlib.crc32(task.base.encode()) % -(-out // rows) * rows
+        cuts = {*range(0, out, RUN_BLOCKS * rows), sample, min(out, sample + rows), out}
+        for first, last in pairwise(sorted(cuts)):
+            by_bytes = quantizer is not None and first != sample
+            if by_bytes and self._compare_bytes(task, reader, first, last, result):
+                continue
+            for row in range(first, last, rows):
+                block = AffineBlock(task, reader, row, min(last, row + rows), columns)
+                if not block.check_source(result):
+                    return
+                block.bounds(result, tolerance)
+                if quantizer:
+                    block.recompute(result, quantizer, importance)
+                else:
+                    block.formula(result)
+        check_rms(result, tolerance)
+
+    def _compare_bytes(
+        self, task: Task, reader: TensorReader, first: int, last: int, result: TensorResult
+    ) -> bool:
+        """Count rows of checked cases that hold the quantizer's own bytes; False for others."""
+        exponents = reader.rows(task.scale, first, last)
+        if not self._cases.holds[exponents].all():
+            return False
+        codes = reader.rows(task.origin, first, last)
+        stored = {part: reader.rows(tensor, first, last) for part, tensor in task.parts.items()}
+        made = {part: np.empty_like(data) for part, data in stored.items()}
+        stats = self._quantizer.encode(codes, exponents, made)
+        if not all(np.array_equal(made[part], data) for part, data in stored.items()):
+            return False
+        result.recomputed = True
+        result.numbers += 2 * len(codes)
+        result.groups += len(exponents)
+        result.exact += len(exponents)
+        result.lossless += count_exact_groups(codes, exponents, self._cases.exact_codes)
+        result.energy += stats.energy
+        result.error += stats.error
+        result.zeros += count_zeros(codes.view(np.int64))
+        if self._cases.worst >= result.worst:
+            result.worst, result.worst_at = self._cases.worst, ""
+        return True
+
+
+def check_rms(result: TensorResult, tolerance: Tolerance) -> None:
+    """Check a whole tensor's error, where its bytes were not found right or nothing may err."""
+    sure = result.exact == result.groups and tolerance.rms > 0
+    if not sure and result.relative > tolerance.rms:
+        result.fault(
+            f"{result.what}-imprecise",
+            "whole tensor",
+            f"relative RMS {result.relative:.3%}",
+            f"at most {tolerance.rms:.0%}",
+        )
