@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from dsv4.acceptance import case, client
 from dsv4.acceptance.cases import abilities, basics
 from dsv4.model.chat_template import ENCODING
-from dsv4.toolchain.server import SERVERS, chat_completion, running_server
+from dsv4.toolchain.server import SERVERS, running_server
 from dsv4.toolchain.server_memory import resident_bytes
 from dsv4.verification.checks.runtimes import STACKS
 
@@ -110,11 +110,11 @@ def test_a_request_reaches_the_model_as_the_encoder_s_prompt(kind, talking, tmp_
     tokenizer = Tokenizer.from_file(str(talking / "tokenizer.json"))
     found, expected = {}, {}
     with running_server(PYTHON, talking, tmp_path / "server.log", kind=kind) as url:
-        model = client.find_model(url, "", "").model
+        endpoint = client.find_model(url, "", "")
         for name, talk in TALKS.items():
             prompt = random_talk.official(encoding, {**talk, "add_generation_prompt": True})
             expected[name] = len(tokenizer.encode(prompt, add_special_tokens=False).ids)
             options = {key: talk[key] for key in talk if key not in ("messages", "tools")}
-            body = {**talk, "model": model, "chat_template_kwargs": options}
-            found[name] = json.loads(chat_completion(url, body, 1))["usage"]["prompt_tokens"]
+            body = {**talk, "max_tokens": 1, "chat_template_kwargs": options}
+            found[name] = client.ask(endpoint, body, 600).prompt_tokens
     assert found == expected

@@ -7,8 +7,9 @@ length, a wrong sum, and a judge that finds 45 inside another number.
 import pytest
 from conftest import refusal
 
+from dsv4.acceptance.client import Answer
 from dsv4.acceptance.smoke_questions import sentence_fault, sum_fault
-from dsv4.toolchain.server import Answer, free_port
+from dsv4.toolchain.server import free_port
 
 BOS = "<｜begin▁of▁sentence｜>"
 MOON = "The moon is Earth's only natural satellite."

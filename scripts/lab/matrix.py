@@ -36,12 +36,13 @@ import numpy as np
 from rooms import NANO, SCRIPTS
 
 from dsv4.acceptance import nano
+from dsv4.acceptance.client import Endpoint, ask_question
 from dsv4.acceptance.smoke_questions import MOON
 from dsv4.errors import UserError, run
 from dsv4.model.chat_template import ENCODING, conversations
 from dsv4.storage.atomic import write_json
 from dsv4.toolchain.python_env import call_script, module_file, probe, script_command
-from dsv4.toolchain.server import ask_question, running_server
+from dsv4.toolchain.server import NAME, running_server
 from dsv4.verification.checks.runtimes import STACKS, Stack
 
 RIGHT = ("mlx", "affine4g32", "mxfp4", "lossless")
@@ -186,8 +187,9 @@ def answers_of(stack: Stack, python: Path, bundle: Path, work: Path) -> dict[str
     if stack.served:
         start = STAND_INS if bundle.name == TURBO else ()
         with running_server(python, bundle, work / "server.log", start=start) as url:
-            moon = ask_question(url, MOON, 60)
-            texts = [ask_question(url, question, 40).content for question in asked]
+            endpoint = Endpoint(url, NAME)
+            moon = ask_question(endpoint, MOON, 60)
+            texts = [ask_question(endpoint, question, 40).content for question in asked]
         end = moon.finish_reason
     else:
         said = run_script(python, "lab/generate", "--bundle", bundle, "--runtime", stack.how,
