@@ -44,6 +44,8 @@ print(json.dumps({
     "versions": {name: known[name] for name in sys.argv[2:] if name in known}}))
 """
 CODE = {"jang": ("jang_tools", "jang", "mlx", "mlx-lm"), "vlm": ("mlx_vlm", "mlx", "mlx-vlm")}
+PACKAGES = Path(__file__).resolve().parents[1]
+CODE_PACKAGES = ("evaluation", "quantization", "model", "storage")  # what the worker imports
 SAID = {
     "total?": int, "read?": int, "layer?": int, "error?": (float, None), "done?": bool,
     "peak?": int, "stop?": [str],
@@ -141,17 +143,21 @@ class WorkerProcess:
 def key_of(
     checkpoint: Checkpoint, settings: PassSettings, device: str, job: Mapping[str, Any]
 ) -> str:
-    """16 hex digits for all that a pass's result depends on.
+    """Return 16 hex digits of a hash of everything that a pass's result depends on.
 
     Headers, samples, sizes and times of the shards; config.json; the tokens; model code and device;
-    the code in this folder.
+    our own code that computes or reads the numbers (CODE_PACKAGES).
     """
     shards = [
         [file, status.st_size, status.st_mtime_ns]
         for file in sorted(checkpoint.shards)
         for status in [(checkpoint.folder / file).stat()]
     ]
-    code = [p.read_text(encoding="utf-8") for p in sorted(Path(__file__).parent.glob("*.py"))]
+    code = [
+        path.read_text(encoding="utf-8")
+        for package in CODE_PACKAGES
+        for path in sorted((PACKAGES / package).glob("*.py"))
+    ]
     asked = {k: v for k, v in job.items() if k != "work"}
     stack = [settings.runtime, f"{settings.python.absolute()}", dict(settings.versions), device]
     parts = [fingerprint(checkpoint), shards, checkpoint.config, stack, asked, code]  # fmt: skip

@@ -159,10 +159,7 @@ class PassRunner:
         for some, hidden in zip(self.portions, found, strict=True):
             self.record.dtype = str(hidden.dtype).removeprefix("mlx.core.")
             values = np.array(hidden[0].astype(mx.float32))
-            if not np.isfinite(values).all():
-                raise UserError(f"{self.checkpoint.folder}: hidden states after {layers} layers",
-                           "a NaN or an infinity", "numbers",
-                           "make verify says what is wrong with it")  # fmt: skip
+            self.check_finite(values, f"hidden states after {layers} layers")
             if other is not None:
                 sums += activations.squared_sums(values, other[some])
             yield values
@@ -183,4 +180,12 @@ class PassRunner:
         last = activations.read_rows(activations.states_path(self.work, self.layers))
         dtype = getattr(mx, self.record.dtype)
         for some in activations.portions(len(last), HEAD_TOKENS):
-            yield np.array(head(mx.array(last[some])[None].astype(dtype))[0])
+            values = np.array(head(mx.array(last[some])[None].astype(dtype))[0])
+            self.check_finite(values, "logits")
+            yield values
+
+    def check_finite(self, values: np.ndarray, name: str) -> None:
+        """Raise UserError for a NaN or an infinity."""
+        if not np.isfinite(values).all():
+            raise UserError(f"{self.checkpoint.folder}: {name}", "a NaN or an infinity", "numbers",
+                            "make verify says what is wrong with it")  # fmt: skip
