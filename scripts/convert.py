@@ -111,7 +111,7 @@ def run_native(args: argparse.Namespace, source: Checkpoint, headers: Checkpoint
     if args.dry_run:
         return "would be made\n" + describe_plan(plan, args.bundle, args.jobs, args.part, supply)
     said = convert(plan, args.bundle, args.jobs, args.part, supply)
-    return said if args.part.whole else f"{said}\n{args.part.said}"
+    return said if args.part.whole else f"{said}\n{args.part.message}"
 
 
 def survey(quantizer: Quantizer, args: argparse.Namespace, source: Checkpoint, headers: Checkpoint,

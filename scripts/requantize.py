@@ -98,7 +98,7 @@ def main() -> int:
     lock = contextlib.nullcontext()
     if not arguments.dry_run:
         work = f"{made_by(source, quantizer)}"
-        lock = locks.locked(arguments.bundle, arguments.part.to_hold(work))
+        lock = locks.locked(arguments.bundle, arguments.part.lock_key(work))
     with lock:
         if not arguments.dry_run:
             remove_leftovers(arguments.bundle, files, arguments.part)
@@ -126,7 +126,7 @@ def main() -> int:
     else:
         print(f"already requantized: {len(plan.fates):,} shards, nothing to do")
     if not arguments.part.whole:
-        print(arguments.part.said)
+        print(arguments.part.message)
     return 0
 
 

@@ -165,7 +165,7 @@ def relaid(specimen: Path, folder: Path, layout: str) -> Path:
         labels = {}
         for key, label in config["quantization"].items():
             place = (
-                view.recognised.layout.place(f"{key}.weight") if isinstance(label, dict) else None
+                view.recognised.layout.locate(f"{key}.weight") if isinstance(label, dict) else None
             )
             one = place.name.replace(".E.", ".0.") if place else ""
             new = target.runtime_name(one) if place else key

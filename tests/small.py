@@ -14,8 +14,8 @@ from pathlib import Path
 import ml_reference
 import numpy as np
 
-from dsv4.model.expected_tensors import BLOCK, MTP, TOP, of_dspark
 from dsv4.model.names import kind
+from dsv4.model.tensor_table import Block, rows_in
 from dsv4.storage.safetensors_file import NUMPY_DTYPE, PendingTensor, write_shard
 
 
@@ -83,19 +83,25 @@ def source_arrays(sizes: Sizes, rng: np.random.Generator) -> Arrays:
 
 
 def the_rest(arrays: Arrays, sizes: Sizes, blocks: list[str], rng: np.random.Generator) -> Arrays:
-    """What a config.json calls for beside: a BF16 matrix, vector or F32 control of each name."""
-    names = [*TOP, "head.weight"]
-    names += [f"{block}.{name}" for block in blocks for name in BLOCK]
-    for layer in range(sizes.mtp):
-        own = of_dspark(layer, sizes.mtp) if sizes.dspark else MTP
-        names += [f"mtp.{layer}.{name}" for name in own]
+    """Every other tensor that config.json calls for: a BF16 matrix, vector or F32 control."""
+    drafter = "dspark" if sizes.dspark else "mtp"
+    described = [Block("")]
+    for prefix in blocks:
+        kind, _, number = prefix.partition(".")
+        first, last = number == "0", int(number) == sizes.mtp - 1
+        drafts = drafter if kind == "mtp" else ""
+        described.append(Block(f"{prefix}.", 0, False, drafts, first, last))
     rest: Arrays = {}
-    for name in (name for name in names if name not in arrays):
-        if "hc_" in name:
-            rest[name] = ("F32", rng.standard_normal(3).astype(np.float32))
-        else:
-            shape = 8 if "norm" in name else (4, 32)
-            rest[name] = ("BF16", rng.integers(0x3C00, 0x3F80, shape).astype(np.uint16))
+    for block in described:
+        for row in rows_in(block):
+            name = block.prefix + row.name
+            if name in arrays or row.stored == "FP4":
+                continue
+            if row.treatment == "control":
+                rest[name] = ("F32", rng.standard_normal(3).astype(np.float32))
+            else:
+                shape = 8 if "norm" in name else (4, 32)
+                rest[name] = ("BF16", rng.integers(0x3C00, 0x3F80, shape).astype(np.uint16))
     return rest
 
 

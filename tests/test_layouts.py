@@ -121,7 +121,7 @@ def test_every_line_of_every_table_leads_there_and_back(names):
         for name in names:
             disk = layout.runtime_name(name)
             if disk is not None:
-                place = layout.place(disk.replace(".G.", ".1."))
+                place = layout.locate(disk.replace(".G.", ".1."))
                 expert = re.search(r"experts\.(\d+)", name)
                 assert place.name.replace(".E.", f".{expert and expert[1]}.") == name
 

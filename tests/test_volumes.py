@@ -239,7 +239,7 @@ def test_only_one_module_flushes_locks_and_links():
         for path in (ROOT / "scripts").rglob("*.py")
         if calls.search(path.read_text(encoding="utf-8"))
     }
-    assert found == {"volume.py"}
+    assert found == {"filesystem.py"}
 
 
 # ------------------------------------------------------------------------------ open files

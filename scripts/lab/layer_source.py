@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 from race import gaussian_fp4, planned_expert
 
-from dsv4.model.expected_tensors import BLOCK as OF_A_BLOCK
-from dsv4.model.expected_tensors import TOP
 from dsv4.model.load import MODEL_TYPE
+from dsv4.model.tensor_table import Block, rows_in
 from dsv4.quantization.fp8 import BLOCK
 from dsv4.storage.checkpoint import INDEX
 from dsv4.storage.safetensors_file import PendingTensor, write_shard
@@ -43,10 +42,10 @@ def source_tensors(experts: int, uniform: bool) -> Iterator[PendingTensor]:
     for name, (out, columns) in COMPRESSOR.items():
         yield bf16(rng, f"layers.0.{name}.weight", (round(out * share), columns))
     yield bf16(rng, f"{GATE}.weight", (experts, 4096))
-    known = {"embed.weight", *(f"layers.0.{name}.weight" for name in LAYER), f"{GATE}.weight"}
-    for name in (*TOP, *(f"layers.0.{name}" for name in OF_A_BLOCK), f"{GATE}.bias"):
-        if name not in known:
-            yield PendingTensor(name, "F32", (4096,), lambda: [np.ones(4096, np.float32)])
+    ends, layer = Block(""), Block("layers.0.")
+    for name in (block.prefix + row.name for block in (ends, layer) for row in rows_in(block)
+                 if row.stored == "F32" or row.name.endswith("norm.weight")):  # fmt: skip
+        yield PendingTensor(name, "F32", (4096,), lambda: [np.ones(4096, np.float32)])
     matrices = [gaussian_fp4(rng) for _ in range(2)]
     if uniform:
         matrices = [(rng.integers(0, 256, len(m), np.uint8), scales) for m, scales in matrices]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import numpy as np
 import rooms  # noqa: F401
 
 from dsv4.model.names import GROUP
+from dsv4.model.tensor_table import Block, Row, rows_in
 from dsv4.quantization.fp8 import BLOCK, E4M3
 from dsv4.storage.safetensors_file import Tensor
 
@@ -151,116 +154,53 @@ def headers(sizes: Sizes) -> dict[str, Tensor]:
 
 
 def tensors(sizes: Sizes, writer: Writer) -> Iterator[tuple[str, Array]]:
-    """Every tensor of the checkpoint by storage name, block after block."""
-    hidden = sizes.hidden_size
-    yield "embed.weight", writer.bf16(sizes.vocab_size, hidden, std=0.5)
+    """Yield every tensor of the checkpoint by storage name, block after block."""
+    drafter = "dspark" if sizes.dspark_markov_rank else "mtp"
+    embedding, *head = rows_in(Block(""))
+    yield from arrays(writer, sizes, Block(""), [embedding])
     for layer in range(sizes.num_hidden_layers):
-        ratio = sizes.compress_ratios[layer]
-        yield from block(writer, sizes, f"layers.{layer}", ratio, layer < sizes.num_hash_layers)
-    yield "norm.weight", writer.bf16(hidden, std=0.05, mean=1)
-    yield "head.weight", writer.bf16(sizes.vocab_size, hidden, std=hidden**-0.5)
-    yield from hyper_head(writer, sizes, "")
-    for layer in range(sizes.mtp_layers):
-        yield from block(writer, sizes, f"mtp.{layer}", 0, hashed=False)
-        own = dspark(writer, sizes, layer) if sizes.dspark_markov_rank else mtp(writer, sizes)
-        for name, array in own:
-            yield f"mtp.{layer}.{name}", array
+        hashed = layer < sizes.num_hash_layers
+        block = Block(f"layers.{layer}.", sizes.compress_ratios[layer], hashed)
+        yield from arrays(writer, sizes, block, rows_in(block))
+    yield from arrays(writer, sizes, Block(""), head)
+    for stage in range(sizes.mtp_layers):
+        last = stage == sizes.mtp_layers - 1
+        block = Block(f"mtp.{stage}.", drafter=drafter, first=stage == 0, last=last)
+        yield from arrays(writer, sizes, block, rows_in(block))
 
 
-def mtp(writer: Writer, sizes: Sizes) -> Iterator[tuple[str, Array]]:
-    """What an MTP layer of the first release has beside a block's tensors."""
-    hidden = sizes.hidden_size
-    for name in ("e_proj", "h_proj"):
-        yield from writer.fp8(name, hidden, hidden)
-    for name in ("enorm", "hnorm", "norm"):
-        yield f"{name}.weight", writer.bf16(hidden, std=0.05, mean=1)
-    yield from hyper_head(writer, sizes, "")
-
-
-def dspark(writer: Writer, sizes: Sizes, stage: int) -> Iterator[tuple[str, Array]]:
-    """What one of DSpark's stages has beside a block's tensors: the first and the last alone."""
-    hidden, rank = sizes.hidden_size, sizes.dspark_markov_rank
-    if stage == 0:
-        yield from writer.fp8("main_proj", hidden, hidden * len(sizes.dspark_target_layer_ids))
-        yield "main_norm.weight", writer.bf16(hidden, std=0.05, mean=1)
-    if stage == DSPARK_STAGES - 1:
-        yield "norm.weight", writer.bf16(hidden, std=0.05, mean=1)
-        yield from hyper_head(writer, sizes, "")
-        for matrix in ("markov_w1", "markov_w2"):
-            yield f"markov_head.{matrix}.weight", writer.bf16(sizes.vocab_size, rank, std=0.05)
-        yield "confidence_head.proj.weight", writer.bf16(1, hidden + rank, std=0.05)
-
-
-def hyper_head(writer: Writer, sizes: Sizes, prefix: str) -> Iterator[tuple[str, Array]]:
-    """The mHC head of the model or of an MTP layer, F32."""
-    mult = sizes.hc_mult
-    yield f"{prefix}hc_head_fn", writer.f32(mult, mult * sizes.hidden_size, std=0.02)
-    yield f"{prefix}hc_head_base", writer.f32(mult, std=0.1)
-    yield f"{prefix}hc_head_scale", writer.f32(1, std=0.1)
-
-
-def block(
-    writer: Writer, sizes: Sizes, name: str, ratio: int, hashed: bool
+def arrays(
+    writer: Writer, sizes: Sizes, block: Block, rows: Iterable[Row]
 ) -> Iterator[tuple[str, Array]]:
-    """One decoder layer, `layers.N` or `mtp.M`."""
-    mult, hidden = sizes.hc_mult, sizes.hidden_size
-    for part in ("attn", "ffn"):
-        yield f"{name}.{part}_norm.weight", writer.bf16(hidden, std=0.05, mean=1)
-        yield f"{name}.hc_{part}_fn", writer.f32((2 + mult) * mult, mult * hidden, std=0.02)
-        yield f"{name}.hc_{part}_base", writer.f32((2 + mult) * mult, std=0.1)
-        yield f"{name}.hc_{part}_scale", writer.f32(3, std=0.1)
-    yield from attention(writer, sizes, f"{name}.attn", ratio)
-    yield from experts(writer, sizes, f"{name}.ffn", hashed)
+    """Yield some of a block's tensors; the routed experts one after another."""
+    for is_expert, group in itertools.groupby(rows, lambda row: row.stored == "FP4"):
+        same = list(group)
+        for number in range(sizes.n_routed_experts if is_expert else 1):
+            for row in same:
+                name = block.prefix + row.name.replace(".E.", f".{number}.")
+                yield from array(writer, sizes, block, row, name)
 
 
-def attention(writer: Writer, sizes: Sizes, name: str, ratio: int) -> Iterator[tuple[str, Array]]:
-    """Low-rank attention; with a compressor when `ratio` > 0 and an indexer when it is 4."""
-    heads = sizes.num_attention_heads * sizes.head_dim
-    yield from writer.fp8(f"{name}.wq_a", sizes.q_lora_rank, sizes.hidden_size)
-    yield from writer.fp8(f"{name}.wq_b", heads, sizes.q_lora_rank)
-    yield from writer.fp8(f"{name}.wkv", sizes.head_dim, sizes.hidden_size)
-    lora = sizes.o_groups * sizes.o_lora_rank
-    yield from writer.fp8(f"{name}.wo_a", lora, heads // sizes.o_groups)
-    yield from writer.fp8(f"{name}.wo_b", sizes.hidden_size, lora)
-    yield f"{name}.q_norm.weight", writer.bf16(sizes.q_lora_rank, std=0.05, mean=1)
-    yield f"{name}.kv_norm.weight", writer.bf16(sizes.head_dim, std=0.05, mean=1)
-    yield f"{name}.attn_sink", writer.f32(sizes.num_attention_heads)
-    if ratio:
-        yield from compressor(writer, sizes, f"{name}.compressor", ratio, sizes.head_dim)
-    if ratio == 4:
-        rows = sizes.index_n_heads * sizes.index_head_dim
-        yield from writer.fp8(f"{name}.indexer.wq_b", rows, sizes.q_lora_rank)
-        std = sizes.hidden_size**-0.5
-        shape = (sizes.index_n_heads, sizes.hidden_size)
-        yield f"{name}.indexer.weights_proj.weight", writer.bf16(*shape, std=std)
-        head = sizes.index_head_dim
-        yield from compressor(writer, sizes, f"{name}.indexer.compressor", ratio, head)
-
-
-def compressor(
-    writer: Writer, sizes: Sizes, name: str, ratio: int, head_dim: int
+def array(
+    writer: Writer, sizes: Sizes, block: Block, row: Row, name: str
 ) -> Iterator[tuple[str, Array]]:
-    """Pools `ratio` tokens into one key; overlapping windows, so twice the width, at ratio 4."""
-    width = head_dim * (2 if ratio == 4 else 1)
-    for matrix in ("wkv", "wgate"):
-        shape = (width, sizes.hidden_size)
-        yield f"{name}.{matrix}.weight", writer.bf16(*shape, std=sizes.hidden_size**-0.5)
-    yield f"{name}.ape", writer.f32(ratio, width, std=0.1)
-    yield f"{name}.norm.weight", writer.bf16(head_dim, std=0.05, mean=1)
-
-
-def experts(writer: Writer, sizes: Sizes, name: str, hashed: bool) -> Iterator[tuple[str, Array]]:
-    """Router, shared expert (FP8) and routed experts (FP4)."""
-    hidden, width = sizes.hidden_size, sizes.moe_intermediate_size
-    number, top = sizes.n_routed_experts, sizes.num_experts_per_tok
-    yield f"{name}.gate.weight", writer.bf16(number, hidden, std=hidden**-0.5)
-    if hashed:
-        yield f"{name}.gate.tid2eid", writer.ids(sizes.vocab_size, number, top)
+    """Yield one tensor, with its scale where it has one."""
+    shape, base = row.shape(_config(sizes), block), name.removesuffix(".weight")
+    if row.stored in ("FP4", "FP8"):
+        yield from (writer.fp4 if row.stored == "FP4" else writer.fp8)(base, *shape)
+    elif row.stored == "INT":
+        yield name, writer.ids(shape[0], sizes.n_routed_experts, shape[1])
+    elif row.stored == "F32":
+        std = 0.02 if name.endswith("_fn") else 1.0 if name.endswith("attn_sink") else 0.1
+        yield name, writer.f32(*shape, std=std)
+    elif len(shape) == 1:
+        yield name, writer.bf16(*shape, std=0.05, mean=1)
     else:
-        yield f"{name}.gate.bias", writer.f32(number, std=0.1)
-    shapes = {"w1": (width, hidden), "w2": (hidden, width), "w3": (width, hidden)}
-    for matrix, shape in shapes.items():
-        yield from writer.fp8(f"{name}.shared_experts.{matrix}", *shape)
-    for expert in range(number):
-        for matrix, shape in shapes.items():
-            yield from writer.fp4(f"{name}.experts.{expert}.{matrix}", *shape)
+        drafter = "markov_head" in name or "confidence_head" in name
+        std = 0.5 if name == "embed.weight" else 0.05 if drafter else sizes.hidden_size**-0.5
+        yield name, writer.bf16(*shape, std=std)
+
+
+@functools.cache
+def _config(sizes: Sizes) -> dict[str, object]:
+    return vars(sizes)

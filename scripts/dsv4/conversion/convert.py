@@ -83,7 +83,7 @@ def new_shard(shard: PlannedShard, folder: Path, plan: Plan, ledger: ErrorLog) -
 
 def shard_pieces(shard: PlannedShard, plan: Plan, ledger: ErrorLog) -> list[Piece]:
     """Where every byte of a shard comes from, in the order of the source."""
-    places = shard.layout.places
+    places = shard.layout.offsets
     of = (plan.quantizer, ledger)
     return [piece for unit in shard.units for piece in make_pieces(unit, places, *of)]
 
@@ -135,7 +135,7 @@ def remove_other_files(folder: Path, plan: Plan, part: JobPart) -> list[PlannedS
     planned = {shard.file: shard for shard in plan.shards}
     whole = set()
     for path in folder.glob("*.safetensors"):
-        if path.name in planned and planned[path.name].layout.is_at(path):
+        if path.name in planned and planned[path.name].layout.matches_file(path):
             whole.add(path.name)
         elif path.is_file() and upstream_converter.is_native(path):
             raise UserError(
@@ -147,7 +147,7 @@ def remove_other_files(folder: Path, plan: Plan, part: JobPart) -> list[PlannedS
         safe_paths.clear_folder(folder, {*whole, locks.LOCK, MARK, lossless.RECORD})
     else:
         requantize.remove_leftovers(folder, list(planned), part)
-    return [planned[file] for file in part.of(list(planned)) if file not in whole]
+    return [planned[file] for file in part.select(list(planned)) if file not in whole]
 
 
 # --- Carrying it out ----------------------------------------------------------------------------
@@ -156,7 +156,7 @@ def remove_other_files(folder: Path, plan: Plan, part: JobPart) -> list[PlannedS
 def convert(plan: Plan, bundle: Path, jobs: int, part: JobPart, supply: ShardFetcher | None) -> str:
     """Make the bundle, which appears whole or not at all, or a part of it; return what to say."""
     start = time.perf_counter()
-    with staging.staging(bundle, part.to_hold(plan.digest)) as folder:
+    with staging.staging(bundle, part.lock_key(plan.digest)) as folder:
         todo = remove_other_files(folder, plan, part)
         staging.mark(folder)
         check_free_space(folder, sum(shard.size for shard in todo), "", ELSEWHERE)
@@ -195,10 +195,10 @@ def convert_low_disk(
     free_used(plan, todo, folder, jobs, supply)
     total = sum(shard.size - len(shard.layout.header) for shard in todo)
     with tqdm(total=total, unit="B", unit_scale=True, desc="convert", disable=None) as bar:
-        with supply.coming(source_shards(todo[:1])):
+        with supply.fetching(source_shards(todo[:1])):
             pass
         for i, shard in enumerate(todo, 1):
-            with supply.coming(source_shards(todo[i : i + 1])):
+            with supply.fetching(source_shards(todo[i : i + 1])):
                 write_shards([new_shard(shard, folder, plan, ledger)], jobs, bar.update)
                 low_disk.compare_shard(new_shard(shard, folder, plan, ErrorLog()), jobs)
             supply.keep_only(source_shards(todo[i:]))
@@ -260,9 +260,9 @@ def describe_plan(
 ) -> str:
     """The plan for a reader: tensors by treatment, shards, bytes, an estimate of the time."""
     folder = staging_folder(bundle)
-    mine = part.of([shard.file for shard in plan.shards])
+    mine = part.select([shard.file for shard in plan.shards])
     here = [shard for shard in plan.shards if shard.file in mine]
-    todo = [shard for shard in here if not shard.layout.is_at(folder / shard.file)]
+    todo = [shard for shard in here if not shard.layout.matches_file(folder / shard.file)]
     units = [unit for shard in plan.shards for unit in shard.units]
     counts: Counter[str] = Counter()
     for unit in units:

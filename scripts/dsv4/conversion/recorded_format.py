@@ -177,7 +177,7 @@ def describe_change(
     settings = {"QUANTIZER": args.quantizer, "IMATRIX": args.imatrix, "PLAN": args.plan}
     asked = " ".join(f"{name}={value}" for name, value in settings.items() if value)
     holds = f"experts as {' and '.join(made.names)}" if made else "another maker's experts"
-    form = quantizer.form.in_words()
+    form = quantizer.form.description()
     return escape_line(
         f"requantize: {args.bundle} holds {holds}; {asked} asks for {form}: {number:,} tensors are "
         "rewritten", LINE,

@@ -282,13 +282,13 @@ def update_pieces(
     made: dict[str, ConversionUnit] = {}
     for slot in fate.layout.slots:
         if fate.kinds[slot.name] == "copy":
-            tensor, place = fate.shard.tensors[slot.name], fate.layout.places[slot.name]
+            tensor, place = fate.shard.tensors[slot.name], fate.layout.offsets[slot.name]
             pieces += copy_pieces(tensor.path, tensor.offset, place, slot.nbytes)
         else:
             unit = fate.units[slot.name]
             made[unit.weight.name] = unit
     for unit in made.values():
-        pieces += unit_pieces(unit, fate.layout.places, quantizer, ledger)
+        pieces += unit_pieces(unit, fate.layout.offsets, quantizer, ledger)
     return pieces or [ConstantPiece(b"", fate.layout.size)]  # a shard is whole with its last piece
 
 

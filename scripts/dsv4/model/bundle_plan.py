@@ -20,7 +20,7 @@ from dsv4.storage.safetensors_file import FLOATS, ShardLayout, Tensor, TensorSpe
 
 SHARD_BYTES = 5_000_000_000  # the largest shard, unless another size is asked for
 ENTRY_BYTES = 110  # what a tensor takes in a header at most, beside its name
-TABLE = "scripts/dsv4/model/names.py"
+TABLE = "scripts/dsv4/model/tensor_table.py"
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def known_treatment(tensor: Tensor) -> str:
         raise UserError(
             f"{tensor.path}: {tensor.name}", "a name that this recipe does not know",
             "the names of DeepSeek-V4",
-            f"teach it to the table in {TABLE}, or use CONVERTER=jang",
+            f"add a row to {TABLE}",
         )  # fmt: skip
     return what
 
@@ -266,11 +266,11 @@ def plan_shards(
     groups: list[list[ConversionUnit]] = []
     room = 0
     for unit in conversion_units(tensors, form):
-        if not groups or room + unit.room > shard_bytes:
+        if not groups or room + unit.max_bytes > shard_bytes:
             groups.append([])
             room = len(str(metadata)) + ENTRY_BYTES
         groups[-1].append(unit)
-        room += unit.room
+        room += unit.max_bytes
     if len(groups) > limits.FILES // 2:
         raise UserError("SHARD_BYTES", f"{shard_bytes:,} bytes, {len(groups):,} shards", "at most "
                    f"{limits.FILES // 2:,} shards", "choose larger ones; 5e9 is usual")  # fmt: skip

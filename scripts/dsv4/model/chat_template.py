@@ -24,7 +24,7 @@ from typing import Any
 from dsv4.storage import limits
 
 HERE = Path(__file__).resolve().parent
-RENDERING = HERE / "rendering.py"
+RENDERING = HERE / "template_sandbox.py"
 RELEASES = ("first", "0731", "nano")
 # SHA-256 of encoding_dsv4.py from its first line that is neither empty nor a comment on: vMLX's
 # copy of -0731's has the licence above it. The file of DeepSeek's first release has nothing above.
@@ -39,7 +39,7 @@ ENCODING = "encoding/encoding_dsv4.py"
 CHAT_TEMPLATE = "chat_template.jinja"
 RELEASE_LINE = "{%- set release = '0731' -%}"
 KEPT_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
-WALL_SECONDS = 15  # rendering.py ends itself before
+WALL_SECONDS = 15  # template_sandbox.py ends itself before
 ENDED_BY = {
     signal.SIGPROF: "it takes more than a second of processor time",
     signal.SIGXCPU: "it takes more than a second of processor time",
@@ -116,7 +116,7 @@ def render(text: str, talk: Talk) -> str:
 def render_all(text: str, talks: Sequence[Talk]) -> list[str | TemplateFault]:
     """The prompt of each talk, or what kept the template from making it; nothing is raised.
 
-    One process renders them all within the bounds of rendering.py, so this takes a fifth of a
+    One process renders them all within the bounds of template_sandbox.py, so this takes a fifth of a
     second and the talks' own time, and for a hostile template a second more. Where a talk ends the
     process, the later ones share its fault.
     """
@@ -142,7 +142,7 @@ def render_all(text: str, talks: Sequence[Talk]) -> list[str | TemplateFault]:
 
 
 def parse_line(line: bytes) -> str | TemplateFault:
-    """One line of rendering.py's."""
+    """One line of template_sandbox.py's."""
     told = json.loads(line)
     return told["prompt"] if "prompt" in told else TemplateFault(told["fault"])
 

@@ -1,91 +1,67 @@
-"""Which tensors a config.json calls for, by the official inference code's and transformers' model.
+"""Check that a source has every tensor that its config.json calls for.
 
-A source that lacks one of them looks whole by its index and headers, converts without a word, and
-only a loader notices, hours later: it leaves the parameter at its start value or stops.
+A source that lacks one looks complete by its index and headers and converts without an error. Only
+a loader notices, hours later: it leaves the parameter at its initial value, or stops.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from dsv4.errors import UserError
-from dsv4.model.load import block_counts, config_count, expert_bases, mtp_declared
+from dsv4.model.load import block_counts, config_count, mtp_declared
 from dsv4.model.names import mtp_layer
+from dsv4.model.tensor_table import DRAFTERS, Block, Row, compress_ratio, rows_in
 from dsv4.storage.checkpoint import Checkpoint
 
-HEAD = ("norm.weight", "hc_head_fn", "hc_head_base", "hc_head_scale")
-TOP = ("embed.weight", *HEAD)
-BLOCK = (
-    "attn_norm.weight", "ffn_norm.weight",
-    *(f"hc_{part}_{name}" for part in ("attn", "ffn") for name in ("fn", "base", "scale")),
-    "attn.wq_a.weight", "attn.q_norm.weight", "attn.wq_b.weight", "attn.wkv.weight",
-    "attn.kv_norm.weight", "attn.wo_a.weight", "attn.wo_b.weight", "attn.attn_sink",
-    "ffn.gate.weight", *(f"ffn.shared_experts.w{n}.weight" for n in (1, 2, 3)),
-)  # fmt: skip
-COMPRESSOR = ("wkv.weight", "wgate.weight", "ape", "norm.weight")
-INDEXER = ("wq_b.weight", "weights_proj.weight", *(f"compressor.{part}" for part in COMPRESSOR))
-# What an MTP layer has beside a block's: each of the first release; DSpark's first stage, and its
-# last. Tensors, not config.json, say how many there are and whose.
-MTP = ("e_proj.weight", "h_proj.weight", "enorm.weight", "hnorm.weight", *HEAD)
-DSPARK_FIRST = ("main_proj.weight", "main_norm.weight")
-DSPARK_LAST = (*HEAD, "markov_head.markov_w1.weight", "markov_head.markov_w2.weight",
-               "confidence_head.proj.weight")  # fmt: skip
 
-
-def implied(source: Checkpoint) -> Iterator[str]:
-    """The weights that config.json calls for, without their scales.
+def blocks(source: Checkpoint) -> Iterator[Block]:
+    """Yield the model's ends, its main layers, and the MTP layers or DSpark stages that are stored.
 
     Raises UserError when a count in config.json is missing or no whole number.
     """
     config, folder = source.config, source.folder
     layers = config_count(config, "num_hidden_layers", folder)
     hashed = config_count(config, "num_hash_layers", folder) if "num_hash_layers" in config else 0
-    yield from TOP
-    if config.get("tie_word_embeddings") is not True:
-        yield "head.weight"
+    yield Block("")
     for layer in range(layers):
-        yield from (f"layers.{layer}.{name}" for name in block(config, layer))
-        yield f"layers.{layer}.ffn.gate.{'tid2eid' if layer < hashed else 'bias'}"
-    for base in expert_bases(source):
-        yield f"{base}.weight"
-    stages, is_dspark = block_counts(source)["mtp"], has_dspark(source)
+        yield Block(f"layers.{layer}.", compress_ratio(config, layer), hashed=layer < hashed)
+    stages, drafter = block_counts(source)["mtp"], "dspark" if has_dspark(source) else "mtp"
     for stage in range(stages):
-        own = of_dspark(stage, stages) if is_dspark else MTP
-        names = (*block(config, layers + stage), "ffn.gate.bias", *own)
-        yield from (f"mtp.{stage}.{name}" for name in names)
+        ratio, last = compress_ratio(config, layers + stage), stage == stages - 1
+        yield Block(f"mtp.{stage}.", ratio, drafter=drafter, first=stage == 0, last=last)
 
 
-def of_dspark(stage: int, stages: int) -> tuple[str, ...]:
-    """What one of DSpark's stages has beside a block's tensors."""
-    return DSPARK_FIRST * (stage == 0) + DSPARK_LAST * (stage == stages - 1)
+def expected_weights(source: Checkpoint) -> Iterator[tuple[str, Row, Block]]:
+    """Yield (storage name, row, block) of every tensor but the scales. Raises as `blocks` does."""
+    experts = config_count(source.config, "n_routed_experts", source.folder)
+    tied = source.config.get("tie_word_embeddings") is True
+    for block in blocks(source):
+        for row in rows_in(block):
+            if tied and row.name == "head.weight":
+                continue
+            numbers = range(experts) if ".E." in row.name else (0,)
+            for number in numbers:
+                yield block.prefix + row.name.replace(".E.", f".{number}."), row, block
 
 
 def has_dspark(source: Checkpoint) -> bool:
-    """True for DSpark under mtp: by a tensor that is its alone, else by config.json where none is
-    of the first release's MTP alone.
+    """Return True when DSpark's stages are stored under mtp, and not the first release's MTP.
+
+    A tensor that only one of the two has decides; without one, config.json's dspark_ keys.
     """
     stored = {n.split(".", 2)[-1] for n in source.tensors if mtp_layer(n) is not None}
-    dspark = {*DSPARK_FIRST, *DSPARK_LAST}
-    if not stored & (dspark ^ set(MTP)):
-        return any(key.startswith("dspark_") for key in source.config)
-    return bool(stored & (dspark - set(MTP)))
-
-
-def block(config: dict[str, Any], layer: int) -> Iterator[str]:
-    """A layer's tensors but its experts; which attention it has is told by compress_ratios."""
-    yield from BLOCK
-    ratios = config.get("compress_ratios")
-    ratio = ratios[layer] if isinstance(ratios, list) and layer < len(ratios) else 0
-    if ratio:
-        yield from (f"attn.compressor.{part}" for part in COMPRESSOR)
-    if ratio == 4:
-        yield from (f"attn.indexer.{part}" for part in INDEXER)
+    mtp, dspark = Block("mtp.0.", drafter="mtp"), Block("mtp.0.", 0, False, "dspark", True, True)
+    only_mtp = {row.name for row in DRAFTERS if row.present(mtp) and not row.present(dspark)}
+    only_dspark = {row.name for row in DRAFTERS if row.present(dspark) and not row.present(mtp)}
+    if stored & (only_mtp | only_dspark):
+        return bool(stored & only_dspark)
+    return any(key.startswith("dspark_") for key in source.config)
 
 
 def check_whole(source: Checkpoint) -> None:
     """Raise UserError when the source lacks a tensor that its config.json calls for."""
-    wanted = list(implied(source))
+    wanted = [name for name, _, _ in expected_weights(source)]
     missing = [name for name in wanted if name not in source.tensors]
     if missing:
         raise UserError(
@@ -96,7 +72,10 @@ def check_whole(source: Checkpoint) -> None:
 
 
 def lacking_mtp(source: Checkpoint) -> str:
-    """Words for a source with fewer MTP layers than config.json declares, which is legal, or ""."""
+    """Return words for a source with fewer MTP layers than config.json declares; else "".
+
+    That is legal: people strip MTP.
+    """
     declared, stored = mtp_declared(source.config, source.folder), block_counts(source)["mtp"]
     if stored >= declared:
         return ""

@@ -85,7 +85,7 @@ class NamingScheme:
     def locate(self, name: str) -> SourcePlace | None:
         """Which source tensor the bundle's tensor `name` holds; None for a name of another's.
 
-        >>> LAYOUTS["mlx-lm, wo_a split"].place("model.layers.3.attn.wo_a.7.weight")
+        >>> LAYOUTS["mlx-lm, wo_a split"].locate("model.layers.3.attn.wo_a.7.weight")
         Place(name='layers.3.attn.wo_a.weight', stacked=False, block=7)
         """
         for (source, _), (_, bundle) in zip(self.lines, self._sides, strict=True):
@@ -220,7 +220,7 @@ class RecognizedScheme:
 
 def has_name(layout: NamingScheme, name: str) -> bool:
     """True when the layout has the name, and it is one that DeepSeek-V4 has."""
-    place = layout.place(name)
+    place = layout.locate(name)
     return place is not None and is_known(place.name)
 
 

@@ -11,61 +11,17 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from dsv4.storage.limits import COLUMNS
+from dsv4.model.tensor_table import FP8_BLOCK, NUMBER, MissingSize, row_of
 
 GROUP = 32  # columns that share a scale, in the source's FP4 and in every label of a bundle
-BLOCK = 128  # rows and columns that share one in the source's FP8
+BLOCK = FP8_BLOCK
 
 # w1 = gate_proj, w3 = up_proj (width, hidden); w2 = down_proj (hidden, width).
 PROJECTION = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
-# Which source tensor gets which treatment (`kind` says what each means). Read from the top; a name
-# that no line matches is unknown. N stands for a number, B for a block: layers.N. or mtp.N.
-_TABLE = (
-    # routed experts, FP4
-    (r"B ffn.experts.N.w[123].weight", "expert"),
-    # F32: they steer routing and residual mixing
-    (r"(B )?hc_\w+", "control"),
-    (r"B attn.attn_sink", "control"),
-    (r"B ffn.gate.bias", "control"),
-    # norms; router; compressor positions; the table of the hash-routed layers
-    (r"norm.weight", "passthrough"),
-    (r"B (attn_norm|ffn_norm|norm|enorm|hnorm|main_norm).weight", "passthrough"),
-    (r"B attn.(q_norm|kv_norm).weight", "passthrough"),
-    (r"B attn.(indexer.)?compressor.(norm.weight|ape)", "passthrough"),
-    (r"B ffn.gate.(weight|tid2eid)", "passthrough"),
-    # kept as the source has it, 1.06 GB for Flash instead of 0.6: mlx-vlm has no quantized head
-    (r"head.weight", "head"),
-    # matrices, FP8 or BF16
-    (r"embed.weight", "affine8"),
-    (r"B attn.(wq_a|wq_b|wkv|wo_a|wo_b).weight", "affine8"),
-    (r"B attn.(indexer.)?compressor.(wkv|wgate).weight", "affine8"),
-    (r"B attn.indexer.(wq_b|weights_proj).weight", "affine8"),
-    (r"B ffn.shared_experts.w[123].weight", "affine8"),
-    # MTP's own: of the first release, and of those with DSpark
-    (r"mtp.N.(e_proj|h_proj|main_proj).weight", "affine8"),
-    (r"mtp.N.(markov_head.markov_w[12]|confidence_head.proj).weight", "affine8"),
-)
-_NUMBER = r"[0-9]{1,6}"  # a name whose number has more digits is unknown
-TREATMENTS = tuple(
-    (
-        re.compile(
-            line.replace(".", r"\.").replace("B ", r"(layers|mtp)\.N\.").replace("N", _NUMBER)
-        ),
-        treatment,
-    )
-    for line, treatment in _TABLE
-)
-
-_EXPERT = re.compile(
-    rf"(layers|mtp)\.({_NUMBER})\.ffn\.experts\.({_NUMBER})\.(w[123])\.(\w{{1,32}})"
-)
-_STACK = re.compile(rf"layers\.({_NUMBER})\.mlp\.switch_mlp\.(gate|up|down)_proj\.(\w{{1,32}})")
-_MTP = re.compile(rf"mtp\.({_NUMBER})\.")
-_CONTROL = re.compile(
-    rf"(?:(?:layers|mtp)\.{_NUMBER}\.)?"
-    r"(?:hc_\w+|attn\.attn_sink|ffn\.gate\.bias)"
-)
+_EXPERT = re.compile(rf"(layers|mtp)\.({NUMBER})\.ffn\.experts\.({NUMBER})\.(w[123])\.(\w{{1,32}})")
+_STACK = re.compile(rf"layers\.({NUMBER})\.mlp\.switch_mlp\.(gate|up|down)_proj\.(\w{{1,32}})")
+_MTP = re.compile(rf"mtp\.({NUMBER})\.")
 
 
 def parse_expert(name: str) -> tuple[str, int, int, str, str] | None:
@@ -137,46 +93,26 @@ def stack_of(base: str) -> str:
     return f"{block}.{layer}.{PROJECTION[matrix]}"
 
 
-# The input width of a matrix by the end of its name, in words of config.json.
-INPUT = (
-    ("attn.wq_b", "q_lora_rank"), ("attn.indexer.wq_b", "q_lora_rank"),
-    (".w2", "moe_intermediate_size"), ("markov_head.markov_w1", "dspark_markov_rank"),
-    ("markov_head.markov_w2", "dspark_markov_rank"),
-)  # fmt: skip
-
-
 def columns_of(base: str, config: Mapping[str, Any]) -> int:
-    """The columns of the matrix `base` by config.json; 0 where it does not say.
+    """Return the columns of the matrix `base` by config.json; 0 where it does not say.
 
     >>> columns_of("layers.0.ffn.experts.3.w2", {"moe_intermediate_size": 2048})
     2048
     """
-
-    def number(key: str) -> int:
-        value = config.get(key)
-        return value if isinstance(value, int) and 0 < value <= COLUMNS else 0
-
-    groups = number("o_groups")
-    if base.endswith("attn.wo_a"):
-        return number("num_attention_heads") * number("head_dim") // groups if groups else 0
-    if base.endswith("attn.wo_b"):
-        return groups * number("o_lora_rank")
-    if base.endswith(".main_proj"):  # takes the hidden states of those layers side by side
-        layers = config.get("dspark_target_layer_ids")
-        return number("hidden_size") * len(layers) if isinstance(layers, list) else 0
-    if base.endswith(".confidence_head.proj"):
-        rank = number("dspark_markov_rank")
-        return number("hidden_size") + rank if rank else 0
-    return number(next((key for end, key in INPUT if base.endswith(end)), "hidden_size"))
+    row = row_of(f"{base}.weight") or row_of("head.weight")
+    try:
+        return row.columns(config)
+    except MissingSize:
+        return 0
 
 
 def is_control(name: str) -> bool:
-    """True for the F32 control tensors: `hc_*`, `attn_sink`, `ffn.gate.bias`, in every block.
+    """Return True for the F32 control tensors: `hc_*`, `attn_sink`, `ffn.gate.bias`.
 
-    They steer routing and residual mixing; upstream's converter rounds them to F16, and vMLX 1.6.81
+    They steer routing and residual mixing. Upstream's converter rounds them to F16, and vMLX 1.6.81
     refuses such a bundle.
     """
-    return _CONTROL.fullmatch(name) is not None
+    return treatment(name) == "control"
 
 
 def most_zeros(name: str, dtype: str, nbytes: int) -> int | None:
@@ -227,31 +163,24 @@ def module_paths(base: str) -> tuple[str, ...]:
 
 
 def treatment(name: str) -> str | None:
-    """What `kind` says, from the table above; None for a name that it does not have.
+    """Return what a bundle makes of a tensor (tensor_table.TREATMENTS), or None for unknown names.
+
+    "scale" belongs to the weight beside it and has no counterpart of its own.
 
     >>> treatment("mtp.0.e_proj.scale"), treatment("layers.0.attn.unheard_of.weight")
     ('scale', None)
     """
-    weight = name.removesuffix(".scale") + ".weight" if name.endswith(".scale") else name
-    found = next((what for pattern, what in TREATMENTS if pattern.fullmatch(weight)), None)
-    if weight != name:
-        return "scale" if found in ("expert", "affine8", "head") else None
-    return found
+    if not name.endswith(".scale"):
+        row = row_of(name)
+        return row.treatment if row else None
+    row = row_of(name.removesuffix("scale") + "weight")
+    return "scale" if row and row.treatment in ("expert", "affine8", "head") else None
 
 
 def kind(name: str) -> str:
-    """What a bundle makes of the source tensor `name`.
+    """Return `treatment`; for a name that the table lacks, what upstream's converter makes of it.
 
-    'scale'        belongs to the weight beside it, has no counterpart of its own
-    'expert'       routed expert: 4-bit affine, group 32
-    'control'      F32, as in the source
-    'passthrough'  norms, router weight, compressor positions: F16; the hash table: its integers
-    'head'         as in the source; upstream makes 8-bit affine of it, which other bundles have
-    'affine8'      every other weight: 8-bit affine, group 32
-
-    'passthrough' and 'affine8' are upstream's choice (jang_tools.dsv4.convert_dsv4_jangtq,
-    classify, 2.5.9). For a name that the table does not have, this says what upstream's converter
-    would make of it; ours stops there.
+    Our converter stops at such a name.
     """
     found = treatment(name)
     if found:
@@ -260,8 +189,6 @@ def kind(name: str) -> str:
         return "scale"
     if parse_expert(name):
         return "expert"
-    if is_control(name):
-        return "control"
     if "norm" in name or name.endswith((".ape", ".tid2eid", ".gate.weight", ".bias")):
         return "passthrough"
     return "affine8" if name.endswith(".weight") else "passthrough"

@@ -57,7 +57,7 @@ def translate(tensors: Mapping[str, Tensor], view: StorageView) -> None:
     shared = []
     left_out = set(view.recognised.unknown).union(*view.recognised.others.values())
     for name, tensor in tensors.items():
-        place = None if name in left_out else view.recognised.layout.place(name)
+        place = None if name in left_out else view.recognised.layout.locate(name)
         if place is None:
             continue
         if place.block is not None:

@@ -72,7 +72,7 @@ def mend_index(repair: RepairContext) -> None:
     bundle's own shards are there, or no step had begun."""
     found = level1_findings(repair).names
     named = [n for n in sorted(found) if n.startswith("index-") or n == "shard-missing"]
-    if named and repair.say(", ".join(named), f"rebuilt: {INDEX}"):
+    if named and repair.report(", ".join(named), f"rebuilt: {INDEX}"):
         repair.backup.keep([INDEX])
         write_index(repair)
 
@@ -92,7 +92,7 @@ def mend_files(repair: RepairContext) -> None:
     names = [n for n in required_files(origin) if n in bad or size_of(repair.bundle / n) == 0]
     stale = {conversation.SPECIAL} & bad - set(required_files(origin))  # the source does without it
     done = f"copied from {origin}: {', '.join(names)}" if names else "moved away"
-    if repair.say(", ".join(named), done):
+    if repair.report(", ".join(named), done):
         repair.backup.keep([*names, *sorted(stale)])
         copy_files(origin, repair.bundle, names)
         for name in stale:
@@ -130,7 +130,7 @@ def mend_template(repair: RepairContext) -> None:
     path = repair.bundle / name
     text = right_template(repair).encode()
     same = path.is_file() and limits.read_bounded(path) == text
-    if not same and repair.say(f"{name}: another template than runtimes need", "written"):
+    if not same and repair.report(f"{name}: another template than runtimes need", "written"):
         repair.backup.keep([name])
         write_bytes(path, text)
 
@@ -154,14 +154,14 @@ def mend_document(repair: RepairContext, name: str, make: Callable[[], dict[str,
     if not repair.args.dry_run:
         set_aside(repair, [name])
     elif is_broken(repair.bundle, name):
-        repair.say(f"{name}: no JSON object", "made anew")
+        repair.report(f"{name}: no JSON object", "made anew")
         return
     source = repair.source.folder if repair.source is not None else None
     content = runtime_documents.cleaned(repair.bundle, source, name, make())
     runtime_documents.check_json(name, content)
     changes = runtime_documents.changed_keys(repair.bundle, {name: content})
     keys = [change.removeprefix(f"{name}: ") for change in changes]
-    if changes and repair.say(f"{name}: other {', '.join(keys)} than runtimes need", "set"):
+    if changes and repair.report(f"{name}: other {', '.join(keys)} than runtimes need", "set"):
         repair.backup.keep([name])
         write_json(repair.bundle / name, content)
 

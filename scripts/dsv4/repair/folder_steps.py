@@ -59,7 +59,7 @@ def mend_config(repair: RepairContext) -> None:
     if repair.source is None:
         raise UserError(fault, "no source", "its config.json", NEEDS_SOURCE)
     content = rebuilt_config(repair, open_with(repair.bundle, repair.source.config))
-    if repair.say(f"config-broken: {fault}", "made anew from the source's config.json"):
+    if repair.report(f"config-broken: {fault}", "made anew from the source's config.json"):
         repair.backup.keep(["config.json"])
         write_json(repair.bundle / "config.json", content)
 
@@ -105,7 +105,7 @@ def mend_strangers(repair: RepairContext) -> None:
     if not all(base in held for base in bundle.bases):
         raise UserError(f"{repair.bundle}", named, "the index's shards alone to hold every expert",
                    "see what else is named, then move them away")  # fmt: skip
-    if repair.say(named, f"moved to {repair.backup.files}"):
+    if repair.report(named, f"moved to {repair.backup.files}"):
         for name in strangers:
             repair.attempt(move_to_originals, name)
 
@@ -118,7 +118,7 @@ def mend_sidecar(repair: RepairContext) -> None:
         return
     path, data = repair.bundle / SIDECAR, sidecar_bytes({columns for columns, _ in forms})
     same = path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data
-    if not same and repair.say(f"{SIDECAR}: other signs or levels than the codes'", "written"):
+    if not same and repair.report(f"{SIDECAR}: other signs or levels than the codes'", "written"):
         repair.backup.keep([SIDECAR])
         write_bytes(path, data)
 

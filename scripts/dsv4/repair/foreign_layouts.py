@@ -68,7 +68,7 @@ def mend_controls(repair: RepairContext, bundle: Scan) -> None:
         raise UserError(f"{repair.bundle}: {odd[0]}", "another shape than the source's", "the source's",
                    "check SOURCE and BUNDLE")  # fmt: skip
     files = sorted({bundle.tensors[name].path.name for name in rounded})
-    if repair.say(named, f"made F32 again from the source: {len(files)} shards"):
+    if repair.report(named, f"made F32 again from the source: {len(files)} shards"):
         origins = {bundle.view.name_on_disk(name): repair.source.tensors[name] for name in rounded}
         repair.backup.keep(files)
         for file in files:

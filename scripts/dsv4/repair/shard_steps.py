@@ -38,7 +38,7 @@ def mend_shards(repair: RepairContext) -> None:
     as_fp4 = repair.args.quantizer == "mxfp4" and repair.source is None and not begun
     if as_fp4 and wrong and all_fp4(bundle):
         found = f"{len(wrong):,} expert matrices of FP4 bytes (stock-experts)"
-        repair.say(found, "labelled mxfp4; not compared with the source")
+        repair.report(found, "labelled mxfp4; not compared with the source")
         repair.experts, wrong = dict.fromkeys(expert_bases(bundle), labels.MXFP4), {}
     wrong |= dict.fromkeys(begun.get("experts", ()), "unfinished")
     controls, head = rounded_controls(bundle), has_quantized_head(bundle)
@@ -86,7 +86,7 @@ def from_source(
     )
     size = sum(fate.size for fate in plan.work)
     how = f"made again from the source ({quantizer.name}): {len(plan.todo)} of {len(plan.fates)} "
-    if repair.say(found, f"{how}shards, {format_bytes(size)}"):
+    if repair.report(found, f"{how}shards, {format_bytes(size)}"):
         rewrite(repair, plan, {"experts": sorted(wrong), "mark": made}, size)
     bases = expert_bases(bundle)
     repair.experts = {base: quantizer.form.label(base) for base in bases} if wrong else None

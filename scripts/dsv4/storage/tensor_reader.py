@@ -45,7 +45,7 @@ class TensorReader:
             data = data + more if data else more
         array = np.frombuffer(data, np.uint8)
         if self._watch:
-            self._watch.see(tensor, first, array)
+            self._watch.scan(tensor, first, array)
         return array
 
     def _opened(self, path: Path) -> int:

@@ -247,7 +247,7 @@ def is_plain(bundle: Scan, key: str, label: Any) -> bool:
     """True for the label of a module that has a tensor of floats."""
     if not isinstance(label, dict) or bundle.layout is STORAGE:
         return False
-    place = bundle.layout.place(f"{key}.weight")
+    place = bundle.layout.locate(f"{key}.weight")
     tensor = place and bundle.tensors.get(place.name.replace(".E.", ".0."))
     return tensor is not None and tensor.dtype in FLOATS
 

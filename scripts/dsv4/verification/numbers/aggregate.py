@@ -86,7 +86,7 @@ def report_group(
     """Report a tensor's first differing group, and how many more there are."""
     where, found, expected = place
     more = f" and {groups - 1:,} groups more" if groups > 1 else ""
-    findings.add(name, f"{outcome.shown}: {where}{more}", found, expected)
+    findings.add(name, f"{outcome.display_name}: {where}{more}", found, expected)
 
 
 def check_experts(block: str, outcomes: list[TensorResult]) -> Check:
@@ -208,7 +208,7 @@ def by_kind(outcomes: list[TensorResult]) -> list[dict[str, Any]]:
             "tensors": len(mine),
             "stored_as": how,
             "relative_rms": rms_of(mine),
-            "worst_tensor": worst.shown if worst.relative else "",
+            "worst_tensor": worst.display_name if worst.relative else "",
             "worst_tensor_rms": worst.relative,
             "groups": sum(o.groups for o in mine),
             "groups_exact": sum(o.lossless for o in mine),
