@@ -57,7 +57,7 @@ def test_acceptance_says_of_each_server_what_is_so(kind, bundles, tmp_path, monk
     with running_server(PYTHON, bundles["mlx"], tmp_path / "server.log", kind=kind) as url:
         endpoint = client.find_model(url, "", "")
         named = client.Endpoint(url, model_name(kind, bundles["mlx"]))
-        assert client.ask_question(named, case.WHO, 20).content == case.NANO
+        assert client.ask_question(named, case.WHO, 40).content == case.NANO
         assert resident_bytes(url) > 50e6
         first, nano = case.identify_model(endpoint)
         outcomes = {one.name: case.run_case(endpoint, one, nano) for one in cases}

@@ -30,8 +30,8 @@ SCRIPT_SECONDS = 3600  # for a script, such as the logits or conversion of the n
 OUTPUT_BYTES = 4 << 20  # of stdout and of stderr
 RUNS = "a Python that runs"
 OTHERS = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "PYTHONUSERBASE", "__PYVENV_LAUNCHER__")
-# For jang's model outside vMLX: without it the model has a cache for short prompts only, and decoding
-# was off by up to .40.
+# For jang's model outside vMLX: without it the model has a cache for short prompts only, and
+# decoding was off by up to .40.
 LONG_PROMPTS = {"DSV4_LONG_CTX": "1"}
 PACKAGES = ("jang", "vmlx", "mlx", "mlx-lm", "mlx-vlm", "transformers", "torch")
 
@@ -135,7 +135,7 @@ def _communicate(child: subprocess.Popen, stream: IO[bytes]) -> bytes:
 
 
 def app_versions(app: Path = APP) -> dict[str, str | None]:
-    """Return the versions of PACKAGES inside an app, by its .dist-info folders; None without one."""
+    """Return {package: version} of PACKAGES inside an app, None without a .dist-info folder."""
     found: dict[str, str | None] = dict.fromkeys(PACKAGES)
     for folder in sorted(app.rglob("*.dist-info")):
         name, _, version = folder.name.removesuffix(".dist-info").rpartition("-")
