@@ -1,4 +1,4 @@
-"""A server of OpenAI's chat completions that passes every acceptance case but for a planted fault."""
+"""A chat completions server that passes every acceptance case but for a planted fault."""
 
 from __future__ import annotations
 
