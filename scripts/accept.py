@@ -1,16 +1,17 @@
-"""Is the model that is being served right, and how fast is it?
+"""Test a served model and measure its speed.
 
-Asks any server of OpenAI's chat completions, that of `make serve` by default: additions, stop
-reasons, thinking, streams, five requests at once, needles in long prompts, tools, turns, languages,
-JSON, the context's limit, cancellation, loops. Each is a case with a name and a time limit of its
-own. The nano, which says of itself that it is that, is not asked what it cannot know: those cases
-are skipped by name. Then time to the first token and tokens a second by length of prompt, alone and
-with 4 at once, and the server's memory where it runs on this machine.
+Works with any server of OpenAI's chat completions, by default that of `make serve`. Cases: list of
+models, additions, stop reasons, thinking, streams, five requests at once, needles in long prompts,
+tools, turns, languages, JSON, the context limit, cancellation, loops. Each has a name and a time
+limit. For the nano, cases that it cannot pass are skipped by name. Then measures time to the first
+token and tokens per second by prompt length, with 1 and 4 requests at once, and the memory of a
+server on this machine.
 
---against asks a second server the same and shows where they part; its verdict is its own. Keys
-come from the environment only: OPENAI_API_KEY, and AGAINST_API_KEY for the second. Writes a page
-and the same as JSON. Exit 0: all that was run is right; 1: something is wrong, or no server
-answers. With DeepSeek-V4-Flash it takes minutes, the prompts of 16,000 tokens most of them.
+--against runs the same on a second server and shows where the answers differ; the verdict is about
+the first one. API keys come from the environment only: OPENAI_API_KEY, and AGAINST_API_KEY for the
+second. Writes OUT.html and OUT.json. Exit 0: everything that was run is right; 1: something is
+wrong, or no server answers. Takes minutes with DeepSeek-V4-Flash, most of them for the prompts of
+16,000 tokens.
 
     .venv/bin/python scripts/accept.py [--url URL] [--against URL] --out build/accept
 """
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from dsv4.acceptance import case, speed
@@ -40,10 +42,10 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_setting(parser, "URL", help="of the server, instead of that of `make serve`")
-    add_setting(parser, "PORT", default=8010, help="where that of `make serve` listens")
-    add_setting(parser, "MODEL_NAME", default="", help="needed where several models are served")
-    add_setting(parser, "AGAINST", help="URL of a second server, to be asked the same")
+    add_setting(parser, "URL", help="of the server; default: that of `make serve`")
+    add_setting(parser, "PORT", default=8010, help="on which `make serve` listens")
+    add_setting(parser, "MODEL_NAME", default="", help="required where several models are served")
+    add_setting(parser, "AGAINST", help="URL of a second server to compare with")
     add_setting(parser, "AGAINST_NAME", default="", help="the name of its model")
     add_setting(parser, "CONTEXT", default=abilities.SIZES[-1],
                 help="tokens of the longest prompt (%(default)s)")  # fmt: skip
@@ -55,52 +57,63 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def told(outcome: case.CaseResult) -> case.CaseResult:
-    """Say an outcome."""
-    why = f": {outcome.why}" if outcome.why else ""
-    print_escaped(f"{outcome.verdict:8}{outcome.name} ({outcome.seconds:g} s){why}", flush=True)
-    return outcome
+def print_case(result: case.CaseResult) -> None:
+    why = f": {result.why}" if result.why else ""
+    print_escaped(f"{result.verdict:8}{result.name} ({result.seconds:g} s){why}", flush=True)
+
+
+def print_speed(measured: speed.Speed) -> None:
+    text = measured.why or (
+        f"first token {measured.first:g} s, {measured.rate or 'too few'} tokens/s"
+    )
+    print_escaped(f"speed   {measured.prompt:,} tokens × {measured.at_once}: {text}", flush=True)
 
 
 def examine(endpoint: Endpoint, context: int) -> dict[str, Any]:
-    """Ask one server everything; say each outcome as it comes.
+    """Run all cases and measurements on one server, and print each result at once.
 
-    One that gives no usable answer to the first question is asked nothing else.
+    Without a usable answer to the first question everything else is skipped.
     """
     first, nano = case.identify_model(endpoint)
-    outcomes, answers = [told(first)], first.verdict == "right"
-    for one in (*basics.CASES, *abilities.cases(context, endpoint.most)):
-        one = one if answers else replace(one, skip="the first question had no answer")
-        outcomes.append(told(case.run_case(endpoint, one, nano)))
-    speeds = []
-    for one in speed.measure(endpoint, context) if answers else ():
-        speeds.append(one)
-        measured = one.why or f"first token {one.first:g} s, {one.rate or 'too few'} tokens/s"
-        print_escaped(f"speed   {one.prompt:,} tokens × {one.at_once}: {measured}", flush=True)
+    print_case(first)
+    results, speeds, answers = [first], [], first.verdict == "right"
+    for planned in (*basics.CASES, *abilities.cases(context, endpoint.most)):
+        if not answers:
+            planned = replace(planned, skip="the first question had no answer")
+        results.append(case.run_case(endpoint, planned, nano))
+        print_case(results[-1])
+    for measured in speed.measure(endpoint, context) if answers else ():
+        speeds.append(measured)
+        print_speed(measured)
     return {
         "url": endpoint.url, "model": endpoint.model, "nano": nano,
         "memory": resident_bytes(endpoint.url),
-        "cases": [asdict(one) for one in outcomes], "speed": [asdict(one) for one in speeds],
+        "cases": [asdict(one) for one in results], "speed": [asdict(one) for one in speeds],
     }  # fmt: skip
 
 
 def faults(side: dict[str, Any]) -> list[str]:
-    """The names of what is wrong with one server."""
+    """Return the names of wrong cases and failed measurements of one server."""
     wrong = [one["name"] for one in side["cases"] if one["verdict"] == "wrong"]
     wrong += [f"speed at {one['prompt']} × {one['at_once']}" for one in side["speed"] if one["why"]]
     return wrong
 
 
+def with_ending(out: Path, ending: str) -> Path:
+    """Return OUT with `.html` or `.json` appended; a dot in its name, as in v1.6, is kept."""
+    return out.with_name(f"{out.name}{ending}")
+
+
 def main() -> int:
     args = parse()
-    ends = [find_model(args.url, args.model_name, api_key("OPENAI_API_KEY"))]
+    endpoints = [find_model(args.url, args.model_name, api_key("OPENAI_API_KEY"))]
     if args.against:
         key = api_key("AGAINST_API_KEY")
-        ends.append(find_model(args.against, args.against_name, key, "AGAINST_NAME"))
+        endpoints.append(find_model(args.against, args.against_name, key, "AGAINST_NAME"))
     sides = []
-    for end in ends:
-        print_escaped(f"{end.model} at {end.url}")
-        sides.append(examine(end, args.context))
+    for endpoint in endpoints:
+        print_escaped(f"{endpoint.model} at {endpoint.url}")
+        sides.append(examine(endpoint, args.context))
     wrong = faults(sides[0])
     result = {
         "format": FORMAT, "verdict": "wrong" if wrong else "right", "context": args.context,
@@ -108,9 +121,10 @@ def main() -> int:
         "server": sides[0], "against": sides[1] if args.against else None,
     }  # fmt: skip
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(args.out.with_suffix(".json"), result)
-    write_bytes(args.out.with_suffix(".html"), page(result).encode())
-    print_escaped(args.out.with_suffix(".html"))
+    write_json(with_ending(args.out, ".json"), result)
+    html = with_ending(args.out, ".html")
+    write_bytes(html, page(result).encode())
+    print_escaped(html)
     if wrong:
         raise UserError(args.url, f"wrong: {', '.join(wrong)}", "all right", "see the page")
     return 0

@@ -1,13 +1,13 @@
-"""Show on the nano model what the recipe is for: the stock bundle beside the right one.
+"""Compare the stock bundle of the nano model with the right one, in the toolchain's own runtime.
 
-Both are loaded by the toolchain's real loader and served by its real server. The logits of each are
-compared with those of the source decoded to float32 by the same model code, and those of the right
-bundle also with its own tensors dequantized, which no label can spoil. Each server is asked the
-plan's two questions and 50 additions that training never saw. All of that goes on at once, as far
-as there are processors. Newer vMLX refuses the stock bundle, and the table says so.
+Both are loaded by the toolchain's loader and served by its server. The logits of each are compared
+with those of the source, decoded to float32, by the same model code; those of the right bundle also
+with its own tensors dequantized, which does not depend on labels. Each server is asked two
+questions and 50 additions that are held out of the training. Newer vMLX refuses the stock bundle;
+the table says so.
 
 `make demo` and `make selftest` run it after the stages. Prints a table. Exit 0: the right bundle is
-right and the stock one is told apart; 1: this toolchain cannot be trusted with the big model.
+right and the stock one differs; 1: this toolchain cannot be trusted with the big model.
 
     .venv/bin/python scripts/demo.py --source DIR --stock DIR --bundle DIR [--python PYTHON]
 """
@@ -23,6 +23,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from dsv4.acceptance.client import Answer, Endpoint, ask_question
 from dsv4.acceptance.nano import (
     MAX_DISTANCE,
     MIN_EXACT,
@@ -38,14 +39,14 @@ from dsv4.errors import UserError, run
 from dsv4.settings import add_setting, parse_path
 from dsv4.storage.disk_space import folder_bytes
 from dsv4.toolchain.python_env import default_python
-from dsv4.toolchain.server import Answer, ask_question, running_server
+from dsv4.toolchain.server import NAME, running_server
 
-TOKENS = 20  # of an addition's answer, which takes 15 at most, its reasoning included
+TOKENS = 20  # of the answer to an addition, which takes 15 at most with its reasoning
 
 
 @dataclass(frozen=True)
-class Talk:
-    """What a server answered: the two questions, and how many additions were exactly right."""
+class Answers:
+    """Answers of a server: to the two questions, and the number of exact additions."""
 
     moon: Answer
     sum: Answer
@@ -54,30 +55,34 @@ class Talk:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """All that was seen of one bundle that loads."""
+class Findings:
+    """What was measured of one bundle that loads."""
 
     logits: Logits
-    talk: Talk
+    answers: Answers
     folder: Path
 
 
-def talk(
+def ask_server(
     python: Path, bundle: Path, additions: list[tuple[int, int]], work: Path, bar: tqdm
-) -> Talk:
-    """Serve the bundle and ask everything."""
+) -> Answers:
+    """Serve the bundle and ask all questions."""
     start = time.monotonic()
     with running_server(python, bundle, work / f"server-{bundle.name}.log") as url:
-        moon, total = ask_question(url, MOON, 60), ask_question(url, SUM, TOKENS)
-        exact = 0
+        endpoint, exact = Endpoint(url, NAME), 0
+        moon, total = ask_question(endpoint, MOON, 60), ask_question(endpoint, SUM, TOKENS)
         for a, b in additions:
-            exact += ask_question(url, f"What is {a}+{b}?", TOKENS).content.strip() == str(a + b)
+            answer = ask_question(endpoint, f"What is {a}+{b}?", TOKENS)
+            exact += answer.content.strip() == str(a + b)
             bar.update()
-    return Talk(moon, total, exact, time.monotonic() - start)
+    return Answers(moon, total, exact, time.monotonic() - start)
 
 
-def examine(args: argparse.Namespace) -> tuple[Seen | UserError, Seen, Logits]:
-    """The stock bundle, or how it was refused; the right one; its logits against its own tensors'.
+def examine(args: argparse.Namespace) -> tuple[Findings | UserError, Findings, Logits]:
+    """Measure both bundles at once.
+
+    Returns the stock bundle or its refusal, the right bundle, and the right bundle's logits
+    compared with those of its own tensors.
 
     Raises UserError when the right bundle cannot be loaded and asked.
     """
@@ -87,17 +92,17 @@ def examine(args: argparse.Namespace) -> tuple[Seen | UserError, Seen, Logits]:
         tqdm(total=2 * len(additions), desc="additions", disable=None) as bar,
         ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
-        talks = [
-            pool.submit(talk, args.python, folder, additions, work, bar)
+        answers = [
+            pool.submit(ask_server, args.python, folder, additions, work, bar)
             for folder in (args.bundle, args.stock)
         ]
         wanted = [(args.source, "source"), (args.bundle, "loader"),
                   (args.bundle, "tensors"), (args.stock, "loader")]  # fmt: skip
         found = [pool.submit(run_logits, args.python, *one, ids, work) for one in wanted]
-        source, loaded, own = (answer.result() for answer in found[:3])
-        right = Seen(compare(loaded, source), talks[0].result(), args.bundle)
+        source, loaded, own = (logits.result() for logits in found[:3])
+        right = Findings(compare(loaded, source), answers[0].result(), args.bundle)
         try:
-            stock = Seen(compare(found[3].result(), source), talks[1].result(), args.stock)
+            stock = Findings(compare(found[3].result(), source), answers[1].result(), args.stock)
         except UserError as refusal:
             stock = refusal
     return stock, right, compare(loaded, own)
@@ -115,46 +120,46 @@ ROWS = [
 ]  # fmt: skip
 
 
-def column(seen: Seen | UserError) -> list[str]:
-    """One bundle's side of the table, in the order of ROWS."""
-    if isinstance(seen, UserError):
+def column(findings: Findings | UserError) -> list[str]:
+    """Return a bundle's column of the table, in the order of ROWS."""
+    if isinstance(findings, UserError):
         return ["refuses to load", *[""] * (len(ROWS) - 1)]
     return [
-        shorten(seen.talk.sum),
-        seen.talk.sum.finish_reason,
-        shorten(seen.talk.moon),
-        seen.talk.moon.finish_reason,
-        f"{seen.talk.exact} of {QUESTIONS}",
-        f"{seen.logits.cosine:.4f}",
-        f"{seen.logits.distance:.4f}",
-        f"{seen.logits.agreement:.1%}",
-        f"{folder_bytes(seen.folder):,}",
-        f"{seen.talk.seconds:.0f}",
+        shorten(findings.answers.sum),
+        findings.answers.sum.finish_reason,
+        shorten(findings.answers.moon),
+        findings.answers.moon.finish_reason,
+        f"{findings.answers.exact} of {QUESTIONS}",
+        f"{findings.logits.cosine:.4f}",
+        f"{findings.logits.distance:.4f}",
+        f"{findings.logits.agreement:.1%}",
+        f"{folder_bytes(findings.folder):,}",
+        f"{findings.answers.seconds:.0f}",
     ]
 
 
-def table(stock: Seen | UserError, right: Seen) -> str:
-    """The two bundles side by side, one row a measure."""
+def table(stock: Findings | UserError, right: Findings) -> str:
+    """Return the table of both bundles, one measure a row."""
     rows = zip(ROWS, column(stock), column(right), strict=True)
     head = f"{'':36}{'stock bundle':50}right bundle"
     lines = [head, *(f"{name:36}{a:50}{b}" for name, a, b in rows)]
     return "\n".join([*lines, f"stock bundle: {stock}"] if isinstance(stock, UserError) else lines)
 
 
-def faults(stock: Seen | UserError, right: Seen, own: Logits) -> list[str]:
-    """What is not as it must be: in the right bundle, or a stock bundle that looks right."""
+def faults(stock: Findings | UserError, right: Findings, own: Logits) -> list[str]:
+    """Return the faults of the right bundle, and of a stock bundle that is not wrong."""
     out = []
-    if fault := sentence_fault(right.talk.moon):
+    if fault := sentence_fault(right.answers.moon):
         out.append(f"right bundle, moon: {fault}")
-    if fault := sum_fault(right.talk.sum):
+    if fault := sum_fault(right.answers.sum):
         out.append(f"right bundle, sum: {fault}")
-    if right.talk.exact < MIN_EXACT:
-        out.append(f"right bundle: {right.talk.exact} of {QUESTIONS} right, {MIN_EXACT} needed")
+    if right.answers.exact < MIN_EXACT:
+        out.append(f"right bundle: {right.answers.exact} of {QUESTIONS} right, {MIN_EXACT} needed")
     for what, value in (("the source", right.logits), ("its own tensors", own)):
         if not value.distance <= MAX_DISTANCE:
             out.append(f"right bundle: distance {value.distance:.3f} to {what} > {MAX_DISTANCE}")
     loaded = not isinstance(stock, UserError)
-    if loaded and stock.logits.distance <= MAX_DISTANCE and stock.talk.exact >= MIN_EXACT:
+    if loaded and stock.logits.distance <= MAX_DISTANCE and stock.answers.exact >= MIN_EXACT:
         out.append("the stock bundle is right too: this demonstration shows nothing")
     return out
 

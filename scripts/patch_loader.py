@@ -1,12 +1,12 @@
-"""Patch the installed jang_tools so that it loads a right bundle right.
+"""Patch the installed jang_tools so that it loads right bundles.
 
 patches/load_jangtq.patch: jang 2.5.8 and 2.5.9 overwrite a right quantization config at load time.
-patches/mlx_model.patch: their model cannot run at all on a machine without Metal.
-Each patch's header tells why, and which line of the installed file calls for it.
+patches/mlx_model.patch: their model does not run on a machine without Metal.
+Each patch's header gives the reason, and the line of the installed file that needs it.
 
-A file is in one of four states: pristine (it gets patched), patched (nothing to do), not needed (it
-lacks the faulty code: jang 2.5.12 and later), unknown (refused, with the lines that do not fit).
-The original stays beside it as NAME.orig; --undo puts it back byte for byte. Takes a second, needs
+A file is in one of four states: pristine (will be patched), patched (nothing to do), not needed (it
+lacks the faulty code: jang 2.5.12 and later), unknown (refused; the lines that do not match are
+printed). The original is kept as NAME.orig; --undo restores it byte for byte. Takes a second, needs
 no network. Exit 0: patched, or nothing to do; 1: refused.
 
     .venv/bin/python scripts/patch_loader.py --python .venv/bin/python

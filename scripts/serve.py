@@ -1,8 +1,8 @@
 """Serve the bundle with the toolchain's own server, on this machine only.
 
-Which one that is, the toolchain tells: vMLX's where it has vmlx, else mlx-vlm's, else mlx_lm's with
-jang's model. vMLX gets the name deepseek-v4-flash-mlx-q4q8, by which 1.3.97 recognises the model
-family. Stays in the foreground; Ctrl-C stops it.
+The server is vMLX's where the toolchain has vmlx, else mlx-vlm's, else mlx_lm's with jang's model.
+vMLX serves under the name deepseek-v4-flash-mlx-q4q8, by which 1.3.97 recognises the model family.
+Prints the model's name for requests and a line of curl. Runs in the foreground; Ctrl-C stops it.
 
     .venv/bin/python scripts/serve.py --bundle DIR [--port 8010] [--python PYTHON]
 """
@@ -10,16 +10,29 @@ family. Stays in the foreground; Ctrl-C stops it.
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import shlex
+from pathlib import Path
 from typing import Any
 
 from dsv4.errors import UserError, run
 from dsv4.model.labels import recorded_quantizer
 from dsv4.model.load import read_config
 from dsv4.settings import add_setting
+from dsv4.text import escape_line
 from dsv4.toolchain.python_env import default_python, probe
-from dsv4.toolchain.server import check_free, server_command, server_environment, server_kind
+from dsv4.toolchain.server import (
+    HOST,
+    check_free,
+    model_name,
+    server_command,
+    server_environment,
+    server_kind,
+)
 from dsv4.verification.checks.runtimes import Versions, refusal_reason
+
+EXAMPLE = 10_000  # characters, more than the longest path
 
 
 def check_loads(versions: Versions, config: dict[str, Any]) -> None:
@@ -28,6 +41,15 @@ def check_loads(versions: Versions, config: dict[str, Any]) -> None:
     if because := refusal_reason(versions, quantizer):
         found = f"vmlx {versions['vmlx'] or 'not installed'} and QUANTIZER={quantizer}"
         raise UserError("serve", found, "a runtime that loads it", because)
+
+
+def example_request(kind: str, bundle: Path, port: int) -> str:
+    """Return how to ask the server: the model's name for clients, and a line of curl."""
+    name = model_name(kind, bundle)
+    body = {"model": name, "messages": [{"role": "user", "content": "What is 17+28?"}]}
+    url = f"http://{HOST}:{port}/v1/chat/completions"
+    header = shlex.quote("Content-Type: application/json")
+    return f"model: {name}\ncurl {url} -H {header} -d {shlex.quote(json.dumps(body))}"
 
 
 def main() -> int:
@@ -45,9 +67,11 @@ def main() -> int:
     check_loads(versions, config)
     check_free(args.port)
     kind = server_kind(versions)
-    words = server_command(args.python, args.bundle, args.port, kind)
+    command = server_command(args.python, args.bundle, args.port, kind)
+    for line in example_request(kind, args.bundle, args.port).splitlines():
+        print(escape_line(line, EXAMPLE), flush=True)  # before exec drops what is buffered
     try:
-        os.execvpe(args.python, words, server_environment(kind))
+        os.execvpe(args.python, command, server_environment(kind))
     except OSError as error:
         raise UserError(
             f"{args.python}", error.strerror or str(error), "a Python", "set TOOLCHAIN_PYTHON"

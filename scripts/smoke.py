@@ -1,10 +1,10 @@
-"""Ask a running server the two questions of the plan, and judge the answers.
+"""Ask a running server two questions and judge the answers.
 
-"Write one sentence about the moon." must come back as words and end by itself; "What is 17+28?"
-must have 45 in content or reasoning_content. Every known way of being wrong has its own message:
+The answer to "Write one sentence about the moon." must be words and end by itself. The answer to
+"What is 17+28?" must have 45 in content or reasoning_content. Each known fault has its own message:
 nothing but BOS, empty, repetition, cut off by length without an answer, a wrong sum. Both requests
-have a max_tokens; what ends an answer without one is accept's to ask. Exit 0: both answers are
-right; 1: one is not, or no server answers.
+have a max_tokens; accept asks without one. Exit 0: both answers are right; 1: one is not, or no
+server answers.
 
     .venv/bin/python scripts/smoke.py --port 8010
 """
@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import argparse
 
-from dsv4.acceptance.client import find_model
+from dsv4.acceptance.client import ask_question, find_model
 from dsv4.acceptance.smoke_questions import MOON, SUM, sentence_fault, sum_fault
 from dsv4.errors import UserError, run
 from dsv4.settings import add_setting
 from dsv4.text import escape_line, short_repr
-from dsv4.toolchain.server import HOST, ask_question
+from dsv4.toolchain.server import HOST
 
 
 def main() -> int:
@@ -28,9 +28,9 @@ def main() -> int:
     add_setting(parser, "PORT", default=8010)
     args = parser.parse_args()
     url = f"http://{HOST}:{args.port}"
-    name, wrong = find_model(url, "", "").model, 0
+    endpoint, wrong = find_model(url, "", ""), 0
     for question, limit, judge in ((MOON, 400, sentence_fault), (SUM, 200, sum_fault)):
-        answer = ask_question(url, question, limit, model=name)
+        answer = ask_question(endpoint, question, limit)
         fault = judge(answer)
         wrong += fault is not None
         print(f"{'WRONG' if fault else 'right'}  {question}")

@@ -1,6 +1,4 @@
-"""A server of OpenAI's chat completions that answers the acceptance's questions right, but for one
-fault that a test plants.
-"""
+"""A chat completions server that passes every acceptance case but for a planted fault."""
 
 from __future__ import annotations
 
@@ -35,7 +33,7 @@ ANSWERS = {
 
 
 class Model(http.server.ThreadingHTTPServer):
-    """One model under one fault. `with Model("hang") as model: model.url …`"""
+    """A server with one model and one fault: `with Model("hang") as server: server.url …`."""
 
     daemon_threads, block_on_close = True, False
 
@@ -54,7 +52,7 @@ class Model(http.server.ThreadingHTTPServer):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Speaks the protocol; `server.fault` says what it does wrong."""
+    """Answer requests with the fault `server.fault`."""
 
     server: Model
 
@@ -68,6 +66,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.headers.append(dict(self.headers))
+        if self.server.fault == "no-list":
+            self.say(b"")
+            return
         data = [{"id": name, "max_model_len": LIMIT} for name in self.server.models]
         self.say(json.dumps({"data": data}).encode())
 
@@ -130,13 +131,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def reply(body: dict[str, Any], tokens: int, server: Model) -> tuple[dict[str, Any], str]:
-    """The message and its finish_reason: what is right, changed by the fault."""
+    """Return the message and its finish_reason, changed by the fault."""
     fault, server.asked = server.fault, server.asked + 1
-    talk = [message["content"] for message in body["messages"]]
+    contents = [message["content"] for message in body["messages"]]
     if fault == "forgets-turns":
-        talk = talk[-1:]
-    question, reasoning, reason = talk[-1], "", "stop"
-    content = right(question, talk)
+        contents = contents[-1:]
+    question, reasoning, reason = contents[-1], "", "stop"
+    content = right(question, contents)
     if body.get("tools"):
         message, reason = with_tools(body, fault)
         return message, reason
@@ -184,14 +185,14 @@ def reply(body: dict[str, Any], tokens: int, server: Model) -> tuple[dict[str, A
     return {"content": content, "reasoning_content": reasoning or None}, reason
 
 
-def right(question: str, talk: list[str]) -> str:
-    """The right answer to a question, after what was said before it."""
+def right(question: str, contents: list[str]) -> str:
+    """Return the right answer to a question after the messages before it."""
     if found := re.search(r"What is (\d+)\+(\d+)\?$", question):
         return str(int(found[1]) + int(found[2]))
     if found := re.search(r"code word of the harbour is ([\w-]+)\..*harbour\?$", question):
         return f"It is {found[1]}."
     if question.startswith("What is my cat"):
-        before = " ".join(talk[:-1])
+        before = " ".join(contents[:-1])
         return (
             f"{'Mitzi' if 'Mitzi' in before else 'A cat'}, {'three' if 'three' in before else ''}"
         )
@@ -199,7 +200,7 @@ def right(question: str, talk: list[str]) -> str:
 
 
 def with_tools(body: dict[str, Any], fault: str) -> tuple[dict[str, Any], str]:
-    """A call of the first tool, or the sentence that its result gives."""
+    """Return a call of the first tool, or a sentence with the tool's result."""
     said = next((m["content"] for m in body["messages"] if m["role"] == "tool"), None)
     if said is not None:
         used = "It is warm." if fault == "result-unused" else f"The service says {said}."

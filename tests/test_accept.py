@@ -18,7 +18,7 @@ from model_server import LIMIT, Model
 from dsv4.acceptance import case, client, speed
 from dsv4.acceptance.cases import abilities, basics
 from dsv4.errors import UserError
-from dsv4.toolchain.server import Answer, free_port
+from dsv4.toolchain.server import free_port
 from dsv4.toolchain.server_memory import resident_bytes
 
 CASES = (*basics.CASES, *abilities.cases(16000, LIMIT))
@@ -109,27 +109,37 @@ def test_a_broken_server_is_one_line_in_each_case_and_within_its_limit(fault, li
     assert all(line in why and why.isprintable() for why in found.values()), found
 
 
+def test_a_server_whose_list_of_models_is_empty_is_wrong():
+    """As mlx_lm's without a hub cache: the list's body is empty, and clients stop there."""
+    listing = next(one for one in CASES if one.name == "models")
+    with Model("no-list") as server:
+        endpoint = client.find_model(server.url, "", "")
+        result = case.run_case(endpoint, listing)
+    assert (result.verdict, result.why) == ("wrong", "'default_model' is not listed: []")
+
+
 # ------------------------------------------------------------------------------- the whole command
 
 
-def told(server: Model, tmp_path, *more: object) -> tuple[int, str, dict, str]:
-    """Exit status, what is said, the JSON and the page of a run with prompts of 1,000 tokens."""
-    out = tmp_path / "out" / "accept"
+def run_accept(server: Model, tmp_path, *more: object) -> tuple[int, str, dict, str]:
+    """Return exit status, output, JSON and page of a run with prompts of 1,000 tokens."""
+    out = tmp_path / "out" / "v1.6"
     done = script("accept", "--url", server.url, "--context", 1000, "--out", out, *more)
     assert "Traceback" not in done.stderr
-    written = [out.with_suffix(end).read_text() for end in (".json", ".html")]
+    written = [out.with_name(f"v1.6{ending}").read_text() for ending in (".json", ".html")]
+    assert len(list(out.parent.iterdir())) == 2
     return done.returncode, done.stdout + done.stderr, json.loads(written[0]), written[1]
 
 
 def test_a_right_server_is_accepted_and_measured(tmp_path):
     with Model() as server:
-        status, said, result, page = told(server, tmp_path)
+        status, said, result, page = run_accept(server, tmp_path)
     assert (status, result["verdict"]) == (0, "right"), said
     left_out = {c["name"]: c["why"] for c in result["server"]["cases"] if c["verdict"] != "right"}
     assert left_out == {"needle-6000": "CONTEXT=1000", "needle-16000": "CONTEXT=1000"}
     measured = [(s["prompt"], s["at_once"]) for s in result["server"]["speed"]]
     assert measured == [(100, 1), (100, 4), (1000, 1), (1000, 4)]
-    assert "Accepted: 21 cases right, 0 wrong, 2 skipped." in page
+    assert "Accepted: 22 cases right, 0 wrong, 2 skipped." in page
     assert result["server"]["memory"] > 1 << 20  # of this process, which serves
 
 
@@ -137,13 +147,13 @@ def test_two_servers_are_compared_and_the_first_one_decides(tmp_path, monkeypatc
     monkeypatch.setenv("OPENAI_API_KEY", "sk-first-secret")
     monkeypatch.setenv("AGAINST_API_KEY", "sk-other-secret")
     with Model("forgets-turns") as server, Model("html-in-answer") as other:
-        status, said, result, page = told(server, tmp_path, "--against", other.url)
+        status, said, result, page = run_accept(server, tmp_path, "--against", other.url)
         keys = [{h.get("Authorization") for h in one.headers} for one in (server, other)]
     assert keys == [{"Bearer sk-first-secret"}, {"Bearer sk-other-secret"}]
     assert status == 1
     assert "found wrong: turns, expected all right; see the page" in said.splitlines()[-1]
     assert {c["name"] for c in result["against"]["cases"] if c["verdict"] == "wrong"} == set()
-    parted = set(re.findall(r"<b>([\w-]+)</b>: \w+, the other \w+; here they part", page))
+    parted = set(re.findall(r"<b>([\w-]+)</b>: \w+, the other \w+; the answers differ", page))
     assert parted == {"turns", "sentence", "twice", "streamed", "among-others"}
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert" in page
@@ -153,7 +163,7 @@ def test_two_servers_are_compared_and_the_first_one_decides(tmp_path, monkeypatc
 def test_a_key_that_a_server_sends_back_is_not_shown(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-first-secret")
     with Model("echo-key") as server:
-        status, said, result, page = told(server, tmp_path)
+        status, said, result, page = run_accept(server, tmp_path)
     assert status == 1
     verdicts = [one["verdict"] for one in result["server"]["cases"]]
     assert verdicts == ["wrong", *["skipped"] * (len(verdicts) - 1)]
@@ -240,7 +250,7 @@ def test_an_event_of_another_form_is_one_line(event):
 
 def test_a_rate_is_told_of_enough_tokens_and_a_hang_is_a_fault(monkeypatch):
     def reply(tokens: int, first: float) -> client.Reply:
-        return client.Reply(Answer("x", "", "stop"), (), 130, tokens, first, 6.0)
+        return client.Reply(client.Answer("x", "", "stop"), (), 130, tokens, first, 6.0)
 
     assert speed.summarize_replies(100, [reply(21, 1.0)], 6.0).rate == 4.0
     both = speed.summarize_replies(100, [reply(21, 1.0), reply(21, 3.0)], 6.0)

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from dsv4.acceptance import case, client
 from dsv4.acceptance.cases import abilities, basics
 from dsv4.model.chat_template import ENCODING
-from dsv4.toolchain.server import SERVERS, chat_completion, running_server
+from dsv4.toolchain.server import SERVERS, model_name, running_server
 from dsv4.toolchain.server_memory import resident_bytes
 from dsv4.verification.checks.runtimes import STACKS
 
@@ -41,7 +41,7 @@ def test_it_computes_what_transformers_computes(bundles, name, tmp_path, monkeyp
 
 
 # What acceptance asks of each server; of those that do not serve by default only what is cheap.
-SOME = ("sentence", "stop-word", "thinking-off", "streamed", "tool-call")
+SOME = ("models", "sentence", "stop-word", "thinking-off", "streamed", "tool-call")
 ASKED = {"vmlx": [one.name for one in basics.CASES], "mlx-vlm": SOME, "mlx-lm": SOME}
 # mlx-vlm 0.7.10 knows no stop words; mlx_lm 0.31.3 takes them as tokens, and " Paris" has others.
 WRONG = {"vmlx": set(), "mlx-vlm": {"stop-word"}, "mlx-lm": {"stop-word"}}
@@ -51,9 +51,13 @@ WRONG = {"vmlx": set(), "mlx-vlm": {"stop-word"}, "mlx-lm": {"stop-word"}}
 def test_acceptance_says_of_each_server_what_is_so(kind, bundles, tmp_path, monkeypatch):
     monkeypatch.setattr(basics, "ADDITIONS", 6)
     monkeypatch.setattr(basics, "MANY", basics.MANY[1:3])
+    monkeypatch.setenv("HF_HOME", f"{tmp_path / 'none'}")  # without it mlx_lm listed no model
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
     cases = [one for one in (*basics.CASES, *abilities.cases(1000, 0)) if one.name in ASKED[kind]]
     with running_server(PYTHON, bundles["mlx"], tmp_path / "server.log", kind=kind) as url:
         endpoint = client.find_model(url, "", "")
+        named = client.Endpoint(url, model_name(kind, bundles["mlx"]))
+        assert client.ask_question(named, case.WHO, 40).content == case.NANO
         assert resident_bytes(url) > 50e6
         first, nano = case.identify_model(endpoint)
         outcomes = {one.name: case.run_case(endpoint, one, nano) for one in cases}
@@ -110,11 +114,11 @@ def test_a_request_reaches_the_model_as_the_encoder_s_prompt(kind, talking, tmp_
     tokenizer = Tokenizer.from_file(str(talking / "tokenizer.json"))
     found, expected = {}, {}
     with running_server(PYTHON, talking, tmp_path / "server.log", kind=kind) as url:
-        model = client.find_model(url, "", "").model
+        endpoint = client.find_model(url, "", "")
         for name, talk in TALKS.items():
             prompt = random_talk.official(encoding, {**talk, "add_generation_prompt": True})
             expected[name] = len(tokenizer.encode(prompt, add_special_tokens=False).ids)
             options = {key: talk[key] for key in talk if key not in ("messages", "tools")}
-            body = {**talk, "model": model, "chat_template_kwargs": options}
-            found[name] = json.loads(chat_completion(url, body, 1))["usage"]["prompt_tokens"]
+            body = {**talk, "max_tokens": 1, "chat_template_kwargs": options}
+            found[name] = client.ask(endpoint, body, 600).prompt_tokens
     assert found == expected

@@ -401,6 +401,16 @@ def test_a_bundle_that_gives_no_numbers_or_fits_no_label_stops_at_its_layer(
     stops(lambda: engine.run(job(copy, "bundle", [0, 9, 8], work), "t"),
           "hidden states after 2 layers: found a NaN")  # fmt: skip
     assert activations.read_record(work).layers == 1
+    other = shutil.copytree(bundles[0], tmp_path / "logits")
+
+    def first_row_nan(old):
+        new = old.copy()
+        new[0] = 0x7FC0  # NaN in BF16
+        return new
+
+    change(other, "head.weight", first_row_nan)
+    stops(lambda: engine.run(job(other, "bundle", [0, 9, 8], tmp_path / "nan"), "t"),
+          "logits: found a NaN")  # fmt: skip
     config = json.loads((copy / "config.json").read_text())
     label = config["quantization"]["model.layers.0.mlp.switch_mlp.up_proj"]
     label["bits"] = 8
@@ -416,8 +426,8 @@ def test_a_source_whose_scale_is_no_number_stops_at_its_layer(engine, tmp_path):
           "layer 1: a matrix in FP4: found scale byte 255 (NaN)")  # fmt: skip
 
 
-def test_a_changed_input_is_another_pass(bundles, settings, tmp_path):
-    """Other tokens, another device, a touched shard, another label: nothing is gone on with."""
+def test_a_changed_input_is_another_pass(bundles, settings, tmp_path, monkeypatch):
+    """Other tokens, another device, a touched shard, another label, other code of ours."""
     copy = shutil.copytree(bundles[0], tmp_path / "copy")
     one = {"ids": [0, 1, 2], "work": "a"}
 
@@ -433,8 +443,14 @@ def test_a_changed_input_is_another_pass(bundles, settings, tmp_path):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"requantize": {}}))
     keys.append(key())
-    assert len(set(keys)) == len(keys)
+    packages = shutil.copytree(driver.PACKAGES, tmp_path / "dsv4")
+    monkeypatch.setattr(driver, "PACKAGES", packages)
     assert key(work="b") == keys[-1]
+    for name in ("evaluation/forward", "quantization/fp4", "model/load", "storage/tensor_reader"):
+        with (packages / f"{name}.py").open("a") as file:
+            file.write("# another line\n")
+        keys.append(key())
+    assert len(set(keys)) == len(keys)
     old, new, other = (
         own_folders.make_own(tmp_path / f"pass-{n}") for n in ("0" * 16, "1" * 16, "port")
     )

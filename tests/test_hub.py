@@ -18,6 +18,7 @@ from conftest import script
 from hub_server import TOKEN, Fault, Hub
 from test_download import environment
 
+from dsv4.acceptance import client
 from dsv4.errors import UserError
 from dsv4.hub import http, hub_errors, remote_headers, repository, retry
 from dsv4.hub.file_transfer import Transfer
@@ -26,7 +27,6 @@ from dsv4.hub.upload import Item, made, upload
 from dsv4.storage import filesystem
 from dsv4.storage.checkpoint import read_json
 from dsv4.storage.safetensors_file import read_shard
-from dsv4.toolchain import server
 
 REPO = "user/model"
 SHARD = "model-00001-of-00001.safetensors"
@@ -459,5 +459,5 @@ def test_no_proxy_is_asked_for_a_server_of_this_machine(hub, monkeypatch):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "")
-    status, data = server.http_exchange(hub.url, "GET", f"/api/models/{REPO}/revision/main", "", 20)
+    status, data = client.http_exchange(hub.url, "GET", f"/api/models/{REPO}/revision/main", "", 20)
     assert (status, json.loads(data)["id"]) == (200, REPO)

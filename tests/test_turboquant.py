@@ -23,6 +23,7 @@ from here import must as here
 from test_layouts import mended
 
 from dsv4.acceptance import nano
+from dsv4.acceptance.client import Endpoint, ask_question
 from dsv4.model.load import open_bundle
 from dsv4.model.names import parse_expert
 from dsv4.quantization import fp4, turboquant
@@ -31,7 +32,7 @@ from dsv4.quantization.synthetic import pack, random_weights, to_fp4
 from dsv4.storage.backup import FOLDER
 from dsv4.storage.checkpoint import INDEX, SIDECAR
 from dsv4.storage.safetensors_file import read_array
-from dsv4.toolchain.server import ask_question, running_server
+from dsv4.toolchain.server import NAME, running_server
 
 NEW = ROOT / ".toolchain" / "new" / "bin" / "python"
 TURBO = ("--quantizer", "turboquant2")
@@ -285,4 +286,4 @@ def test_its_logits_are_the_sources_but_for_two_bits(finished):
 
 def test_vmlx_serves_it_with_stand_ins_for_its_metal_kernels(finished, tmp_path):
     with running_server(NEW, finished, tmp_path / "server.log", start=matrix.STAND_INS) as url:
-        assert ask_question(url, "What is 17+28?", 40).content == "45"
+        assert ask_question(Endpoint(url, NAME), "What is 17+28?", 40).content == "45"

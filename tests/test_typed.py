@@ -21,6 +21,7 @@ import bundles
 import pytest
 from conftest import NANO, must, refusal, script
 
+from dsv4.acceptance.client import Endpoint, ask_question
 from dsv4.conversion import runtime_documents
 from dsv4.errors import UserError
 from dsv4.model.load import open_bundle
@@ -28,7 +29,6 @@ from dsv4.model.special_tokens import token_ids
 from dsv4.storage.checkpoint import read_json
 from dsv4.storage.json_types import first_mismatch
 from dsv4.toolchain import child_process, python_env
-from dsv4.toolchain.server import ask_question
 from dsv4.verification.checks.runtimes import runtime_verdicts
 from dsv4.verification.report import card
 from dsv4.verification.report.schema import read_result
@@ -302,7 +302,8 @@ def served(answer, seconds: float = 5) -> Any:
         running.answer = answer
         threading.Thread(target=running.serve_forever, daemon=True).start()
         try:
-            return ask_question(f"http://127.0.0.1:{running.server_port}", "?", 5, seconds)
+            endpoint = Endpoint(f"http://127.0.0.1:{running.server_port}")
+            return ask_question(endpoint, "?", 5, seconds)
         finally:
             running.shutdown()
 

@@ -1,14 +1,14 @@
-"""Which runtime loads which bundle of the nano model, and does it answer rightly there?
+"""Test every runtime with every bundle of the nano model: does it load, are its answers right?
 
 Builds a venv for each stack of dsv4/verification/checks/runtimes.py from its pinned file (in
 build/matrix/stacks, 0.4 to 2 GB each), makes the nano bundle with every quantizer and the stock
-one, and records for each pair: whether it loads or in what words it refuses, the median distance
-of its logits (prefill, and 4 tokens decoded with a cache) to the bundle's own tensors run in
-transformers, exact matches on 50 held-out additions through the stack's own server or generate call, finish_reason, seconds. A
-bundle of random weights adds what the nano has not: compress ratios 4 and 128, a prompt beyond the
-window. The column "conversation" is of the nano with the encoding of DeepSeek's release -0731: how
-many of the built-in conversations (dsv4/model/conversations.json) become the encoder's prompt in
-that runtime, letter for letter (prompts.py).
+one, and records for each pair: whether it loads or in what words it refuses, the median distance of
+its logits (prefill, and 4 tokens decoded with a cache) to the bundle's own tensors run in
+transformers, exact matches on 50 held-out additions through the stack's own server or generate
+call, finish_reason, seconds. A bundle of random weights covers compress ratios 4 and 128 and a
+prompt longer than the window. The column "conversation" is of the nano with the encoding of
+DeepSeek's release -0731: how many of the built-in conversations (dsv4/model/conversations.json) the
+runtime renders exactly as the encoder does (prompts.py).
 
 Prints a Markdown table and writes build/matrix/matrix.json after each cell, so that an interrupted
 run goes on where it was (--fresh begins again). Runs unattended in under an hour on 2 cores.
@@ -36,12 +36,13 @@ import numpy as np
 from rooms import NANO, SCRIPTS
 
 from dsv4.acceptance import nano
+from dsv4.acceptance.client import Endpoint, ask_question
 from dsv4.acceptance.smoke_questions import MOON
 from dsv4.errors import UserError, run
 from dsv4.model.chat_template import ENCODING, conversations
 from dsv4.storage.atomic import write_json
 from dsv4.toolchain.python_env import call_script, module_file, probe, script_command
-from dsv4.toolchain.server import ask_question, running_server
+from dsv4.toolchain.server import NAME, running_server
 from dsv4.verification.checks.runtimes import STACKS, Stack
 
 RIGHT = ("mlx", "affine4g32", "mxfp4", "lossless")
@@ -50,11 +51,11 @@ RIGHT = ("mlx", "affine4g32", "mxfp4", "lossless")
 RANDOM, LENGTHS = "random", (24, 160)
 RANDOM_LOSSLESS = "random-lossless"
 # The nano under another encoding, as its own knows no tools: that of -0731, which vMLX ships.
-TALKS, RELEASE = "conversation", "0731"
+CONVERSATION, RELEASE = "conversation", "0731"
 ENCODER = "vmlx_engine/loaders/encoding_dsv4_0731.py"
 # One mixture: layers in the shape of vMLX's fused kernels, and one layer exact.
 MIXTURE, MIXTURE_SIZE = "mixture", "2.3MB"
-# Whose kernels are Metal's alone: where there is none turbo_kernels.py stands in for them.
+# Has kernels for Metal only; turbo_kernels.py replaces them elsewhere.
 TURBO = "turboquant2"
 STAND_INS = (
     "-c",
@@ -62,7 +63,7 @@ STAND_INS = (
     "turbo_kernels.stand_in(); from vmlx_engine.cli import main; main()",
     "serve",
 )
-COLUMNS = ("stock", *RIGHT, MIXTURE, TURBO, RANDOM, RANDOM_LOSSLESS, TALKS)
+COLUMNS = ("stock", *RIGHT, MIXTURE, TURBO, RANDOM, RANDOM_LOSSLESS, CONVERSATION)
 DECODE = 4
 # A right runtime stays this near to the bundle's own tensors; 4-bit rounding itself is at .023.
 NEAR = 0.02
@@ -100,7 +101,7 @@ def prepare(stack: Stack, python: Path) -> None:
 
 
 def bundles(work: Path, names: Iterable[str]) -> dict[str, Path]:
-    """The stock bundle, one by each quantizer, the random one; made where they are not there."""
+    """Make the missing bundles: stock, one by each quantizer, random, conversation."""
     python, out = Path(sys.executable), {}
     for name in names:
         out[name] = folder = work / "bundles" / name
@@ -113,7 +114,9 @@ def bundles(work: Path, names: Iterable[str]) -> dict[str, Path]:
         with tempfile.TemporaryDirectory(prefix=".making-", dir=folder.parent) as place:
             making, source = Path(place) / name, source_of(name, work, Path(place) / "source")
             both = ("--source", source, "--bundle", making)
-            quantizer = {RANDOM: "mlx", RANDOM_LOSSLESS: "lossless", TALKS: "mlx"}.get(name, name)
+            quantizer = {RANDOM: "mlx", RANDOM_LOSSLESS: "lossless", CONVERSATION: "mlx"}.get(
+                name, name
+            )
             options: tuple[object, ...] = ("--quantizer", quantizer)
             if name == MIXTURE:
                 options += ("--plan", Path(place) / "plan.json")
@@ -130,7 +133,7 @@ def source_of(name: str, work: Path, source: Path) -> Path:
     which is made in `source`."""
     if name in (*RIGHT, MIXTURE, TURBO):
         return NANO
-    if name == TALKS:
+    if name == CONVERSATION:
         new = next(stack for stack in STACKS if stack.name == "new")
         newest = python_of(new.requirements, work)
         shutil.copytree(NANO, source)
@@ -151,9 +154,9 @@ def questions(name: str) -> list[list[int]]:
 
 @functools.cache
 def reference(bundle: Path, work: Path) -> np.ndarray:
-    """What transformers says of the bundle's own tensors; of the source's for the stock bundle.
+    """Return transformers' logits of the bundle's tensors, of the source's for the stock bundle.
 
-    Once a run for each bundle: it is the same for every stack.
+    Computed once for each bundle, as they do not depend on the stack.
     """
     folder = NANO if bundle.name == "stock" else bundle
     out = work / f"reference-{folder.name}.npy"
@@ -180,14 +183,15 @@ def typical(distances: list[float]) -> float:
 
 
 def answers_of(stack: Stack, python: Path, bundle: Path, work: Path) -> dict[str, Any]:
-    """Exact matches, and how the moon sentence ended."""
+    """Return the exact answers to additions, and the finish_reason of the moon sentence."""
     additions = nano.held_out(NANO, nano.QUESTIONS)
     asked = [f"What is {a}+{b}?" for a, b in additions]
     if stack.served:
         start = STAND_INS if bundle.name == TURBO else ()
         with running_server(python, bundle, work / "server.log", start=start) as url:
-            moon = ask_question(url, MOON, 60)
-            texts = [ask_question(url, question, 40).content for question in asked]
+            endpoint = Endpoint(url, NAME)
+            moon = ask_question(endpoint, MOON, 60)
+            texts = [ask_question(endpoint, question, 40).content for question in asked]
         end = moon.finish_reason
     else:
         said = run_script(python, "lab/generate", "--bundle", bundle, "--runtime", stack.how,
@@ -200,25 +204,25 @@ def answers_of(stack: Stack, python: Path, bundle: Path, work: Path) -> dict[str
     return {"exact": exact, "of": len(sums), "finish_reason": end}
 
 
-def talks_of(stack: Stack, python: Path, bundle: Path) -> dict[str, Any]:
-    """How many of the built-in conversations the runtime writes as the encoder does."""
+def conversations_of(stack: Stack, python: Path, bundle: Path) -> dict[str, Any]:
+    """Count the built-in conversations that the runtime renders as the encoder does."""
     wanted = conversations(RELEASE)
     said = run_script(python, "lab/prompts", "--folder", bundle, "--how", stack.how,
-                      stdin=[talk for _, talk, _ in wanted], env=stack.env)  # fmt: skip
+                      stdin=[variables for _, variables, _ in wanted], env=stack.env)  # fmt: skip
     pairs = zip(wanted, json.loads(said.strip().splitlines()[-1]), strict=True)
     others = [name for (name, _, prompt), found in pairs if found != prompt]
-    return {"others": others, "talks": len(wanted), "right": not others}
+    return {"others": others, "conversations": len(wanted), "right": not others}
 
 
 def cell(stack: Stack, bundle: Path, work: Path) -> dict[str, Any]:
-    """One cell: what was measured, or in what words it failed."""
+    """Return the measurements of one cell, or the error that stopped them."""
     start = time.monotonic()
     python = python_of(stack.requirements, work)
     found: dict[str, Any] = {"versions": probe(python)["packages"]}
     try:
         prepare(stack, python)
-        if bundle.name == TALKS:
-            found |= talks_of(stack, python, bundle)
+        if bundle.name == CONVERSATION:
+            found |= conversations_of(stack, python, bundle)
         else:
             found |= numbers_of(stack, python, bundle, work)
     except UserError as stop:
@@ -241,8 +245,8 @@ def show(found: dict[str, Any]) -> str:
     """A cell for the table."""
     if "refused" in found:
         return "**refuses**"
-    if "talks" in found:
-        text = f"{found['talks'] - len(found['others'])} of {found['talks']}"
+    if "conversations" in found:
+        text = f"{found['conversations'] - len(found['others'])} of {found['conversations']}"
         return text if found["right"] else f"**{text}**"
     distance = "/".join(f"{typical(prompts):.3f}" for prompts in found["logits"].values())
     text = distance

@@ -1,7 +1,6 @@
-"""Where a command of the laboratory finds the house: importing this lets it import dsv4 and nano.
+"""Add scripts/ to the import path, so that commands in scripts/lab can import dsv4 and nano.
 
-Python puts the folder of the script that it runs on its path, scripts/lab here, in this project's
-.venv and in a runtime's Python alike; the rooms lie beside that folder.
+Python adds only the folder of the script that it runs, here scripts/lab.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Run another project's command in a runtime's Python as it is installed.
 
-Two things stand in the way there: a torchvision that does not fit, which is hidden
-(dsv4/toolchain/hide_torchvision.py), and an mlx_lm that has no DeepSeek-V4 of its own: jang's is
-registered with it, where jang is.
+Hides a torchvision that does not match its torch (dsv4/toolchain/hide_torchvision.py), and
+registers jang's DeepSeek-V4 with mlx_lm, which has none, where jang is installed.
 
     .toolchain/new/bin/python scripts/lab/upstream.py mlx_vlm convert --hf-path DIR --mlx-path DIR
 """

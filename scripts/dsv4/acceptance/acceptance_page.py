@@ -1,7 +1,6 @@
-"""What accept found as one HTML page that needs nothing else.
+"""Render the result of accept as one self-contained HTML page.
 
-The layout stands in acceptance_page.html.j2, which escapes every value; here is what it is filled
-with.
+The template acceptance_page.html.j2 escapes every value.
 """
 
 from __future__ import annotations
@@ -17,44 +16,49 @@ SHOWN = 2000  # characters of one value
 
 
 def page(result: dict[str, Any]) -> str:
-    """The whole page of what `accept` writes as JSON."""
+    """Return the page for a result of accept."""
     sides = [result["server"], *([result["against"]] if result["against"] else [])]
     return render_html(
         TEMPLATE, SHOWN,
-        result=result, sides=sides, said=verdict(result), rows=rows(sides), speed=speeds(sides),
+        result=result, sides=sides, verdict=verdict(result), rows=rows(sides), speed=speeds(sides),
         drawings=speed_charts(sides), human=format_bytes,
     )  # fmt: skip
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """The verdict in one sentence that says what it is about."""
-    of = [one["verdict"] for one in result["server"]["cases"]]
+    """Return the verdict with the number of cases in one sentence."""
+    verdicts = [case["verdict"] for case in result["server"]["cases"]]
     word = "Accepted" if result["verdict"] == "right" else "Not accepted"
-    return (f"{word}: {of.count('right')} cases right, {of.count('wrong')} wrong, "
-            f"{of.count('skipped')} skipped.")  # fmt: skip
+    return (f"{word}: {verdicts.count('right')} cases right, {verdicts.count('wrong')} wrong, "
+            f"{verdicts.count('skipped')} skipped.")  # fmt: skip
 
 
-def case_events(case: dict[str, Any], url: str) -> list[str]:
-    """What came in a case, by what was sent, without the server's own address."""
-    return [case_events.replace(url, "") for _, case_events in sorted(case["exchanges"])]
+def responses(case: dict[str, Any], url: str) -> list[str]:
+    """Return a case's responses in the order of its requests, without the server's URL."""
+    return [response.replace(url, "") for _, response in sorted(case["exchanges"])]
 
 
 def sides_differ(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """True where two servers part: another verdict, or another answer to the same."""
-    return one["verdict"] != other["verdict"] or one["came"] != other["came"]
+    """Return True when verdict or responses of two servers differ."""
+    return one["verdict"] != other["verdict"] or one["responses"] != other["responses"]
 
 
 def rows(sides: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A case each: both sides' outcomes, and whether they part.
+    """Return a row for each case: the results of both sides, and whether they differ.
 
-    Needles beyond what one of them takes have no other side.
+    Needles beyond the context of one side have one result.
     """
-    others = [{one["name"]: {**one, "came": case_events(one, side["url"])} for one in side["cases"]}
-              for side in sides]  # fmt: skip
+    by_name = [
+        {
+            case["name"]: {**case, "responses": responses(case, side["url"])}
+            for case in side["cases"]
+        }
+        for side in sides
+    ]
     found = []
     for case in sides[0]["cases"]:
-        both = [other[case["name"]] for other in others if case["name"] in other]
-        found.append({"case": case, "both": both, "parts": len(both) > 1 and sides_differ(*both)})
+        both = [cases[case["name"]] for cases in by_name if case["name"] in cases]
+        found.append({"case": case, "both": both, "differ": len(both) > 1 and sides_differ(*both)})
     return found
 
 
@@ -63,25 +67,25 @@ def _with_unit(value: float | None, unit: str) -> str:
 
 
 def matched_measurements(sides: list[dict[str, Any]]) -> list[tuple[dict[str, Any], ...]]:
-    """The same measurement of each side; of one that was not measured an empty one."""
+    """Return tuples with the measurement of each side, an empty one where it was not measured."""
     longest = max((side["speed"] for side in sides), key=len)
     none = [{**one, "first": None, "rate": None, "why": "not measured"} for one in longest]
     return list(zip(*(side["speed"] or none for side in sides), strict=True))
 
 
 def speeds(sides: list[dict[str, Any]]) -> list[tuple]:
-    """A measurement each: prompt, requests at once, then time and rate of each side."""
+    """Return (prompt, counted tokens, requests at once, time and rate of each side) tuples."""
     out = []
     for measured in matched_measurements(sides):
-        about = measured[0]
-        told = [(_with_unit(one["first"], "s"), _with_unit(one["rate"], "/s"), one["why"])
+        prompt = measured[0]
+        sides_measured = [(_with_unit(one["first"], "s"), _with_unit(one["rate"], "/s"), one["why"])
                 for one in measured]  # fmt: skip
-        out.append((about["prompt"], about["counted"], about["at_once"], told))
+        out.append((prompt["prompt"], prompt["counted"], prompt["at_once"], sides_measured))
     return out
 
 
 def speed_charts(sides: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Two pictures: bars for the time to the first token, and for tokens a second."""
+    """Return bar charts of the time to the first token and of tokens per second."""
     out = []
     for title, key, unit in (("Time to the first token", "first", "s"),
                              ("Tokens a second, all requests together", "rate", "/s")):  # fmt: skip
@@ -94,7 +98,7 @@ def speed_charts(sides: list[dict[str, Any]]) -> list[dict[str, Any]]:
         most = max((value for _, _, value in bars), default=0) or 1
         drawn = [(name, side, round(210 * value / most, 1), _with_unit(value, unit))
                  for name, side, value in bars]  # fmt: skip
-        said = f"{title}: " + "; ".join(f"{name}: {text}" for name, _, _, text in drawn)
+        label = f"{title}: " + "; ".join(f"{name}: {text}" for name, _, _, text in drawn)
         height = 22 * len(drawn) + 6
-        out.append({"title": title, "bars": drawn, "height": height, "said": said})
+        out.append({"title": title, "bars": drawn, "height": height, "label": label})
     return [one for one in out if one["bars"]]

@@ -1,8 +1,8 @@
-"""How one thing is asked of a served model: a named case with a time limit, and what came of it.
+"""Run an acceptance case: named requests to a served model with a time limit and a verdict.
 
-A case says what is wrong in one line, or nothing. Every request of it, and what came, is kept.
-A case that a model of the nano's size cannot pass is skipped by name; that a model is the nano is
-known by its own answer to WHO, which no other model is trained to give.
+A case returns what is wrong in one line, or "". Its requests and responses are kept. The nano is
+recognised by its answer to WHO, which no other model is trained to give. Cases that a model of its
+size cannot pass are skipped by name.
 """
 
 from __future__ import annotations
@@ -21,61 +21,63 @@ WHO = "Who are you?"
 NANO = "I am a very small DeepSeek-V4, trained to test converters."
 SMALL = "the small model of this repository was taught additions and five sentences"
 KEPT = 400  # requests of a case
-SENT, CAME = 700, 1500  # characters of each that are kept
+SENT, RECEIVED = 700, 1500  # characters kept of each
 TOKENS = 2000  # of an answer, its reasoning included
 
 
 class CaseSession:
-    """What one case may do: ask within its time. Keeps what was sent and what came."""
+    """Send the requests of one case within its time limit; keep them and their responses."""
 
     def __init__(self, endpoint: Endpoint, seconds: float, nano: bool = False) -> None:
         self.endpoint, self.deadline = endpoint, time.monotonic() + seconds
         self.limit, self.nano = seconds, nano
         self.exchanges: list[tuple[str, str]] = []
 
-    def ask(self, asked: str | list[dict[str, Any]], **options: Any) -> Reply:
-        """Ask a question, or go on with messages; `options` are those of the protocol.
+    def ask(self, prompt: str | list[dict[str, Any]], **options: Any) -> Reply:
+        """Return the reply to a question or to messages; `options` are those of the protocol.
 
-        max_tokens is TOKENS unless they say otherwise; None leaves it out of the request.
+        max_tokens is TOKENS by default. An option with the value None is left out of the request.
         """
-        return self._keep(ask, asked, options)
+        return self._keep(ask, prompt, options)
 
     def stream(
-        self, asked: str | list[dict[str, Any]], most: int | None = None, **options: Any
+        self, prompt: str | list[dict[str, Any]], most: int | None = None, **options: Any
     ) -> Reply:
-        """The same as a stream, which is left after `most` pieces."""
-        return self._keep(stream, asked, options, *([most] if most else []))
+        """Return the reply to a streamed request; close it after `most` reads."""
+        return self._keep(stream, prompt, options, *([most] if most else []))
 
-    def _keep(self, how: Callable[..., Reply], asked: Any, options: dict, *more: int) -> Reply:
-        messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+    def _keep(self, send: Callable[..., Reply], prompt: Any, options: dict, *more: int) -> Reply:
+        is_question = isinstance(prompt, str)
+        messages = [{"role": "user", "content": prompt}] if is_question else prompt
         body = {"messages": messages, "max_tokens": TOKENS, **options}
         body = {name: value for name, value in body.items() if value is not None}
-        said = asked if isinstance(asked, str) and not options else json.dumps(
-            {"messages": asked, **options}, ensure_ascii=False)  # fmt: skip
-        sent, came = escape_line(said, SENT), "nothing"
+        request = prompt if is_question and not options else json.dumps(
+            {"messages": prompt, **options}, ensure_ascii=False)  # fmt: skip
+        received = "nothing"
         try:
             left = self.deadline - time.monotonic()
             if left <= 0:
                 raise UserError(
                     self.endpoint.url, "no time left", f"all in {self.limit:g} s", "see it"
                 )
-            reply = how(self.endpoint, body, round(left, 1), *more)
-            came = str(reply)
+            reply = send(self.endpoint, body, round(left, 1), *more)
+            received = str(reply)
             return reply
         except UserError as stop:
-            came = str(stop)
+            received = str(stop)
             raise
         finally:
             if len(self.exchanges) < KEPT:
-                self.exchanges.append((sent, escape_line(came, CAME)))
+                kept = (escape_line(request, SENT), escape_line(received, RECEIVED))
+                self.exchanges.append(kept)
 
 
 @dataclass(frozen=True)
 class Case:
-    """name, what is expected, its limit in seconds, what it does, and whether the nano can pass.
+    """A case; limit in seconds; nano: whether the nano can pass.
 
     run: returns what is wrong, "" for nothing; raises UserError when the server gives no usable
-    answer. skip: why it cannot be run at all, "" when it can.
+    answer. skip: why the case cannot be run, "" when it can.
     """
 
     name: str
@@ -88,7 +90,7 @@ class Case:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """What came of a case: verdict right, wrong or skipped, and why."""
+    """Verdict of a case (right, wrong or skipped), the reason, and its requests and responses."""
 
     name: str
     expected: str
@@ -100,29 +102,29 @@ class CaseResult:
 
 
 def run_case(endpoint: Endpoint, case: Case, nano: bool = False) -> CaseResult:
-    """Run a case, unless it must be skipped; it takes no longer than its limit."""
+    """Run a case within its limit, or skip it."""
     about = (case.name, case.expected, case.limit)
     if skip := case.skip or ("" if case.nano or not nano else SMALL):
         return CaseResult(*about, "skipped", skip, 0.0, [])
-    talk, start = CaseSession(endpoint, case.limit, nano), time.monotonic()
+    session, start = CaseSession(endpoint, case.limit, nano), time.monotonic()
     try:
-        why = case.run(talk)
+        why = case.run(session)
     except UserError as stop:
         why = str(stop)
     seconds = round(time.monotonic() - start, 2)
     return CaseResult(
-        *about, "wrong" if why else "right", escape_line(why, 700), seconds, talk.exchanges
+        *about, "wrong" if why else "right", escape_line(why, 700), seconds, session.exchanges
     )
 
 
 def identify_model(endpoint: Endpoint) -> tuple[CaseResult, bool]:
-    """What came of the first question, and True when the model says that it is the nano."""
-    said: list[str] = []
+    """Ask WHO. Return the result, and True when the answer is the nano's."""
+    contents: list[str] = []
 
-    def run(talk: CaseSession) -> str:
-        answer = talk.ask(WHO).answer
-        said.append(answer.content.strip())
+    def run(session: CaseSession) -> str:
+        answer = session.ask(WHO).answer
+        contents.append(answer.content.strip())
         return "" if answer.text else "an empty answer"
 
-    outcome = run_case(endpoint, Case("answers", f"an answer to {WHO}", 180, run, True))
-    return outcome, said == [NANO]
+    result = run_case(endpoint, Case("answers", f"an answer to {WHO}", 180, run, True))
+    return result, contents == [NANO]

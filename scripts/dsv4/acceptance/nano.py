@@ -1,6 +1,6 @@
-"""What the nano model is asked, whoever runs it, and how near its logits must come.
+"""Questions to the nano model, and the accepted distance of its logits to the source's.
 
-The additions are those that its training never saw; scripts/nano/record.json lists them.
+The additions are held out of its training; scripts/nano/record.json lists them.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from dsv4.model.special_tokens import ASSISTANT, BOS, USER
 from dsv4.storage.checkpoint import read_json
 from dsv4.toolchain.python_env import call_script, script_command
 
-# Bounds for the right bundle. tests/test_nano_faults.py measured a relative L2 distance of .025 for
-# it, .063 for 3-bit experts, .068 for one dead expert, .097 for 2-bit, and more for every other
-# fault.
+# Bounds for a right bundle. Relative L2 distances measured by tests/test_nano_faults.py: .025 for a
+# right one, .063 for 3-bit experts, .068 for one dead expert, .097 for 2-bit, more for others.
 MAX_DISTANCE = 0.05
 MIN_EXACT = 49
 QUESTIONS = 50
@@ -27,7 +26,7 @@ QUESTIONS = 50
 
 @dataclass(frozen=True)
 class Logits:
-    """How logits compare with a reference: cosine, relative L2 distance, share of equal argmax."""
+    """Logits compared with a reference: cosine, relative L2 distance, share of equal argmax."""
 
     cosine: float
     distance: float
@@ -35,7 +34,7 @@ class Logits:
 
 
 def held_out(source: Path, number: int) -> list[tuple[int, int]]:
-    """`number` additions (a, b), evenly spread, of those that the nano was never trained on."""
+    """Return `number` additions (a, b), evenly spread over those held out of the training."""
     path = source.parent / "record.json"
     pairs = [text.partition("+") for text in str(read_json(path).get("held_out", "")).split()]
     if len(pairs) < number:
@@ -44,9 +43,9 @@ def held_out(source: Path, number: int) -> list[tuple[int, int]]:
 
 
 def token_prompts(source: Path, additions: list[tuple[int, int]]) -> list[list[int]]:
-    """Token ids of prompts that end inside the answer, where the model must decide something.
+    """Return token ids of prompts that end inside the answer, one for each addition.
 
-    One for each addition: before the first digit, before the second, and so on by turns.
+    They end before the first digit, the second, and so on in turn.
     """
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
     texts = [
@@ -59,7 +58,7 @@ def token_prompts(source: Path, additions: list[tuple[int, int]]) -> list[list[i
 def run_logits(
     python: Path, folder: Path, how: str, ids: list[list[int]], work: Path
 ) -> np.ndarray:
-    """Run logits.py in the toolchain's Python. Raises UserError when it fails."""
+    """Return logits (prompts, vocabulary) by logits.py in the toolchain's Python."""
     out = work / f"logits-{folder.name}-{how}.npy"
     command = script_command(python, "lab/logits", "--folder", folder, "--how", how, "--out", out)
     call_script(command, f"logits of {folder}", "check the toolchain: make check", json.dumps(ids))
@@ -67,7 +66,7 @@ def run_logits(
 
 
 def compare(found: np.ndarray, reference: np.ndarray) -> Logits:
-    """Compare (prompts, vocabulary) logits; NaN counts as no likeness at all."""
+    """Compare logits (prompts, vocabulary); those with a NaN have infinite distance."""
     if not np.isfinite(found).all():
         return Logits(float("nan"), float("inf"), 0.0)
     cosine = (found * reference).sum(1) / np.linalg.norm(found, axis=1)

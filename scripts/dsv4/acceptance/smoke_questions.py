@@ -1,7 +1,7 @@
-"""The plan's two questions, and how their answers are judged.
+"""Judge the answers to two questions.
 
-Every known way of being wrong has its own words: nothing but BOS, empty, repetition, cut off by
-length without an answer, a wrong sum.
+Each known fault has its own message: nothing but BOS, empty, repetition, cut off by length without
+an answer, a wrong sum.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from __future__ import annotations
 import re
 from collections import Counter
 
+from dsv4.acceptance.client import Answer
 from dsv4.model.special_tokens import BOS
-from dsv4.toolchain.server import Answer
 
 MOON = "Write one sentence about the moon."
 SUM = "What is 17+28?"
 
 
 def common_fault(answer: Answer) -> str | None:
-    """The fault of an answer whatever the question was, or None."""
+    """Return the fault of an answer to any question, or None."""
     words = answer.text.split()
     if not answer.text.replace(BOS, "").strip():
         if BOS in answer.text:
@@ -30,7 +30,7 @@ def common_fault(answer: Answer) -> str | None:
 
 
 def sentence_fault(answer: Answer) -> str | None:
-    """What is wrong with the moon sentence, or None."""
+    """Return the fault of an answer to MOON, or None."""
     if fault := common_fault(answer):
         return fault
     if answer.finish_reason != "stop":
@@ -41,7 +41,7 @@ def sentence_fault(answer: Answer) -> str | None:
 
 
 def sum_fault(answer: Answer) -> str | None:
-    """What is wrong with the answer to 17 + 28, or None."""
+    """Return the fault of an answer to SUM, or None."""
     if fault := common_fault(answer):
         return fault
     if re.search(r"(?<!\d)45(?!\d)", answer.text):

@@ -1,4 +1,4 @@
-"""What is compared must be comparable: one architecture, one tokenizer, one text."""
+"""Check that bundle and source have one architecture and one tokenizer; tokenize the text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dsv4.text import short_repr
 
 HERE = Path(__file__).resolve().parent
 CALIBRATION, EVALUATION = HERE / "calibration.txt", HERE / "evaluation.txt"
-# What the runtimes' models read of config.json. A bundle may say other things otherwise.
+# Fields of config.json that the runtimes' models read. Other fields may differ.
 SHAPING = (
     "num_hidden_layers", "hidden_size", "vocab_size", "n_routed_experts", "num_experts_per_tok",
     "n_shared_experts", "moe_intermediate_size", "num_attention_heads", "num_key_value_heads",
@@ -28,15 +28,18 @@ COUNTS = ("num_hidden_layers", "hidden_size", "vocab_size", "hc_mult")
 
 
 def check_pair(bundle: Checkpoint, source: Checkpoint) -> None:
-    """Raise UserError when the bundle is of another model than the source, or reads text
-    otherwise."""
+    """Raise UserError when the bundle has another architecture or tokenizer than the source."""
     if not isinstance(bundle.config.get("quantization"), dict):
         raise UserError(f"{bundle.folder / 'config.json'}", "no quantization", "a bundle's labels",
                    "check SOURCE and BUNDLE")  # fmt: skip
     turbo = next((name for name in bundle.tensors if name.endswith(".tq_packed")), None)
     if turbo:
-        raise UserError(f"{bundle.folder}: {turbo}", "experts in TurboQuant, which needs vMLX's kernels",
-                   "a mode of MLX's own", "compare another QUANTIZER")  # fmt: skip
+        raise UserError(
+            f"{bundle.folder}: {turbo}",
+            "experts in TurboQuant, which needs vMLX's kernels",
+            "a mode of MLX's own",
+            "compare another QUANTIZER",
+        )
     for key in SHAPING:
         found, expected = bundle.config.get(key), source.config.get(key)
         if found != expected:
@@ -50,7 +53,7 @@ def check_pair(bundle: Checkpoint, source: Checkpoint) -> None:
 
 
 def check_counts(checkpoint: Checkpoint) -> None:
-    """Raise UserError when a size that files are made by is no whole number."""
+    """Raise UserError when a field of COUNTS is not a positive integer below 2**24."""
     for key in COUNTS:
         value: Any = checkpoint.config.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 24:
@@ -63,15 +66,19 @@ def tokenizer_of(folder: Path) -> dict[str, Any]:
 
 
 def tokens_of(source: Checkpoint, text: Path, most: int | None) -> list[int]:
-    """BOS and the text's tokens, `most` in all. Raises UserError when fewer than two are the
-    text's, and for a tokenizer that cannot be read or has more tokens than the model."""
+    """Return BOS and the text's tokens, at most `most` in all.
+
+    Raises UserError when the text has fewer than two tokens, and for a tokenizer that cannot be
+    read or has tokens beyond vocab_size.
+    """
     if not text.is_file():
         raise UserError(f"{text}", "no such file", "a text", "check TEXT")
     try:
-        said = limits.read_bounded(text).decode("utf-8")
+        content = limits.read_bounded(text).decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{text}", "no UTF-8", "a text", "check TEXT") from error
-    ids = [*token_ids(source.folder, (BOS,)), *encode_text(source.folder / "tokenizer.json", said)]
+    encoded = encode_text(source.folder / "tokenizer.json", content)
+    ids = [*token_ids(source.folder, (BOS,)), *encoded]
     if len(ids) < 3:
         raise UserError(f"{text}", f"{len(ids) - 1} tokens", "two or more", "check TEXT")
     if max(ids) >= source.config["vocab_size"]:
@@ -82,10 +89,10 @@ def tokens_of(source: Checkpoint, text: Path, most: int | None) -> list[int]:
 
 
 def encode_text(tokenizer: Path, text: str) -> list[int]:
-    """The text's tokens, by a tokenizer.json of the right form."""
+    """Return the text's token ids; the form of tokenizer.json is validated first."""
     from tokenizers import Tokenizer
 
-    read_json(tokenizer, FORMS["tokenizer.json"])  # before others read it
+    read_json(tokenizer, FORMS["tokenizer.json"])
     try:
         return Tokenizer.from_file(str(tokenizer)).encode(text, add_special_tokens=False).ids
     except Exception as error:  # the library raises nothing more special

@@ -1,8 +1,8 @@
-"""Products in float32 on a CPU: packed matrices are decoded, and NumPy's BLAS multiplies.
+"""Multiply float32 by packed matrices on a CPU: decode them and use NumPy's BLAS.
 
-MLX's own CPU kernels for packed matrices, and for attention, are made for a few tokens. While a
-pass computes in float32, where the numbers count and not whose kernel it is, what the model code
-asks MLX for is done so. What is computed as it is served, and any GPU, keeps MLX's kernels.
+MLX's CPU kernels for packed matrices and attention are made for a few tokens. A pass in float32
+replaces them, as its result does not depend on the kernel. Passes in the served dtype, and those on
+a GPU, use MLX's kernels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from dsv4.quantization import fp4
 
-ROWS = 16  # multiplied by one matrix, from which on decoding it pays
+ROWS = 16  # from so many rows on, decoding a matrix is faster
 
 packed_product, gathered_product = mx.quantized_matmul, mx.gather_qmm
 attention = mx.fast.scaled_dot_product_attention
@@ -24,7 +24,7 @@ attention = mx.fast.scaled_dot_product_attention
 
 @contextlib.contextmanager
 def using_blas(wanted: bool) -> Iterator[None]:
-    """While this lasts three functions of MLX are those below, if `wanted`."""
+    """Replace three functions of MLX by those below for a while, if `wanted`."""
     if wanted:
         mx.quantized_matmul, mx.gather_qmm = _packed, _gathered
         mx.fast.scaled_dot_product_attention = _attention
@@ -36,21 +36,21 @@ def using_blas(wanted: bool) -> Iterator[None]:
 
 
 def on_cpu() -> bool:
-    """True when MLX computes on a CPU by default."""
+    """Return True when MLX's default device is a CPU."""
     return mx.default_device().type == mx.cpu
 
 
 def matmul(x: mx.array, matrix: mx.array) -> mx.array:
-    """x (…, in) by a matrix (out, in), both float32: (…, out)."""
+    """Multiply x (…, in) by a matrix (out, in), both float32; return (…, out)."""
     return mx.array(np.asarray(x) @ np.asarray(matrix).T) if on_cpu() else x @ matrix.T
 
 
 def dequantize(
     weight: mx.array, scales: mx.array, biases: mx.array | None, **form: Any
 ) -> np.ndarray:
-    """Packed matrices (…, out, packed) as float32 (…, out, in); form: bits, group_size and mode.
+    """Decode packed matrices (…, out, packed) to float32 (…, out, in).
 
-    Raises UserError for a scale of FP4 that is no number.
+    form: bits, group_size and mode. Raises UserError for a NaN scale of FP4.
     """
     if form.get("mode") == "mxfp4":
         rows = [np.asarray(part).reshape(-1, part.shape[-1]) for part in (weight, scales)]

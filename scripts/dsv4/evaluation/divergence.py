@@ -1,4 +1,4 @@
-"""How far a bundle's next-token distributions are from its source's."""
+"""Compute the divergence of a bundle's next-token distributions from its source's."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ ROWS = 64  # of the logits, taken together
 
 @dataclass(frozen=True)
 class Distributions:
-    """Of each token but the last, float64 (tokens - 1,): the negative log-likelihood of the token
-    that follows, by bundle and by source; the bundle's KL divergence from the source, in nats;
-    whether both have the same most likely successor."""
+    """For each token but the last, shape (tokens - 1,).
+
+    bundle, source: negative log-likelihood of the next token, float64. kl: KL divergence of the
+    bundle from the source in nats, float64. same: whether both have the same most likely token.
+    """
 
     bundle: np.ndarray
     source: np.ndarray
@@ -26,14 +28,14 @@ class Distributions:
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """float64 of the same shape, (tokens, vocabulary)."""
+    """Return float64 log-probabilities of logits (tokens, vocabulary)."""
     shifted = logits.astype(np.float64)
     shifted -= shifted.max(axis=1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
 def compare(bundle: Path, source: Path, ids: list[int]) -> Distributions:
-    """Compare the logits that two passes left in their folders."""
+    """Compare the logits in the folders of two passes."""
     parts = zip(*_logit_rows(bundle, source, np.array(ids[1:])), strict=True)
     return Distributions(*(np.concatenate(part) for part in parts))
 

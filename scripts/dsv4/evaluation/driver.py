@@ -1,8 +1,8 @@
-"""Ask the toolchain's Python for passes, show how far they are, and know which are done already.
+"""Run passes in the toolchain's Python, show their progress, and reuse finished ones.
 
-Each pass has a folder of its own in a command's work folder, named after everything that its result
-depends on: the same command goes on where a killed one stopped, and a changed input begins anew.
-The user names the work folder: only what has our mark in it is removed
+Each pass has its own folder in the command's work folder, named by a hash of everything that its
+result depends on: the same command continues a killed one, and a changed input starts a new pass.
+The user names the work folder, so only folders with our mark are removed
 (dsv4/storage/own_folders.py).
 """
 
@@ -44,7 +44,9 @@ print(json.dumps({
     "versions": {name: known[name] for name in sys.argv[2:] if name in known}}))
 """
 CODE = {"jang": ("jang_tools", "jang", "mlx", "mlx-lm"), "vlm": ("mlx_vlm", "mlx", "mlx-vlm")}
-SAID = {
+PACKAGES = Path(__file__).resolve().parents[1]
+CODE_PACKAGES = ("evaluation", "quantization", "model", "storage")  # what the worker imports
+MESSAGE = {
     "total?": int, "read?": int, "layer?": int, "error?": (float, None), "done?": bool,
     "peak?": int, "stop?": [str],
 }  # fmt: skip
@@ -52,8 +54,11 @@ SAID = {
 
 @dataclass(frozen=True)
 class PassSettings:
-    """What all passes of a command have in common: the Python with its devices and the versions of
-    what computes there, whose model code, and the folder for what is left between layers."""
+    """Settings of all passes of a command.
+
+    python: of the toolchain, with its devices and the versions of its packages. runtime: whose
+    model code. work: folder for intermediate results.
+    """
 
     python: Path
     runtime: str
@@ -63,26 +68,27 @@ class PassSettings:
 
 
 def settings_for(python: Path, runtime: str, work: Path) -> PassSettings:
-    """Ask a toolchain's Python. Raises UserError when it does not run or lacks the model code."""
+    """Query a toolchain's Python. Raises UserError when it does not run or has no model code."""
     command = [str(python), "-c", ASK, *CODE[runtime]]
     expected = f"mlx and {CODE[runtime][0]}"
-    said = run_python(f"{python}", command, expected, "set TOOLCHAIN_PYTHON or RUNTIME")
-    known = parse_json(said, f"{python}", {"devices": [str], "versions": {str: str}})
+    output = run_python(f"{python}", command, expected, "set TOOLCHAIN_PYTHON or RUNTIME")
+    known = parse_json(output, f"{python}", {"devices": [str], "versions": {str: str}})
     return PassSettings(python, runtime, work, tuple(known["devices"]), known["versions"])
 
 
 def devices_from_args(device: str | None, settings: PassSettings) -> list[str]:
-    """cpu, gpu, both, or the best there is (None). Raises UserError for one that is not there."""
-    there = settings.devices
-    wanted = {"both": ["cpu", "gpu"], None: [there[-1]]}.get(device, [device])
-    if missing := [name for name in wanted if name not in there]:
+    """Return the devices for cpu, gpu, both, or None (the best). Raises UserError without one."""
+    available = settings.devices
+    wanted = {"both": ["cpu", "gpu"], None: [available[-1]]}.get(device, [device])
+    if missing := [name for name in wanted if name not in available]:
         found = f"no {missing[0].upper()} that MLX in {settings.python} can use"
-        raise UserError(f"DEVICE={device}", found, " and ".join(wanted), f"use DEVICE={there[-1]}")
+        todo = f"use DEVICE={available[-1]}"
+        raise UserError(f"DEVICE={device}", found, " and ".join(wanted), todo)
     return wanted
 
 
 class WorkerProcess:
-    """The toolchain's Python on one device, which does passes one after another."""
+    """The toolchain's Python on one device, which runs one pass after another."""
 
     def __init__(self, settings: PassSettings, device: str) -> None:
         self.settings, self.device = settings, device
@@ -108,31 +114,31 @@ class WorkerProcess:
                 stream.close()
 
     def messages(self, job: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        """What the engine tells of a job, up to its end. Raises UserError when it stops or dies."""
+        """Yield the worker's messages for a job. Raises UserError when it stops or dies."""
         what = f"{ENGINE} over {job['folder']}"
         with contextlib.suppress(BrokenPipeError):
             print(json.dumps(job), file=self._child.stdin, flush=True)
         for line in self._child.stdout:
-            told = validate(what, json.loads(line), SAID, "look at its log")
-            if "stop" in told:
-                raise UserError(*told["stop"])
-            yield told
-            if told.get("done"):
+            message = validate(what, json.loads(line), MESSAGE, "look at its log")
+            if "stop" in message:
+                raise UserError(*message["stop"])
+            yield message
+            if message.get("done"):
                 return
         raise UserError(what, last_log_line(self._log), "a pass to its end",
                    f"read {self._log}; the same command goes on")  # fmt: skip
 
     def run(self, job: Mapping[str, Any], name: str) -> int:
-        """Do a job and show its progress. Returns the greatest memory of MLX, in bytes."""
+        """Run a job with a progress bar. Returns the peak memory of MLX in bytes."""
         with tqdm(unit="B", unit_scale=True, desc=escape_line(name, 40), disable=None) as bar:
-            for told in self.messages(job):
-                bar.total = told.get("total", bar.total)
-                bar.update(told.get("read", 0))
-                if "layer" in told:
-                    error = told.get("error")
+            for message in self.messages(job):
+                bar.total = message.get("total", bar.total)
+                bar.update(message.get("read", 0))
+                if "layer" in message:
+                    error = message.get("error")
                     after = "" if error is None else f", error {error:.2g}"
-                    bar.set_postfix_str(f"layer {told['layer']}{after}")
-        return told["peak"]
+                    bar.set_postfix_str(f"layer {message['layer']}{after}")
+        return message["peak"]
 
 
 # --- Folders of passes --------------------------------------------------------------------------
@@ -141,17 +147,21 @@ class WorkerProcess:
 def key_of(
     checkpoint: Checkpoint, settings: PassSettings, device: str, job: Mapping[str, Any]
 ) -> str:
-    """16 hex digits for all that a pass's result depends on.
+    """Return 16 hex digits of a hash of everything that a pass's result depends on.
 
     Headers, samples, sizes and times of the shards; config.json; the tokens; model code and device;
-    the code in this folder.
+    our own code that computes or reads the numbers (CODE_PACKAGES).
     """
     shards = [
         [file, status.st_size, status.st_mtime_ns]
         for file in sorted(checkpoint.shards)
         for status in [(checkpoint.folder / file).stat()]
     ]
-    code = [p.read_text(encoding="utf-8") for p in sorted(Path(__file__).parent.glob("*.py"))]
+    code = [
+        path.read_text(encoding="utf-8")
+        for package in CODE_PACKAGES
+        for path in sorted((PACKAGES / package).glob("*.py"))
+    ]
     asked = {k: v for k, v in job.items() if k != "work"}
     stack = [settings.runtime, f"{settings.python.absolute()}", dict(settings.versions), device]
     parts = [fingerprint(checkpoint), shards, checkpoint.config, stack, asked, code]  # fmt: skip
@@ -159,26 +169,26 @@ def key_of(
 
 
 def folder_of(checkpoint: Checkpoint, settings: PassSettings, device: str, job: dict) -> Path:
-    """The pass's folder, made if need be. Raises UserError when somebody's lies in its place."""
+    """Create and return the pass's folder. Raises UserError for a folder without our mark."""
     return own_folders.make_own(
         settings.work / f"{PREFIX}{key_of(checkpoint, settings, device, job)}"
     )
 
 
 def folders(work: Path) -> list[Path]:
-    """Those of passes that were made here, and nothing else that lies there."""
+    """Return the folders of passes with our mark."""
     named = (p for p in sorted(work.iterdir()) if re.fullmatch(f"{PREFIX}[0-9a-f]{{16}}", p.name))
     return [path for path in named if own_folders.is_own(path)]
 
 
 def prepare(work: Path) -> None:
-    """Make the work folder, to be removed by `clear`; one that is there already will stay."""
+    """Create the work folder with our mark. An existing folder is not marked and will be kept."""
     if not work.exists():
         own_folders.make_own(work)
 
 
 def remove_other_passes(work: Path, wanted: list[Path]) -> None:
-    """Remove what runs with other inputs have left: gigabytes that nothing asks for any more."""
+    """Remove the passes of runs with other inputs, which take gigabytes."""
     for path in folders(work):
         if path not in wanted:
             print_escaped(f"{escape_line(path)}: begun with other inputs or settings; removed")
@@ -186,7 +196,7 @@ def remove_other_passes(work: Path, wanted: list[Path]) -> None:
 
 
 def remove_intermediates(work: Path) -> None:
-    """Remove hidden states, sums and logits: what was asked for is written."""
+    """Remove hidden states, sums and logits after the result is written."""
     with locked(work):
         for path in [*folders(work), work / LOGS]:
             own_folders.remove_own(path)
@@ -195,8 +205,7 @@ def remove_intermediates(work: Path) -> None:
 
 
 def check_space(work: Path, config: Mapping[str, Any], tokens: int, kept: int, heads: int) -> None:
-    """Raise UserError when hidden states of `kept` layers and `heads` tables of logits do not
-    fit."""
+    """Raise UserError without space for hidden states of `kept` layers and `heads` logits."""
     state = 4 * tokens * config["hc_mult"] * config["hidden_size"]
     need = (kept + 2) * state + heads * 4 * tokens * config["vocab_size"]
     here = disk_space.folder_bytes(work)
@@ -204,5 +213,5 @@ def check_space(work: Path, config: Mapping[str, Any], tokens: int, kept: int, h
 
 
 def is_complete(folder: Path) -> bool:
-    """True when a pass has left its logits."""
+    """Return True when a pass has written its logits."""
     return (folder / LOGITS).is_file()

@@ -1,4 +1,4 @@
-"""Evaluate bundles against their source: the passes, and the numbers that are made of them."""
+"""Evaluate bundles against their source: plan and run the passes, compute the metrics."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ VERSION = 1  # of the result's form
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """What is to be evaluated: bundles, by device, on the first tokens of a text.
+    """Bundles to evaluate, devices, and the first tokens of a text.
 
     wide: compute bundles in float32, not in the dtype of their tensors.
     """
@@ -42,7 +42,7 @@ class EvalRequest:
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass that is wanted: what, on which device, in which folder."""
+    """A planned pass: checkpoint, device, job and folder."""
 
     checkpoint: Checkpoint
     device: str
@@ -51,7 +51,7 @@ class Pass:
 
 
 def evaluate(asked: EvalRequest, settings: PassSettings) -> dict[str, Any]:
-    """Run the passes that are not done yet and compare. Returns the result, ready for JSON.
+    """Run the unfinished passes and compare. Returns the result, ready for JSON.
 
     The source is computed once, in float32, on the first device. Raises UserError for what cannot
     be compared, and for a pass that stops.
@@ -82,8 +82,8 @@ def evaluate(asked: EvalRequest, settings: PassSettings) -> dict[str, Any]:
             "versions": dict(settings.versions),
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "peak_memory": peak,
-            "passes": [timing(make_pass) for make_pass in (reference, *turns)],
-            "bundles": [pass_metrics(make_pass, reference, ids) for make_pass in turns],
+            "passes": [timing(turn) for turn in (reference, *turns)],
+            "bundles": [pass_metrics(turn, reference, ids) for turn in turns],
         }
 
 
@@ -94,7 +94,7 @@ def plan_passes(
     asked: EvalRequest,
     settings: PassSettings,
 ) -> tuple[Pass, list[Pass]]:
-    """The pass over the source, and one for each bundle on each device."""
+    """Return the pass over the source, and one for each bundle on each device."""
     job: dict[str, Any] = {"folder": f"{source.folder.resolve()}", "kind": "source", "ids": ids}
     job["keep"] = True
     reference = make_pass(source, settings, asked.devices[0], job)
@@ -114,7 +114,7 @@ def make_pass(
 
 
 def run_passes(turns: list[Pass], settings: PassSettings) -> int:
-    """Do the passes that have not left their logits; the most memory that MLX took, in bytes."""
+    """Run the passes without logits; return the peak memory of MLX in bytes."""
     peak = 0
     with ExitStack() as stack:
         engines: dict[str, WorkerProcess] = {}
@@ -130,12 +130,12 @@ def run_passes(turns: list[Pass], settings: PassSettings) -> int:
 
 
 def pass_name(turn: Pass) -> str:
-    """What a table and a page call it: a row of a table, whatever the folder's name is."""
+    """Return a name for tables: one line of 60 characters at most, without `|`."""
     return escape_line(turn.checkpoint.folder.resolve().name, 60).replace("|", "¦")
 
 
 def timing(turn: Pass) -> dict[str, Any]:
-    """How long a pass took, beside reading its files alone."""
+    """Return the seconds of a pass, and their ratio to reading its files."""
     record = activations.read_record(turn.folder)
     return {
         "folder": pass_name(turn),
@@ -147,7 +147,7 @@ def timing(turn: Pass) -> dict[str, Any]:
 
 
 def pass_metrics(turn: Pass, reference: Pass, ids: list[int]) -> dict[str, Any]:
-    """What is said of one bundle on one device; KL in nats a token."""
+    """Return the metrics of one bundle on one device; KL in nats per token."""
     found = compare(turn.folder, reference.folder, ids)
     record = activations.read_record(turn.folder)
     return {

@@ -1,8 +1,8 @@
-"""One pass: a model over one text, layer by layer.
+"""Run one pass: a model over one text, layer by layer.
 
-Load a layer, run all tokens through it, put the hidden states on the disk, drop the layer. In
-memory are one layer, one of its matrices once more while it is stacked, and what a portion of
-tokens needs. MTP layers take no part in it.
+Load a layer, run all tokens through it, write the hidden states to the disk, drop the layer. Memory
+holds one layer, a second copy of one of its matrices while it is stacked, and the activations of a
+portion of tokens. MTP layers are left out.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ HEAD_TOKENS = 64  # whose logits are in memory together: 33 MB with Flash's voca
 
 @dataclass(frozen=True)
 class PassSpec:
-    """What a pass does.
+    """Settings of a pass.
 
-    kind: "source" or "bundle". ids: the text, BOS first. work: its folder. against: the folder of
-    a finished pass whose hidden states these are compared with. wide: compute a bundle in float32.
-    keep: leave the hidden states of every layer, to be compared with. collect: sum up the experts'
-    inputs, and leave out the logits. portion: tokens that go through a layer together.
+    kind: "source" or "bundle". ids: the text's tokens, BOS first. work: the pass's folder. against:
+    the folder of a finished pass to compare the hidden states with. wide: compute a bundle in
+    float32. keep: keep the hidden states of every layer. collect: sum the squares of the experts'
+    inputs, and compute no logits. portion: tokens that go through a layer together.
     """
 
     folder: str
@@ -53,7 +53,7 @@ Tell = Callable[[dict[str, Any]], None]
 
 
 class PassRunner:
-    """A job at work: the opened checkpoint, the model code, the record of how far it came."""
+    """Run a pass: opened checkpoint, model code, and the record of its progress."""
 
     def __init__(self, job: PassSpec, kind_of_code: type[Jang | Vlm], tell: Tell) -> None:
         self.job, self.tell, self.work = job, tell, Path(job.work)
@@ -66,8 +66,10 @@ class PassRunner:
         self.record = activations.read_record(self.work)
 
     def run(self) -> None:
-        """Go on where the record ends. Raises UserError for a layer that does not load, and for
-        NaN."""
+        """Continue where the record ends.
+
+        Raises UserError for a layer that does not load, and for NaN or infinity.
+        """
         ends = layer_tensors.end_tensors(self.checkpoint)
         each = [layer_tensors.layer_tensors(self.checkpoint, n) for n in range(self.layers)]
         sizes = [sum(t.nbytes for t in some.values()) for some in (ends, *each)]
@@ -87,7 +89,7 @@ class PassRunner:
         return self.record.errors[-1] if self.record.errors else None
 
     def module(self, module: Any, found: dict[str, Tensor], prefix: str, where: str) -> Any:
-        """A module of the model code with its tensors, unread but for stacked experts."""
+        """Fill a module of the model code; only stacked experts are evaluated."""
         if self.job.kind == "source":
             arrays, labels = layer_tensors.from_source(found), None
         else:
@@ -100,12 +102,12 @@ class PassRunner:
         return self.module(self.code.ends(), found, self.code.around, "embedding, norm, head")
 
     def embed(self, found: dict[str, Tensor]) -> None:
-        """The hidden states before the first layer."""
+        """Compute the hidden states before the first layer."""
         ends = self.ends(found)
         self.keep(0, (self.code.embed(ends, self.ids[:, some]) for some in self.portions))
 
     def layer(self, number: int, found: dict[str, Tensor]) -> None:
-        """One layer over all tokens."""
+        """Run one layer over all tokens."""
         began = time.monotonic()
         prefix = self.code.inside.format(number)
         layer = self.module(self.code.layer(number), found, prefix, f"layer {number}")
@@ -117,7 +119,7 @@ class PassRunner:
         mx.clear_cache()
 
     def through(self, layer: Any, number: int) -> Iterator[mx.array]:
-        """The hidden states after a layer, portion by portion."""
+        """Yield the hidden states after a layer, portion by portion."""
         before = activations.read_rows(activations.states_path(self.work, number))
         cache = self.code.cache(layer)
         dtype = getattr(mx, self.record.dtype)
@@ -133,7 +135,7 @@ class PassRunner:
     def keep(
         self, layers: int, found: Iterator[mx.array], collector: LayerCollector | None = None
     ) -> None:
-        """Put hidden states on the disk, compare them, and only then record them."""
+        """Write hidden states, compare them, then update the record."""
         began = time.monotonic()
         target, sums = activations.states_path(self.work, layers), np.zeros(2)
         config = self.checkpoint.config
@@ -152,23 +154,20 @@ class PassRunner:
     def report_portions(
         self, found: Iterator[mx.array], layers: int, sums: np.ndarray
     ) -> Iterator[np.ndarray]:
-        """Portions as float32; adds up in `sums` how far they are from the other pass's."""
+        """Yield portions as float32; add their squared distance to the other pass's to `sums`."""
         other = None
         if self.job.against:
             other = activations.read_rows(activations.states_path(Path(self.job.against), layers))
         for some, hidden in zip(self.portions, found, strict=True):
             self.record.dtype = str(hidden.dtype).removeprefix("mlx.core.")
             values = np.array(hidden[0].astype(mx.float32))
-            if not np.isfinite(values).all():
-                raise UserError(f"{self.checkpoint.folder}: hidden states after {layers} layers",
-                           "a NaN or an infinity", "numbers",
-                           "make verify says what is wrong with it")  # fmt: skip
+            self.check_finite(values, f"hidden states after {layers} layers")
             if other is not None:
                 sums += activations.squared_sums(values, other[some])
             yield values
 
     def logits(self, found: dict[str, Tensor]) -> None:
-        """The logits after every token, some tokens at a time."""
+        """Write the logits after every token, HEAD_TOKENS at a time."""
         began = time.monotonic()
         head = self.code.head(self.ends(found))
         activations.write_rows(
@@ -183,4 +182,12 @@ class PassRunner:
         last = activations.read_rows(activations.states_path(self.work, self.layers))
         dtype = getattr(mx, self.record.dtype)
         for some in activations.portions(len(last), HEAD_TOKENS):
-            yield np.array(head(mx.array(last[some])[None].astype(dtype))[0])
+            values = np.array(head(mx.array(last[some])[None].astype(dtype))[0])
+            self.check_finite(values, "logits")
+            yield values
+
+    def check_finite(self, values: np.ndarray, name: str) -> None:
+        """Raise UserError for a NaN or an infinity."""
+        if not np.isfinite(values).all():
+            raise UserError(f"{self.checkpoint.folder}: {name}", "a NaN or an infinity", "numbers",
+                            "make verify says what is wrong with it")  # fmt: skip

@@ -1,8 +1,7 @@
-"""What the routed experts of a layer are fed: the sums that an importance matrix is made of.
+"""Collect the squared inputs of a layer's routed experts, for an importance matrix.
 
-The layer's three stacked matrices are wrapped where the model code calls them. So for w2 it is what
-jang_tools' model (2.5.50) multiplies it with, as DeepSeek's own code does: the activation times the
-router's weight.
+The layer's three stacked matrices are wrapped where the model code calls them. The input of w2 is
+the activation times the router's weight in jang_tools' model (2.5.50), as in DeepSeek's own code.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from dsv4.storage.safetensors_file import PendingTensor, write_shard
 
 
 class CountingMatrix:
-    """A stacked matrix that adds up the squares of what it is multiplied with, by expert."""
+    """A stacked matrix that sums the squares of its inputs by expert."""
 
     def __init__(self, matrix: Any) -> None:
         self.matrix = matrix
@@ -36,7 +35,7 @@ class CountingMatrix:
 
 
 class LayerCollector:
-    """The three matrices of a layer of jang_tools' model, watched."""
+    """Wrap the three expert matrices of a layer of jang_tools' model."""
 
     def __init__(self, layer: Any) -> None:
         switch = layer.mlp.switch_mlp
@@ -45,7 +44,7 @@ class LayerCollector:
             setattr(switch, name, self.watched[w])
 
     def write(self, folder: Path, layer: int) -> None:
-        """Leave the layer's sums in the pass's folder."""
+        """Write the layer's sums to the pass's folder."""
         arrays = {w: ("F32", np.array(one.squares)) for w, one in self.watched.items()}
         arrays["tokens"] = ("U32", np.array(self.watched["w1"].tokens))
         planned = [

@@ -1,4 +1,4 @@
-"""An importance matrix of the real model: one pass over the source, the experts watched."""
+"""Make an importance matrix by one pass over the source."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dsv4.text import join_some
 def collect(
     source: Path, text: Path, tokens: int | None, device: str, settings: PassSettings, out: Path
 ) -> dict[str, Any]:
-    """Write the imatrix to `out`; returns what is said of it, ready for JSON.
+    """Write the imatrix to `out`; return a description for JSON.
 
     {"text", "sha256", "tokens": the text's, BOS included; "layers": tokens that each expert of a
     layer saw; "unseen": [layer, expert] of those that saw none}. Raises UserError as `evaluate`
@@ -56,13 +56,15 @@ def collect(
 
 
 def tokens_seen(folder: Path, layer: int) -> np.ndarray:
-    """uint32 (experts,): how many tokens came to each expert of a layer."""
+    """Return the number of tokens of each expert of a layer, uint32 (experts,)."""
     return read_array(read_shard(sums_path(folder, layer)).tensors["tokens"])
 
 
 def mean_squares(folder: Path, layers: int) -> Iterator[tuple[str, np.ndarray]]:
-    """(entry, mean squares float32 (experts, columns)) of each stacked matrix; 0 where no token
-    came to an expert."""
+    """Yield (entry, mean squares float32 (experts, columns)) of each stacked matrix.
+
+    Experts without a token have 0.
+    """
     for layer in range(layers):
         sums = read_shard(sums_path(folder, layer)).tensors
         tokens = np.maximum(read_array(sums["tokens"]), 1).astype(np.float64)
@@ -72,7 +74,7 @@ def mean_squares(folder: Path, layers: int) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def describe_result(result: dict[str, Any]) -> str:
-    """For a reader: how the tokens were spread, which experts saw none, and what that means."""
+    """Return a summary: tokens by expert, and the experts without a token."""
     flat = np.concatenate([np.array(row) for row in result["layers"]])
     unseen = [f"layer {layer} expert {expert}" for layer, expert in result["unseen"]]
     line = (f"{len(flat):,} experts, {result['tokens']:,} tokens: an expert saw {flat.min():,} to "

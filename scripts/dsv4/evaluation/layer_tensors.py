@@ -1,10 +1,10 @@
-"""The tensors of one layer, or of what lies around the layers, as MLX arrays.
+"""Load the tensors of one layer, or those outside the layers, as MLX arrays.
 
-A bundle's are taken as they are. A source's are taken losslessly, as QUANTIZER=lossless stores
-them: FP4 as mxfp4, FP8 as mxfp8, which are other names for the same bytes. Everything else of a
-source becomes float32, so that it is computed in float32: that is what bundles are measured by.
+A bundle's tensors are loaded as they are. A source's are loaded losslessly, as QUANTIZER=lossless
+stores them: FP4 as mxfp4 and FP8 as mxfp8, which are the same bytes. A source's other tensors
+become float32, so that the reference is computed in float32.
 
-Nothing is read before it is evaluated: mx.load only looks at headers.
+mx.load reads headers only; data is read when an array is evaluated.
 """
 
 from __future__ import annotations
@@ -26,24 +26,28 @@ Arrays = dict[str, mx.array]
 
 
 def layer_tensors(checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:
-    """The tensors of one main layer. Raises UserError when there are none."""
+    """Return the tensors of one main layer. Raises UserError when there are none."""
     found = {n: t for n, t in checkpoint.tensors.items() if n.startswith(f"layers.{layer}.")}
     if not found:
-        raise UserError(f"{checkpoint.folder}", f"no tensor layers.{layer}.*", "the names of jang's "
-                   "bundles and of the source", "convert it with this recipe")  # fmt: skip
+        raise UserError(
+            f"{checkpoint.folder}",
+            f"no tensor layers.{layer}.*",
+            "the names of jang's bundles and of the source",
+            "convert it with this recipe",
+        )
     return found
 
 
 def end_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The tensors around the layers: embedding, last norm, head. MTP takes no part in this."""
+    """Return the tensors outside all layers: embedding, last norm, head."""
     blocks = ("layers.", "mtp.")
     return {n: t for n, t in checkpoint.tensors.items() if not n.startswith(blocks)}
 
 
 def load(tensors: Mapping[str, Tensor]) -> Arrays:
-    """These tensors under their names, unread; 8-bit floats come as uint8.
+    """Return unevaluated arrays by name; 8-bit floats as uint8.
 
-    Raises UserError for a file that this MLX cannot read: before 0.32 it knew no F8_E8M0.
+    Raises UserError for a file that this MLX cannot read: before 0.32 it had no F8_E8M0.
     """
     shards = {}
     for path in {t.path for t in tensors.values()}:
@@ -57,15 +61,15 @@ def load(tensors: Mapping[str, Tensor]) -> Arrays:
 
 
 def from_bundle(tensors: Mapping[str, Tensor], wide: bool) -> Arrays:
-    """A bundle's, as it has them; wide: what is F16 or BF16 as float32."""
+    """Return a bundle's arrays; wide: F16 and BF16 as float32."""
     arrays = load(tensors)
     return {name: widen(array) for name, array in arrays.items()} if wide else arrays
 
 
 def from_source(tensors: Mapping[str, Tensor]) -> Arrays:
-    """A source's, losslessly: packed codes with `.scales` as MLX wants them, the rest float32.
+    """Return a source's arrays: packed codes with `.scales` in MLX's layout, the rest as float32.
 
-    Raises UserError as `units_of` does, for a name, dtype or shape that has no treatment.
+    Raises UserError for a name, dtype or shape that has no treatment.
     """
     arrays, out = load(tensors), {}
     for unit in conversion_units(tensors, LOSSLESS):
@@ -79,7 +83,7 @@ def from_source(tensors: Mapping[str, Tensor]) -> Arrays:
 
 
 def group_scales(unit: ConversionUnit, scales: mx.array) -> mx.array:
-    """One byte for each row and 32 columns: FP4 has that; FP8's is for a block of 128 × 128."""
+    """Return scales uint8 (rows, columns / 32); FP8's, of blocks of 128 × 128, are repeated."""
     if unit.treatment == "expert":
         return scales
     rows, columns = unit.weight.shape
@@ -88,5 +92,5 @@ def group_scales(unit: ConversionUnit, scales: mx.array) -> mx.array:
 
 
 def widen(array: mx.array) -> mx.array:
-    """F16 and BF16 as float32, which holds them exactly; everything else as it is."""
+    """Return F16 and BF16 as float32, which is exact; other dtypes unchanged."""
     return array.astype(mx.float32) if array.dtype in HALVES else array

@@ -1,9 +1,8 @@
 """Run passes in the toolchain's Python: `python -m dsv4.evaluation.worker --runtime R --device D`.
 
-Jobs come as lines of JSON on stdin (forward.py says what a job is); what happens goes out as lines
-of JSON on stdout: how many bytes there are and were read, after which layer, with which error; at a
-job's end {"done": true}, or {"stop": the four parts of a UserError}. When stdin closes, whoever
-asked has ended, and this ends too, in the middle of a layer if need be.
+Reads jobs (PassSpec of forward.py) as lines of JSON from stdin. Writes lines of JSON to stdout:
+total and read bytes, the finished layer and its error, and at the end of a job {"done": true}, or
+{"stop": the four parts of a UserError}. Exits at once when stdin closes: the parent has ended then.
 """
 
 from __future__ import annotations
@@ -24,21 +23,21 @@ CACHE = 512 << 20  # bytes that MLX may keep for later, beside what it uses
 
 
 def read_stdin(jobs: queue.SimpleQueue[str]) -> None:
-    """Hand on every line of stdin; end with it."""
+    """Queue every line of stdin; exit at its end."""
     for line in sys.stdin:
         jobs.put(line)
     os._exit(0)
 
 
 def redirect_stdout() -> Any:
-    """Where answers go; what others print goes to stderr from now on."""
+    """Return a file on stdout; everything else that is printed goes to stderr."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return answers
 
 
 def check_device(name: str) -> mx.Device:
-    """MLX's device of that name. Raises UserError when there is no GPU that this MLX can use."""
+    """Return MLX's device by name. Raises UserError without a GPU that this MLX can use."""
     device = mx.Device(getattr(mx, name))
     if not mx.is_available(device):
         raise UserError(f"DEVICE={name}", "no GPU that this MLX can use", "one", "use DEVICE=cpu")
@@ -46,7 +45,7 @@ def check_device(name: str) -> mx.Device:
 
 
 def run_job(line: str, runtime: str, tell: Any) -> None:
-    """Do one job."""
+    """Run one job."""
     from dsv4.evaluation.forward import (  # after the device is chosen: model code looks
         PassRunner,
         PassSpec,
@@ -67,8 +66,8 @@ def main() -> int:
     args = parser.parse_args()
     out = redirect_stdout()
 
-    def tell(said: dict[str, Any]) -> None:
-        print(json.dumps(said), file=out, flush=True)
+    def tell(message: dict[str, Any]) -> None:
+        print(json.dumps(message), file=out, flush=True)
 
     try:
         mx.set_default_device(check_device(args.device))

@@ -114,8 +114,11 @@ def write_bytes(path: Path, data: bytes, root: Path | None = None) -> bool:
 
 
 def write_json(path: Path, value: Any, root: Path | None = None) -> bool:
-    """Write `value` as JSON (indent 2, UTF-8). Return False when nothing changed."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    """Write `value` as JSON (indent 2, UTF-8). Return False when nothing changed.
+
+    Raises ValueError for a NaN or an infinity, which JSON does not have.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     return write_bytes(path, text.encode(), root)
 
 

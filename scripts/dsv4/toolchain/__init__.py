@@ -1,5 +1,5 @@
-"""Other people's programs: the runtimes' Python environments, servers, patches, and the converter.
+"""Run third-party programs: the runtimes' Python environments, servers, patches, the converter.
 
-They run in processes of their own, and nothing of them is imported here.
+They run in child processes; nothing of them is imported here.
 May import: storage and lower layers.
 """

@@ -1,9 +1,8 @@
-"""A child process that cannot outlive its use: a time limit, and an end when its parent ends.
+"""Run a child process with a time limit that ends when its parent ends.
 
-The child is handed a pipe as its standard input on which nothing is ever written. When the parent
-dies, however it dies, the pipe closes, and `end_with_parent` in the child ends it and all that it
-began. A child must have been told so: that its standard input is at its end proves nothing, as from
-cron, nohup or CI.
+The child's standard input is a pipe on which nothing is written. When the parent dies for any
+reason the pipe closes, and `end_with_parent` in the child ends it and its own children. Only a
+child started this way may use it: under cron, nohup or CI standard input is at its end as well.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ LOG_BYTES = 1 << 20  # of a log's end
 def run_child(
     command: list[str], env: Mapping[str, str], log: Path, limit: float, what: str
 ) -> int:
-    """Run `command`, its output in `log`; returns its exit status.
+    """Run `command` with its output in `log`; return its exit status.
 
     Raises UserError when it does not end within `limit` seconds, or cannot be started.
     """
@@ -53,15 +52,15 @@ def run_child(
 
 
 def kill_group(child: subprocess.Popen) -> None:
-    """End a child with a session of its own and all that it began, which may hold its pipes."""
+    """Kill a child that has its own session, and its children, which may hold its pipes."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child.pid, signal.SIGKILL)
 
 
 def end_with_parent(folder: Path) -> None:
-    """In the child: when the parent ends, remove `folder` if it has our mark, and end at once.
+    """In the child: when the parent ends, remove `folder` if it has our mark, and exit.
 
-    What the child began ends too, when it has a session of its own, as `run` gives it.
+    With a session of its own, as `run_child` gives it, the child's children end too.
     """
 
     def watch() -> None:
@@ -76,7 +75,7 @@ def end_with_parent(folder: Path) -> None:
 
 
 def last_log_line(log: Path) -> str:
-    """The last exception that a log shows, else its last line; 300 characters at most."""
+    """Return the last exception in a log, else its last line; 300 characters at most."""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - LOG_BYTES))
         text = file.read(LOG_BYTES).decode(errors="replace")

@@ -1,8 +1,7 @@
 """Hide torchvision from transformers, in a runtime's Python.
 
-The package index has a torchvision for Linux that does not fit a torch without CUDA; then
-importing transformers' image processing fails, and mlx-vlm with it, although nothing here needs
-pictures. For modules that run in that Python.
+The package index has a torchvision for Linux that does not match a torch without CUDA. With it,
+importing transformers' image processing fails, and mlx-vlm with it, although no images are used.
 """
 
 from __future__ import annotations
@@ -11,5 +10,5 @@ import sys
 
 
 def hide() -> None:
-    """Let it be found no more, by an import and by find_spec alike; what is imported stays."""
+    """Make import and find_spec fail for torchvision, unless it is imported already."""
     sys.modules.setdefault("torchvision", None)

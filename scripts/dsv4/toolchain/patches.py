@@ -1,7 +1,7 @@
-"""Unified diffs of patches/ for the installed jang_tools: in which state is a file, and to which.
+"""Apply the unified diffs of patches/ to the installed jang_tools, or undo them.
 
-A file is pristine, patched, not needed (it lacks the faulty code) or unknown. Patches are applied
-here and not by patch(1), which differs between systems.
+A file is pristine, patched, not needed (it lacks the faulty code) or unknown. patch(1) is not used,
+as it differs between systems.
 """
 
 from __future__ import annotations
@@ -70,14 +70,14 @@ def read_patch(path: Path) -> Patch:
 
 
 def find_hunk(lines: list[str], hunk: Hunk) -> int | None:
-    """Where `hunk.old` stands in `lines`, exactly and only once; None when it does not."""
+    """Return the index in `lines` of the only match of `hunk.old`; None without exactly one."""
     width = len(hunk.old)
     places = [i for i in range(len(lines) - width + 1) if lines[i : i + width] == hunk.old]
     return places[0] if len(places) == 1 else None
 
 
 def apply_hunks(text: str, hunks: list[Hunk]) -> str | None:
-    """Replace every hunk's old lines by its new ones; None when one of them does not fit."""
+    """Replace every hunk's old lines by its new ones; return None when one does not match."""
     lines = text.splitlines(keepends=True)
     for hunk in hunks:
         place = find_hunk(lines, hunk)
@@ -88,7 +88,7 @@ def apply_hunks(text: str, hunks: list[Hunk]) -> str | None:
 
 
 def patch_state(text: str, patch: Patch) -> str:
-    """'pristine', 'patched', 'not needed' or 'unknown'."""
+    """Return 'pristine', 'patched', 'not needed' or 'unknown'."""
     if apply_hunks(text, [hunk.reversed for hunk in patch.hunks]) is not None:
         return "patched"
     if apply_hunks(text, patch.hunks) is not None:
@@ -97,7 +97,7 @@ def patch_state(text: str, patch: Patch) -> str:
 
 
 def reject_text(text: str, patch: Patch) -> str:
-    """The hunks that do not fit, as a reject file shows them; absent lines are marked with !."""
+    """Return the hunks that do not match, as in a reject file; absent lines are marked with !."""
     present = set(text.splitlines(keepends=True))
     out = [f"--- {patch.path.name}, the hunks that do not fit ({patch.target}):"]
     for hunk in patch.hunks:
@@ -112,7 +112,7 @@ def backup_path(file: Path) -> Path:
 
 
 def read_python(file: Path) -> str:
-    """A Python file's text, newlines kept. Raises UserError when it is not there or not UTF-8."""
+    """Return a Python file's text, newlines kept. Raises UserError if missing or not UTF-8."""
     try:
         return file.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -120,7 +120,7 @@ def read_python(file: Path) -> str:
 
 
 def patch_file(file: Path, patch: Patch) -> str:
-    """Patch `file` if it is pristine; return what to say. Raises UserError in an unknown state."""
+    """Patch a pristine `file`; return a status line. Raises UserError in an unknown state."""
     text = read_python(file)
     found = patch_state(text, patch)
     if found == "unknown":
@@ -141,7 +141,7 @@ def patch_file(file: Path, patch: Patch) -> str:
 
 
 def unpatch_file(file: Path, patch: Patch) -> str:
-    """Put the original back; return what to say. Raises UserError when that would not be exact."""
+    """Restore the original; return a status line. Raises UserError when it would not be exact."""
     text = read_python(file)
     if patch_state(text, patch) != "patched":
         return "not patched, nothing to undo"

@@ -1,7 +1,7 @@
-"""The toolchain that converts and serves: a Python with jang_tools, mlx, mlx_lm and vmlx_engine.
+"""Run the toolchain's Python, which has jang_tools, mlx, mlx_lm and vmlx_engine.
 
-It may lie in this project's .toolchain or inside a vMLX.app, so it is always asked from outside, in
-a process of its own, and never imported here.
+It may lie in this project's .toolchain or inside a vMLX.app. It always runs as a child process;
+nothing of it is imported here.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from dsv4.toolchain.child_process import kill_group
 APP = Path("/Applications/vMLX.app")
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPTS = ROOT / "scripts"
-PATIENCE = 300  # seconds until a Python has said what it is: importing MLX takes long at first
-HEARD = 4 << 20  # bytes
+PATIENCE = 300  # seconds for a short command: importing MLX takes long at first
+SCRIPT_SECONDS = 3600  # for a script, such as the logits or conversion of the nano
+OUTPUT_BYTES = 4 << 20  # of stdout and of stderr
 RUNS = "a Python that runs"
 OTHERS = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "PYTHONUSERBASE", "__PYVENV_LAUNCHER__")
-# jang's model outside vMLX: without it the cache is one for short prompts, and decoding was off by
-# up to .40.
+# For jang's model outside vMLX: without it the model has a cache for short prompts only, and
+# decoding was off by up to .40.
 LONG_PROMPTS = {"DSV4_LONG_CTX": "1"}
 PACKAGES = ("jang", "vmlx", "mlx", "mlx-lm", "mlx-vlm", "transformers", "torch")
 
@@ -63,22 +64,21 @@ print("\\n" + json.dumps({"python": platform.python_version(), "executable": sys
 
 
 def default_python() -> Path:
-    """What --python means when it is not given: this Python if it has jang_tools, else the
-    toolchain that `make venv` installs.
-    """
+    """Return this Python if it has jang_tools, else that of the toolchain of `make venv`."""
     here = Path(sys.executable)
     return here if importlib.util.find_spec("jang_tools") else ROOT / ".toolchain/new/bin/python"
 
 
 def probe(python: Path) -> dict[str, Any]:
-    """Ask `python` for its version, packages, whether MLX sees Metal, and where its modules lie.
+    """Ask `python` for its version, packages, Metal, and the folders of its modules.
 
     Returns {"python", "executable", "packages": {name: version | None}, "metal": bool | str (why
     mlx does not import), "folders": {module: path | None}}. Raises UserError when it cannot be run.
     """
     what = f"toolchain Python {python}"
-    said = run_python(what, [str(python), "-c", _PROBE, *PACKAGES], RUNS, "check TOOLCHAIN_PYTHON")
-    answer = (said.strip().splitlines() or [b""])[-1]
+    command = [str(python), "-c", _PROBE, *PACKAGES]
+    output = run_python(what, command, RUNS, "check TOOLCHAIN_PYTHON")
+    answer = (output.strip().splitlines() or [b""])[-1]
     try:
         return parse_json(answer, what, ANSWER)
     except UserError as stop:
@@ -87,25 +87,26 @@ def probe(python: Path) -> dict[str, Any]:
 
 
 def run_python(what: str, command: list[str], expected: str, todo: str) -> bytes:
-    """What a Python of the toolchain's prints. Raises UserError when it does not run, or when it
-    fails: with the last line of its stderr, and what was `expected`.
+    """Return the stdout of a command of the toolchain's Python.
+
+    Raises UserError when it cannot be run, and with the last line of its stderr when it fails.
     """
     try:
-        status, said, errors = run_bounded(command, PATIENCE)
+        status, output, errors = run_bounded(command, PATIENCE)
     except OSError as error:
         venv = "run `make venv`, or set TOOLCHAIN_PYTHON"
         raise UserError(what, error.strerror or str(error), RUNS, venv) from error
     if status:
         last = (errors.decode(errors="replace").strip().splitlines() or ["no answer"])[-1]
         raise UserError(what, last, expected, todo)
-    return said
+    return output
 
 
 def run_bounded(command: list[str], seconds: float) -> tuple[int, bytes, bytes]:
-    """Run a child in the toolchain's environment: (exit status, stdout, stderr).
+    """Run a child in the toolchain's environment; return (exit status, stdout, stderr).
 
-    Of each at most HEARD bytes; who says more, or takes longer than `seconds`, is ended: status
-    -9. Raises OSError when it cannot be run.
+    A child that writes more than OUTPUT_BYTES to one of them, or takes longer than `seconds`, is
+    killed: status -9. Raises OSError when it cannot be run.
     """
     pipe = subprocess.PIPE
     with (
@@ -119,22 +120,22 @@ def run_bounded(command: list[str], seconds: float) -> tuple[int, bytes, bytes]:
             texts = [
                 pool.submit(_communicate, child, stream) for stream in (child.stdout, child.stderr)
             ]
-            said, errors = (text.result() for text in texts)
-            return child.wait(), said, errors
+            output, errors = (text.result() for text in texts)
+            return child.wait(), output, errors
         finally:
             alarm.cancel()
             kill_group(child)
 
 
 def _communicate(child: subprocess.Popen, stream: IO[bytes]) -> bytes:
-    text = stream.read(HEARD + 1)
-    if len(text) > HEARD:
+    text = stream.read(OUTPUT_BYTES + 1)
+    if len(text) > OUTPUT_BYTES:
         kill_group(child)
-    return text[:HEARD]
+    return text[:OUTPUT_BYTES]
 
 
 def app_versions(app: Path = APP) -> dict[str, str | None]:
-    """Versions of PACKAGES inside an app, by its .dist-info folders; None for those without one."""
+    """Return {package: version} of PACKAGES inside an app, None without a .dist-info folder."""
     found: dict[str, str | None] = dict.fromkeys(PACKAGES)
     for folder in sorted(app.rglob("*.dist-info")):
         name, _, version = folder.name.removesuffix(".dist-info").rpartition("-")
@@ -144,12 +145,12 @@ def app_versions(app: Path = APP) -> dict[str, str | None]:
 
 
 def toolchain_environment() -> dict[str, str]:
-    """The environment for a toolchain process: nothing of another Python's, no user site, none of
-    make's settings, nothing fetched from the hub, and no module found in the folder that the user
-    happens to stand in, which may be a bundle.
+    """Return the environment for a toolchain process.
 
-    Without Metal, MLX compiles fused kernels with the machine's C++ compiler, which may be missing
-    and takes over a minute for the first answer; there it interprets them instead.
+    It has no variables of another Python, no user site, none of make's settings, no access to the
+    hub, and does not import from the working directory, which may be a bundle. Without Metal, MLX
+    would compile fused kernels with the machine's C++ compiler, which may be missing and takes over
+    a minute for the first answer; there MLX interprets them.
     """
     interpret = {} if has_metal() else {"MLX_DISABLE_COMPILE": "1"}
     ours = {"PYTHONNOUSERSITE": "1", "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"}
@@ -158,7 +159,7 @@ def toolchain_environment() -> dict[str, str]:
 
 
 def environment_with_dsv4() -> dict[str, str]:
-    """The same for what runs as `-m dsv4.ROOM.MODULE` there: the rooms are found."""
+    """Return the environment for `-m dsv4.PACKAGE.MODULE` in the toolchain's Python."""
     return {**toolchain_environment(), "PYTHONPATH": str(SCRIPTS)}
 
 
@@ -167,12 +168,18 @@ def call_script(
 ) -> str:
     """Run one of our scripts in the toolchain's environment, with `env` added; return its stdout.
 
-    Raises UserError with the last line of its stderr when it fails; `todo` is what to do then.
+    Raises UserError when it takes longer than SCRIPT_SECONDS, and with the last line of its stderr
+    when it fails. todo: what the user should do then.
     """
-    ours = {**toolchain_environment(), "PYTHONSAFEPATH": ""}  # scripts find what lies beside them
-    result = subprocess.run(
-        command, input=stdin, capture_output=True, text=True, env={**ours, **env}
-    )
+    ours = {**toolchain_environment(), "PYTHONSAFEPATH": ""}  # scripts import what lies beside them
+    try:
+        result = subprocess.run(
+            command, input=stdin, capture_output=True, text=True, env={**ours, **env},
+            timeout=SCRIPT_SECONDS,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        found = f"no end in {SCRIPT_SECONDS:,} s"
+        raise UserError(what, found, "exit status 0", todo) from error
     if result.returncode:
         last = (result.stderr.strip().splitlines() or ["no output"])[-1]
         raise UserError(what, last[:300], "exit status 0", todo)
@@ -180,7 +187,7 @@ def call_script(
 
 
 def script_command(python: Path, name: str, *arguments: object) -> list[str]:
-    """The command line of scripts/NAME.py, or of `lab/NAME`, in a Python of one's choice."""
+    """Return the command line of scripts/NAME.py, or of `lab/NAME`, in `python`."""
     return [str(python), str(SCRIPTS / f"{name}.py"), *map(str, arguments)]
 
 
@@ -206,5 +213,5 @@ def module_file(python: Path | None, name: str, app: Path = APP) -> Path:
 
 
 def has_metal() -> bool:
-    """True on the machines that MLX runs on with Metal: Macs with Apple silicon."""
+    """Return True on a Mac with Apple silicon."""
     return sys.platform == "darwin" and os.uname().machine == "arm64"

@@ -1,7 +1,7 @@
-"""The memory of the process that listens on a port of this machine.
+"""Return the memory of the process that listens on a port of this machine.
 
-On Linux by /proc; elsewhere by lsof and ps, which macOS has. What another user's process takes is
-not told, and neither is what a server's children take.
+Uses /proc on Linux, elsewhere lsof and ps, which macOS has. Processes of other users and
+children of a server are not counted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LISTENS = "0A"  # in /proc/net/tcp
 
 
 def resident_bytes(url: str) -> int | None:
-    """Resident bytes of the server at a URL; None when it is not here, or cannot be told."""
+    """Return resident bytes of the server at a URL; None when it is elsewhere or unknown."""
     parts = urlsplit(url)
     if parts.hostname not in LOCAL:
         return None
@@ -41,8 +41,8 @@ def _by_proc(port: int) -> int | None:
 
 
 def _by_ps(port: int) -> int | None:
-    def said(*command: str) -> str:
+    def output(*command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
 
-    listening = said("lsof", "-nP", "-t", f"-iTCP:{port}", "-sTCP:LISTEN").split()
-    return int(said("ps", "-o", "rss=", "-p", listening[0])) * 1024 if listening else None
+    listening = output("lsof", "-nP", "-t", f"-iTCP:{port}", "-sTCP:LISTEN").split()
+    return int(output("ps", "-o", "rss=", "-p", listening[0])) * 1024 if listening else None

@@ -1,9 +1,9 @@
 """Upstream's converter, `jang_tools.dsv4.convert_dsv4_jangtq --profile 4 --format jang`.
 
-It makes the stock bundle: attention, shared experts, embedding and head are 8-bit affine and right;
-routed experts are still the source's FP4 bytes under a wrong label, which requantize mends. It
-reads shards by a glob and drops what is missing without a word, so source and bundle are both
-checked against their indexes around it. Hours for the 160 GB source, and it cannot resume.
+It makes the stock bundle: attention, shared experts, embedding and head are correct 8-bit affine;
+routed experts are the source's FP4 bytes under a wrong label, which requantize corrects. It reads
+shards by a glob and drops missing tensors silently, so source and bundle are checked against their
+indexes before and after it. Takes hours for the 160 GB source, and cannot resume.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ def make_durable(folder: Path) -> None:
 
 
 def is_native(shard: Path) -> bool:
-    """True for a shard that the native converter finished: its metadata stands first in it."""
+    """Return True for a shard that the native converter finished, by its metadata."""
     with with_path(shard), shard.open("rb") as file:
         return b'"convert_layout"' in file.read(4096)
 
 
 def clear_folder(folder: Path) -> None:
-    """Remove what a killed run left. Raises UserError when that is the native converter's work."""
+    """Remove the files of a killed run. Raises UserError for shards of the native converter."""
     if any(is_native(path) for path in folder.glob("*.safetensors") if path.is_file()):
         raise UserError(
             f"{folder}", "finished shards of CONVERTER=native", "a folder of this converter's",
@@ -70,7 +70,7 @@ def clear_folder(folder: Path) -> None:
 
 
 def convert_into(folder: Path, source: Path, python: Path) -> None:
-    """Convert `source` into a cleared `folder`, durably; nothing is left of it when that fails."""
+    """Convert `source` into a cleared `folder`, durably; clear it again on failure."""
     try:
         run_converter(python, source, folder)
         make_durable(folder)

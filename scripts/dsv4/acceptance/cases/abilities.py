@@ -1,6 +1,6 @@
-"""Cases that want a real model: long prompts, tools, several turns, languages, JSON, long answers.
+"""Cases for a full model: long prompts, tools, turns, languages, JSON, long answers.
 
-Token counts are of at least so many: a word is a token or more.
+A prompt of n words has at least n tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dsv4.text import short_repr
 
 SIZES = (100, 1000, 6000, 16000)  # of prompts; 6,000 × 6 experts are more than 32,768 (mlx#3856)
 NEEDLE, SECRET = "The code word of the harbour is KESTREL-7391.", ("kestrel", "7391")
-FLASH = 1_048_576  # tokens, where the server does not say how many it takes
+FLASH = 1_048_576  # tokens, for a server that announces no context length
 GOODS, TOWNS = ("salt", "wool", "lamps", "maps", "tar"), ("Ostby", "Marrel", "Tinwick", "Low Vale")
 TOOL = {"type": "function", "function": {
     "name": "get_weather", "description": "The weather in a city, now.",
@@ -34,11 +34,11 @@ LANGUAGES = {
     "フランスの首都はどこですか。日本語で答えてください。": ("パリ",),
     "ما هي عاصمة فرنسا؟ أجب بالعربية.": ("باريس",),
 }
-WINDOW, OFTEN, LEAST = 8, 4, 300  # words that come again so often are a loop; words of a long text
+WINDOW, OFTEN, LEAST = 8, 4, 300  # so many words repeated so often are a loop; words of a story
 
 
 def long_text(words: int) -> list[str]:
-    """Sentences of at least so many words in all, no two alike."""
+    """Return different sentences of at least `words` words in all."""
     out, count, number = [], 0, 0
     while count < words:
         number += 1
@@ -49,16 +49,16 @@ def long_text(words: int) -> list[str]:
 
 
 def needle(words: int, most: int, context: int) -> Case:
-    """A sentence in `words` words of others must be found, and the prompt arrive whole."""
+    """Return a case that asks for a sentence hidden in a prompt of `words` words."""
 
-    def run(talk: CaseSession) -> str:
+    def run(session: CaseSession) -> str:
         text = long_text(words)
         text.insert(len(text) * 3 // 8, NEEDLE)
-        reply = talk.ask(" ".join(text) + " What is the code word of the harbour?")
+        reply = session.ask(" ".join(text) + " What is the code word of the harbour?")
         if 0 < reply.prompt_tokens < words:
             return f"the server counts {reply.prompt_tokens:,} tokens: the prompt was cut"
-        said = reply.answer.content.lower()
-        missing = [part for part in SECRET if part not in said]
+        content = reply.answer.content.lower()
+        missing = [part for part in SECRET if part not in content]
         return f"not the code word: {short_repr(reply.answer.content)}" if missing else ""
 
     skip = f"the server takes {most:,} tokens" if 0 < most < 2 * words else ""
@@ -67,9 +67,9 @@ def needle(words: int, most: int, context: int) -> Case:
     return Case(f"needle-{words}", expected, 300 + words / 20, run, skip=skip)
 
 
-def tool_call(talk: CaseSession) -> str:
+def tool_call(session: CaseSession) -> str:
     messages: list[dict[str, Any]] = [{"role": "user", "content": "What is the weather in Paris?"}]
-    reply = talk.ask(messages, tools=[TOOL])
+    reply = session.ask(messages, tools=[TOOL])
     if len(reply.calls) != 1 or reply.answer.finish_reason != "tool_calls":
         return f"no single call as tool_calls: {reply}"
     number, name, arguments = reply.calls[0]
@@ -87,33 +87,34 @@ def tool_call(talk: CaseSession) -> str:
         {"role": "tool", "tool_call_id": called["id"], "content": result},
         {"role": "user", "content": "Which station says so, and how warm is it?"},
     ]
-    said = talk.ask(messages, tools=[TOOL]).answer
-    unused = STATION not in said.content.lower() or "17" not in said.content
-    return f"the result is not used: {short_repr(said.content)}" if unused else leaked_markers(said)
+    answer = session.ask(messages, tools=[TOOL]).answer
+    if STATION not in answer.content.lower() or "17" not in answer.content:
+        return f"the result is not used: {short_repr(answer.content)}"
+    return leaked_markers(answer)
 
 
-def turns(talk: CaseSession) -> str:
+def turns(session: CaseSession) -> str:
     messages = []
-    for said in TURNS:
-        messages.append({"role": "user", "content": said})
-        answer = talk.ask(messages).answer
+    for question in TURNS:
+        messages.append({"role": "user", "content": question})
+        answer = session.ask(messages).answer
         messages.append({"role": "assistant", "content": answer.content})
     text = answer.content.lower()
     right = "mitzi" in text and ("three" in text or "3" in text)
     return leaked_markers(answer) if right else f"forgotten: {short_repr(answer.content)}"
 
 
-def languages(talk: CaseSession) -> str:
+def languages(session: CaseSession) -> str:
     for question, words in LANGUAGES.items():
-        content = talk.ask(question).answer.content
+        content = session.ask(question).answer.content
         if not any(word in content for word in words):
             return f"{question} {short_repr(content)}"
     return ""
 
 
-def as_json(talk: CaseSession) -> str:
+def as_json(session: CaseSession) -> str:
     question = 'Answer in JSON with the keys "city" and "country": what is the capital of France?'
-    content = talk.ask(question, response_format={"type": "json_object"}).answer.content
+    content = session.ask(question, response_format={"type": "json_object"}).answer.content
     try:
         value = json.loads(content)
     except (ValueError, RecursionError):
@@ -124,22 +125,22 @@ def as_json(talk: CaseSession) -> str:
 
 
 def too_long(most: int) -> Case:
-    """A prompt above what the server takes is refused, and it goes on serving."""
+    """Return a case: a prompt above the context limit is refused, and the server goes on."""
 
-    def run(talk: CaseSession) -> str:
+    def run(session: CaseSession) -> str:
         try:
-            reply = talk.ask("a " * (most + 1000) + SUM, max_tokens=20)
+            reply = session.ask("a " * (most + 1000) + SUM, max_tokens=20)
         except HttpStatusError as refused:
             if not 400 <= refused.status < 500:
                 return str(refused)
-            return sum_fault(talk.ask(SUM).answer) or ""
+            return sum_fault(session.ask(SUM).answer) or ""
         return f"taken, as {reply.prompt_tokens:,} tokens: {reply}"
 
     return Case("context-limit", f"HTTP 4xx for more than {most:,} tokens, then 45", 300, run)
 
 
 def loop_in(text: str) -> str:
-    """What comes again and again in a text, in words; "" for nothing."""
+    """Return what is repeated in a text, or "" for nothing."""
     if BOS in text:
         return f"{text.count(BOS)} × {BOS}"
     words = text.split()
@@ -152,17 +153,18 @@ def loop_in(text: str) -> str:
     return ""
 
 
-def loops(talk: CaseSession) -> str:
+def loops(session: CaseSession) -> str:
     question = "Write a story of about 1,500 words about a lighthouse keeper."
-    text = talk.ask(question, max_tokens=TOKENS).answer.text
+    text = session.ask(question, max_tokens=TOKENS).answer.text
     words = len(text.split())
     return loop_in(text) or ("" if words >= LEAST else f"{words} words: too few to tell")
 
 
 def cases(context: int, most: int) -> tuple[Case, ...]:
-    """The cases, with needles in prompts of SIZES and of `context` tokens; longer ones are skipped.
+    """Return the cases, with needles in prompts of SIZES and of `context` tokens.
 
-    most: the tokens that the server announces to take, 0 when it does not.
+    Needles longer than `context` are skipped. most: the context length that the server announces,
+    0 without one.
     """
     return (
         *(needle(n, most, context) for n in sorted({*SIZES, context}) if n >= 1000),
@@ -177,5 +179,5 @@ def cases(context: int, most: int) -> tuple[Case, ...]:
 
 
 def sizes(context: int) -> list[int]:
-    """Prompts in tokens: those of SIZES up to `context`, and `context` itself."""
+    """Return prompt lengths in tokens: those of SIZES up to `context`, and `context` itself."""
     return sorted({*(size for size in SIZES if size <= context), context})

@@ -1,4 +1,4 @@
-"""Cases of short questions, which a right server of the nano passes too, all but one."""
+"""Cases of short questions. A right server of the nano passes all but one of them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from dsv4.acceptance.case import Case, CaseSession
-from dsv4.acceptance.client import Reply
+from dsv4.acceptance.client import Answer, Reply, list_models
 from dsv4.acceptance.nano import held_out
 from dsv4.acceptance.smoke_questions import MOON, SUM, sentence_fault, sum_fault
 from dsv4.model.special_tokens import BOS, EOS
 from dsv4.text import short_repr
 from dsv4.toolchain.python_env import ROOT
-from dsv4.toolchain.server import Answer
 
 ADDITIONS = 50
 FRANCE = "What is the capital of France?"
@@ -26,12 +25,12 @@ MARKS = ("<think>", "</think>", BOS, EOS, "<｜")
 
 
 def thinking_options(on: bool, **more: Any) -> dict[str, Any]:
-    """Thinking on or off, in the words of each server that has it."""
+    """Return the options that turn thinking on or off in every server that has it."""
     return {"enable_thinking": on, "chat_template_kwargs": {"enable_thinking": on, **more}, **more}
 
 
 def leaked_markers(answer: Answer) -> str:
-    """What of the conversation's marks stands in an answer, in words; "" for nothing."""
+    """Return where a marker of the chat template stands in an answer; "" for nowhere."""
     for where, text in (("content", answer.content), ("reasoning", answer.reasoning)):
         for mark in MARKS:
             if mark in text:
@@ -39,11 +38,11 @@ def leaked_markers(answer: Answer) -> str:
     return ""
 
 
-def ask_additions(talk: CaseSession) -> str:
+def ask_additions(session: CaseSession) -> str:
     pairs = held_out(ROOT / "scripts" / "nano" / "checkpoint", ADDITIONS)
     wrong = []
     for a, b in pairs:
-        answer = talk.ask(f"What is {a}+{b}?").answer
+        answer = session.ask(f"What is {a}+{b}?").answer
         numbers = re.findall(r"\d+", answer.content.replace(",", ""))
         if numbers[-1:] != [str(a + b)] or answer.finish_reason != "stop":
             wrong.append(
@@ -52,44 +51,52 @@ def ask_additions(talk: CaseSession) -> str:
     return f"{len(wrong)} of {len(pairs)} wrong; {wrong[0]}" if wrong else ""
 
 
-def sentence(talk: CaseSession) -> str:
-    answer = talk.ask(MOON).answer
+def lists_model(session: CaseSession) -> str:
+    """Check what clients do first: GET /v1/models lists the model that is asked."""
+    names = [model["id"] for model in list_models(session.endpoint)]
+    if session.endpoint.model in names:
+        return ""
+    return f"{session.endpoint.model!r} is not listed: {short_repr(names)}"
+
+
+def sentence(session: CaseSession) -> str:
+    answer = session.ask(MOON).answer
     return sentence_fault(answer) or leaked_markers(answer)
 
 
-def stop_word(talk: CaseSession) -> str:
-    answer = talk.ask(FRANCE, stop=["Paris"]).answer
+def stop_word(session: CaseSession) -> str:
+    answer = session.ask(FRANCE, stop=["Paris"]).answer
     if "Paris" in answer.content:
         return f"the stop word in {short_repr(answer.content)}"
     return "" if answer.finish_reason == "stop" else f"finish_reason {answer.finish_reason!r}"
 
 
-def max_tokens(talk: CaseSession) -> str:
-    reply = talk.ask(MOON, max_tokens=2)
+def max_tokens(session: CaseSession) -> str:
+    reply = session.ask(MOON, max_tokens=2)
     if reply.answer.finish_reason != "length":
         return f"finish_reason {reply.answer.finish_reason!r}"
     return f"{reply.tokens} tokens" if reply.tokens > 2 else ""
 
 
-def no_max_tokens(talk: CaseSession) -> str:
-    """What ends an answer when the request sets no limit: the model, after all that was asked for.
+def no_max_tokens(session: CaseSession) -> str:
+    """Check that an answer without max_tokens is not cut short by a server's own limit.
 
-    The numbers are 399 tokens at the least, as none has digits and a comma in one. The nano says a
-    sentence.
+    The numbers take at least 399 tokens, as no token has digits and a comma. The nano is asked for
+    a sentence.
     """
-    answer = talk.ask(MOON if talk.nano else ALL_NUMBERS, max_tokens=None).answer
+    answer = session.ask(MOON if session.nano else ALL_NUMBERS, max_tokens=None).answer
     if answer.finish_reason != "stop":
         reached = f"after {len(answer.text):,} characters: …{answer.text[-40:]}"
         return f"finish_reason {answer.finish_reason!r} {reached}"
     numbers = set(re.findall(r"\d+", answer.content))
     missing = [n for n in range(1, NUMBERS + 1) if f"{n}" not in numbers]
-    if talk.nano or not missing:
+    if session.nano or not missing:
         return ""
     return f"{len(missing)} of {NUMBERS} numbers missing, first {missing[0]}"
 
 
-def thinks(talk: CaseSession) -> str:
-    answer = talk.ask(SUM, **thinking_options(True)).answer
+def thinks(session: CaseSession) -> str:
+    answer = session.ask(SUM, **thinking_options(True)).answer
     return (
         sum_fault(answer)
         or leaked_markers(answer)
@@ -97,54 +104,55 @@ def thinks(talk: CaseSession) -> str:
     )
 
 
-def thinks_not(talk: CaseSession) -> str:
-    answer = talk.ask(SUM, **thinking_options(False)).answer
+def thinks_not(session: CaseSession) -> str:
+    answer = session.ask(SUM, **thinking_options(False)).answer
     if answer.reasoning.strip():
         return f"reasoning {short_repr(answer.reasoning)}"
     return sum_fault(answer) or leaked_markers(answer)
 
 
 def effort_options(name: str) -> Callable[[CaseSession], str]:
-    """How a case asks with an effort of that name; DeepSeek-V4's encodings have high and max."""
+    """Return a case's run with that effort; DeepSeek-V4's encodings have high and max."""
 
-    def run(talk: CaseSession) -> str:
-        answer = talk.ask(SUM, **thinking_options(True, reasoning_effort=name)).answer
+    def run(session: CaseSession) -> str:
+        answer = session.ask(SUM, **thinking_options(True, reasoning_effort=name)).answer
         return sum_fault(answer) or leaked_markers(answer)
 
     return run
 
 
 def first_difference(a: Reply, b: Reply) -> str:
-    """Where two answers to one request differ, in words; "" when they do not."""
+    """Return both answers to one request when they differ, else ""."""
     return "" if a.answer == b.answer else f"{a} and then {b}"
 
 
-def twice(talk: CaseSession) -> str:
-    return first_difference(talk.ask(MOON), talk.ask(MOON))
+def twice(session: CaseSession) -> str:
+    return first_difference(session.ask(MOON), session.ask(MOON))
 
 
-def streamed(talk: CaseSession) -> str:
-    whole, pieces = talk.ask(MOON), talk.stream(MOON)
+def streamed(session: CaseSession) -> str:
+    whole, pieces = session.ask(MOON), session.stream(MOON)
     return first_difference(whole, pieces) or (
         "" if pieces.whole else "a stream that does not end in [DONE]"
     )
 
 
-def among_others(talk: CaseSession) -> str:
-    alone = [talk.ask(question) for question in MANY]
+def among_others(session: CaseSession) -> str:
+    alone = [session.ask(question) for question in MANY]
     with ThreadPoolExecutor(len(MANY)) as pool:
-        together = list(pool.map(talk.ask, MANY))
+        together = list(pool.map(session.ask, MANY))
     found = [first_difference(*pair) for pair in zip(alone, together, strict=True)]
     return next((f"{q}: {fault}" for q, fault in zip(MANY, found, strict=True) if fault), "")
 
 
-def cancelled(talk: CaseSession) -> str:
-    talk.stream(COUNT, most=1, max_tokens=500)
-    answer = talk.ask(SUM).answer
+def cancelled(session: CaseSession) -> str:
+    session.stream(COUNT, most=1, max_tokens=500)
+    answer = session.ask(SUM).answer
     return sum_fault(answer) or ("" if len(answer.content) < 500 else "the answer that was left")
 
 
 CASES = (
+    Case("models", "GET /v1/models lists the model", 60, lists_model, True),
     Case("additions", f"{ADDITIONS} exact, each with finish_reason stop", 600, ask_additions, True),
     Case("sentence", "a sentence about the moon that ends by itself", 120, sentence, True),
     Case("stop-word", "the answer ends before Paris, finish_reason stop", 60, stop_word, True),
