@@ -429,7 +429,7 @@ test: .venv/tests-installed .toolchain/new/installed $(patsubst %,build/wheels/j
 	$(PYTHON) scripts/patch_loader.py --python $(PYTHON)
 	$(PYTHON) -m pytest -q -n auto --dist loadfile tests
 
-lint: .venv/tests-installed ## check style, format, the workflow, and that imports go down the stairs only
+lint: .venv/tests-installed ## check style, format, the workflow, and that imports go to lower layers only
 	PYTHONPATH=scripts .venv/bin/lint-imports --no-cache --no-logo
 	.venv/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/ci.yml
 	$(PYTHON) -m ruff check scripts tests

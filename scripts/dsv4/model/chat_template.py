@@ -116,9 +116,9 @@ def render(text: str, talk: Talk) -> str:
 def render_all(text: str, talks: Sequence[Talk]) -> list[str | TemplateFault]:
     """The prompt of each talk, or what kept the template from making it; nothing is raised.
 
-    One process renders them all within the bounds of template_sandbox.py, so this takes a fifth of a
-    second and the talks' own time, and for a hostile template a second more. Where a talk ends the
-    process, the later ones share its fault.
+    One process renders all of them within the limits of template_sandbox.py. Starting it takes 0.2 s;
+    a hostile template costs one second more. If a conversation ends the process, the later ones get
+    the same fault.
     """
     asked = json.dumps({"template": text, "talks": list(talks)})
     child = subprocess.Popen(
