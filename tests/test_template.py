@@ -392,7 +392,8 @@ def test_rendering_ends_with_whoever_asked(tmp_path):
     # A template cannot wait, so a stand-in takes the same bounds and sleeps.
     sleeper = (
         f"import os, sys, time; sys.path.insert(0, {str(RENDERING.parent)!r});"
-        "import template_sandbox; template_sandbox.set_limits(); print(os.getpid(), flush=True); time.sleep(60)"
+        "import template_sandbox; template_sandbox.set_limits();"
+        "print(os.getpid(), flush=True); time.sleep(60)"
     )
     parent = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
     with subprocess.Popen(

@@ -1,10 +1,10 @@
-"""What commands are told: options, and make's settings as their defaults, checked where they enter.
+"""Define the options of commands, with the Makefile's settings as their defaults.
 
-make puts each setting into a command's environment as RECIPE_NAME, so that no shell ever reads its
-value. There it is the default of one option, RECIPE_SHARD_BYTES of --shard-bytes: an option that is
-given wins. A command that is run alone finds none, whatever SOURCE means to somebody's environment.
+make passes each setting in the environment as RECIPE_NAME, so that no shell parses its value. It is
+the default of one option (RECIPE_SHARD_BYTES of --shard-bytes); an option on the command line wins.
+The prefix keeps a command that is run alone from reading an unrelated variable such as SOURCE.
 
-Each `parse_…` is an argparse `type`: it raises Unfit for a text that it cannot take.
+Each `parse_…` is an argparse `type`: it raises InvalidValue for a text that is not valid.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from dsv4.errors import UserError
 from dsv4.text import escape_line, short_repr
 
 PREFIX = "RECIPE_"
-JOBS = 1024  # threads, beyond which no machine gains
-OPEN, EACH = 24, 5  # files open in a process, and by each of its threads, at the most
+JOBS = 1024  # maximum number of threads
+OPEN, EACH = 24, 5  # maximum open files: of a process, and of each thread
 ON, OFF = ("1", "yes", "true", "on"), ("0", "no", "false", "off")
 
 
@@ -48,7 +48,7 @@ def parse_port(text: str) -> int:
 
 
 def parse_level(text: str) -> int:
-    """Read what verify looks at: 1 or 2."""
+    """Read the level of verify: 1 or 2."""
     return _between(text, 1, 2, "a level")
 
 

@@ -114,9 +114,9 @@ def render(text: str, talk: Talk) -> str:
 
 
 def render_all(text: str, talks: Sequence[Talk]) -> list[str | TemplateFault]:
-    """The prompt of each talk, or what kept the template from making it; nothing is raised.
+    """Return the prompt of each conversation, or the fault of the template; raise nothing.
 
-    One process renders all of them within the limits of template_sandbox.py. Starting it takes 0.2 s;
+    One process renders all of them within the limits of template_sandbox.py. Its start takes 0.2 s;
     a hostile template costs one second more. If a conversation ends the process, the later ones get
     the same fault.
     """
