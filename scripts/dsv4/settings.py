@@ -177,13 +177,13 @@ def add_setting(parser: argparse.ArgumentParser, name: str, *, option: str = "",
 
 
 def is_there(path: Path) -> bool:
-    """Is something there, and not only the headers of a source (dsv4/conversion/low_disk.py)?"""
+    """Return whether the path exists and is not a source with headers only (low_disk.py)."""
     freed = (path / ".headers").is_dir() and not any(path.glob("*.safetensors"))
     return path.exists() and not freed
 
 
 def parse_setting(name: str, text: str) -> Any:
-    """The value of the setting `name`. Raises UserError when it cannot be one."""
+    """Return the value of the setting `name`. Raises UserError if it is invalid."""
     if not text:
         raise _setting_error(name, text, "a value")
     if text != text.strip():
@@ -197,7 +197,7 @@ def parse_setting(name: str, text: str) -> Any:
 
 
 def parse_as(name: str, text: str, parse: Callable[[str], Any]) -> Any:
-    """The value of a setting that came as text. Raises UserError when `parse` does not take it."""
+    """Return a setting's text, parsed. Raises UserError when `parse` refuses it."""
     try:
         return parse(text)
     except InvalidValue as unfit:
@@ -211,18 +211,18 @@ def _setting_error(name: str, text: str, expected: str) -> UserError:
 
 
 def environment_without_settings() -> dict[str, str]:
-    """The environment for another program: without what make told this one."""
+    """Return the environment for another program, without make's settings."""
     return {k: v for k, v in os.environ.items() if not k.startswith(PREFIX)}
 
 
 def available_cores() -> int:
-    """The cores that this process may use; fewer where the system lets few files be open."""
+    """Return how many cores this process may use; fewer under a low limit of open files."""
     if hasattr(os, "sched_getaffinity"):
         return min(len(os.sched_getaffinity(0)), _threads_by_file_limit())
     return min(os.cpu_count() or 1, _threads_by_file_limit())
 
 
 def _threads_by_file_limit() -> int:
-    """The threads that can work within the limit of open files (`ulimit -n`); at least one."""
+    """Return how many threads fit into the limit of open files (`ulimit -n`), at least 1."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return JOBS if soft == resource.RLIM_INFINITY else max(1, (soft - OPEN) // EACH)
