@@ -1,4 +1,4 @@
-# DeepSeek-V4-Flash as an MLX bundle that speaks: routed experts 4-bit affine, the rest 8-bit.
+# Convert DeepSeek-V4-Flash to an MLX bundle: routed experts 4-bit affine, the rest 8-bit.
 #
 # Read from top to bottom: the stages stand in the order in which they run. Each stage has a phony
 # name and a stamp in build/, one folder for each pair of SOURCE and BUNDLE. A stage is redone when
@@ -132,7 +132,7 @@ SETTINGS := REPO REVISION SOURCE BUNDLE CONVERTER LOW_DISK SHARD_BYTES REFERENCE
   FIT SIZE ANY_SHAPE PLAN
 $(foreach name,$(SETTINGS),$(eval export RECIPE_$(name) = $$(call value_of,$(name))))
 unexport $(foreach name,$(SETTINGS) MODEL STACK,$(if $(call on_command_line,$(name)),$(name)))
-# Nor does another Python's environment reach ours.
+# Keep the variables of another Python installation out of ours.
 unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP PYTHONUSERBASE __PYVENV_LAUNCHER__
 export PYTHONNOUSERSITE := 1
 
@@ -147,7 +147,7 @@ TOOLCHAIN := $(filter $(STACKS:%=.toolchain/%/installed), \
 # What every stage uses.
 CORE := .venv/installed $(TOOLCHAIN) $(STAMPS)/settings
 on = $(filter-out 0 no false off,$(call as_said,$(1)))
-# Stages leave another maker's bundle alone, unless requantize is called by its name.
+# Stages do not change a foreign bundle, unless the target requantize is named.
 OURS = $(if $(filter requantize,$(MAKECMDGOALS)),,--ours)
 
 # needs_NAME: scripts/NAME.py and all modules that its imports lead to, told by the imports.
@@ -169,7 +169,7 @@ help: ## list the targets
 	@echo "Settings (make NAME=value, or config.mk): MODEL REPO REVISION SOURCE BUNDLE REFERENCE"
 	@echo "  CONVERTER QUANTIZER IMATRIX FIT SIZE CONTEXT ANY_SHAPE PLAN LOW_DISK SHARD_BYTES STACK"
 	@echo "  TOOLCHAIN_PYTHON PORT JOBS LEVEL VERIFY_HASHES PYTHON3 BUNDLES TEXT TOKENS DEVICE RUNTIME"
-	@echo "  FLOAT32; README.md tells more."
+	@echo "  FLOAT32; see README.md."
 
 # The values that stages depend on. Rewritten only when one of them changes.
 $(STAMPS)/settings: FORCE
@@ -219,17 +219,17 @@ $(STALE): FORCE
 
 # -------------------------------------------------------------------------------------- stages
 
-# Can the build succeed? Toolchain, volumes, free space. Leaves nothing.
+# Check toolchain, volumes and free space. Writes nothing but its stamp.
 .PHONY: check
-check: $(STAMPS)/check.stamp ## say whether the build can succeed: toolchain, volumes, free space
+check: $(STAMPS)/check.stamp ## check that the build can succeed: toolchain, volumes, free space
 $(STAMPS)/check.stamp: $(CORE) $(needs_check) patches/load_jangtq.patch patches/mlx_model.patch
 	rm -f $@
 	$(PYTHON) scripts/check.py $(OURS)
 	touch $@
 
-# Mends the installed jang_tools. Belongs to the toolchain, not to the bundle.
+# Patches the installed jang_tools: the toolchain, not the bundle.
 .PHONY: patch_loader unpatch_loader
-patch_loader: $(STAMPS)/patch_loader.stamp ## mend the toolchain's loader (undo: unpatch_loader)
+patch_loader: $(STAMPS)/patch_loader.stamp ## patch the toolchain's loader (undo: unpatch_loader)
 $(STAMPS)/patch_loader.stamp: $(STAMPS)/check.stamp $(needs_patch_loader) \
   patches/load_jangtq.patch patches/mlx_model.patch
 	rm -f $@
@@ -275,7 +275,7 @@ $(STAMPS)/convert.stamp: $(STAMPS)/plan.stamp $(STAMPS)/plan $(STAMPS)/no_BUNDLE
 # After CONVERTER=native it finds nothing to do; with LOW_DISK=1 there is no source left to ask. A
 # finished bundle gets another form only if QUANTIZER, IMATRIX, PLAN, FIT or SIZE asks for one.
 .PHONY: requantize
-requantize: $(STAMPS)/requantize.stamp ## make the routed experts right, from the FP4 source
+requantize: $(STAMPS)/requantize.stamp ## correct the routed experts, from the FP4 source
 $(STAMPS)/requantize.stamp: $(STAMPS)/convert.stamp $(needs_requantize)
 	rm -f $@
 	$(if $(call on,LOW_DISK),@echo 'requantize: convert compared every shard with the source before it was freed', \
@@ -429,7 +429,7 @@ test: .venv/tests-installed .toolchain/new/installed $(patsubst %,build/wheels/j
 	$(PYTHON) scripts/patch_loader.py --python $(PYTHON)
 	$(PYTHON) -m pytest -q -n auto --dist loadfile tests
 
-lint: .venv/tests-installed ## check style, format, the workflow, and that imports go down the stairs only
+lint: .venv/tests-installed ## check style, format, the workflow, and that imports go to lower layers only
 	PYTHONPATH=scripts .venv/bin/lint-imports --no-cache --no-logo
 	.venv/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/ci.yml
 	$(PYTHON) -m ruff check scripts tests

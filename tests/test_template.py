@@ -353,7 +353,7 @@ def test_a_hostile_template_leaves_the_memory_alone(name):
 
 
 def memory_of(text):
-    """Peak resident bytes of template_sandbox.py with a template; its own process tree, nobody else's."""
+    """Return the peak resident bytes of template_sandbox.py and its children with a template."""
     code = (
         "import resource, subprocess, sys\n"
         "subprocess.run([sys.executable, '-I', sys.argv[1]], stdin=0, stdout=subprocess.DEVNULL)\n"
@@ -391,8 +391,9 @@ def test_a_template_of_transformers_own_kind_renders():
 def test_rendering_ends_with_whoever_asked(tmp_path):
     # A template cannot wait, so a stand-in takes the same bounds and sleeps.
     sleeper = (
-        f"import os, sys, time; sys.path.insert(0, {str(RENDERING.parent)!r}); import template_sandbox;"
-        "template_sandbox.set_limits(); print(os.getpid(), flush=True); time.sleep(60)"
+        f"import os, sys, time; sys.path.insert(0, {str(RENDERING.parent)!r});"
+        "import template_sandbox; template_sandbox.set_limits();"
+        "print(os.getpid(), flush=True); time.sleep(60)"
     )
     parent = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
     with subprocess.Popen(

@@ -1,7 +1,7 @@
-"""How a stage stops: one exception of our own, one line on stderr, a non-zero exit.
+"""UserError: an error that the user can act on. `run` prints it as one line and returns 1.
 
-A script ends with `raise SystemExit(run(main))`. A `UserError` becomes one line and exit 1; a bug
-keeps its traceback, because a bug is ours and not the user's.
+A script ends with `raise SystemExit(run(main))`. Any other exception is a bug and keeps its
+traceback.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from collections.abc import Callable
 from dsv4.text import LINE, escape_line, with_path
 
 FOUND, ELSE = 700, 400  # characters of what was found, and of each other part of a message
-DESCRIPTORS = 10240  # open files; macOS takes no larger limit, whatever it says of its hard one
+DESCRIPTORS = 10240  # open files; macOS refuses a larger limit, even below its hard limit
 
 
 class UserError(Exception):
-    """Something that the user can act on: what was found, what was expected, what to do.
+    """An error that the user can act on: what was found, what was expected, what to do.
 
-    Its text is one plain line, whatever its parts are made of; `parts` are what it was made of, for
-    another process to raise it again.
+    Its text is one escaped line. `parts` holds the unescaped arguments, so that another process
+    can raise it again.
     """
 
     def __init__(self, what: str, found: str, expected: str, todo: str) -> None:
@@ -66,27 +66,27 @@ def run(main: Callable[[], int]) -> int:
 
 
 def _reopen_closed_streams() -> None:
-    """Let what is said go nowhere when stdout or stderr is closed (`>&-`).
+    """Open the null device for each of stdin, stdout and stderr that is closed (`>&-`).
 
-    Else the next file that is opened would take their place, and receive what children say.
+    Otherwise the next file opened would get that descriptor, and the output of children with it.
     """
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(fd)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number: fd
         if getattr(sys, name) is None:
             nowhere = os.open(os.devnull, os.O_RDWR)
             setattr(sys, name, os.fdopen(nowhere, "w" if fd else "r", encoding="utf-8"))
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal that knows ASCII only
+        if hasattr(stream, "reconfigure"):  # for a terminal with ASCII only
             stream.reconfigure(errors="backslashreplace")
 
 
 def _raise_file_limit() -> None:
-    """Let this process open as many files as it may: macOS begins with 256, some shells with 64.
+    """Raise the soft limit of open files: macOS begins with 256, some shells with 64.
 
-    What it may not stays as it is; dsv4/settings.py takes fewer threads then.
+    A refusal is ignored; dsv4/settings.py then uses fewer threads.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
@@ -96,7 +96,7 @@ def _raise_file_limit() -> None:
 
 
 def _print_error(what: object) -> int:
-    """Say one line on stderr, after everything that was said on stdout; the exit status 1."""
+    """Flush stdout, print one line on stderr; return the exit status 1."""
     with contextlib.suppress(OSError):
         sys.stdout.flush()
     with contextlib.suppress(OSError):
@@ -105,7 +105,7 @@ def _print_error(what: object) -> int:
 
 
 def _os_error_message(error: OSError) -> str:
-    """One line for an operating-system error, with the way out where there is a usual one."""
+    """Return one line for an OSError, with the usual remedy if there is one."""
     todo = {
         errno.ENOSPC: "free space on that volume, then run the same command again",
         errno.EDQUOT: "free some of your quota there, then run the same command again",

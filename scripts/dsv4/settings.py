@@ -1,10 +1,10 @@
-"""What commands are told: options, and make's settings as their defaults, checked where they enter.
+"""Define the options of commands, with the Makefile's settings as their defaults.
 
-make puts each setting into a command's environment as RECIPE_NAME, so that no shell ever reads its
-value. There it is the default of one option, RECIPE_SHARD_BYTES of --shard-bytes: an option that is
-given wins. A command that is run alone finds none, whatever SOURCE means to somebody's environment.
+make passes each setting in the environment as RECIPE_NAME, so that no shell parses its value. It is
+the default of one option (RECIPE_SHARD_BYTES of --shard-bytes); an option on the command line wins.
+The prefix keeps a command that is run alone from reading an unrelated variable such as SOURCE.
 
-Each `parse_…` is an argparse `type`: it raises Unfit for a text that it cannot take.
+Each `parse_…` is an argparse `type`: it raises InvalidValue for a text that is not valid.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from dsv4.errors import UserError
 from dsv4.text import escape_line, short_repr
 
 PREFIX = "RECIPE_"
-JOBS = 1024  # threads, beyond which no machine gains
-OPEN, EACH = 24, 5  # files open in a process, and by each of its threads, at the most
+JOBS = 1024  # maximum number of threads
+OPEN, EACH = 24, 5  # maximum open files: of a process, and of each thread
 ON, OFF = ("1", "yes", "true", "on"), ("0", "no", "false", "off")
 
 
@@ -48,7 +48,7 @@ def parse_port(text: str) -> int:
 
 
 def parse_level(text: str) -> int:
-    """Read what verify looks at: 1 or 2."""
+    """Read the level of verify: 1 or 2."""
     return _between(text, 1, 2, "a level")
 
 
@@ -177,13 +177,13 @@ def add_setting(parser: argparse.ArgumentParser, name: str, *, option: str = "",
 
 
 def is_there(path: Path) -> bool:
-    """Is something there, and not only the headers of a source (dsv4/conversion/low_disk.py)?"""
+    """Return whether the path exists and is not a source with headers only (low_disk.py)."""
     freed = (path / ".headers").is_dir() and not any(path.glob("*.safetensors"))
     return path.exists() and not freed
 
 
 def parse_setting(name: str, text: str) -> Any:
-    """The value of the setting `name`. Raises UserError when it cannot be one."""
+    """Return the value of the setting `name`. Raises UserError if it is invalid."""
     if not text:
         raise _setting_error(name, text, "a value")
     if text != text.strip():
@@ -197,7 +197,7 @@ def parse_setting(name: str, text: str) -> Any:
 
 
 def parse_as(name: str, text: str, parse: Callable[[str], Any]) -> Any:
-    """The value of a setting that came as text. Raises UserError when `parse` does not take it."""
+    """Return a setting's text, parsed. Raises UserError when `parse` refuses it."""
     try:
         return parse(text)
     except InvalidValue as unfit:
@@ -211,18 +211,18 @@ def _setting_error(name: str, text: str, expected: str) -> UserError:
 
 
 def environment_without_settings() -> dict[str, str]:
-    """The environment for another program: without what make told this one."""
+    """Return the environment for another program, without make's settings."""
     return {k: v for k, v in os.environ.items() if not k.startswith(PREFIX)}
 
 
 def available_cores() -> int:
-    """The cores that this process may use; fewer where the system lets few files be open."""
+    """Return how many cores this process may use; fewer under a low limit of open files."""
     if hasattr(os, "sched_getaffinity"):
         return min(len(os.sched_getaffinity(0)), _threads_by_file_limit())
     return min(os.cpu_count() or 1, _threads_by_file_limit())
 
 
 def _threads_by_file_limit() -> int:
-    """The threads that can work within the limit of open files (`ulimit -n`); at least one."""
+    """Return how many threads fit into the limit of open files (`ulimit -n`), at least 1."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return JOBS if soft == resource.RLIM_INFINITY else max(1, (soft - OPEN) // EACH)

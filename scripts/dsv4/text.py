@@ -1,9 +1,9 @@
-"""What is said of foreign values, so that they cannot say anything themselves.
+"""Escape untrusted text before it is printed or put into HTML or Markdown.
 
-A name, a dtype, a label, an answer of a server or of a child comes from a file or a process that
-somebody else made. It may hold escape sequences that rewrite the terminal, marks that turn a line
-around, line breaks that forge an `error:` or `passed:` of their own, or a megabyte. Whatever is
-printed, and whatever a model card or a page shows, goes through `plain` first.
+Names, dtypes, labels and the output of servers and child processes are untrusted. They may hold
+escape sequences that rewrite the terminal, marks that reverse a line, line breaks that forge an
+`error:` or `passed:` line, or a megabyte of text. Everything that is printed, or shown in a model
+card or a page, goes through `escape_line` first.
 """
 
 from __future__ import annotations
@@ -23,18 +23,16 @@ _short.maxstring = _short.maxother = _short.maxlong = PART
 
 
 def escape_line(text: object, limit: int = PART) -> str:
-    r"""One line of at most `limit` printable characters; what is longer is cut in its middle.
+    r"""Return one line of at most `limit` printable characters; longer text is cut in its middle.
 
-    Escaped, as Python writes them: control characters (C0, C1, NUL, line breaks), marks that turn
-    or hide text, blanks other than the space, half of a surrogate pair, code points without a
-    character. What is plain already stays as it is.
+    Escapes as `repr` does: control characters (C0, C1, NUL, line breaks), bidirectional and
+    invisible marks, blanks other than the space, lone surrogates and unassigned code points.
+    Printable text is unchanged.
 
-    >>> plain("mlx\x1b[2K\npassed: all good")
+    >>> escape_line("mlx\x1b[2K\npassed: all good")
     'mlx\\x1b[2K\\npassed: all good'
     """
-    text = _truncate_middle(
-        str(text), limit
-    )  # before anything is escaped: a megabyte costs nothing
+    text = _truncate_middle(str(text), limit)  # first, so that a megabyte is not escaped
     if not text.isprintable():
         text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     return _truncate_middle(text, limit)
@@ -48,18 +46,18 @@ def _truncate_middle(text: str, limit: int) -> str:
 
 
 def short_repr(value: Any) -> str:
-    """A value of any type, as Python writes it: strings in quotes, long lists and strings cut.
+    """Return the `repr` of any value, escaped; long lists and strings are cut.
 
-    >>> shown([1, "a", None]), shown("a\\nb")
+    >>> short_repr([1, "a", None]), short_repr("a\\nb")
     ("[1, 'a', None]", "'a\\\\nb'")
     """
     return escape_line(_short.repr(value))
 
 
 def join_some(names: Any, most: int = 8) -> str:
-    """Some names in one line, the first of them and how many more there are.
+    """Return the first `most` names in one line, and how many more there are.
 
-    >>> several(["a", "b", "c"], 2)
+    >>> join_some(["a", "b", "c"], 2)
     'a, b and 1 more'
     """
     names = list(names)
@@ -68,15 +66,16 @@ def join_some(names: Any, most: int = 8) -> str:
 
 
 def page_text(value: Any, limit: int) -> Any:
-    """What a page shows of a value: text made plain; whoever makes HTML of it still escapes it."""
+    """Return a value for a page: text is escaped as a line, but not yet for HTML."""
     return escape_line(value, limit) if type(value) is str else value
 
 
 def render_html(template: Path, limit: int, **values: Any) -> str:
-    """A page of HTML: a jinja2 template, in which each text is plain, at most `limit` characters of
-    it, and then escaped.
+    """Return the page of a jinja2 template.
+
+    Each text is cut to `limit` characters, escaped as a line, then escaped for HTML.
     """
-    from jinja2 import Environment  # here: importing it takes longer than a page
+    from jinja2 import Environment  # imported here: it takes longer than a page
 
     environment = Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True,
@@ -87,9 +86,9 @@ def render_html(template: Path, limit: int, **values: Any) -> str:
 
 @contextlib.contextmanager
 def with_path(path: Path | str) -> Iterator[None]:
-    """Give an operating-system error of the body the path that it is about, if it names none.
+    """Add `path` to an OSError of the body that names no file.
 
-    Reading, writing and flushing by a file that is open do not say which file it is.
+    Errors of reading, writing and flushing an open file do not name it.
     """
     try:
         yield
@@ -100,8 +99,9 @@ def with_path(path: Path | str) -> Iterator[None]:
 
 
 def print_escaped(text: object, **options: Any) -> None:
-    """Print the lines of a text, each of them plain. Its parts must be plain before they are
-    joined: a line break in one of them would still begin a line.
+    """Print a text with each of its lines escaped.
+
+    Escape its parts before joining them: a line break in a part would still begin a line.
     """
     with with_path("standard output"):
         print("\n".join(escape_line(line, LINE) for line in str(text).split("\n")), **options)

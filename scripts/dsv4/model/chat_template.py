@@ -1,11 +1,11 @@
-"""DeepSeek-V4's conversation as a Jinja template, and a careful way to render anybody's template.
+"""Give DeepSeek-V4's chat template, and render untrusted templates in a child process.
 
 DeepSeek ships a program, encoding/encoding_dsv4.py, and no template; vMLX runs the program, others
 read chat_template.jinja or tokenizer_config.json alone. chat_template.jinja beside this file makes
 the same prompts. The releases differ in one table, the efforts, so a template is made for one.
 
-conversations.json holds talks that together meet every rule, and the prompts that DeepSeek's own
-program made of them: what a bundle's template is judged by.
+conversations.json holds conversations that together cover every rule, and the prompts that
+DeepSeek's own program made of them. A bundle's template must make the same prompts.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ Talk = dict[str, Any]  # the variables that a template is rendered with: message
 
 
 class TemplateFault(Exception):
-    """A template that does not compile, raises, or goes beyond its bounds; says which."""
+    """A template that does not compile, raises, or exceeds its limits; its text says which."""
 
 
 def encoding_release(encoding: bytes) -> str | None:
-    """Which release an encoding_dsv4.py is of: one of RELEASES, or None for an unknown file.
+    """Return which of RELEASES an encoding_dsv4.py belongs to; None for an unknown file.
 
-    Comments above the program do not count, a single changed byte of it does.
+    Comments above the program are ignored; any changed byte of the program makes it unknown.
     """
     lines = encoding.splitlines(keepends=True)
     above = next((n for n, line in enumerate(lines) if line.strip() and line[:1] != b"#"), 0)
@@ -69,7 +69,7 @@ def encoding_release(encoding: bytes) -> str | None:
 
 @cache
 def template_text(release: str) -> str:
-    """The text of chat_template.jinja for one of RELEASES; KeyError for another."""
+    """Return chat_template.jinja for one of RELEASES; raises KeyError for another."""
     if release not in RELEASES:
         raise KeyError(release)
     text = (HERE / "chat_template.jinja").read_text(encoding="utf-8")
@@ -79,7 +79,7 @@ def template_text(release: str) -> str:
 
 
 def template_for(folder: Path) -> str:
-    """The template for the release that the folder's encoding file is of; the first for another."""
+    """Return the template for the release of the folder's encoding file; unknown: the first."""
     path = folder / ENCODING
     return template_text(
         (encoding_release(limits.read_bounded(path)) if path.is_file() else None) or "first"
@@ -87,7 +87,7 @@ def template_for(folder: Path) -> str:
 
 
 def is_own_template(text: object) -> bool:
-    """Whether a template is this project's, of today or of before, and for any release."""
+    """Return whether this project wrote the template: now or earlier, for any release."""
     if not isinstance(text, str):
         return False
     earlier = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() == EARLIER
@@ -96,7 +96,7 @@ def is_own_template(text: object) -> bool:
 
 @cache
 def conversations(release: str) -> tuple[tuple[str, Talk, str], ...]:
-    """(name, talk, prompt) for each built-in conversation that means something to `release`."""
+    """Return (name, conversation, prompt) of each built-in conversation that `release` supports."""
     stored = json.loads((HERE / "conversations.json").read_text(encoding="utf-8"))
     return tuple(
         (entry["name"], entry["talk"], entry["prompts"][release])
@@ -106,7 +106,10 @@ def conversations(release: str) -> tuple[tuple[str, Talk, str], ...]:
 
 
 def render(text: str, talk: Talk) -> str:
-    """The prompt that the template `text` makes of one talk; raises TemplateFault."""
+    """Return the prompt that the template `text` makes of one conversation.
+
+    Raises TemplateFault.
+    """
     (told,) = render_all(text, [talk])
     if isinstance(told, TemplateFault):
         raise told
@@ -114,11 +117,11 @@ def render(text: str, talk: Talk) -> str:
 
 
 def render_all(text: str, talks: Sequence[Talk]) -> list[str | TemplateFault]:
-    """The prompt of each talk, or what kept the template from making it; nothing is raised.
+    """Return the prompt of each conversation, or the fault of the template; raise nothing.
 
-    One process renders them all within the bounds of template_sandbox.py, so this takes a fifth of a
-    second and the talks' own time, and for a hostile template a second more. Where a talk ends the
-    process, the later ones share its fault.
+    One process renders all of them within the limits of template_sandbox.py. Its start takes 0.2 s;
+    a hostile template costs one second more. If a conversation ends the process, the later ones get
+    the same fault.
     """
     asked = json.dumps({"template": text, "talks": list(talks)})
     child = subprocess.Popen(

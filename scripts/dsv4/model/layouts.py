@@ -197,7 +197,10 @@ LAYOUTS = {
             "Thump604, attn_hc", "Thump604",
             module_scheme("", "self_attn", "mlp", LLAMA),
         ),
-        NamingScheme("mlx_lm, jang's model", "mlx_lm convert with jang's model", module_scheme("", **JANG)),
+        NamingScheme(
+            "mlx_lm, jang's model", "mlx_lm convert with jang's model",
+            module_scheme("", **JANG),
+        ),
         NamingScheme(
             "jang, native", "jang_tools' convert_dsv4_native",
             module_scheme("", **JANG, experts="experts.E"),

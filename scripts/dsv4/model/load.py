@@ -93,8 +93,8 @@ def block_counts(checkpoint: Checkpoint) -> dict[str, int]:
     if max(*layers.values(), declared) > LAYERS or matrices > MATRICES:
         raise UserError(
             f"{folder / 'config.json'}",
-            f"{short_repr(layers['layers'])} layers, {short_repr(max(stored, declared))} of MTP by it or by "
-            f"a tensor's name, {short_repr(experts)} experts",
+            f"{short_repr(layers['layers'])} layers, {short_repr(max(stored, declared))} of MTP "
+            f"by it or by a tensor's name, {short_repr(experts)} experts",
             f"at most {LAYERS:,} layers and {MATRICES:,} matrices",
             "restore config.json",
         )

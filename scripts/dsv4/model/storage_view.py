@@ -42,8 +42,9 @@ def build_view(checkpoint: Checkpoint) -> StorageView:
     """The view of a checkpoint by the layout that knows most of its names."""
     tensors = checkpoint.tensors
     recognised = recognize_layout(tensors)
-    view = StorageView(checkpoint.folder, checkpoint.config, checkpoint.weight_map, checkpoint.shards,
-                recognised)  # fmt: skip
+    view = StorageView(
+        checkpoint.folder, checkpoint.config, checkpoint.weight_map, checkpoint.shards, recognised
+    )
     if recognised.layout is STORAGE:
         view.tensors.update(tensors)
     else:

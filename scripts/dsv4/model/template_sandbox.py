@@ -1,6 +1,6 @@
 """Render a chat template that nobody vouches for, as transformers would, within bounds.
 
-A program of its own: template.py starts it with `python -I`, so that it sees no folder of this
+A program of its own: chat_template.py starts it with `python -I`, so that it sees no folder of this
 project, and it needs jinja2 alone. A template may loop, double a text or nest without end; so each
 run has, beyond its start, a second of processor time, ten seconds on the clock, 256 MiB of address
 space, and a prompt has a million characters. Processor and clock end the process by the signal's
