@@ -48,6 +48,7 @@ WRONG = {"vmlx": set(), "mlx-vlm": {"stop-word"}, "mlx-lm": {"stop-word"}}
 
 
 @pytest.mark.parametrize("kind", SERVERS)
+@pytest.mark.full
 def test_acceptance_says_of_each_server_what_is_so(kind, bundles, tmp_path, monkeypatch):
     monkeypatch.setattr(basics, "ADDITIONS", 6)
     monkeypatch.setattr(basics, "MANY", basics.MANY[1:3])
