@@ -424,12 +424,12 @@ bench: .venv/installed ## measure requantize beside copying and the plan's metho
 bench_convert: .venv/tests-installed ## measure convert against the disk, and against upstream and the plan
 	$(PYTHON) scripts/lab/bench_convert.py
 
-# Six minutes on two cores; its last line says which tests it leaves to test-full, ten more minutes.
+# The last line of `make test` says which tests it leaves to test-full.
 # SEED=N or random, FUZZ=N: see tests/conftest.py.
 .PHONY: test test-full lint format clean
 TESTS_NEED := .venv/tests-installed .toolchain/new/installed $(patsubst %,build/wheels/jang-%-py3-none-any.whl,2.5.8 2.5.9 2.5.50)
 PYTEST = $(PYTHON) -m pytest -q -n auto --dist loadfile --no-loadscope-reorder tests
-test: $(TESTS_NEED) ## run the tests that take six minutes
+test: $(TESTS_NEED) ## run the tests that a contributor runs
 	$(PYTHON) scripts/patch_loader.py --python $(PYTHON)
 	$(PYTEST) -m 'not full'
 
