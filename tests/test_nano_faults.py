@@ -189,7 +189,7 @@ def test_the_right_bundle_passes(weights, lessons, config, truth):
     assert passes
 
 
-# One of each kind, for `make test`: scales of a layer and of groups, bits, an expert, the hash table.
+# One of each kind, for `make test`: scales of a layer, of groups, bits, an expert, the hash table.
 FIRST = ("scales of one layer doubled", "scales shifted by a group", "3-bit experts",
          "one expert dead", "tid2eid shifted")  # fmt: skip
 
