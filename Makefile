@@ -165,7 +165,7 @@ all: $(STAMPS)/verify.stamp ## build the bundle: every stage from check to verif
 	@printf '%s: finished and verified\n' "$$RECIPE_BUNDLE"
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z_]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z_-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "Settings (make NAME=value, or config.mk): MODEL REPO REVISION SOURCE BUNDLE REFERENCE"
 	@echo "  CONVERTER QUANTIZER IMATRIX FIT SIZE CONTEXT ANY_SHAPE PLAN LOW_DISK SHARD_BYTES STACK"
 	@echo "  TOOLCHAIN_PYTHON PORT JOBS LEVEL VERIFY_HASHES PYTHON3 BUNDLES TEXT TOKENS DEVICE RUNTIME"
@@ -424,10 +424,18 @@ bench: .venv/installed ## measure requantize beside copying and the plan's metho
 bench_convert: .venv/tests-installed ## measure convert against the disk, and against upstream and the plan
 	$(PYTHON) scripts/lab/bench_convert.py
 
-.PHONY: test lint format clean
-test: .venv/tests-installed .toolchain/new/installed $(patsubst %,build/wheels/jang-%-py3-none-any.whl,2.5.8 2.5.9 2.5.50) ## run the tests
+# The last line of `make test` says which tests it leaves to test-full.
+# SEED=N or random, FUZZ=N: see tests/conftest.py.
+.PHONY: test test-full lint format clean
+TESTS_NEED := .venv/tests-installed .toolchain/new/installed $(patsubst %,build/wheels/jang-%-py3-none-any.whl,2.5.8 2.5.9 2.5.50)
+PYTEST = $(PYTHON) -m pytest -q -n auto --dist loadfile --no-loadscope-reorder tests
+test: $(TESTS_NEED) ## run the tests that a contributor runs
 	$(PYTHON) scripts/patch_loader.py --python $(PYTHON)
-	$(PYTHON) -m pytest -q -n auto --dist loadfile tests
+	$(PYTEST) -m 'not full'
+
+test-full: $(TESTS_NEED) ## run the tests that `make test` leaves out
+	$(PYTHON) scripts/patch_loader.py --python $(PYTHON)
+	$(PYTEST) -m full
 
 lint: .venv/tests-installed ## check style, format, the workflow, and that imports go to lower layers only
 	PYTHONPATH=scripts .venv/bin/lint-imports --no-cache --no-logo

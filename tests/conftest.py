@@ -1,19 +1,37 @@
 """Sources and bundles that several tests share, made by the real scripts and the real converter.
 
-They are made once a session and never written to; a test that changes one takes a copy.
+They are made once a session and never written to; a test that changes one takes a copy. What only
+other people's programs make is kept between sessions, under build/tests.
+
+`make test` runs what has no marker, `make test-full` what is marked `full`; a file that is named to
+pytest runs whole. SEED=N or SEED=random is the seed of what is random, FUZZ=N makes N times as much
+of it.
+
+Run a command in one of these ways, the first that will do:
+
+- `here.here`, `here.must`, `here.refusal` call its `main` in this process, a few milliseconds. Not
+  for a command that imports MLX, changes limits or the environment, or is to be killed.
+- `script`, `must`, `refusal` of this module fork a process that has its imports done, 0.1 s. With
+  options of subprocess.run, or after monkeypatch.setenv, they start a Python of its own, 1 s.
+- `Forks` does the same and returns the process id at once: for commands that are killed.
+
+`must` wants success and returns stdout; `refusal` wants exit status 1 and returns the one line.
 """
 
 import atexit
 import functools
+import hashlib
 import json
 import os
+import random
 import select
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import portalocker
@@ -25,8 +43,65 @@ NANO = SCRIPTS / "nano" / "checkpoint"
 sys.path[:0] = [str(SCRIPTS), str(SCRIPTS / "lab")]
 for name in [name for name in os.environ if name.startswith("RECIPE_")]:
     del os.environ[name]  # what make hands to every script, of whoever runs `make test`
+# Workers share the cores; NumPy's and MLX's threads on top of them only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The workers of pytest-xdist inherit the environment, and so the number that is drawn here.
+SEED = os.environ.get("SEED") or "20261201"
+SEED = str(random.randrange(1 << 32)) if SEED == "random" else SEED
+os.environ["SEED"] = SEED
 # A job in the background ignores Ctrl-C, and so would the runs that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# The files that take longest, by CPU seconds, so that no worker ends with one of them alone.
+LONGEST = (
+    "test_recipe", "test_verify_mutations", "test_layouts", "test_default_stack",
+    "test_nano_faults", "test_hub", "test_evaluate", "test_repair", "test_requantize",
+    "test_lossless", "test_low_disk", "test_turboquant", "test_readonly", "test_removal",
+    "test_dspark", "test_native", "test_fuzz", "test_volumes", "test_accept",
+)  # fmt: skip
+LEFT = pytest.StashKey[list[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "full: left out of `make test`, run by `make test-full`")
+    config.stash[LEFT] = []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first."""
+    order = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    """Note the files of the marked tests that `-m "not full"` leaves out."""
+    for item in items:
+        if item.get_closest_marker("full"):
+            item.config.stash[LEFT].append(item.path.stem)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hand the notes of a worker to the process that prints."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left"] = session.config.stash[LEFT]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: object, error: object) -> None:
+    """Take a worker's notes; all workers collect the same tests."""
+    node.config.stash[LEFT] = getattr(node, "workeroutput", {}).get("left", [])
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Print the seed, and as the last line what was left out."""
+    if hasattr(config, "workerinput"):
+        return
+    print(f"seed {SEED} (SEED=N or SEED=random for another, FUZZ=N for N times as many cases)")
+    counts = Counter(config.stash[LEFT])
+    if counts:
+        files = ", ".join(f"{name} {number}" for name, number in sorted(counts.items()))
+        print(f"left to `make test-full`: {counts.total()} tests ({files})")
 
 
 class Commands:
@@ -210,6 +285,33 @@ def made_once(tmp_path_factory, name: str, make: Callable[[Path], object]) -> Pa
     with portalocker.Lock(base / "made" / f"{name}.making", timeout=300):
         if not folder.exists():
             make(folder)
+    return folder
+
+
+def kept(name: str, make: Callable[[Path], object], ingredients: Iterable[Path]) -> Path:
+    """Return build/tests/NAME-HASH, made by `make(folder)` if it is not there.
+
+    The hash is of the ingredients, files and folders under the repository. Workers and sessions
+    that run at the same time wait for the first. An older NAME-* is removed when one is made.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(ingredients):
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file() and "__pycache__" not in file.parts:
+                digest.update(f"{file.relative_to(ROOT)}\0".encode())
+                digest.update(hashlib.sha256(file.read_bytes()).digest())
+    base = ROOT / "build" / "tests"
+    base.mkdir(parents=True, exist_ok=True)
+    folder = base / f"{name}-{digest.hexdigest()[:16]}"
+    with portalocker.Lock(base / f"{name}.lock", timeout=300):
+        if not folder.exists():
+            for old in base.glob(f"{name}-" + "?" * 16):
+                shutil.rmtree(old)
+            making = base / f"{name}.making"
+            if making.exists():  # of a session that was killed
+                shutil.rmtree(making)
+            make(making)
+            making.rename(folder)
     return folder
 
 

@@ -31,7 +31,7 @@ def bundles(tmp_path_factory):
     return matrix.bundles(tmp_path_factory.mktemp("matrix"), ["mlx", matrix.RANDOM])
 
 
-@pytest.mark.parametrize("name", ["mlx", matrix.RANDOM])
+@pytest.mark.parametrize("name", ["mlx", pytest.param(matrix.RANDOM, marks=pytest.mark.full)])
 def test_it_computes_what_transformers_computes(bundles, name, tmp_path, monkeypatch):
     some = matrix.questions(name)[:5]
     monkeypatch.setattr(matrix, "questions", lambda name: some)
@@ -48,6 +48,7 @@ WRONG = {"vmlx": set(), "mlx-vlm": {"stop-word"}, "mlx-lm": {"stop-word"}}
 
 
 @pytest.mark.parametrize("kind", SERVERS)
+@pytest.mark.full
 def test_acceptance_says_of_each_server_what_is_so(kind, bundles, tmp_path, monkeypatch):
     monkeypatch.setattr(basics, "ADDITIONS", 6)
     monkeypatch.setattr(basics, "MANY", basics.MANY[1:3])

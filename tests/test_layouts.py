@@ -21,7 +21,7 @@ import bundles
 import numpy as np
 import pytest
 from bundles import Arrays, edit, edit_json, places
-from conftest import NANO, ROOT, SCRIPTS, made_once, must
+from conftest import NANO, ROOT, SCRIPTS, kept, made_once, must
 
 from dsv4.acceptance import nano
 from dsv4.model.layouts import LAYOUTS, has_name, recognize_layout
@@ -41,6 +41,11 @@ from dsv4.verification.report.summary import summary_row
 from dsv4.verification.scan import scan
 
 PYTHON = ROOT / ".toolchain/new/bin/python"
+# What a specimen depends on beside this machine.
+MAKERS = (NANO, *(SCRIPTS / name for name in (
+    "stacks/new.txt", "lab/specimens.py", "lab/upstream.py", "lab/rooms.py",
+    "dsv4/toolchain/python_env.py", "dsv4/toolchain/hide_torchvision.py",
+)))  # fmt: skip
 # Specimens, and those that follow from one by the table: layout → the specimen it is made of.
 MADE = ("vlm-affine8", "jang-affine2", "jangtq-2", "jang-native", "lm-affine4")
 LAYOUT_OF = {
@@ -71,7 +76,7 @@ def specimen(tmp_path_factory) -> Callable[[str], Path]:
                     make(WITH_MTP.get(name, "vlm-affine8")), folder, name
                 ),
             )
-        out = made_once(tmp_path_factory, f"of-{name}", lambda folder: tool(name, folder))
+        out = kept(f"specimen-{name}", lambda folder: tool(name, folder), MAKERS)
         return out / name
 
     return make
@@ -346,6 +351,7 @@ for folder, out in json.loads(sys.argv[4]):
 """
 
 
+@pytest.mark.full
 def test_the_verdict_is_what_the_runtimes_own_logits_say(specimen, tmp_path):
     """Right by verify: near the source. Wrong by verify: refused, or far from it."""
     right = specimen("vlm-affine8")

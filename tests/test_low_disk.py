@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SCRIPTS, Forks, must
+from conftest import SCRIPTS, SEED, Forks, must
 from hub_server import Hub
 from test_download import environment
 from test_recipe import Recipe
@@ -153,10 +153,9 @@ def test_a_second_run_needs_no_network(prepared):
     assert prepared.hub.requests == []
 
 
+@pytest.mark.full
 def test_killed_anywhere_it_goes_on_and_fetches_nothing_twice(prepared, wanted):
-    seed = int(os.environ.get("SEED", random.randrange(1 << 32)))
-    print(f"SEED={seed}")
-    rng = random.Random(seed)
+    rng = random.Random(SEED)
     kills = 0
     with Forks(env=prepared.env) as forks:
         while kills < KILLS:
@@ -177,6 +176,7 @@ def test_killed_anywhere_it_goes_on_and_fetches_nothing_twice(prepared, wanted):
     assert not shards(prepared.source)
 
 
+@pytest.mark.full
 def test_stacks_of_experts_are_the_same_after_kills(prepared, origin, tmp_path):
     turbo, whole = ("--quantizer", "turboquant2"), tmp_path / "whole"
     must("convert", "--source", origin, "--bundle", whole, "--shard-bytes", SHARD_BYTES, *turbo)

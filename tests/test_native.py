@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import small
-from conftest import SCRIPTS, Forks, must, script
+from conftest import SCRIPTS, SEED, Forks, must, script
 
 from dsv4.model import names
 from dsv4.model.labels import RECORD
@@ -251,11 +251,10 @@ def test_one_thread_and_three_write_the_same(source, split, tmp_path):
         assert digests(tmp_path / f"{jobs}") == digests(split)
 
 
+@pytest.mark.full
 def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(source, split, tmp_path):
     """kill -9 at random moments between the first shard and the last rename."""
-    seed = int(os.environ.get("SEED", random.randrange(1 << 32)))
-    print(f"SEED={seed}")
-    rng = random.Random(seed)
+    rng = random.Random(SEED)
     wanted, kills, number, seen = digests(split), 0, 0, set()
     with Forks() as forks:
         while kills < KILLS:

@@ -86,6 +86,7 @@ def test_an_edited_script_redoes_its_stage_and_those_after_it(recipe):
     assert recipe.stages("all") == ["finalize", "patch", "verify"]
 
 
+@pytest.mark.full
 def test_an_edited_module_redoes_the_first_stage_that_uses_it(recipe):
     recipe.edit("dsv4/conversion/tokenizer_files.py")
     assert recipe.stages("all") == ["finalize", "patch", "verify"]
@@ -135,6 +136,7 @@ def test_an_edited_module_redoes_the_stages_that_can_reach_it_and_no_other(recip
     assert rooms <= {name.partition("/")[0] for name in REACHED}
 
 
+@pytest.mark.full
 def test_a_changed_setting_redoes_the_stages_and_loses_nothing(recipe):
     shards = {path: path.read_bytes() for path in recipe.bundle.glob("*.safetensors")}
     assert recipe.stages("all", "REFERENCE=" + str(recipe.bundle)) == STAGES
@@ -152,6 +154,7 @@ def test_a_deleted_shard_makes_verify_name_it(recipe):
     assert recipe.stages("verify") == ["verify"]
 
 
+@pytest.mark.full
 def test_a_deleted_bundle_is_built_again(recipe):
     shutil.rmtree(recipe.bundle)
     assert recipe.stages("all") == STAGES[STAGES.index("convert") :]
@@ -178,6 +181,7 @@ def test_clean_touches_neither_bundle_nor_source(recipe):
     assert not list((recipe.folder / "build").rglob("*.stamp"))
 
 
+@pytest.mark.full
 def test_requantize_mends_a_bundle_that_was_converted_elsewhere(recipe, stock, tmp_path):
     recipe.bundle = shutil.copytree(stock, tmp_path / "from elsewhere")
     assert recipe.stages("requantize") == STAGES[: STAGES.index("requantize") + 1]
@@ -186,11 +190,12 @@ def test_requantize_mends_a_bundle_that_was_converted_elsewhere(recipe, stock, t
 
 def test_help_lists_every_target(recipe):
     shown = recipe.make("help").stdout
-    names = re.findall(r"^([a-z_]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    names = re.findall(r"^([a-z_-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for name in set(names):
         assert f"make {name} " in shown, name
 
 
+@pytest.mark.full
 def test_repair_mends_and_unrepair_puts_back(recipe):
     config = recipe.bundle / "generation_config.json"
     right = config.read_bytes()

@@ -169,14 +169,13 @@ def time_of_work(forks: Forks, source: Path, stock: Path, bundle: Path) -> float
     return time.perf_counter() - begin
 
 
+@pytest.mark.full
 def test_fifty_kills_lose_nothing(tmp_path: Path) -> None:
     """kill -9 at random moments of real runs: shards stay whole, the end is byte for byte the same.
 
     Catches a shard renamed before it is whole, a temporary that stays, a resumed run that differs.
     """
-    seed = int(os.environ.get("KILL_SEED", time.time_ns() % 1_000_000))
-    print(f"KILL_SEED={seed}")
-    rng = random.Random(seed)
+    rng = random.Random(conftest.SEED)
     source, stock, expected = whole_run(tmp_path, MANY_SHARDS, seed=4)
     kills, rounds = 0, 0
     with Forks("requantize") as forks:

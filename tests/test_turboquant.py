@@ -284,6 +284,7 @@ def test_its_logits_are_the_sources_but_for_two_bits(finished):
     assert 0.02 < np.median(far) < 0.3
 
 
+@pytest.mark.full
 def test_vmlx_serves_it_with_stand_ins_for_its_metal_kernels(finished, tmp_path):
     with running_server(NEW, finished, tmp_path / "server.log", start=matrix.STAND_INS) as url:
         assert ask_question(Endpoint(url, NAME), "What is 17+28?", 40).content == "45"

@@ -6,7 +6,6 @@ zeros, that is converted without a word.
 """
 
 import json
-import random
 import shutil
 import threading
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import NANO, must, refusal, script
+from conftest import NANO, SEED, must, refusal, script
 
 from dsv4.errors import UserError
 from dsv4.model.load import open_bundle, open_source
@@ -48,10 +47,8 @@ def runs(data: np.ndarray, least: int) -> list[int]:
 
 
 def pieces_of_zeros() -> Iterator[tuple[np.ndarray, int]]:
-    """Bytes with runs of zeros somewhere, and how many are a run; by a seed that is printed."""
-    seed = random.randrange(1 << 32)
-    print(f"seed {seed}")
-    rng = np.random.default_rng(seed)
+    """Bytes with runs of zeros somewhere, and how many are a run; by the session's seed."""
+    rng = np.random.default_rng(int(SEED))
     for _ in range(400):
         data = rng.integers(0, 3, int(rng.integers(1, 6000))).astype(np.uint8)
         at = int(rng.integers(0, len(data)))
