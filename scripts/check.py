@@ -15,7 +15,6 @@ ranged requests when the source is not there yet); and which Mac that size fits.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,10 +95,10 @@ def check_toolchain(python: Path, converter: str, app: Path, quantizer: str) -> 
         lines.append(Line(False, "mlx", f"does not import ({metal})", "reinstall mlx"))
     else:
         lines.append(Line(True, "Metal", "yes" if metal else "no: MLX runs on the CPU"))
-    lines.append(meaning("runtime", info["packages"], pending(python, app), quantizer))
+    lines.append(meaning("runtime", info["packages"], patches.pending(python, app), quantizer))
     if app.is_dir() and app not in Path(info["executable"]).parents:
         versions = python_env.app_versions(app)
-        lines.append(meaning(f"runtime in {app}", versions, pending(None, app), quantizer))
+        lines.append(meaning(f"runtime in {app}", versions, patches.pending(None, app), quantizer))
     return lines
 
 
@@ -110,19 +109,6 @@ def meaning(
     dsv4/verification/checks/runtimes.py."""
     works, line = runtimes.recognize_stack(versions, lacking, python_env.has_metal(), quantizer)
     return Line(not runtimes.refusal_reason(versions, quantizer), what, line, doubt=not works)
-
-
-def pending(python: Path | None, app: Path) -> tuple[str, ...]:
-    """The loader patches that this toolchain's jang_tools, or the app's, still lacks."""
-    lacking = []
-    for patch in map(patches.read_patch, patches.DEFAULT):
-        if not patch.concerns_this_machine:
-            continue
-        with contextlib.suppress(UserError):  # no jang_tools: said elsewhere
-            file = python_env.module_file(python, patch.target, app)
-            if patches.patch_state(patches.read_python(file), patch) == "pristine":
-                lacking.append(patch.path.name)
-    return tuple(lacking)
 
 
 def check_patch(python: Path, app: Path, path: Path) -> Line:

@@ -1,7 +1,7 @@
 """Plan the bundle that fits a Mac: fewer bits for the routed experts, where they lose least.
 
 Measures on a sample of the source's experts what each form costs in each layer (dsv4/quantization/
-sampling.py), chooses so that the summed error is least within the size
+error_sampling.py), chooses so that the summed error is least within the size
 (dsv4/conversion/size_planner.py), and writes the choice to a JSON file, which may be edited;
 convert and requantize take it with
 --quantizer mixture --plan FILE. Everything but the routed experts is 8-bit affine then, as ever;

@@ -1,7 +1,7 @@
 """How a bundle that is there holds its experts, by its own record: what a setting left out means.
 
 Each shard's metadata names the quantizer and its table, which also tells the imatrix and the plan;
-config.json repeats it (marks.py, requantization.py). So no stage makes another form of a finished
+config.json repeats it (shard_metadata.py, bundle_files.py). So no stage makes another form of a finished
 bundle's experts because QUANTIZER, PLAN or IMATRIX was left out: only one that is named asks for
 another. A bundle without a record is another maker's.
 """

@@ -145,7 +145,7 @@ def select_shards(source: Path, record: Record) -> None:
     """Keep in the record the shards that the index names; without an index, model.safetensors.
 
     A repository may hold others (an adapter's, consolidated ones), which are not fetched. Raises
-    Stop when it lacks one that is named.
+    UserError when it lacks one that is named.
     """
     if INDEX in record.files:
         where, named = f"{source / INDEX}", set(read_index(source).values())

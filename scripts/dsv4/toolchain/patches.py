@@ -6,6 +6,7 @@ as it differs between systems.
 
 from __future__ import annotations
 
+import contextlib
 import py_compile
 import re
 import tempfile
@@ -168,3 +169,16 @@ def check_compiles(text: str, name: str) -> None:
             py_compile.compile(str(trial), doraise=True)
         except py_compile.PyCompileError as error:
             raise UserError(name, f"{error.exc_value}", "Python", "adapt the patch") from error
+
+
+def pending(python: Path | None, app: Path) -> tuple[str, ...]:
+    """Return the patches that a toolchain's jang_tools, or an app's, still lacks on this machine."""
+    lacking = []
+    for patch in map(read_patch, DEFAULT):
+        if not patch.concerns_this_machine:
+            continue
+        with contextlib.suppress(UserError):  # no jang_tools: another check reports it
+            file = python_env.module_file(python, patch.target, app)
+            if patch_state(read_python(file), patch) == "pristine":
+                lacking.append(patch.path.name)
+    return tuple(lacking)
