@@ -1,9 +1,9 @@
-"""How a bundle that is there holds its experts, by its own record: what a setting left out means.
+"""Read how a finished bundle stores its experts: the default for settings that are left out.
 
-Each shard's metadata names the quantizer and its table, which also tells the imatrix and the plan;
-config.json repeats it (shard_metadata.py, bundle_files.py). So no stage makes another form of a finished
-bundle's experts because QUANTIZER, PLAN or IMATRIX was left out: only one that is named asks for
-another. A bundle without a record is another maker's.
+Each shard's metadata names the quantizer and its digest, which also covers the imatrix and the plan.
+config.json repeats it (shard_metadata.py, bundle_files.py). So no stage gives the experts of a
+finished bundle another format because QUANTIZER, PLAN or IMATRIX was left out. A bundle without a
+record is another maker's.
 """
 
 from __future__ import annotations

@@ -172,7 +172,7 @@ def check_compiles(text: str, name: str) -> None:
 
 
 def pending(python: Path | None, app: Path) -> tuple[str, ...]:
-    """Return the patches that a toolchain's jang_tools, or an app's, still lacks on this machine."""
+    """Return the patches that the jang_tools of a toolchain or an app still lacks."""
     lacking = []
     for patch in map(read_patch, DEFAULT):
         if not patch.concerns_this_machine:
