@@ -6,9 +6,8 @@ one, and records for each pair: whether it loads or in what words it refuses, th
 its logits (prefill, and 4 tokens decoded with a cache) to the bundle's own tensors run in
 transformers, exact matches on 50 held-out additions through the stack's own server or generate
 call, finish_reason, seconds. A bundle of random weights covers compress ratios 4 and 128 and a
-prompt longer than the window. The column "conversation" is of the nano with the encoding of
-DeepSeek's release -0731: how many of the built-in conversations (dsv4/model/conversations.json) the
-runtime renders exactly as the encoder does (prompts.py).
+prompt longer than the window. The column "conversation" counts the built-in conversations of -0731
+(dsv4/model/conversations.json) that the runtime renders exactly as the encoder does (prompts.py).
 
 Prints a Markdown table and writes build/matrix/matrix.json after each cell, so that an interrupted
 run goes on where it was (--fresh begins again). Runs unattended in under an hour on 2 cores.

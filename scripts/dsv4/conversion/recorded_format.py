@@ -1,6 +1,6 @@
 """Read how a finished bundle stores its experts: the default for settings that are left out.
 
-Each shard's metadata names the quantizer and its digest, which also covers the imatrix and the plan.
+Each shard's metadata names the quantizer and its digest, which also covers imatrix and plan.
 config.json repeats it (shard_metadata.py, bundle_files.py). So no stage gives the experts of a
 finished bundle another format because QUANTIZER, PLAN or IMATRIX was left out. A bundle without a
 record is another maker's.
