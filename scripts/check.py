@@ -27,7 +27,7 @@ from dsv4.hub import repository
 from dsv4.hub.download import recorded, remaining
 from dsv4.hub.provenance import read_record
 from dsv4.model import memory
-from dsv4.model.bundle_plan import SHARD_BYTES
+from dsv4.model.bundle_tensors import SHARD_BYTES
 from dsv4.model.expected_tensors import check_tables, check_whole, lacking_mtp
 from dsv4.model.folder_roles import bundle_path
 from dsv4.model.load import open_bundle, open_source, read_config

@@ -46,7 +46,7 @@ from dsv4.conversion.low_disk import ShardFetcher
 from dsv4.conversion.recorded_format import quantizer_for, recorded_in, resolve_quantizer
 from dsv4.conversion.staging import mark, move_into_place, staging, unmark
 from dsv4.errors import UserError, run
-from dsv4.model.bundle_plan import SHARD_BYTES
+from dsv4.model.bundle_tensors import SHARD_BYTES
 from dsv4.model.expected_tensors import check_tables, check_whole, lacking_mtp
 from dsv4.model.folder_roles import bundle_path
 from dsv4.model.load import open_bundle

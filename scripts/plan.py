@@ -35,7 +35,7 @@ from dsv4.conversion.recorded_format import recorded_in, resolve_quantizer
 from dsv4.conversion.shard_metadata import fingerprint
 from dsv4.errors import run
 from dsv4.model import memory
-from dsv4.model.bundle_plan import SHARD_BYTES
+from dsv4.model.bundle_tensors import SHARD_BYTES
 from dsv4.quantization import error_sampling
 from dsv4.quantization.formats import parse_name
 from dsv4.quantization.imatrix import Importance, load_imatrix

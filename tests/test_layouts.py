@@ -43,7 +43,7 @@ from dsv4.verification.scan import scan
 PYTHON = ROOT / ".toolchain/new/bin/python"
 # What a specimen depends on beside this machine.
 MAKERS = (NANO, *(SCRIPTS / name for name in (
-    "stacks/new.txt", "lab/specimens.py", "lab/upstream.py", "lab/rooms.py",
+    "stacks/new.txt", "lab/specimens.py", "lab/upstream.py", "lab/locations.py",
     "dsv4/toolchain/python_env.py", "dsv4/toolchain/hide_torchvision.py",
 )))  # fmt: skip
 # Specimens, and those that follow from one by the table: layout → the specimen it is made of.

@@ -18,7 +18,7 @@ from test_low_disk import Place, files, hub, origin  # noqa: F401
 
 from dsv4.conversion.lossless import RECORD, f16_overflow
 from dsv4.conversion.shard_metadata import converted_by
-from dsv4.model.bundle_plan import plan_shards
+from dsv4.model.bundle_tensors import plan_shards
 from dsv4.model.labels import MXFP4, MXFP8
 from dsv4.model.load import open_bundle, open_source
 from dsv4.quantization import affine_table

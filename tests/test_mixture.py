@@ -15,7 +15,7 @@ from conftest import must, refusal
 from dsv4.conversion.size_planner import SizePlanner
 from dsv4.errors import UserError
 from dsv4.model import memory
-from dsv4.model.bundle_plan import SHARD_BYTES
+from dsv4.model.bundle_tensors import SHARD_BYTES
 from dsv4.model.load import expert_labels, open_bundle, open_source
 from dsv4.model.names import stack_of
 from dsv4.quantization import knapsack

@@ -10,7 +10,7 @@ import pytest
 from conftest import NANO, ROOT, must
 
 from dsv4.errors import UserError
-from dsv4.model.bundle_plan import StorageFormat, plan_shards
+from dsv4.model.bundle_tensors import StorageFormat, plan_shards
 from dsv4.model.labels import DEFAULT, EXPERT, MXFP4, parts_of
 from dsv4.model.load import open_bundle, open_source
 from dsv4.quantization.formats import get_quantizer

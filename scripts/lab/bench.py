@@ -27,8 +27,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import locations
 import numpy as np
-import rooms
 from in_memory import kernel_table
 from race import (
     SHARD_TENSORS,
@@ -53,7 +53,7 @@ from dsv4.verification.numbers import aggregate, compare_all
 from dsv4.verification.report.findings import Findings
 from dsv4.verification.scan import scan
 
-REQUANTIZE = rooms.SCRIPTS / "requantize.py"
+REQUANTIZE = locations.SCRIPTS / "requantize.py"
 FLASH_TENSORS = 33_792  # 43 layers × 256 experts × 3, and 1 × 256 × 3 under mtp
 
 

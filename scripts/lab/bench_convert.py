@@ -31,8 +31,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import locations
 import numpy as np
-import rooms
 from layer_source import make_source
 from race import SHARD_TENSORS, Times, machine, settle, turn
 
@@ -43,7 +43,7 @@ from dsv4.storage.atomic import format_bytes
 from dsv4.storage.safetensors_file import read_array
 from dsv4.toolchain.upstream_converter import CONVERTER
 
-BENCH = rooms.SCRIPTS / "lab" / "bench.py"
+BENCH = locations.SCRIPTS / "lab" / "bench.py"
 FLASH_SOURCE = 160e9  # bytes
 PIECE = 4 << 20
 
@@ -68,7 +68,8 @@ def native(times: Times, source: Path, bundle: Path, quantizer: str = "mlx") -> 
     shutil.rmtree(bundle, ignore_errors=True)
     settle(source)
     with turn(times) as call:
-        call(sys.executable, rooms.SCRIPTS / "convert.py", "--source", source, "--bundle", bundle,
+        convert = locations.SCRIPTS / "convert.py"
+        call(sys.executable, convert, "--source", source, "--bundle", bundle,
              "--quantizer", quantizer)  # fmt: skip
 
 

@@ -22,9 +22,9 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from locations import NANO, NEW
 from on_weights import by_mlx, flash_bytes
 from pictures import Curve, curves
-from rooms import NANO, NEW
 from through_model import SOURCE, TENSORS, Streamed, every_logit, lessons, model_error, stage
 
 from dsv4.errors import run

@@ -29,9 +29,9 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
+from locations import NEW
 from on_weights import MEASURED, WeightError, flash_bytes, weight_error
 from pictures import Bar, bars
-from rooms import NEW
 from through_model import (
     ALONE,
     SERVED,

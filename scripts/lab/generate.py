@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import rooms  # noqa: F401
+import locations  # noqa: F401
 
 from dsv4.toolchain.hide_torchvision import hide
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import locations  # noqa: F401
 import numpy as np
-import rooms  # noqa: F401
 from on_weights import MEASURED
 from race import GROUPS, WIDE
 

@@ -25,8 +25,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import locations  # noqa: F401
 import numpy as np
-import rooms  # noqa: F401
 import turbo_kernels
 
 from dsv4.errors import UserError, run

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from rooms import NANO
+from locations import NANO
 from source_tensors import Sizes, Writer, tensors, with_dspark
 
 from dsv4.errors import UserError, run

@@ -18,14 +18,14 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import locations  # noqa: F401
 import numpy as np
-import rooms  # noqa: F401
 
 from dsv4.conversion.tokenizer_files import copy_tokenizer_files
 from dsv4.errors import run
 from dsv4.hub.provenance import source_name
 from dsv4.model import configs, labels
-from dsv4.model.bundle_plan import StorageFormat
+from dsv4.model.bundle_tensors import StorageFormat
 from dsv4.model.load import open_source
 from dsv4.model.names import PROJECTION, kind, switch_paths
 from dsv4.quantization import fp8, mlx_affine

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rooms import NANO, SCRIPTS
+from locations import NANO, SCRIPTS
 
 from dsv4.acceptance import nano
 from dsv4.acceptance.client import Endpoint, ask_question

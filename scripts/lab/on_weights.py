@@ -6,12 +6,12 @@ import time
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
+import locations  # noqa: F401
 import numpy as np
-import rooms  # noqa: F401
 import turbo_kernels
 from source_tensors import FLASH, headers
 
-from dsv4.model.bundle_plan import plan_shards
+from dsv4.model.bundle_tensors import plan_shards
 from dsv4.model.labels import TURBO, affine_label, parts_of
 from dsv4.model.names import GROUP
 from dsv4.quantization.formats import Quantizer, get_quantizer

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import rooms  # noqa: F401
+import locations  # noqa: F401
 
 from dsv4.toolchain.hide_torchvision import hide
 

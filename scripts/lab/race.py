@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import locations  # noqa: F401
 import numpy as np
-import rooms  # noqa: F401
 
 from dsv4.errors import UserError
 from dsv4.model.names import GROUP

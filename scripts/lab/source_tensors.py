@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import locations  # noqa: F401
 import numpy as np
-import rooms  # noqa: F401
 
 from dsv4.model.names import GROUP
 from dsv4.model.tensor_table import Block, Row, rows_in

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rooms import NANO
+from locations import NANO
 
 from dsv4.acceptance import nano
 from dsv4.errors import UserError, run

@@ -8,8 +8,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import locations  # noqa: F401
 import numpy as np
-import rooms  # noqa: F401
 from tokenizers import Tokenizer
 
 from dsv4.acceptance.nano import held_out

@@ -37,7 +37,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-import rooms  # noqa: F401
+import locations  # noqa: F401
 import torch
 
 from nano import data, export, sheets, tokenizer

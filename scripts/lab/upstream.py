@@ -12,7 +12,7 @@ import contextlib
 import runpy
 import sys
 
-import rooms  # noqa: F401
+import locations  # noqa: F401
 
 from dsv4.toolchain.hide_torchvision import hide
 

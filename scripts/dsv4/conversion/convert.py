@@ -27,7 +27,7 @@ from dsv4.conversion.unit_pieces import make_pieces
 from dsv4.errors import UserError
 from dsv4.hub.provenance import source_name
 from dsv4.model import configs
-from dsv4.model.bundle_plan import PlannedShard, missing_weights, plan_shards, weights_of
+from dsv4.model.bundle_tensors import PlannedShard, missing_weights, plan_shards, weights_of
 from dsv4.model.load import open_bundle
 from dsv4.quantization.formats import Quantizer
 from dsv4.storage import locks, safe_paths

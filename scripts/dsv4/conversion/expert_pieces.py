@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dsv4.errors import UserError
-from dsv4.model.bundle_plan import ConversionUnit
+from dsv4.model.bundle_tensors import ConversionUnit
 from dsv4.model.labels import MXFP4, parts_of
 from dsv4.quantization.affine_table import BadGroup, ErrorStats
 from dsv4.quantization.formats import Quantizer

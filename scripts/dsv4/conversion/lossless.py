@@ -19,7 +19,7 @@ import numpy as np
 from dsv4.conversion.expert_pieces import ErrorLog
 from dsv4.conversion.shard_metadata import fingerprint
 from dsv4.errors import UserError
-from dsv4.model.bundle_plan import weights_of
+from dsv4.model.bundle_tensors import weights_of
 from dsv4.model.names import BLOCK, GROUP
 from dsv4.quantization.formats import Quantizer, with_bf16_overflow
 from dsv4.quantization.fp8 import expand_scales

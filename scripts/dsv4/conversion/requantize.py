@@ -18,7 +18,12 @@ from dsv4.conversion.shard_metadata import is_made_by, made_by, with_mlx_digest
 from dsv4.conversion.source_match import check_bundle, check_samples, is_copy
 from dsv4.conversion.unit_pieces import make_pieces as unit_pieces
 from dsv4.model import configs, labels
-from dsv4.model.bundle_plan import ConversionUnit, conversion_unit, conversion_units, header_dtypes
+from dsv4.model.bundle_tensors import (
+    ConversionUnit,
+    conversion_unit,
+    conversion_units,
+    header_dtypes,
+)
 from dsv4.model.load import expert_bases
 from dsv4.model.names import expert_base, is_control, kind, parse_expert, parse_stack, stack_base
 from dsv4.model.quantizer_table import quantizer_properties

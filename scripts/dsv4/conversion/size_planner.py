@@ -19,7 +19,7 @@ from dsv4.conversion.recorded_format import Recorded, quantizer_for
 from dsv4.conversion.shard_metadata import converted_by
 from dsv4.errors import UserError
 from dsv4.model import memory
-from dsv4.model.bundle_plan import PlannedShard, plan_shards
+from dsv4.model.bundle_tensors import PlannedShard, plan_shards
 from dsv4.model.labels import parts_of
 from dsv4.model.load import expert_bases, open_source, read_config
 from dsv4.model.names import PROJECTION, stack_of

@@ -6,7 +6,7 @@ import numpy as np
 
 from dsv4.conversion.shard_metadata import CONVERT
 from dsv4.errors import UserError, with_path
-from dsv4.model.bundle_plan import missing_weights
+from dsv4.model.bundle_tensors import missing_weights
 from dsv4.model.labels import AFFINE_BITS, GROUPS, TURBO2
 from dsv4.model.load import expert_bases
 from dsv4.model.names import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dsv4.conversion.expert_pieces import ErrorLog, experts_pieces
 from dsv4.conversion.lossless import fp8_pieces
-from dsv4.model.bundle_plan import ConversionUnit
+from dsv4.model.bundle_tensors import ConversionUnit
 from dsv4.quantization import mlx_affine
 from dsv4.quantization.formats import Quantizer
 from dsv4.quantization.source_reader import copy_tensor_pieces

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import mlx.core as mx
 
 from dsv4.errors import UserError
-from dsv4.model.bundle_plan import ConversionUnit, StorageFormat, conversion_units
+from dsv4.model.bundle_tensors import ConversionUnit, StorageFormat, conversion_units
 from dsv4.model.labels import MXFP4
 from dsv4.model.names import BLOCK, GROUP
 from dsv4.storage.checkpoint import Checkpoint

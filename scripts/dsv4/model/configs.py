@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from dsv4.model.bundle_plan import StorageFormat
+from dsv4.model.bundle_tensors import StorageFormat
 from dsv4.model.labels import TURBO, turboquant_fields
 from dsv4.model.names import GROUP
 from dsv4.model.special_tokens import BOS, EOS

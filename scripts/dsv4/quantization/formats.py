@@ -17,7 +17,7 @@ import numpy as np
 
 from dsv4.errors import UserError
 from dsv4.model import labels
-from dsv4.model.bundle_plan import StorageFormat
+from dsv4.model.bundle_tensors import StorageFormat
 from dsv4.model.quantizer_table import (
     QuantizerProperties,
     is_quantizer,

@@ -13,7 +13,7 @@ from typing import Any
 from dsv4.conversion.bundle_files import quantizer_record, sidecar_bytes
 from dsv4.errors import UserError
 from dsv4.model import configs, labels
-from dsv4.model.bundle_plan import missing_weights, weights_of
+from dsv4.model.bundle_tensors import missing_weights, weights_of
 from dsv4.model.load import block_counts, config_count, read_config
 from dsv4.model.quantizer_table import quantizer_properties
 from dsv4.quantization import turboquant

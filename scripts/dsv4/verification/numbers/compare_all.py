@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dsv4.errors import with_path
-from dsv4.model.bundle_plan import weights_of
+from dsv4.model.bundle_tensors import weights_of
 from dsv4.model.names import most_zeros, parse_expert
 from dsv4.quantization.imatrix import EVEN, Importance
 from dsv4.storage.checkpoint import Checkpoint
