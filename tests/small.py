@@ -98,7 +98,12 @@ def the_rest(arrays: Arrays, sizes: Sizes, blocks: list[str], rng: np.random.Gen
             if name in arrays or row.stored == "FP4":
                 continue
             if row.treatment == "control":
-                rest[name] = ("F32", rng.standard_normal(3).astype(np.float32))
+                rest[name] = (
+                    "F32",
+                    rng.standard_normal(1 if name.endswith("hc_head_scale") else 3).astype(
+                        np.float32
+                    ),
+                )
             else:
                 shape = 8 if "norm" in name else (4, 32)
                 rest[name] = ("BF16", rng.integers(0x3C00, 0x3F80, shape).astype(np.uint16))

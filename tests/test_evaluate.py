@@ -460,8 +460,8 @@ def test_a_changed_input_is_another_pass(bundles, settings, tmp_path, monkeypatc
 
 def test_a_volume_that_tells_no_room_stops_nothing(tmp_path, monkeypatch):
     config = {"hc_mult": 4, "hidden_size": 4096, "vocab_size": 129_280}
-    monkeypatch.setattr(driver.disk_space, "free", lambda path: None)
+    monkeypatch.setattr(driver.disk_space, "free_bytes", lambda path: None)
     driver.check_space(tmp_path, config, 2048, 44, 2)
-    monkeypatch.setattr(driver.disk_space, "free", lambda path: 10**9)
+    monkeypatch.setattr(driver.disk_space, "free_bytes", lambda path: 10**9)
     with pytest.raises(UserError, match=r"found 1\.0 GB"):
         driver.check_space(tmp_path, config, 2048, 44, 2)

@@ -133,13 +133,13 @@ def test_hidden_names_are_left_on_the_hub(hub):
 
 def test_names_that_differ_in_case_need_a_volume_that_tells(hub, tmp_path, monkeypatch):
     hub.repos[REPO].commit(checkpoint() | {"CONFIG.json": b"[]"})
-    monkeypatch.setattr(filesystem, "is_blind", lambda folder: True)
+    monkeypatch.setattr(filesystem, "is_case_insensitive", lambda folder: True)
     with pytest.raises(UserError) as stopped:
         remote_headers.fetch_skeleton(REPO, "main", tmp_path / "s", 0)
     assert "'CONFIG.json' and 'config.json'" in line(stopped)
     with pytest.raises(UserError, match="names that the volume"):
         filesystem.check_case(REPO, ["\u00e4.json", "a\u0308.json"], tmp_path)
-    monkeypatch.setattr(filesystem, "is_blind", lambda folder: False)
+    monkeypatch.setattr(filesystem, "is_case_insensitive", lambda folder: False)
     filesystem.check_case(REPO, ["A", "a"], tmp_path)
 
 

@@ -24,7 +24,7 @@ from dsv4.quantization.formats import get_quantizer
 from dsv4.quantization.imatrix import FLOOR, entry_name, importances, normalized, open_imatrix
 from dsv4.storage.safetensors_file import read_array
 from dsv4.storage.shard_writer import WorkerBuffers
-from dsv4.verification.numbers import compare
+from dsv4.verification.numbers import affine, compare
 from dsv4.verification.numbers.compare_all import read_numbers
 from dsv4.verification.report.findings import Findings
 from dsv4.verification.scan import scan
@@ -159,7 +159,7 @@ def test_an_importance_is_prepared_once_for_a_matrix(tmp_path: Path, monkeypatch
         prepared[name.removesuffix(".weight")] += 1
         return normalized(values, name)
 
-    for module in (expert_pieces, compare):
+    for module in (expert_pieces, affine):
         monkeypatch.setattr(module, "normalized", counted)
     monkeypatch.setattr(reading, "BLOCK_BYTES", 1)  # of one row each
     monkeypatch.setattr(compare, "BLOCK_WEIGHTS", 1)

@@ -152,7 +152,9 @@ def test_a_download_comes_to_a_relative_folder(tmp_path):
 
 
 def make(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    return subprocess.run(["make", *arguments], cwd=cwd, capture_output=True, text=True)
+    return subprocess.run(
+        ["make", "--no-print-directory", *arguments], cwd=cwd, capture_output=True, text=True
+    )
 
 
 @pytest.mark.parametrize("bundle", ["build/x", "/a folder/x"])

@@ -86,7 +86,7 @@ def test_a_removal_that_was_killed_leaves_the_mark(tmp_path, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(safe_paths, "empty", killed)
+    monkeypatch.setattr(safe_paths, "clear_folder", killed)
     with pytest.raises(KeyboardInterrupt):
         own_folders.remove_own(ours)
     monkeypatch.undo()
@@ -273,7 +273,7 @@ def test_a_streamed_pass_leaves_what_lies_in_its_folder(tmp_path, monkeypatch):
         def run(self, asked: dict, name: str) -> None:
             np.save(Path(asked["work"]) / activations.LOGITS, np.full((len(asked["ids"]), 2), 7.0))
 
-    monkeypatch.setattr(driver, "Engine", Engine)
+    monkeypatch.setattr(driver, "WorkerProcess", Engine)
     monkeypatch.setattr(driver, "settings_for", lambda *_: None)
     found = through_model.Streamed(Path(), work).logits(NANO, "source", [[1, 2], [3]])
     assert found.tolist() == [[7.0, 7.0]] * 3

@@ -239,7 +239,8 @@ def test_only_one_module_flushes_locks_and_links():
         for path in (ROOT / "scripts").rglob("*.py")
         if calls.search(path.read_text(encoding="utf-8"))
     }
-    assert found == {"filesystem.py"}
+    # install.py runs before any package of ours can be imported
+    assert found - {"install.py"} == {"filesystem.py"}
 
 
 # ------------------------------------------------------------------------------ open files

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -185,7 +184,7 @@ def array(
     writer: Writer, sizes: Sizes, block: Block, row: Row, name: str
 ) -> Iterator[tuple[str, Array]]:
     """Yield one tensor, with its scale where it has one."""
-    shape, base = row.shape(_config(sizes), block), name.removesuffix(".weight")
+    shape, base = row.shape(vars(sizes), block), name.removesuffix(".weight")
     if row.stored in ("FP4", "FP8"):
         yield from (writer.fp4 if row.stored == "FP4" else writer.fp8)(base, *shape)
     elif row.stored == "INT":
@@ -199,8 +198,3 @@ def array(
         drafter = "markov_head" in name or "confidence_head" in name
         std = 0.5 if name == "embed.weight" else 0.05 if drafter else sizes.hidden_size**-0.5
         yield name, writer.bf16(*shape, std=std)
-
-
-@functools.cache
-def _config(sizes: Sizes) -> dict[str, object]:
-    return vars(sizes)

@@ -105,6 +105,8 @@ def sample_ranges(shard: Shard) -> list[tuple[int, int]]:
 
 def _read_header(path: Path) -> tuple[bytes, int]:
     """The header's JSON, and the file's size in bytes."""
+    if not path.is_file() and path.exists():  # to open a named pipe would wait for a writer
+        raise UserError(f"{path}", "no regular file", "a safetensors file", "move it away")
     with with_path(path), path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)

@@ -137,7 +137,7 @@ def recognize_stack(
 
     pending: names of the patches that its jang_tools still lacks.
 
-    >>> recognise({"vmlx": "1.6.81", "jang": "2.5.50", "mlx": "0.32.4", "mlx-lm": "0.31.3"})
+    >>> recognize_stack({"vmlx": "1.6.81", "jang": "2.5.50", "mlx": "0.32.4", "mlx-lm": "0.31.3"})
     (True, 'vMLX 1.6.81: works')
     """
     failure = next((f for f in FAILURES if f.holds(versions, metal, quantizer)), None)
