@@ -71,7 +71,7 @@ def source_arrays(sizes: Sizes, rng: np.random.Generator) -> Arrays:
         arrays[f"{block}.ffn.gate.bias"] = (
             "F32", rng.standard_normal(sizes.experts).astype(np.float32),
         )  # fmt: skip
-        arrays[f"{block}.ffn.gate.tid2eid"] = ("I64", rng.integers(0, 3, (11, 2)))
+        arrays[f"{block}.ffn.gate.tid2eid"] = ("I64", rng.integers(0, 3, (11, 2)) % sizes.experts)
         for expert in range(sizes.experts):
             for matrix in ("w1", "w2", "w3"):
                 shape = (hidden, width) if matrix == "w2" else (width, hidden)
