@@ -117,11 +117,11 @@ def test_streamed_logits_are_those_of_the_whole_model(both, tokens, portion, eng
 WHOLE = """
 import sys, json, numpy as np
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/lab"]
-from dsv4.evaluation.forward import Job, Pass
+from dsv4.evaluation.forward import PassRunner, PassSpec
 from dsv4.evaluation.model_code import Vlm
 jobs = json.load(sys.stdin)
 for job in jobs:
-    Pass(Job(**job), Vlm, lambda told: None).run()
+    PassRunner(PassSpec(**job), Vlm, lambda told: None).run()
 import logits
 from pathlib import Path
 for job in jobs:
