@@ -105,8 +105,7 @@ def check_toolchain(python: Path, converter: str, app: Path, quantizer: str) -> 
 def meaning(
     what: str, versions: runtimes.Versions, lacking: tuple[str, ...], quantizer: str
 ) -> Line:
-    """What the installed versions mean for the user, by the rows of
-    dsv4/verification/checks/runtimes.py."""
+    """Return what installed versions mean, by dsv4/verification/checks/runtimes.py."""
     works, line = runtimes.recognize_stack(versions, lacking, python_env.has_metal(), quantizer)
     return Line(not runtimes.refusal_reason(versions, quantizer), what, line, doubt=not works)
 

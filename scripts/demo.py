@@ -56,7 +56,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Findings:
-    """What was measured of one bundle that loads."""
+    """Measurements of one bundle that loads."""
 
     logits: Logits
     answers: Answers

@@ -1,4 +1,4 @@
-"""What runtimes read of a bundle's small files: stop tokens, chat template, labels, defaults."""
+"""Make the small files that runtimes read: stop tokens, chat template, labels, defaults."""
 
 from __future__ import annotations
 

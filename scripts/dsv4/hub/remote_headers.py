@@ -31,7 +31,7 @@ WORKERS = 8
 
 @dataclass
 class Skeleton:
-    """What was found: the commit, the files with their sizes, and how many bytes were read."""
+    """A repository's commit, its files with their sizes, and how many bytes were read."""
 
     repo: str
     commit: str

@@ -186,8 +186,7 @@ def _in_turbo(name: str, tensors: Mapping[str, Tensor]) -> bool:
 
 
 def known_treatment(tensor: Tensor) -> str:
-    """What the table of names says of a tensor. Raises UserError for a name that it does not
-    have."""
+    """Return a tensor's treatment. Raises UserError for a name that the table lacks."""
     what = treatment(tensor.name)
     if what is None:
         raise UserError(

@@ -1,4 +1,4 @@
-"""What a bundle sets for requests that do not say it: how to sample, and the longest answer.
+"""Find the sampling defaults and answer limits that a bundle sets for requests without them.
 
 | place                                     | keys             | read by                          |
 |-------------------------------------------|------------------|----------------------------------|
@@ -34,7 +34,7 @@ SAMPLING = {
 
 
 def expected(generation: dict[str, Any], key: str) -> Any:
-    """What generation_config.json makes of one key: its own value, or that which changes nothing.
+    """Return one key by generation_config.json: its own value, or the neutral one.
 
     None for a limit that it does not set. Without sampling the temperature is 0.
     """

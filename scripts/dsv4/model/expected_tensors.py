@@ -81,12 +81,12 @@ def has_dspark(source: Checkpoint) -> bool:
 def source_faults(source: Checkpoint) -> list[str]:
     """Return what headers show to be wrong with a source, a sentence for each tensor.
 
-    A missing tensor, a shape or dtype that config.json does not call for, a weight without its
-    scale, a scale that belongs to nothing. Sizes that config.json lacks are not checked.
+    A missing tensor, a shape or dtype that config.json does not call for, a scale that belongs to
+    nothing. Sizes that config.json lacks are not checked; a weight without its scale is refused by
+    open_source.
     """
-    faults, known = [], set()
+    faults = []
     for name, row, block in expected_weights(source):
-        known.add(name)
         tensor = source.tensors.get(name)
         if tensor is None:
             faults.append(f"no {name}")
@@ -116,10 +116,10 @@ def _tensor_faults(source: Checkpoint, tensor: Tensor, row: Row, block: Block) -
         yield f"{tensor.name}: shape {list(tensor.shape)}, expected {list(shape)}"
     elif tensor.dtype == "F8_E4M3":
         scale = source.tensors[tensor.name.removesuffix("weight") + "scale"]  # open_source asked
-        blocks = tuple(-(-n // FP8_BLOCK) for n in shape)
-        if scale.dtype not in ("F8_E8M0", "U8") or scale.shape != blocks:
+        expected = tuple(-(-n // FP8_BLOCK) for n in shape)
+        if scale.dtype not in ("F8_E8M0", "U8") or scale.shape != expected:
             found = f"{scale.name}: {scale.dtype} {list(scale.shape)}"
-            yield f"{found}, expected F8_E8M0 {list(blocks)}"
+            yield f"{found}, expected F8_E8M0 {list(expected)}"
 
 
 def table_faults(source: Checkpoint) -> list[str]:

@@ -75,7 +75,7 @@ def mtp_declared(config: dict[str, Any], folder: Path) -> int:
 
 
 def block_counts(checkpoint: Checkpoint) -> dict[str, int]:
-    """How many main layers config.json calls for, and MTP layers the tensors: {"layers", "mtp"}.
+    """Count main layers by config.json, MTP layers by the tensors: {"layers": …, "mtp": …}.
 
     A bundle's labels name its experts: MTP layers that got lost are called for by them.
     Raises UserError for more layers, or more matrices of experts, than any index could name.

@@ -16,7 +16,7 @@ from typing import Any
 
 from dsv4.storage.limits import COLUMNS
 
-# What a bundle makes of a tensor. "passthrough" and "affine8" are upstream's choice
+# Treatments: how a bundle stores a tensor. "passthrough" and "affine8" are upstream's choice
 # (jang_tools.dsv4.convert_dsv4_jangtq, classify, 2.5.9); "head" is not: upstream quantizes it, and
 # mlx-vlm has no quantized head. It costs 1.06 GB for Flash instead of 0.6.
 TREATMENTS = {
@@ -41,7 +41,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Block:
-    """What the tensors of a block depend on.
+    """The properties of a block that its tensors depend on.
 
     prefix: "" for the model's ends, "layers.N." or "mtp.N.". ratio: its compress ratio, 0, 4 or
     128. hashed: the router has a table of experts by token. drafter: "" in a main layer, "mtp" for

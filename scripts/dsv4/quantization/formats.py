@@ -76,7 +76,7 @@ class Quantizer:
 
     @property
     def properties(self) -> QuantizerProperties:
-        """What the name implies."""
+        """Return the properties that the name implies."""
         return quantizer_properties(self.name)
 
     def for_tensor(self, base: str) -> Quantizer:
