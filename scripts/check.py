@@ -15,27 +15,30 @@ ranged requests when the source is not there yet); and which Mac that size fits.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from dsv4.conversion import low_disk
+from dsv4.conversion import low_disk, published_source, tokenizer_files
 from dsv4.conversion.recorded_format import Recorded, check_ours, recorded_in, resolve_quantizer
 from dsv4.conversion.size_planner import planned_shards
 from dsv4.errors import UserError, run
-from dsv4.hub import repository
 from dsv4.hub.download import recorded, remaining
-from dsv4.hub.provenance import read_record
+from dsv4.hub.provenance import HEADERS, read_record
 from dsv4.model import memory
 from dsv4.model.bundle_tensors import SHARD_BYTES
-from dsv4.model.expected_tensors import check_tables, check_whole, lacking_mtp
+from dsv4.model.expected_tensors import SourceFaults
 from dsv4.model.folder_roles import bundle_path
-from dsv4.model.load import open_bundle, open_source, read_config
+from dsv4.model.load import open_bundle
+from dsv4.model.source import SINGLE, check_tokenizer_files, open_source, source_notes
+from dsv4.model.source_format import release_name
 from dsv4.quantization.formats import add_quantizer_options
 from dsv4.settings import add_setting, parse_path
 from dsv4.storage import disk_space, filesystem
 from dsv4.storage.atomic import format_bytes
-from dsv4.storage.checkpoint import INDEX
+from dsv4.storage.checkpoint import INDEX, Checkpoint, MissingShards
 from dsv4.storage.disk_space import staging_folder
 from dsv4.text import LINE, escape_line
 from dsv4.toolchain import patches, python_env
@@ -49,6 +52,7 @@ NEEDED = {
     "torch": "CONVERTER=jang",
 }
 UPSTREAM = ("2.5.8", "2.5.9")  # versions of jang whose converter CONVERTER=jang can run
+SHOWN = 20  # faults of a source that are printed
 AT_ONCE = 4  # shards of the source that lie there at one time with --low-disk, as a rule
 
 
@@ -154,58 +158,103 @@ def room(folder: Path) -> str:
     return "an unknown number of bytes" if there is None else format_bytes(there)
 
 
-def source_need(source: Path, repo: str, revision: str) -> tuple[Line, int]:
-    """Is the source there, or can it be fetched? And the bytes that are still to be fetched."""
-    if (source / INDEX).is_file():
-        try:
-            opened = open_source(source)
-            check_whole(opened)
-            check_tables(opened)
-            known = " as downloaded" if repo and recorded(source, repo, revision) else ""
-            lacks = f"; {words}" if (words := lacking_mtp(opened)) else ""
-            return Line(True, "source", f"complete{known}, {format_bytes(opened.nbytes)}{lacks}"), 0
-        except UserError as stop:
-            if not repo:
-                return Line(False, "source", str(stop)), 0
-    if not repo:
-        return Line(False, "source", f"no {source / INDEX}", "set SOURCE, or REPO to fetch it"), 0
+@dataclass(frozen=True)
+class SourceState:
+    """The judged source, and what it costs to have it here.
+
+    lines: the checks to print; headers: config and tensors, None for a source that was refused;
+    fetch: bytes that its volume must still take.
+    """
+
+    lines: list[Line]
+    headers: Checkpoint | None = None
+    fetch: int = 0
+
+
+def source_state(args: argparse.Namespace) -> SourceState:
+    """Judge the source: the folder's headers, else those that LOW_DISK kept, else the hub's."""
+    source, repo = args.source, args.repo
     try:
-        listing = repository.listing(repo, revision)
+        if args.low_disk and repo:
+            return low_disk_state(args)
+        if (source / INDEX).is_file() or (source / SINGLE).is_file():
+            with contextlib.suppress(MissingShards if repo else ()):
+                return local_state(args)
+        if not repo:
+            found, todo = f"no {source / INDEX}", "set SOURCE, or REPO to fetch it"
+            return SourceState([Line(False, "source", found, todo)])
+        published = published_source.open_published(repo, args.revision, has_tokenizer(args))
+    except SourceFaults as stop:
+        return SourceState(fault_lines(stop))
     except UserError as stop:
-        return Line(False, "source", str(stop)), 0
-    needed = remaining(source, listing.files)
-    total = sum(file.size for file in listing.files)
+        return SourceState([Line(False, "source", str(stop))])
+    needed = remaining(source, published.files)
+    total = sum(file.size for file in published.files)
     found = (
-        f"{format_bytes(total)} on the hub at {listing.commit[:12]}, "
-        f"{format_bytes(needed)} still to fetch"
+        f"{describe_source(published.checkpoint)}, {format_bytes(total)} on the hub at "
+        f"{published.commit[:12]}, {format_bytes(needed)} still to fetch"
     )
-    return Line(True, "source", found), needed
+    return SourceState([Line(True, "source", found)], published.checkpoint, needed)
 
 
-def low_disk_need(source: Path, repo: str, revision: str) -> tuple[Line, int]:
-    """Can the source be fetched in parts? And the bytes that a few shards of it take."""
-    try:
-        record = read_record(source)
-        known = record is not None and record.repo == repo
-        files = list(record.files.values()) if known else repository.listing(repo, revision).files
-    except UserError as stop:
-        return Line(False, "source", str(stop)), 0
+def fault_lines(stop: SourceFaults) -> list[Line]:
+    """Return a line for each of the first SHOWN faults, and one with what to do."""
+    lines = [Line(False, "source", fault) for fault in stop.faults[:SHOWN]]
+    where, _, expected, todo = stop.parts
+    counted = f"{len(stop.faults):,} faults" if len(stop.faults) > 1 else "1 fault"
+    return [*lines, Line(False, "source", f"{where}: {counted}, expected {expected}", todo)]
+
+
+def local_state(args: argparse.Namespace) -> SourceState:
+    """Judge the source in its folder. Raises UserError."""
+    opened = open_source(args.source)
+    if not has_tokenizer(args):
+        check_tokenizer_files(args.source, tokenizer_files.REQUIRED)
+    known = bool(args.repo and recorded(args.source, args.repo, args.revision))
+    found = f"{describe_source(opened)}, complete{' as downloaded' if known else ''}, "
+    return SourceState([Line(True, "source", found + format_bytes(opened.nbytes))], opened)
+
+
+def low_disk_state(args: argparse.Namespace) -> SourceState:
+    """Judge a source of which only a few shards lie here at one time. Raises UserError."""
+    record = read_record(args.source)
+    prepared = record is not None and record.repo == args.repo
+    if prepared and (args.source / HEADERS).is_dir():
+        with low_disk.header_checkpoint(args.source, record) as headers:
+            files = [f for f in record.files.values() if f.name in headers.shards]
+    else:
+        published = published_source.open_published(args.repo, args.revision, has_tokenizer(args))
+        headers, files = published.checkpoint, published.files
     largest = sorted((file.size for file in files), reverse=True)[:AT_ONCE]
     total = sum(file.size for file in files)
-    found = f"{format_bytes(total)} on the hub, {format_bytes(sum(largest))} of it here at one time"
-    return Line(True, "source", found), sum(largest)
+    found = f"{describe_source(headers)}, {format_bytes(total)} on the hub, "
+    found += f"{format_bytes(sum(largest))} of it here at one time"
+    return SourceState([Line(True, "source", found)], headers, sum(largest))
 
 
-def bundle_need(args: argparse.Namespace, made: Recorded | None) -> tuple[list[Line], int]:
+def has_tokenizer(args: argparse.Namespace) -> bool:
+    """Return True when the tokenizer files come from elsewhere than the source."""
+    return bool(args.reference or args.base)
+
+
+def describe_source(source: Checkpoint) -> str:
+    """Return a source's release and what is unusual in it."""
+    return "; ".join((release_name(source), *source_notes(source)))
+
+
+def bundle_need(
+    args: argparse.Namespace, headers: Checkpoint | None, made: Recorded | None
+) -> tuple[list[Line], int]:
     """The bundle's final size, the Mac that it fits, and the bytes that its volume must still take.
 
     The size is that of the plan by which convert writes the shards; what is there already, of a
     bundle or a killed run, is taken off, and one shard is made room for.
     """
+    if headers is None:
+        return [Line(False, "bundle size", "unknown", "see source")], 0
     try:
         disk_space.check_not_volume_root(args.bundle)
-        tensors = low_disk.source_tensors(args.source, args.repo, args.revision)
-        shards, goal = planned_shards(args, tensors, made)
+        shards, goal = planned_shards(args, headers.tensors, made)
     except UserError as stop:
         return [Line(False, "bundle size", f"unknown ({stop})")], 0
     total = sum(shard.size for shard in shards)
@@ -224,16 +273,13 @@ def bundle_need(args: argparse.Namespace, made: Recorded | None) -> tuple[list[L
     size = Line(
         True, "bundle size", f"{about}{format_bytes(final)} finished, {format_bytes(have)} there"
     )
-    return [size, *memory_line(args, final)], needed
+    return [size, memory_line(args, headers.config, final)], needed
 
 
-def memory_line(args: argparse.Namespace, final: int) -> list[Line]:
-    """Which Mac the bundle fits; nothing while there is no config.json to tell the cache."""
-    if not (args.source / "config.json").is_file():
-        return []
-    config = read_config(args.source)
-    said = memory.describe_fit(config, final, args.context or memory.CONTEXT, args.fit or 0)
-    return [Line(True, "memory", said, doubt="does not" in said)]
+def memory_line(args: argparse.Namespace, config: dict[str, Any], final: int) -> Line:
+    """Which Mac the bundle fits."""
+    fit = memory.describe_fit(config, final, args.context or memory.CONTEXT, args.fit or 0)
+    return Line(True, "memory", fit, doubt="does not" in fit)
 
 
 def check_space(source: Path, bundle: Path, fetch: int, build: int) -> list[Line]:
@@ -266,6 +312,8 @@ def main() -> int:
     parser.add_argument("--app", type=parse_path, default=python_env.APP)
     add_setting(parser, "REPO", default="", help="where the source can be fetched from")
     add_setting(parser, "REVISION", default="main")
+    add_setting(parser, "REFERENCE", help="folder that has the tokenizer and encoding files")
+    add_setting(parser, "BASE", default="", help="repository that has them")
     add_setting(parser, "CONVERTER", choices=("native", "jang"), default="native")
     add_setting(parser, "SHARD_BYTES", default=SHARD_BYTES)
     add_setting(parser, "LOW_DISK")
@@ -280,12 +328,11 @@ def main() -> int:
     resolve_quantizer(args, made)
     lines = check_toolchain(args.python, args.converter, args.app, args.quantizer)
     lines += [check_patch(args.python, args.app, path) for path in patches.DEFAULT]
-    need = low_disk_need if args.low_disk else source_need
-    source_line, fetch = need(source, args.repo, args.revision)
-    bundle_lines, build = bundle_need(args, made)
-    lines += check_volume("source volume", source, written=fetch > 0 or args.low_disk)
+    state = source_state(args)
+    bundle_lines, build = bundle_need(args, state.headers, made)
+    lines += check_volume("source volume", source, written=state.fetch > 0 or args.low_disk)
     lines += check_volume("bundle volume", bundle, written=True)
-    lines += [source_line, *bundle_lines, *check_space(source, bundle, fetch, build)]
+    lines += [*state.lines, *bundle_lines, *check_space(source, bundle, state.fetch, build)]
     print(*lines, sep="\n")
     failed = [line for line in lines if not line.holds]
     if failed:

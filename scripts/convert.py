@@ -47,12 +47,12 @@ from dsv4.conversion.recorded_format import quantizer_for, recorded_in, resolve_
 from dsv4.conversion.staging import mark, move_into_place, staging, unmark
 from dsv4.errors import UserError, run
 from dsv4.model.bundle_tensors import SHARD_BYTES
-from dsv4.model.expected_tensors import check_tables, check_whole, lacking_mtp
 from dsv4.model.folder_roles import bundle_path
 from dsv4.model.load import open_bundle
+from dsv4.model.source import source_notes
 from dsv4.quantization.formats import Quantizer, add_quantizer_options
 from dsv4.settings import add_setting, available_cores
-from dsv4.storage.checkpoint import Checkpoint
+from dsv4.storage.checkpoint import Checkpoint, check_strangers
 from dsv4.storage.disk_space import staging_folder
 from dsv4.storage.tensor_reader import TensorReader
 from dsv4.text import escape_line, print_escaped
@@ -89,7 +89,7 @@ def run_upstream(args: argparse.Namespace, source: Checkpoint) -> str:
         raise UserError(
             "--converter jang", "--dry-run or --low-disk", "neither", "use native for them"
         )
-    check_whole(source)
+    check_strangers(source, "move it away: upstream's converter reads every shard that it finds")
     with staging(args.bundle) as folder:
         upstream_converter.clear_folder(folder)
         mark(folder)
@@ -107,9 +107,6 @@ def run_native(args: argparse.Namespace, source: Checkpoint, headers: Checkpoint
         quantizer = survey(quantizer, args, source, headers, supply)
         print_escaped(lossless.message(quantizer, headers))
     plan = make_plan(source, headers, quantizer, args.shard_bytes)
-    check_whole(source)
-    if supply is None:
-        check_tables(source)
     if args.dry_run:
         return "would be made\n" + describe_plan(plan, args.bundle, args.jobs, args.part, supply)
     said = convert(plan, args.bundle, args.jobs, args.part, supply)
@@ -146,10 +143,8 @@ def main() -> int:
             if supply and not args.dry_run:
                 supply.keep_only(set())
         else:
-            if lacks := lacking_mtp(source):
-                folder = escape_line(source.folder)
-                print_escaped(f"note: {folder}: {lacks}; the bundle has the same",
-                    file=sys.stderr)  # fmt: skip
+            for note in source_notes(source):
+                print_escaped(f"note: {escape_line(source.folder)}: {note}", file=sys.stderr)
             if args.converter == "jang":
                 said = run_upstream(args, source)
             else:

@@ -20,24 +20,24 @@ import argparse
 import sys
 from pathlib import Path
 
-from dsv4.conversion import low_disk
+from dsv4.conversion import low_disk, published_source
 from dsv4.errors import run
 from dsv4.hub import download as hub
 from dsv4.hub import repository
-from dsv4.hub.provenance import read_record
-from dsv4.model.expected_tensors import check_whole
+from dsv4.hub.provenance import Record, read_record
 from dsv4.model.folder_roles import check_no_bundle
-from dsv4.model.load import open_source
+from dsv4.model.source import open_source
+from dsv4.model.source_format import release_name
 from dsv4.settings import add_setting, parse_jobs, parse_seconds
 from dsv4.storage import locks
 from dsv4.storage.atomic import format_bytes
 from dsv4.storage.disk_space import check_free_space
+from dsv4.text import escape_line, print_escaped
 
 
 def check_local(source: Path) -> str:
     """Check a source that did not come from here by its headers; return what to say."""
     opened = open_source(source)
-    check_whole(opened)
     return f"{len(opened.shards)} shards, {format_bytes(opened.nbytes)}, whole by their headers"
 
 
@@ -48,7 +48,7 @@ def download(args: argparse.Namespace) -> str:
     if record is not None:
         hub.check_pin(source, record, repo, revision)
         if record.is_complete(source) and not args.verify_hashes:
-            check_whole(open_source(source))
+            open_source(source)
             return f"complete already: {len(record.files)} files at {record.commit[:12]}"
         hub.report_news(record)
     else:
@@ -62,12 +62,25 @@ def download(args: argparse.Namespace) -> str:
         )
         todo = "free space, or set SOURCE to another volume"
         check_free_space(source, needed, " for what is still to fetch", todo)
+        shards = [record.files[name] for name in record.shards]
+        if hub.remaining(source, shards) == sum(file.size for file in shards):
+            judge(args, record)
         hub.fetch_shards(source, record, args.patience, args.workers, args.verify_hashes)
-        check_whole(open_source(source))
+        open_source(source)
     said = (
         f"{len(record.files)} files, {format_bytes(record.nbytes)}, sizes and hashes as on the hub"
     )
     return f"{said} at {record.commit[:12]}"
+
+
+def judge(args: argparse.Namespace, record: Record) -> None:
+    """Judge the source on the hub. Raises UserError before a shard of a wrong one is fetched."""
+    has_tokenizer = bool(args.reference or args.base)
+    with hub.at_pin(args.source, record):
+        published = published_source.open_published(
+            record.repo, record.commit, has_tokenizer, args.patience
+        )
+    print_escaped(f"{escape_line(args.source)}: {release_name(published.checkpoint)}")
 
 
 def prepare(args: argparse.Namespace) -> str:
@@ -80,6 +93,8 @@ def prepare(args: argparse.Namespace) -> str:
     hub.check_pin(source, record, repo, revision)
     with locks.locked(source):
         hub.fetch_documents(source, record, args.patience, args.workers)
+        if not low_disk.headers_folder(source).is_dir():
+            judge(args, record)
         came = low_disk.fetch_headers(source, record, args.patience)
     return f"headers of {came} shards fetched; the shards come and go while convert runs"
 
@@ -91,6 +106,8 @@ def main() -> int:
     add_setting(parser, "SOURCE", required=True)
     add_setting(parser, "REPO", default="", help="user/name; none: the source is there already")
     add_setting(parser, "REVISION", default="main", help="commit hash, tag or branch")
+    add_setting(parser, "BASE", default="", help="user/name that has the tokenizer files")
+    add_setting(parser, "REFERENCE", help="folder that has them")
     add_setting(parser, "VERIFY_HASHES", help="reread and hash every file")
     parser.add_argument(
         "--patience", type=parse_seconds, default=hub.PATIENCE, metavar="SECONDS",
@@ -108,6 +125,11 @@ def main() -> int:
     else:
         said = download(args) if args.repo else check_local(args.source)
     print(f"{args.source}: {said}")
+    if args.base:
+        with locks.locked(args.source):
+            came = published_source.fetch_missing_documents(args.source, args.base, args.patience)
+        if came:
+            print_escaped(f"{escape_line(args.source)}: {came}")
     return 0
 
 

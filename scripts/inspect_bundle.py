@@ -20,10 +20,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from dsv4.errors import UserError, run
+from dsv4.errors import UserError, renamed_path, run
 from dsv4.hub import repository
 from dsv4.hub.remote_headers import Skeleton, fetch_skeleton
-from dsv4.model.load import open_source
+from dsv4.model.source import open_source
 from dsv4.settings import add_setting, parse_seconds
 from dsv4.storage.atomic import format_bytes
 from dsv4.text import LINE, escape_line, join_some, print_escaped
@@ -93,7 +93,8 @@ def inspect(args: argparse.Namespace, repo: str, work: Path) -> tuple[Row, str, 
     if bundle and args.against:
         if not (work.parent / "source").exists():
             fetch_skeleton(args.against, "main", work.parent / "source", args.patience)
-        source = open_source(work.parent / "source")
+        with renamed_path(work.parent / "source", f"hub: {args.against}"):
+            source = open_source(work.parent / "source")
     checks = check_all.check_headers(bundle, source, findings) if bundle else []
     check_all.require_nonempty(checks, findings)
     show(skeleton, checks, findings)

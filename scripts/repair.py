@@ -39,7 +39,7 @@ from dsv4.conversion.bundle_files import remove_leftovers
 from dsv4.conversion.job_array import JobPart
 from dsv4.errors import UserError, run
 from dsv4.model.folder_roles import bundle_path, check_bundle_path
-from dsv4.model.load import open_source
+from dsv4.model.source import open_source
 from dsv4.quantization.formats import add_quantizer_options
 from dsv4.repair.context import RepairContext, RepairOptions
 from dsv4.repair.engine import print_remaining, repair_bundle, undo_repair

@@ -52,7 +52,8 @@ from dsv4.conversion.requantize import (
 from dsv4.conversion.shard_metadata import made_by
 from dsv4.errors import run
 from dsv4.model.folder_roles import bundle_path
-from dsv4.model.load import open_bundle, open_source, read_config
+from dsv4.model.load import open_bundle, read_config
+from dsv4.model.source import open_source
 from dsv4.quantization.formats import add_quantizer_options
 from dsv4.settings import add_setting, available_cores
 from dsv4.storage import locks, safe_paths

@@ -58,6 +58,7 @@ class Fault:
     corrupt: change a byte. delay: seconds before each 16 KiB. no_range: ignore Range. text: answer
     200 with this instead (a proxy's page). body: the refusal's, instead of {"error": …}. endless:
     answer 200 and then the body again and again, as long as it is taken.
+    whole: not for a range that has an end, as headers are read.
     """
 
     path: str
@@ -72,6 +73,7 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes | None = None
     endless: bool = False
+    whole: bool = False
 
 
 @dataclass
@@ -120,12 +122,20 @@ class Hub:
         """The requests whose path matches."""
         return [r for r in self.requests if re.search(pattern, r.path) and method in ("", r.method)]
 
-    def fault(self, path: str, method: str) -> Fault | None:
+    def fault(self, path: str, method: str, part: bool) -> Fault | None:
+        """The fault of a request; part: it asks for a range that has an end."""
         for fault in self.faults:
+            if part and fault.whole:
+                continue
             if fault.times > 0 and re.search(fault.path, path) and fault.method in ("", method):
                 fault.times -= 1
                 return fault
         return None
+
+
+def asks_for_part(ranges: str | None) -> bool:
+    """True for a range that has an end, as headers are read; not for the rest of a file."""
+    return re.fullmatch(r"bytes=\d+-\d+", ranges or "") is not None
 
 
 def serve(hub: Hub, store: bool) -> ThreadingHTTPServer:
@@ -165,7 +175,9 @@ class Handler(BaseHTTPRequestHandler):
         self.note.received = len(body)
         self.hub.requests.append(self.note)
         self.login = login == f"Bearer {TOKEN}"
-        self.now = self.hub.fault(self.route, self.command) or Fault("")
+        self.now = self.hub.fault(
+            self.route, self.command, asks_for_part(self.headers["Range"])
+        ) or Fault("")
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             if self.now.endless:
                 self.pour()

@@ -8,7 +8,7 @@ to `mx.quantize`, round scales and biases to F16.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import ml_reference
@@ -30,9 +30,28 @@ class Sizes:
     width: int = 32
     source_shard: int = 17
     bundle_shard: int = 23
-    metadata: dict = field(default_factory=dict)
     dspark: bool = False  # its stages under mtp, in place of the first release's MTP
-    whole: bool = False  # all that config.json calls for, as download and convert want it
+
+    def config(self) -> dict:
+        """config.json: every layer of compress ratio 0, the first one with a table of experts."""
+        dspark = {"dspark_markov_rank": 32, "dspark_target_layer_ids": [0, 0, 0]}
+        return {
+            "model_type": "deepseek_v4", "num_hidden_layers": self.layers,
+            "n_routed_experts": self.experts, "num_nextn_predict_layers": self.mtp,
+            "hidden_size": self.hidden, "moe_intermediate_size": self.width, "vocab_size": 48,
+            "num_attention_heads": 2, "head_dim": 32, "q_lora_rank": self.width,
+            "o_lora_rank": 32, "o_groups": 2, "num_experts_per_tok": 2, "hc_mult": 2,
+            "num_hash_layers": 1, "compress_ratios": [0] * (self.layers + self.mtp),
+        } | (dspark if self.dspark else {})  # fmt: skip
+
+    def blocks(self) -> list[Block]:
+        """The model's ends, its layers, and MTP's layers or DSpark's stages."""
+        drafter, last = "dspark" if self.dspark else "mtp", self.mtp - 1
+        return [
+            Block(""),
+            *(Block(f"layers.{n}.", hashed=n == 0) for n in range(self.layers)),
+            *(Block(f"mtp.{n}.", 0, False, drafter, n == 0, n == last) for n in range(self.mtp)),
+        ]
 
 
 Arrays = dict[str, tuple[str, np.ndarray]]  # name → (dtype, array of NUMPY_DTYPE)
@@ -53,61 +72,33 @@ def blocks_of(out: int, columns: int) -> np.ndarray:
 
 
 def source_arrays(sizes: Sizes, rng: np.random.Generator) -> Arrays:
-    """All tensors of a source, every kind that DeepSeek-V4 has, with few values each."""
-    hidden, width = sizes.hidden, sizes.width
-    blocks = [f"layers.{n}" for n in range(sizes.layers)] + [f"mtp.{n}" for n in range(sizes.mtp)]
-    arrays: Arrays = {
-        "embed.weight": ("BF16", rng.integers(0x3C00, 0x3F80, (48, hidden)).astype(np.uint16)),
-        "norm.weight": ("BF16", rng.integers(0x3C00, 0x3F80, hidden).astype(np.uint16)),
-        "hc_head_base": ("F32", rng.standard_normal(5).astype(np.float32)),
-    }
-    for block in blocks:
-        arrays[f"{block}.attn.wq_a.weight"] = (
-            "F8_E4M3", rng.integers(0, 120, (width, hidden)).astype(np.uint8),
-        )  # fmt: skip
-        arrays[f"{block}.attn.wq_a.scale"] = ("F8_E8M0", blocks_of(width, hidden))
-        arrays[f"{block}.attn.attn_sink"] = ("F32", rng.standard_normal(3).astype(np.float32))
-        arrays[f"{block}.hc_attn_fn"] = ("F32", rng.standard_normal((3, 7)).astype(np.float32))
-        arrays[f"{block}.ffn.gate.bias"] = (
-            "F32", rng.standard_normal(sizes.experts).astype(np.float32),
-        )  # fmt: skip
-        arrays[f"{block}.ffn.gate.tid2eid"] = ("I64", rng.integers(0, 3, (11, 2)) % sizes.experts)
-        for expert in range(sizes.experts):
-            for matrix in ("w1", "w2", "w3"):
-                shape = (hidden, width) if matrix == "w2" else (width, hidden)
-                packed, exponents = random_fp4(rng, *shape)
-                base = f"{block}.ffn.experts.{expert}.{matrix}"
-                arrays[f"{base}.weight"] = ("I8", packed)
-                arrays[f"{base}.scale"] = ("F8_E8M0", exponents)
-    return arrays | the_rest(arrays, sizes, blocks, rng) if sizes.whole else arrays
-
-
-def the_rest(arrays: Arrays, sizes: Sizes, blocks: list[str], rng: np.random.Generator) -> Arrays:
-    """Every other tensor that config.json calls for: a BF16 matrix, vector or F32 control."""
-    drafter = "dspark" if sizes.dspark else "mtp"
-    described = [Block("")]
-    for prefix in blocks:
-        kind, _, number = prefix.partition(".")
-        first, last = number == "0", int(number) == sizes.mtp - 1
-        drafts = drafter if kind == "mtp" else ""
-        described.append(Block(f"{prefix}.", 0, False, drafts, first, last))
-    rest: Arrays = {}
-    for block in described:
+    """All tensors that a source of these sizes has."""
+    arrays: Arrays = {}
+    for block in sizes.blocks():
         for row in rows_in(block):
-            name = block.prefix + row.name
-            if name in arrays or row.stored == "FP4":
-                continue
-            if row.treatment == "control":
-                rest[name] = (
-                    "F32",
-                    rng.standard_normal(1 if name.endswith("hc_head_scale") else 3).astype(
-                        np.float32
-                    ),
-                )
-            else:
-                shape = 8 if "norm" in name else (4, 32)
-                rest[name] = ("BF16", rng.integers(0x3C00, 0x3F80, shape).astype(np.uint16))
-    return rest
+            shape = row.shape(sizes.config(), block)
+            for expert in range(sizes.experts) if ".E." in row.name else (0,):
+                name = block.prefix + row.name.replace(".E.", f".{expert}.")
+                arrays |= tensor_arrays(name, row.stored, shape, sizes.experts, rng)
+    return arrays
+
+
+def tensor_arrays(
+    name: str, stored: str, shape: tuple[int, ...], experts: int, rng: np.random.Generator
+) -> Arrays:
+    """One tensor with random values, and its scale where it has one."""
+    scale = name.removesuffix("weight") + "scale"
+    if stored == "FP4":
+        packed, exponents = random_fp4(rng, *shape)
+        return {name: ("I8", packed), scale: ("F8_E8M0", exponents)}
+    if stored == "FP8":
+        codes = rng.integers(0, 120, shape).astype(np.uint8)
+        return {name: ("F8_E4M3", codes), scale: ("F8_E8M0", blocks_of(*shape))}
+    if stored == "INT":
+        return {name: ("I64", rng.integers(0, experts, shape))}
+    if stored == "F32":
+        return {name: ("F32", rng.standard_normal(shape).astype(np.float32))}
+    return {name: ("BF16", rng.integers(0x3C00, 0x3F80, shape).astype(np.uint16))}
 
 
 def stock_arrays(source: Arrays, rng: np.random.Generator) -> Arrays:
@@ -178,12 +169,7 @@ def make(tmp: Path, sizes: Sizes, seed: int) -> tuple[Path, Path, Arrays]:
     rng = np.random.default_rng(seed)
     arrays = source_arrays(sizes, rng)
     stock = stock_arrays(arrays, rng)
-    config = {
-        "model_type": "deepseek_v4",
-        "num_hidden_layers": sizes.layers,
-        "n_routed_experts": sizes.experts,
-        "num_nextn_predict_layers": sizes.mtp,
-    }
+    config = sizes.config()
     save(tmp / "source", arrays, sizes.source_shard, config)
     save(
         tmp / "bundle", stock, sizes.bundle_shard,

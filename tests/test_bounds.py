@@ -23,8 +23,9 @@ import small
 from conftest import SCRIPTS, refusal, script
 
 from dsv4.errors import UserError
-from dsv4.model.load import expert_bases, open_source
+from dsv4.model.load import expert_bases
 from dsv4.model.names import parse_expert, treatment
+from dsv4.model.source import open_source
 from dsv4.storage import limits
 from dsv4.storage.checkpoint import INDEX, Checkpoint, read_json
 from dsv4.storage.safetensors_file import PendingTensor, Shard, Tensor, read_shard, write_shard
@@ -236,7 +237,7 @@ def test_memory_does_not_grow_with_the_largest_plain_tensor(tmp_path):
     peaks = []
     for rows in (64, 1024 * 1024):
         folder = tmp_path / f"{rows}"
-        source, _, _ = small.make(folder, small.Sizes(1, 1, 0, whole=True), 1)
+        source, _, _ = small.make(folder, small.Sizes(1, 1, 0), 1)
         arrays = bundles.load(source)
         arrays["head.weight"] = ("BF16", np.resize(arrays["embed.weight"][1], (rows, 64)))
         bundles.save(source, arrays, 1, {})

@@ -13,8 +13,9 @@ import pytest
 from conftest import must
 from test_patch_loader import PATCHES, unpack
 
-from dsv4.model.load import open_bundle, open_source
+from dsv4.model.load import open_bundle
 from dsv4.model.names import kind, parse_expert
+from dsv4.model.source import open_source
 from dsv4.storage.safetensors_file import read_array
 
 PATCH = PATCHES / "convert_dsv4_jangtq.patch"

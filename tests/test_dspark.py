@@ -23,7 +23,7 @@ from test_low_disk import REPO, Place, hub, shards  # noqa: F401
 
 from dsv4.errors import UserError
 from dsv4.model.configs import known_fields
-from dsv4.model.expected_tensors import check_whole, expected_weights
+from dsv4.model.expected_tensors import check_headers, expected_weights
 from dsv4.model.load import open_bundle
 from dsv4.model.names import columns_of, kind, mtp_layer, parse_expert
 from dsv4.storage.checkpoint import INDEX, Checkpoint
@@ -126,7 +126,7 @@ def test_a_stage_that_lacks_is_missed():
     for stage, words in ((0, "no mtp.0."), (1, "no mtp.1."), (2, "no mtp.1.norm.weight")):
         kept = {name: t for name, t in tensors.items() if mtp_layer(name) != stage}
         with pytest.raises(UserError, match=words):
-            check_whole(by_headers(with_dspark(TINY), kept))
+            check_headers(by_headers(with_dspark(TINY), kept))
 
 
 def test_where_no_own_tensor_is_left_config_says_whose_stages_they_are():
@@ -136,9 +136,9 @@ def test_where_no_own_tensor_is_left_config_says_whose_stages_they_are():
         if mtp_layer(name) is None or name.split(".")[2] not in own
     }  # fmt: skip
     with pytest.raises(UserError, match=r"no mtp\.0\.main_proj\.weight"):
-        check_whole(by_headers(with_dspark(TINY), tensors))
+        check_headers(by_headers(with_dspark(TINY), tensors))
     with pytest.raises(UserError, match=r"no mtp\.0\.e_proj\.weight"):
-        check_whole(by_headers(TINY, tensors))
+        check_headers(by_headers(TINY, tensors))
 
 
 # --- Every stage
@@ -211,7 +211,7 @@ def test_a_source_without_the_mtp_that_it_declares_is_whole_and_check_says_so(st
     source, layers, declared = stored
     _, out, _ = here("check", "--source", source, "--bundle", tmp_path / "bundle")
     (line,) = [line for line in out.splitlines() if " source: " in line]
-    assert line.startswith("ok  source: complete")
+    assert line.startswith("ok  source: DeepSeek-V4 of other sizes with")
     assert ("config.json" in line) == (layers < declared)
 
 

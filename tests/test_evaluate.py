@@ -23,7 +23,8 @@ from dsv4.errors import UserError
 from dsv4.evaluation import activations, cpu_matmul, driver, evaluate
 from dsv4.evaluation.comparability import tokens_of
 from dsv4.evaluation.evaluate import EvalRequest
-from dsv4.model.load import open_bundle, open_source
+from dsv4.model.load import open_bundle
+from dsv4.model.source import open_source
 from dsv4.quantization.imatrix import open_imatrix
 from dsv4.storage import own_folders
 from dsv4.storage.checkpoint import INDEX, read_json

@@ -143,13 +143,6 @@ def test_names_that_differ_in_case_need_a_volume_that_tells(hub, tmp_path, monke
     filesystem.check_case(REPO, ["A", "a"], tmp_path)
 
 
-def test_tensors_of_a_published_checkpoint_come_from_the_headers_of_its_shards(hub):
-    others = dict.fromkeys(("adapter_model.safetensors", "original/x.safetensors"), b"no shard")
-    hub.repos[REPO].commit(checkpoint() | others)
-    (tensor,) = remote_headers.tensors(REPO, "main").values()
-    assert (tensor.name, tensor.shape, tensor.path) == ("a", (64,), Path(SHARD))
-
-
 def test_a_pointer_in_place_of_a_file_is_called_one(hub, tmp_path):
     path = tmp_path / SHARD
     path.write_bytes(POINTER)
@@ -159,8 +152,9 @@ def test_a_pointer_in_place_of_a_file_is_called_one(hub, tmp_path):
         ):
             read(path)
     hub.repos[REPO].commit(checkpoint() | {SHARD: POINTER})
+    remote_headers.fetch_skeleton(REPO, "main", tmp_path / "s", 0)
     with pytest.raises(UserError, match="a Git LFS pointer"):
-        remote_headers.tensors(REPO, "main")
+        read_shard(tmp_path / "s" / SHARD)
 
 
 # --- Refusals -------------------------------------------------------------------------------------

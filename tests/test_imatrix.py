@@ -18,7 +18,8 @@ from conftest import SCRIPTS, must, script
 
 from dsv4.conversion import expert_pieces, progress
 from dsv4.errors import UserError
-from dsv4.model.load import expert_bases, open_bundle, open_source
+from dsv4.model.load import expert_bases, open_bundle
+from dsv4.model.source import open_source
 from dsv4.quantization import source_reader as reading
 from dsv4.quantization.formats import get_quantizer
 from dsv4.quantization.imatrix import FLOOR, entry_name, importances, normalized, open_imatrix
@@ -106,7 +107,7 @@ def test_a_bundle_holds_what_its_imatrix_makes_best(tmp_path: Path) -> None:
 
 
 def test_the_native_converter_weighs_errors_alike(tmp_path: Path) -> None:
-    source, bundle, _ = small.make(tmp_path, replace(SIZES, whole=True), seed=53)
+    source, bundle, _ = small.make(tmp_path, replace(SIZES), seed=53)
     options = ("--quantizer", "affine4g32", "--imatrix", write(tmp_path / "i.dat", example(4)))
     assert requantize(source, bundle, *options).returncode == 0
     must("convert", "--source", source, "--bundle", tmp_path / "native", *options)

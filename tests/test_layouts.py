@@ -25,7 +25,8 @@ from conftest import NANO, ROOT, SCRIPTS, kept, made_once, must
 
 from dsv4.acceptance import nano
 from dsv4.model.layouts import LAYOUTS, has_name, recognize_layout
-from dsv4.model.load import open_bundle, open_source
+from dsv4.model.load import open_bundle
+from dsv4.model.source import open_source
 from dsv4.model.storage_view import build_view
 from dsv4.repair.context import RepairContext, RepairOptions
 from dsv4.repair.engine import repair_bundle, undo_repair

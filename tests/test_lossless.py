@@ -20,7 +20,8 @@ from dsv4.conversion.lossless import RECORD, f16_overflow
 from dsv4.conversion.shard_metadata import converted_by
 from dsv4.model.bundle_tensors import plan_shards
 from dsv4.model.labels import MXFP4, MXFP8
-from dsv4.model.load import open_bundle, open_source
+from dsv4.model.load import open_bundle
+from dsv4.model.source import open_source
 from dsv4.quantization import affine_table
 from dsv4.quantization.formats import get_quantizer, with_bf16_overflow
 from dsv4.storage.disk_space import staging_folder

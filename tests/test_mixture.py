@@ -16,8 +16,9 @@ from dsv4.conversion.size_planner import SizePlanner
 from dsv4.errors import UserError
 from dsv4.model import memory
 from dsv4.model.bundle_tensors import SHARD_BYTES
-from dsv4.model.load import expert_labels, open_bundle, open_source
+from dsv4.model.load import expert_labels, open_bundle
 from dsv4.model.names import stack_of
+from dsv4.model.source import open_source
 from dsv4.quantization import knapsack
 from dsv4.quantization.mixture_plan import label_name, read_plan
 from dsv4.settings import parse_context, parse_memory, parse_size

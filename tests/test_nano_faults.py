@@ -16,7 +16,8 @@ import pytest
 from conftest import NANO, ROOT, must, script
 
 from dsv4.acceptance import nano as nano_model
-from dsv4.model.load import open_bundle, open_source
+from dsv4.model.load import open_bundle
+from dsv4.model.source import open_source
 from dsv4.model.special_tokens import ASSISTANT, BOS, EOS, USER
 from dsv4.quantization import fp4
 from dsv4.storage.safetensors_file import read_array

@@ -28,7 +28,8 @@ from conftest import SCRIPTS, SEED, Forks, must, script
 
 from dsv4.model import names
 from dsv4.model.labels import RECORD
-from dsv4.model.load import open_bundle, open_source
+from dsv4.model.load import open_bundle
+from dsv4.model.source import open_source
 from dsv4.storage import locks
 from dsv4.storage.checkpoint import INDEX, check_index
 from dsv4.storage.safetensors_file import PendingTensor, read_array, read_shard, write_shard
@@ -434,9 +435,9 @@ def test_a_bad_tensor_stops_the_run_by_name(source_copy, tmp_path, name, new, wo
 def test_odd_shapes_and_layers_over_9(tmp_path):
     """FP8 blocks that are begun and not full; experts that are no multiple of anything but 32."""
     for seed, sizes in enumerate([
-        small.Sizes(layers=11, experts=1, mtp=2, source_shard=7, whole=True),
-        small.Sizes(layers=1, experts=2, mtp=3, dspark=True, source_shard=9, whole=True),
-        small.Sizes(hidden=160, width=96, source_shard=1, whole=True),
+        small.Sizes(layers=11, experts=1, mtp=2, source_shard=7),
+        small.Sizes(layers=1, experts=2, mtp=3, dspark=True, source_shard=9),
+        small.Sizes(hidden=160, width=96, source_shard=1),
     ]):  # fmt: skip
         source, _, expected = small.make(tmp_path / f"{seed}", sizes, seed)
         bundle = tmp_path / f"{seed}" / "native"
@@ -451,9 +452,7 @@ def test_odd_shapes_and_layers_over_9(tmp_path):
 
 def test_memory_does_not_grow_with_the_largest_matrix(tmp_path):
     """An embedding of 96 MB in BF16 would be 192 MB decoded, and as much again in MLX."""
-    source, _, _ = small.make(
-        tmp_path, small.Sizes(layers=1, experts=1, mtp=0, hidden=64, whole=True), 1
-    )
+    source, _, _ = small.make(tmp_path, small.Sizes(layers=1, experts=1, mtp=0, hidden=64), 1)
     peaks = []
     for rows in (64, 768 * 1024):
         change(source, "embed.weight", edit=lambda a, n=rows: np.resize(a, (n, 64)))

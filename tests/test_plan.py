@@ -12,7 +12,8 @@ from conftest import NANO, ROOT, must
 from dsv4.errors import UserError
 from dsv4.model.bundle_tensors import StorageFormat, plan_shards
 from dsv4.model.labels import DEFAULT, EXPERT, MXFP4, parts_of
-from dsv4.model.load import open_bundle, open_source
+from dsv4.model.load import open_bundle
+from dsv4.model.source import open_source
 from dsv4.quantization.formats import get_quantizer
 from dsv4.storage.atomic import format_bytes
 

@@ -19,7 +19,8 @@ from conftest import must, script
 
 from dsv4.errors import UserError
 from dsv4.model import labels
-from dsv4.model.load import expert_bases, expert_labels, open_bundle, open_source
+from dsv4.model.load import expert_bases, expert_labels, open_bundle
+from dsv4.model.source import open_source
 from dsv4.quantization.affine_table import BadGroup
 from dsv4.quantization.formats import get_quantizer
 from dsv4.storage.checkpoint import check_index

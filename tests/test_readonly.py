@@ -23,7 +23,7 @@ from test_imatrix import write
 from test_settings import Copy, handed
 
 from dsv4.conversion.recorded_format import recorded_in
-from dsv4.model.load import open_source
+from dsv4.model.source import open_source
 
 FORMS = ("mlx", "mxfp4", "lossless", "small", "affine2g64", "turboquant2", "mixture",
          "mixture-lossless", "affine4g32")  # fmt: skip

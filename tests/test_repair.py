@@ -26,8 +26,9 @@ from conftest import NANO, SCRIPTS, must, refusal, script
 
 from dsv4.conversion.shard_metadata import made_by
 from dsv4.model.chat_template import template_for
-from dsv4.model.load import expert_bases, open_bundle, open_source
+from dsv4.model.load import expert_bases, open_bundle
 from dsv4.model.names import parse_expert
+from dsv4.model.source import open_source
 from dsv4.quantization.formats import get_quantizer
 from dsv4.storage.backup import FOLDER, Backup
 from dsv4.storage.checkpoint import INDEX

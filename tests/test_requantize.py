@@ -27,8 +27,9 @@ import requantize as script
 from dsv4 import errors
 from dsv4.conversion.job_array import parse_part
 from dsv4.conversion.shard_metadata import made_by
-from dsv4.model.load import open_bundle, open_source
+from dsv4.model.load import open_bundle
 from dsv4.model.names import parse_expert
+from dsv4.model.source import open_source
 from dsv4.quantization.formats import get_quantizer
 from dsv4.storage import locks
 from dsv4.storage.checkpoint import check_index

@@ -6,16 +6,25 @@ there, another format or model taken for an incomplete copy of the source.
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import small
+from conftest import SCRIPTS
+from hub_server import Hub
 from make_source import config_of, write_source
 from source_tensors import Sizes, headers, with_dspark
+from test_download import environment, sent_of_shards
 
 from dsv4.errors import UserError
+from dsv4.model.chat_template import ENCODING
 from dsv4.model.expected_tensors import check_tables, source_faults
-from dsv4.model.load import open_source
+from dsv4.model.source import open_source
 from dsv4.model.source_format import check_format, check_model_type
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.safetensors_file import Shard, Tensor, read_array
@@ -52,8 +61,11 @@ HALF = {f"{EXPERT}.{part}": replace(RIGHT[f"{EXPERT}.{part}"], shape=(64, n))
         ({"norm.weight": replace(RIGHT["norm.weight"], shape=(128,))}, "norm.weight: shape [128]"),
         ({"mtp.2.norm.weight": None}, "no mtp.2.norm.weight"),
         (as_dtype("F32", "layers.0.attn.wq_b.scale"), "wq_b.scale: F32 [4, 1], expected F8_E8M0"),
-        (as_dtype("BF16", "layers.0.attn.wkv.weight"), "wkv.scale F8_E8M0 beside a weight in BF16"),
-        (as_dtype("F8_E4M3", f"{EXPERT}.weight"), f"{EXPERT}.weight: F8_E4M3, expected I8 or U8"),
+        (
+            as_dtype("BF16", "layers.0.attn.wkv.weight"),
+            "wkv.scale: F8_E8M0 beside a weight in BF16",
+        ),
+        (as_dtype("F8_E4M3", f"{EXPERT}.weight"), f"{EXPERT}.weight: F8_E4M3, expected I8"),
         (as_dtype("I64", "layers.1.ffn.gate.bias"), "gate.bias: I64, expected F16 or BF16 or F32"),
     ],
     ids=["half-expert", "half-norm", "missing", "f32-scale", "raw-cast", "fp8-expert", "integers"],
@@ -100,9 +112,89 @@ def test_another_model_is_named():
 def test_a_table_that_names_an_expert_which_was_pruned_is_named(tmp_path):
     write_source(tmp_path, Sizes(), 1, 1)
     opened = open_source(tmp_path)
-    check_tables(opened)
     table = opened.tensors["layers.0.ffn.gate.tid2eid"]
     assert read_array(table).max() == 7
     pruned = replace(opened, config=opened.config | {"n_routed_experts": 6})
     with pytest.raises(UserError, match=r"layers\.0\.ffn\.gate\.tid2eid: experts 0 to 7 of 6"):
         check_tables(pruned)
+
+
+# --- On the hub -----------------------------------------------------------------------------------
+
+REPO = "somebody/DeepSeek-V4-Flash-pruned"
+REFUSED = {
+    "half-matrix": lambda arrays, config: halve(arrays, "layers.1.attn.wq_b.weight"),
+    "missing": lambda arrays, config: arrays.pop("layers.0.ffn.experts.1.w2.scale"),
+    "stale-table": lambda arrays, config: name_expert(arrays, 99),
+    "another-model": lambda arrays, config: config.update(model_type="deepseek_v41"),
+    "transformers-names": lambda arrays, config: arrays.update(
+        {"model.norm.weight": arrays.pop("norm.weight")}
+    ),
+}
+
+
+def halve(arrays: small.Arrays, name: str) -> None:
+    dtype, array = arrays[name]
+    arrays[name] = dtype, array[: len(array) // 2]
+
+
+def name_expert(arrays: small.Arrays, number: int) -> None:
+    dtype, table = arrays["layers.0.ffn.gate.tid2eid"]
+    arrays["layers.0.ffn.gate.tid2eid"] = dtype, np.full_like(table, number)
+
+
+def run_script(name: str, *options: object) -> subprocess.CompletedProcess:
+    words = [sys.executable, str(SCRIPTS / f"{name}.py"), *map(str, options)]
+    return subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture(params=REFUSED)
+def refused(request, tmp_path) -> Iterator[tuple[Hub, str]]:
+    """A hub with a source that is wrong, and which fault it has."""
+    sizes = small.Sizes(hidden=512, width=256)
+    arrays, config = small.source_arrays(sizes, np.random.default_rng(3)), sizes.config()
+    REFUSED[request.param](arrays, config)
+    small.save(tmp_path / "origin", arrays, 40, config)
+    files = {p.name: p.read_bytes() for p in (tmp_path / "origin").iterdir()}
+    files |= dict.fromkeys(("tokenizer.json", "tokenizer_config.json", ENCODING), b"{}")
+    with Hub() as hub:
+        hub.add(REPO, files)
+        yield hub, request.param
+
+
+@pytest.mark.parametrize("low_disk", ["", "1"])
+def test_no_shard_of_a_source_that_is_refused_is_fetched(refused, low_disk, tmp_path, monkeypatch):
+    hub, kind = refused
+    for name, value in environment(hub, tmp_path / "s").items():
+        monkeypatch.setenv(name, value)
+    where = ("--source", tmp_path / "s", "--repo", REPO, *(["--low-disk"] if low_disk else []))
+    done = run_script("download", *where, "--patience", 0)
+    assert done.returncode == 1, kind
+    assert f"hub: {REPO}" in done.stderr or "model_type" in done.stderr
+    assert not list((tmp_path / "s").glob("**/*.safetensors"))
+    assert sent_of_shards(hub) == 0
+    done = run_script("check", *where, "--bundle", tmp_path / "b")
+    assert "NO  source:" in done.stdout
+    assert sent_of_shards(hub) == 0
+
+
+def test_tokenizer_files_come_from_the_base_repository(tmp_path, monkeypatch):
+    sizes = small.Sizes()
+    small.save(
+        tmp_path / "o", small.source_arrays(sizes, np.random.default_rng(4)), 99, sizes.config()
+    )
+    tuned = {p.name: p.read_bytes() for p in (tmp_path / "o").iterdir()}
+    base = {"tokenizer.json": b"{}", "tokenizer_config.json": b"[]", ENCODING: b"# encoding"}
+    with Hub() as hub:
+        hub.add(REPO, tuned)
+        hub.add("deepseek-ai/base", base | {"config.json": b"other"})
+        for name, value in environment(hub, tmp_path / "s").items():
+            monkeypatch.setenv(name, value)
+        where = ("--source", tmp_path / "s", "--repo", REPO, "--patience", 0)
+        done = run_script("download", *where)
+        assert done.returncode == 1
+        assert "BASE=" in done.stderr
+        done = run_script("download", *where, "--base", "deepseek-ai/base")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert {n: (tmp_path / "s" / n).read_bytes() for n in base} == base
+        assert (tmp_path / "s" / "config.json").read_bytes() == tuned["config.json"]

@@ -21,7 +21,8 @@ import pytest
 from conftest import SCRIPTS, must, refusal, script
 
 from dsv4.errors import UserError
-from dsv4.model.load import open_bundle, open_source
+from dsv4.model.load import open_bundle
+from dsv4.model.source import open_source
 from dsv4.quantization.formats import get_quantizer
 from dsv4.quantization.fp4 import E2M1
 from dsv4.storage import tensor_reader

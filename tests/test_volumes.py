@@ -22,7 +22,7 @@ from here import must, refusal
 from small import save
 from test_repair import digests
 
-from dsv4.model.load import open_source
+from dsv4.model.source import open_source
 from dsv4.quantization import imatrix
 from dsv4.settings import available_cores
 from dsv4.storage import disk_space

@@ -19,7 +19,8 @@ import pytest
 from conftest import NANO, SEED, must, refusal, script
 
 from dsv4.errors import UserError
-from dsv4.model.load import open_bundle, open_source
+from dsv4.model.load import open_bundle
+from dsv4.model.source import open_source
 from dsv4.quantization.formats import get_quantizer
 from dsv4.quantization.imatrix import EVEN
 from dsv4.quantization.source_reader import read_blocks

@@ -11,7 +11,8 @@ import errno
 import os
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from dsv4.text import LINE, escape_line, with_path
 
@@ -35,6 +36,17 @@ class UserError(Exception):
             escape_line(todo, ELSE),
         )
         super().__init__("{}: found {}, expected {}; {}".format(*parts))
+
+
+@contextlib.contextmanager
+def renamed_path(folder: Path, name: str) -> Iterator[None]:
+    """Raise a UserError of the body with `name` in place of a temporary folder's path."""
+    try:
+        yield
+    except UserError as stop:
+        parts = [part.replace(f"{folder}", name) for part in stop.parts]
+        UserError.__init__(stop, *parts)  # of a subclass too, which keeps what else it has
+        raise
 
 
 def run(main: Callable[[], int]) -> int:

@@ -134,7 +134,8 @@ def parse_paths(text: str) -> list[Path]:
 TYPES: dict[str, Callable[[str], Any]] = {
     "SOURCE": parse_path, "BUNDLE": parse_path, "REFERENCE": parse_path, "IMATRIX": parse_path,
     "TOOLCHAIN_PYTHON": parse_path, "SOURCE2": parse_path,
-    "REPO": str, "REVISION": str, "AGAINST": str, "TO": str, "CONVERTER": str, "QUANTIZER": str,
+    "REPO": str, "BASE": str, "REVISION": str, "AGAINST": str, "TO": str,
+    "CONVERTER": str, "QUANTIZER": str,
     "JOBS": parse_jobs, "PORT": parse_port, "LEVEL": parse_level, "SHARD_BYTES": parse_bytes,
     "LOW_DISK": parse_switch, "VERIFY_HASHES": parse_switch, "PRIVATE": parse_switch,
     "DRY_RUN": parse_switch, "BUNDLES": parse_paths, "TEXT": parse_path, "TOKENS": parse_tokens,

@@ -41,8 +41,9 @@ from race import (
 )
 
 from dsv4.errors import UserError, run
-from dsv4.model.load import open_bundle, open_source
+from dsv4.model.load import open_bundle
 from dsv4.model.names import GROUP, expert_base, parse_expert
+from dsv4.model.source import open_source
 from dsv4.model.source_format import MODEL_TYPE
 from dsv4.quantization.fp4 import E2M1, UE8M0
 from dsv4.storage import filesystem

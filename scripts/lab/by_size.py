@@ -28,8 +28,9 @@ from pictures import Curve, curves
 from through_model import SOURCE, TENSORS, Streamed, every_logit, lessons, model_error, stage
 
 from dsv4.errors import run
-from dsv4.model.load import expert_labels, open_bundle, open_source
+from dsv4.model.load import expert_labels, open_bundle
 from dsv4.model.names import is_expert
+from dsv4.model.source import open_source
 from dsv4.quantization import fp4
 from dsv4.storage.atomic import write_bytes, write_json
 from dsv4.storage.safetensors_file import read_array

@@ -31,8 +31,9 @@ import turbo_kernels
 
 from dsv4.errors import UserError, run
 from dsv4.model.labels import TURBO_PARTS, has_turboquant, stored_label
-from dsv4.model.load import open_bundle, open_source
+from dsv4.model.load import open_bundle
 from dsv4.model.names import expert_base, parse_stack
+from dsv4.model.source import open_source
 from dsv4.quantization import fp4, fp8
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.safetensors_file import Tensor, read_array

@@ -26,8 +26,8 @@ from dsv4.errors import run
 from dsv4.hub.provenance import source_name
 from dsv4.model import configs, labels
 from dsv4.model.bundle_tensors import StorageFormat
-from dsv4.model.load import open_source
 from dsv4.model.names import PROJECTION, kind, switch_paths
+from dsv4.model.source import open_source
 from dsv4.quantization import fp8, mlx_affine
 from dsv4.storage.atomic import write_json
 from dsv4.storage.checkpoint import INDEX, Checkpoint

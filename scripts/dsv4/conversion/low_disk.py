@@ -21,12 +21,12 @@ from pathlib import Path
 
 import numpy as np
 
-from dsv4.errors import UserError, with_path
+from dsv4.errors import UserError, renamed_path, with_path
 from dsv4.hub import download, remote_headers, repository
 from dsv4.hub.download import at_pin, fetch_all
 from dsv4.hub.file_transfer import Transfer, file_hash
 from dsv4.hub.provenance import HEADERS, Record, read_record
-from dsv4.model.load import open_source
+from dsv4.model.source import open_source
 from dsv4.settings import add_setting, parse_jobs, parse_seconds
 from dsv4.storage import limits, locks, safe_paths
 from dsv4.storage.atomic import copy_file, write_bytes
@@ -102,21 +102,9 @@ def header_checkpoint(source: Path, record: Record) -> Iterator[Checkpoint]:
             fill_header_file(
                 Path(work) / name, limits.read_bounded(kept, KEPT), record.files[name].size
             )
-        yield open_source(Path(work))
-
-
-def source_tensors(source: Path, repo: str, revision: str) -> dict[str, Tensor]:
-    """Return the source's tensors by name, from the folder, its kept headers, or the hub."""
-    try:
-        record = read_record(source)
-        if record and (source / HEADERS).is_dir():
-            with header_checkpoint(source, record) as headers:
-                return headers.tensors
-        return open_source(source).tensors
-    except UserError:
-        if not repo:
-            raise
-        return remote_headers.tensors(repo, revision)
+        with renamed_path(Path(work), f"{source}"):
+            headers = open_source(Path(work))
+        yield headers
 
 
 def fill_header_file(path: Path, kept: bytes, size: int) -> None:

@@ -21,9 +21,10 @@ from dsv4.errors import UserError
 from dsv4.model import memory
 from dsv4.model.bundle_tensors import PlannedShard, plan_shards
 from dsv4.model.labels import parts_of
-from dsv4.model.load import expert_bases, open_source, read_config
+from dsv4.model.load import expert_bases, read_config
 from dsv4.model.names import PROJECTION, stack_of
 from dsv4.model.quantizer_table import quantizer_properties
+from dsv4.model.source import open_source
 from dsv4.quantization import knapsack
 from dsv4.quantization.error_sampling import CHOICES
 from dsv4.quantization.formats import Quantizer, get_quantizer

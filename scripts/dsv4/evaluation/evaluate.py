@@ -16,7 +16,8 @@ import numpy as np
 from dsv4.evaluation import activations, comparability, driver
 from dsv4.evaluation.divergence import compare
 from dsv4.evaluation.driver import PassSettings, WorkerProcess
-from dsv4.model.load import config_count, open_bundle, open_source
+from dsv4.model.load import config_count, open_bundle
+from dsv4.model.source import open_source
 from dsv4.storage.atomic import format_bytes
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.locks import locked

@@ -21,7 +21,8 @@ from dsv4.evaluation import activations, layer_tensors
 from dsv4.evaluation.cpu_matmul import on_cpu, using_blas
 from dsv4.evaluation.hooks import LayerCollector
 from dsv4.evaluation.model_code import Jang, Vlm, fill
-from dsv4.model.load import block_counts, open_bundle, open_source
+from dsv4.model.load import block_counts, open_bundle
+from dsv4.model.source import open_source
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.safetensors_file import Tensor
 

@@ -12,8 +12,9 @@ from dsv4.evaluation import activations, comparability, driver
 from dsv4.evaluation.activations import sums_path
 from dsv4.evaluation.driver import PassSettings, WorkerProcess
 from dsv4.evaluation.evaluate import text_digest
-from dsv4.model.load import config_count, open_source
+from dsv4.model.load import config_count
 from dsv4.model.names import PROJECTION, expert_base
+from dsv4.model.source import open_source
 from dsv4.quantization.imatrix import entry_name, write_imatrix
 from dsv4.storage.locks import locked
 from dsv4.storage.safetensors_file import read_array, read_shard

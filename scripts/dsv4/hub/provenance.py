@@ -51,6 +51,11 @@ class Record:
         return cls(repo, revision, listing.commit, {file.name: file for file in listing.files})
 
     @property
+    def shards(self) -> list[str]:
+        """The names of the shards."""
+        return [name for name in self.files if name.endswith(".safetensors")]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all files."""
         return sum(file.size for file in self.files.values())

@@ -8,11 +8,10 @@ get_safetensors_metadata returns a parsed header; offsets and faults are in the 
 
 from __future__ import annotations
 
-import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dsv4.hub import http, repository
@@ -21,8 +20,7 @@ from dsv4.hub.hub_errors import translated
 from dsv4.hub.repository import HubFile
 from dsv4.hub.retry import with_retries
 from dsv4.storage import filesystem
-from dsv4.storage.checkpoint import INDEX, read_index
-from dsv4.storage.safetensors_file import MAX_HEADER, Tensor, read_shard
+from dsv4.storage.safetensors_file import MAX_HEADER
 
 FIRST = 64 << 10  # bytes of a shard that are asked for at once; upstream's headers have 60 kB
 WHOLE = (".json", ".jinja", ".py")
@@ -94,30 +92,6 @@ def write_sparse(skeleton: Skeleton, transfer: Transfer, file: HubFile) -> None:
     with path.open("wb") as out:
         out.write(head)
         out.truncate(file.size)
-
-
-def tensors(repo: str, revision: str) -> dict[str, Tensor]:
-    """Return every tensor of a published checkpoint by name, from the headers of the shards that
-    its index names; without an index, of all in the root.
-
-    Paths are the shards' names. Raises UserError as `fetch_skeleton` and `read_shard` do.
-    """
-    found = {}
-    with tempfile.TemporaryDirectory(prefix="headers-") as work:
-        folder = Path(work)
-        skeleton = fetch_skeleton(repo, revision, folder, 0, is_tensor_file)
-        shards = {file.name for file in skeleton.files} - {INDEX}
-        if (folder / INDEX).exists():
-            shards &= set(read_index(folder).values())
-        for name in sorted(shards):
-            for tensor in read_shard(folder / name).tensors.values():
-                found[tensor.name] = replace(tensor, path=Path(name))
-    return found
-
-
-def is_tensor_file(name: str) -> bool:
-    """True for the index and the shards of the root."""
-    return name == INDEX or ("/" not in name and name.endswith(".safetensors"))
 
 
 def read_header(repo: str, commit: str, file: HubFile, patience: float) -> bytes:

@@ -1,51 +1,49 @@
-"""Check that a source has every tensor that its config.json calls for.
+"""Hold the headers of a source against what its config.json calls for.
 
-A source that lacks one looks complete by its index and headers and converts without an error. Only
-a loader notices, hours later: it leaves the parameter at its initial value, or stops.
+A source that lacks a tensor looks complete by its index and converts without an error. Only a
+loader notices, hours later: it leaves the parameter at its initial value, or stops.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
 
 from dsv4.errors import UserError
 from dsv4.model.load import block_counts, config_count, mtp_declared
-from dsv4.model.names import mtp_layer
-from dsv4.model.tensor_table import (
-    DRAFTERS,
-    FP8_BLOCK,
-    Block,
-    MissingSize,
-    Row,
-    compress_ratio,
-    rows_in,
-)
+from dsv4.model.names import GROUP, treatment
+from dsv4.model.source_format import has_dspark
+from dsv4.model.tensor_table import FP8_BLOCK, Block, MissingSize, Row, compress_ratio, rows_in
 from dsv4.storage.checkpoint import Checkpoint
-from dsv4.storage.safetensors_file import FLOATS, Tensor, read_array
-from dsv4.text import escape_line
+from dsv4.storage.safetensors_file import FLOATS, NUMPY_DTYPE, Tensor, read_array
 
 # The dtypes in which a source may have a tensor: fine-tuned copies have matrices that are dense.
 STORED = {
-    "FP4": ("I8", "U8"),
+    "FP4": ("I8",),
     "FP8": ("F8_E4M3", *FLOATS),
     "BF16": FLOATS,
     "F32": FLOATS,
     "INT": ("I64", "I32"),
 }
+SCALE = ("F8_E8M0", "U8")  # one byte, a power of two
+NAMED = 5  # faults in an error's line
 
 
 def blocks(source: Checkpoint) -> Iterator[Block]:
     """Yield the model's ends, its main layers, and the MTP layers or DSpark stages that are stored.
 
-    Raises UserError when a count in config.json is missing or no whole number.
+    Raises UserError when a count in config.json is missing, no whole number or beyond any index.
     """
     config, folder = source.config, source.folder
-    layers = config_count(config, "num_hidden_layers", folder)
+    counts = block_counts(source)
+    layers, stages = counts["layers"], counts["mtp"]
     hashed = config_count(config, "num_hash_layers", folder) if "num_hash_layers" in config else 0
     yield Block("")
     for layer in range(layers):
         yield Block(f"layers.{layer}.", compress_ratio(config, layer), hashed=layer < hashed)
-    stages, drafter = block_counts(source)["mtp"], "dspark" if has_dspark(source) else "mtp"
+    drafter = "dspark" if has_dspark(source.tensors, config) else "mtp"
     for stage in range(stages):
         ratio, last = compress_ratio(config, layers + stage), stage == stages - 1
         yield Block(f"mtp.{stage}.", ratio, drafter=drafter, first=stage == 0, last=last)
@@ -64,40 +62,28 @@ def expected_weights(source: Checkpoint) -> Iterator[tuple[str, Row, Block]]:
                 yield block.prefix + row.name.replace(".E.", f".{number}."), row, block
 
 
-def has_dspark(source: Checkpoint) -> bool:
-    """Return True when DSpark's stages are stored under mtp, and not the first release's MTP.
-
-    A tensor that only one of the two has decides; without one, config.json's dspark_ keys.
-    """
-    stored = {n.split(".", 2)[-1] for n in source.tensors if mtp_layer(n) is not None}
-    mtp, dspark = Block("mtp.0.", drafter="mtp"), Block("mtp.0.", 0, False, "dspark", True, True)
-    only_mtp = {row.name for row in DRAFTERS if row.present(mtp) and not row.present(dspark)}
-    only_dspark = {row.name for row in DRAFTERS if row.present(dspark) and not row.present(mtp)}
-    if stored & (only_mtp | only_dspark):
-        return bool(stored & only_dspark)
-    return any(key.startswith("dspark_") for key in source.config)
-
-
 def source_faults(source: Checkpoint) -> list[str]:
-    """Return what headers show to be wrong with a source, a sentence for each tensor.
+    """Return what headers show to be wrong with a source, a phrase for each tensor.
 
-    A missing tensor, a shape or dtype that config.json does not call for, a scale that belongs to
-    nothing. Sizes that config.json lacks are not checked; a weight without its scale is refused by
-    open_source.
+    A tensor that config.json calls for and that is missing, one that it does not call for, a wrong
+    shape or dtype, a weight without its scale, a scale without its weight. Sizes that config.json
+    lacks are not checked.
     """
-    faults = []
+    faults, expected, tensors = [], set(), source.tensors
     for name, row, block in expected_weights(source):
-        tensor = source.tensors.get(name)
+        expected.add(name)
+        tensor = tensors.get(name)
         if tensor is None:
             faults.append(f"no {name}")
-            continue
-        faults += _tensor_faults(source, tensor, row, block)
-    for name, tensor in source.tensors.items():
-        weight = source.tensors.get(name.removesuffix("scale") + "weight")
-        if name.endswith(".scale") and weight is not None and weight.dtype in FLOATS:
-            faults.append(
-                f"{name} {tensor.dtype} beside a weight in {weight.dtype}, not FP4 or FP8"
-            )
+        else:
+            faults += _tensor_faults(source, tensor, row, block)
+    for name, tensor in tensors.items():
+        if name.endswith(".scale"):
+            faults += _lone_scale_faults(source, tensor)
+        elif name not in expected:
+            known = treatment(name) is not None
+            reason = "config.json calls for no such tensor" if known else "a name of no tensor here"
+            faults.append(f"{name}: {reason}")
     return faults
 
 
@@ -109,59 +95,75 @@ def _tensor_faults(source: Checkpoint, tensor: Tensor, row: Row, block: Block) -
     try:
         shape = row.shape(source.config, block)
     except MissingSize:
-        return
-    if row.stored == "FP4":
-        shape = (shape[0], shape[1] // 2)
-    if tensor.shape != shape:
+        shape = tensor.shape
+    else:
+        if row.stored == "FP4":
+            shape = (shape[0], shape[1] // 2)
+    if tensor.shape != shape or (row.stored in ("FP4", "FP8") and len(shape) != 2):
         yield f"{tensor.name}: shape {list(tensor.shape)}, expected {list(shape)}"
+    elif row.stored == "FP4":
+        yield from _scale_faults(source, tensor, (shape[0], 2 * shape[1] // GROUP))
     elif tensor.dtype == "F8_E4M3":
-        scale = source.tensors[tensor.name.removesuffix("weight") + "scale"]  # open_source asked
-        expected = tuple(-(-n // FP8_BLOCK) for n in shape)
-        if scale.dtype not in ("F8_E8M0", "U8") or scale.shape != expected:
-            found = f"{scale.name}: {scale.dtype} {list(scale.shape)}"
-            yield f"{found}, expected F8_E8M0 {list(expected)}"
+        yield from _scale_faults(source, tensor, tuple(-(-n // FP8_BLOCK) for n in shape))
 
 
-def table_faults(source: Checkpoint) -> list[str]:
-    """Return the tables of hash-routed layers that name an expert which is not there.
+def _scale_faults(source: Checkpoint, weight: Tensor, shape: tuple[int, ...]) -> Iterator[str]:
+    name = weight.name.removesuffix("weight") + "scale"
+    scale = source.tensors.get(name)
+    if scale is None:
+        yield f"no {name}"
+    elif scale.dtype not in SCALE or scale.shape != shape:
+        yield f"{name}: {scale.dtype} {list(scale.shape)}, expected F8_E8M0 {list(shape)}"
 
-    Reads the tables, 6 MB for each of Flash's three.
+
+def _lone_scale_faults(source: Checkpoint, scale: Tensor) -> Iterator[str]:
+    weight = source.tensors.get(scale.name.removesuffix("scale") + "weight")
+    if weight is None:
+        yield f"{scale.name}: no weight of that name"
+    elif weight.dtype in FLOATS:
+        yield f"{scale.name}: {scale.dtype} beside a weight in {weight.dtype}, not FP4 or FP8"
+
+
+Read = Callable[[Tensor], np.ndarray]  # the bytes or integers of a whole tensor
+
+
+def check_tables(source: Checkpoint, read: Read = read_array) -> None:
+    """Raise SourceFaults when a hash-routed layer's table names an expert which is not there.
+
+    Reads the tables, 6 MB for each of Flash's three. `read` returns a tensor's data as an array.
     """
     experts = config_count(source.config, "n_routed_experts", source.folder)
     faults = []
     for name, tensor in source.tensors.items():
-        if name.endswith(".tid2eid") and tensor.dtype in STORED["INT"] and tensor.nbytes:
-            table = read_array(tensor)
+        if name.endswith(".tid2eid") and tensor.nbytes:
+            table = read(tensor).view(NUMPY_DTYPE[tensor.dtype])
             if table.min() < 0 or table.max() >= experts:
                 faults.append(f"{name}: experts {table.min()} to {table.max()} of {experts}")
-    return faults
-
-
-def check_tables(source: Checkpoint) -> None:
-    """Raise UserError when a hash-routed layer's table names an expert which is not there."""
-    if faults := table_faults(source):
-        raise UserError(
-            f"{source.folder}", _listed(faults), "numbers of experts that there are",
+    if faults:
+        raise SourceFaults(
+            source.folder, faults, "numbers of experts that there are",
             "write the tables anew for the experts that were kept",
         )  # fmt: skip
 
 
-def _listed(faults: list[str]) -> str:
-    """Return up to 20 faults in one line."""
-    more = f" and {len(faults) - 20:,} more" if len(faults) > 20 else ""
-    return "; ".join(escape_line(fault) for fault in faults[:20]) + more
+class SourceFaults(UserError):
+    """A source with faults, of which the message has the first few. faults: a phrase for each."""
+
+    def __init__(self, folder: Path, faults: list[str], expected: str, todo: str) -> None:
+        self.faults = faults
+        shown = "; ".join(faults[:NAMED])
+        more = f"; {len(faults) - NAMED:,} more, see make check" if len(faults) > NAMED else ""
+        super().__init__(f"{folder}", shown + more, expected, todo)
 
 
-def check_whole(source: Checkpoint) -> None:
-    """Raise UserError, with up to 20 faults in one line, when headers show a source to be wrong."""
-    faults = source_faults(source)
-    if faults:
-        raise UserError(
-            f"{source.folder}",
-            _listed(faults),
-            "every tensor that config.json calls for, in its format and shape",
-            "restore config.json, or fetch the shards of these tensors again",
-        )
+def check_headers(source: Checkpoint) -> None:
+    """Raise SourceFaults for a source with a fault in its headers."""
+    if faults := source_faults(source):
+        raise SourceFaults(
+            source.folder, faults,
+            "the tensors that config.json calls for, in their formats and shapes",
+            "restore config.json, or take these tensors from the release that this is a copy of",
+        )  # fmt: skip
 
 
 def lacking_mtp(source: Checkpoint) -> str:

@@ -21,26 +21,21 @@ from dsv4.model.labels import (
     stored_label,
 )
 from dsv4.model.names import (
-    GROUP,
     PROJECTION,
     expert_base,
     mtp_layer,
-    parse_expert,
     stack_base,
     stack_of,
 )
 from dsv4.model.quantizer_table import quantizer_properties, quantizers_with
-from dsv4.model.source_format import check_format, check_model_type
+from dsv4.model.source_format import check_model_type
 from dsv4.storage.checkpoint import (
     Checkpoint,
-    check_index,
-    check_strangers,
     open_shards,
     read_index,
     read_json,
 )
 from dsv4.storage.limits import LAYERS, MATRICES
-from dsv4.storage.safetensors_file import Tensor
 from dsv4.text import short_repr
 
 
@@ -101,24 +96,6 @@ def block_counts(checkpoint: Checkpoint) -> dict[str, int]:
     return layers
 
 
-def open_source(folder: Path) -> Checkpoint:
-    """Open the FP4/FP8 source and check it whole: index ↔ shards, weight ↔ scale, every expert.
-
-    Raises UserError for a missing shard, a tensor that index or shard lacks, a shard that the
-    index does not know (upstream's converter would read it), a missing expert, weight or scale.
-    """
-    config = read_config(folder)
-    weight_map = read_index(folder)
-    shards = open_shards(folder, set(weight_map.values()))
-    source = Checkpoint(folder, config, weight_map, shards)
-    check_index(source, "download")
-    check_strangers(source, "move it away: the converter reads every shard that it finds")
-    check_format(source)
-    _check_scales(source)
-    check_experts(source, ("weight", "scale"))
-    return source
-
-
 def open_bundle(folder: Path) -> Checkpoint:
     """Open a bundle: every shard that its index names; index and shards may still disagree.
 
@@ -127,22 +104,6 @@ def open_bundle(folder: Path) -> Checkpoint:
     config = read_config(folder)
     weight_map = read_index(folder)
     return Checkpoint(folder, config, weight_map, open_shards(folder, set(weight_map.values())))
-
-
-def _check_scales(source: Checkpoint) -> None:
-    """Every FP4 and FP8 weight needs its `.scale`, every `.scale` its weight."""
-    tensors = source.tensors
-    for name, tensor in tensors.items():
-        base, _, part = name.rpartition(".")
-        quantized = part == "weight" and tensor.dtype in ("I8", "F8_E4M3")
-        partner = f"{base}.scale" if quantized else f"{base}.weight"
-        if (quantized or part == "scale") and partner not in tensors:
-            raise UserError(
-                f"{source.folder}: {name}",
-                f"no {partner}",
-                "a weight and its scale",
-                "fetch the source again",
-            )
 
 
 def expert_bases(checkpoint: Checkpoint) -> list[str]:
@@ -158,56 +119,6 @@ def expert_bases(checkpoint: Checkpoint) -> list[str]:
         for expert in range(experts)
         for matrix in ("w1", "w2", "w3")
     ]
-
-
-def check_experts(checkpoint: Checkpoint, parts: tuple[str, ...]) -> None:
-    """Raise UserError when a routed expert lacks one of `parts`, or when one is there that should
-    not.
-
-    For parts ("weight", "scale") dtypes and shapes of the FP4 source are checked too.
-    """
-    bases = expert_bases(checkpoint)
-    tensors = checkpoint.tensors
-    expected = {f"{base}.{part}" for base in bases for part in parts}
-    missing = [name for name in sorted(expected) if name not in tensors]
-    if missing:
-        raise UserError(
-            f"{checkpoint.folder}",
-            f"no {missing[0]} ({len(missing):,} tensors missing)",
-            f"{len(expected):,} routed-expert tensors",
-            "fetch or rebuild it",
-        )
-    known = set(bases)
-    extra = [n for n in tensors if parse_expert(n) and n.rpartition(".")[0] not in known]
-    if extra:
-        raise UserError(
-            f"{checkpoint.folder}: {extra[0]}",
-            "an expert beyond config.json's counts",
-            f"{len(bases):,} matrices",
-            "restore config.json",
-        )
-    if parts == ("weight", "scale"):
-        for base in bases:
-            _check_fp4(checkpoint.folder, tensors[f"{base}.weight"], tensors[f"{base}.scale"])
-
-
-def _check_fp4(folder: Path, weight: Tensor, scale: Tensor) -> None:
-    if weight.dtype != "I8" or len(weight.shape) != 2:
-        raise UserError(
-            f"{folder}: {weight.name}",
-            f"{weight.dtype} {list(weight.shape)}",
-            "I8 (out, in/2): FP4 codes",
-            "use the FP4 release",
-        )
-    out, half = weight.shape
-    expected = (out, half * 2 // GROUP)
-    if scale.dtype not in ("F8_E8M0", "U8") or scale.shape != expected or half * 2 % GROUP:
-        raise UserError(
-            f"{folder}: {scale.name}",
-            f"{scale.dtype} {list(scale.shape)}",
-            f"F8_E8M0 {list(expected)}",
-            "fetch the source again",
-        )
 
 
 def expert_labels(bundle: Checkpoint) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,7 @@
-"""Tell a DeepSeek-V4 source in FP4 and FP8 from other formats and models, by headers alone."""
+"""Name a checkpoint by its config.json and headers: the release, or the format that is no source.
+
+The releases and formats are those of the DeepSeek-V4 family on the hub by November 2026.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from dsv4.errors import UserError
-from dsv4.model.names import parse_expert
+from dsv4.model.names import mtp_layer, parse_expert
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.safetensors_file import FLOATS, Tensor
 from dsv4.text import short_repr
 
 MODEL_TYPE = "deepseek_v4"
 REPOSITORIES = "deepseek-ai/DeepSeek-V4-Flash or -Flash-0731, or a copy of their FP4 and FP8 files"
+# (hidden_size, num_hidden_layers) → name, routed experts, experts for a token.
+MODELS = {
+    (4096, 43): ("DeepSeek-V4-Flash", 256, 6),
+    (7168, 61): ("DeepSeek-V4-Pro", 384, 6),
+}
 
 
 def check_model_type(config: Mapping[str, Any], where: str) -> None:
@@ -36,8 +44,10 @@ def foreign_format(tensors: Mapping[str, Tensor]) -> str:
     dtypes = {t.dtype for n, t in tensors.items() if parse_expert(n) and n.endswith(".weight")}
     if any(name.endswith((".weight_scale", ".weight_scale_2", ".input_scale")) for name in tensors):
         return "NVFP4, as ModelOpt writes it (weight_scale)"
-    if any(name.startswith("model.layers.") for name in tensors):
+    if any(name.startswith("model.") for name in tensors):
         return "transformers' names (model.layers.…), as save_pretrained writes them"
+    if "U32" in dtypes or any(name.endswith(".scales") for name in tensors):
+        return "an MLX bundle, quantized already"
     if dtypes == {"F8_E4M3"}:
         return "routed experts in FP8: a Base release, or a repack"
     if dtypes and dtypes <= set(FLOATS):
@@ -52,3 +62,41 @@ def check_format(source: Checkpoint) -> None:
             f"{source.folder}", found, "routed experts in FP4 with UE8M0 scales",
             f"this recipe converts {REPOSITORIES}",
         )  # fmt: skip
+
+
+def has_vision(tensors: Mapping[str, Tensor]) -> bool:
+    """Return True for a source with a vision tower, as Vision-Exp has it."""
+    return any(name.startswith("vision.") for name in tensors)
+
+
+def has_dspark(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
+    """Return True when DSpark's stages are stored under mtp, and not the first release's MTP.
+
+    A tensor that only one of the two has decides; without one, config.json's dspark_ keys.
+    """
+    stored = {name.split(".", 2)[-1] for name in tensors if mtp_layer(name) is not None}
+    if {"main_proj.weight", "markov_head.markov_w1.weight"} & stored:
+        return True
+    if {"e_proj.weight", "h_proj.weight", "enorm.weight", "hnorm.weight"} & stored:
+        return False
+    return any(key.startswith("dspark_") for key in config)
+
+
+def release_name(source: Checkpoint) -> str:
+    """Return the name of a source by its sizes and tensors, with its number of experts if pruned.
+
+    "DeepSeek-V4-Flash with DSpark, as -0731 has it; pruned: 152 of 256 experts".
+    """
+    config, tensors = source.config, source.tensors
+    sizes = (config.get("hidden_size"), config.get("num_hidden_layers"))
+    name, experts, top_k = MODELS.get(sizes, ("DeepSeek-V4 of other sizes", None, None))
+    drafter = "without MTP"
+    if any(mtp_layer(n) is not None for n in tensors):
+        dspark = has_dspark(tensors, config)
+        drafter = "with DSpark" if dspark else "with MTP, as in the first release"
+    words = [f"{name}{' Vision-Exp' if has_vision(tensors) else ''} {drafter}"]
+    if experts and (found := config.get("n_routed_experts")) != experts:
+        words.append(f"pruned: {short_repr(found)} of {experts} experts")
+    if top_k and (found := config.get("num_experts_per_tok")) != top_k:
+        words.append(f"{short_repr(found)} experts for a token instead of {top_k}")
+    return "; ".join(words)

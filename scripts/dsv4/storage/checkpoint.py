@@ -21,6 +21,10 @@ INDEX = "model.safetensors.index.json"
 SIDECAR = "jangtq_runtime.safetensors"  # no shard: TurboQuant data for vMLX in Swift
 
 
+class MissingShards(UserError):
+    """Shards that the index names are not in the folder."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """An opened folder: config.json, the index's weight_map, and every shard's header."""
@@ -98,7 +102,7 @@ def open_shards(folder: Path, files: set[str]) -> dict[str, Shard]:
     """Read the headers of these shards. Raises UserError when one is missing or broken."""
     missing = sorted(file for file in files if not (folder / file).is_file())
     if missing:
-        raise UserError(
+        raise MissingShards(
             f"{folder / INDEX}",
             f"{len(missing)} of {len(files)} shards missing, first {missing[0]}",
             "every shard that the index names",
@@ -126,12 +130,16 @@ def check_index(checkpoint: Checkpoint, todo: str) -> None:
                 )
 
 
-def check_strangers(checkpoint: Checkpoint, todo: str) -> None:
-    """Raise UserError when the folder holds a shard that the index does not name."""
+def unindexed_shards(checkpoint: Checkpoint) -> list[str]:
+    """Return the names of the shards in the folder that the index does not name."""
     on_disk = {path.name for path in checkpoint.folder.glob("*.safetensors")}
     known = {*checkpoint.shards, SIDECAR}
-    strangers = sorted(n for n in on_disk - known if not n.startswith("."))
-    if strangers:
+    return sorted(n for n in on_disk - known if not n.startswith("."))
+
+
+def check_strangers(checkpoint: Checkpoint, todo: str) -> None:
+    """Raise UserError when the folder holds a shard that the index does not name."""
+    if strangers := unindexed_shards(checkpoint):
         raise UserError(
             f"{checkpoint.folder / strangers[0]}",
             "a shard that the index does not name",

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from dsv4.errors import UserError, with_path
 from dsv4.hub.provenance import read_record
-from dsv4.model.load import open_source
 from dsv4.model.names import is_control, parse_expert
+from dsv4.model.source import open_source
 from dsv4.quantization.imatrix import EVEN, importances, open_imatrix
 from dsv4.storage.atomic import format_bytes
 from dsv4.storage.checkpoint import Checkpoint

@@ -1,0 +1,78 @@
+"""Open a source and judge it by config.json, index and headers, before a byte of data is read.
+
+Every stage opens its source here, so all of them accept and refuse the same ones. The headers may
+be those of a published repository (hub/remote_headers.py).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dsv4.errors import UserError
+from dsv4.model.expected_tensors import check_headers, check_tables, lacking_mtp
+from dsv4.model.load import read_config
+from dsv4.model.names import is_control
+from dsv4.model.source_format import check_format
+from dsv4.storage.checkpoint import (
+    INDEX,
+    Checkpoint,
+    check_index,
+    open_shards,
+    read_index,
+    unindexed_shards,
+)
+from dsv4.storage.safetensors_file import read_shard
+from dsv4.text import join_some
+
+SINGLE = "model.safetensors"  # the shard of a checkpoint that has no index
+
+
+def open_source(folder: Path) -> Checkpoint:
+    """Open an FP4/FP8 source and check it whole by its headers.
+
+    Raises UserError for another model or format, a missing shard, an index that names other tensors
+    than its shards hold, and, all in one line, for tensors that are missing, or of another shape or
+    dtype than config.json calls for; for a table of experts that are not there.
+    """
+    config = read_config(folder)
+    weight_map = shard_map(folder)
+    source = Checkpoint(folder, config, weight_map, open_shards(folder, set(weight_map.values())))
+    check_index(source, "download")
+    check_format(source)
+    check_headers(source)
+    check_tables(source)
+    return source
+
+
+def shard_map(folder: Path) -> dict[str, str]:
+    """Return tensor name → shard, by the index, or by the header of SINGLE where there is no index.
+
+    Raises UserError when the folder has neither.
+    """
+    if (folder / INDEX).is_file() or not (folder / SINGLE).is_file():
+        return read_index(folder)
+    return dict.fromkeys(read_shard(folder / SINGLE).tensors, SINGLE)
+
+
+def check_tokenizer_files(folder: Path, names: tuple[str, ...]) -> None:
+    """Raise UserError when the folder lacks one of these files."""
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise UserError(
+            f"{folder}", f"no {join_some(missing)}", "tokenizer and encoding files",
+            "name a folder or a repository that has them, such as the base model's: "
+            "REFERENCE=DIR or BASE=deepseek-ai/…",
+        )  # fmt: skip
+
+
+def source_notes(source: Checkpoint) -> list[str]:
+    """Return what is unusual in a source and harmless, a phrase each."""
+    notes = [lacking_mtp(source)]
+    strays = unindexed_shards(source)
+    if strays:
+        notes.append(f"shards that the index does not name, ignored: {join_some(strays)}")
+    rounded = [n for n, t in source.tensors.items() if is_control(n) and t.dtype != "F32"]
+    if rounded:
+        dtypes = ", ".join(sorted({source.tensors[name].dtype for name in rounded}))
+        notes.append(f"{len(rounded):,} control tensors in {dtypes}, widened to F32 exactly")
+    return [note for note in notes if note]
