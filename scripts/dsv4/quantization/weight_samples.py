@@ -1,0 +1,129 @@
+"""Find matrices whose values cannot be weights, by samples of a source.
+
+A destroyed source can be legal in every header: FP8 codes written as BF16 numbers, without their
+scales, load and run, and the model says nothing. Such matrices show by their magnitude: all
+matrices of one kind have nearly the same, in every layer.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from dsv4.model.expected_tensors import SourceFaults
+from dsv4.model.names import parse_expert
+from dsv4.model.tensor_table import row_of
+from dsv4.quantization.fp4 import E2M1, UE8M0
+from dsv4.quantization.fp8 import E4M3
+from dsv4.storage.checkpoint import Checkpoint
+from dsv4.storage.safetensors_file import FLOATS, ITEMSIZE, Tensor
+from dsv4.storage.tensor_reader import as_float32
+
+RANGES, RANGE_BYTES = 3, 8192  # of each sampled tensor
+EXPERTS = 8  # sampled of each layer's, for each of the three matrices
+FACTOR = 100  # between a matrix's RMS and the median of its kind
+RAW_RMS = 1.0  # RMS of values on the E4M3 grid beyond which they are codes and no weights
+GRID = np.unique(np.abs(E4M3[np.isfinite(E4M3)]))
+
+Read = Callable[[Tensor, int, int], np.ndarray]  # (tensor, first byte, bytes) → uint8
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Statistics of a few thousand values of one matrix. on_grid: all are E4M3 numbers."""
+
+    name: str
+    rms: float
+    constant: bool
+    on_grid: bool
+
+
+def check_weights(source: Checkpoint, read: Read) -> None:
+    """Raise SourceFaults when samples show values that cannot be weights.
+
+    Reads 24 kB of each matrix and of its scale, of at most EXPERTS routed experts for each layer
+    and projection.
+    """
+    if faults := implausible_matrices(source, read):
+        raise SourceFaults(
+            source.folder, faults, "values that can be weights",
+            "take these tensors from the release that this is a copy of",
+        )  # fmt: skip
+
+
+def implausible_matrices(source: Checkpoint, read: Read) -> list[str]:
+    """Return a phrase for each sampled matrix whose values cannot be weights."""
+    kinds: dict[str, list[Sample]] = defaultdict(list)
+    faults = []
+    for tensor in sampled_matrices(source):
+        sample = sample_matrix(source, tensor, read)
+        kinds[row_of(tensor.name).name].append(sample)
+        if sample.constant and not tensor.name.startswith(("embed.", "head.")):
+            faults.append(f"{tensor.name}: all sampled values are the same")
+        elif tensor.dtype in FLOATS and sample.on_grid and sample.rms > RAW_RMS:
+            faults.append(
+                f"{tensor.name}: {tensor.dtype} values that are all FP8 codes, RMS "
+                f"{sample.rms:.3g}, as when a scale was dropped"
+            )
+    for samples in kinds.values():
+        faults += _unlike_their_kind(samples)
+    return faults
+
+
+def _unlike_their_kind(samples: list[Sample]) -> Iterator[str]:
+    sound = [sample.rms for sample in samples if not sample.constant and sample.rms > 0]
+    median = statistics.median(sound) if len(sound) > 2 else 0
+    for sample in samples:
+        ratio = sample.rms / median if median and sample.rms else 1
+        if not 1 / FACTOR <= ratio <= FACTOR:
+            yield f"{sample.name}: RMS {sample.rms:.3g}, {median:.3g} in others of its kind"
+
+
+def sampled_matrices(source: Checkpoint) -> Iterator[Tensor]:
+    """Yield the matrices to sample: all but experts beyond the first EXPERTS."""
+    for name, tensor in source.tensors.items():
+        row, expert = row_of(name), parse_expert(name)
+        if row is None or len(tensor.shape) != 2 or row.stored in ("F32", "INT"):
+            continue
+        if expert is None or expert[2] < EXPERTS:
+            yield tensor
+
+
+def sample_matrix(source: Checkpoint, weight: Tensor, read: Read) -> Sample:
+    """Sample one matrix. Of FP4 and FP8 codes and scales are sampled apart."""
+    data = read_sample(weight, read)
+    if weight.dtype in FLOATS:
+        values = as_float32(data, weight.dtype)
+    elif weight.dtype == "F8_E4M3":
+        values = E4M3[data]
+    else:
+        values = E2M1[np.stack((data & 15, data >> 4))].ravel()
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return Sample(weight.name, 0.0, False, False)
+    scale = source.tensors.get(weight.name.removesuffix("weight") + "scale")
+    rms, constant = _rms(values), bool(values.min() == values.max())
+    if scale is not None:
+        factors = UE8M0[read_sample(scale, read)]
+        rms *= _rms(factors[np.isfinite(factors)])
+        return Sample(weight.name, rms, constant, False)
+    on_grid = bool(np.isin(np.abs(values), GRID).all())
+    return Sample(weight.name, rms, constant, on_grid)
+
+
+def _rms(values: np.ndarray) -> float:
+    return math.sqrt(np.square(values, dtype=np.float64).mean()) if len(values) else 0.0
+
+
+def read_sample(tensor: Tensor, read: Read) -> np.ndarray:
+    """Return RANGES ranges of a tensor's bytes, spread over it; all of a small one."""
+    if tensor.nbytes <= RANGES * RANGE_BYTES:
+        return read(tensor, 0, tensor.nbytes)
+    size = ITEMSIZE[tensor.dtype]
+    step = (tensor.nbytes - RANGE_BYTES) // (RANGES - 1) // size * size
+    return np.concatenate([read(tensor, at * step, RANGE_BYTES) for at in range(RANGES)])
