@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dsv4.errors import UserError
+from dsv4.model.fp8_blocks import read_block, scale_shape
 from dsv4.model.load import block_counts, config_count, mtp_declared
 from dsv4.model.names import mtp_layer
 from dsv4.model.tensor_table import (
     DRAFTERS,
-    FP8_BLOCK,
     Block,
     MissingSize,
     Row,
@@ -116,7 +116,7 @@ def _tensor_faults(source: Checkpoint, tensor: Tensor, row: Row, block: Block) -
         yield f"{tensor.name}: shape {list(tensor.shape)}, expected {list(shape)}"
     elif tensor.dtype == "F8_E4M3":
         scale = source.tensors[tensor.name.removesuffix("weight") + "scale"]  # open_source asked
-        expected = tuple(-(-n // FP8_BLOCK) for n in shape)
+        expected = scale_shape(shape, read_block(source.config, source.folder))
         if scale.dtype not in ("F8_E8M0", "U8") or scale.shape != expected:
             found = f"{scale.name}: {scale.dtype} {list(scale.shape)}"
             yield f"{found}, expected F8_E8M0 {list(expected)}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.errors import UserError
+from dsv4.model.fp8_blocks import read_block
 from dsv4.model.labels import (
     EXPERT,
     MXFP4,
@@ -114,6 +115,7 @@ def open_source(folder: Path) -> Checkpoint:
     check_index(source, "download")
     check_strangers(source, "move it away: the converter reads every shard that it finds")
     check_format(source)
+    read_block(config, folder)
     _check_scales(source)
     check_experts(source, ("weight", "scale"))
     return source

@@ -11,10 +11,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from dsv4.model.tensor_table import FP8_BLOCK, NUMBER, MissingSize, row_of
+from dsv4.model.tensor_table import NUMBER, MissingSize, row_of
 
 GROUP = 32  # columns that share a scale, in the source's FP4 and in every label of a bundle
-BLOCK = FP8_BLOCK
 
 # w1 = gate_proj, w3 = up_proj (width, hidden); w2 = down_proj (hidden, width).
 PROJECTION = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}

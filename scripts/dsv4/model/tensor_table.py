@@ -26,7 +26,6 @@ TREATMENTS = {
     "head": "as in the source",
     "affine8": "8-bit affine, groups of 32",
 }
-FP8_BLOCK = 128  # rows and columns of the source's FP8 that share a scale
 NUMBER = r"[0-9]{1,6}"  # a name with a longer number is unknown
 
 # The sizes in the shapes below, and config.json's keys for them.
