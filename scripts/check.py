@@ -26,7 +26,7 @@ from dsv4.errors import UserError, run
 from dsv4.hub import repository
 from dsv4.hub.download import recorded, remaining
 from dsv4.hub.provenance import read_record
-from dsv4.model import memory
+from dsv4.model import mac_memory
 from dsv4.model.bundle_tensors import SHARD_BYTES
 from dsv4.model.expected_tensors import check_tables, check_whole, lacking_mtp
 from dsv4.model.folder_roles import bundle_path
@@ -232,7 +232,7 @@ def memory_line(args: argparse.Namespace, final: int) -> list[Line]:
     if not (args.source / "config.json").is_file():
         return []
     config = read_config(args.source)
-    said = memory.describe_fit(config, final, args.context or memory.CONTEXT, args.fit or 0)
+    said = mac_memory.describe_fit(config, final, args.context or mac_memory.CONTEXT, args.fit or 0)
     return [Line(True, "memory", said, doubt="does not" in said)]
 
 
@@ -271,9 +271,9 @@ def main() -> int:
     add_setting(parser, "LOW_DISK")
     parser.add_argument("--ours", action="store_true", help="stop at another maker's bundle")
     add_quantizer_options(parser)
-    memory.add_goal(parser)
+    mac_memory.add_goal(parser)
     args = parser.parse_args()
-    memory.check_goal(args)
+    mac_memory.check_goal(args)
     source, bundle = args.source, bundle_path(args.bundle, args.source)
     args.bundle, made = bundle, recorded_in(bundle, args.quantizer)
     check_ours(args, made)

@@ -135,7 +135,7 @@ def conversion_unit(weight: Tensor, scale: Tensor | None, form: StorageFormat) -
     elif form.as_source:
         dtype = exact_dtype(weight, form)
         return ConversionUnit(what, weight, None, (TensorSpec(weight.name, dtype, weight.shape),))
-    elif what == "affine8":
+    elif what == "matrix":
         check_matrix(weight, scale)
         parts = parts_of(DEFAULT, *weight.shape)
     else:

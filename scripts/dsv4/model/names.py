@@ -173,7 +173,7 @@ def treatment(name: str) -> str | None:
         row = row_of(name)
         return row.treatment if row else None
     row = row_of(name.removesuffix("scale") + "weight")
-    return "scale" if row and row.treatment in ("expert", "affine8", "head") else None
+    return "scale" if row and row.treatment in ("expert", "matrix", "head") else None
 
 
 def kind(name: str) -> str:
@@ -190,4 +190,4 @@ def kind(name: str) -> str:
         return "expert"
     if "norm" in name or name.endswith((".ape", ".tid2eid", ".gate.weight", ".bias")):
         return "passthrough"
-    return "affine8" if name.endswith(".weight") else "passthrough"
+    return "matrix" if name.endswith(".weight") else "passthrough"

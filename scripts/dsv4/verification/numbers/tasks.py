@@ -145,7 +145,7 @@ def task_of(bundle: Scan, source: Checkpoint, name: str, origin: Tensor) -> Task
         return None
     base = name.removesuffix(".weight")
     scale = source.tensors.get(f"{origin.name.removesuffix('.weight')}.scale")
-    what = "module" if what in ("affine8", "head") else what
+    what = "module" if what in ("matrix", "head") else what
     parts = module_parts(bundle, base) if what in ("expert", "module") else {}
     if name in bundle.tensors:
         parts.setdefault("weight", bundle.tensors[name])
