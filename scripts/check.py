@@ -27,7 +27,7 @@ from dsv4.conversion.size_planner import planned_shards
 from dsv4.errors import UserError, run
 from dsv4.hub.download import recorded, remaining
 from dsv4.hub.provenance import HEADERS, read_record
-from dsv4.model import memory
+from dsv4.model import mac_memory
 from dsv4.model.bundle_tensors import SHARD_BYTES
 from dsv4.model.expected_tensors import SourceFaults
 from dsv4.model.folder_roles import bundle_path
@@ -278,7 +278,7 @@ def bundle_need(
 
 def memory_line(args: argparse.Namespace, config: dict[str, Any], final: int) -> Line:
     """Which Mac the bundle fits."""
-    fit = memory.describe_fit(config, final, args.context or memory.CONTEXT, args.fit or 0)
+    fit = mac_memory.describe_fit(config, final, args.context or mac_memory.CONTEXT, args.fit or 0)
     return Line(True, "memory", fit, doubt="does not" in fit)
 
 
@@ -319,9 +319,9 @@ def main() -> int:
     add_setting(parser, "LOW_DISK")
     parser.add_argument("--ours", action="store_true", help="stop at another maker's bundle")
     add_quantizer_options(parser)
-    memory.add_goal(parser)
+    mac_memory.add_goal(parser)
     args = parser.parse_args()
-    memory.check_goal(args)
+    mac_memory.check_goal(args)
     source, bundle = args.source, bundle_path(args.bundle, args.source)
     args.bundle, made = bundle, recorded_in(bundle, args.quantizer)
     check_ours(args, made)

@@ -48,6 +48,7 @@ from dsv4.conversion.staging import mark, move_into_place, staging, unmark
 from dsv4.errors import UserError, run
 from dsv4.model.bundle_tensors import SHARD_BYTES
 from dsv4.model.folder_roles import bundle_path
+from dsv4.model.fp8_blocks import read_block
 from dsv4.model.load import open_bundle
 from dsv4.model.source import source_notes
 from dsv4.quantization.formats import Quantizer, add_quantizer_options
@@ -58,6 +59,8 @@ from dsv4.storage.tensor_reader import TensorReader
 from dsv4.text import escape_line, print_escaped
 from dsv4.toolchain import upstream_converter
 from dsv4.toolchain.python_env import default_python
+
+UPSTREAMS_BLOCK = (128, 128)  # of jang_tools.dsv4.fp8_ue8m0_codec, 2.5.9
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -90,6 +93,9 @@ def run_upstream(args: argparse.Namespace, source: Checkpoint) -> str:
             "--converter jang", "--dry-run or --low-disk", "neither", "use native for them"
         )
     check_strangers(source, "move it away: upstream's converter reads every shard that it finds")
+    if (block := read_block(source.config, source.folder)) != UPSTREAMS_BLOCK:
+        raise UserError("--converter jang", f"FP8 in blocks of {list(block)}",
+                   f"{list(UPSTREAMS_BLOCK)}, which alone it reads", "use native")  # fmt: skip
     with staging(args.bundle) as folder:
         upstream_converter.clear_folder(folder)
         mark(folder)

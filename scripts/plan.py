@@ -7,7 +7,7 @@ convert and requantize take it with
 --quantizer mixture --plan FILE. Everything but the routed experts is 8-bit affine then, as ever;
 with --quantizer mixture-lossless, here and there, it is as in the source: 0.2 GB more for Flash.
 
---fit 96GB is a Mac's memory: the rule from there to the bundle's size is in dsv4/model/memory.py.
+--fit 96GB is a Mac's memory: dsv4/model/mac_memory.py computes the bundle's size from it.
 --size 88GB is the bundle's own. Where the size allows, layers get the shape for which vMLX has
 fused kernels, or stay exact; --any-shape takes the least error instead. A plan that is there
 already, for the same size, source and imatrix, is kept, edited or not; what was left out of
@@ -34,7 +34,7 @@ from dsv4.conversion import low_disk, size_planner
 from dsv4.conversion.recorded_format import recorded_in, resolve_quantizer
 from dsv4.conversion.shard_metadata import fingerprint
 from dsv4.errors import run
-from dsv4.model import memory
+from dsv4.model import mac_memory
 from dsv4.model.bundle_tensors import SHARD_BYTES
 from dsv4.quantization import error_sampling
 from dsv4.quantization.formats import parse_name
@@ -54,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     add_setting(parser, "SOURCE", required=True)
     add_setting(parser, "BUNDLE", help="that is to have the plan, and may be a mixture already")
     add_setting(parser, "PLAN", help="the file to write")
-    memory.add_goal(parser)
+    mac_memory.add_goal(parser)
     add_setting(parser, "QUANTIZER", type=parse_name,
                 help="mixture or mixture-lossless; default: the bundle's, or mixture")  # fmt: skip
     add_setting(parser, "IMATRIX", help="importance of columns (.dat)")
@@ -64,7 +64,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="write nothing")
     add_setting(parser, "JOBS", default=available_cores())
     args = parser.parse_args()
-    memory.check_goal(args)
+    mac_memory.check_goal(args)
     if (args.fit or args.size) and not args.plan:
         parser.error("--fit and --size need --plan FILE, where the plan is written")
     if args.fit or args.size:
@@ -89,7 +89,7 @@ def asked(args: argparse.Namespace, source: Checkpoint, importance: Importance) 
         "quantizer": args.quantizer,
         "imatrix": importance.digest,
         "fit": args.fit,
-        "size": memory.size_goal(args, source.config),
+        "size": mac_memory.size_goal(args, source.config),
         "context": args.context,
         "any_shape": args.any_shape,
         "sample": {"experts": error_sampling.EXPERTS, "weights": error_sampling.WEIGHTS},
@@ -112,7 +112,7 @@ def main() -> int:
         importance = load_imatrix(args.imatrix, source)
         there = read_json(args.plan) if args.plan.is_file() else {}
         measured = take_over(args, there)
-        args.context = args.context or memory.CONTEXT
+        args.context = args.context or mac_memory.CONTEXT
         head = asked(args, source, importance)
         if {**head, "imatrix": measured or importance.digest}.items() <= there.items():
             print_escaped(
@@ -127,7 +127,7 @@ def main() -> int:
     planner = size_planner.SizePlanner(source, errors, args.shard_bytes, args.quantizer)
     fit = planner.fit(head["size"], args.any_shape)
     print_escaped(size_planner.describe_fit(fit))
-    print_escaped(memory.describe_fit(source.config, fit.nbytes, args.context, args.fit or 0))
+    print_escaped(mac_memory.describe_fit(source.config, fit.nbytes, args.context, args.fit or 0))
     if not args.dry_run:
         args.plan.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.plan, size_planner.plan_document(fit, errors, head))

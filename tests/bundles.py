@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dsv4.model.layouts import LAYOUTS
 from dsv4.model.load import open_bundle
 from dsv4.model.names import parse_expert
+from dsv4.model.naming_schemes import SCHEMES
 from dsv4.model.storage_view import build_view
 from dsv4.storage.checkpoint import INDEX
 from dsv4.storage.safetensors_file import (
@@ -127,7 +127,7 @@ def relaid(specimen: Path, folder: Path, layout: str) -> Path:
     labels go along. What the table has no name for (MTP) is left out.
     """
     shutil.copytree(specimen, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    view, target = build_view(open_bundle(specimen)), LAYOUTS[layout]
+    view, target = build_view(open_bundle(specimen)), SCHEMES[layout]
     arrays, stacks = {}, {}
     for name, tensor in view.tensors.items():
         disk = target.runtime_name(name)
@@ -148,7 +148,7 @@ def relaid(specimen: Path, folder: Path, layout: str) -> Path:
         labels = {}
         for key, label in config["quantization"].items():
             place = (
-                view.recognised.layout.locate(f"{key}.weight") if isinstance(label, dict) else None
+                view.recognized.scheme.locate(f"{key}.weight") if isinstance(label, dict) else None
             )
             one = place.name.replace(".E.", ".0.") if place else ""
             new = target.runtime_name(one) if place else key

@@ -115,7 +115,7 @@ def stock_arrays(source: Arrays, rng: np.random.Generator) -> Arrays:
             stock[name] = (dtype, array)  # as requantize leaves it
         elif dtype == "F32":
             stock[name] = ("F16", array.astype(np.float16))
-        elif array.ndim == 2 and kind(name) == "affine8":
+        elif array.ndim == 2 and kind(name) == "matrix":
             out, columns = array.shape
             stock[name] = ("U32", rng.integers(0, 1 << 32, (out, columns // 4)).astype(np.uint32))
             for part in ("scales", "biases"):

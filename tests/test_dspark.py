@@ -69,7 +69,7 @@ def test_config_tells_the_columns_of_every_matrix(sizes):
     for name, tensor in headers(sizes).items():
         if parse_expert(name) and ".experts.7." not in name:
             continue
-        if kind(name) in ("expert", "affine8"):
+        if kind(name) in ("expert", "matrix"):
             columns = tensor.shape[1] * (2 if kind(name) == "expert" else 1)
             assert columns_of(name.removesuffix(".weight"), config) == columns, name
 

@@ -24,8 +24,8 @@ from bundles import Arrays, edit, edit_json, places
 from conftest import NANO, ROOT, SCRIPTS, kept, made_once, must
 
 from dsv4.acceptance import nano
-from dsv4.model.layouts import LAYOUTS, has_name, recognize_layout
 from dsv4.model.load import open_bundle
+from dsv4.model.naming_schemes import SCHEMES, has_name, recognize_scheme
 from dsv4.model.source import open_source
 from dsv4.model.storage_view import build_view
 from dsv4.repair.context import RepairContext, RepairOptions
@@ -109,9 +109,9 @@ WRONG = {
 def test_a_bundle_of_another_maker_is_judged_by_its_numbers(specimen, name):
     folder = specimen(name)
     view = build_view(open_bundle(folder))
-    assert view.recognised.layout.name == LAYOUT_OF.get(name, name)
-    assert not view.recognised.unknown
-    assert not view.recognised.others
+    assert view.recognized.scheme.name == LAYOUT_OF.get(name, name)
+    assert not view.recognized.unknown
+    assert not view.recognized.others
     assert judge(folder) == WRONG.get(name, set())
 
 
@@ -123,7 +123,7 @@ def names(request) -> list[str]:
 
 
 def test_every_line_of_every_table_leads_there_and_back(names):
-    for layout in LAYOUTS.values():
+    for layout in SCHEMES.values():
         for name in names:
             disk = layout.runtime_name(name)
             if disk is not None:
@@ -133,16 +133,16 @@ def test_every_line_of_every_table_leads_there_and_back(names):
 
 
 def test_a_layout_is_told_by_its_names_alone(names):
-    for layout in LAYOUTS.values():
+    for layout in SCHEMES.values():
         mine = {(layout.runtime_name(name) or "").replace(".G.", ".0.") for name in names} - {""}
-        told = recognize_layout(mine)
+        told = recognize_scheme(mine)
         assert not told.unknown, layout.name
         assert told.known == len(mine)
-        assert told.layout.name == layout.name or "oMLX" in layout.name  # by MTP's stages alone
+        assert told.scheme.name == layout.name or "oMLX" in layout.name  # by MTP's stages alone
 
 
 def test_names_and_stacks_beyond_any_model_are_not_followed():
-    told = recognize_layout([f"layers.{'a' * i}.odd" for i in range(3000)])
+    told = recognize_scheme([f"layers.{'a' * i}.odd" for i in range(3000)])
     assert len(told.unknown) == 3000
     path = "language_model.model.layers.0.ffn.switch_mlp.up_proj.weight"
     stack = Tensor(path, "U32", (10**9, 1, 1), Path("x"), 0, 4 * 10**9)
@@ -208,10 +208,10 @@ def prune(arrays: Arrays, layer: int, experts: list[int], router: bool = True) -
 
 def named(arrays: Arrays, name: str, part: str = "weight") -> str:
     """What a tensor of the source is called in these arrays."""
-    told = recognize_layout(arrays)
+    told = recognize_scheme(arrays)
     found = [
         disk for disk in arrays
-        if (place := told.layout.locate(disk))
+        if (place := told.scheme.locate(disk))
         and place.name.replace(".E.", ".0.") == name and disk.endswith(part)
     ]  # fmt: skip
     return found[0]
@@ -259,8 +259,8 @@ def extra(arrays: Arrays) -> None:
 def mixed(arrays: Arrays) -> None:
     """A norm under the names of a layout that this one is not."""
     old = named(arrays, "layers.2.ffn_norm.weight")
-    ways = (layout.runtime_name("layers.2.ffn_norm.weight") for layout in LAYOUTS.values())
-    told = recognize_layout(arrays).layout
+    ways = (layout.runtime_name("layers.2.ffn_norm.weight") for layout in SCHEMES.values())
+    told = recognize_scheme(arrays).layout
     new = next(way for way in ways if way != old and not has_name(told, way))
     arrays[new] = arrays.pop(old)
 

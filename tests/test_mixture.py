@@ -14,7 +14,7 @@ from conftest import must, refusal
 
 from dsv4.conversion.size_planner import SizePlanner
 from dsv4.errors import UserError
-from dsv4.model import memory
+from dsv4.model import mac_memory
 from dsv4.model.bundle_tensors import SHARD_BYTES
 from dsv4.model.load import expert_labels, open_bundle
 from dsv4.model.names import stack_of
@@ -57,15 +57,15 @@ def test_sizes_of_no_common_unit_stay_within_the_budget() -> None:
 def test_a_macs_memory_leaves_what_cache_server_and_macos_take() -> None:
     # 41 layers with a pool: 21 of ratio 4 with an indexer, 20 of 128; two bytes a number.
     entries = 43 * 128 * 512 + 21 * (65536 // 4) * (512 + 128) + 20 * (65536 // 128) * 512
-    assert memory.cache_bytes(FLASH, 65536) == 2 * entries
-    gib = memory.GIB
-    assert memory.bundle_budget(FLASH, 96 * gib, 65536) == 90 * gib - 3 * gib - 2 * entries
-    words = memory.describe_fit(FLASH, 86 * gib, 65536)
+    assert mac_memory.cache_bytes(FLASH, 65536) == 2 * entries
+    gib = mac_memory.GIB
+    assert mac_memory.bundle_budget(FLASH, 96 * gib, 65536) == 90 * gib - 3 * gib - 2 * entries
+    words = mac_memory.describe_fit(FLASH, 86 * gib, 65536)
     assert words == (
         "fits 96 GB with 65,536 tokens of context; needs sudo sysctl iogpu.wired_limit_mb=92160"
     )
-    assert "no sysctl needed" in memory.describe_fit(FLASH, 60 * gib, 65536, 96 * gib)
-    assert "does not fit 64 GB" in memory.describe_fit(FLASH, 60 * gib, 65536, 64 * gib)
+    assert "no sysctl needed" in mac_memory.describe_fit(FLASH, 60 * gib, 65536, 96 * gib)
+    assert "does not fit 64 GB" in mac_memory.describe_fit(FLASH, 60 * gib, 65536, 64 * gib)
 
 
 def test_sizes_are_read_as_they_are_said() -> None:

@@ -118,12 +118,12 @@ def test_every_tensor_is_upstreams_or_requantizes(all_made):
     origin, ours = open_source(source).tensors, open_bundle(native).tensors
     stock, good = open_bundle(stock).tensors, open_bundle(good).tensors
     assert set(ours) == set(good)
-    compared = dict.fromkeys(("expert", "affine8", "passthrough", "control"), 0)
+    compared = dict.fromkeys(("expert", "matrix", "passthrough", "control"), 0)
     for name, tensor in origin.items():
         kept = names.kind(name) == "head"  # as the source has it
         what = "control" if kept else names.kind(name)
         where = {"expert": good, "control": origin}.get(what, stock)
-        parts = ("weight", "scales", "biases") if what in ("expert", "affine8") else ("weight",)
+        parts = ("weight", "scales", "biases") if what in ("expert", "matrix") else ("weight",)
         base, dot, _ = name.rpartition("weight")
         keys = [base + part for part in parts] if dot else [name]
         for key in keys if what != "scale" else ():
@@ -176,7 +176,7 @@ def test_the_table_is_upstreams_for_every_name(source, monkeypatch):
     for variable in [name for name in os.environ if name.startswith("DSV4_")]:
         monkeypatch.delenv(variable)
     upstream = pytest.importorskip("jang_tools.dsv4.convert_dsv4_jangtq")
-    ours = {"expert": "affine", "affine8": "affine", "head": "affine",
+    ours = {"expert": "affine", "matrix": "affine", "head": "affine",
             "passthrough": "passthrough", "control": "passthrough"}  # fmt: skip
     made = [name for name in open_source(source).tensors if not name.endswith(".scale")]
     for name in (*made, *REAL_NAMES.split()):
@@ -185,8 +185,7 @@ def test_the_table_is_upstreams_for_every_name(source, monkeypatch):
         bits, method, _ = upstream.classify(name, 4)
         assert ours[what] == method, name
         assert (
-            bits == {"expert": 4, "affine8": 8, "head": 8}.get(what, 16)
-            or upstream.FORMAT != "jang"
+            bits == {"expert": 4, "matrix": 8, "head": 8}.get(what, 16) or upstream.FORMAT != "jang"
         )
 
 

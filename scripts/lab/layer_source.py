@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from race import gaussian_fp4, planned_expert
 
+from dsv4.model.fp8_blocks import RELEASED as BLOCK
 from dsv4.model.source_format import MODEL_TYPE
 from dsv4.model.tensor_table import Block, rows_in
-from dsv4.quantization.fp8 import BLOCK
 from dsv4.storage.checkpoint import INDEX
 from dsv4.storage.safetensors_file import PendingTensor, write_shard
 

@@ -22,7 +22,7 @@ from locations import NANO
 from source_tensors import Sizes, Writer, tensors, with_dspark
 
 from dsv4.errors import UserError, run
-from dsv4.quantization.fp8 import BLOCK
+from dsv4.model.fp8_blocks import RELEASED as BLOCK
 from dsv4.storage.atomic import copy_file, write_json
 from dsv4.storage.checkpoint import INDEX
 from dsv4.storage.safetensors_file import PendingTensor, write_shard

@@ -54,7 +54,7 @@ def stored(weight: Tensor, scale: Tensor | None) -> dict[str, np.ndarray]:
     if what == "expert":
         codes = np.ascontiguousarray(read_array(weight)).view(np.uint32)
         return {weight.name: codes, f"{base}.scales": read_array(scale).view(np.uint8)}
-    if what in ("affine8", "head"):
+    if what in ("matrix", "head"):
         parts = mlx_affine.quantize(decode(weight, scale))
         return {f"{base}.{part}": array for part, array in parts.items()}
     if weight.dtype not in FLOATS:

@@ -10,9 +10,10 @@ from pathlib import Path
 import locations  # noqa: F401
 import numpy as np
 
+from dsv4.model.fp8_blocks import RELEASED as BLOCK
 from dsv4.model.names import GROUP
 from dsv4.model.tensor_table import Block, Row, rows_in
-from dsv4.quantization.fp8 import BLOCK, E4M3
+from dsv4.quantization.fp8 import E4M3
 from dsv4.storage.safetensors_file import Tensor
 
 

@@ -295,6 +295,6 @@ def describe_other_tensors(counts: Counter[str], quantizer: Quantizer) -> str:
         rest = counts.total() - counts["expert"] - counts["fp8"]
         return f"{counts['fp8']:,} FP8 matrices to mxfp8, {rest:,} others as the source has them"
     return (
-        f"{counts['affine8']:,} matrices to affine 8 bits, {counts['passthrough']:,} to F16 or as "
+        f"{counts['matrix']:,} matrices to affine 8 bits, {counts['passthrough']:,} to F16 or as "
         f"integers, {counts['control']:,} controls in F32, {counts['head']:,} head as it is"
     )

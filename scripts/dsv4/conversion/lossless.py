@@ -1,7 +1,7 @@
 """Store FP8 matrices as mxfp8, and BF16 tensors as F16 where that is exact.
 
-MLX's mxfp8 is the source's FP8 with a scale for each row and 32 columns instead of each 128 × 128
-block: the same codes, the block's byte repeated. Every F16 and BF16 number that runtimes meet
+MLX's mxfp8 is the source's FP8 with a scale for each row and 32 columns instead of each block:
+the same codes, the block's byte repeated. Every F16 and BF16 number that runtimes meet
 steers in which dtype they compute: F16 is finer, so a BF16 tensor becomes F16 if each of its values
 is an F16 number. Only the values tell, so they are read before the plan is made.
 """
@@ -12,7 +12,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -20,7 +19,8 @@ from dsv4.conversion.expert_pieces import ErrorLog
 from dsv4.conversion.shard_metadata import fingerprint
 from dsv4.errors import UserError
 from dsv4.model.bundle_tensors import weights_of
-from dsv4.model.names import BLOCK, GROUP
+from dsv4.model.fp8_blocks import block_of
+from dsv4.model.names import GROUP
 from dsv4.quantization.formats import Quantizer, with_bf16_overflow
 from dsv4.quantization.fp8 import expand_scales
 from dsv4.quantization.source_reader import read_blocks, read_bytes
@@ -50,7 +50,6 @@ def with_measured_overflow(
 
     A `record` of the same source is used if there is one. Raises UserError for NaN or infinity.
     """
-    check_blocks(source)
     mark = fingerprint(source)
     known = read_json(record) if record.is_file() else {}
     if known.get("source") == mark and isinstance(known.get("beyond"), dict):
@@ -62,18 +61,6 @@ def write_record(record: Path, source: Checkpoint, quantizer: Quantizer) -> None
     """Record the result of the planning pass, so that a continued run decides the same."""
     if quantizer.form.as_source:
         write_json(record, {"source": fingerprint(source), "beyond": dict(quantizer.beyond)})
-
-
-def check_blocks(source: Checkpoint) -> None:
-    """Raise UserError when config.json has another block size than 128 × 128."""
-    said = source.config.get("quantization_config")
-    size: Any = said.get("weight_block_size") if isinstance(said, dict) else None
-    if size not in (None, [BLOCK, BLOCK]):
-        first = next((n for n, t in source.tensors.items() if t.dtype == "F8_E4M3"), "no FP8")
-        raise UserError(
-            f"{source.folder / 'config.json'}: weight_block_size", f"{size} ({first})",
-            f"{[BLOCK, BLOCK]}", "use another QUANTIZER",
-        )  # fmt: skip
 
 
 def count_f16_overflow(source: Checkpoint, read: Read, jobs: int) -> dict[str, int]:
@@ -126,7 +113,7 @@ def message(quantizer: Quantizer, source: Checkpoint) -> str:
 
 @dataclass(frozen=True)
 class Fp8Piece:
-    """Rows `first` to `last` - 1 of an FP8 matrix, copied. `first` is a multiple of 128."""
+    """Rows `first` to `last` - 1 of an FP8 matrix, copied. `first` begins a block."""
 
     weight: Tensor
     scale: Tensor
@@ -158,7 +145,8 @@ class Fp8Piece:
                 target.write(self.places["weight"] + at, codes)
         if "scales" in self.places:
             across = self.scale.shape[1]
-            top, bottom = self.first // BLOCK, -(-self.last // BLOCK)
+            height, _ = block_of(self.weight.shape, self.scale.shape)
+            top, bottom = self.first // height, -(-self.last // height)
             data = read_bytes(
                 buffers, self.scale, top * across, (bottom - top) * across, "exponents"
             )
@@ -184,9 +172,10 @@ class Fp8Piece:
 def fp8_pieces(
     weight: Tensor, scale: Tensor, places: dict[str, int], ledger: ErrorLog
 ) -> list[Fp8Piece]:
-    """Return the pieces of an FP8 matrix, each of whole blocks of 128 rows."""
+    """Return the pieces of an FP8 matrix, each of whole blocks."""
     out, columns = weight.shape
-    rows = max(1, PIECE_BYTES // columns // BLOCK) * BLOCK
+    height, _ = block_of(weight.shape, scale.shape)
+    rows = max(1, PIECE_BYTES // columns // height) * height
     return [
         Fp8Piece(weight, scale, row, min(row + rows, out), places, ledger)
         for row in range(0, out, rows)

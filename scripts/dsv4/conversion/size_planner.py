@@ -18,7 +18,7 @@ from typing import Any
 from dsv4.conversion.recorded_format import Recorded, quantizer_for
 from dsv4.conversion.shard_metadata import converted_by
 from dsv4.errors import UserError
-from dsv4.model import memory
+from dsv4.model import mac_memory
 from dsv4.model.bundle_tensors import PlannedShard, plan_shards
 from dsv4.model.labels import parts_of
 from dsv4.model.load import expert_bases, read_config
@@ -201,7 +201,7 @@ def planned_shards(
     planned = quantizer_properties(args.quantizer).needs_plan
     if planned and (args.fit or args.size) and not args.plan.is_file():
         there = (args.source / "config.json").is_file()
-        goal = memory.size_goal(args, read_config(args.source) if there else {})
+        goal = mac_memory.size_goal(args, read_config(args.source) if there else {})
         most = sum(shard.size for shard in shards(alike(CHOICES[-1])))
         return shards(alike(CHOICES[0])), max(1, min(goal, most))
     if args.imatrix or args.plan:

@@ -15,8 +15,9 @@ import mlx.core as mx
 
 from dsv4.errors import UserError
 from dsv4.model.bundle_tensors import ConversionUnit, StorageFormat, conversion_units
+from dsv4.model.fp8_blocks import block_of
 from dsv4.model.labels import MXFP4
-from dsv4.model.names import BLOCK, GROUP
+from dsv4.model.names import GROUP
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.safetensors_file import Tensor
 
@@ -83,12 +84,13 @@ def from_source(tensors: Mapping[str, Tensor]) -> Arrays:
 
 
 def group_scales(unit: ConversionUnit, scales: mx.array) -> mx.array:
-    """Return scales uint8 (rows, columns / 32); FP8's, of blocks of 128 × 128, are repeated."""
+    """Return scales uint8 (rows, columns / 32); FP8's, of blocks, are repeated."""
     if unit.treatment == "expert":
         return scales
     rows, columns = unit.weight.shape
-    by_group = mx.repeat(scales, BLOCK // GROUP, axis=1)[:, : columns // GROUP]
-    return mx.repeat(by_group, BLOCK, axis=0)[:rows]
+    height, width = block_of(unit.weight.shape, unit.scale.shape)
+    by_group = mx.repeat(scales, width // GROUP, axis=1)[:, : columns // GROUP]
+    return mx.repeat(by_group, height, axis=0)[:rows]
 
 
 def widen(array: mx.array) -> mx.array:

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dsv4.errors import UserError
+from dsv4.model.fp8_blocks import block_of
 from dsv4.model.labels import DEFAULT, MXFP8, TURBO, parts_of
-from dsv4.model.names import BLOCK, GROUP, kind, parse_expert, stack_base, stack_of, treatment
+from dsv4.model.names import GROUP, kind, parse_expert, stack_base, stack_of, treatment
 from dsv4.storage import limits
 from dsv4.storage.safetensors_file import FLOATS, ShardLayout, Tensor, TensorSpec
 
@@ -134,7 +135,7 @@ def conversion_unit(weight: Tensor, scale: Tensor | None, form: StorageFormat) -
     elif form.as_source:
         dtype = exact_dtype(weight, form)
         return ConversionUnit(what, weight, None, (TensorSpec(weight.name, dtype, weight.shape),))
-    elif what == "affine8":
+    elif what == "matrix":
         check_matrix(weight, scale)
         parts = parts_of(DEFAULT, *weight.shape)
     else:
@@ -209,10 +210,11 @@ def check_matrix(weight: Tensor, scale: Tensor | None) -> None:
         raise UserError(where, f"shape {shape}", f"two axes, columns in groups of {GROUP}", todo)
     if weight.dtype != "F8_E4M3":
         return
-    expected = tuple(-(-n // BLOCK) for n in weight.shape)
-    if scale is None or scale.dtype not in ("F8_E8M0", "U8") or scale.shape != expected:
-        found = "no scale" if scale is None else f"a scale {scale.dtype} {list(scale.shape)}"
-        raise UserError(where, found, f"F8_E8M0 {list(expected)}", "fetch the source again")
+    found = "no scale" if scale is None else f"a scale {scale.dtype} {list(scale.shape)}"
+    bytes_ = scale is not None and scale.dtype in ("F8_E8M0", "U8")
+    if not bytes_ or block_of(weight.shape, scale.shape) is None:
+        expected = f"F8_E8M0, one for each block of {shape}"
+        raise UserError(where, found, expected, "fetch the source again")
 
 
 def unquantized_dtype(tensor: Tensor, what: str) -> str:

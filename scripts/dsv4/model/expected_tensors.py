@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from dsv4.errors import UserError
+from dsv4.model.fp8_blocks import read_block, scale_shape
 from dsv4.model.load import block_counts, config_count, mtp_declared
 from dsv4.model.names import GROUP, treatment
 from dsv4.model.source_format import has_dspark
-from dsv4.model.tensor_table import FP8_BLOCK, Block, MissingSize, Row, compress_ratio, rows_in
+from dsv4.model.tensor_table import Block, MissingSize, Row, compress_ratio, rows_in
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.safetensors_file import FLOATS, NUMPY_DTYPE, Tensor, read_array
 
@@ -104,7 +105,8 @@ def _tensor_faults(source: Checkpoint, tensor: Tensor, row: Row, block: Block) -
     elif row.stored == "FP4":
         yield from _scale_faults(source, tensor, (shape[0], 2 * shape[1] // GROUP))
     elif tensor.dtype == "F8_E4M3":
-        yield from _scale_faults(source, tensor, tuple(-(-n // FP8_BLOCK) for n in shape))
+        block_size = read_block(source.config, source.folder)
+        yield from _scale_faults(source, tensor, scale_shape(shape, block_size))
 
 
 def _scale_faults(source: Checkpoint, weight: Tensor, shape: tuple[int, ...]) -> Iterator[str]:

@@ -19,8 +19,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from dsv4.model.fp8_blocks import block_of
 from dsv4.model.names import (
-    BLOCK,
     GROUP,
     columns_of,
     module_paths,
@@ -201,8 +201,11 @@ def source_label(weight: TensorSpec | Tensor, scale: TensorSpec | Tensor) -> dic
     out, width = weight.shape
     if bits is None:
         return None
-    groups = (out, 2 * width // GROUP) if bits == 4 else (-(-out // BLOCK), -(-width // BLOCK))
-    return {"group_size": GROUP, "bits": bits, "mode": SOURCE} if scale.shape == groups else None
+    if bits == 4:
+        fits = scale.shape == (out, 2 * width // GROUP)
+    else:
+        fits = block_of(weight.shape, scale.shape) is not None
+    return {"group_size": GROUP, "bits": bits, "mode": SOURCE} if fits else None
 
 
 def recorded_quantizer(config: dict[str, Any]) -> str | None:

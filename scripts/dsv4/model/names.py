@@ -11,10 +11,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from dsv4.model.tensor_table import FP8_BLOCK, NUMBER, MissingSize, row_of
+from dsv4.model.tensor_table import NUMBER, MissingSize, row_of
 
 GROUP = 32  # columns that share a scale, in the source's FP4 and in every label of a bundle
-BLOCK = FP8_BLOCK
 
 # w1 = gate_proj, w3 = up_proj (width, hidden); w2 = down_proj (hidden, width).
 PROJECTION = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
@@ -174,7 +173,7 @@ def treatment(name: str) -> str | None:
         row = row_of(name)
         return row.treatment if row else None
     row = row_of(name.removesuffix("scale") + "weight")
-    return "scale" if row and row.treatment in ("expert", "affine8", "head") else None
+    return "scale" if row and row.treatment in ("expert", "matrix", "head") else None
 
 
 def kind(name: str) -> str:
@@ -191,4 +190,4 @@ def kind(name: str) -> str:
         return "expert"
     if "norm" in name or name.endswith((".ape", ".tid2eid", ".gate.weight", ".bias")):
         return "passthrough"
-    return "affine8" if name.endswith(".weight") else "passthrough"
+    return "matrix" if name.endswith(".weight") else "passthrough"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dsv4.errors import UserError
 from dsv4.model.expected_tensors import check_headers, check_tables, lacking_mtp
+from dsv4.model.fp8_blocks import read_block
 from dsv4.model.load import read_config
 from dsv4.model.names import is_control
 from dsv4.model.source_format import check_format
@@ -39,6 +40,7 @@ def open_source(folder: Path) -> Checkpoint:
     source = Checkpoint(folder, config, weight_map, open_shards(folder, set(weight_map.values())))
     check_index(source, "download")
     check_format(source)
+    read_block(config, folder)
     check_headers(source)
     check_tables(source)
     return source

@@ -1,8 +1,8 @@
-"""A bundle of any layout as if it had storage names: each source tensor's counterpart by its name.
+"""View a bundle of any naming scheme under storage names.
 
-Nothing is copied. A stacked expert is some bytes of the stack, a split matrix the blocks one after
-the other; a tensor of the view says in `disk` what it is on disk. So whoever judges a bundle knows
-storage names only.
+Nothing is copied. A stacked expert is some bytes of the stack, and a split matrix is its blocks one
+after the other. `Tensor.disk` has the name on disk, so code that reads a view needs storage names
+only.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from dsv4.model.layouts import STORAGE, RecognizedScheme, recognize_layout
+from dsv4.model.naming_schemes import STORAGE, RecognizedScheme, recognize_scheme
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.limits import MATRICES
 from dsv4.storage.safetensors_file import Tensor
@@ -20,32 +20,32 @@ SHARED = "tq_bits"  # one number for all experts of a stack
 
 @dataclass(frozen=True)
 class StorageView(Checkpoint):
-    """A checkpoint's tensors under storage names, and how they were found.
+    """A checkpoint's tensors under storage names.
 
-    odd: tensors on disk that have a place in the layout and not its shape, or share it with
-    another; why.
+    odd: name on disk → reason, for tensors whose shape does not fit their place in the scheme, or
+    that share it with another.
     """
 
-    recognised: RecognizedScheme
+    recognized: RecognizedScheme
     tensors: dict[str, Tensor] = field(default_factory=dict)
     odd: dict[str, str] = field(default_factory=dict)
 
     def name_on_disk(self, name: str) -> str:
-        """What a tensor of the view is on disk, or what the layout would call it."""
+        """Return the name on disk of a tensor of the view, or the scheme's name for it."""
         tensor = self.tensors.get(name)
         if tensor is not None:
             return tensor.disk or name
-        return self.recognised.layout.runtime_name(name) or name
+        return self.recognized.scheme.runtime_name(name) or name
 
 
 def build_view(checkpoint: Checkpoint) -> StorageView:
-    """The view of a checkpoint by the layout that knows most of its names."""
+    """Return the view of a checkpoint by the scheme that has most of its names."""
     tensors = checkpoint.tensors
-    recognised = recognize_layout(tensors)
+    recognized = recognize_scheme(tensors)
     view = StorageView(
-        checkpoint.folder, checkpoint.config, checkpoint.weight_map, checkpoint.shards, recognised
+        checkpoint.folder, checkpoint.config, checkpoint.weight_map, checkpoint.shards, recognized
     )
-    if recognised.layout is STORAGE:
+    if recognized.scheme is STORAGE:
         view.tensors.update(tensors)
     else:
         translate(tensors, view)
@@ -53,12 +53,12 @@ def build_view(checkpoint: Checkpoint) -> StorageView:
 
 
 def translate(tensors: Mapping[str, Tensor], view: StorageView) -> None:
-    """Put every tensor that the layout knows where it belongs."""
+    """Add every tensor whose name the scheme has to the view."""
     blocks: dict[str, dict[int, Tensor]] = {}
     shared = []
-    left_out = set(view.recognised.unknown).union(*view.recognised.others.values())
+    left_out = set(view.recognized.unknown).union(*view.recognized.others.values())
     for name, tensor in tensors.items():
-        place = None if name in left_out else view.recognised.layout.locate(name)
+        place = None if name in left_out else view.recognized.scheme.locate(name)
         if place is None:
             continue
         if place.block is not None:
@@ -81,7 +81,7 @@ def translate(tensors: Mapping[str, Tensor], view: StorageView) -> None:
 
 
 def add_tensor(view: StorageView, tensor: Tensor | None) -> None:
-    """Add one tensor to the view, unless its place is taken."""
+    """Add one tensor to the view, unless its place is taken; then note it as odd."""
     if tensor is None:
         return
     if tensor.name in view.tensors:
@@ -90,7 +90,7 @@ def add_tensor(view: StorageView, tensor: Tensor | None) -> None:
 
 
 def flatten_groups(tensor: Tensor) -> Tensor:
-    """Three axes as two: rows in groups are rows."""
+    """Return a matrix of three axes, rows in groups, as one of two."""
     if len(tensor.shape) != 3:
         return tensor
     first, second, last = tensor.shape
@@ -98,7 +98,7 @@ def flatten_groups(tensor: Tensor) -> Tensor:
 
 
 def split_stack(name: str, tensor: Tensor, view: StorageView) -> None:
-    """Each expert's part of a stack."""
+    """Add each expert of a stack to the view."""
     experts = tensor.shape[0] if len(tensor.shape) > 1 else 0
     if not 0 < experts <= MATRICES - len(view.tensors):
         view.odd[tensor.name] = f"shape {list(tensor.shape)}, no stack of experts"
@@ -112,7 +112,7 @@ def split_stack(name: str, tensor: Tensor, view: StorageView) -> None:
 
 
 def join_blocks(name: str, pieces: dict[int, Tensor], view: StorageView) -> Tensor | None:
-    """The blocks of a split matrix as one tensor, when they fit each other."""
+    """Return the blocks of a split matrix as one tensor, or None if they do not fit each other."""
     ordered = [pieces[number] for number in sorted(pieces)]
     first = ordered[0]
     kinds = {(piece.dtype, piece.shape[1:]) for piece in ordered}

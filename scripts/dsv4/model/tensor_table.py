@@ -16,7 +16,7 @@ from typing import Any
 
 from dsv4.storage.limits import COLUMNS
 
-# Treatments: how a bundle stores a tensor. "passthrough" and "affine8" are upstream's choice
+# Treatments: how a bundle stores a tensor. "passthrough" and "matrix" are upstream's choice
 # (jang_tools.dsv4.convert_dsv4_jangtq, classify, 2.5.9); "head" is not: upstream quantizes it, and
 # mlx-vlm has no quantized head. It costs 1.06 GB for Flash instead of 0.6.
 TREATMENTS = {
@@ -24,9 +24,8 @@ TREATMENTS = {
     "control": "F32, as in the source: it steers routing or residual mixing",
     "passthrough": "norms, router weight, compressor positions to F16; integers as they are",
     "head": "as in the source",
-    "affine8": "8-bit affine, groups of 32",
+    "matrix": "8-bit affine, groups of 32",
 }
-FP8_BLOCK = 128  # rows and columns of the source's FP8 that share a scale
 NUMBER = r"[0-9]{1,6}"  # a name with a longer number is unknown
 
 # The sizes in the shapes below, and config.json's keys for them.
@@ -87,16 +86,16 @@ def _rows(present: Callable[[Block], bool], *rows: tuple[str, str, str, str]) ->
 
 # A compressor pools `ratio` tokens into one key; at ratio 4 windows overlap.
 _COMPRESSOR = (
-    ("attn.compressor.wkv.weight", "BF16", "overlap * head_dim, hidden", "affine8"),
-    ("attn.compressor.wgate.weight", "BF16", "overlap * head_dim, hidden", "affine8"),
+    ("attn.compressor.wkv.weight", "BF16", "overlap * head_dim, hidden", "matrix"),
+    ("attn.compressor.wgate.weight", "BF16", "overlap * head_dim, hidden", "matrix"),
     ("attn.compressor.ape", "F32", "ratio, overlap * head_dim", "passthrough"),
     ("attn.compressor.norm.weight", "BF16", "head_dim,", "passthrough"),
 )
 _INDEXER = (
-    ("attn.indexer.wq_b.weight", "FP8", "index_heads * index_dim, q_lora", "affine8"),
-    ("attn.indexer.weights_proj.weight", "BF16", "index_heads, hidden", "affine8"),
-    ("attn.indexer.compressor.wkv.weight", "BF16", "overlap * index_dim, hidden", "affine8"),
-    ("attn.indexer.compressor.wgate.weight", "BF16", "overlap * index_dim, hidden", "affine8"),
+    ("attn.indexer.wq_b.weight", "FP8", "index_heads * index_dim, q_lora", "matrix"),
+    ("attn.indexer.weights_proj.weight", "BF16", "index_heads, hidden", "matrix"),
+    ("attn.indexer.compressor.wkv.weight", "BF16", "overlap * index_dim, hidden", "matrix"),
+    ("attn.indexer.compressor.wgate.weight", "BF16", "overlap * index_dim, hidden", "matrix"),
     ("attn.indexer.compressor.ape", "F32", "ratio, overlap * index_dim", "passthrough"),
     ("attn.indexer.compressor.norm.weight", "BF16", "index_dim,", "passthrough"),
 )
@@ -108,7 +107,7 @@ _HC_HEAD = (
 )
 ENDS = _rows(
     lambda block: not block.prefix,
-    ("embed.weight", "BF16", "vocab, hidden", "affine8"),
+    ("embed.weight", "BF16", "vocab, hidden", "matrix"),
     ("norm.weight", "BF16", "hidden,", "passthrough"),
     ("head.weight", "BF16", "vocab, hidden", "head"),
     *_HC_HEAD,
@@ -125,11 +124,11 @@ BLOCKS = (
         ("hc_ffn_fn", "F32", "(2 + hc) * hc, hc * hidden", "control"),
         ("hc_ffn_base", "F32", "(2 + hc) * hc,", "control"),
         ("hc_ffn_scale", "F32", "3,", "control"),
-        ("attn.wq_a.weight", "FP8", "q_lora, hidden", "affine8"),
-        ("attn.wq_b.weight", "FP8", "heads * head_dim, q_lora", "affine8"),
-        ("attn.wkv.weight", "FP8", "head_dim, hidden", "affine8"),
-        ("attn.wo_a.weight", "FP8", "o_groups * o_lora, heads * head_dim // o_groups", "affine8"),
-        ("attn.wo_b.weight", "FP8", "hidden, o_groups * o_lora", "affine8"),
+        ("attn.wq_a.weight", "FP8", "q_lora, hidden", "matrix"),
+        ("attn.wq_b.weight", "FP8", "heads * head_dim, q_lora", "matrix"),
+        ("attn.wkv.weight", "FP8", "head_dim, hidden", "matrix"),
+        ("attn.wo_a.weight", "FP8", "o_groups * o_lora, heads * head_dim // o_groups", "matrix"),
+        ("attn.wo_b.weight", "FP8", "hidden, o_groups * o_lora", "matrix"),
         ("attn.q_norm.weight", "BF16", "q_lora,", "passthrough"),
         ("attn.kv_norm.weight", "BF16", "head_dim,", "passthrough"),
         ("attn.attn_sink", "F32", "heads,", "control"),
@@ -141,9 +140,9 @@ BLOCKS = (
     *_rows(lambda block: not block.hashed, ("ffn.gate.bias", "F32", "experts,", "control")),
     *_rows(
         lambda block: True,
-        ("ffn.shared_experts.w1.weight", "FP8", "width, hidden", "affine8"),
-        ("ffn.shared_experts.w2.weight", "FP8", "hidden, width", "affine8"),
-        ("ffn.shared_experts.w3.weight", "FP8", "width, hidden", "affine8"),
+        ("ffn.shared_experts.w1.weight", "FP8", "width, hidden", "matrix"),
+        ("ffn.shared_experts.w2.weight", "FP8", "hidden, width", "matrix"),
+        ("ffn.shared_experts.w3.weight", "FP8", "width, hidden", "matrix"),
         ("ffn.experts.E.w1.weight", "FP4", "width, hidden", "expert"),
         ("ffn.experts.E.w2.weight", "FP4", "hidden, width", "expert"),
         ("ffn.experts.E.w3.weight", "FP4", "width, hidden", "expert"),
@@ -153,14 +152,14 @@ BLOCKS = (
 DRAFTERS = (
     *_rows(
         lambda block: block.drafter == "mtp",
-        ("e_proj.weight", "FP8", "hidden, hidden", "affine8"),
-        ("h_proj.weight", "FP8", "hidden, hidden", "affine8"),
+        ("e_proj.weight", "FP8", "hidden, hidden", "matrix"),
+        ("h_proj.weight", "FP8", "hidden, hidden", "matrix"),
         ("enorm.weight", "BF16", "hidden,", "passthrough"),
         ("hnorm.weight", "BF16", "hidden,", "passthrough"),
     ),
     *_rows(
         lambda block: block.drafter == "dspark" and block.first,
-        ("main_proj.weight", "FP8", "hidden, targets * hidden", "affine8"),
+        ("main_proj.weight", "FP8", "hidden, targets * hidden", "matrix"),
         ("main_norm.weight", "BF16", "hidden,", "passthrough"),
     ),
     *_rows(
@@ -170,9 +169,9 @@ DRAFTERS = (
     ),
     *_rows(
         lambda block: block.drafter == "dspark" and block.last,
-        ("markov_head.markov_w1.weight", "BF16", "vocab, rank", "affine8"),
-        ("markov_head.markov_w2.weight", "BF16", "vocab, rank", "affine8"),
-        ("confidence_head.proj.weight", "BF16", "1, hidden + rank", "affine8"),
+        ("markov_head.markov_w1.weight", "BF16", "vocab, rank", "matrix"),
+        ("markov_head.markov_w2.weight", "BF16", "vocab, rank", "matrix"),
+        ("confidence_head.proj.weight", "BF16", "1, hidden + rank", "matrix"),
     ),
 )
 

@@ -1,6 +1,6 @@
 """Quantize all tensors except the routed experts: matrices to 8-bit affine, the others to F16.
 
-A matrix is FP8 with a scale for each 128 × 128 block, or BF16, F16 or F32. It is decoded to float32
+A matrix is FP8 with a scale for each block, or BF16, F16 or F32. It is decoded to float32
 some rows at a time and quantized by `mx.quantize` on MLX's CPU backend, so that every machine
 writes the same bytes. Scales and biases are rounded to F16, as upstream's converter does
 (jang_tools.dsv4.convert_dsv4_jangtq, convert, 2.5.9).
@@ -16,8 +16,9 @@ from functools import cached_property
 import numpy as np
 
 from dsv4.errors import UserError
+from dsv4.model.fp8_blocks import block_of
 from dsv4.model.labels import DEFAULT, parts_of
-from dsv4.model.names import BLOCK, GROUP
+from dsv4.model.names import GROUP
 from dsv4.quantization import fp8
 from dsv4.quantization.source_reader import read_bytes
 from dsv4.storage.safetensors_file import ITEMSIZE, Tensor, TensorSpec
@@ -64,7 +65,7 @@ def digest() -> str:
 
 @dataclass(frozen=True)
 class MatrixPiece:
-    """Rows `first` to `last` - 1 of one matrix; `first` is a multiple of 128."""
+    """Rows `first` to `last` - 1 of one matrix; `first` begins a block of FP8."""
 
     weight: Tensor
     scale: Tensor | None
@@ -101,8 +102,9 @@ class MatrixPiece:
         return values
 
     def _scales(self, desk: WorkerBuffers) -> np.ndarray:
-        """Read the scale bytes of these rows' blocks, uint8 (⌈rows/128⌉, ⌈columns/128⌉)."""
-        first, last = self.first // BLOCK, -(-self.last // BLOCK)
+        """Read the scale bytes of these rows' blocks, uint8 (rows, columns) of blocks."""
+        height, _ = block_of(self.weight.shape, self.scale.shape)
+        first, last = self.first // height, -(-self.last // height)
         blocks = self.scale.shape[1]
         data = read_bytes(desk, self.scale, first * blocks, (last - first) * blocks, "exponents")
         return data.reshape(last - first, blocks)
@@ -129,10 +131,11 @@ class MatrixPiece:
 def matrix_pieces(
     weight: Tensor, scale: Tensor | None, places: dict[str, int]
 ) -> list[MatrixPiece]:
-    """Cut a matrix into runs of rows of about PIECE_ELEMENTS, whole blocks of 128 rows each."""
+    """Cut a matrix into runs of rows of about PIECE_ELEMENTS, of whole blocks if it is FP8."""
     out, columns = weight.shape
-    rows = max(1, PIECE_ELEMENTS // columns // BLOCK) * BLOCK
     scale = scale if weight.dtype == "F8_E4M3" else None
+    height = block_of(weight.shape, scale.shape)[0] if scale else 1
+    rows = max(1, PIECE_ELEMENTS // columns // height) * height
     return [
         MatrixPiece(weight, scale, row, min(row + rows, out), places) for row in range(0, out, rows)
     ]

@@ -13,8 +13,8 @@ from typing import Any
 from dsv4.conversion import runtime_documents
 from dsv4.errors import UserError
 from dsv4.model.labels import DEFAULT, MXFP8, SOURCE, TURBO, has_turboquant
-from dsv4.model.layouts import STORAGE
 from dsv4.model.names import is_control, parse_expert
+from dsv4.model.naming_schemes import STORAGE
 from dsv4.repair.context import NEEDS_SOURCE, RepairContext
 from dsv4.repair.shards_on_disk import open_by_shards, wrong_experts
 from dsv4.storage.checkpoint import Checkpoint
@@ -34,7 +34,7 @@ def scan_bundle(bundle: Checkpoint) -> Scan:
 def keeps_experts(bundle: Scan) -> bool:
     """True for what requantize knows nothing of: other names than storage names, TurboQuant, and
     somebody else's groups or widths, where headers prove no expert wrong."""
-    if bundle.layout is not STORAGE or has_turboquant(bundle.tensors):
+    if bundle.scheme is not STORAGE or has_turboquant(bundle.tensors):
         return True
     return not (bundle.is_ours or is_uniform(bundle) or wrong_experts(bundle.checkpoint))
 
@@ -115,7 +115,7 @@ def corrected_labels(bundle: Scan) -> dict[str, Any]:
     for key in [key for key in labels if is_plain(bundle, key, labels[key])]:
         del labels[key]
     keys = [(key, base) for key, base, _ in labels_in_use(bundle)]
-    keys += [(base, base) for base in stored if bundle.layout is STORAGE]
+    keys += [(base, base) for base in stored if bundle.scheme is STORAGE]
     for key, base in keys:
         found, label = stored.get(base), labels.get(key, top)
         said = {**label, "mode": label.get("mode") or "affine"} if isinstance(label, dict) else {}

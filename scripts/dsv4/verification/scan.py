@@ -15,9 +15,9 @@ from typing import Any
 from dsv4.errors import UserError
 from dsv4.model.json_schemas import FORMS
 from dsv4.model.labels import RECORD
-from dsv4.model.layouts import NamingScheme
 from dsv4.model.load import expert_bases
 from dsv4.model.names import parse_expert
+from dsv4.model.naming_schemes import NamingScheme
 from dsv4.model.source_format import MODEL_TYPE
 from dsv4.model.storage_view import StorageView, build_view
 from dsv4.storage import limits
@@ -67,9 +67,9 @@ class Scan:
         return self.view.tensors
 
     @property
-    def layout(self) -> NamingScheme:
+    def scheme(self) -> NamingScheme:
         """The layout that they lie in."""
-        return self.view.recognised.layout
+        return self.view.recognized.scheme
 
     @cached_property
     def is_ours(self) -> bool:

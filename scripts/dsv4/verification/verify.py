@@ -216,7 +216,7 @@ def verification_json(options: VerifyOptions, done: Verification) -> dict[str, A
         "levels": [1, 2] if options.level == 2 else [1],
         "loader_asked": not options.without_loader,
         "quantizer": quantizer_of(bundle) if bundle else {},
-        "layout": bundle.layout.name if bundle else "",
+        "layout": bundle.scheme.name if bundle else "",
         "checks": [asdict(check) for check in (*done.first, *done.second)],
         "findings": [finding.as_json() for finding in done.findings],
         "sizes": size_table(bundle, done.source) if bundle else {},

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dsv4.errors import UserError
 from dsv4.model.labels import has_turboquant
-from dsv4.model.layouts import MLX_LM, MLX_VLM, STORAGE
+from dsv4.model.naming_schemes import MLX_LM, MLX_VLM, STORAGE
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.toolchain.python_env import probe
 from dsv4.verification.checks import conversation, documents, headers, loading, turboquant_files
@@ -16,7 +16,7 @@ from dsv4.verification.scan import Scan
 
 def check_headers(bundle: Scan, source: Checkpoint | None, findings: Findings) -> list[Check]:
     """Everything that headers and JSON show, without the toolchain: seconds for 180 GB."""
-    findings.ours, findings.storage = bundle.is_ours, bundle.layout is STORAGE
+    findings.ours, findings.storage = bundle.is_ours, bundle.scheme is STORAGE
     fields = headers.check_config(bundle, source, findings)
     if "config-broken" in findings:
         return [fields]  # nothing can be counted by a config without counts
@@ -47,7 +47,7 @@ def check_toolchain(bundle: Scan, python: Path, findings: Findings) -> list[Chec
     """What the installed loaders make of these headers, and whether they are patched."""
     if {"config-broken", "layout-unknown"} & findings.names:
         return []
-    runtime = next((r for r in (MLX_LM, MLX_VLM) if r in bundle.layout.runtimes), None)
+    runtime = next((r for r in (MLX_LM, MLX_VLM) if r in bundle.scheme.runtimes), None)
     if runtime == MLX_VLM and has_package(python, "mlx-vlm"):
         return loading.check_loading(bundle, python, findings, runtime)
     if runtime != MLX_LM or has_turboquant(bundle.tensors):

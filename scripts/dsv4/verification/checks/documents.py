@@ -10,8 +10,8 @@ from dsv4.model import defaults
 from dsv4.model.configs import code_keys
 from dsv4.model.json_schemas import FORMS
 from dsv4.model.labels import EXPERT, SOURCE, TURBO, fp8_bases
-from dsv4.model.layouts import MLX_LM, MLX_VLM, RUNTIMES, STORAGE, VMLX
 from dsv4.model.names import GROUP, module_paths, parse_expert, switch_paths
+from dsv4.model.naming_schemes import MLX_LM, MLX_VLM, RUNTIMES, STORAGE, VMLX
 from dsv4.model.special_tokens import STOP_TOKENS, vocabulary
 from dsv4.storage.checkpoint import INDEX, Checkpoint, read_json
 from dsv4.storage.safetensors_file import FLOATS
@@ -68,7 +68,7 @@ def names_no_group(bundle: Scan) -> bool:
 def group_size(bundle: Scan) -> int:
     """The columns of a group of most of the bundle's affine modules, which vMLX has to know of;
     0 where it has nothing to know."""
-    if VMLX not in bundle.layout.runtimes:
+    if VMLX not in bundle.scheme.runtimes:
         return 0
     if bundle.is_ours:
         return GROUP
@@ -127,7 +127,7 @@ def check_stop_tokens(bundle: Scan, findings: Findings) -> None:
         document = bundle.documents.get(name)
         found = document.get("eos_token_id") if document is not None else eos
         if found != eos:
-            few = bundle.layout is not STORAGE and found in (eos[0], eos[:1])
+            few = bundle.scheme is not STORAGE and found in (eos[0], eos[:1])
             fault = "eos-few" if few else "eos-wrong"
             findings.add(fault, f"{name}: eos_token_id", short_repr(found), f"{eos}")
 
@@ -137,7 +137,7 @@ def labels_in_use(bundle: Scan) -> Iterator[tuple[str, str, str]]:
 
     Of a layout with other names, everything that has scales; a stack of experts by its first.
     """
-    if bundle.layout is not STORAGE:
+    if bundle.scheme is not STORAGE:
         yield from paths_in_use(bundle)
         return
     for base in bundle.bases:
@@ -173,18 +173,18 @@ def paths_in_use(bundle: Scan) -> Iterator[tuple[str, str, str]]:
     seen = set()
     for name in bundle.tensors:
         base, _, part = name.rpartition(".")
-        path = bundle.layout.runtime_name(f"{base}.weight") if part == "scales" else None
+        path = bundle.scheme.runtime_name(f"{base}.weight") if part == "scales" else None
         if path is None or path in seen:
             continue
         seen.add(path)
         path = path.removesuffix(".weight").removesuffix(".G")
-        if MLX_VLM in bundle.layout.runtimes:
+        if MLX_VLM in bundle.scheme.runtimes:
             own = f"language_model.{path.removeprefix('language_model.')}"
             short = own.removeprefix("language_model.")
             aliases = (own, short, short.removeprefix("model."), base)
             yield next((a for a in aliases if a in labels), own), base, MLX_VLM
         else:
-            yield path, base, bundle.layout.who
+            yield path, base, bundle.scheme.who
 
 
 def check_labels(bundle: Scan, findings: Findings) -> Check:
@@ -207,7 +207,7 @@ def check_labels(bundle: Scan, findings: Findings) -> Check:
     top = {key: labels.get(key) for key in LABEL}
     named = list(labels_in_use(bundle))
     experts = {base for _, base, _ in named}
-    if bundle.layout is STORAGE:
+    if bundle.scheme is STORAGE:
         named += [(base, base, "every runtime") for base in sorted(bases - experts)]
     seen: set[tuple[str, str]] = set()
     for key, base, runtime in named:
@@ -245,9 +245,9 @@ def check_plain(bundle: Scan, labels: dict[str, Any], findings: Findings) -> Non
 
 def is_plain(bundle: Scan, key: str, label: Any) -> bool:
     """True for the label of a module that has a tensor of floats."""
-    if not isinstance(label, dict) or bundle.layout is STORAGE:
+    if not isinstance(label, dict) or bundle.scheme is STORAGE:
         return False
-    place = bundle.layout.locate(f"{key}.weight")
+    place = bundle.scheme.locate(f"{key}.weight")
     tensor = place and bundle.tensors.get(place.name.replace(".E.", ".0."))
     return tensor is not None and tensor.dtype in FLOATS
 
@@ -260,7 +260,7 @@ def dropped_by_unpatched_loader(bundle: Scan) -> int:
     """
     labels = bundle.config["quantization"]
     own = {key: label for key, label in labels.items() if isinstance(label, dict)}
-    if bundle.layout is not STORAGE:
+    if bundle.scheme is not STORAGE:
         return 0
     inferred = {}
     for name in bundle.tensors:

@@ -16,7 +16,6 @@ from dsv4.model.labels import (
     has_turboquant,
     label_of,
 )
-from dsv4.model.layouts import STORAGE
 from dsv4.model.load import block_counts
 from dsv4.model.names import (
     columns_of,
@@ -26,6 +25,7 @@ from dsv4.model.names import (
     mtp_layer,
     parse_expert,
 )
+from dsv4.model.naming_schemes import STORAGE
 from dsv4.model.quantizer_table import quantizer_properties
 from dsv4.storage.atomic import TEMPORARY_SUFFIX
 from dsv4.storage.checkpoint import INDEX, SIDECAR, Checkpoint
@@ -149,7 +149,7 @@ def check_marks(bundle: Scan, findings: Findings) -> Check:
 
 def check_layout(bundle: Scan, findings: Findings) -> Check:
     """The tensors' names are those of one layout; what no layout has is named."""
-    seen, layout = bundle.view.recognised, bundle.layout
+    seen, layout = bundle.view.recognized, bundle.scheme
     for other, names in seen.others.items():
         where = f"{names[0]}, as {other} has it"
         findings.add("layout-mixed", where, f"{len(names):,} such names",
@@ -167,11 +167,11 @@ def check_layout(bundle: Scan, findings: Findings) -> Check:
 
 def describe_layout(bundle: Scan) -> str:
     """The layout in words, and what is left out or added as makers of bundles do."""
-    said = [f"{bundle.layout.name} ({bundle.layout.who})"]
+    said = [f"{bundle.scheme.name} ({bundle.scheme.who})"]
     has_mtp = any(mtp_layer(name) is not None for name in bundle.tensors)
     if not has_mtp and bundle.config.get("num_nextn_predict_layers"):
         said.append("MTP left out")
-    seen = [name for name in bundle.view.recognised.unknown if is_vision(name)]
+    seen = [name for name in bundle.view.recognized.unknown if is_vision(name)]
     if seen:
         said.append(f"a vision tower of {len(seen):,} tensors, not judged")
     fewer = pruned(bundle)
@@ -226,7 +226,7 @@ def check_triples(bundle: Scan, findings: Findings) -> Check:
     for base, has in parts.items():
         if any(f"{base}.{part}" in unread for part in ("weight", "scales", "biases")):
             continue
-        if bundle.layout is STORAGE and "tq_packed" not in has and "scale" not in has:
+        if bundle.scheme is STORAGE and "tq_packed" not in has and "scale" not in has:
             check_triple(base, has, bundle.config, findings)
         elif stored_label(module_parts(bundle, base), columns_of(base, bundle.config)) is None:
             shown = ", ".join(f"{part} {t.dtype} {list(t.shape)}" for part, t in has.items())
@@ -283,7 +283,7 @@ def check_counterparts(bundle: Scan, source: Checkpoint, findings: Findings) -> 
                 where = display_name(bundle, key)
                 findings.add("tensor-missing", where, "not there", f"the counterpart of {name}")
         check_counterpart(bundle, tensor, what, findings)
-    for name in sorted({*(set(tensors) - wanted), *bundle.view.recognised.unknown}):
+    for name in sorted({*(set(tensors) - wanted), *bundle.view.recognized.unknown}):
         if not is_vision(name):
             where = display_name(bundle, name)
             findings.add("tensor-extra", where, "no such tensor in the source", "none")
@@ -297,7 +297,7 @@ def check_counterpart(bundle: Scan, origin: Tensor, what: str, findings: Finding
     if tensor is None:
         return
     shape = origin.shape
-    if what in ("expert", "affine8", "head"):
+    if what in ("expert", "matrix", "head"):
         columns = shape[-1] * (2 if what == "expert" else 1) if shape else 0
         label = stored_label(module_parts(bundle, base), columns)
         if label is None and tensor.dtype not in FLOATS:

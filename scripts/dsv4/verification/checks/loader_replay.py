@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dsv4.model.layouts import MLX_LM, MLX_VLM
+from dsv4.model.naming_schemes import MLX_LM, MLX_VLM
 from dsv4.toolchain.child_process import end_with_parent
 from dsv4.toolchain.hide_torchvision import hide
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from dsv4.errors import UserError
 from dsv4.model.configs import known_fields
-from dsv4.model.layouts import MLX_LM
+from dsv4.model.naming_schemes import MLX_LM
 from dsv4.storage import own_folders
 from dsv4.storage.checkpoint import INDEX, read_json
 from dsv4.storage.safetensors_file import Shard, TensorSpec, header_bytes

@@ -12,7 +12,7 @@ from typing import Any
 
 from dsv4.model.chat_template import ENCODING
 from dsv4.model.labels import fp8_bases, has_turboquant
-from dsv4.model.layouts import MLX_LM, STORAGE, VMLX
+from dsv4.model.naming_schemes import MLX_LM, STORAGE, VMLX
 from dsv4.text import escape_line, short_repr
 from dsv4.verification.checks.documents import VMLX_GROUP, group_size, labels_in_use, names_no_group
 from dsv4.verification.checks.documents import stop_token_ids as ids_of
@@ -28,8 +28,8 @@ def expert_labels_for(runtime: str) -> Need:
     """Every expert's label, under the names that `runtime` looks up."""
 
     def need(bundle: Scan) -> str:
-        if runtime not in bundle.layout.runtimes:
-            return f"names as {bundle.layout.who} writes them, which it does not load"
+        if runtime not in bundle.scheme.runtimes:
+            return f"names as {bundle.scheme.who} writes them, which it does not load"
         labels = bundle.config.get("quantization")
         if not isinstance(labels, dict):
             quantized = any(name.endswith(".scales") for name in bundle.tensors)
@@ -60,7 +60,7 @@ def stop_ids(name: str) -> Need:
     def need(bundle: Scan) -> str:
         eos = ids_of(bundle.documents.get("tokenizer.json", {}))
         found = bundle.documents.get(name, {}).get("eos_token_id")
-        enough = (eos, eos[0], eos[:1]) if eos and bundle.layout is not STORAGE else (eos,)
+        enough = (eos, eos[0], eos[:1]) if eos and bundle.scheme is not STORAGE else (eos,)
         return "" if eos and found in enough else f"stop tokens in {name} {short_repr(found)}"
 
     return need
@@ -92,7 +92,7 @@ def jang_groups(bundle: Scan) -> str:
 
 def plain_head(bundle: Scan) -> str:
     """Of mlx-vlm, which looks for a quantized head under its own names only."""
-    if bundle.layout is not STORAGE:
+    if bundle.scheme is not STORAGE:
         return ""
     head = bundle.tensors.get("head.weight")
     return "" if head and head.dtype in ("BF16", "F16") else "head.weight is quantized"

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from dsv4.model.layouts import RUNTIMES
+from dsv4.model.naming_schemes import RUNTIMES
 from dsv4.model.quantizer_table import quantizers_with
 from dsv4.toolchain.python_env import LONG_PROMPTS, ROOT
 from dsv4.verification.checks.runtime_requirements import (

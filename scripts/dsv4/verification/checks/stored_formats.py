@@ -64,7 +64,7 @@ def label_at(bundle: Scan, base: str) -> dict[str, Any] | None:
 def wanted_keys(bundle: Scan, name: str, what: str) -> tuple[str, ...]:
     """The tensors that hold a source tensor's weight, by the form in which the bundle has it."""
     base, tensors = name.removesuffix(".weight"), bundle.tensors
-    if what not in ("expert", "affine8", "head"):
+    if what not in ("expert", "matrix", "head"):
         return (name,)
     if f"{base}.tq_packed" in tensors:
         return tuple(f"{base}.{part}" for part in FORMS[2])

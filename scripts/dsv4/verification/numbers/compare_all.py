@@ -183,8 +183,8 @@ def files_to_hash(bundle: Scan) -> list[str]:
 def all_tensors(bundle: Scan) -> list[Tensor]:
     """Every tensor, experts of a stack one by one; those without a place in the layout too."""
     disk = bundle.checkpoint.tensors
-    foreign = {*bundle.view.recognised.unknown, *bundle.view.odd}
-    foreign |= {name for names in bundle.view.recognised.others.values() for name in names}
+    foreign = {*bundle.view.recognized.unknown, *bundle.view.odd}
+    foreign |= {name for names in bundle.view.recognized.others.values() for name in names}
     foreign -= set(bundle.tensors)
     return [*bundle.tensors.values(), *(disk[name] for name in sorted(foreign) if name in disk)]
 

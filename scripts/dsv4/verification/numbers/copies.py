@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from dsv4.model.names import BLOCK, GROUP
+from dsv4.model.fp8_blocks import block_of
+from dsv4.model.names import GROUP
 from dsv4.storage.tensor_reader import TensorReader
 from dsv4.verification.numbers.tasks import Task, TensorResult
 
@@ -52,6 +53,7 @@ def copied_rows(task: Task, part: str, reader: TensorReader, first: int, last: i
     if part == "weight" or task.label["mode"] == "mxfp4":
         return reader.rows(task.origin if part == "weight" else task.scale, first, last)
     blocks = reader.read(task.scale).reshape(task.scale.shape)
-    rows = np.arange(first, last) // BLOCK
-    columns = np.arange(task.origin.shape[1] // GROUP) * GROUP // BLOCK
+    height, width = block_of(task.origin.shape, task.scale.shape)
+    rows = np.arange(first, last) // height
+    columns = np.arange(task.origin.shape[1] // GROUP) * GROUP // width
     return blocks[rows[:, None], columns[None, :]].reshape(-1)

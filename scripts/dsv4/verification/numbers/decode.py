@@ -6,15 +6,16 @@
 | mxfp8  | E4M3  | UE8M0, for 32 columns                          |
 | nvfp4  | E2M1  | E4M3, for 16 columns                           |
 | source | E2M1  | F32 or UE8M0, for 32 columns                   |
-|        | E4M3  | F32 or UE8M0, for a block of 128 × 128         |
+|        | E4M3  | F32 or UE8M0, for a block, as of 128 × 128     |
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from dsv4.model.fp8_blocks import block_of
 from dsv4.model.labels import SOURCE
-from dsv4.model.names import BLOCK, GROUP
+from dsv4.model.names import GROUP
 from dsv4.quantization.fp4 import UE8M0
 from dsv4.quantization.fp8 import E4M3
 from dsv4.storage.safetensors_file import Tensor
@@ -43,7 +44,8 @@ def source_rows(
     elif origin.dtype == "F8_E4M3":
         exponents = reader.read(scale)
         powers = UE8M0[exponents].reshape(scale.shape)
-        kernels.decode_fp8(codes, E4M3, powers, task.columns, first, values)
+        block = block_of(origin.shape, scale.shape)
+        kernels.decode_fp8(codes, E4M3, powers, block, task.columns, first, values)
     else:
         values = as_float32(codes, origin.dtype)
     return codes, exponents, values
@@ -66,8 +68,9 @@ def stored_rows(
     if bits == 4:
         return codes, scales_to_float32(reader.rows(scale, first, last), scale), GROUP
     blocks = scales_to_float32(reader.read(scale), scale).reshape(scale.shape)
-    rows, columns = np.arange(first, last) // BLOCK, np.arange(task.columns // GROUP)
-    return codes, blocks[rows[:, None], columns * GROUP // BLOCK].reshape(-1), GROUP
+    height, width = block_of(task.parts["weight"].shape, scale.shape)
+    rows, columns = np.arange(first, last) // height, np.arange(task.columns // GROUP)
+    return codes, blocks[rows[:, None], columns * GROUP // width].reshape(-1), GROUP
 
 
 def scales_to_float32(data: np.ndarray, scale: Tensor) -> np.ndarray:

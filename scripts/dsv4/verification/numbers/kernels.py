@@ -50,13 +50,14 @@ def decode_fp4(codes, exponents, values):
 
 
 @numba.njit(nogil=True, cache=True)
-def decode_fp8(codes, table, powers, columns, first_row, values):
-    """codes uint8 (rows · columns,), table float32 (256,), powers float32 (⌈out/128⌉, ⌈in/128⌉)."""
+def decode_fp8(codes, table, powers, block, columns, first_row, values):
+    """codes uint8 (rows · columns,), table float32 (256,), powers float32, one for each block."""
+    height, width = block
     for row in range(len(codes) // columns):
-        for block in range(powers.shape[1]):
-            power = powers[(first_row + row) >> 7, block]
-            start, end = row * columns + (block << 7), row * columns + columns
-            for i in range(start, min(start + 128, end)):
+        for across in range(powers.shape[1]):
+            power = powers[(first_row + row) // height, across]
+            start, end = row * columns + across * width, row * columns + columns
+            for i in range(start, min(start + width, end)):
                 values[i] = table[codes[i]] * power
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from dsv4.model.names import BLOCK, GROUP, expert_base, kind, parse_expert
+from dsv4.model.fp8_blocks import block_of
+from dsv4.model.names import GROUP, expert_base, kind, parse_expert
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.limits import COLUMNS
 from dsv4.storage.safetensors_file import FLOATS, Tensor
@@ -104,8 +105,10 @@ def is_decodable(source: Checkpoint, origin: Tensor) -> bool:
     if len(origin.shape) != 2 or not 0 < origin.shape[1] <= COLUMNS:
         return False
     out, columns = origin.shape
-    fp4, fp8 = (out, 2 * columns // GROUP), (-(-out // BLOCK), -(-columns // BLOCK))
-    fits = scale.shape == (fp4 if origin.dtype == "I8" else fp8)
+    if origin.dtype == "I8":
+        fits = scale.shape == (out, 2 * columns // GROUP)
+    else:
+        fits = block_of(origin.shape, scale.shape) is not None
     return fits and scale.dtype in ("F8_E8M0", "U8")
 
 
@@ -142,7 +145,7 @@ def task_of(bundle: Scan, source: Checkpoint, name: str, origin: Tensor) -> Task
         return None
     base = name.removesuffix(".weight")
     scale = source.tensors.get(f"{origin.name.removesuffix('.weight')}.scale")
-    what = "module" if what in ("affine8", "head") else what
+    what = "module" if what in ("matrix", "head") else what
     parts = module_parts(bundle, base) if what in ("expert", "module") else {}
     if name in bundle.tensors:
         parts.setdefault("weight", bundle.tensors[name])

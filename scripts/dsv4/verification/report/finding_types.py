@@ -157,7 +157,7 @@ FAULTS = {
     "tensor-missing": FindingType("A parameter keeps its random or zero start value.", CONVERT),
     "layout-unknown": FindingType(
         "Most tensors have names of no known layout; what they hold was not judged.",
-        "none: teach the names to scripts/dsv4/model/layouts.py, or ask its maker",
+        "none: teach the names to scripts/dsv4/model/naming_schemes.py, or ask its maker",
     ),
     "layout-mixed": FindingType(
         "Tensors have the names of two layouts; each loader takes those that it knows.", CONVERT

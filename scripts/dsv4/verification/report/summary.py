@@ -32,11 +32,11 @@ class Row:
 def summary_row(repo: str, size: int, bundle: Scan | None, findings: Findings) -> Row:
     """One bundle; size: bytes of all its files; without a scan, its faults alone."""
     faults = ", ".join(finding.name for finding in findings.errors) or "none"
-    if bundle is None or not bundle.view.recognised.known:
+    if bundle is None or not bundle.view.recognized.known:
         return Row((repo, format_bytes(size), "", "", "", "", faults))
     loads = [name for name, why in runtime_verdicts(bundle, findings).items() if not why]
     loaded = sum(t.nbytes for name, t in bundle.tensors.items() if not name.startswith("mtp."))
-    named = "unknown" if "layout-unknown" in findings else bundle.layout.name
+    named = "unknown" if "layout-unknown" in findings else bundle.scheme.name
     runtimes = ", ".join(loads) or "none known"
     bits, memory = bits_by_kind(bundle), format_bytes(loaded)
     return Row((repo, format_bytes(size), named, bits, runtimes, memory, faults))

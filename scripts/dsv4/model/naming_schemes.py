@@ -1,14 +1,14 @@
-"""What the makers of DeepSeek-V4 bundles call a source tensor, and what they did to its shape.
+"""The names that makers of DeepSeek-V4 bundles give to the source's tensors, and their shapes.
 
-One table a layout, one line a name: the source's on the left, the bundle's on the right, and what
-follows either (`.weight`, `.scales` …) is the same. N stands for the number of a layer, E of an
-expert, * for letters. Where the right side lacks the E, experts are stacked along a new first axis;
-where it has a G that the left side lacks, a matrix is split into that many blocks of rows. A matrix
-with three axes where the source has two is the same rows in groups (`attn.wo_a`). The first line
-that fits a source name counts, so that each name has one counterpart, and the way back is the same
-line read from the right. A new layout is one more table.
+One table for each naming scheme, one line for each name: the source's on the left, the bundle's on
+the right. What follows (`.weight`, `.scales` …) is the same on both sides. N is the number of a
+layer, E of an expert, * stands for letters. If the right side lacks the E, experts are stacked
+along a new first axis. If it has a G that the left side lacks, a matrix is split into blocks of
+rows. A matrix with three axes where the source has two holds the same rows in groups (`attn.wo_a`).
+The first line that matches a source name counts, so each name has one counterpart. The way back
+uses the same lines from right to left. A new scheme is one more table.
 
-The names of published bundles were taken from their writers: jang 2.5.50, mlx-vlm 0.7.10, and the
+The names were taken from the programs that write them: jang 2.5.50, mlx-vlm 0.7.10, and the
 branches of mlx-lm of spring 2026 (mlx-lm#1192, omlx#2145).
 """
 
@@ -24,13 +24,14 @@ from dsv4.model.names import PROJECTION, treatment
 
 MLX_LM, MLX_VLM, VMLX = "mlx_lm and vMLX 1.3.97", "mlx-vlm", "vMLX 1.6.81"
 RUNTIMES = (MLX_LM, MLX_VLM, VMLX)
-EXPERT = 0  # what an open E is read as, to look a name up
-KINDS = 2_000  # of names, numbers aside; a bundle has two hundred, and each costs a millisecond
+EXPERT = 0  # the number that stands for an open E when a name is looked up
+# Names that differ in more than numbers. A bundle has two hundred; each takes a millisecond.
+PATTERNS = 2_000
 Line = tuple[str, str]
 
 
 def pattern(side: str) -> re.Pattern[str]:
-    """One side of a line; what follows the name in `rest`."""
+    """Return the pattern of one side of a line; `rest` is what follows the name."""
     text = re.escape(side).replace(r"\*", r"(?P<any>[a-z]+)")
     for token in "NEG":
         text = re.sub(rf"\b{token}\b", rf"(?P<{token}>[0-9]{{1,6}})", text)
@@ -38,9 +39,9 @@ def pattern(side: str) -> re.Pattern[str]:
     return re.compile(text + follows)
 
 
-def fill_pattern(side: str, found: re.Match[str], **numbers: object) -> str:
-    """A side of a line with what the other side matched; tokens that are still open stay."""
-    given = {key: value for key, value in found.groupdict().items() if value is not None}
+def fill_pattern(side: str, match: re.Match[str], **numbers: object) -> str:
+    """Return a side of a line, filled with the other side's match; open tokens stay."""
+    given = {key: value for key, value in match.groupdict().items() if value is not None}
     given |= {key: f"{value}" for key, value in numbers.items()}
     text = side.replace("*", given.get("any", "*"))
     return re.sub(r"\b([NEG])\b", lambda m: given.get(m[1], m[1]), text) + given["rest"]
@@ -48,7 +49,10 @@ def fill_pattern(side: str, found: re.Match[str], **numbers: object) -> str:
 
 @dataclass(frozen=True)
 class SourcePlace:
-    """What a bundle's tensor is: the source's name, with E for a stack; its block of rows."""
+    """The source tensor that a bundle's tensor holds: its name, with E for a stack of experts.
+
+    block: of the rows that it is split into, which; None if it is whole.
+    """
 
     name: str
     stacked: bool = False
@@ -57,8 +61,11 @@ class SourcePlace:
 
 @dataclass(frozen=True)
 class NamingScheme:
-    """name: as a report calls it; who writes it; lines: the table; runtimes: those of RUNTIMES that
-    load it, as far as is known."""
+    """A naming scheme.
+
+    name: in reports. who: the program that writes it. lines: the table. runtimes: those of RUNTIMES
+    that are known to load it.
+    """
 
     name: str
     who: str
@@ -70,39 +77,39 @@ class NamingScheme:
         return [(pattern(source), pattern(bundle)) for source, bundle in self.lines]
 
     def runtime_name(self, name: str) -> str | None:
-        """What the layout calls the source tensor `name`; an open G stays. None: it drops it.
+        """Return the bundle's name of a source tensor, with an open G; None if it is left out.
 
-        >>> called = LAYOUTS["mlx-vlm"].called
-        >>> called("layers.3.ffn.experts.7.w2.weight")
+        >>> runtime_name = SCHEMES["mlx-vlm"].runtime_name
+        >>> runtime_name("layers.3.ffn.experts.7.w2.weight")
         'language_model.model.layers.3.ffn.switch_mlp.down_proj.weight'
-        >>> called("mtp.0.norm.weight")
+        >>> runtime_name("mtp.0.norm.weight")
         """
         for (_, bundle), (source, _) in zip(self.lines, self._sides, strict=True):
-            if found := source.fullmatch(name):
-                return fill_pattern(bundle, found)
+            if match := source.fullmatch(name):
+                return fill_pattern(bundle, match)
         return None
 
     def locate(self, name: str) -> SourcePlace | None:
-        """Which source tensor the bundle's tensor `name` holds; None for a name of another's.
+        """Return the place of a bundle's tensor in the source; None for a name of another scheme.
 
-        >>> LAYOUTS["mlx-lm, wo_a split"].locate("model.layers.3.attn.wo_a.7.weight")
-        Place(name='layers.3.attn.wo_a.weight', stacked=False, block=7)
+        >>> SCHEMES["mlx-lm, wo_a split"].locate("model.layers.3.attn.wo_a.7.weight")
+        SourcePlace(name='layers.3.attn.wo_a.weight', stacked=False, block=7)
         """
         for (source, _), (_, bundle) in zip(self.lines, self._sides, strict=True):
-            found = bundle.fullmatch(name)
-            if found is None:
+            match = bundle.fullmatch(name)
+            if match is None:
                 continue
-            open_name = fill_pattern(source, found)
-            one = fill_pattern(source, found, E=found.groupdict().get("E") or EXPERT)
-            back = (self.runtime_name(one) or "").replace(".G.", f".{found.groupdict().get('G')}.")
+            open_name, numbers = fill_pattern(source, match), match.groupdict()
+            one = fill_pattern(source, match, E=numbers.get("E") or EXPERT)
+            back = (self.runtime_name(one) or "").replace(".G.", f".{numbers.get('G')}.")
             if back == name:
-                block = int(found["G"]) if "G" in found.groupdict() else None
+                block = int(numbers["G"]) if "G" in numbers else None
                 return SourcePlace(open_name, "E" in re.findall(r"\bE\b", open_name), block)
         return None
 
 
 def stacked(place: str, block: str = "layers.N", names: dict[str, str] = PROJECTION) -> list[Line]:
-    """Routed experts as one tensor a matrix."""
+    """Return the lines of routed experts that are one tensor for each matrix of a layer."""
     return [(f"{block}.ffn.experts.E.{w}", f"{place}.{name}") for w, name in names.items()]
 
 
@@ -121,7 +128,10 @@ def module_scheme(
     projections: dict[str, str] = PROJECTION,
     extra: tuple[Line, ...] = (),
 ) -> tuple[Line, ...]:
-    """A layout under module paths; experts: how those of a layer are called, E where one by one."""
+    """Return the lines of a scheme of module paths.
+
+    experts: the name of a layer's experts, with E if each has its own tensors.
+    """
     layer = f"{prefix}model.layers.N"
     routed = [(f"layers.N.ffn.experts.E.{w}", f"{layer}.{ffn}.{experts}.{name}")
               for w, name in projections.items()]  # fmt: skip
@@ -160,9 +170,9 @@ STAGES = tuple(
     for w, name in PROJECTION.items()
 )
 
-LAYOUTS = {
-    layout.name: layout
-    for layout in (
+SCHEMES = {
+    scheme.name: scheme
+    for scheme in (
         NamingScheme("storage names", "jang_tools and this recipe", (SAME,), RUNTIMES),
         NamingScheme(
             "jang, prestacked", "jang_tools' convert_dsv4_jangtq",
@@ -207,57 +217,59 @@ LAYOUTS = {
         ),
     )
 }  # fmt: skip
-STORAGE = LAYOUTS["storage names"]
+STORAGE = SCHEMES["storage names"]
 
 
 @dataclass(frozen=True)
 class RecognizedScheme:
-    """The layout that knows most of a bundle's names, the names that it lacks by the layout that
-    has them, and those that nobody knows."""
+    """The scheme that has most of a bundle's names.
 
-    layout: NamingScheme
+    known: how many. others: the names that it lacks, by the scheme that has them. unknown: those of
+    no scheme.
+    """
+
+    scheme: NamingScheme
     known: int
     others: dict[str, list[str]]
     unknown: list[str]
 
 
-def has_name(layout: NamingScheme, name: str) -> bool:
-    """True when the layout has the name, and it is one that DeepSeek-V4 has."""
-    place = layout.locate(name)
+def has_name(scheme: NamingScheme, name: str) -> bool:
+    """Return True when the scheme has the name, for a tensor of DeepSeek-V4."""
+    place = scheme.locate(name)
     return place is not None and is_known(place.name)
 
 
 def is_known(name: str) -> bool:
-    """True for a tensor of DeepSeek-V4, or a part that a bundle makes of one."""
-    base, _, part = name.replace(".E.", f".{EXPERT}.").rpartition(".")
-    weight = part in ("scale", "scales", "biases", "tq_packed", "tq_norms", "tq_bits")
-    return treatment(f"{base}.weight" if weight else name.replace(".E.", ".0.")) is not None
+    """Return True for a tensor of DeepSeek-V4, or a part that a bundle makes of one."""
+    name = name.replace(".E.", f".{EXPERT}.")
+    base, _, part = name.rpartition(".")
+    made = part in ("scale", "scales", "biases", "tq_packed", "tq_norms", "tq_bits")
+    return treatment(f"{base}.weight" if made else name) is not None
 
 
-@functools.lru_cache(maxsize=KINDS)
-def schemes_with_name(kind: str) -> tuple[str, ...]:
-    """The layouts that know a name; every kind of name is asked for many times in a process."""
-    return tuple(layout.name for layout in LAYOUTS.values() if has_name(layout, kind))
+@functools.lru_cache(maxsize=PATTERNS)
+def schemes_with_name(name: str) -> tuple[str, ...]:
+    """Return the schemes that have a name. Cached: a process asks many times."""
+    return tuple(scheme.name for scheme in SCHEMES.values() if has_name(scheme, name))
 
 
-def recognize_layout(names: Iterable[str]) -> RecognizedScheme:
-    """The layout of a bundle by its tensors' names; of two that know as many, the first."""
-    names = list(names)
-    kind_of = {name: re.sub(r"(?<=\.)[0-9]{1,6}(?=\.|$)", "0", name) for name in names}
-    kinds = dict.fromkeys(kind_of.values())
-    having: dict[str, tuple[str, ...]] = dict.fromkeys(kinds, ())
-    for kind in list(kinds)[:KINDS]:
-        having[kind] = schemes_with_name(kind)
-    counts = dict.fromkeys(LAYOUTS, 0)
-    for kind in kind_of.values():
-        for layout in having[kind]:
-            counts[layout] += 1
-    best = max(counts, key=lambda layout: counts[layout])
+def recognize_scheme(names: Iterable[str]) -> RecognizedScheme:
+    """Recognize the scheme of a bundle by its tensors' names; of equals the first."""
+    patterns = {name: re.sub(r"(?<=\.)[0-9]{1,6}(?=\.|$)", "0", name) for name in names}
+    having: dict[str, tuple[str, ...]] = dict.fromkeys(patterns.values(), ())
+    for one in list(having)[:PATTERNS]:
+        having[one] = schemes_with_name(one)
+    counts = dict.fromkeys(SCHEMES, 0)
+    for one in patterns.values():
+        for scheme in having[one]:
+            counts[scheme] += 1
+    best = max(counts, key=lambda scheme: counts[scheme])
     others: dict[str, list[str]] = {}
     unknown = []
-    for name, kind in kind_of.items():
-        if not having[kind]:
+    for name, one in patterns.items():
+        if not having[one]:
             unknown.append(name)
-        elif best not in having[kind]:
-            others.setdefault(having[kind][0], []).append(name)
-    return RecognizedScheme(LAYOUTS[best], counts[best], others, unknown)
+        elif best not in having[one]:
+            others.setdefault(having[one][0], []).append(name)
+    return RecognizedScheme(SCHEMES[best], counts[best], others, unknown)
