@@ -34,12 +34,13 @@ import contextlib
 import sys
 
 from dsv4.conversion import lossless, low_disk
+from dsv4.conversion.conversion_plan import describe_plan
 from dsv4.conversion.convert import (
     check_complete,
     convert,
-    describe_plan,
     is_done,
-    make_plan,
+    max_fetched_bytes,
+    plan_from_source,
 )
 from dsv4.conversion.job_array import JobPart, parse_part
 from dsv4.conversion.low_disk import ShardFetcher
@@ -106,13 +107,15 @@ def run_native(args: argparse.Namespace, source: Checkpoint, headers: Checkpoint
     if quantizer.form.as_source:
         quantizer = survey(quantizer, args, source, headers, supply)
         print_escaped(lossless.message(quantizer, headers))
-    plan = make_plan(source, headers, quantizer, args.shard_bytes)
+    folder = staging_folder(args.bundle)
+    plan = plan_from_source(source, headers, quantizer, args.shard_bytes, folder, args.part)
     check_whole(source)
     if supply is None:
         check_tables(source)
     if args.dry_run:
-        return "would be made\n" + describe_plan(plan, args.bundle, args.jobs, args.part, supply)
-    said = convert(plan, args.bundle, args.jobs, args.part, supply)
+        fetched = max_fetched_bytes(plan.todo, supply) if supply else None
+        return "would be made\n" + describe_plan(plan, args.jobs, fetched)
+    said = convert(plan, headers, args.bundle, args.jobs, args.part, supply)
     return said if args.part.whole else f"{said}\n{args.part.message}"
 
 

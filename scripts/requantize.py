@@ -32,6 +32,7 @@ import time
 
 from dsv4.conversion import lossless
 from dsv4.conversion.bundle_files import remove_leftovers
+from dsv4.conversion.conversion_plan import describe_plan
 from dsv4.conversion.expert_pieces import ErrorLog
 from dsv4.conversion.job_array import JobPart, parse_part
 from dsv4.conversion.progress import summary_line
@@ -44,10 +45,9 @@ from dsv4.conversion.recorded_format import (
 )
 from dsv4.conversion.requantize import (
     complete,
-    describe_plan,
-    make_plan,
-    rewritten,
-    write_updates,
+    count_experts,
+    plan_from_bundle,
+    replace_shards,
 )
 from dsv4.conversion.shard_metadata import made_by
 from dsv4.errors import run
@@ -104,29 +104,28 @@ def main() -> int:
             remove_leftovers(arguments.bundle, files, arguments.part)
         bundle = open_bundle(arguments.bundle)
         lost = stay and made.complete  # a killed run's shards may be somebody's, and look alike
-        plan = make_plan(source, bundle, quantizer, arguments.part, arguments.jobs, stay=lost)
-        number = rewritten(plan)
+        plan = plan_from_bundle(source, bundle, quantizer, arguments.part, trust_unmarked=lost)
+        number = count_experts(plan)
         if lack and number:
             raise lack
         if line := describe_change(arguments, made, quantizer, number):
             print_escaped(line, file=sys.stderr)
         if arguments.dry_run:
-            print_escaped(describe_plan(plan))
+            print_escaped(describe_plan(plan, arguments.jobs))
             return 0
         if plan.todo and arguments.part.whole:  # parts would write it at once
             lossless.write_record(record, source, quantizer)
-        ledger = write_updates(plan) if plan.todo else ErrorLog()
+        ledger = replace_shards(plan, arguments.jobs) if plan.todo else ErrorLog()
         changed = complete(plan) if arguments.part.whole else False
         if arguments.part.whole:
             safe_paths.remove(arguments.bundle, lossless.RECORD)
     if plan.todo:
         counts = f"{len(ledger.tallies):,} tensors, {len(plan.todo):,} shards"
-        written = sum(fate.size for fate in plan.work)
-        print_escaped(summary_line(counts, written, ledger, time.perf_counter() - start))
+        print_escaped(summary_line(counts, plan.written, ledger, time.perf_counter() - start))
     elif changed:
         print("every shard was requantized already; index and config completed")
     else:
-        print(f"already requantized: {len(plan.fates):,} shards, nothing to do")
+        print(f"already requantized: {len(plan.shards):,} shards, nothing to do")
     if not arguments.part.whole:
         print(arguments.part.message)
     return 0
