@@ -20,7 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsv4.conversion import low_disk
-from dsv4.conversion.recorded_format import Recorded, check_ours, recorded_in, resolve_quantizer
+from dsv4.conversion.recorded_format import (
+    RecordedFormat,
+    check_ours,
+    read_recorded_format,
+    resolve_quantizer,
+)
 from dsv4.conversion.size_planner import planned_shards
 from dsv4.errors import UserError, run
 from dsv4.hub import repository
@@ -31,7 +36,7 @@ from dsv4.model.bundle_tensors import SHARD_BYTES
 from dsv4.model.expected_tensors import check_tables, check_whole, lacking_mtp
 from dsv4.model.folder_roles import bundle_path
 from dsv4.model.load import open_bundle, open_source, read_config
-from dsv4.quantization.formats import add_quantizer_options
+from dsv4.quantization.formats import QuantizerOptions, add_quantizer_options, quantizer_options
 from dsv4.settings import add_setting, parse_path
 from dsv4.storage import disk_space, filesystem
 from dsv4.storage.atomic import format_bytes
@@ -196,7 +201,9 @@ def low_disk_need(source: Path, repo: str, revision: str) -> tuple[Line, int]:
     return Line(True, "source", found), sum(largest)
 
 
-def bundle_need(args: argparse.Namespace, made: Recorded | None) -> tuple[list[Line], int]:
+def bundle_need(
+    args: argparse.Namespace, options: QuantizerOptions, recorded_format: RecordedFormat | None
+) -> tuple[list[Line], int]:
     """The bundle's final size, the Mac that it fits, and the bytes that its volume must still take.
 
     The size is that of the plan by which convert writes the shards; what is there already, of a
@@ -205,7 +212,13 @@ def bundle_need(args: argparse.Namespace, made: Recorded | None) -> tuple[list[L
     try:
         disk_space.check_not_volume_root(args.bundle)
         tensors = low_disk.source_tensors(args.source, args.repo, args.revision)
-        shards, goal = planned_shards(args, tensors, made)
+        size = None
+        if args.fit or args.size:
+            known = (args.source / "config.json").is_file()
+            size = memory.size_goal(args, read_config(args.source) if known else {})
+        shards, goal = planned_shards(
+            tensors, args.source, options, recorded_format, args.shard_bytes, size
+        )
     except UserError as stop:
         return [Line(False, "bundle size", f"unknown ({stop})")], 0
     total = sum(shard.size for shard in shards)
@@ -275,14 +288,14 @@ def main() -> int:
     args = parser.parse_args()
     memory.check_goal(args)
     source, bundle = args.source, bundle_path(args.bundle, args.source)
-    args.bundle, made = bundle, recorded_in(bundle, args.quantizer)
-    check_ours(args, made)
-    resolve_quantizer(args, made)
-    lines = check_toolchain(args.python, args.converter, args.app, args.quantizer)
+    args.bundle, recorded_format = bundle, read_recorded_format(bundle, args.quantizer)
+    check_ours(bundle, recorded_format, args.quantizer, args.converter, args.ours)
+    options = resolve_quantizer(quantizer_options(args), recorded_format)
+    lines = check_toolchain(args.python, args.converter, args.app, options.name)
     lines += [check_patch(args.python, args.app, path) for path in patches.DEFAULT]
     need = low_disk_need if args.low_disk else source_need
     source_line, fetch = need(source, args.repo, args.revision)
-    bundle_lines, build = bundle_need(args, made)
+    bundle_lines, build = bundle_need(args, options, recorded_format)
     lines += check_volume("source volume", source, written=fetch > 0 or args.low_disk)
     lines += check_volume("bundle volume", bundle, written=True)
     lines += [source_line, *bundle_lines, *check_space(source, bundle, fetch, build)]

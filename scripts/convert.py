@@ -44,14 +44,23 @@ from dsv4.conversion.convert import (
 )
 from dsv4.conversion.job_array import JobPart, parse_part
 from dsv4.conversion.low_disk import ShardFetcher
-from dsv4.conversion.recorded_format import quantizer_for, recorded_in, resolve_quantizer
+from dsv4.conversion.recorded_format import (
+    quantizer_for,
+    read_recorded_format,
+    resolve_quantizer,
+)
 from dsv4.conversion.staging import mark, move_into_place, staging, unmark
 from dsv4.errors import UserError, run
 from dsv4.model.bundle_tensors import SHARD_BYTES
 from dsv4.model.expected_tensors import check_tables, check_whole, lacking_mtp
 from dsv4.model.folder_roles import bundle_path
 from dsv4.model.load import open_bundle
-from dsv4.quantization.formats import Quantizer, add_quantizer_options
+from dsv4.quantization.formats import (
+    Quantizer,
+    QuantizerOptions,
+    add_quantizer_options,
+    quantizer_options,
+)
 from dsv4.settings import add_setting, available_cores
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.disk_space import staging_folder
@@ -100,10 +109,10 @@ def run_upstream(args: argparse.Namespace, source: Checkpoint) -> str:
     return f"converted, {len(source.tensors):,} source tensors"
 
 
-def run_native(args: argparse.Namespace, source: Checkpoint, headers: Checkpoint,
-               supply: ShardFetcher | None) -> str:  # fmt: skip
+def run_native(args: argparse.Namespace, options: QuantizerOptions, source: Checkpoint,
+               headers: Checkpoint, supply: ShardFetcher | None) -> str:  # fmt: skip
     """The native converter, or its plan; return what to say."""
-    quantizer, _ = quantizer_for(args, headers, None)
+    quantizer, _ = quantizer_for(options, headers, None)
     if quantizer.form.as_source:
         quantizer = survey(quantizer, args, source, headers, supply)
         print_escaped(lossless.message(quantizer, headers))
@@ -139,7 +148,8 @@ def main() -> int:
     """Convert, or say what would be done. Returns 0."""
     args = parse_arguments()
     args.bundle = bundle_path(args.bundle, args.source)
-    resolve_quantizer(args, recorded_in(args.bundle, args.quantizer))
+    recorded = read_recorded_format(args.bundle, args.quantizer)
+    options = resolve_quantizer(quantizer_options(args), recorded)
     where = (args.source, args.low_disk, args.repo, args.patience, args.workers)
     with low_disk.open_checkpoints(*where) as (source, headers, supply):
         if is_done(args.bundle, source):
@@ -156,7 +166,7 @@ def main() -> int:
             if args.converter == "jang":
                 said = run_upstream(args, source)
             else:
-                said = run_native(args, source, headers, supply)
+                said = run_native(args, options, source, headers, supply)
     print_escaped(f"{escape_line(args.bundle)}: {said}")
     return 0
 

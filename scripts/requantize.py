@@ -40,7 +40,7 @@ from dsv4.conversion.recorded_format import (
     check_ours,
     describe_change,
     quantizer_for,
-    recorded_in,
+    read_recorded_format,
     resolve_quantizer,
 )
 from dsv4.conversion.requantize import (
@@ -53,7 +53,7 @@ from dsv4.conversion.shard_metadata import made_by
 from dsv4.errors import run
 from dsv4.model.folder_roles import bundle_path
 from dsv4.model.load import open_bundle, open_source, read_config
-from dsv4.quantization.formats import add_quantizer_options
+from dsv4.quantization.formats import add_quantizer_options, quantizer_options
 from dsv4.settings import add_setting, available_cores
 from dsv4.storage import locks, safe_paths
 from dsv4.storage.checkpoint import read_index
@@ -82,43 +82,45 @@ def main() -> int:
     """Plan, and unless it is a dry run, write. Returns 0."""
     arguments = parse_arguments()
     start = time.perf_counter()
-    bundle_path(arguments.bundle, arguments.source)
-    made = recorded_in(arguments.bundle, arguments.quantizer)
-    check_ours(arguments, made)
-    stay = resolve_quantizer(arguments, made)
+    folder, part = arguments.bundle, arguments.part
+    bundle_path(folder, arguments.source)
+    recorded = read_recorded_format(folder, arguments.quantizer)
+    check_ours(folder, recorded, arguments.quantizer, arguments.converter, arguments.ours)
+    options = resolve_quantizer(quantizer_options(arguments), recorded)
     source = open_source(arguments.source)
-    quantizer, lack = quantizer_for(arguments, source, made, stay)
-    record = arguments.bundle / lossless.RECORD
-    read_config(arguments.bundle)
+    quantizer, error = quantizer_for(options, source, recorded)
+    record = folder / lossless.RECORD
+    read_config(folder)
     if quantizer.form.as_source:
         with contextlib.closing(TensorReader()) as reader:
             quantizer = lossless.with_measured_overflow(quantizer, source, reader.read, record, 1)
         print(lossless.message(quantizer, source))
-    files = sorted(set(read_index(arguments.bundle).values()))
+    files = sorted(set(read_index(folder).values()))
     lock = contextlib.nullcontext()
     if not arguments.dry_run:
         work = f"{made_by(source, quantizer)}"
-        lock = locks.locked(arguments.bundle, arguments.part.lock_key(work))
+        lock = locks.locked(folder, part.lock_key(work))
     with lock:
         if not arguments.dry_run:
-            remove_leftovers(arguments.bundle, files, arguments.part)
-        bundle = open_bundle(arguments.bundle)
-        lost = stay and made.complete  # a killed run's shards may be somebody's, and look alike
-        plan = plan_from_bundle(source, bundle, quantizer, arguments.part, trust_unmarked=lost)
+            remove_leftovers(folder, files, part)
+        bundle = open_bundle(folder)
+        # A killed run may leave shards of another maker that have the same header.
+        trusted = options.keep and recorded.complete
+        plan = plan_from_bundle(source, bundle, quantizer, part, trust_unmarked=trusted)
         number = count_experts(plan)
-        if lack and number:
-            raise lack
-        if line := describe_change(arguments, made, quantizer, number):
+        if error and number:
+            raise error
+        if line := describe_change(folder, options, recorded, quantizer, number):
             print_escaped(line, file=sys.stderr)
         if arguments.dry_run:
             print_escaped(describe_plan(plan, arguments.jobs))
             return 0
-        if plan.todo and arguments.part.whole:  # parts would write it at once
+        if plan.todo and part.whole:  # parts would write it at once
             lossless.write_record(record, source, quantizer)
         ledger = replace_shards(plan, arguments.jobs) if plan.todo else ErrorLog()
-        changed = complete(plan) if arguments.part.whole else False
-        if arguments.part.whole:
-            safe_paths.remove(arguments.bundle, lossless.RECORD)
+        changed = complete(plan) if part.whole else False
+        if part.whole:
+            safe_paths.remove(folder, lossless.RECORD)
     if plan.todo:
         counts = f"{len(ledger.tallies):,} tensors, {len(plan.todo):,} shards"
         print_escaped(summary_line(counts, plan.written, ledger, time.perf_counter() - start))
@@ -126,8 +128,8 @@ def main() -> int:
         print("every shard was requantized already; index and config completed")
     else:
         print(f"already requantized: {len(plan.shards):,} shards, nothing to do")
-    if not arguments.part.whole:
-        print(arguments.part.message)
+    if not part.whole:
+        print(part.message)
     return 0
 
 

@@ -8,12 +8,12 @@ from typing import Any
 from dsv4.conversion import requantize, shard_metadata
 from dsv4.conversion.conversion_plan import ConversionPlan
 from dsv4.conversion.job_array import JobPart
-from dsv4.conversion.recorded_format import quantizer_for, recorded_in, resolve_quantizer
+from dsv4.conversion.recorded_format import quantizer_for, read_recorded_format, resolve_quantizer
 from dsv4.errors import UserError
 from dsv4.model import labels
 from dsv4.model.load import expert_bases
 from dsv4.model.quantizer_table import is_quantizer, quantizer_properties
-from dsv4.quantization.formats import Quantizer
+from dsv4.quantization.formats import Quantizer, QuantizerOptions
 from dsv4.repair import foreign_layouts
 from dsv4.repair.context import NEEDS_SOURCE, RepairContext, write_index
 from dsv4.repair.shards_on_disk import (
@@ -64,12 +64,15 @@ def plan_from_source(
     repair: RepairContext, bundle: Checkpoint, wrong: dict[str, str], found: str
 ) -> None:
     """Plan the shards to rewrite. Raises UserError when source and bundle do not fit."""
-    before = recorded_in(repair.bundle, repair.options.quantizer)
-    stay = resolve_quantizer(repair.options, before)
-    quantizer, lack = quantizer_for(repair.options, repair.source, before, stay)
-    if lack and wrong:
-        raise lack
-    if quantizer.form.as_source and not (before and before.mark[0] == quantizer.name):
+    asked = repair.options
+    before = read_recorded_format(repair.bundle, asked.quantizer)
+    options = QuantizerOptions(asked.quantizer, asked.imatrix, asked.plan)
+    options = resolve_quantizer(options, before)
+    asked.quantizer = options.name
+    quantizer, error = quantizer_for(options, repair.source, before)
+    if error and wrong:
+        raise error
+    if quantizer.form.as_source and not (before and before.name == quantizer.name):
         raise UserError(f"{repair.bundle}", "a bundle that is not lossless", "another QUANTIZER",
                    "make requantize QUANTIZER=lossless, which makes every tensor anew")  # fmt: skip
     made = shard_metadata.made_by(repair.source, quantizer)
