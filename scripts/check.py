@@ -22,7 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.conversion import low_disk, published_source, tokenizer_files
-from dsv4.conversion.recorded_format import Recorded, check_ours, recorded_in, resolve_quantizer
+from dsv4.conversion.recorded_format import (
+    RecordedFormat,
+    check_ours,
+    read_recorded_format,
+    resolve_quantizer,
+)
 from dsv4.conversion.size_planner import planned_shards
 from dsv4.errors import UserError, run
 from dsv4.hub.download import recorded, remaining
@@ -34,7 +39,7 @@ from dsv4.model.folder_roles import bundle_path
 from dsv4.model.load import open_bundle
 from dsv4.model.source import SINGLE, check_tokenizer_files, open_source, source_notes
 from dsv4.model.source_format import release_name
-from dsv4.quantization.formats import add_quantizer_options
+from dsv4.quantization.formats import QuantizerOptions, add_quantizer_options, quantizer_options
 from dsv4.settings import add_setting, parse_path
 from dsv4.storage import disk_space, filesystem
 from dsv4.storage.atomic import format_bytes
@@ -243,7 +248,10 @@ def describe_source(source: Checkpoint) -> str:
 
 
 def bundle_need(
-    args: argparse.Namespace, headers: Checkpoint | None, made: Recorded | None
+    args: argparse.Namespace,
+    headers: Checkpoint | None,
+    options: QuantizerOptions,
+    recorded_format: RecordedFormat | None,
 ) -> tuple[list[Line], int]:
     """The bundle's final size, the Mac that it fits, and the bytes that its volume must still take.
 
@@ -254,7 +262,10 @@ def bundle_need(
         return [Line(False, "bundle size", "unknown", "see source")], 0
     try:
         disk_space.check_not_volume_root(args.bundle)
-        shards, goal = planned_shards(args, headers.tensors, made)
+        size = None
+        if args.fit or args.size:
+            size = mac_memory.size_goal(args, headers.config)
+        shards, goal = planned_shards(headers, options, recorded_format, args.shard_bytes, size)
     except UserError as stop:
         return [Line(False, "bundle size", f"unknown ({stop})")], 0
     total = sum(shard.size for shard in shards)
@@ -323,13 +334,13 @@ def main() -> int:
     args = parser.parse_args()
     mac_memory.check_goal(args)
     source, bundle = args.source, bundle_path(args.bundle, args.source)
-    args.bundle, made = bundle, recorded_in(bundle, args.quantizer)
-    check_ours(args, made)
-    resolve_quantizer(args, made)
-    lines = check_toolchain(args.python, args.converter, args.app, args.quantizer)
+    args.bundle, recorded_format = bundle, read_recorded_format(bundle, args.quantizer)
+    check_ours(bundle, recorded_format, args.quantizer, args.converter, args.ours)
+    options = resolve_quantizer(quantizer_options(args), recorded_format)
+    lines = check_toolchain(args.python, args.converter, args.app, options.name)
     lines += [check_patch(args.python, args.app, path) for path in patches.DEFAULT]
     state = source_state(args)
-    bundle_lines, build = bundle_need(args, state.headers, made)
+    bundle_lines, build = bundle_need(args, state.headers, options, recorded_format)
     lines += check_volume("source volume", source, written=state.fetch > 0 or args.low_disk)
     lines += check_volume("bundle volume", bundle, written=True)
     lines += [*state.lines, *bundle_lines, *check_space(source, bundle, state.fetch, build)]

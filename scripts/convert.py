@@ -34,16 +34,21 @@ import contextlib
 import sys
 
 from dsv4.conversion import lossless, low_disk
+from dsv4.conversion.conversion_plan import describe_plan
 from dsv4.conversion.convert import (
     check_complete,
     convert,
-    describe_plan,
     is_done,
-    make_plan,
+    max_fetched_bytes,
+    plan_from_source,
 )
 from dsv4.conversion.job_array import JobPart, parse_part
 from dsv4.conversion.low_disk import ShardFetcher
-from dsv4.conversion.recorded_format import quantizer_for, recorded_in, resolve_quantizer
+from dsv4.conversion.recorded_format import (
+    quantizer_for,
+    read_recorded_format,
+    resolve_quantizer,
+)
 from dsv4.conversion.staging import mark, move_into_place, staging, unmark
 from dsv4.errors import UserError, run
 from dsv4.model.bundle_tensors import SHARD_BYTES
@@ -51,7 +56,12 @@ from dsv4.model.folder_roles import bundle_path
 from dsv4.model.fp8_blocks import read_block
 from dsv4.model.load import open_bundle
 from dsv4.model.source import source_notes
-from dsv4.quantization.formats import Quantizer, add_quantizer_options
+from dsv4.quantization.formats import (
+    Quantizer,
+    QuantizerOptions,
+    add_quantizer_options,
+    quantizer_options,
+)
 from dsv4.settings import add_setting, available_cores
 from dsv4.storage.checkpoint import Checkpoint, check_strangers
 from dsv4.storage.disk_space import staging_folder
@@ -105,17 +115,19 @@ def run_upstream(args: argparse.Namespace, source: Checkpoint) -> str:
     return f"converted, {len(source.tensors):,} source tensors"
 
 
-def run_native(args: argparse.Namespace, source: Checkpoint, headers: Checkpoint,
-               supply: ShardFetcher | None) -> str:  # fmt: skip
+def run_native(args: argparse.Namespace, options: QuantizerOptions, source: Checkpoint,
+               headers: Checkpoint, supply: ShardFetcher | None) -> str:  # fmt: skip
     """The native converter, or its plan; return what to say."""
-    quantizer, _ = quantizer_for(args, headers, None)
+    quantizer, _ = quantizer_for(options, headers, None)
     if quantizer.form.as_source:
         quantizer = survey(quantizer, args, source, headers, supply)
         print_escaped(lossless.message(quantizer, headers))
-    plan = make_plan(source, headers, quantizer, args.shard_bytes)
+    folder = staging_folder(args.bundle)
+    plan = plan_from_source(source, headers, quantizer, args.shard_bytes, folder, args.part)
     if args.dry_run:
-        return "would be made\n" + describe_plan(plan, args.bundle, args.jobs, args.part, supply)
-    said = convert(plan, args.bundle, args.jobs, args.part, supply)
+        fetched = max_fetched_bytes(plan.todo, supply) if supply else None
+        return "would be made\n" + describe_plan(plan, args.jobs, fetched)
+    said = convert(plan, headers, args.bundle, args.jobs, args.part, supply)
     return said if args.part.whole else f"{said}\n{args.part.message}"
 
 
@@ -139,7 +151,8 @@ def main() -> int:
     """Convert, or say what would be done. Returns 0."""
     args = parse_arguments()
     args.bundle = bundle_path(args.bundle, args.source)
-    resolve_quantizer(args, recorded_in(args.bundle, args.quantizer))
+    recorded = read_recorded_format(args.bundle, args.quantizer)
+    options = resolve_quantizer(quantizer_options(args), recorded)
     where = (args.source, args.low_disk, args.repo, args.patience, args.workers)
     with low_disk.open_checkpoints(*where) as (source, headers, supply):
         if is_done(args.bundle, source):
@@ -154,7 +167,7 @@ def main() -> int:
             if args.converter == "jang":
                 said = run_upstream(args, source)
             else:
-                said = run_native(args, source, headers, supply)
+                said = run_native(args, options, source, headers, supply)
     print_escaped(f"{escape_line(args.bundle)}: {said}")
     return 0
 

@@ -31,13 +31,13 @@ from typing import Any
 from tqdm import tqdm
 
 from dsv4.conversion import low_disk, size_planner
-from dsv4.conversion.recorded_format import recorded_in, resolve_quantizer
+from dsv4.conversion.recorded_format import read_recorded_format, resolve_quantizer
 from dsv4.conversion.shard_metadata import fingerprint
 from dsv4.errors import run
 from dsv4.model import mac_memory
 from dsv4.model.bundle_tensors import SHARD_BYTES
 from dsv4.quantization import error_sampling
-from dsv4.quantization.formats import parse_name
+from dsv4.quantization.formats import parse_name, quantizer_options
 from dsv4.quantization.imatrix import Importance, load_imatrix
 from dsv4.quantization.mixture_plan import check_plan_exists
 from dsv4.settings import add_setting, available_cores
@@ -68,7 +68,8 @@ def parse_arguments() -> argparse.Namespace:
     if (args.fit or args.size) and not args.plan:
         parser.error("--fit and --size need --plan FILE, where the plan is written")
     if args.fit or args.size:
-        resolve_quantizer(args, recorded_in(args.bundle, args.quantizer) if args.bundle else None)
+        recorded = read_recorded_format(args.bundle, args.quantizer) if args.bundle else None
+        args.quantizer = resolve_quantizer(quantizer_options(args), recorded).name
     return args
 
 

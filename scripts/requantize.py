@@ -32,6 +32,7 @@ import time
 
 from dsv4.conversion import lossless
 from dsv4.conversion.bundle_files import remove_leftovers
+from dsv4.conversion.conversion_plan import describe_plan
 from dsv4.conversion.expert_pieces import ErrorLog
 from dsv4.conversion.job_array import JobPart, parse_part
 from dsv4.conversion.progress import summary_line
@@ -39,22 +40,21 @@ from dsv4.conversion.recorded_format import (
     check_ours,
     describe_change,
     quantizer_for,
-    recorded_in,
+    read_recorded_format,
     resolve_quantizer,
 )
 from dsv4.conversion.requantize import (
     complete,
-    describe_plan,
-    make_plan,
-    rewritten,
-    write_updates,
+    count_experts,
+    plan_from_bundle,
+    replace_shards,
 )
 from dsv4.conversion.shard_metadata import made_by
 from dsv4.errors import run
 from dsv4.model.folder_roles import bundle_path
 from dsv4.model.load import open_bundle, read_config
 from dsv4.model.source import open_source
-from dsv4.quantization.formats import add_quantizer_options
+from dsv4.quantization.formats import add_quantizer_options, quantizer_options
 from dsv4.settings import add_setting, available_cores
 from dsv4.storage import locks, safe_paths
 from dsv4.storage.checkpoint import read_index
@@ -83,53 +83,54 @@ def main() -> int:
     """Plan, and unless it is a dry run, write. Returns 0."""
     arguments = parse_arguments()
     start = time.perf_counter()
-    bundle_path(arguments.bundle, arguments.source)
-    made = recorded_in(arguments.bundle, arguments.quantizer)
-    check_ours(arguments, made)
-    stay = resolve_quantizer(arguments, made)
+    folder, part = arguments.bundle, arguments.part
+    bundle_path(folder, arguments.source)
+    recorded = read_recorded_format(folder, arguments.quantizer)
+    check_ours(folder, recorded, arguments.quantizer, arguments.converter, arguments.ours)
+    options = resolve_quantizer(quantizer_options(arguments), recorded)
     source = open_source(arguments.source)
-    quantizer, lack = quantizer_for(arguments, source, made, stay)
-    record = arguments.bundle / lossless.RECORD
-    read_config(arguments.bundle)
+    quantizer, error = quantizer_for(options, source, recorded)
+    record = folder / lossless.RECORD
+    read_config(folder)
     if quantizer.form.as_source:
         with contextlib.closing(TensorReader()) as reader:
             quantizer = lossless.with_measured_overflow(quantizer, source, reader.read, record, 1)
         print(lossless.message(quantizer, source))
-    files = sorted(set(read_index(arguments.bundle).values()))
+    files = sorted(set(read_index(folder).values()))
     lock = contextlib.nullcontext()
     if not arguments.dry_run:
         work = f"{made_by(source, quantizer)}"
-        lock = locks.locked(arguments.bundle, arguments.part.lock_key(work))
+        lock = locks.locked(folder, part.lock_key(work))
     with lock:
         if not arguments.dry_run:
-            remove_leftovers(arguments.bundle, files, arguments.part)
-        bundle = open_bundle(arguments.bundle)
-        lost = stay and made.complete  # a killed run's shards may be somebody's, and look alike
-        plan = make_plan(source, bundle, quantizer, arguments.part, arguments.jobs, stay=lost)
-        number = rewritten(plan)
-        if lack and number:
-            raise lack
-        if line := describe_change(arguments, made, quantizer, number):
+            remove_leftovers(folder, files, part)
+        bundle = open_bundle(folder)
+        # A killed run may leave shards of another maker that have the same header.
+        trusted = options.keep and recorded.complete
+        plan = plan_from_bundle(source, bundle, quantizer, part, trust_unmarked=trusted)
+        number = count_experts(plan)
+        if error and number:
+            raise error
+        if line := describe_change(folder, options, recorded, quantizer, number):
             print_escaped(line, file=sys.stderr)
         if arguments.dry_run:
-            print_escaped(describe_plan(plan))
+            print_escaped(describe_plan(plan, arguments.jobs))
             return 0
-        if plan.todo and arguments.part.whole:  # parts would write it at once
+        if plan.todo and part.whole:  # parts would write it at once
             lossless.write_record(record, source, quantizer)
-        ledger = write_updates(plan) if plan.todo else ErrorLog()
-        changed = complete(plan) if arguments.part.whole else False
-        if arguments.part.whole:
-            safe_paths.remove(arguments.bundle, lossless.RECORD)
+        ledger = replace_shards(plan, arguments.jobs) if plan.todo else ErrorLog()
+        changed = complete(plan) if part.whole else False
+        if part.whole:
+            safe_paths.remove(folder, lossless.RECORD)
     if plan.todo:
         counts = f"{len(ledger.tallies):,} tensors, {len(plan.todo):,} shards"
-        written = sum(fate.size for fate in plan.work)
-        print_escaped(summary_line(counts, written, ledger, time.perf_counter() - start))
+        print_escaped(summary_line(counts, plan.written, ledger, time.perf_counter() - start))
     elif changed:
         print("every shard was requantized already; index and config completed")
     else:
-        print(f"already requantized: {len(plan.fates):,} shards, nothing to do")
-    if not arguments.part.whole:
-        print(arguments.part.message)
+        print(f"already requantized: {len(plan.shards):,} shards, nothing to do")
+    if not part.whole:
+        print(part.message)
     return 0
 
 

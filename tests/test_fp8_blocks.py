@@ -14,7 +14,7 @@ from bundles import Arrays, edit, edit_json, judge, load
 from here import must, refusal
 
 from dsv4.model.fp8_blocks import block_of, scale_shape
-from dsv4.model.load import open_source
+from dsv4.model.source import open_source
 from dsv4.quantization.fp8 import decode
 from dsv4.storage.safetensors_file import read_array
 

@@ -16,7 +16,7 @@ import pytest
 import small
 from conftest import SCRIPTS, must, script
 
-from dsv4.conversion import expert_pieces, progress
+from dsv4.conversion import expert_pieces
 from dsv4.errors import UserError
 from dsv4.model.load import expert_bases, open_bundle
 from dsv4.model.source import open_source
@@ -171,7 +171,8 @@ def test_an_importance_is_prepared_once_for_a_matrix(tmp_path: Path, monkeypatch
             places = dict.fromkeys(("weight", "scales", "biases"), 0)
             ledger = expert_pieces.ErrorLog()
             for piece in expert_pieces.expert_pieces(*both, places, quantizer, ledger, columns):
-                piece.write(progress.NullWriter(), desk)
+                for _ in piece.blocks(desk):
+                    pass
     once = dict.fromkeys(importance.columns, 1)
     assert prepared == once
     prepared.clear()

@@ -136,7 +136,7 @@ def test_the_bundle_is_the_same_and_the_disk_holds_a_few_shards(prepared, wanted
     assert shards(prepared.bundle) == wanted
     assert not shards(prepared.source)
     sizes = {name: len(data) for name, data in files.items() if name.startswith("model-")}
-    most = re.search(r"bundle, ([0-9.]+) MB .* for shards of the source at one time", promised)
+    most = re.search(r"for good, ([0-9.]+) MB .* while it runs", promised)
     assert 0 < watch.most <= float(most[1]) * 1e6 + 50_000 < sum(sizes.values()) / 2
     assert watch.number <= 5
     assert prepared.fetched() == sum(sizes.values())  # each byte once

@@ -22,7 +22,7 @@ from here import here, must, refusal
 from test_imatrix import write
 from test_settings import Copy, handed
 
-from dsv4.conversion.recorded_format import recorded_in
+from dsv4.conversion.recorded_format import read_recorded_format
 from dsv4.model.source import open_source
 
 FORMS = ("mlx", "mxfp4", "lossless", "small", "affine2g64", "turboquant2", "mixture",
@@ -159,7 +159,7 @@ def test_a_form_that_is_asked_for_is_said_before_it_is_made(source, work, tmp_pa
         f"requantize: {bundle} holds experts as mxfp4; QUANTIZER=mlx asks for affine 4 bits: "
         "120 tensors are rewritten"
     )
-    assert recorded_in(bundle).mark[0] == "mlx"
+    assert read_recorded_format(bundle).identity[0] == "mlx"
     status, _, err = here("requantize", *folders, "--plan", work / "plan.json", "--dry-run")
     assert (status, f"PLAN={work / 'plan.json'} asks for" in err) == (0, True)
 
@@ -213,7 +213,8 @@ def test_what_needs_an_imatrix_or_a_plan_stops_without_it(source, work, tmp_path
     assert state(bundle) == before
     must("requantize", *folders, "--imatrix", work / "i.dat")
     assert bundles.load(bundle).keys() == bundles.load(work / "affine4g32").keys()
-    assert recorded_in(bundle).mark == recorded_in(work / "affine4g32").mark
+    expected = read_recorded_format(work / "affine4g32")
+    assert read_recorded_format(bundle).identity == expected.identity
     mixture = with_f16_control(shutil.copytree(work / "mixture", tmp_path / "mixture"))
     must("requantize", "--source", source, "--bundle", mixture)  # its labels are the plan
     found, expected = bundles.load(mixture), bundles.load(work / "mixture")
@@ -221,8 +222,8 @@ def test_what_needs_an_imatrix_or_a_plan_stops_without_it(source, work, tmp_path
         assert (found[name][0], found[name][1].tobytes()) == (dtype, array.tobytes()), name
     bundles.edit_json(mixture / "config.json", lambda c: c["requantize"].update(table="3-other"))
     for shard in mixture.glob("*.safetensors"):
-        data, table = shard.read_bytes(), recorded_in(work / "mixture").mark[1].encode()
-        shard.write_bytes(data.replace(table, b"9" * len(table)))
+        table = read_recorded_format(work / "mixture").identity[1].encode()
+        shard.write_bytes(shard.read_bytes().replace(table, b"9" * len(table)))
     with_f16_control(mixture)
     assert "name the plan: PLAN=FILE" in refusal(
         "requantize", "--source", source, "--bundle", mixture
@@ -238,7 +239,7 @@ def test_half_of_two_forms_is_gone_on_with_by_its_name_alone(source, work, tmp_p
     assert "experts made by 'affine4g32' and 'mlx'" in line
     assert "QUANTIZER=NAME" in line
     must("requantize", *folders, "--quantizer", "mlx")
-    assert recorded_in(bundle).mark == recorded_in(work / "mlx").mark
+    assert read_recorded_format(bundle).identity == read_recorded_format(work / "mlx").identity
 
 
 @pytest.mark.parametrize("name", ["stock", "right", "mlx-vlm"])
@@ -262,7 +263,7 @@ def test_requantize_by_its_name_mends_what_upstreams_converter_left(source, othe
     must("requantize", *folders, others / "right", "--dry-run", "--quantizer", "mlx")
     bundle = shutil.copytree(others / "stock", tmp_path / "bundle")
     must("requantize", *folders, bundle)
-    assert recorded_in(bundle).mark == recorded_in(work / "mlx").mark
+    assert read_recorded_format(bundle).identity == read_recorded_format(work / "mlx").identity
 
 
 def damaged(bundle: Path) -> Path:

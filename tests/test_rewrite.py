@@ -16,8 +16,8 @@ from dsv4.storage import filesystem, shard_writer
 from dsv4.storage.safetensors_file import TensorSpec, header_bytes, read_array, read_shard
 from dsv4.storage.shard_writer import (
     COPY_BYTES,
+    Blocks,
     NewShard,
-    ShardWriter,
     WorkerBuffers,
     copy_pieces,
     write_shards,
@@ -74,10 +74,11 @@ def test_no_more_shards_are_open_than_workers_and_one(tmp_path: Path) -> None:
     class Watching:
         nbytes = 1
 
-        def write(self, target: ShardWriter, desk: WorkerBuffers) -> None:
+        def blocks(self, buffers: WorkerBuffers) -> Blocks:
             nonlocal most
             with lock:
                 most = max(most, len(list(tmp_path.glob(".*.partial"))))
+            yield from ()
 
     shards = []
     for i in range(20):

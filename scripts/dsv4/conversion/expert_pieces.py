@@ -19,7 +19,7 @@ from dsv4.quantization.source_reader import (
     read_bytes,
 )
 from dsv4.storage.safetensors_file import Tensor, TensorSpec
-from dsv4.storage.shard_writer import Piece, ShardWriter, WorkerBuffers
+from dsv4.storage.shard_writer import Blocks, Piece, WorkerBuffers
 
 PIECE_BYTES = 4 << 20  # of packed source codes
 
@@ -47,13 +47,8 @@ class QuantizePiece:
         row_bytes = self._row_bytes()
         return (self.last - self.first) * sum(row_bytes[part] for part in self.places)
 
-    @property
-    def nbytes_read(self) -> int:
-        """The number of bytes read."""
-        return (self.last - self.first) * (self.weight.shape[1] + self.scale.shape[1])
-
-    def write(self, target: ShardWriter, buffers: WorkerBuffers) -> None:
-        """Quantize the rows and write each part that this shard holds.
+    def blocks(self, buffers: WorkerBuffers) -> Blocks:
+        """Quantize the rows and yield each part that this shard holds.
 
         Raises UserError for a group that the quantizer cannot represent.
         """
@@ -74,10 +69,10 @@ class QuantizePiece:
             exponents = scale[done * groups :][: some * groups]
             tally = self._encode(row, packed, exponents, now, weights)
             if codes in self.places:
-                target.write(self.places[codes] + row * sizes[codes], now[codes])
                 self.ledger.add(self.weight.name, tally)
+                yield self.places[codes] + row * sizes[codes], now[codes]
         for part in parts.keys() & self.places.keys():
-            target.write(self.places[part] + self.first * sizes[part], parts[part])
+            yield self.places[part] + self.first * sizes[part], parts[part]
 
     def _encode(
         self,
@@ -105,16 +100,15 @@ class ConstantPiece:
 
     data: bytes
     place: int
-    nbytes_read: int = 0
 
     @property
     def nbytes(self) -> int:
         """The number of bytes written."""
         return len(self.data)
 
-    def write(self, target: ShardWriter, buffers: WorkerBuffers) -> None:
-        """Write the bytes."""
-        target.write(self.place, np.frombuffer(self.data, np.uint8))
+    def blocks(self, buffers: WorkerBuffers) -> Blocks:
+        """Yield the bytes."""
+        yield self.place, np.frombuffer(self.data, np.uint8)
 
 
 def row_parts(weight: Tensor, quantizer: Quantizer) -> list[tuple[str, int]]:
@@ -142,7 +136,7 @@ class ErrorLog:
                 self.scales[name] = self.scales.get(name, 0) + number
 
 
-def experts_pieces(
+def expert_unit_pieces(
     unit: ConversionUnit, places: dict[str, int], quantizer: Quantizer, ledger: ErrorLog
 ) -> list[Piece]:
     """Return the pieces of the parts of an expert, or of a stack, that a shard holds."""

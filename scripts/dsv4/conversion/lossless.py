@@ -27,7 +27,7 @@ from dsv4.quantization.source_reader import read_blocks, read_bytes
 from dsv4.storage.atomic import write_json
 from dsv4.storage.checkpoint import Checkpoint, read_json
 from dsv4.storage.safetensors_file import Tensor
-from dsv4.storage.shard_writer import ShardWriter, WorkerBuffers
+from dsv4.storage.shard_writer import Blocks, WorkerBuffers
 from dsv4.storage.tensor_reader import as_float32
 from dsv4.text import join_some
 
@@ -129,20 +129,18 @@ class Fp8Piece:
         row = {"weight": columns, "scales": columns // GROUP}
         return (self.last - self.first) * sum(row[part] for part in self.places)
 
-    @property
-    def nbytes_read(self) -> int:
-        """The bytes of codes that are read."""
-        return (self.last - self.first) * self.weight.shape[1]
+    def blocks(self, buffers: WorkerBuffers) -> Blocks:
+        """Yield the codes as they are and the scales repeated.
 
-    def write(self, target: ShardWriter, buffers: WorkerBuffers) -> None:
-        """Copy codes and repeat scales. Raises UserError for a NaN in either."""
+        Raises UserError for a NaN in either.
+        """
         rows, columns = self.last - self.first, self.weight.shape[1]
         if "weight" in self.places:
             for at, codes in read_blocks(
                 buffers, self.weight, self.first * columns, rows * columns, columns
             ):
                 self._check((codes & 127) == 127, codes, "code", columns, at // columns)
-                target.write(self.places["weight"] + at, codes)
+                yield self.places["weight"] + at, codes
         if "scales" in self.places:
             across = self.scale.shape[1]
             height, _ = block_of(self.weight.shape, self.scale.shape)
@@ -152,9 +150,9 @@ class Fp8Piece:
             )
             self._check(data == 255, data, "scale byte", across, top)
             groups = expand_scales(data.reshape(-1, across), rows, columns)
-            target.write(self.places["scales"] + self.first * (columns // GROUP), groups)
             odd = int(((data < LEAST) | (data > GREATEST)).sum())
             self.ledger.note_scales(self.scale.name, odd)
+            yield self.places["scales"] + self.first * (columns // GROUP), groups
 
     def _check(self, bad: np.ndarray, data: np.ndarray, what: str, width: int, first: int) -> None:
         """Raise UserError if `bad` has a true value. width: codes or scales in a row."""

@@ -275,46 +275,34 @@ def open_checkpoints(
         yield with_folder(headers, folder), headers, fetcher
 
 
-class CompareWriter:
-    """A ShardWriter that compares the bytes with a finished shard instead of writing them."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._fd = os.open(path, os.O_RDONLY)
-        bypass_cache(self._fd)  # so that the disk answers, not the page cache
-        drop_page_cache(self._fd, 0, 0)
-
-    def write(self, offset: int, data: np.ndarray) -> None:
-        """Raise UserError unless the shard holds `data` at `offset`."""
-        expected = memoryview(data).cast("B")
-        with with_path(self._path):
-            found = os.pread(self._fd, len(expected), offset)
-        if found != expected:
-            raise UserError(
-                f"{self._path}", f"other bytes on the disk than were written at {offset:,}",
-                "the same", "check the disk and memory, delete this shard, then run it again",
-            )  # fmt: skip
-
-    def close(self) -> None:
-        os.close(self._fd)
-
-
 def compare_shard(shard: NewShard, jobs: int) -> None:
-    """Compute every byte of a finished shard again from the source, and compare it.
+    """Compute every byte of a finished shard again from the source, and compare it with the disk.
 
     Raises UserError at the first difference.
     """
+    with shard.path.open("rb", buffering=0) as file:
+        bypass_cache(file.fileno())  # so that the disk answers, not the page cache
+        drop_page_cache(file.fileno(), 0, 0)
 
-    def some(pieces: list[Piece]) -> None:
-        with contextlib.closing(WorkerBuffers()) as desk:
-            for piece in pieces:
-                piece.write(target, desk)
+        def compare(pieces: list[Piece]) -> None:
+            with contextlib.closing(WorkerBuffers()) as buffers:
+                for piece in pieces:
+                    for offset, data in piece.blocks(buffers):
+                        compare_bytes(file.fileno(), shard.path, offset, memoryview(data).cast("B"))
 
-    with (
-        contextlib.closing(CompareWriter(shard.path)) as target,
-        ThreadPoolExecutor(jobs) as pool,
-    ):
-        target.write(0, np.frombuffer(shard.header, np.uint8))
+        compare_bytes(file.fileno(), shard.path, 0, memoryview(shard.header))
         pieces = shard.pieces()
-        for _ in pool.map(some, [pieces[i::jobs] for i in range(jobs)]):
-            pass
+        with ThreadPoolExecutor(jobs) as pool:
+            for _ in pool.map(compare, [pieces[i::jobs] for i in range(jobs)]):
+                pass
+
+
+def compare_bytes(fd: int, path: Path, offset: int, expected: memoryview) -> None:
+    """Raise UserError unless the file holds the expected bytes at `offset`."""
+    with with_path(path):
+        found = os.pread(fd, len(expected), offset)
+    if found != expected:
+        raise UserError(
+            f"{path}", f"other bytes on the disk than were written at {offset:,}",
+            "the same", "check the disk and memory, delete this shard, then run it again",
+        )  # fmt: skip

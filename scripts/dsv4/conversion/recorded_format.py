@@ -3,12 +3,11 @@
 Each shard's metadata names the quantizer and its digest, which also covers imatrix and plan.
 config.json repeats it (shard_metadata.py, bundle_files.py). So no stage gives the experts of a
 finished bundle another format because QUANTIZER, PLAN or IMATRIX was left out. A bundle without a
-record is another maker's.
+record was made by another program.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import re
 from dataclasses import dataclass, field, replace
@@ -23,6 +22,7 @@ from dsv4.model.quantizer_table import is_quantizer, quantizer_properties
 from dsv4.quantization.formats import (
     NAMES,
     Quantizer,
+    QuantizerOptions,
     check_quantizer_options,
     get_quantizer,
 )
@@ -32,63 +32,69 @@ from dsv4.storage.checkpoint import Checkpoint, read_json
 from dsv4.storage.safetensors_file import Tensor, read_shard
 from dsv4.text import LINE, escape_line, short_repr
 
-Mark = tuple[str, str]  # a quantizer's name, and its digest
+Identity = tuple[str, str]  # a quantizer's name, and its digest
 REPAIR = "make repair mends it with a backup"
 
 
 @dataclass(frozen=True)
-class Recorded:
-    """The mark of a bundle's experts; `names` are those of all quantizers that made some of them.
+class RecordedFormat:
+    """The quantizer that made a bundle's experts, as the bundle records it.
 
-    complete: config.json has the same mark, as after a run that came to its end. stacks: of a
-    mixture, the label of most experts of each stack, as they are stored.
+    names: of all quantizers that made some of the experts. complete: config.json records the same
+    identity, as after a run that was not killed. stacks: the label of most experts of each stack,
+    as they are stored; {} unless the quantizer needs a plan.
     """
 
     folder: Path
-    mark: Mark
+    identity: Identity
     names: tuple[str, ...]
     complete: bool
     stacks: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
+    def name(self) -> str:
+        """The quantizer's name."""
+        return self.identity[0]
+
+    @property
     def importance(self) -> Importance:
-        """The imatrix digest in the mark, without columns: only the imatrix file has those."""
-        found = re.search("-imatrix-([0-9a-f]{16})$", self.mark[1])
+        """The recorded imatrix digest, without columns: only the imatrix file has those."""
+        found = re.search("-imatrix-([0-9a-f]{16})$", self.identity[1])
         return Importance({}, found[1]) if found else EVEN
 
 
-def recorded_in(folder: Path, wanted: str | None = None) -> Recorded | None:
-    """The record of the bundle in `folder`; None where there is none, or no bundle.
+def read_recorded_format(folder: Path, wanted: str | None = None) -> RecordedFormat | None:
+    """Return what the bundle in `folder` records; None without a record or a bundle.
 
-    wanted: a quantizer that was named. Without it, UserError is raised for a bundle whose experts
-    were made by several, as a killed run leaves them, and for a quantizer that nobody knows here.
+    wanted: the quantizer that was asked for. Without it, raises UserError for an unknown quantizer,
+    and for experts made by several, as a killed run leaves them.
     """
     config: dict[str, Any] = {}
     with contextlib.suppress(UserError):
         config = read_json(folder / "config.json")
-    found, tensors = read_marks(folder)
+    found, tensors = read_identities(folder)
     record = config.get(labels.RECORD)
     table = record.get("table") if isinstance(record, dict) else ""
-    said = (labels.recorded_quantizer(config) or "", f"{table}")
-    found = found or [said] * bool(said[0])
+    in_config = (labels.recorded_quantizer(config) or "", f"{table}")
+    found = found or [in_config] * bool(in_config[0])
     if not found:
         return None
     names = tuple(dict.fromkeys(name for name, _ in found))
     if wanted is None and (len(found) > 1 or not is_quantizer(names[0])):
         raise UserError(f"{folder}", f"experts made by {' and '.join(map(short_repr, names))}",
                    f"one of {NAMES}" if len(found) == 1 else "one quantizer with one table",
-                   "name the one that all are to be made by: QUANTIZER=NAME")  # fmt: skip
-    mark = next((one for one in found if one[0] == wanted), found[0])
-    planned = quantizer_properties(mark[0]).needs_plan
-    stacks = stored_stacks(tensors, config) if planned else {}
-    return Recorded(folder, mark, names, mark == said, stacks)
+                   "name the one that is to make all of them: QUANTIZER=NAME")  # fmt: skip
+    identity = next((one for one in found if one[0] == wanted), found[0])
+    needs_plan = quantizer_properties(identity[0]).needs_plan
+    stacks = stored_stacks(tensors, config) if needs_plan else {}
+    return RecordedFormat(folder, identity, names, identity == in_config, stacks)
 
 
-def read_marks(folder: Path) -> tuple[list[Mark], dict[str, Tensor]]:
-    """Return the sorted marks of shards with routed experts, and the tensors of readable shards.
+def read_identities(folder: Path) -> tuple[list[Identity], dict[str, Tensor]]:
+    """Return the sorted identities in shards with routed experts, and all readable tensors.
 
-    Shards without experts are ignored: they are not rewritten with a new quantizer, so their marks
-    may be older.
+    Shards without experts are ignored: they are not rewritten with a new quantizer, so their
+    metadata may be older.
     """
     found, tensors = set(), {}
     for path in sorted(folder.glob("[!.]*.safetensors")):
@@ -110,116 +116,132 @@ def stored_stacks(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[st
             label = labels.stored_label(tensors, base, config)
             if label is not None:
                 stacks.setdefault(stack_of(base), {})[base] = label
-    return {stack: labels.most_common_label(of) for stack, of in stacks.items()}
+    return {stack: labels.most_common_label(experts) for stack, experts in stacks.items()}
 
 
 # --- Settings -----------------------------------------------------------------------------------
 
 
-def resolve_quantizer(args: argparse.Namespace, made: Recorded | None) -> bool:
-    """Fill in a quantizer that was left out: the bundle's own; for a new one mlx, with a plan
-    mixture. True if the bundle's experts are to stay as they are.
+def resolve_quantizer(
+    options: QuantizerOptions, recorded: RecordedFormat | None
+) -> QuantizerOptions:
+    """Return the options with a quantizer: one that was left out is the bundle's own.
 
+    For a new bundle it is mlx, or with a plan mixture. `keep` is set if nothing was asked for.
     Raises UserError when the options do not go together.
     """
-    left_out = args.quantizer is None
-    planned = made and quantizer_properties(made.mark[0]).needs_plan
-    if left_out and made and (planned or not args.plan):
-        args.quantizer = made.mark[0]
-    elif left_out:
-        args.quantizer = "mixture" if args.plan else "mlx"
-    same = made is not None and made.mark[0] == args.quantizer
-    check_quantizer_options(args, planned=same)
-    return same and left_out and not args.plan and not args.imatrix
+    name = options.name
+    planned = recorded and quantizer_properties(recorded.name).needs_plan
+    if name is None and recorded and (planned or not options.plan):
+        name = recorded.name
+    elif name is None:
+        name = "mixture" if options.plan else "mlx"
+    same = recorded is not None and recorded.name == name
+    keep = same and not (options.name or options.plan or options.imatrix)
+    resolved = replace(options, name=name, keep=keep)
+    check_quantizer_options(resolved, planned=same)
+    return resolved
 
 
 def quantizer_for(
-    args: argparse.Namespace, source: Checkpoint, made: Recorded | None, stay: bool = False
+    options: QuantizerOptions, source: Checkpoint, recorded: RecordedFormat | None
 ) -> tuple[Quantizer, UserError | None]:
-    """The quantizer that was asked for, or that made the bundle; and what to stop with if one
-    matrix is to be made by it, where it is known by its mark alone.
+    """Return the quantizer of resolved options, and the error to raise if it must make a matrix.
 
-    Says on stdout how far an imatrix reaches. Raises UserError for an imatrix or a plan that does
-    not fit the source. stay: what `settle` said.
+    There is an error when only the bundle's record is known of the quantizer: its imatrix or plan
+    was not named, or another version made the experts. Prints the coverage of an imatrix. Raises
+    UserError for an imatrix or a plan that does not fit the source.
     """
-    same = made if made and made.mark[0] == args.quantizer else None
-    importance = load_imatrix(args.imatrix, source)
-    if same and not args.imatrix:
+    same = recorded if recorded and recorded.name == options.name else None
+    importance = load_imatrix(options.imatrix, source)
+    if same and not options.imatrix:
         importance = same.importance
-    stacks = read_plan(args.plan, source) if args.plan else same.stacks if same else None
-    quantizer = get_quantizer(args.quantizer, importance, stacks)
+    stacks = read_plan(options.plan, source) if options.plan else same.stacks if same else None
+    quantizer = get_quantizer(options.name, importance, stacks)
     if same is None:
         return quantizer, None
-    lack = None
-    if importance.digest and not args.imatrix:
-        lack = UserError(
+    error = None
+    if importance.digest and not options.imatrix:
+        error = UserError(
             f"{same.folder}", f"experts to be made with the imatrix {importance.digest}…",
             "that file", "name it: IMATRIX=FILE",
         )  # fmt: skip
-    by_labels = quantizer.properties.needs_plan and not args.plan
-    if (by_labels or stay) and quantizer.digest != same.mark[1]:
-        todo = "name the plan: PLAN=FILE" if by_labels else "name QUANTIZER: all are made anew"
-        lack = UserError(
-            f"{same.folder}", f"experts of {args.quantizer} {short_repr(same.mark[1])}",
-            f"what can be made here, {quantizer.digest}", todo,
+    by_labels = quantizer.properties.needs_plan and not options.plan
+    if (by_labels or options.keep) and identity_of(quantizer) != same.identity:
+        remedy = "name QUANTIZER: all are made again"
+        error = UserError(
+            f"{same.folder}", f"experts of {options.name} {short_repr(same.identity[1])}",
+            f"what can be made here, {quantizer.digest}",
+            "name the plan: PLAN=FILE" if by_labels else remedy,
         )  # fmt: skip
-        quantizer = replace(quantizer, digest=same.mark[1])
-    return quantizer, lack
+        quantizer = replace(quantizer, digest=same.identity[1])
+    return quantizer, error
 
 
 def describe_change(
-    args: argparse.Namespace, made: Recorded | None, quantizer: Quantizer, number: int
+    bundle: Path,
+    options: QuantizerOptions,
+    recorded: RecordedFormat | None,
+    quantizer: Quantizer,
+    number: int,
 ) -> str:
-    """One line before `number` matrices of a bundle get another form; "" where it stays, and for
-    what upstream's converter left, which has none that is right.
+    """Return a line that announces that `number` matrices of a bundle get another format.
+
+    It is empty when the format stays, and for a bundle that upstream's converter left with wrong
+    labels.
     """
-    if made is None:
-        same = is_stock(args.bundle)
+    if recorded is None:
+        same = is_stock(bundle)
     else:
-        same = made.names == (made.mark[0],) and mark_of(quantizer) == made.mark
+        same = recorded.names == (recorded.name,) and identity_of(quantizer) == recorded.identity
     if number == 0 or same:
         return ""
-    settings = {"QUANTIZER": args.quantizer, "IMATRIX": args.imatrix, "PLAN": args.plan}
+    settings = {"QUANTIZER": options.name, "IMATRIX": options.imatrix, "PLAN": options.plan}
     asked = " ".join(f"{name}={value}" for name, value in settings.items() if value)
-    holds = f"experts as {' and '.join(made.names)}" if made else "another maker's experts"
-    form = quantizer.form.description()
+    holds = f"experts as {' and '.join(recorded.names)}" if recorded else "another maker's experts"
     return escape_line(
-        f"requantize: {args.bundle} holds {holds}; {asked} asks for {form}: {number:,} tensors are "
-        "rewritten", LINE,
+        f"requantize: {bundle} holds {holds}; {asked} asks for {quantizer.form.description()}: "
+        f"{number:,} tensors are rewritten", LINE,
     )  # fmt: skip
 
 
-def mark_of(quantizer: Quantizer) -> Mark:
-    """Return the mark of a quantizer."""
+def identity_of(quantizer: Quantizer) -> Identity:
+    """Return a quantizer's name and digest."""
     return quantizer.name, quantizer.digest
 
 
 # --- Other makers' bundles ----------------------------------------------------------------------
 
 
-def check_ours(args: argparse.Namespace, made: Recorded | None) -> None:
-    """Raise UserError for another maker's bundle, unless it is one that requantize is to mend.
+def check_ours(
+    bundle: Path,
+    recorded: RecordedFormat | None,
+    quantizer: str | None,
+    converter: str,
+    as_stage: bool,
+) -> None:
+    """Raise UserError for another maker's bundle, unless requantize is meant to change it.
 
-    As a stage of others (--ours) requantize takes what CONVERTER=jang made; run by its name any
-    bundle with FP4 experts under an affine label, or the others with QUANTIZER.
+    as_stage: requantize runs as a stage of `make all` (--ours) and takes only what CONVERTER=jang
+    made. Otherwise it takes what upstream's converter made, and with `quantizer` any bundle.
     """
-    if made or folder_role(args.bundle) != BUNDLE:
+    if recorded or folder_role(bundle) != BUNDLE:
         return
-    by_name = "make requantize" if is_stock(args.bundle) else "make requantize QUANTIZER=NAME"
-    stock = is_stock(args.bundle) and (not args.ours or args.converter == "jang")
-    if stock or (not args.ours and args.quantizer):
+    stock = is_stock(bundle)
+    if (stock and (not as_stage or converter == "jang")) or (quantizer and not as_stage):
         return
-    raise UserError(f"{args.bundle}", "another maker's bundle", "one that this recipe made",
-               f"{REPAIR}; {by_name} makes its experts anew, in place")  # fmt: skip
+    command = "make requantize" if stock else "make requantize QUANTIZER=NAME"
+    raise UserError(f"{bundle}", "another maker's bundle", "one that this recipe made",
+               f"{REPAIR}; {command} makes its experts again, in place")  # fmt: skip
 
 
 def is_stock(folder: Path) -> bool:
     """Return True for FP4 experts without an mxfp4 label, as upstream's converter makes them."""
-    _, tensors = read_marks(folder)
+    _, tensors = read_identities(folder)
     with contextlib.suppress(UserError):
-        said = read_json(folder / "config.json").get("quantization")
-        each = said.values() if isinstance(said, dict) else ()
-        if any(isinstance(one, dict) and one.get("mode") == "mxfp4" for one in each):
+        quantization = read_json(folder / "config.json").get("quantization")
+        entries = quantization.values() if isinstance(quantization, dict) else ()
+        if any(isinstance(entry, dict) and entry.get("mode") == "mxfp4" for entry in entries):
             return False
     return any(
         parse_expert(name) and name.endswith(".scales") and tensor.dtype in ("U8", "F8_E8M0")

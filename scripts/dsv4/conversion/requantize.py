@@ -1,25 +1,22 @@
-"""Plan and run a requantization: rewrite the shards of a bundle whose tensors change.
-
-It is a conversion in which unchanged tensors are copied from the bundle.
-"""
+"""Plan and complete a requantization: a conversion that copies the bundle's unchanged tensors."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from dsv4.conversion.bundle_files import quantizer_record, sidecar_bytes, write_index
+from dsv4.conversion.conversion_plan import ConversionPlan, write_plan
 from dsv4.conversion.expert_pieces import ErrorLog
 from dsv4.conversion.job_array import JobPart
-from dsv4.conversion.progress import estimate_seconds, write_with_progress
 from dsv4.conversion.shard_metadata import is_made_by, made_by, with_mlx_digest
 from dsv4.conversion.source_match import check_bundle, check_samples, is_copy
-from dsv4.conversion.unit_pieces import make_pieces as unit_pieces
 from dsv4.model import configs, labels
 from dsv4.model.bundle_tensors import (
     ConversionUnit,
+    PlannedShard,
     conversion_unit,
     conversion_units,
     header_dtypes,
@@ -29,209 +26,195 @@ from dsv4.model.names import expert_base, is_control, kind, parse_expert, parse_
 from dsv4.model.quantizer_table import quantizer_properties
 from dsv4.quantization.formats import Quantizer
 from dsv4.storage import safe_paths
-from dsv4.storage.atomic import format_bytes, write_bytes, write_json
+from dsv4.storage.atomic import write_bytes, write_json
 from dsv4.storage.checkpoint import SIDECAR, Checkpoint, check_strangers, read_json
 from dsv4.storage.disk_space import check_free_space
 from dsv4.storage.safetensors_file import Shard, ShardLayout, Tensor, TensorSpec
-from dsv4.storage.shard_writer import NewShard, Piece, copy_pieces
 
 JANG = "jang_config.json"
+PART_ORDER = {part: i for i, part in enumerate(("weight", "scales", "biases", *labels.TURBO_PARTS))}
 
 
-@dataclass(frozen=True)
-class ShardUpdate:
-    """The target layout of one shard. `done` is true if the file on disk already has it."""
-
-    shard: Shard
-    layout: ShardLayout
-    kinds: dict[str, str]  # tensor → "expert", "control", "head", "own" or "copy"
-    units: dict[str, ConversionUnit]  # tensor → its unit, for tensors made from the source
-    done: bool
-
-    @property
-    def size(self) -> int:
-        """The new shard's size in bytes."""
-        return self.layout.size
+# --- The plan -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class RequantizePlan:
-    """The updates of all shards by file, and the files that this run rewrites (`todo`)."""
-
-    source: Checkpoint
-    bundle: Checkpoint
-    quantizer: Quantizer
-    fates: dict[str, ShardUpdate]
-    todo: list[str]
-    jobs: int
-
-    @property
-    def work(self) -> list[ShardUpdate]:
-        """The updates of the shards that this run rewrites, in order."""
-        return [self.fates[file] for file in self.todo]
-
-    @property
-    def extra_disk(self) -> tuple[int, int]:
-        """The bytes by which the bundle grows, and the bytes of the shards open at one time."""
-        sizes = sorted((fate.size for fate in self.work), reverse=True)
-        growth = sum(fate.size - fate.shard.size for fate in self.work)
-        return max(growth, 0), sum(sizes[: self.jobs + 1])
-
-
-def make_plan(
+def plan_from_bundle(
     source: Checkpoint,
     bundle: Checkpoint,
     quantizer: Quantizer,
     part: JobPart,
-    jobs: int,
-    only: frozenset[str] | None = None,
-    mark: dict[str, str] | None = None,
-    stay: bool = False,
-) -> RequantizePlan:
-    """Plan the update of every shard. Raises UserError when bundle and source do not match.
+    experts: frozenset[str] | None = None,
+    provenance: dict[str, str] | None = None,
+    trust_unmarked: bool = False,
+) -> ConversionPlan:
+    """Plan the new shards of a bundle. Raises UserError when bundle and source do not match.
 
-    only: storage names of the expert matrices that are made; others are copied (None: all are
-    made). mark: metadata of the written shards (None: `made_by`). stay: a shard without provenance
-    metadata counts as done if its header is as planned.
+    experts: storage names of the expert matrices that are made; others are copied (None: all are
+    made). provenance: metadata of the written shards (None: `made_by`). trust_unmarked: a shard
+    without such metadata counts as done if its header is as planned.
     """
     check_bundle(source, bundle)
-    if only is None:  # repair moves strangers away itself
+    if experts is None:  # repair moves foreign shards away itself
         check_strangers(bundle, "move it away: MLX loads every shard that it finds; or make repair")
-    mark = made_by(source, quantizer) if mark is None else mark
-    present = frozenset(bundle.tensors)
-    units = conversion_units(source.tensors, quantizer.form) if only is None else []
-    units = [unit for unit in units if unit.treatment == "expert"]
-    coming, experts = (
-        incoming_units(units, bundle),
-        {s.name: unit for unit in units for s in unit.slots},
-    )
-    fates = {}
+    provenance = made_by(source, quantizer) if provenance is None else provenance
+    planner = ShardPlanner(source, bundle, quantizer, experts, provenance, trust_unmarked)
+    shards, done = {}, set()
     for file, shard in bundle.shards.items():
-        new = coming.get(file, [])
-        fates[file] = shard_update(
-            shard, source, quantizer, present, mark, only, new, experts, stay
-        )
-    mine = part.select(list(fates))
-    todo = [file for file in mine if not fates[file].done]
+        shards[file], is_done = planner.plan_shard(shard)
+        if is_done:
+            done.add(file)
+    todo = [file for file in part.select(list(shards)) if file not in done]
     for file in todo:
-        check_samples(source, fates[file].shard)
-    return RequantizePlan(source, bundle, quantizer, fates, todo, jobs)
+        check_samples(source, bundle.shards[file])
+    planned = [shards[file] for file in todo]
+    return ConversionPlan(source, quantizer, bundle.folder, list(shards.values()), planned, bundle)
 
 
-def incoming_units(
-    units: list[ConversionUnit], bundle: Checkpoint
-) -> dict[str, list[ConversionUnit]]:
-    """Return file → units whose tensors have no counterpart of the same name in the bundle.
+@dataclass(frozen=True)
+class ShardPlanner:
+    """Plan the new shards of one bundle. The fields are as in `plan_from_bundle`."""
 
-    They go into the file of the tensors that they replace. The first stack goes into the first
-    shard, where jang_tools looks for it.
-    """
-    tensors, files = bundle.tensors, list(bundle.shards)
-    coming: dict[str, list[ConversionUnit]] = {}
-    for number, unit in enumerate(units):
-        if any(slot.name in tensors for slot in unit.slots):
-            continue
-        bases = [of[0].name.removesuffix(".weight") for of in unit.stack] or [unit.base]
-        old = [f"{base}.{part}" for base in bases for part in ("weight", "tq_packed")]
-        lies = next((n for n in (*old, f"{stack_base(unit.base)}.tq_packed") if n in tensors), None)
-        first = lies is None or (unit.stack and number == 0)
-        coming.setdefault(files[0] if first else tensors[lies].path.name, []).append(unit)
-    return coming
+    source: Checkpoint
+    bundle: Checkpoint
+    quantizer: Quantizer
+    experts: frozenset[str] | None
+    provenance: dict[str, str]
+    trust_unmarked: bool
 
+    @cached_property
+    def expert_units(self) -> list[ConversionUnit]:
+        """The units of all routed experts; none if some experts are copied."""
+        if self.experts is not None:
+            return []
+        units = conversion_units(self.source.tensors, self.quantizer.form)
+        return [unit for unit in units if unit.treatment == "expert"]
 
-def shard_update(
-    shard: Shard,
-    source: Checkpoint,
-    quantizer: Quantizer,
-    present: frozenset[str],
-    mark: dict[str, str],
-    only: frozenset[str] | None,
-    coming: Iterable[ConversionUnit],
-    experts: Mapping[str, ConversionUnit],
-    stay: bool,
-) -> ShardUpdate:
-    """The new layout of one shard. What is not `present` in the bundle, and wanted, comes right
-    after the scales that it belongs to, or after the weight; the units that are `coming` last.
-    experts: the units of all that are made, by the names of their tensors.
+    @cached_property
+    def unit_of_tensor(self) -> dict[str, ConversionUnit]:
+        """New tensor of a routed expert → its unit."""
+        return {slot.name: unit for unit in self.expert_units for slot in unit.slots}
 
-    All of it is made anew where the source's own numbers are wanted, or where they are: then no
-    byte of the bundle tells whether its weight or its scales were rewritten already.
-    """
-    own = quantizer_properties(shard.metadata.get("requantize_quantizer")).keeps_source
-    anew = only is None and (own or quantizer.form.as_source)
-    slots, kinds, units = [], {}, {}
-    for tensor in shard.tensors.values():
-        weight, what = _source_weight(tensor, source, only, anew)
-        new = [TensorSpec(tensor.name, tensor.dtype, tensor.shape)]
-        if what != "copy":
-            new = []
-            unit = experts.get(tensor.name) or units.get(weight.name)
-            unit = unit or _unit(tensor, weight, source, quantizer)
+    @cached_property
+    def new_units(self) -> dict[str, list[ConversionUnit]]:
+        """File → units none of whose tensors has a counterpart of the same name in the bundle.
+
+        They go into the file of the tensors that they replace. The first stack goes into the first
+        shard, where jang_tools looks for it.
+        """
+        tensors, first_file = self.bundle.tensors, next(iter(self.bundle.shards))
+        units: dict[str, list[ConversionUnit]] = {}
+        for number, unit in enumerate(self.expert_units):
+            if any(slot.name in tensors for slot in unit.slots):
+                continue
+            bases = [weight.name.removesuffix(".weight") for weight, _ in unit.stack] or [unit.base]
+            names = [f"{base}.{part}" for base in bases for part in ("weight", "tq_packed")]
+            names.append(f"{stack_base(unit.base)}.tq_packed")
+            replaced = next((name for name in names if name in tensors), None)
+            in_first = replaced is None or (unit.stack and number == 0)
+            file = first_file if in_first else tensors[replaced].path.name
+            units.setdefault(file, []).append(unit)
+        return units
+
+    def plan_shard(self, shard: Shard) -> tuple[PlannedShard, bool]:
+        """Plan one shard. Return it, and whether the file on disk has its content already.
+
+        Each tensor of the shard is copied, replaced or dropped; new units come last. Everything is
+        made from the source when the bundle was or becomes lossless. Otherwise no byte would tell
+        whether a killed run had rewritten a weight or its scales already.
+        """
+        properties = quantizer_properties(shard.metadata.get("requantize_quantizer"))
+        lossless = properties.keeps_source or self.quantizer.form.as_source
+        everything = self.experts is None and lossless
+        slots: list[TensorSpec] = []
+        units: dict[str, ConversionUnit] = {}  # by the name of the weight
+        unit_of: dict[str, ConversionUnit] = {}  # by the name of the new tensor
+        for tensor in shard.tensors.values():
+            weight = self._weight_to_convert(tensor, everything)
+            if weight is None:
+                slots.append(TensorSpec(tensor.name, tensor.dtype, tensor.shape))
+                continue
+            unit = self.unit_of_tensor.get(tensor.name) or units.get(weight.name)
+            unit = unit or self._unit(tensor, weight)
             if unit is not None:
                 units[weight.name] = unit
-                new = _slots_of(tensor, unit, present)
-                units.update({slot.name: unit for slot in new})
-        slots += new
-        kinds.update({slot.name: what for slot in new})
-    for unit in coming:
-        slots += unit.slots
-        units.update({slot.name: unit for slot in unit.slots})
-        kinds.update({slot.name: "expert" for slot in unit.slots})
-    metadata = shard.metadata | {"format": "mlx"} | mark
-    if is_native(shard):
-        slots = _in_order(slots, units, source)
-        metadata |= with_mlx_digest(quantizer) if anew else {}
-    layout = ShardLayout.of(slots, metadata, header_dtypes(quantizer.form) if only is None else {})
-    wanted = sorted((slot.name, slot.dtype, slot.shape) for slot in layout.slots)
-    found = sorted((t.name, t.dtype, t.shape) for t in shard.tensors.values())
-    lost = stay and not mark.keys() & shard.metadata.keys()
-    ours = (is_made_by(shard, mark) or lost) and wanted == found
-    untouched = wanted == found and (
-        not {"expert", "own"} & set(kinds.values()) or is_copy(shard, source, quantizer)
-    )
-    return ShardUpdate(shard, layout, kinds, units, ours or untouched)
+                new = self._replacements(tensor, unit)
+                slots += new
+                unit_of.update({slot.name: unit for slot in new})
+        for unit in self.new_units.get(shard.path.name, []):
+            slots += unit.slots
+            unit_of.update({slot.name: unit for slot in unit.slots})
+        metadata = shard.metadata | {"format": "mlx"} | self.provenance
+        if is_native(shard):
+            slots.sort(key=lambda slot: self._source_order(slot, unit_of))
+            metadata |= with_mlx_digest(self.quantizer) if everything else {}
+        padded = header_dtypes(self.quantizer.form) if self.experts is None else {}
+        layout = ShardLayout.of(slots, metadata, padded)
+        converted = {unit_of[s.name].weight.name: unit_of[s.name] for s in layout.slots
+                     if s.name in unit_of}  # fmt: skip
+        copies = [shard.tensors[s.name] for s in layout.slots if s.name not in unit_of]
+        planned = PlannedShard(shard.path.name, list(converted.values()), layout, copies)
+        return planned, self._is_done(shard, planned, everything)
+
+    def _weight_to_convert(self, tensor: Tensor, everything: bool) -> Tensor | None:
+        """Return the source's weight that replaces a tensor of the bundle; None: it is copied."""
+        base, _, part = tensor.name.rpartition(".")
+        if stack := parse_stack(tensor.name):
+            base = expert_base("layers", stack[0], 0, stack[1])
+        in_module = part in PART_ORDER
+        weight = self.source.tensors.get(f"{base}.weight" if in_module else tensor.name)
+        if parse_expert(tensor.name) or stack:
+            return weight if self.experts is None or base in self.experts else None
+        if weight is None or everything or kind(weight.name) == "head":
+            return weight
+        return weight if is_control(tensor.name) and weight.dtype == "F32" else None
+
+    def _unit(self, tensor: Tensor, weight: Tensor) -> ConversionUnit | None:
+        """Return the unit of a tensor's weight, or None when the new tensors have other names."""
+        stacked = self.quantizer.form.stacked and weight.name.startswith("layers.")
+        if parse_stack(tensor.name) or (parse_expert(tensor.name) and stacked):
+            return None
+        scale = self.source.tensors.get(weight.name.removesuffix(".weight") + ".scale")
+        return conversion_unit(weight, scale, self.quantizer.form)
+
+    def _replacements(self, tensor: Tensor, unit: ConversionUnit) -> list[TensorSpec]:
+        """Return the new tensors in place of one: none, that of its name, or also further ones.
+
+        The unit's tensors that the bundle lacks come after its scales, or after its weight if it
+        has no scales. Units of which the bundle has no tensor are in `new_units`.
+        """
+        present = self.bundle.tensors
+        slots = [slot for slot in unit.slots if slot.name == tensor.name]
+        is_new = not any(slot.name in present for slot in unit.slots)
+        scales = f"{unit.base}.scales"
+        if not is_new and tensor.name == (scales if scales in present else unit.weight.name):
+            slots += [slot for slot in unit.slots if slot.name not in present]
+        return slots
+
+    def _source_order(
+        self, slot: TensorSpec, unit_of: dict[str, ConversionUnit]
+    ) -> tuple[str, int, str, int]:
+        """Return the sort key that gives the order of `convert`, so that the bytes are the same."""
+        base, _, part = slot.name.rpartition(".")
+        weight = self.source.tensors.get(f"{base}.weight" if part in PART_ORDER else slot.name)
+        if slot.name in unit_of:
+            weight = unit_of[slot.name].weight
+        if weight is None:
+            return "", 0, slot.name, 0
+        return weight.path.name, weight.offset, weight.name, PART_ORDER.get(part, 0)
+
+    def _is_done(self, shard: Shard, planned: PlannedShard, everything: bool) -> bool:
+        """Return True when the shard on disk has the planned tensors, in the planned format."""
+        unmarked = not self.provenance.keys() & shard.metadata.keys()
+        made = is_made_by(shard, self.provenance) or (self.trust_unmarked and unmarked)
+        if contents(planned.layout.slots) != contents(shard.tensors.values()):
+            return False
+        changes = any(everything or unit.treatment == "expert" for unit in planned.units)
+        return (not changes or is_copy(shard, self.source, self.quantizer)) or made
 
 
-def _source_weight(
-    tensor: Tensor, source: Checkpoint, only: frozenset[str] | None, anew: bool
-) -> tuple[Tensor | None, str]:
-    """Return the source's weight for a tensor of the bundle, and the tensor's kind."""
-    base, _, part = tensor.name.rpartition(".")
-    if of := parse_stack(tensor.name):
-        base = expert_base("layers", of[0], 0, of[1])
-    of_module = part in ("weight", "scales", "biases", *labels.TURBO_PARTS)
-    weight = source.tensors.get(f"{base}.weight" if of_module else tensor.name)
-    if parse_expert(tensor.name) or of:
-        return weight, "expert" if only is None or base in only else "copy"
-    if weight is None:
-        return None, "copy"
-    if anew:
-        return weight, "own"
-    if kind(weight.name) == "head":
-        return weight, "head"
-    control = is_control(tensor.name) and weight.dtype == "F32"
-    return weight, "control" if control else "copy"
-
-
-def _unit(
-    tensor: Tensor, weight: Tensor, source: Checkpoint, quantizer: Quantizer
-) -> ConversionUnit | None:
-    """Return the unit of a tensor's weight, or None when its tensors get another name."""
-    stacked = quantizer.form.stacked and weight.name.startswith("layers.")
-    if parse_stack(tensor.name) or (parse_expert(tensor.name) and stacked):
-        return None
-    scale = source.tensors.get(weight.name.removesuffix(".weight") + ".scale")
-    return conversion_unit(weight, scale, quantizer.form)
-
-
-def _slots_of(tensor: Tensor, unit: ConversionUnit, present: frozenset[str]) -> list[TensorSpec]:
-    """Return what replaces one tensor: nothing, the tensor of its name, or also new ones."""
-    slots = [slot for slot in unit.slots if slot.name == tensor.name]
-    scales = f"{unit.base}.scales"
-    arrives = not any(slot.name in present for slot in unit.slots)
-    if not arrives and tensor.name == (scales if scales in present else unit.weight.name):
-        slots += [slot for slot in unit.slots if slot.name not in present]
-    return slots
+def contents(tensors: Iterable[TensorSpec | Tensor]) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Return sorted names, dtypes and shapes."""
+    return sorted((tensor.name, tensor.dtype, tensor.shape) for tensor in tensors)
 
 
 def is_native(shard: Shard) -> bool:
@@ -239,135 +222,64 @@ def is_native(shard: Shard) -> bool:
     return "convert_layout" in shard.metadata
 
 
-def _in_order(
-    slots: list[TensorSpec], units: dict[str, ConversionUnit], source: Checkpoint
-) -> list[TensorSpec]:
-    """Return the slots in the order of `convert`, so that the bytes are the same."""
-    parts = {part: i for i, part in enumerate(("weight", "scales", "biases", *labels.TURBO_PARTS))}
-
-    def place(slot: TensorSpec) -> tuple[str, int, str, int]:
-        base, _, part = slot.name.rpartition(".")
-        weight = source.tensors.get(f"{base}.weight" if part in parts else slot.name)
-        if slot.name in units:
-            weight = units[slot.name].weight
-        if weight is None:
-            return "", 0, slot.name, 0
-        return weight.path.name, weight.offset, weight.name, parts.get(part, 0)
-
-    return sorted(slots, key=place)
-
-
-def new_shard(
-    fate: ShardUpdate, source: Checkpoint, quantizer: Quantizer, ledger: ErrorLog
-) -> NewShard:
-    """Return an updated shard with its header and pieces."""
-    pieces = functools.partial(update_pieces, fate, source, quantizer, ledger)
-    return NewShard(fate.shard.path, fate.layout.header, fate.size, pieces)
-
-
-def update_pieces(
-    fate: ShardUpdate, source: Checkpoint, quantizer: Quantizer, ledger: ErrorLog
-) -> list[Piece]:
-    """Return the pieces of a shard: copies in file order, then tensors from the source."""
-    pieces: list[Piece] = []
-    made: dict[str, ConversionUnit] = {}
-    for slot in fate.layout.slots:
-        if fate.kinds[slot.name] == "copy":
-            tensor, place = fate.shard.tensors[slot.name], fate.layout.offsets[slot.name]
-            pieces += copy_pieces(tensor.path, tensor.offset, place, slot.nbytes)
-        else:
-            unit = fate.units[slot.name]
-            made[unit.weight.name] = unit
-    for unit in made.values():
-        pieces += unit_pieces(unit, fate.layout.offsets, quantizer, ledger)
-    return pieces
-
-
-def rewritten(plan: RequantizePlan) -> int:
+def count_experts(plan: ConversionPlan) -> int:
     """Return the number of expert matrices that are quantized again."""
-    units = {
-        fate.units[slot.name].weight.name: fate.units[slot.name].number
-        for fate in plan.work
-        for slot in fate.layout.slots
-        if fate.kinds[slot.name] == "expert"
-    }
-    return sum(units.values())
+    units = [unit for shard in plan.todo for unit in shard.units if unit.treatment == "expert"]
+    return sum({unit.weight.name: unit.number for unit in units}.values())
 
 
-def write_updates(plan: RequantizePlan) -> ErrorLog:
-    """Rewrite the plan's shards. Raises UserError when they do not fit on the disk."""
-    todo = "free space on that volume, or use fewer --jobs"
-    check_free_space(plan.bundle.folder, sum(plan.extra_disk), "", todo)
-    ledger = ErrorLog()
-    shards = [new_shard(fate, plan.source, plan.quantizer, ledger) for fate in plan.work]
-    write_with_progress(shards, plan.jobs, "requantize")
-    return ledger
+# --- Writing ------------------------------------------------------------------------------------
 
 
-def complete(plan: RequantizePlan) -> bool:
+def replace_shards(plan: ConversionPlan, jobs: int) -> ErrorLog:
+    """Write the plan's shards over the old ones. Raises UserError when the disk lacks room."""
+    remedy = "free space on that volume, or use fewer --jobs"
+    check_free_space(plan.folder, sum(plan.extra_disk(jobs)), "", remedy)
+    return write_plan(plan, jobs, "requantize")
+
+
+def complete(plan: ConversionPlan) -> bool:
     """Rebuild the index and the labels in config.json. Return True when either changed."""
-    folder = plan.bundle.folder
-    changed = write_index(folder, {file: fate.layout.slots for file, fate in plan.fates.items()})
-    config = dict(plan.bundle.config)
+    folder, bundle, form = plan.folder, plan.bundle, plan.quantizer.form
+    changed = write_index(folder, {shard.file: shard.layout.slots for shard in plan.shards})
+    config = dict(bundle.config)
     config.pop("quantization_config", None)
-    slots = {slot.name: slot for fate in plan.fates.values() for slot in fate.layout.slots}
-    form = plan.quantizer.form
+    slots = {slot.name: slot for shard in plan.shards for slot in shard.layout.slots}
     experts = {base: form.label(base) for base in expert_bases(plan.source)}
     config["quantization"] = labels.quantization(experts, slots)
     config[labels.RECORD] = quantizer_record(plan.quantizer)
-    native = any(map(is_native, plan.bundle.shards.values())) and (folder / JANG).is_file()
+    native = any(map(is_native, bundle.shards.values())) and (folder / JANG).is_file()
     turbo = labels.TURBO in (form.expert["mode"], config.get("weight_format"))
     if native or turbo:
         config = configs.replace_width_fields(config, form.expert)
         changed |= update_jang_config(folder / JANG, plan)
-    changed |= write_sidecar(folder, plan)
-    for file, fate in plan.fates.items():
-        if not fate.layout.slots:  # all its experts lie in stacks now
-            safe_paths.remove(folder, file)
-    if config != plan.bundle.config:
+    changed |= write_sidecar(plan)
+    for shard in plan.shards:
+        if not shard.layout.slots:  # all its experts are in stacks now
+            safe_paths.remove(folder, shard.file)
+    if config != bundle.config:
         changed |= write_json(folder / "config.json", config)
     return changed
 
 
-def update_jang_config(path: Path, plan: RequantizePlan) -> bool:
+def update_jang_config(path: Path, plan: ConversionPlan) -> bool:
     """Write jang_config.json for the new format. Return True if it changed."""
     old = read_json(path) if path.is_file() else {}
     new = configs.updated_jang_config(old, plan.source, plan.quantizer.form)
     return old != new and write_json(path, new)
 
 
-def write_sidecar(folder: Path, plan: RequantizePlan) -> bool:
+def write_sidecar(plan: ConversionPlan) -> bool:
     """Write TurboQuant's signs and codebooks, or remove that file from bundles in other formats.
 
     Returns True if it changed. The file is as jang_tools.build_jangtq_sidecar 2.5.50 writes it.
     """
+    path = plan.folder / SIDECAR
     if not plan.quantizer.form.stacked:
-        there = (folder / SIDECAR).is_file() and plan.bundle.config.get("weight_format") == "mxtq"
-        if there:
-            safe_paths.remove(folder, SIDECAR)
-        return there
+        is_ours = path.is_file() and plan.bundle.config.get("weight_format") == "mxtq"
+        if is_ours:
+            safe_paths.remove(plan.folder, SIDECAR)
+        return is_ours
     bases = expert_bases(plan.source)
     columns = {2 * plan.source.tensors[f"{base}.weight"].shape[1] for base in bases}
-    return write_bytes(folder / SIDECAR, sidecar_bytes(columns), folder)
-
-
-def describe_plan(plan: RequantizePlan) -> str:
-    """Return the plan as text: shards, tensors by kind, bytes, disk, estimated time."""
-    kinds = dict.fromkeys(("expert", "control", "head", "own", "copy"), 0)
-    for fate in plan.work:
-        for what in fate.kinds.values():
-            kinds[what] += 1
-    growth, at_once = plan.extra_disk
-    shards = [new_shard(fate, plan.source, plan.quantizer, ErrorLog()) for fate in plan.work]
-    written = sum(shard.size for shard in shards)
-    read = sum(piece.nbytes_read for shard in shards for piece in shard.pieces())
-    lines = [
-        f"shards: {len(plan.todo):,} to write, {len(plan.fates):,} in the bundle",
-        f"tensors: {kinds['expert']:,} parts of routed experts from FP4, "
-        f"{kinds['control']:,} controls to F32, {kinds['head']:,} head as in the source, "
-        f"{kinds['own']:,} others from the source, {kinds['copy']:,} copied",
-        f"read: {format_bytes(read)}; written: {format_bytes(written)}",
-        f"extra disk: {format_bytes(growth)} for good, {format_bytes(at_once)} while it runs",
-        estimate_seconds(shards, written, plan.jobs),
-    ]
-    return "\n".join(lines)
+    return write_bytes(path, sidecar_bytes(columns), plan.folder)

@@ -8,26 +8,23 @@ weights can tell. The choice itself is exact (knapsack.py).
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dsv4.conversion.recorded_format import Recorded, quantizer_for
+from dsv4.conversion.recorded_format import RecordedFormat, quantizer_for
 from dsv4.conversion.shard_metadata import converted_by
 from dsv4.errors import UserError
-from dsv4.model import mac_memory
 from dsv4.model.bundle_tensors import PlannedShard, plan_shards
 from dsv4.model.labels import parts_of
-from dsv4.model.load import expert_bases, read_config
+from dsv4.model.load import expert_bases
 from dsv4.model.names import PROJECTION, stack_of
 from dsv4.model.quantizer_table import quantizer_properties
-from dsv4.model.source import open_source
 from dsv4.quantization import knapsack
 from dsv4.quantization.error_sampling import CHOICES
-from dsv4.quantization.formats import Quantizer, get_quantizer
+from dsv4.quantization.formats import Quantizer, QuantizerOptions, get_quantizer
 from dsv4.quantization.imatrix import EVEN
 from dsv4.quantization.mixture_plan import label_by_name
 from dsv4.storage.atomic import format_bytes
@@ -182,29 +179,31 @@ def shards_of(
 
 
 def planned_shards(
-    args: argparse.Namespace, tensors: Mapping[str, Tensor], made: Recorded | None
+    source: Checkpoint,
+    options: QuantizerOptions,
+    recorded: RecordedFormat | None,
+    shard_bytes: int,
+    size: int | None,
 ) -> tuple[list[PlannedShard], int]:
-    """The bundle's shards by its options, and 0; before a plan of a mixture is there the smallest
-    shards that it can have, and the bytes that it may take: those asked for, or all exact.
-    made: the record of the bundle that is there.
+    """Return the shards of a bundle with resolved options, and 0.
 
-    Raises UserError as `chosen` and `plan_shards` do.
+    Before the file of a mixture plan exists, return the smallest shards that it can have, and the
+    bytes that it may take. size: the bundle's bytes that were asked for, if any. recorded: see
+    `read_recorded_format`. Raises UserError as `quantizer_for` and `plan_shards` do.
     """
 
     def shards(quantizer: Quantizer) -> list[PlannedShard]:
-        return shards_of(tensors, quantizer, args.shard_bytes)
+        return shards_of(source.tensors, quantizer, shard_bytes)
 
-    def alike(form: str) -> Quantizer:
+    def uniform(form: str) -> Quantizer:
         stacks = dict.fromkeys(PROJECTIONS, label_by_name(form))
-        return get_quantizer(args.quantizer, EVEN, stacks)
+        return get_quantizer(options.name, EVEN, stacks)
 
-    planned = quantizer_properties(args.quantizer).needs_plan
-    if planned and (args.fit or args.size) and not args.plan.is_file():
-        there = (args.source / "config.json").is_file()
-        goal = mac_memory.size_goal(args, read_config(args.source) if there else {})
-        most = sum(shard.size for shard in shards(alike(CHOICES[-1])))
-        return shards(alike(CHOICES[0])), max(1, min(goal, most))
-    if args.imatrix or args.plan:
-        return shards(quantizer_for(args, open_source(args.source), made)[0]), 0
-    stacks = made.stacks if made and made.mark[0] == args.quantizer else None
-    return shards(get_quantizer(args.quantizer, EVEN, stacks)), 0
+    needs_plan = quantizer_properties(options.name).needs_plan
+    if needs_plan and size is not None and not options.plan.is_file():
+        most = sum(shard.size for shard in shards(uniform(CHOICES[-1])))
+        return shards(uniform(CHOICES[0])), max(1, min(size, most))
+    if options.imatrix or options.plan:
+        return shards(quantizer_for(options, source, recorded)[0]), 0
+    stacks = recorded.stacks if recorded and recorded.name == options.name else None
+    return shards(get_quantizer(options.name, EVEN, stacks)), 0

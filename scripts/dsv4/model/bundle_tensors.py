@@ -98,11 +98,15 @@ class ConversionUnit:
 
 @dataclass(frozen=True)
 class PlannedShard:
-    """One shard of the bundle: file name, units, and the offset of each tensor."""
+    """One shard of the bundle: file name, units, and the offset of each tensor.
+
+    copies: tensors of an older bundle's shard that are copied into this one.
+    """
 
     file: str
     units: list[ConversionUnit]
     layout: ShardLayout
+    copies: list[Tensor] = field(default_factory=list)
 
     @property
     def size(self) -> int:

@@ -11,6 +11,7 @@ import functools
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -213,19 +214,37 @@ def add_quantizer_options(parser: argparse.ArgumentParser) -> None:
     add_setting(parser, "PLAN", help="what plan.py wrote, for --quantizer mixture")
 
 
-def check_quantizer_options(args: argparse.Namespace, planned: bool = False) -> None:
+@dataclass(frozen=True)
+class QuantizerOptions:
+    """The options that choose a quantizer; None for one that was left out.
+
+    keep: the bundle's experts keep the format that they have.
+    """
+
+    name: str | None
+    imatrix: Path | None = None
+    plan: Path | None = None
+    keep: bool = False
+
+
+def quantizer_options(args: argparse.Namespace) -> QuantizerOptions:
+    """Return what the command line says by the options of `add_quantizer_options`."""
+    return QuantizerOptions(args.quantizer, args.imatrix, args.plan)
+
+
+def check_quantizer_options(options: QuantizerOptions, planned: bool = False) -> None:
     """Raise UserError for options that do not go together.
 
     planned: the bundle was made by a plan.
     """
-    name = args.quantizer
+    name = options.name
     properties = quantizer_properties(name)
-    if args.imatrix and not properties.uses_imatrix:
+    if options.imatrix and not properties.uses_imatrix:
         raise UserError("IMATRIX", f"QUANTIZER={name}", "affineBgG, small or mixture: no other "
                    "one weighs errors", "leave IMATRIX out, or choose one")  # fmt: skip
-    if args.plan and not properties.needs_plan:
+    if options.plan and not properties.needs_plan:
         raise UserError("PLAN", f"QUANTIZER={name}", " or ".join(quantizers_with("needs_plan")),
                    "leave PLAN, FIT and SIZE out")  # fmt: skip
-    if properties.needs_plan and not args.plan and not planned:
+    if properties.needs_plan and not options.plan and not planned:
         raise UserError(f"QUANTIZER={name}", "no PLAN", "a file that make plan wrote",
                    "make plan FIT=… or SIZE=…, or PLAN=FILE")  # fmt: skip

@@ -22,7 +22,7 @@ from dsv4.model.names import GROUP
 from dsv4.quantization import fp8
 from dsv4.quantization.source_reader import read_bytes
 from dsv4.storage.safetensors_file import ITEMSIZE, Tensor, TensorSpec
-from dsv4.storage.shard_writer import ShardWriter, WorkerBuffers
+from dsv4.storage.shard_writer import Blocks, WorkerBuffers
 from dsv4.storage.tensor_reader import as_float32
 
 PIECE_ELEMENTS = 1 << 20  # decoded at a time: 4 MB of float32
@@ -84,11 +84,6 @@ class MatrixPiece:
         """Bytes written."""
         return (self.last - self.first) * sum(self._row_bytes[part] for part in self.places)
 
-    @property
-    def nbytes_read(self) -> int:
-        """Bytes of the weight that are read."""
-        return self.weight.nbytes // self.weight.shape[0] * (self.last - self.first)
-
     def decode(self, desk: WorkerBuffers) -> np.ndarray:
         """Read the rows as float32 (rows, columns). Raises UserError for a NaN or an infinity."""
         rows, columns = self.last - self.first, self.weight.shape[1]
@@ -109,14 +104,14 @@ class MatrixPiece:
         data = read_bytes(desk, self.scale, first * blocks, (last - first) * blocks, "exponents")
         return data.reshape(last - first, blocks)
 
-    def write(self, target: ShardWriter, desk: WorkerBuffers) -> None:
-        """Decode, quantize and write the three parts."""
+    def blocks(self, desk: WorkerBuffers) -> Blocks:
+        """Decode and quantize the rows, and yield the three parts."""
         parts = quantize(self.decode(desk))
         with np.errstate(over="ignore"):
             largest = [np.abs(parts[part]).max() for part in ("scales", "biases")]
         self._check_finite(*largest, "values too large for an F16 scale or bias")
         for part, place in self.places.items():
-            target.write(place + self.first * self._row_bytes[part], parts[part])
+            yield place + self.first * self._row_bytes[part], parts[part]
 
     def _check_finite(self, one: np.floating, other: np.floating, found: str) -> None:
         if not (np.isfinite(one) and np.isfinite(other)):
@@ -159,15 +154,10 @@ class F16Piece:
         """Bytes written."""
         return 2 * self.count
 
-    @property
-    def nbytes_read(self) -> int:
-        """Bytes read."""
-        return ITEMSIZE[self.tensor.dtype] * self.count
-
-    def write(self, target: ShardWriter, desk: WorkerBuffers) -> None:
-        """Read, round, write. Raises UserError for a value that F16 cannot hold."""
-        begin = ITEMSIZE[self.tensor.dtype] * self.first
-        data = read_bytes(desk, self.tensor, begin, self.nbytes_read, "codes")
+    def blocks(self, desk: WorkerBuffers) -> Blocks:
+        """Yield the rounded values. Raises UserError for a value that F16 cannot hold."""
+        size = ITEMSIZE[self.tensor.dtype]
+        data = read_bytes(desk, self.tensor, size * self.first, size * self.count, "codes")
         with np.errstate(over="ignore"):
             given = as_float32(data, self.tensor.dtype)
             values = given.astype(np.float16)
@@ -181,7 +171,7 @@ class F16Piece:
                 f"{self.tensor.path}: {self.tensor.name}", "values that are no F16 numbers",
                 "those that were there when the run was planned", "check the disk, begin again",
             )  # fmt: skip
-        target.write(self.place + 2 * self.first, values)
+        yield self.place + 2 * self.first, values
 
 
 def f16_pieces(tensor: Tensor, place: int, exact: bool = False) -> list[F16Piece]:

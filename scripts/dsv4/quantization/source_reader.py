@@ -11,7 +11,7 @@ from dsv4.errors import UserError
 from dsv4.model.names import most_zeros
 from dsv4.storage.holes import first_run
 from dsv4.storage.safetensors_file import Tensor
-from dsv4.storage.shard_writer import BLOCK_BYTES, COPY_BYTES, ShardWriter, WorkerBuffers
+from dsv4.storage.shard_writer import BLOCK_BYTES, COPY_BYTES, Blocks, WorkerBuffers
 
 
 def read_bytes(
@@ -72,17 +72,12 @@ class CopyTensorPiece:
     place: int  # where the tensor's first byte lies in the new shard
     check: Callable[[int, np.ndarray], None] | None = None  # (first byte, data)
 
-    @property
-    def nbytes_read(self) -> int:
-        """Bytes read."""
-        return self.nbytes
-
-    def write(self, target: ShardWriter, desk: WorkerBuffers) -> None:
-        """Copy the bytes. Raises UserError for a hole."""
+    def blocks(self, desk: WorkerBuffers) -> Blocks:
+        """Yield the bytes as they are. Raises UserError for a hole."""
         for at, data in read_blocks(desk, self.tensor, self.first, self.nbytes):
             if self.check:
                 self.check(at, data)
-            target.write(self.place + at, data)
+            yield self.place + at, data
 
 
 def copy_tensor_pieces(

@@ -6,13 +6,14 @@ from collections import Counter
 from typing import Any
 
 from dsv4.conversion import requantize, shard_metadata
+from dsv4.conversion.conversion_plan import ConversionPlan
 from dsv4.conversion.job_array import JobPart
-from dsv4.conversion.recorded_format import quantizer_for, recorded_in, resolve_quantizer
+from dsv4.conversion.recorded_format import quantizer_for, read_recorded_format, resolve_quantizer
 from dsv4.errors import UserError
 from dsv4.model import labels
 from dsv4.model.load import expert_bases
 from dsv4.model.quantizer_table import is_quantizer, quantizer_properties
-from dsv4.quantization.formats import Quantizer
+from dsv4.quantization.formats import Quantizer, QuantizerOptions
 from dsv4.repair import foreign_layouts
 from dsv4.repair.context import NEEDS_SOURCE, RepairContext, write_index
 from dsv4.repair.shards_on_disk import (
@@ -63,12 +64,15 @@ def plan_from_source(
     repair: RepairContext, bundle: Checkpoint, wrong: dict[str, str], found: str
 ) -> None:
     """Plan the shards to rewrite. Raises UserError when source and bundle do not fit."""
-    before = recorded_in(repair.bundle, repair.options.quantizer)
-    stay = resolve_quantizer(repair.options, before)
-    quantizer, lack = quantizer_for(repair.options, repair.source, before, stay)
-    if lack and wrong:
-        raise lack
-    if quantizer.form.as_source and not (before and before.mark[0] == quantizer.name):
+    asked = repair.options
+    before = read_recorded_format(repair.bundle, asked.quantizer)
+    options = QuantizerOptions(asked.quantizer, asked.imatrix, asked.plan)
+    options = resolve_quantizer(options, before)
+    asked.quantizer = options.name
+    quantizer, error = quantizer_for(options, repair.source, before)
+    if error and wrong:
+        raise error
+    if quantizer.form.as_source and not (before and before.name == quantizer.name):
         raise UserError(f"{repair.bundle}", "a bundle that is not lossless", "another QUANTIZER",
                    "make requantize QUANTIZER=lossless, which makes every tensor anew")  # fmt: skip
     made = shard_metadata.made_by(repair.source, quantizer)
@@ -77,26 +81,19 @@ def plan_from_source(
         raise UserError(f"{repair.backup.folder}", f"a repair begun with {describe_mark(begun)}",
                    describe_mark(made), "go on with those, or make unrepair")  # fmt: skip
     mark = made if can_mark_all(bundle, wrong, quantizer, made) else {}
-    plan = requantize.make_plan(
-        repair.source,
-        bundle,
-        quantizer,
-        JobPart(),
-        repair.options.jobs,
-        frozenset(wrong),
-        mark,
+    plan = requantize.plan_from_bundle(
+        repair.source, bundle, quantizer, JobPart(), frozenset(wrong), mark
     )
-    size = sum(update.size for update in plan.work)
-    how = f"made again from the source ({quantizer.name}): {len(plan.todo)} of {len(plan.fates)} "
+    how = f"made again from the source ({quantizer.name}): {len(plan.todo)} of {len(plan.shards)} "
     bases = expert_bases(bundle)
     experts = {base: quantizer.form.label(base) for base in bases} if wrong else None
 
     def apply() -> None:
         repair.experts = None  # the labels are right only once the shards are written
-        rewrite(repair, plan, {"experts": sorted(wrong), "mark": made}, size)
+        rewrite(repair, plan, {"experts": sorted(wrong), "mark": made})
         repair.experts = experts
 
-    repair.plan(found, f"{how}shards, {format_bytes(size)}", apply)
+    repair.plan(found, f"{how}shards, {format_bytes(plan.written)}", apply)
     repair.experts = experts
 
 
@@ -141,18 +138,16 @@ def describe_mark(mark: dict[str, str]) -> str:
     return f"QUANTIZER={escape_line(name)} (table {table[:8]}) and source {source[:8]}"
 
 
-def rewrite(
-    repair: RepairContext, plan: requantize.RequantizePlan, work: dict[str, Any], size: int
-) -> None:
+def rewrite(repair: RepairContext, plan: ConversionPlan, work: dict[str, Any]) -> None:
     """Keep the originals, write the new shards, then the index.
 
     Raises UserError when the disk has no room for that.
     """
-    kept = [*plan.todo, INDEX]
-    repair.check_space(kept, size)
+    kept = [*(shard.file for shard in plan.todo), INDEX]
+    repair.check_space(kept, plan.written)
     if plan.todo:
         repair.backup.begin(work)
         repair.backup.keep(kept)
-        requantize.write_updates(plan)
+        requantize.replace_shards(plan, repair.options.jobs)
         write_index(repair)
         repair.backup.finish()

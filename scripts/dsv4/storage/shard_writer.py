@@ -1,11 +1,12 @@
 """Write new shards in the place of old ones with several threads.
 
 A shard's header is known before its data, so its bytes can be written in any order. Each shard is a
-list of pieces. Every worker takes the next piece and writes it at its offset. Reads and writes are
-positioned (`preadv`, `pwrite`) and use buffers that each worker keeps. Bytes that were read or
-written are dropped from the page cache, so memory use does not grow with the size of the shards.
-A finished shard is flushed to disk and then renamed, by one more thread, while the workers go on.
-At most `jobs` + 1 shards are open at one time.
+list of pieces. Every worker takes the next piece, which reads or computes blocks of bytes, and
+writes each block at its offset. Reads and writes are positioned (`preadv`, `pwrite`) and use
+buffers that each worker keeps. Bytes that were read or written are dropped from the page cache, so
+memory use does not grow with the size of the shards. A finished shard is flushed to disk and then
+renamed, by one more thread, while the workers go on. At most `jobs` + 1 shards are open at one
+time.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import errno
 import fcntl
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,14 +149,16 @@ def drop_finished_ranges(fd: int, offset: int, nbytes: int) -> None:
         drop_page_cache(fd, first, last - first)
 
 
+Blocks = Iterator[tuple[int, np.ndarray]]  # (offset in the shard, contiguous data)
+
+
 class Piece(Protocol):
-    """Some bytes of a new shard, with the number of bytes written and read for them."""
+    """Some bytes of a new shard, `nbytes` in number."""
 
     nbytes: int
-    nbytes_read: int
 
-    def write(self, target: ShardWriter, buffers: WorkerBuffers) -> None:
-        """Produce the bytes and write them to `target` at their offsets."""
+    def blocks(self, buffers: WorkerBuffers) -> Blocks:
+        """Yield all of the bytes. A block may lie in `buffers` and is valid until the next one."""
 
 
 @dataclass(frozen=True)
@@ -167,17 +170,12 @@ class CopyPiece:
     place: int
     nbytes: int
 
-    @property
-    def nbytes_read(self) -> int:
-        """The number of bytes read."""
-        return self.nbytes
-
-    def write(self, target: ShardWriter, buffers: WorkerBuffers) -> None:
-        """Copy with a buffer of at most BLOCK_BYTES."""
+    def blocks(self, buffers: WorkerBuffers) -> Blocks:
+        """Yield blocks of at most BLOCK_BYTES."""
         for done in range(0, self.nbytes, BLOCK_BYTES):
             data = buffers.buffer("copy", min(BLOCK_BYTES, self.nbytes - done))
             buffers.read(self.path, self.offset + done, data)
-            target.write(self.place + done, data)
+            yield self.place + done, data
 
 
 def copy_pieces(path: Path, offset: int, place: int, nbytes: int) -> list[CopyPiece]:
@@ -255,7 +253,8 @@ class _WriterPool:
             try:
                 while (task := self._next()) is not None:
                     target, piece = task
-                    piece.write(target, buffers)
+                    for offset, data in piece.blocks(buffers):
+                        target.write(offset, data)
                     self._finish(target, piece)
             except BaseException as error:
                 self._fail(error)
