@@ -133,7 +133,8 @@ def unit_pieces(
     offset = tensors[weight.name]
     if unit.slots[0].dtype == weight.dtype:
         return list(copy_tensor_pieces(weight, offset))
-    return list(mlx_affine.f16_pieces(weight, offset, exact=quantizer.form.as_source))
+    dtype, exact = unit.slots[0].dtype, quantizer.form.as_source
+    return list(mlx_affine.float_pieces(weight, offset, dtype, exact))
 
 
 # --- Descriptions -------------------------------------------------------------------------------

@@ -16,10 +16,10 @@ from dsv4.quantization.imatrix import normalized
 from dsv4.quantization.source_reader import (
     copy_tensor_pieces,
     read_blocks,
-    read_bytes,
+    read_scales,
 )
 from dsv4.storage.safetensors_file import Tensor, TensorSpec
-from dsv4.storage.shard_writer import Blocks, Piece, WorkerBuffers
+from dsv4.storage.shard_writer import COPY_BYTES, Blocks, Piece, WorkerBuffers
 
 PIECE_BYTES = 4 << 20  # of packed source codes
 
@@ -54,7 +54,7 @@ class QuantizePiece:
         """
         rows, half = self.last - self.first, self.weight.shape[1]
         groups = self.scale.shape[1]
-        scale = read_bytes(buffers, self.scale, self.first * groups, rows * groups, "exponents")
+        scale = read_scales(buffers, self.scale, self.first * groups, rows * groups)
         sizes = self._row_bytes()
         codes, *others = sizes
         parts = {part: buffers.buffer(part, rows * sizes[part]) for part in others}
@@ -193,5 +193,35 @@ def copy_pieces(
         pieces += copy_tensor_pieces(weight, places["weight"])
         ledger.add(weight.name, ErrorStats())
     if "scales" in places:
-        pieces += copy_tensor_pieces(scale, places["scales"], check)
+        if scale.dtype == "F32":
+            pieces += scale_pieces(scale, places["scales"])
+        else:
+            pieces += copy_tensor_pieces(scale, places["scales"], check)
     return pieces
+
+
+@dataclass(frozen=True)
+class ScalePiece:
+    """Rows `first` to `last` - 1 of F32 scales as UE8M0 bytes."""
+
+    scale: Tensor
+    first: int
+    last: int
+    place: int  # of row 0 in the shard
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes written."""
+        return (self.last - self.first) * self.scale.shape[1]
+
+    def blocks(self, buffers: WorkerBuffers) -> Blocks:
+        """Yield the bytes. Raises UserError for a scale that is no power of two."""
+        at = self.first * self.scale.shape[1]
+        yield self.place + at, read_scales(buffers, self.scale, at, self.nbytes)
+
+
+def scale_pieces(scale: Tensor, place: int) -> list[ScalePiece]:
+    """Cut F32 scales into pieces of about COPY_BYTES of the source."""
+    rows = max(1, COPY_BYTES // (4 * scale.shape[1]))
+    cuts = range(0, scale.shape[0], rows)
+    return [ScalePiece(scale, row, min(row + rows, scale.shape[0]), place) for row in cuts]

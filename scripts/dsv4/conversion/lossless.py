@@ -20,10 +20,10 @@ from dsv4.conversion.shard_metadata import fingerprint
 from dsv4.errors import UserError
 from dsv4.model.bundle_tensors import weights_of
 from dsv4.model.fp8_blocks import block_of
-from dsv4.model.names import GROUP
+from dsv4.model.names import GROUP, is_control
 from dsv4.quantization.formats import Quantizer, with_bf16_overflow
 from dsv4.quantization.fp8 import expand_scales
-from dsv4.quantization.source_reader import read_blocks, read_bytes
+from dsv4.quantization.source_reader import read_blocks, read_scales
 from dsv4.storage.atomic import write_json
 from dsv4.storage.checkpoint import Checkpoint, read_json
 from dsv4.storage.safetensors_file import Tensor
@@ -63,9 +63,15 @@ def write_record(record: Path, source: Checkpoint, quantizer: Quantizer) -> None
         write_json(record, {"source": fingerprint(source), "beyond": dict(quantizer.beyond)})
 
 
+def bf16_names(source: Checkpoint) -> list[str]:
+    """Return the names of the BF16 weights, but for controls, which become F32."""
+    weights = weights_of(source.tensors)
+    return [n for n in weights if source.tensors[n].dtype == "BF16" and not is_control(n)]
+
+
 def count_f16_overflow(source: Checkpoint, read: Read, jobs: int) -> dict[str, int]:
     """Return BF16 tensor → number of values that F16 cannot represent, where there are any."""
-    names = [n for n in weights_of(source.tensors) if source.tensors[n].dtype == "BF16"]
+    names = bf16_names(source)
     tensors = sorted((source.tensors[n] for n in names), key=lambda t: (t.path.name, t.offset))
     cuts = [(t, first) for t in tensors for first in range(0, t.nbytes, SLICE_BYTES)]
 
@@ -99,7 +105,7 @@ def message(quantizer: Quantizer, source: Checkpoint) -> str:
     """Return a line about the tensors that stay BF16, "" for a quantizer that is not lossless."""
     if not quantizer.form.as_source:
         return ""
-    number = sum(source.tensors[n].dtype == "BF16" for n in weights_of(source.tensors))
+    number = len(bf16_names(source))
     line = f"BF16: {number - len(quantizer.beyond):,} tensors are exact in F16 and become F16"
     if not quantizer.beyond:
         return line
@@ -145,9 +151,7 @@ class Fp8Piece:
             across = self.scale.shape[1]
             height, _ = block_of(self.weight.shape, self.scale.shape)
             top, bottom = self.first // height, -(-self.last // height)
-            data = read_bytes(
-                buffers, self.scale, top * across, (bottom - top) * across, "exponents"
-            )
+            data = read_scales(buffers, self.scale, top * across, (bottom - top) * across)
             self._check(data == 255, data, "scale byte", across, top)
             groups = expand_scales(data.reshape(-1, across), rows, columns)
             odd = int(((data < LEAST) | (data > GREATEST)).sum())

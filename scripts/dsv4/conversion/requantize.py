@@ -166,7 +166,7 @@ class ShardPlanner:
             return weight if self.experts is None or base in self.experts else None
         if weight is None or everything or kind(weight.name) == "head":
             return weight
-        return weight if is_control(tensor.name) and weight.dtype == "F32" else None
+        return weight if is_control(tensor.name) else None
 
     def _unit(self, tensor: Tensor, weight: Tensor) -> ConversionUnit | None:
         """Return the unit of a tensor's weight, or None when the new tensors have other names."""

@@ -21,6 +21,7 @@ from dsv4.model.quantizer_table import quantizer_properties
 from dsv4.quantization.formats import Quantizer
 from dsv4.storage.checkpoint import INDEX, Checkpoint
 from dsv4.storage.safetensors_file import FLOATS, NUMPY_DTYPE, SAMPLE_BYTES, Shard, Tensor
+from dsv4.storage.tensor_reader import as_float32
 
 # Which parts of a routed expert a bundle may hold, and in which dtypes; each has shape (out, …).
 KNOWN_PARTS = {
@@ -193,14 +194,19 @@ def check_samples(source: Checkpoint, shard: Shard) -> None:
         _expect_same(tensor, _first_bytes(tensor), _first_bytes(origin))
     for name, tensor in shard.tensors.items():
         origin = source.tensors.get(name)
-        if not is_control(name) or origin is None or origin.dtype != "F32":
+        if not is_control(name) or origin is None:
             continue
-        values = _first_bytes(origin)
+        values = as_float32(_first_bytes(origin).view(np.uint8), origin.dtype)
         if tensor.dtype == "F16":
             with np.errstate(over="ignore"):
-                _expect_same(tensor, _first_bytes(tensor)[: len(values)], values.astype(np.float16))
+                expected = values.astype(np.float16)
         elif tensor.dtype == "F32":
-            _expect_same(tensor, _first_bytes(tensor), values)
+            expected = values
+        else:
+            continue
+        found = _first_bytes(tensor)
+        number = min(len(found), len(expected))
+        _expect_same(tensor, found[:number], expected[:number])
 
 
 def _first_bytes(tensor: Tensor) -> np.ndarray:

@@ -85,6 +85,8 @@ def from_source(tensors: Mapping[str, Tensor]) -> Arrays:
 
 def group_scales(unit: ConversionUnit, scales: mx.array) -> mx.array:
     """Return scales uint8 (rows, columns / 32); FP8's, of blocks, are repeated."""
+    if scales.dtype == mx.float32:  # powers of two, by their exponents
+        scales = (scales.view(mx.uint32) >> 23).astype(mx.uint8)
     if unit.treatment == "expert":
         return scales
     rows, columns = unit.weight.shape

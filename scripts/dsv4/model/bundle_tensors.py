@@ -19,6 +19,7 @@ from dsv4.storage import limits
 from dsv4.storage.safetensors_file import FLOATS, ShardLayout, Tensor, TensorSpec
 
 SHARD_BYTES = 5_000_000_000  # the largest shard, unless another size is asked for
+SCALE_DTYPES = ("F8_E8M0", "U8", "F32")  # of FP4 and FP8: powers of two
 ENTRY_BYTES = 110  # what a tensor takes in a header at most, beside its name
 TABLE = "scripts/dsv4/model/tensor_table.py"
 
@@ -215,7 +216,7 @@ def check_matrix(weight: Tensor, scale: Tensor | None) -> None:
     if weight.dtype != "F8_E4M3":
         return
     found = "no scale" if scale is None else f"a scale {scale.dtype} {list(scale.shape)}"
-    bytes_ = scale is not None and scale.dtype in ("F8_E8M0", "U8")
+    bytes_ = scale is not None and scale.dtype in SCALE_DTYPES
     if not bytes_ or block_of(weight.shape, scale.shape) is None:
         expected = f"F8_E8M0, one for each block of {shape}"
         raise UserError(where, found, expected, "fetch the source again")
@@ -224,7 +225,7 @@ def check_matrix(weight: Tensor, scale: Tensor | None) -> None:
 def unquantized_dtype(tensor: Tensor, what: str) -> str:
     """Return the dtype of a tensor that is not quantized. Raises UserError for 8-bit floats."""
     if tensor.dtype in FLOATS:
-        return "F32" if what == "control" and tensor.dtype == "F32" else "F16"
+        return "F32" if what == "control" else "F16"
     if tensor.dtype[0] in "IU" and what == "passthrough":
         return tensor.dtype
     raise UserError(
@@ -235,6 +236,8 @@ def unquantized_dtype(tensor: Tensor, what: str) -> str:
 
 def exact_dtype(tensor: Tensor, form: StorageFormat) -> str:
     """The dtype in which a tensor that is no FP8 keeps its numbers. Raises UserError for others."""
+    if tensor.dtype in FLOATS and treatment(tensor.name) == "control":
+        return "F32"
     if tensor.dtype == "BF16":
         return "BF16" if tensor.name in form.bfloats else "F16"
     if tensor.dtype in FLOATS or tensor.dtype[0] in "IU":

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from dsv4.errors import UserError
+from dsv4.model.bundle_tensors import SCALE_DTYPES
 from dsv4.model.fp8_blocks import read_block, scale_shape
 from dsv4.model.load import block_counts, config_count, mtp_declared
-from dsv4.model.names import GROUP, treatment
+from dsv4.model.names import GROUP, parse_expert, treatment
 from dsv4.model.source_format import has_dspark
 from dsv4.model.tensor_table import Block, MissingSize, Row, compress_ratio, rows_in
 from dsv4.storage.checkpoint import Checkpoint
@@ -28,7 +29,6 @@ STORED = {
     "F32": FLOATS,
     "INT": ("I64", "I32"),
 }
-SCALE = ("F8_E8M0", "U8")  # one byte, a power of two
 NAMED = 5  # faults in an error's line
 
 
@@ -114,7 +114,7 @@ def _scale_faults(source: Checkpoint, weight: Tensor, shape: tuple[int, ...]) ->
     scale = source.tensors.get(name)
     if scale is None:
         yield f"no {name}"
-    elif scale.dtype not in SCALE or scale.shape != shape:
+    elif scale.dtype not in SCALE_DTYPES or scale.shape != shape:
         yield f"{name}: {scale.dtype} {list(scale.shape)}, expected F8_E8M0 {list(shape)}"
 
 
@@ -124,6 +124,25 @@ def _lone_scale_faults(source: Checkpoint, scale: Tensor) -> Iterator[str]:
         yield f"{scale.name}: no weight of that name"
     elif weight.dtype in FLOATS:
         yield f"{scale.name}: {scale.dtype} beside a weight in {weight.dtype}, not FP4 or FP8"
+
+
+def check_scales(source: Checkpoint) -> None:
+    """Raise SourceFaults when an F32 scale of an FP8 matrix is no power of two.
+
+    Reads these scales, 1.6 MB of Flash's. Those of experts are checked when they are converted.
+    """
+    faults = []
+    for name, tensor in source.tensors.items():
+        if name.endswith(".scale") and tensor.dtype == "F32" and not parse_expert(name):
+            mantissa, _ = np.frexp(read_array(tensor))
+            odd = mantissa[mantissa != 0.5]
+            if odd.size:
+                faults.append(f"{name}: {odd.size:,} F32 scales that are no power of two")
+    if faults:
+        raise SourceFaults(
+            source.folder, faults, "powers of two, as UE8M0 has them",
+            "take these tensors from the release that this is a copy of",
+        )  # fmt: skip
 
 
 Read = Callable[[Tensor], np.ndarray]  # the bytes or integers of a whole tensor

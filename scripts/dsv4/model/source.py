@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dsv4.errors import UserError
-from dsv4.model.expected_tensors import check_headers, check_tables, lacking_mtp
+from dsv4.model.expected_tensors import check_headers, check_scales, check_tables, lacking_mtp
 from dsv4.model.fp8_blocks import read_block
 from dsv4.model.load import read_config
 from dsv4.model.names import is_control
@@ -42,6 +42,7 @@ def open_source(folder: Path) -> Checkpoint:
     check_format(source)
     read_block(config, folder)
     check_headers(source)
+    check_scales(source)
     check_tables(source)
     return source
 
@@ -77,4 +78,7 @@ def source_notes(source: Checkpoint) -> list[str]:
     if rounded:
         dtypes = ", ".join(sorted({source.tensors[name].dtype for name in rounded}))
         notes.append(f"{len(rounded):,} control tensors in {dtypes}, widened to F32 exactly")
+    scales = [n for n, t in source.tensors.items() if n.endswith(".scale") and t.dtype == "F32"]
+    if scales:
+        notes.append(f"{len(scales):,} scales in F32, taken as UE8M0")
     return [note for note in notes if note]

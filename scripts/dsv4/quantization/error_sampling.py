@@ -18,10 +18,11 @@ from dsv4.model.load import expert_bases
 from dsv4.model.names import GROUP, stack_of
 from dsv4.quantization import least_squares
 from dsv4.quantization.affine_table import BadGroup
+from dsv4.quantization.fp4 import ue8m0_bytes
 from dsv4.quantization.imatrix import Importance, normalized
 from dsv4.quantization.mixture_plan import label_by_name
 from dsv4.storage.checkpoint import Checkpoint
-from dsv4.storage.safetensors_file import Tensor
+from dsv4.storage.safetensors_file import ITEMSIZE, Tensor
 
 EXPERTS = 4
 WEIGHTS = 1 << 20
@@ -85,7 +86,8 @@ def read_sample(
     first = (out - rows) * which // max(1, EXPERTS - 1)
     codes = read(weight, first * half, rows * half)
     groups = 2 * half // GROUP
-    exponents = read(scale, first * groups, rows * groups)
+    size = ITEMSIZE[scale.dtype]
+    exponents = ue8m0_bytes(read(scale, first * groups * size, rows * groups * size), scale)
     columns = importance.columns.get(base)
     return base, codes, exponents, None if columns is None else normalized(columns, base)
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from dsv4.errors import UserError
 from dsv4.model.names import GROUP
+from dsv4.storage.safetensors_file import Tensor
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 # The two float32 values of each byte, viewed as one uint64: one lookup decodes both.
@@ -27,6 +28,24 @@ def decode(packed: np.ndarray, scales: np.ndarray, name: str) -> np.ndarray:
     values = PAIRS.take(packed.view(np.uint8)).view(np.float32).reshape(*scales.shape, GROUP)
     values *= UE8M0[scales.view(np.uint8)][..., None]
     return values.reshape(len(packed), -1)
+
+
+def ue8m0_bytes(data: np.ndarray, scale: Tensor) -> np.ndarray:
+    """Return scales as UE8M0 bytes. data: bytes of a scale tensor, of dtype F8_E8M0, U8 or F32.
+
+    Raises UserError for an F32 scale that is no power of two.
+    """
+    if scale.dtype != "F32":
+        return data.view(np.uint8)
+    bits = np.ascontiguousarray(data).view(np.uint32)
+    odd = np.flatnonzero(bits & ~np.uint32(0xFF << 23))  # a sign or a mantissa
+    if len(odd):
+        value = bits[odd[:1]].view(np.float32)[0]
+        raise UserError(
+            f"{scale.path}: {scale.name}", f"the scale {value:.9g}", "a power of two, as in UE8M0",
+            "take the release that this is a copy of",
+        )  # fmt: skip
+    return (bits >> 23).astype(np.uint8)
 
 
 def check_scales(scales: np.ndarray, name: str) -> None:

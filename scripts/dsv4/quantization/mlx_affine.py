@@ -20,8 +20,8 @@ from dsv4.model.fp8_blocks import block_of
 from dsv4.model.labels import DEFAULT, parts_of
 from dsv4.model.names import GROUP
 from dsv4.quantization import fp8
-from dsv4.quantization.source_reader import read_bytes
-from dsv4.storage.safetensors_file import ITEMSIZE, Tensor, TensorSpec
+from dsv4.quantization.source_reader import read_bytes, read_scales
+from dsv4.storage.safetensors_file import ITEMSIZE, NUMPY_DTYPE, Tensor, TensorSpec
 from dsv4.storage.shard_writer import Blocks, WorkerBuffers
 from dsv4.storage.tensor_reader import as_float32
 
@@ -101,7 +101,7 @@ class MatrixPiece:
         height, _ = block_of(self.weight.shape, self.scale.shape)
         first, last = self.first // height, -(-self.last // height)
         blocks = self.scale.shape[1]
-        data = read_bytes(desk, self.scale, first * blocks, (last - first) * blocks, "exponents")
+        data = read_scales(desk, self.scale, first * blocks, (last - first) * blocks)
         return data.reshape(last - first, blocks)
 
     def blocks(self, desk: WorkerBuffers) -> Blocks:
@@ -137,8 +137,8 @@ def matrix_pieces(
 
 
 @dataclass(frozen=True)
-class F16Piece:
-    """`count` elements of a tensor from element `first`, rounded to F16 (ties to even).
+class FloatPiece:
+    """`count` elements of a tensor from element `first`, as `dtype`: F16 (ties to even) or F32.
 
     exact: raise UserError if rounding changes a value.
     """
@@ -147,12 +147,13 @@ class F16Piece:
     first: int
     count: int
     place: int  # where the tensor's first element lies in the new shard
+    dtype: str
     exact: bool = False
 
     @property
     def nbytes(self) -> int:
         """Bytes written."""
-        return 2 * self.count
+        return ITEMSIZE[self.dtype] * self.count
 
     def blocks(self, desk: WorkerBuffers) -> Blocks:
         """Yield the rounded values. Raises UserError for a value that F16 cannot hold."""
@@ -160,24 +161,24 @@ class F16Piece:
         data = read_bytes(desk, self.tensor, size * self.first, size * self.count, "codes")
         with np.errstate(over="ignore"):
             given = as_float32(data, self.tensor.dtype)
-            values = given.astype(np.float16)
+            values = given.astype(NUMPY_DTYPE[self.dtype])
         if not np.isfinite(values).all():
             raise UserError(
-                f"{self.tensor.path}: {self.tensor.name}", "a value that F16 cannot hold",
-                "values up to 65,504", "fetch the source again",
+                f"{self.tensor.path}: {self.tensor.name}", f"a value that {self.dtype} cannot hold",
+                "finite values, up to 65,504 in F16", "fetch the source again",
             )  # fmt: skip
         if self.exact and not np.array_equal(values, given):
             raise UserError(
-                f"{self.tensor.path}: {self.tensor.name}", "values that are no F16 numbers",
+                f"{self.tensor.path}: {self.tensor.name}", f"values that {self.dtype} lacks",
                 "those that were there when the run was planned", "check the disk, begin again",
             )  # fmt: skip
-        yield self.place + 2 * self.first, values
+        yield self.place + ITEMSIZE[self.dtype] * self.first, values
 
 
-def f16_pieces(tensor: Tensor, place: int, exact: bool = False) -> list[F16Piece]:
-    """Cut a tensor of any size into pieces of PIECE_ELEMENTS."""
+def float_pieces(tensor: Tensor, place: int, dtype: str, exact: bool = False) -> list[FloatPiece]:
+    """Cut a tensor of any size into pieces of PIECE_ELEMENTS. dtype: F16 or F32."""
     elements = tensor.nbytes // ITEMSIZE[tensor.dtype]
     return [
-        F16Piece(tensor, first, min(PIECE_ELEMENTS, elements - first), place, exact)
+        FloatPiece(tensor, first, min(PIECE_ELEMENTS, elements - first), place, dtype, exact)
         for first in range(0, elements, PIECE_ELEMENTS)
     ]

@@ -9,8 +9,9 @@ import numpy as np
 
 from dsv4.errors import UserError
 from dsv4.model.names import most_zeros
+from dsv4.quantization.fp4 import ue8m0_bytes
 from dsv4.storage.holes import first_run
-from dsv4.storage.safetensors_file import Tensor
+from dsv4.storage.safetensors_file import ITEMSIZE, Tensor
 from dsv4.storage.shard_writer import BLOCK_BYTES, COPY_BYTES, Blocks, WorkerBuffers
 
 
@@ -42,6 +43,16 @@ def read_blocks(
         desk.read(tensor.path, tensor.offset + at, data)
         zeros = check_hole(tensor, tensor.offset + at, data, zeros)
         yield at, data
+
+
+def read_scales(desk: WorkerBuffers, scale: Tensor, first: int, count: int) -> np.ndarray:
+    """Read `count` scales from number `first` on as UE8M0 bytes, uint8.
+
+    Raises UserError as `read_bytes` and `ue8m0_bytes` do.
+    """
+    size = ITEMSIZE[scale.dtype]
+    data = read_bytes(desk, scale, first * size, count * size, "exponents")
+    return ue8m0_bytes(data, scale)
 
 
 def check_hole(tensor: Tensor, offset: int, data: np.ndarray, before: int = 0) -> int:
