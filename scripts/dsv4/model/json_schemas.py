@@ -1,7 +1,6 @@
-"""Of which types the JSON documents of a checkpoint must be, as far as anything here reads them.
+"""Schemas of the JSON documents of a checkpoint (see dsv4/storage/json_types.py).
 
-Written as dsv4/storage/json_types.py says. What is missing or has a wrong value is found
-elsewhere, and by another name; here stands only what could not be looked at.
+They cover the types of the values that are read. Missing keys and wrong values are found elsewhere.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ FORMS: dict[str, Form] = {
 
 
 def origin_of(document: dict[str, Any]) -> dict[str, Any] | None:
-    """Where jang_config.json says that the source came from; None unless it can be said in public.
+    """Return the source's origin by jang_config.json; None unless it is fit for publication.
 
     {"repo": user/name, "commit": hex digits, "files": {name: {kind of hash: hex digits}}}.
     """

@@ -93,11 +93,11 @@ def list_files(folder: Path) -> dict[str, int]:
     Links to folders are not entered. Raises UserError when there are more than FILES.
     """
     found: dict[str, int] = {}
-    seen = 0
+    number = 0
     for place, folders, names in os.walk(folder):
         folders.sort()
-        seen += len(folders) + len(names)
-        if seen > FILES:
+        number += len(folders) + len(names)
+        if number > FILES:
             raise UserError(f"{folder}", f"more than {FILES:,} files", "a bundle", "check BUNDLE")
         for path in (Path(place) / name for name in sorted(names)):
             if path.is_file():
