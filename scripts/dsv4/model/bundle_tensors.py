@@ -131,14 +131,11 @@ def conversion_unit(weight: Tensor, scale: Tensor | None, form: StorageFormat) -
     elif form.as_source and weight.dtype == "F8_E4M3":
         check_matrix(weight, scale)
         parts, what = parts_of(MXFP8, *weight.shape), "fp8"
-    elif form.as_source:
-        dtype = exact_dtype(weight, form)
-        return ConversionUnit(what, weight, None, (TensorSpec(weight.name, dtype, weight.shape),))
-    elif what == "matrix":
+    elif what == "matrix" and not form.as_source:
         check_matrix(weight, scale)
         parts = parts_of(DEFAULT, *weight.shape)
     else:
-        dtype = weight.dtype if what == "head" else unquantized_dtype(weight, what)
+        dtype = unquantized_dtype(weight, what, form)
         return ConversionUnit(what, weight, None, (TensorSpec(weight.name, dtype, weight.shape),))
     slots = tuple(TensorSpec(f"{base}.{part}", *of) for part, of in parts.items())
     return ConversionUnit(what, weight, scale, slots)
@@ -215,23 +212,15 @@ def check_matrix(weight: Tensor, scale: Tensor | None) -> None:
         raise UserError(where, found, expected, "fetch the source again")
 
 
-def unquantized_dtype(tensor: Tensor, what: str) -> str:
+def unquantized_dtype(tensor: Tensor, what: str, form: StorageFormat) -> str:
     """Return the dtype of a tensor that is not quantized. Raises UserError for 8-bit floats."""
     if tensor.dtype in FLOATS:
-        return "F32" if what == "control" and tensor.dtype == "F32" else "F16"
-    if tensor.dtype[0] in "IU" and what == "passthrough":
-        return tensor.dtype
-    raise UserError(
-        f"{tensor.path}: {tensor.name}", tensor.dtype, f"one of {', '.join(FLOATS)}",
-        "fetch the source again",
-    )  # fmt: skip
-
-
-def exact_dtype(tensor: Tensor, form: StorageFormat) -> str:
-    """Return the dtype in which an unquantized tensor is exact. Raises UserError for others."""
-    if tensor.dtype == "BF16":
-        return "BF16" if tensor.name in form.bfloats else "F16"
-    if tensor.dtype in FLOATS or tensor.dtype[0] in "IU":
+        if form.as_source:
+            kept = tensor.dtype != "BF16" or tensor.name in form.bfloats
+        else:
+            kept = what == "head" or (what == "control" and tensor.dtype == "F32")
+        return tensor.dtype if kept else "F16"
+    if tensor.dtype[0] in "IU" and (form.as_source or what == "passthrough"):
         return tensor.dtype
     raise UserError(
         f"{tensor.path}: {tensor.name}", tensor.dtype, f"one of {', '.join(FLOATS)}",

@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -33,21 +33,11 @@ from dsv4.settings import InvalidValue, add_setting
 Parts = Mapping[str, np.ndarray]  # part of an expert → its bytes, flat uint8
 
 
-class Encode(Protocol):
-    """Quantize whole rows into `parts`, which are overwritten. All arrays are flat uint8.
-
-    importance: float64 (columns,), positive weights of the squared errors; None for equal ones.
-    Only quantizers that use an imatrix read it. Raises affine_table.BadGroup, with the group's
-    index in these rows, for a group that the format cannot hold.
-    """
-
-    def __call__(
-        self,
-        packed: np.ndarray,
-        exponents: np.ndarray,
-        parts: Parts,
-        importance: np.ndarray | None = None,
-    ) -> ErrorStats: ...
+# Quantize whole rows: packed codes, exponents, parts, importance → errors. Arrays are flat uint8;
+# `parts` are overwritten. importance: positive weights of the columns' squared errors, float64, or
+# None; read only by quantizers that use an imatrix. Raises affine_table.BadGroup, with the group's
+# index in these rows, for a group that the format cannot hold.
+Encode = Callable[..., ErrorStats]
 
 
 @dataclass(frozen=True, eq=False)
