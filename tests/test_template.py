@@ -27,7 +27,6 @@ from dsv4.model.chat_template import (
     TemplateFault,
     conversations,
     encoding_release,
-    render,
     render_all,
     template_text,
 )
@@ -35,6 +34,14 @@ from dsv4.model.chat_template import (
 SEED = "2026-11-25"
 TALKS = 2000
 OURS = json.loads((ROOT / "tests" / "conversations.json").read_text(encoding="utf-8"))
+
+
+def render(text, conversation):
+    """Return the prompt of one conversation. Raises TemplateFault."""
+    (prompt,) = render_all(text, [conversation])
+    if isinstance(prompt, TemplateFault):
+        raise prompt
+    return prompt
 
 
 @pytest.fixture(scope="module")

@@ -105,14 +105,6 @@ def conversations(release: str) -> tuple[tuple[str, Conversation, str], ...]:
     )
 
 
-def render(text: str, conversation: Conversation) -> str:
-    """Return the prompt that a template makes of one conversation. Raises TemplateFault."""
-    (prompt,) = render_all(text, [conversation])
-    if isinstance(prompt, TemplateFault):
-        raise prompt
-    return prompt
-
-
 def render_all(text: str, conversations: Sequence[Conversation]) -> list[str | TemplateFault]:
     """Return the prompt of each conversation, or the fault of the template; raise nothing.
 
