@@ -7,15 +7,18 @@ config.json's, a block that no format here can hold.
 import itertools
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from bundles import Arrays, edit, edit_json, judge, load
 from here import must, refusal
 
+from dsv4.evaluation.layer_tensors import group_scales
 from dsv4.model.fp8_blocks import block_of, scale_shape
 from dsv4.model.source import open_source
-from dsv4.quantization.fp8 import decode
+from dsv4.quantization.fp8 import decode, expand_scales
 from dsv4.storage.safetensors_file import read_array
 
 SIZES = list(itertools.product((32, 64, 128, 512), repeat=2))
@@ -90,6 +93,19 @@ def test_the_shapes_tell_the_block(block):
         ones = decode(codes, np.full_like(scale, 127), "ones")
         expected = ones * np.exp2(scale[rows[:, None], columns].astype(np.float32) - 127)
         assert np.array_equal(decode(codes, scale, "blocks"), expected)
+
+
+@pytest.mark.parametrize("block", SIZES)
+def test_evaluate_expands_the_scales_as_lossless_does(block):
+    shape = (700, 992)
+    scale = np.random.default_rng(2).integers(0, 255, scale_shape(shape, block), dtype=np.uint8)
+    unit = SimpleNamespace(
+        treatment="fp8",
+        weight=SimpleNamespace(shape=shape),
+        scale=SimpleNamespace(shape=scale.shape),
+    )
+    expanded = expand_scales(scale, *shape)
+    assert np.array_equal(np.array(group_scales(unit, mx.array(scale))), expanded)
 
 
 def test_a_scale_that_no_block_gives_has_none():

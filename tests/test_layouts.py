@@ -260,7 +260,7 @@ def mixed(arrays: Arrays) -> None:
     """A norm under the names of a layout that this one is not."""
     old = named(arrays, "layers.2.ffn_norm.weight")
     ways = (layout.runtime_name("layers.2.ffn_norm.weight") for layout in SCHEMES.values())
-    told = recognize_scheme(arrays).layout
+    told = recognize_scheme(arrays).scheme
     new = next(way for way in ways if way != old and not has_name(told, way))
     arrays[new] = arrays.pop(old)
 

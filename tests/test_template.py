@@ -23,11 +23,10 @@ from random_talk import OFFICIAL
 from dsv4.model import template_sandbox
 from dsv4.model.chat_template import (
     RELEASES,
-    RENDERING,
+    SANDBOX,
     TemplateFault,
     conversations,
     encoding_release,
-    render,
     render_all,
     template_text,
 )
@@ -35,6 +34,14 @@ from dsv4.model.chat_template import (
 SEED = "2026-11-25"
 TALKS = 2000
 OURS = json.loads((ROOT / "tests" / "conversations.json").read_text(encoding="utf-8"))
+
+
+def render(text, conversation):
+    """Return the prompt of one conversation. Raises TemplateFault."""
+    (prompt,) = render_all(text, [conversation])
+    if isinstance(prompt, TemplateFault):
+        raise prompt
+    return prompt
 
 
 @pytest.fixture(scope="module")
@@ -359,9 +366,9 @@ def memory_of(text):
         "subprocess.run([sys.executable, '-I', sys.argv[1]], stdin=0, stdout=subprocess.DEVNULL)\n"
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     )
-    asked = json.dumps({"template": text, "talks": [{"messages": []}]})
+    asked = json.dumps({"template": text, "conversations": [{"messages": []}]})
     told = subprocess.run(
-        [sys.executable, "-c", code, RENDERING], input=asked, capture_output=True, text=True
+        [sys.executable, "-c", code, SANDBOX], input=asked, capture_output=True, text=True
     )
     return int(told.stdout) << 10
 
@@ -391,7 +398,7 @@ def test_a_template_of_transformers_own_kind_renders():
 def test_rendering_ends_with_whoever_asked(tmp_path):
     # A template cannot wait, so a stand-in takes the same bounds and sleeps.
     sleeper = (
-        f"import os, sys, time; sys.path.insert(0, {str(RENDERING.parent)!r});"
+        f"import os, sys, time; sys.path.insert(0, {str(SANDBOX.parent)!r});"
         "import template_sandbox; template_sandbox.set_limits();"
         "print(os.getpid(), flush=True); time.sleep(60)"
     )

@@ -42,19 +42,9 @@ def parse_jobs(text: str) -> int:
     return min(_between(text, 1, JOBS, "a number of threads"), _threads_by_file_limit())
 
 
-def parse_port(text: str) -> int:
-    """Read a port of TCP: 1 to 65535."""
-    return _between(text, 1, 65535, "a port")
-
-
-def parse_level(text: str) -> int:
-    """Read the level of verify: 1 or 2."""
-    return _between(text, 1, 2, "a level")
-
-
-def parse_tokens(text: str) -> int:
-    """Read a number of tokens: 3, which is BOS and two more, to a million."""
-    return _between(text, 3, 1 << 20, "a number of tokens")
+def whole_number(least: int, most: int, what: str) -> Callable[[str], int]:
+    """Return a function that reads a whole number within these limits."""
+    return lambda text: _between(text, least, most, what)
 
 
 def _between(text: str, least: int, most: int, what: str) -> int:
@@ -136,9 +126,11 @@ TYPES: dict[str, Callable[[str], Any]] = {
     "TOOLCHAIN_PYTHON": parse_path, "SOURCE2": parse_path,
     "REPO": str, "BASE": str, "REVISION": str, "AGAINST": str, "TO": str,
     "CONVERTER": str, "QUANTIZER": str,
-    "JOBS": parse_jobs, "PORT": parse_port, "LEVEL": parse_level, "SHARD_BYTES": parse_bytes,
+    "JOBS": parse_jobs, "PORT": whole_number(1, 65535, "a port"),
+    "LEVEL": whole_number(1, 2, "a level"), "SHARD_BYTES": parse_bytes,
     "LOW_DISK": parse_switch, "VERIFY_HASHES": parse_switch, "PRIVATE": parse_switch,
-    "DRY_RUN": parse_switch, "BUNDLES": parse_paths, "TEXT": parse_path, "TOKENS": parse_tokens,
+    "DRY_RUN": parse_switch, "BUNDLES": parse_paths, "TEXT": parse_path,
+    "TOKENS": whole_number(3, 1 << 20, "a number of tokens"),  # 3: BOS and two more
     "DEVICE": str, "RUNTIME": str, "FLOAT32": parse_switch,
     "ANY_SHAPE": parse_switch, "PLAN": parse_path,
     # Names that other people's environments have too: read by the command that takes them.

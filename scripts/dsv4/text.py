@@ -54,7 +54,7 @@ def short_repr(value: Any) -> str:
     return escape_line(_short.repr(value))
 
 
-def join_some(names: Any, most: int = 8) -> str:
+def join_some(names: Any, most: int = 8, separator: str = ", ") -> str:
     """Return the first `most` names in one line, and how many more there are.
 
     >>> join_some(["a", "b", "c"], 2)
@@ -62,7 +62,7 @@ def join_some(names: Any, most: int = 8) -> str:
     """
     names = list(names)
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(escape_line(name) for name in names[:most]) + more
+    return separator.join(escape_line(name) for name in names[:most]) + more
 
 
 def page_text(value: Any, limit: int) -> Any:

@@ -28,11 +28,10 @@ TABLE = "scripts/dsv4/model/tensor_table.py"
 class StorageFormat:
     """How a bundle stores its numbers.
 
-    expert: the label of the routed experts; mixture: the labels of those that have others, by their
-    stack ("layers.3.down_proj") or by its projection alone. as_source: everything else keeps the
-    source's numbers too: FP8 matrices as mxfp8, BF16 tensors in F16 or, where that would lose
-    anything, in BF16: those are `bfloats`, which values tell and headers do not. Both dtypes take
-    the same bytes, so sizes are known without them.
+    expert: the label of the routed experts. mixture: other labels, by stack ("layers.3.down_proj")
+    or by projection. as_source: all other tensors keep the source's numbers too: FP8 as mxfp8, BF16
+    in F16. bfloats: the tensors that stay BF16 because F16 would change a value. Only values tell
+    them, but both dtypes take the same bytes, so sizes are known from headers.
     """
 
     expert: dict[str, Any]
@@ -41,13 +40,13 @@ class StorageFormat:
     mixture: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
     def label(self, base: str) -> dict[str, Any]:
-        """The label of one routed-expert matrix, by its storage name."""
+        """Return the label of one routed-expert matrix, by its storage name."""
         stack = stack_of(base)
         in_all = self.mixture.get(stack.rpartition(".")[2], self.expert)
         return self.mixture.get(stack, in_all)
 
     def description(self) -> str:
-        """The forms of the routed experts, for a reader."""
+        """Return the formats of the routed experts as text."""
         forms = dict.fromkeys(
             f"{label['mode']} {label['bits']} bits"
             + f" in groups of {label['group_size']}" * (label["group_size"] != GROUP)
@@ -63,9 +62,9 @@ class StorageFormat:
 
 @dataclass(frozen=True)
 class ConversionUnit:
-    """A weight of the source with its scale, and the tensors that it becomes, in one shard.
+    """A weight of the source with its scale, and its tensors in the bundle, which share a shard.
 
-    Of a stack of experts `weight` and `scale` are those of expert 0, and `stack` has those of all.
+    Of a stack of experts, `weight` and `scale` are those of expert 0, and `stack` has all of them.
     """
 
     treatment: str
@@ -76,12 +75,12 @@ class ConversionUnit:
 
     @property
     def number(self) -> int:
-        """The number of weights of the source in it."""
+        """The number of weights of the source."""
         return len(self.stack) or 1
 
     @property
     def base(self) -> str:
-        """Its storage name without the part."""
+        """The storage name without the part."""
         return self.weight.name.removesuffix(".weight")
 
     @property
@@ -91,7 +90,7 @@ class ConversionUnit:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The tensors of the source that are read for it."""
+        """The tensors of the source that it reads."""
         if self.stack:
             return [tensor for pair in self.stack for tensor in pair]
         return [self.weight] + ([self.scale] if self.scale else [])
@@ -137,14 +136,11 @@ def conversion_unit(weight: Tensor, scale: Tensor | None, form: StorageFormat) -
     elif form.as_source and weight.dtype == "F8_E4M3":
         check_matrix(weight, scale)
         parts, what = parts_of(MXFP8, *weight.shape), "fp8"
-    elif form.as_source:
-        dtype = exact_dtype(weight, form)
-        return ConversionUnit(what, weight, None, (TensorSpec(weight.name, dtype, weight.shape),))
-    elif what == "matrix":
+    elif what == "matrix" and not form.as_source:
         check_matrix(weight, scale)
         parts = parts_of(DEFAULT, *weight.shape)
     else:
-        dtype = weight.dtype if what == "head" else unquantized_dtype(weight, what)
+        dtype = unquantized_dtype(weight, what, form)
         return ConversionUnit(what, weight, None, (TensorSpec(weight.name, dtype, weight.shape),))
     slots = tuple(TensorSpec(f"{base}.{part}", *of) for part, of in parts.items())
     return ConversionUnit(what, weight, scale, slots)
@@ -153,7 +149,7 @@ def conversion_unit(weight: Tensor, scale: Tensor | None, form: StorageFormat) -
 def group_stacks(units: list[ConversionUnit]) -> list[ConversionUnit]:
     """Gather every main layer's experts into stacks, each at the position of its first expert.
 
-    The first stack comes first of all: jang_tools 2.5.50 looks for one in the first shard only.
+    The first stack is put first, because jang_tools 2.5.50 looks for one in the first shard only.
     """
     stacks: dict[str, list[ConversionUnit]] = {}
     for unit in units:
@@ -167,7 +163,7 @@ def group_stacks(units: list[ConversionUnit]) -> list[ConversionUnit]:
 
 
 def stack_unit(at: str, members: list[ConversionUnit]) -> ConversionUnit:
-    """One unit for a layer's experts, in the order of their numbers."""
+    """Return one unit for a layer's experts, in the order of their numbers."""
     members = sorted(members, key=lambda unit: parse_expert(unit.weight.name) or ())
     slots = []
     for slot in members[0].slots:
@@ -186,7 +182,7 @@ def missing_weights(names: Iterable[str], tensors: Mapping[str, Tensor]) -> list
 
 
 def _in_turbo(name: str, tensors: Mapping[str, Tensor]) -> bool:
-    """True for a routed expert that is there as TurboQuant's codes."""
+    """Return True for a routed expert whose codes of TurboQuant are in a bundle."""
     base = name.removesuffix(".weight")
     return parse_expert(name) is not None and f"{stack_base(base)}.tq_packed" in tensors
 
@@ -204,8 +200,7 @@ def known_treatment(tensor: Tensor) -> str:
 
 
 def check_matrix(weight: Tensor, scale: Tensor | None) -> None:
-    """Raise UserError unless the matrix, and its scale when it is FP8, are of a form that we
-    decode."""
+    """Raise UserError for a matrix, or for FP8 a scale, that cannot be decoded."""
     where, shape = f"{weight.path}: {weight.name}", list(weight.shape)
     if weight.dtype not in ("F8_E4M3", *FLOATS):
         forms = f"F8_E4M3 or one of {', '.join(FLOATS)}"
@@ -222,25 +217,17 @@ def check_matrix(weight: Tensor, scale: Tensor | None) -> None:
         raise UserError(where, found, expected, "fetch the source again")
 
 
-def unquantized_dtype(tensor: Tensor, what: str) -> str:
+def unquantized_dtype(tensor: Tensor, what: str, form: StorageFormat) -> str:
     """Return the dtype of a tensor that is not quantized. Raises UserError for 8-bit floats."""
     if tensor.dtype in FLOATS:
-        return "F32" if what == "control" else "F16"
-    if tensor.dtype[0] in "IU" and what == "passthrough":
-        return tensor.dtype
-    raise UserError(
-        f"{tensor.path}: {tensor.name}", tensor.dtype, f"one of {', '.join(FLOATS)}",
-        "fetch the source again",
-    )  # fmt: skip
-
-
-def exact_dtype(tensor: Tensor, form: StorageFormat) -> str:
-    """The dtype in which a tensor that is no FP8 keeps its numbers. Raises UserError for others."""
-    if tensor.dtype in FLOATS and treatment(tensor.name) == "control":
-        return "F32"
-    if tensor.dtype == "BF16":
-        return "BF16" if tensor.name in form.bfloats else "F16"
-    if tensor.dtype in FLOATS or tensor.dtype[0] in "IU":
+        if what == "control":
+            return "F32"
+        if form.as_source:
+            kept = tensor.dtype != "BF16" or tensor.name in form.bfloats
+        else:
+            kept = what == "head"
+        return tensor.dtype if kept else "F16"
+    if tensor.dtype[0] in "IU" and (form.as_source or what == "passthrough"):
         return tensor.dtype
     raise UserError(
         f"{tensor.path}: {tensor.name}", tensor.dtype, f"one of {', '.join(FLOATS)}",

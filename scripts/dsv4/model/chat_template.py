@@ -24,7 +24,7 @@ from typing import Any
 from dsv4.storage import limits
 
 HERE = Path(__file__).resolve().parent
-RENDERING = HERE / "template_sandbox.py"
+SANDBOX = HERE / "template_sandbox.py"
 RELEASES = ("first", "0731", "nano")
 # SHA-256 of encoding_dsv4.py from its first line that is neither empty nor a comment on: vMLX's
 # copy of -0731's has the licence above it. The file of DeepSeek's first release has nothing above.
@@ -40,14 +40,14 @@ CHAT_TEMPLATE = "chat_template.jinja"
 RELEASE_LINE = "{%- set release = '0731' -%}"
 KEPT_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 WALL_SECONDS = 15  # template_sandbox.py ends itself before
-ENDED_BY = {
+SIGNALS = {
     signal.SIGPROF: "it takes more than a second of processor time",
     signal.SIGXCPU: "it takes more than a second of processor time",
     signal.SIGALRM: "it takes more than ten seconds",
     signal.SIGKILL: "it was killed, as by a system that is short of memory",
 }
 
-Talk = dict[str, Any]  # the variables that a template is rendered with: messages, tools, …
+Conversation = dict[str, Any]  # a template's variables: messages, tools, …
 
 
 class TemplateFault(Exception):
@@ -95,64 +95,53 @@ def is_own_template(text: object) -> bool:
 
 
 @cache
-def conversations(release: str) -> tuple[tuple[str, Talk, str], ...]:
+def conversations(release: str) -> tuple[tuple[str, Conversation, str], ...]:
     """Return (name, conversation, prompt) of each built-in conversation that `release` supports."""
     stored = json.loads((HERE / "conversations.json").read_text(encoding="utf-8"))
     return tuple(
-        (entry["name"], entry["talk"], entry["prompts"][release])
+        (entry["name"], entry["conversation"], entry["prompts"][release])
         for entry in stored
         if release in entry["prompts"]
     )
 
 
-def render(text: str, talk: Talk) -> str:
-    """Return the prompt that the template `text` makes of one conversation.
-
-    Raises TemplateFault.
-    """
-    (told,) = render_all(text, [talk])
-    if isinstance(told, TemplateFault):
-        raise told
-    return told
-
-
-def render_all(text: str, talks: Sequence[Talk]) -> list[str | TemplateFault]:
+def render_all(text: str, conversations: Sequence[Conversation]) -> list[str | TemplateFault]:
     """Return the prompt of each conversation, or the fault of the template; raise nothing.
 
     One process renders all of them within the limits of template_sandbox.py. Its start takes 0.2 s;
     a hostile template costs one second more. If a conversation ends the process, the later ones get
     the same fault.
     """
-    asked = json.dumps({"template": text, "talks": list(talks)})
+    request = json.dumps({"template": text, "conversations": list(conversations)})
     child = subprocess.Popen(
-        [sys.executable, "-I", str(RENDERING)],
+        [sys.executable, "-I", str(SANDBOX)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         env={"LC_ALL": "C", **{k: os.environ[k] for k in KEPT_ENVIRONMENT if k in os.environ}},
     )
     try:
-        out, _ = child.communicate(asked.encode(), timeout=WALL_SECONDS)
+        out, _ = child.communicate(request.encode(), timeout=WALL_SECONDS)
     except subprocess.TimeoutExpired:
         child.kill()
         out, _ = child.communicate()
     finally:
         child.kill()
         child.wait()
-    told = [parse_line(line) for line in out.splitlines(keepends=True) if line.endswith(b"\n")]
-    rest = TemplateFault(describe_exit(child.returncode))
-    return [*told, *[rest] * (len(talks) - len(told))][: len(talks)]
+    prompts = [parse_line(line) for line in out.splitlines(keepends=True) if line.endswith(b"\n")]
+    number, rest = len(conversations), TemplateFault(describe_exit(child.returncode))
+    return [*prompts, *[rest] * (number - len(prompts))][:number]
 
 
 def parse_line(line: bytes) -> str | TemplateFault:
-    """One line of template_sandbox.py's."""
-    told = json.loads(line)
-    return told["prompt"] if "prompt" in told else TemplateFault(told["fault"])
+    """Parse a line that template_sandbox.py wrote."""
+    answer = json.loads(line)
+    return answer["prompt"] if "prompt" in answer else TemplateFault(answer["fault"])
 
 
 def describe_exit(status: int) -> str:
-    """Why a process ended before it had rendered everything."""
+    """Say why a process ended before it had rendered everything."""
     if status >= 0:
         return f"rendering it ended with status {status}; is jinja2 installed?"
     number = signal.Signals(-status)
-    return ENDED_BY.get(number, f"rendering it ended by {number.name}")
+    return SIGNALS.get(number, f"rendering it ended by {number.name}")

@@ -1,9 +1,9 @@
-"""config.json and jang_config.json of a bundle that was converted natively.
+"""Make config.json and jang_config.json of a natively converted bundle.
 
-They state what upstream's converter states (jang_tools.dsv4.convert_dsv4_jangtq, convert, 2.5.9),
-because its runtimes look for these keys. Two differ: `source_model`, where upstream writes a path
-of the machine that converted, and `chat`, which has no sampling_defaults here. Upstream's end every
-answer of vMLX after 300 tokens, and sample otherwise than generation_config.json says.
+They have the keys of upstream's converter (jang_tools.dsv4.convert_dsv4_jangtq, convert, 2.5.9),
+because its runtimes read them. Two values differ. `source_model` is no path of the converting
+machine. `chat` has no sampling_defaults: upstream's end every answer of vMLX after 300 tokens and
+override generation_config.json.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from dsv4.model.names import GROUP
 from dsv4.model.special_tokens import BOS, EOS
 from dsv4.storage.checkpoint import Checkpoint
 
-# The keys of config.json that describe the model, as DeepSeek publishes it, and those that stages,
-# transformers and MLX's converters add. What a loader is shown has no other: some keys name code.
+# The keys of config.json that DeepSeek publishes and that stages, transformers and MLX's converters
+# add. Loaders are given no others, because some keys name code.
 FIELDS = frozenset((
     "_name_or_path", "architectures", "attention_bias", "attention_dropout", "bos_token_id",
     "compress_ratios", "compress_rope_theta", "dspark_block_size", "dspark_markov_rank",
@@ -36,14 +36,14 @@ FIELDS = frozenset((
     "tie_word_embeddings", "topk_method", "torch_dtype", "transformers_version", "use_cache",
     "v_head_dim", "vocab_size", "weight_format",
 ))  # fmt: skip
-# Keys by which a file of the bundle makes a loader run code: mlx_lm's and mlx-vlm's model_file;
-# transformers' auto_map, custom pipelines and generation; the consent that it asks for.
+# Keys that make a loader run code: model_file of mlx_lm and mlx-vlm; auto_map, custom pipelines and
+# generation of transformers, and the consent to them.
 CODE = frozenset(
     ("model_file", "auto_map", "custom_pipelines", "custom_generate", "trust_remote_code")
 )
 
 SEED = 42  # of TurboQuant's signs; runtimes expect the key in other bundles too
-# What the two files have beside, or otherwise, where experts are in TurboQuant.
+# The keys that the two files have only, or have otherwise, if experts are in TurboQuant.
 TURBO_CONFIG = ("weight_format", "routed_expert_bit_plan", "mxtq_bits")
 TURBO_JANG = (
     "variant", "drop_mtp", "critical_f32_preserved", "dsv4_runtime_requirements",
@@ -52,30 +52,32 @@ TURBO_JANG = (
 
 
 def jang_profile(label: dict[str, Any]) -> str:
-    """Upstream's name for the experts' width: `JANG_4L` for 4 bits, `JANGTQ2` in TurboQuant."""
+    """Return upstream's name of a width: `JANG_4L` for 4 bits, `JANGTQ2` in TurboQuant."""
     if label["mode"] == TURBO:
         return f"JANGTQ{label['bits']}"
     return f"JANG_{label['bits']}L"
 
 
 def width_fields(label: dict[str, Any]) -> dict[str, Any]:
-    """What config.json says of the experts' width, beside their labels."""
-    named = f"DSV4-Flash-{jang_profile(label)}"
-    said = {"_name_or_path": named, "routed_expert_bits": label["bits"]}
-    return said | (
-        {"weight_format": TURBO, **turboquant_fields(label)} if label["mode"] == TURBO else {}
-    )
+    """Return the fields of config.json that tell the experts' width, beside their labels."""
+    fields = {
+        "_name_or_path": f"DSV4-Flash-{jang_profile(label)}",
+        "routed_expert_bits": label["bits"],
+    }
+    if label["mode"] == TURBO:
+        fields |= {"weight_format": TURBO, **turboquant_fields(label)}
+    return fields
 
 
 def replace_width_fields(config: dict[str, Any], label: dict[str, Any]) -> dict[str, Any]:
-    """A bundle's config.json after its experts have got another form."""
+    """Return a bundle's config.json for experts in another format."""
     kept = {key: value for key, value in config.items() if key not in TURBO_CONFIG}
     seed = {"mxtq_seed": SEED, "group_size": GROUP} if label["mode"] == TURBO else {}
     return kept | seed | width_fields(label)
 
 
 def bundle_config(source: Checkpoint, label: dict[str, Any]) -> dict[str, Any]:
-    """The source's config.json without its own quantization; requantize adds the bundle's."""
+    """Return the source's config.json without its quantization; requantize adds the bundle's."""
     config = {k: v for k, v in source.config.items() if k != "quantization_config"}
     config |= width_fields(label)
     config["group_size"] = GROUP
@@ -85,7 +87,7 @@ def bundle_config(source: Checkpoint, label: dict[str, Any]) -> dict[str, Any]:
 
 
 def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
-    """`rope_scaling` and `rope_theta` as newer transformers want them: together, in floats."""
+    """Return `rope_scaling` and `rope_theta` as one object of floats, for newer transformers."""
     scaling = config.get("rope_scaling")
     rope = dict(scaling) if isinstance(scaling, dict) else {"rope_type": "default"}
     old_type = rope.pop("type", "yarn")
@@ -98,9 +100,9 @@ def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def jang_config(source: Checkpoint, form: StorageFormat, named: str) -> dict[str, Any]:
-    """What jang's loaders read of a bundle: widths by role, and how the model is talked to.
+    """Return jang_config.json: widths by role, and the chat settings.
 
-    named: what is said of where the source came from.
+    named: the value of source_model.
     """
     config, label = source.config, form.expert
     kept = 16 if form.as_source else 8  # embedding and head
@@ -128,7 +130,7 @@ def jang_config(source: Checkpoint, form: StorageFormat, named: str) -> dict[str
 
 
 def turboquant_config(label: dict[str, Any]) -> dict[str, Any]:
-    """What jang_config.json says beside where experts are in TurboQuant (jang_tools 2.5.50)."""
+    """Return the fields of jang_config.json for experts in TurboQuant (jang_tools 2.5.50)."""
     widths = turboquant_fields(label)
     plan, bits = widths["routed_expert_bit_plan"], label["bits"]
     return {
@@ -157,7 +159,7 @@ def turboquant_config(label: dict[str, Any]) -> dict[str, Any]:
 def updated_jang_config(
     old: dict[str, Any], source: Checkpoint, form: StorageFormat
 ) -> dict[str, Any]:
-    """A native bundle's jang_config.json after its numbers have got another form."""
+    """Return a native bundle's jang_config.json for tensors in another format."""
     new = jang_config(source, form, old.get("source_model", ""))
     kept = {key: value for key, value in old.items() if key not in (*new, *TURBO_JANG)}
     if old.get("weight_format") == TURBO and "quantization" in kept:
@@ -166,7 +168,7 @@ def updated_jang_config(
 
 
 def chat_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """How DeepSeek-V4 is talked to, after encoding/encoding_dsv4.py in the source."""
+    """Return the settings of `chat`, after encoding/encoding_dsv4.py in the source."""
     return {
         "encoder": "encoding_dsv4",
         "encoder_fn": "encode_messages",
@@ -203,12 +205,12 @@ def chat_settings(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def known_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """A copy with the keys that describe the model, and no other."""
+    """Return a copy with the keys of FIELDS only."""
     return {key: value for key, value in config.items() if key in FIELDS}
 
 
 def code_keys(document: Any, place: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """(place, value) of every key in a JSON document that names code, at any depth up to 20."""
+    """Yield (path, value) of every key of CODE in a JSON document, to a depth of 20."""
     if depth > 20:
         return
     items = enumerate(document) if isinstance(document, list) else ()
@@ -222,7 +224,7 @@ def code_keys(document: Any, place: str = "", depth: int = 0) -> Iterator[tuple[
 
 
 def without_code(document: Any) -> Any:
-    """A copy of a JSON document in which no key names code."""
+    """Return a copy of a JSON document without the keys of CODE."""
     if isinstance(document, dict):
         return {k: without_code(v) for k, v in document.items() if k not in CODE}
     return [without_code(one) for one in document] if isinstance(document, list) else document

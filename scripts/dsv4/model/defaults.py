@@ -10,10 +10,10 @@
 |                                           | LIMITS           | transformers                     |
 | config.json: jang_config.chat, jang.chat  | as in the first  | vMLX without a jang_config.json  |
 
-vMLX 1.3.97 and mlx_lm read none of them. Without a limit of the bundle vMLX 1.6.81 ends an answer
+vMLX 1.3.97 and mlx_lm read none of them. If a bundle sets no limit, vMLX 1.6.81 ends an answer
 after 16,384 tokens (vmlx_engine.server, _resolve_max_tokens), vMLX 1.3.97 after 32,768, and the
-others where `make serve` tells them to. No release of DeepSeek's sets a limit, so one is right only
-where the source's own file has it; how to sample is what generation_config.json says.
+others after the tokens that `make serve` sets. No release of DeepSeek sets a limit, so one is right
+only if the source's own file has it. The right sampling is that of generation_config.json.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SAMPLING = {
 
 
 def expected(generation: dict[str, Any], key: str) -> Any:
-    """Return one key by generation_config.json: its own value, or the neutral one.
+    """Return the right value of a key by generation_config.json, or the neutral one.
 
     None for a limit that it does not set. Without sampling the temperature is 0.
     """
@@ -46,16 +46,17 @@ def expected(generation: dict[str, Any], key: str) -> Any:
 
 
 def reference(own: dict[str, Any], source: dict[str, Any] | None) -> dict[str, Any]:
-    """The generation_config.json to judge by: the source's, or the bundle's own without a limit."""
+    """Return the right generation_config.json: the source's, or the bundle's own without limits."""
     return source if source is not None else {k: v for k, v in own.items() if k not in LIMITS}
 
 
 def overrides(
     name: str, document: dict[str, Any], generation: dict[str, Any], source: dict[str, Any]
 ) -> Iterator[tuple[dict[str, Any], str, str]]:
-    """(object, its place, key) of every default in one of DOCUMENTS that overrides `generation`.
+    """Yield (object, its path, key) of every default in one of DOCUMENTS that differs.
 
-    source: the source's file of that name, {} without one; what it says too is right.
+    generation: the right generation_config.json. source: the source's document of that name, or {};
+    a value that it has too is right.
     """
     for holder, place, keys in _holders(name, document):
         for key in keys:
@@ -69,7 +70,7 @@ def overrides(
 def without_overrides(
     name: str, document: dict[str, Any], generation: dict[str, Any], source: dict[str, Any]
 ) -> dict[str, Any]:
-    """A copy without what `overrides` names, and without a sampling_defaults that is empty then."""
+    """Return a copy without `overrides`, and without a sampling_defaults that becomes empty."""
     document = copy.deepcopy(document)
     for holder, _, key in list(overrides(name, document, generation, source)):
         del holder[key]
@@ -82,9 +83,9 @@ def without_overrides(
 def _holders(
     name: str, document: dict[str, Any]
 ) -> Iterator[tuple[dict[str, Any], str, tuple[str, ...]]]:
-    """(object, its place, the keys that runtimes take from it) of one of DOCUMENTS.
+    """Yield (object, its path, the keys that runtimes read from it) of one of DOCUMENTS.
 
-    How generation_config.json samples is no override: the others are judged by it.
+    Of generation_config.json only limits are yielded, because its sampling is right.
     """
     both = (*LIMITS, *SAMPLING)
     if name != "jang_config.json":
@@ -100,7 +101,7 @@ def _holders(
 
 
 def _chats(name: str, document: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
-    """(chat, its place) of every object that vMLX may read as jang_config.json's `chat`."""
+    """Yield (chat, its path) of every object that vMLX may read as jang_config.json's `chat`."""
     places = {"config.json": ("jang_config", "jang"), "jang_config.json": ("",)}
     for key in places.get(name, ()):
         jang = document.get(key) if key else document

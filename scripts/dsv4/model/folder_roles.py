@@ -1,6 +1,6 @@
-"""Which folder is which: a source is never written as a bundle, and neither lies in the other.
+"""Refuse a source as BUNDLE, a bundle as SOURCE, and folders that contain each other.
 
-Asked by every command that writes, before it writes: a name mixed up costs a download of 160 GB.
+Every command that writes calls this first: two mixed-up names would cost a download of 160 GB.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ SOURCE, BUNDLE = "an FP4/FP8 source", "an MLX bundle"
 
 
 def bundle_path(bundle: Path, source: Path | None = None) -> Path:
-    """Where a bundle is or will be made: a link to an empty or missing folder is followed.
+    """Return the folder of a bundle, with a link to an empty or missing folder followed.
 
-    Raises UserError for '', '.', '/', a link that leads nowhere, a folder that holds a source, and
-    when it is the source's folder, lies in it, or holds it.
+    Raises UserError for '', '.', '/', links in a circle, a folder that holds a source, and a folder
+    that is the source's, or is inside it, or contains it.
     """
     check_bundle_path(bundle)
     place = resolve_links(bundle)
@@ -32,7 +32,7 @@ def bundle_path(bundle: Path, source: Path | None = None) -> Path:
 
 
 def check_bundle_path(bundle: Path) -> None:
-    """Raise UserError for '', '.' and '/': a setting that is empty, or slipped."""
+    """Raise UserError for '', '.' and '/', which an empty setting or a typo gives."""
     if bundle in (Path(), Path(bundle.root)):
         raise UserError(
             "BUNDLE", f"{bundle}", "a folder of the bundle's own", "name it: BUNDLE=DIR"
@@ -40,7 +40,7 @@ def check_bundle_path(bundle: Path) -> None:
 
 
 def resolve_links(path: Path) -> Path:
-    """The path without links. Raises UserError for links that go in a circle."""
+    """Return the path without links. Raises UserError for links in a circle."""
     try:
         return path.resolve()
     except (OSError, RuntimeError) as error:
@@ -50,12 +50,12 @@ def resolve_links(path: Path) -> Path:
 
 
 def is_empty(folder: Path) -> bool:
-    """True for a folder that is missing or holds nothing."""
+    """Return True for a folder that is missing or empty."""
     return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
 
 
 def check_apart(place: Path, bundle: Path, source: Path) -> None:
-    """Raise UserError when bundle and source are one folder, or one lies in the other."""
+    """Raise UserError when bundle and source are one folder, or one is inside the other."""
     origin = resolve_links(source)
     if is_within(place, origin) and is_within(origin, place):
         found = "one folder for both"
@@ -69,19 +69,20 @@ def check_apart(place: Path, bundle: Path, source: Path) -> None:
 
 
 def is_within(path: Path, folder: Path) -> bool:
-    """True when `path` is `folder` or lies in it; by the file system where both are there, which
-    may not tell capitals apart. Both without links."""
+    """Return True when `path` is `folder` or inside it; neither may contain links.
+
+    Folders that exist are compared by inode, because a volume may ignore case.
+    """
     if folder in (path, *path.parents):
         return True
     with contextlib.suppress(OSError):
-        wanted = folder.stat()
-        there = [place.stat() for place in (path, *path.parents) if place.exists()]
-        return any((stat.st_dev, stat.st_ino) == (wanted.st_dev, wanted.st_ino) for stat in there)
+        there = [place for place in (path, *path.parents) if place.exists()]
+        return any(place.samefile(folder) for place in there)
     return False
 
 
 def folder_role(folder: Path) -> str:
-    """SOURCE, BUNDLE or '': by the dtypes of the shards that can be read, else by config.json.
+    """Return SOURCE, BUNDLE or '', by the dtypes of the readable shards, else by config.json.
 
     MLX packs what it quantizes into U32, which a source never has; a source has FP8 or FP4 bytes.
     """
@@ -98,7 +99,7 @@ def folder_role(folder: Path) -> str:
 
 
 def role_by_config(folder: Path) -> str:
-    """What config.json says of the quantization."""
+    """Return the role of a folder by the quantization in its config.json."""
     with contextlib.suppress(UserError):
         config = read_json(folder / "config.json")
         if isinstance(config.get("quantization"), dict):
@@ -109,7 +110,7 @@ def role_by_config(folder: Path) -> str:
 
 
 def check_no_bundle(source: Path) -> None:
-    """Raise UserError when a folder that a source is to come into holds a bundle."""
+    """Raise UserError when the folder for a source holds a bundle."""
     if folder_role(source) == BUNDLE:
         raise UserError(
             f"{source}", BUNDLE, f"{SOURCE}, or no folder yet", "check SOURCE and BUNDLE"

@@ -1,7 +1,6 @@
-"""Of which types the JSON documents of a checkpoint must be, as far as anything here reads them.
+"""Schemas of the JSON documents of a checkpoint (see dsv4/storage/json_types.py).
 
-Written as dsv4/storage/json_types.py says. What is missing or has a wrong value is found
-elsewhere, and by another name; here stands only what could not be looked at.
+They cover the types of the values that are read. Missing keys and wrong values are found elsewhere.
 """
 
 from __future__ import annotations
@@ -9,26 +8,21 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from dsv4.storage.checkpoint import INDEX
 from dsv4.storage.json_types import Form, first_mismatch
 
 ORIGIN = {"repo": str, "commit": str, "files": {str: {str: str}}}
 
+# Of the documents that need more than an object.
 FORMS: dict[str, Form] = {
-    "config.json": {},
-    INDEX: {},
     "tokenizer.json": {
         "model?": ({"vocab?": ({str: int}, None)}, None),
         "added_tokens?": ([{"content": str, "id": int}], None),
     },
-    "tokenizer_config.json": {},
-    "generation_config.json": {},
-    "jang_config.json": {},
 }
 
 
 def origin_of(document: dict[str, Any]) -> dict[str, Any] | None:
-    """Where jang_config.json says that the source came from; None unless it can be said in public.
+    """Return the source's origin by jang_config.json; None unless it is fit for publication.
 
     {"repo": user/name, "commit": hex digits, "files": {name: {kind of hash: hex digits}}}.
     """

@@ -1,16 +1,16 @@
-"""The `quantization` labels in config.json: which module is stored how, under every name in use.
+"""Make and read the `quantization` labels in config.json: how each module is stored.
 
-Each runtime looks a module's label up under names of its own and, when it finds none, falls back to
-the top level without a word. So the experts' label stands under all of them:
+Each runtime looks a module's label up under its own names. When it finds none, it uses the top
+level without a message. So an expert's label is written under all names:
 
-| who                     | name                                                        |
+| runtime                 | name                                                        |
 |-------------------------|-------------------------------------------------------------|
 | mlx_lm, vMLX 1.3.97     | model.layers.N.mlp.switch_mlp.{gate,up,down}_proj           |
 | mlx-vlm                 | language_model.model.layers.N.ffn.switch_mlp.…              |
 | vMLX 1.6.81             | layers.N.ffn.experts.E.wK, mtp.M.ffn.experts.E.wK (storage) |
 
-An FP8 matrix that was kept as it is (mxfp8) is labelled likewise: under its storage name, and under
-the two module paths that names.py gives it.
+An FP8 matrix that is kept (mxfp8) is labelled under its storage name and the two module paths of
+names.py.
 """
 
 from __future__ import annotations
@@ -35,31 +35,30 @@ EXPERT = {"group_size": GROUP, "bits": 4, "mode": "affine"}
 MXFP4 = {"group_size": GROUP, "bits": 4, "mode": "mxfp4"}
 MXFP8 = {"group_size": GROUP, "bits": 8, "mode": "mxfp8"}
 NVFP4 = {"group_size": 16, "bits": 4, "mode": "nvfp4"}
-BY_BITS = {128: MXFP4, 256: MXFP8, 64: NVFP4}  # by the bits of codes for one byte of scale
-AFFINE_BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # what MLX has
-TURBO, SOURCE = "mxtq", "source"  # no modes of MLX: TurboQuant's codes, the source's own form
+BY_BITS = {128: MXFP4, 256: MXFP8, 64: NVFP4}  # by bits of codes for each byte of scale
+AFFINE_BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # of MLX's affine
+TURBO, SOURCE = "mxtq", "source"  # not modes of MLX: codes of TurboQuant, the source's own format
 TURBO2 = {"group_size": GROUP, "bits": 2, "mode": TURBO}
 TURBO_PARTS = ("tq_packed", "tq_norms", "tq_bits")
-# Where config.json says which quantizer made the routed experts. No runtime looks at the key.
+# The key of config.json with the quantizer of the routed experts. No runtime reads it.
 RECORD = "requantize"
 
 
 def affine_label(bits: int, size: int = GROUP) -> dict[str, Any]:
-    """The label of affine numbers of so many bits, in groups of so many columns."""
+    """Return the label of affine numbers of `bits` bits in groups of `size` columns."""
     return {"group_size": size, "bits": bits, "mode": "affine"}
 
 
 def quantization(
     experts: Mapping[str, dict[str, Any]], tensors: Mapping[str, TensorSpec | Tensor] | None = None
 ) -> dict[str, Any]:
-    """The whole `quantization` value for a bundle.
+    """Return the `quantization` value of a bundle's config.json.
 
-    `experts`: the label of every routed-expert matrix by its storage name, as `expert_bases` names
-    them; a layer's are stacked, so its first expert's label is the stack's. `tensors` are the
-    bundle's, for those that are stored as mxfp8. MTP's get their storage name only: no runtime
-    builds modules for them. Where nothing is 8-bit affine the top level says mxfp8: a runtime that
-    misses a matrix's label is right with it. Experts in TurboQuant have no labels but what
-    `turbo_width` says.
+    experts: the label of every routed-expert matrix by storage name; a stack has its first expert's
+    label. tensors: the bundle's, to find those stored as mxfp8. MTP's matrices are labelled under
+    their storage names only, because no runtime builds modules for them. If nothing is 8-bit
+    affine, the top level is mxfp8, so that a runtime which misses a matrix's label is still right.
+    Experts in TurboQuant have no labels but `turboquant_fields`.
     """
     turbo = next((label for label in experts.values() if label["mode"] == TURBO), None)
     if turbo is not None:
@@ -79,7 +78,7 @@ def quantization(
 
 
 def turboquant_fields(expert: dict[str, Any]) -> dict[str, Any]:
-    """What config.json says, twice, of the widths in a bundle with experts in TurboQuant.
+    """Return the widths that both config files have if the experts are in TurboQuant.
 
     As jang_tools.dsv4.convert_dsv4_jangtq, 2.5.50, with --profile 2 --variant std.
     """
@@ -93,12 +92,12 @@ def turboquant_fields(expert: dict[str, Any]) -> dict[str, Any]:
 
 
 def has_turboquant(names: Iterable[str]) -> bool:
-    """Are a bundle's experts in TurboQuant, by the names of its tensors?"""
+    """Return True if a tensor's name shows that a bundle's experts are in TurboQuant."""
     return any(name.endswith(".tq_packed") for name in names)
 
 
 def in_stacks(experts: Mapping[str, dict[str, Any] | None], mixed: bool = True) -> bool:
-    """Has every routed expert a label, and all of a stack (unless mixed: of all) the same?"""
+    """Return True if every expert has a label, and all of a stack the same; not mixed: of all."""
     firsts: dict[str, Any] = {}
     for base, label in experts.items():
         if label is None or firsts.setdefault(stack_of(base) if mixed else "", label) != label:
@@ -107,13 +106,13 @@ def in_stacks(experts: Mapping[str, dict[str, Any] | None], mixed: bool = True) 
 
 
 def most_common_label(experts: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """The label that most matrices have, for places that have room for one."""
+    """Return the label that most matrices have."""
     counts = Counter(tuple(label.items()) for label in experts.values())
     return dict(counts.most_common(1)[0][0]) if counts else dict(EXPERT)
 
 
 def fp8_bases(tensors: Mapping[str, TensorSpec | Tensor]) -> list[str]:
-    """Storage names of the matrices that are stored as mxfp8, in the order of the tensors."""
+    """Return the storage names of the matrices stored as mxfp8, in the order of the tensors."""
     bases = [n.removesuffix(".scales") for n, t in tensors.items() if t.dtype == "U8"]
     return [base for base in bases if stored_label(tensors, base, {}) == MXFP8]
 
@@ -121,7 +120,7 @@ def fp8_bases(tensors: Mapping[str, TensorSpec | Tensor]) -> list[str]:
 def parts_of(
     label: dict[str, Any], out: int, columns: int
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Part → (dtype, shape) of a matrix (out, columns) that is stored as `label` says.
+    """Return part → (dtype, shape) of a matrix (out, columns) that is stored by `label`.
 
     >>> parts_of(EXPERT, 2048, 4096)["scales"]
     ('F16', (2048, 128))
@@ -139,7 +138,7 @@ def parts_of(
 def stored_label(
     tensors: Mapping[str, TensorSpec | Tensor], base: str, config: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """`label_of` the tensors `base`.{weight,scales,biases}; config.json tells the columns."""
+    """Return `label_of` the tensors `base`.{weight,scales,biases}; columns by config.json."""
     parts = (tensors.get(f"{base}.{part}") for part in ("weight", "scales", "biases"))
     return label_of(*parts, columns_of(base, config))
 
@@ -150,13 +149,13 @@ def label_of(
     biases: TensorSpec | Tensor | None,
     columns: int = 0,
 ) -> dict[str, Any] | None:
-    """The label that fits a module's parts as they lie on disk, or None if none does.
+    """Return the label that fits a module's parts on disk, or None if none does.
 
-    columns: of the matrix, where they are known: the widths alone cannot tell 2 bits in groups of
-    64 from 4 in groups of 32, and groups are taken for 32 wide. An affine triple is weight
-    (out, columns · bits / 32) U32, scales and biases (out, columns / group) of one float dtype.
-    Without biases: FP4 codes U32 (out, columns / 8) or FP8 codes U32 (out, columns / 4), and a
-    byte of scale U8 for 32 columns, or for 16 (NVFP4).
+    columns: of the matrix, 0 if unknown. The widths alone do not tell 2 bits in groups of 64 from 4
+    bits in groups of 32; without columns, groups of 32 are assumed. An affine triple is weight U32
+    (out, columns · bits / 32), and scales and biases (out, columns / group) of one float dtype.
+    Without biases: FP4 codes U32 (out, columns / 8) or FP8 codes U32 (out, columns / 4), and scales
+    U8, one for 32 columns, or for 16 (NVFP4).
     """
     if weight is None or scales is None or weight.dtype != "U32":
         return None
@@ -181,8 +180,10 @@ def label_of(
 def turbo_label(
     packed: TensorSpec | Tensor, norms: TensorSpec | Tensor | None, columns: int
 ) -> dict[str, Any] | None:
-    """The label of a matrix in TurboQuant: codes U32, 32 // bits of them a word, the first lowest,
-    and a norm F16 a row. None when they fit no number of bits. The group is the row.
+    """Return the label of a matrix in TurboQuant, or None if no number of bits fits.
+
+    Codes are U32, 32 // bits in a word, the first one lowest. Each row has a norm, F16, and is a
+    group.
     """
     if norms is None or packed.dtype != "U32" or len(packed.shape) != 2 or not columns:
         return None
@@ -193,8 +194,11 @@ def turbo_label(
 
 
 def source_label(weight: TensorSpec | Tensor, scale: TensorSpec | Tensor) -> dict[str, Any] | None:
-    """The label of a matrix that keeps the source's own form: FP4 codes I8, or FP8 codes, and
-    scales beside them (F32 as jang's native converter writes them, or UE8M0)."""
+    """Return the label of a matrix in the source's own format, or None if it is not one.
+
+    That is FP4 codes in I8, or FP8 codes, with scales beside them: UE8M0, or F32 as jang's native
+    converter writes them.
+    """
     if scale.dtype not in ("F32", "F8_E8M0", "U8") or len(weight.shape) != 2:
         return None
     bits = {"I8": 4, "U8": 4, "F8_E4M3": 8}.get(weight.dtype)
@@ -209,7 +213,7 @@ def source_label(weight: TensorSpec | Tensor, scale: TensorSpec | Tensor) -> dic
 
 
 def recorded_quantizer(config: dict[str, Any]) -> str | None:
-    """The quantizer that config.json names; None in a stock bundle."""
+    """Return the quantizer that config.json records; None in a stock bundle."""
     record = config.get(RECORD)
     name = record.get("quantizer") if isinstance(record, dict) else None
     return name if isinstance(name, str) else None

@@ -1,7 +1,6 @@
-"""Open a source or a bundle of DeepSeek-V4 and hold it against what its config.json calls for.
+"""Open a source or a bundle of DeepSeek-V4, and compare it with its config.json.
 
-Opening one reads JSON and headers only (seconds for 180 GB) and checks that index and shards agree,
-so that everything after it can trust a name to lead to its bytes.
+Only JSON and headers are read: seconds for 180 GB.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def config_count(config: dict[str, Any], key: str, folder: Path) -> int:
-    """A count from config.json. Raises UserError when it is missing or no whole number."""
+    """Return a count of config.json. Raises UserError when it is missing or no whole number."""
     value = config.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise UserError(
@@ -60,10 +59,10 @@ def config_count(config: dict[str, Any], key: str, folder: Path) -> int:
 
 
 def mtp_declared(config: dict[str, Any], folder: Path) -> int:
-    """The MTP layers that config.json declares; how many are stored, only the tensors tell.
+    """Return the number of MTP layers that config.json declares.
 
-    DSpark's three stages go with 1 or 3, copies that were stripped of MTP keep the number, others
-    say 0 and have it. Raises as `count` does.
+    The tensors may have another: DSpark's three stages are declared as 1 or 3, copies without MTP
+    keep the number, and others declare 0 and have MTP. Raises as `config_count` does.
     """
     key = "num_nextn_predict_layers"
     return config_count(config, key, folder) if key in config else 0
@@ -72,8 +71,8 @@ def mtp_declared(config: dict[str, Any], folder: Path) -> int:
 def block_counts(checkpoint: Checkpoint) -> dict[str, int]:
     """Count main layers by config.json, MTP layers by the tensors: {"layers": …, "mtp": …}.
 
-    A bundle's labels name its experts: MTP layers that got lost are called for by them.
-    Raises UserError for more layers, or more matrices of experts, than any index could name.
+    Labels of MTP experts count as tensors, so that MTP layers which a bundle lost are missed.
+    Raises UserError for more layers, or more matrices of experts, than an index can name.
     """
     config, folder = checkpoint.config, checkpoint.folder
     experts, declared = (
@@ -97,9 +96,9 @@ def block_counts(checkpoint: Checkpoint) -> dict[str, int]:
 
 
 def open_bundle(folder: Path) -> Checkpoint:
-    """Open a bundle: every shard that its index names; index and shards may still disagree.
+    """Open a bundle with every shard that its index names.
 
-    A requantization that was killed leaves new keys in shards that the index does not name yet.
+    Index and shards may disagree: after a killed requantization the index lacks new tensors.
     """
     config = read_config(folder)
     weight_map = read_index(folder)
@@ -107,9 +106,9 @@ def open_bundle(folder: Path) -> Checkpoint:
 
 
 def expert_bases(checkpoint: Checkpoint) -> list[str]:
-    """Storage names of all routed-expert matrices that config.json and the tensors call for.
+    """Return the storage names of all routed-expert matrices: of each layer, each expert, three.
 
-    As many layers as `block_counts` says, × n_routed_experts × 3. Raises as it does.
+    The counts are those of config.json and `block_counts`. Raises as that does.
     """
     experts = config_count(checkpoint.config, "n_routed_experts", checkpoint.folder)
     return [
@@ -122,12 +121,11 @@ def expert_bases(checkpoint: Checkpoint) -> list[str]:
 
 
 def expert_labels(bundle: Checkpoint) -> dict[str, dict[str, Any]]:
-    """Storage name → the label that a routed-expert matrix is stored by.
+    """Return the label of each routed-expert matrix, by storage name.
 
-    Those of a layer that a runtime stacks have one label; in a bundle that was not made as a
-    mixture all have. Raises UserError when one of them fits no label or another one, and for FP4
-    bytes in a bundle that was not made to have them: those are a stock bundle's, still to be
-    requantized.
+    The matrices that a runtime stacks have one label; in a bundle that is no mixture all have one.
+    Raises UserError for a matrix with no label or another one, and for FP4 bytes unless the
+    recorded quantizer keeps them: those of a stock bundle are still to be requantized.
     """
     bases, quantizer = expert_bases(bundle), recorded_quantizer(bundle.config)
     properties = quantizer_properties(quantizer)
@@ -160,10 +158,10 @@ def expert_labels(bundle: Checkpoint) -> dict[str, dict[str, Any]]:
 def check_turbo(bundle: Checkpoint, bases: list[str]) -> None:
     """Raise UserError unless every expert is there as TurboQuant's codes and norms."""
     stacks = dict.fromkeys(map(stack_base, bases))
-    wanted = [f"{at}.{part}" for at in stacks for part in TURBO_PARTS]
-    missing = [name for name in wanted if name not in bundle.tensors]
+    names = [f"{at}.{part}" for at in stacks for part in TURBO_PARTS]
+    missing = [name for name in names if name not in bundle.tensors]
     if missing:
         raise UserError(
             f"{bundle.folder}", f"no {missing[0]} ({len(missing):,} tensors missing)",
-            f"{len(wanted):,} tensors of routed experts", "run requantize",
+            f"{len(names):,} tensors of routed experts", "run requantize",
         )  # fmt: skip

@@ -1,19 +1,19 @@
-"""Which Mac a bundle fits: from a machine's memory to the bytes that a bundle may have, and back.
+"""Compute the size of a bundle for a Mac's memory, and the Mac for a bundle's size.
 
-    memory ≥ bundle + the context's cache + what the server takes, each within what the GPU may wire
+    memory that the GPU may wire ≥ bundle + cache of the context + SERVER
 
-macOS lets the GPU wire a part of the memory. By default that is three quarters of it or more on a
-Mac of over 36 GB: users report 72 of 96 GiB (M2 Max), 96 of 128 (M3 Max), and more on newer ones,
-107.5 of 128 (M4 and M5 Max), 239 of 256 (M3 Ultra); the least is taken here. `sudo sysctl
-iogpu.wired_limit_mb=N` raises it until the next start; a sixteenth of the memory, at least 4 GiB,
-is left for macOS then. (antirez/ds4#893, raullenchai/Rapid-MLX#183, jundot/omlx#1533; no Mac was
-at hand.) A Mac's "96 GB" are GiB.
+On a Mac of over 36 GB the GPU may wire three quarters of the memory or more by default: users
+report 72 of 96 GiB (M2 Max), 96 of 128 (M3 Max), 107.5 of 128 (M4 and M5 Max), 239 of 256 (M3
+Ultra). The least is assumed here. `sudo sysctl iogpu.wired_limit_mb=N` raises the limit until the
+next start; a sixteenth of the memory, at least 4 GiB, is then left for macOS.
+(antirez/ds4#893, raullenchai/Rapid-MLX#183, jundot/omlx#1533; not tried on a Mac.) A Mac's "96 GB"
+are GiB.
 
-The cache is computed from config.json, as jang_tools.dsv4.mlx_model, DeepseekV4Cache, 2.5.50, keeps
-it: each layer has a window of `sliding_window` tokens and, where its compress ratio r is not 0, one
-entry for every r tokens, of `head_dim` numbers; the indexer of the layers with ratio 4 has
-`index_head_dim` more. Two bytes a number. SERVER is an allowance for Python, activations of a long
-prompt and MLX's own cache; it was not measured on a Mac.
+The cache is that of jang_tools.dsv4.mlx_model, DeepseekV4Cache, 2.5.50. Each layer has a window of
+`sliding_window` tokens and, if its compress ratio r is not 0, one entry for every r tokens, of
+`head_dim` numbers. The indexer of a layer with ratio 4 has `index_head_dim` more. A number has two
+bytes. SERVER is an allowance for Python, activations of a long prompt and MLX's own cache; it was
+not measured on a Mac.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CONTEXT = 32768  # tokens, unless another number is asked for
 
 
 def add_goal(parser: argparse.ArgumentParser) -> None:
-    """The options by which a command is told what a bundle is to fit."""
+    """Add the options FIT, SIZE and CONTEXT."""
     add_setting(parser, "FIT", type=parse_memory, metavar="96GB", help="a Mac's memory")
     add_setting(parser, "SIZE", type=parse_size, metavar="88GB", help="the bundle's size")
     add_setting(parser, "CONTEXT", type=parse_context, metavar="TOKENS", help=f"default {CONTEXT}")
@@ -45,22 +45,22 @@ def check_goal(args: argparse.Namespace) -> None:
 
 
 def size_goal(args: argparse.Namespace, config: dict[str, Any]) -> int:
-    """The bytes that the bundle may have, by these options."""
+    """Return the bytes that the bundle may have, by these options."""
     return args.size or max(0, bundle_budget(config, args.fit, args.context or CONTEXT))
 
 
 def default_wired_limit(memory: int) -> int:
-    """What the GPU may wire without a word to macOS, at least; in bytes."""
+    """Return the bytes that the GPU may wire at least by default."""
     return memory * 3 // 4
 
 
 def max_wired_limit(memory: int) -> int:
-    """What it may wire after `sysctl iogpu.wired_limit_mb`, with something left for macOS."""
+    """Return the bytes that it may wire after `sysctl iogpu.wired_limit_mb`."""
     return memory - max(memory // 16, LEFT)
 
 
 def cache_bytes(config: dict[str, Any], tokens: int) -> int:
-    """What the cache of a context of so many tokens takes; 0 while there is no config.json."""
+    """Return the bytes of the cache of a context; 0 for an empty config."""
     ratios = (config.get("compress_ratios") or [])[: config.get("num_hidden_layers", 0)]
     window, head = config.get("sliding_window", 0), config.get("head_dim", 0)
     numbers = 0
@@ -73,12 +73,12 @@ def cache_bytes(config: dict[str, Any], tokens: int) -> int:
 
 
 def bundle_budget(config: dict[str, Any], memory: int, tokens: int) -> int:
-    """The bytes that a bundle may have on a Mac of so much memory; 0 or less: none fits."""
+    """Return the bytes that a bundle may have on a Mac; 0 or less: none fits."""
     return max_wired_limit(memory) - SERVER - cache_bytes(config, tokens)
 
 
 def describe_fit(config: dict[str, Any], nbytes: int, tokens: int, memory: int = 0) -> str:
-    """What a bundle of so many bytes fits: the Mac that was asked for, or the smallest."""
+    """Say whether a bundle fits a Mac of `memory` bytes; for 0, name the smallest it fits."""
     need = nbytes + cache_bytes(config, tokens) + SERVER
     context = f"with {tokens:,} tokens of context"
     fitting = [mac for mac in ((memory,) if memory else MACS) if need <= max_wired_limit(mac)]

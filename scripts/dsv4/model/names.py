@@ -1,8 +1,8 @@
-"""The names of DeepSeek-V4: what a tensor is, and what a runtime calls it.
+"""Parse and make the names of tensors and modules of DeepSeek-V4.
 
-Storage names lie on disk, in the source and in the bundle: `layers.0.ffn.experts.7.w1`. Module
-paths are what a runtime's `sanitize` makes of them: `model.layers.0.mlp.switch_mlp.gate_proj`.
-Upstream's first bug is a confusion of the two, so no other module spells them out.
+Storage names are on disk, in the source and in the bundle: `layers.0.ffn.experts.7.w1`. Module
+paths are the names after a runtime's `sanitize`: `model.layers.0.mlp.switch_mlp.gate_proj`.
+Upstream's first bug is a confusion of the two, so only this module has them.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def parse_expert(name: str) -> tuple[str, int, int, str, str] | None:
 
 
 def expert_base(block: str, layer: int, expert: int, matrix: str) -> str:
-    """Storage name of a routed expert's matrix, without the part (`.weight`, `.scale`, …)."""
+    """Return the storage name of an expert's matrix, without the part (`.weight`, `.scale`, …)."""
     return f"{block}.{layer}.ffn.experts.{expert}.{matrix}"
 
 
 def mtp_layer(name: str) -> int | None:
-    """The number of the MTP layer that a storage name belongs to: one of DSpark's stages, say.
+    """Return the number of a tensor's MTP layer or DSpark stage; None for other tensors.
 
     >>> mtp_layer("mtp.2.markov_head.markov_w1.weight"), mtp_layer("layers.2.attn_norm.weight")
     (2, None)
@@ -52,9 +52,9 @@ def mtp_layer(name: str) -> int | None:
 
 
 def stack_base(base: str) -> str:
-    """Storage name under which TurboQuant has a routed expert's matrix, without the part.
+    """Return the storage name of a routed expert's matrix in TurboQuant, without the part.
 
-    All experts of a main layer lie in one tensor, MTP's each in its own.
+    All experts of a main layer share a tensor; each of MTP has its own.
 
     >>> stack_base("layers.3.ffn.experts.7.w2"), stack_base("mtp.0.ffn.experts.7.w2")
     ('layers.3.mlp.switch_mlp.down_proj', 'mtp.0.ffn.experts.7.w2')
@@ -78,12 +78,12 @@ def parse_stack(name: str) -> tuple[int, str, str] | None:
 
 
 def is_expert(name: str) -> bool:
-    """True for a tensor of a routed expert, or of a stack of them."""
+    """Return True for a tensor of a routed expert, or of a stack of them."""
     return parse_expert(name) is not None or parse_stack(name) is not None
 
 
 def stack_of(base: str) -> str:
-    """What the runtimes stack an expert's matrix into, as a plan names it.
+    """Return the name, in a plan, of the stack that the runtimes put an expert's matrix into.
 
     >>> stack_of("layers.3.ffn.experts.7.w2")
     'layers.3.down_proj'
@@ -93,7 +93,7 @@ def stack_of(base: str) -> str:
 
 
 def columns_of(base: str, config: Mapping[str, Any]) -> int:
-    """Return the columns of the matrix `base` by config.json; 0 where it does not say.
+    """Return the columns of the matrix `base` by config.json; 0 if it lacks the size.
 
     >>> columns_of("layers.0.ffn.experts.3.w2", {"moe_intermediate_size": 2048})
     2048
@@ -115,10 +115,10 @@ def is_control(name: str) -> bool:
 
 
 def most_zeros(name: str, dtype: str, nbytes: int) -> int | None:
-    """So many zero bytes in a row are a hole in a tensor, not numbers; None: any may be.
+    """Return the number of successive zero bytes that show a hole in a tensor; None for no limit.
 
-    Codes and scales of FP4 and FP8 never hold a page of them. A BF16 matrix may have rows of zeros
-    (tokens that nobody uses), but no megabyte; no matrix, scale or norm is nothing but zeros.
+    Codes and scales of FP4 and FP8 never have a page of zeros. A BF16 matrix may have rows of zeros
+    (unused tokens), but no megabyte. No matrix, scale or norm has only zeros.
     """
     base = name.removesuffix("s") if name.endswith(".scales") else name  # a bundle's, too
     what = treatment(base)
@@ -131,7 +131,7 @@ def most_zeros(name: str, dtype: str, nbytes: int) -> int | None:
 
 
 def switch_paths(layer: int, matrix: str) -> tuple[str, str]:
-    """Module paths of the stacked experts of one layer: (mlx_lm and vMLX, mlx-vlm)."""
+    """Return the module paths of a layer's stacked experts: (mlx_lm and vMLX, mlx-vlm)."""
     projection = PROJECTION[matrix]
     return (
         f"model.layers.{layer}.mlp.switch_mlp.{projection}",
@@ -140,7 +140,7 @@ def switch_paths(layer: int, matrix: str) -> tuple[str, str]:
 
 
 def module_paths(base: str) -> tuple[str, ...]:
-    """Module paths of a matrix that is no routed expert: (mlx_lm and vMLX, mlx-vlm); () in MTP.
+    """Return the module paths of another matrix: (mlx_lm and vMLX, mlx-vlm); () in MTP.
 
     >>> module_paths("layers.0.attn.indexer.wq_b")[0]
     'model.layers.0.self_attn.indexer.wq_b'
@@ -162,9 +162,9 @@ def module_paths(base: str) -> tuple[str, ...]:
 
 
 def treatment(name: str) -> str | None:
-    """Return what a bundle makes of a tensor (tensor_table.TREATMENTS), or None for unknown names.
+    """Return a tensor's treatment (tensor_table.TREATMENTS), or None for unknown names.
 
-    "scale" belongs to the weight beside it and has no counterpart of its own.
+    That of a scale is "scale": it has no counterpart of its own.
 
     >>> treatment("mtp.0.e_proj.scale"), treatment("layers.0.attn.unheard_of.weight")
     ('scale', None)
@@ -177,9 +177,9 @@ def treatment(name: str) -> str | None:
 
 
 def kind(name: str) -> str:
-    """Return `treatment`; for a name that the table lacks, what upstream's converter makes of it.
+    """Return `treatment`, or for a name that the table lacks that of upstream's converter.
 
-    Our converter stops at such a name.
+    The native converter stops at such a name.
     """
     found = treatment(name)
     if found:

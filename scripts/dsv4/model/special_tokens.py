@@ -1,4 +1,4 @@
-"""What a runtime must know to hold a conversation: its markers and stop tokens."""
+"""The markers of turns, the stop tokens, and their ids in a tokenizer."""
 
 from __future__ import annotations
 
@@ -15,22 +15,19 @@ STOP_TOKENS = (EOS, USER)  # a model that opens the user's turn has finished its
 
 
 def text_of(token: Any) -> Any:
-    """A special token's text, which is written as it is or as an object with a content."""
+    """Return the text of a special token, which may be an object with a content."""
     return token.get("content") if isinstance(token, dict) else token
 
 
 def vocabulary(tokenizer: dict[str, Any]) -> dict[str, int]:
-    """Token → id, of a tokenizer.json that is of its form."""
+    """Return token → id of a validated tokenizer.json."""
     ids = dict((tokenizer.get("model") or {}).get("vocab") or {})
     ids.update({entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens") or []})
     return ids
 
 
 def token_ids(folder: Path, tokens: tuple[str, ...] = STOP_TOKENS) -> list[int]:
-    """The ids of `tokens` in the folder's tokenizer.json, in that order.
-
-    Raises UserError when the tokenizer does not have one of them.
-    """
+    """Return the ids of `tokens` in a folder's tokenizer. Raises UserError for a missing one."""
     path = folder / "tokenizer.json"
     ids = vocabulary(read_json(path, FORMS[path.name]))
     missing = [token for token in tokens if token not in ids]

@@ -1,19 +1,19 @@
-"""Render a chat template that nobody vouches for, as transformers would, within bounds.
+"""Render an untrusted chat template as transformers does, within limits.
 
-A program of its own: chat_template.py starts it with `python -I`, so that it sees no folder of this
-project, and it needs jinja2 alone. A template may loop, double a text or nest without end; so each
-run has, beyond its start, a second of processor time, ten seconds on the clock, 256 MiB of address
-space, and a prompt has a million characters. Processor and clock end the process by the signal's
-own action, in the middle of a C function too. On Linux it ends with the process that started it;
-elsewhere when it next reads or writes, or by its bounds.
+chat_template.py starts this program with `python -I`, so that it imports nothing of the project; it
+needs jinja2 only. A template may loop, double a text or nest without end. So each run is limited to
+a second of processor time after its start, ten seconds of wall time, 256 MiB of address space and
+prompts of a million characters. Signals with their default action enforce both times, so they end a
+C function too. On Linux the process ends with its parent; elsewhere at its next read or write, or
+at a limit.
 
-macOS refuses RLIMIT_AS or hardly enforces it: there a template may take what memory it can fill in
-a second.
+macOS refuses RLIMIT_AS or hardly enforces it: there a template may fill memory for a second.
 
-Reads {"template": text, "talks": [variables, …]} as JSON from stdin, and writes a line of JSON for
-each talk: {"prompt": text} or {"fault": sentence}.
+Reads {"template": text, "conversations": [variables, …]} as JSON from stdin. Writes a line of JSON
+for each conversation: {"prompt": text} or {"fault": sentence}.
 
-    echo '{"template": "{{ messages[0].content }}", "talks": [{"messages": [{"content": "Hi"}]}]}' |
+    echo '{"template": "{{ messages[0].content }}",
+           "conversations": [{"messages": [{"content": "Hi"}]}]}' |
         .venv/bin/python -I scripts/dsv4/model/template_sandbox.py
 """
 
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import json
 import resource
 import signal
@@ -38,11 +39,11 @@ CPU_SECONDS = 1.0
 WALL_SECONDS = 10
 ADDRESS_SPACE = 256 << 20
 PROMPT_CHARACTERS = 1_000_000
-SENTENCE = 300  # characters of a fault that are worth telling
+SENTENCE = 300  # characters of a fault
 
 
 class Generation(Extension):
-    """`{% generation %}`, where transformers marks what the assistant said: its body as it is."""
+    """Render the body of `{% generation %}`, which marks answers for transformers, as it is."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -52,7 +53,7 @@ class Generation(Extension):
 
 
 def environment() -> ImmutableSandboxedEnvironment:
-    """Jinja as transformers sets it up (utils/chat_template_utils.py, 5.23)."""
+    """Return the Jinja environment of transformers 5.23 (utils/chat_template_utils.py)."""
     out = ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
@@ -71,14 +72,9 @@ def tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON without Jinja's escapes for HTML."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
+    """Return JSON without Jinja's escapes for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                      sort_keys=sort_keys)  # fmt: skip
 
 
 def raise_exception(sentence: str) -> None:
@@ -86,7 +82,7 @@ def raise_exception(sentence: str) -> None:
 
 
 def set_limits() -> None:
-    """Take the bounds that no template can lift again."""
+    """Set the limits. A template cannot lift them again."""
     kill_with_parent()
     for signal_number in (signal.SIGPROF, signal.SIGALRM):
         signal.signal(signal_number, signal.SIG_DFL)
@@ -108,9 +104,9 @@ def kill_with_parent() -> None:
 
 
 def rendered_or_fault(make: Callable[[], str]) -> dict[str, str]:
-    """{"prompt": what `make` returns} or {"fault": why it did not}.
+    """Return {"prompt": the result of `make`} or {"fault": the reason why it has none}.
 
-    A foreign template can raise anything that Python raises, so anything is a fault of it.
+    An untrusted template can raise any exception, so all of them are faults of the template.
     """
     try:
         return {"prompt": make()}
@@ -122,11 +118,11 @@ def rendered_or_fault(make: Callable[[], str]) -> dict[str, str]:
         return {"fault": f"{type(error).__name__}: {str(error)[:SENTENCE]}"}
 
 
-def prompt(template: Template, talk: dict[str, Any]) -> str:
-    """The rendered text; raises ValueError as soon as it is too long."""
+def prompt(template: Template, conversation: dict[str, Any]) -> str:
+    """Render a conversation. Raises ValueError as soon as the text is too long."""
     pieces: list[str] = []
     left = PROMPT_CHARACTERS
-    for piece in template.generate(**talk):
+    for piece in template.generate(**conversation):
         left -= len(piece)
         if left < 0:
             raise ValueError(f"a prompt of more than {PROMPT_CHARACTERS:,} characters")
@@ -135,20 +131,14 @@ def prompt(template: Template, talk: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    asked = json.load(sys.stdin)
+    request = json.load(sys.stdin)
     set_limits()
-    compiled: list[Template] = []
-
-    def compile_template() -> str:
-        compiled.append(environment().from_string(asked["template"]))
-        return ""
-
-    broken = rendered_or_fault(compile_template)
-    for talk in asked["talks"]:
-        told = (
-            rendered_or_fault(lambda talk=talk: prompt(compiled[0], talk)) if compiled else broken
+    compile_template = functools.cache(environment().from_string)
+    for conversation in request["conversations"]:
+        answer = rendered_or_fault(
+            lambda variables=conversation: prompt(compile_template(request["template"]), variables)
         )
-        print(json.dumps(told), flush=True)
+        print(json.dumps(answer), flush=True)
     return 0
 
 

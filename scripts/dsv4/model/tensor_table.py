@@ -17,11 +17,11 @@ from typing import Any
 from dsv4.storage.limits import COLUMNS
 
 # Treatments: how a bundle stores a tensor. "passthrough" and "matrix" are upstream's choice
-# (jang_tools.dsv4.convert_dsv4_jangtq, classify, 2.5.9); "head" is not: upstream quantizes it, and
-# mlx-vlm has no quantized head. It costs 1.06 GB for Flash instead of 0.6.
+# (jang_tools.dsv4.convert_dsv4_jangtq, classify, 2.5.9). Upstream quantizes the head too, but
+# mlx-vlm reads no quantized head; unquantized, Flash's takes 1.06 GB instead of 0.6.
 TREATMENTS = {
-    "expert": "a routed expert, as the quantizer has it",
-    "control": "F32, as in the source: it steers routing or residual mixing",
+    "expert": "a routed expert, in the quantizer's format",
+    "control": "F32, as in the source: for routing or residual mixing",
     "passthrough": "norms, router weight, compressor positions to F16; integers as they are",
     "head": "as in the source",
     "matrix": "8-bit affine, groups of 32",
@@ -177,9 +177,9 @@ DRAFTERS = (
 
 
 class MissingSize(LookupError):
-    """A key of config.json that is missing, or that is no positive whole number.
+    """A key of config.json is missing, or its value is no positive whole number.
 
-    No KeyError: `eval` would take one for an unknown name.
+    Not a KeyError, which `eval` would turn into a NameError.
     """
 
 

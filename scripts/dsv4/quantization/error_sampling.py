@@ -1,7 +1,7 @@
 """Measure the error of each format on a sample of a source's routed experts, stack by stack.
 
-The sample has EXPERTS experts of a layer, evenly spaced, and of each a run of whole rows of about
-WEIGHTS weights, which begins at another row in each. Errors are weighted by the imatrix. Flash has
+The sample has EXPERTS experts of a layer, evenly spaced. Of each it has whole rows, about WEIGHTS
+weights, from another first row on. Errors are weighted by the imatrix. Flash has
 132 stacks: 0.3 GB of its 151 are read.
 """
 

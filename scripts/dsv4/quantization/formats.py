@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -34,21 +34,11 @@ from dsv4.settings import InvalidValue, add_setting
 Parts = Mapping[str, np.ndarray]  # part of an expert → its bytes, flat uint8
 
 
-class Encode(Protocol):
-    """Quantize whole rows into `parts`, which are overwritten. All arrays are flat uint8.
-
-    importance: float64 (columns,), positive weights of the squared errors; None for equal ones.
-    Only quantizers that use an imatrix read it. Raises affine_table.BadGroup, with the group's
-    index in these rows, for a group that the format cannot hold.
-    """
-
-    def __call__(
-        self,
-        packed: np.ndarray,
-        exponents: np.ndarray,
-        parts: Parts,
-        importance: np.ndarray | None = None,
-    ) -> ErrorStats: ...
+# Quantize whole rows: packed codes, exponents, parts, importance → errors. Arrays are flat uint8;
+# `parts` are overwritten. importance: positive weights of the columns' squared errors, float64, or
+# None; read only by quantizers that use an imatrix. Raises affine_table.BadGroup, with the group's
+# index in these rows, for a group that the format cannot hold.
+Encode = Callable[..., ErrorStats]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +48,7 @@ class Quantizer:
     form: how the bundle stores the experts and all other tensors.
     digest: changes when the same source would give other bytes.
     importance: of the columns, by an expert's storage name, as an imatrix has it.
-    beyond: see `with_bf16_overflow`.
+    beyond: BF16 tensor → number of its values that F16 lacks; such a tensor stays BF16.
     parts: of a mixture, the quantizer of each label (as text).
     """
 
@@ -93,7 +83,7 @@ def _mlx_table() -> affine_table.Table:
 def _encode_mlx(
     packed: np.ndarray, exponents: np.ndarray, parts: Parts, importance: np.ndarray | None = None
 ) -> ErrorStats:
-    """What `mx.quantize(group_size=32, bits=4, mode="affine")` gives, scales and biases in F16."""
+    """Quantize as `mx.quantize(group_size=32, bits=4, mode="affine")`, scales and biases in F16."""
     return affine_table.quantize(
         _mlx_table(),
         packed.view(np.int64),
@@ -107,7 +97,7 @@ def _encode_mlx(
 def _copy_fp4(
     packed: np.ndarray, exponents: np.ndarray, parts: Parts, importance: np.ndarray | None = None
 ) -> ErrorStats:
-    """The source's own FP4 bytes: 4.25 bits a weight, without an error."""
+    """Copy the source's FP4 bytes: 4.25 bits a weight, without an error."""
     if (bad := np.flatnonzero(exponents == 255)).size:
         raise affine_table.bad_exponent(int(bad[0]), 255)
     parts["weight"][:], parts["scales"][:] = packed, exponents
@@ -117,7 +107,7 @@ def _copy_fp4(
 def _encode_turboquant(
     packed: np.ndarray, exponents: np.ndarray, parts: Parts, importance: np.ndarray | None = None
 ) -> ErrorStats:
-    """Rotated rows as codes of 2 bits and one norm each: 2.005 bits a weight (TurboQuant)."""
+    """Quantize to TurboQuant: rotated rows, 2-bit codes and a norm; 2.005 bits a weight."""
     words, norms = parts["tq_packed"].view(np.uint32), parts["tq_norms"].view(np.float16)
     return turboquant.quantize(packed, exponents, words, norms)
 
@@ -129,7 +119,7 @@ def _encode_least_squares(
     parts: Parts,
     importance: np.ndarray | None = None,
 ) -> ErrorStats:
-    """Affine of least squared error. shape: bits, and columns of a group."""
+    """Quantize to affine of least squared error. shape: bits, and columns of a group."""
     scales, biases = (parts[part].view(np.uint16) for part in ("scales", "biases"))
     outputs = (parts["weight"], scales, biases)
     return least_squares.quantize(packed, exponents, importance, shape, outputs).tally
@@ -164,7 +154,7 @@ def _least_squares(name: str, form: StorageFormat, importance: Importance) -> Qu
 
 
 def _mixture(name: str, stacks: Mapping[str, dict[str, Any]], importance: Importance) -> Quantizer:
-    """Experts of several labels: by projection, or by layer and projection."""
+    """Return a quantizer for several labels: by projection, or by layer and projection."""
     properties = quantizer_properties(name)
     expert = labels.most_common_label(stacks)
     form = StorageFormat(expert, properties.keeps_source, mixture=stacks)
@@ -181,10 +171,9 @@ def _mixture(name: str, stacks: Mapping[str, dict[str, Any]], importance: Import
 
 
 def with_bf16_overflow(quantizer: Quantizer, beyond: Mapping[str, int]) -> Quantizer:
-    """Return a quantizer that keeps the source's numbers with what the source's values tell.
+    """Return a quantizer that keeps the source's numbers, with the BF16 tensors that F16 lacks.
 
-    beyond: BF16 tensor → how many of its values are no F16 numbers; it stays BF16. Without it sizes
-    are right, and dtypes may not be.
+    Without them sizes are right, but dtypes may not be.
     """
     form = replace(quantizer.form, bfloats=frozenset(beyond))
     return replace(quantizer, beyond=beyond, form=form)

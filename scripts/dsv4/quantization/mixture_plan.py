@@ -62,15 +62,15 @@ def read_plan(path: Path, source: Checkpoint) -> dict[str, dict[str, Any]]:
         for layer, forms in experts.items()
         for projection, form in forms.items()
     }
-    wanted = stacks_of(source)
-    if strange := [stack for stack in given if stack not in wanted]:
+    stacks = stacks_of(source)
+    if strange := [stack for stack in given if stack not in stacks]:
         raise UserError(
             f"{path}: {short_repr(strange[0])}", "a module that the source does not have",
-            f"one of {len(wanted)} from {wanted[0]} to {wanted[-1]}", MAKE,
+            f"one of {len(stacks)} from {stacks[0]} to {stacks[-1]}", MAKE,
         )  # fmt: skip
-    if missing := [stack for stack in wanted if stack not in given]:
-        raise UserError(f"{path}", f"nothing for {missing[0]}", f"{len(wanted)} modules", MAKE)
+    if missing := [stack for stack in stacks if stack not in given]:
+        raise UserError(f"{path}", f"nothing for {missing[0]}", f"{len(stacks)} modules", MAKE)
     for stack, form in given.items():
         if label_by_name(form) is None:
             raise UserError(f"{path}: {stack}", short_repr(form), "affineBgG or mxfp4", MAKE)
-    return {stack: label_by_name(given[stack]) for stack in wanted}
+    return {stack: label_by_name(given[stack]) for stack in stacks}

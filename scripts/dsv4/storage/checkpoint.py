@@ -1,6 +1,6 @@
 """Read a folder of safetensors shards with an index and a config.json: a source or a bundle.
 
-Nothing here depends on the model. Only JSON and headers are read: seconds for 180 GB.
+Only JSON and headers are read: seconds for 180 GB. Nothing here depends on the model.
 """
 
 from __future__ import annotations

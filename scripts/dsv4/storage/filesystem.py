@@ -152,8 +152,8 @@ def _print_note_once(path: Path, note: str) -> None:
     """Print a note once for each volume."""
     parent = path if path.is_dir() else path.parent
     with contextlib.suppress(OSError):
-        seen = (note, parent.stat().st_dev)
-        if seen in _noted:
+        volume = (note, parent.stat().st_dev)
+        if volume in _noted:
             return
-        _noted.add(seen)
+        _noted.add(volume)
     print_escaped(f"note: {escape_line(parent)}: {note}", file=sys.stderr)

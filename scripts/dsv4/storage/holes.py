@@ -21,15 +21,15 @@ def first_run(data: np.ndarray, least: int, before: int) -> tuple[int, int]:
     The next run can only begin after that byte. No byte is read twice, and of most pages only one
     or two bytes are read.
     """
-    begin, seen = -before, 0  # what was seen so far is zeros from `begin` on
+    begin, read = -before, 0  # bytes from `begin` to `read` are zeros
     while True:
         end = min(begin + least, len(data))
         at = end - 1
-        while at >= seen and data[at] == 0:
+        while at >= read and data[at] == 0:
             at -= 1
-        if at < seen:
+        if at < read:
             return begin, end
-        begin, seen = at + 1, end
+        begin, read = at + 1, end
 
 
 class HoleDetector:

@@ -72,19 +72,13 @@ def check_surrogates(data: bytes, value: Any) -> None:
         json.dumps(value, ensure_ascii=False).encode()
 
 
-def is_shallow(value: Any) -> bool:
-    """Return True when lists and objects are nested at most DEPTH deep."""
-    level = [value] if isinstance(value, (dict, list)) else []
-    for _ in range(DEPTH):
-        level = [
-            part
-            for one in level
-            for part in (one.values() if isinstance(one, dict) else one)
-            if isinstance(part, (dict, list))
-        ]
-        if not level:
-            return True
-    return False
+def is_shallow(value: Any, depth: int = DEPTH) -> bool:
+    """Return True when lists and objects are nested at most `depth` deep."""
+    if not isinstance(value, (dict, list)):
+        return True
+    parts = value.values() if isinstance(value, dict) else value
+    inner = (part for part in parts if isinstance(part, (dict, list)))
+    return depth > 0 and all(is_shallow(part, depth - 1) for part in inner)
 
 
 def list_files(folder: Path) -> dict[str, int]:
@@ -93,11 +87,11 @@ def list_files(folder: Path) -> dict[str, int]:
     Links to folders are not entered. Raises UserError when there are more than FILES.
     """
     found: dict[str, int] = {}
-    seen = 0
+    number = 0
     for place, folders, names in os.walk(folder):
         folders.sort()
-        seen += len(folders) + len(names)
-        if seen > FILES:
+        number += len(folders) + len(names)
+        if number > FILES:
             raise UserError(f"{folder}", f"more than {FILES:,} files", "a bundle", "check BUNDLE")
         for path in (Path(place) / name for name in sorted(names)):
             if path.is_file():

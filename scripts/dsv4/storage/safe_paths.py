@@ -118,9 +118,10 @@ def open_regular(root: Path, name: str, flags: int) -> int:
 
 
 def create_new(handle: int, last: str, path: Path) -> int:
-    """Make a new file in an open folder, for reading and writing. A plain file, which a killed
-    run left under that temporary name, is removed first. Raises UserError for anything else
-    there."""
+    """Make a new file in an open folder and open it for reading and writing.
+
+    A plain file that a killed run left there is removed first. Raises UserError for anything else.
+    """
     found = file_type_at(handle, last)
     if found not in (FILE, NOTHING):
         raise UserError(f"{path}", found, "no file, or what a killed run left", AWAY)
@@ -151,12 +152,12 @@ def move(root: Path, name: str, target: str, make: bool = False) -> None:
 
 
 def replace_at(old: int, source: str, new: int, last: str) -> None:
-    """os.replace from one open folder to another."""
+    """Rename a file from one open folder to another, and replace the target."""
     os.rename(source, last, src_dir_fd=old, dst_dir_fd=new)
 
 
 def remove(root: Path, name: str) -> bool:
-    """Remove a file or a link itself. False when nothing is there. Raises UserError otherwise."""
+    """Remove a file or a link itself. Return False if there is none; UserError for a folder."""
     if expect_type(root, name, FILE, LINK, NOTHING) == NOTHING:
         return False
     with open_parent(root, name) as (handle, last), with_full_path(root / name):
@@ -184,7 +185,7 @@ def clear_folder(folder: Path, keep: set[str]) -> None:
 
 
 def files_below(root: Path, name: str) -> list[str]:
-    """Names of all files and links below a folder, relative to it; [] when it is not there.
+    """Return the names of all files and links below a folder, relative to it; [] if it is missing.
 
     Raises UserError for a link to a folder, and for what is neither file nor folder.
     """

@@ -1,11 +1,12 @@
-"""One safetensors file: its header read with distrust, and a writer that streams.
+"""Read and validate the header of a safetensors file; write one as a stream.
 
 Format (huggingface/safetensors, README "Format"): 8 bytes little-endian header length N, N bytes
 of JSON, then the tensors' bytes. JSON maps a name to dtype, shape and data_offsets (relative to the
 end of the header), and `__metadata__` to a dict of strings.
 
-The reader takes nothing on trust, because a truncated download or a hostile file must end in one
-clear line: it never reads more than the header, and never more of that than a model can need.
+A truncated download or a hostile file must end in one clear error, so the reader validates every
+value, and reads no header that is longer than a model's can be. The library `safetensors` maps the
+file and raises errors without a remedy.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,7 +28,7 @@ from dsv4.storage import limits
 from dsv4.storage.atomic import atomic_writer
 from dsv4.text import escape_line, short_repr
 
-# Bytes an element. The 4-bit and 6-bit floats of newer safetensors have no place in this model.
+# Bytes of an element. The model has none of the 4-bit and 6-bit floats of newer safetensors.
 ITEMSIZE = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
     "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
@@ -34,7 +36,7 @@ ITEMSIZE = {
     "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
 
-# NumPy's view of a dtype; BF16 and the 8-bit floats, which NumPy lacks, come as unsigned integers.
+# As NumPy reads a dtype: BF16 and 8-bit floats, which it lacks, as unsigned integers.
 NUMPY_DTYPE = {
     "BOOL": "u1", "U8": "u1", "I8": "i1", "F8_E4M3": "u1", "F8_E5M2": "u1", "F8_E8M0": "u1",
     "U16": "<u2", "I16": "<i2", "F16": "<f2", "BF16": "<u2",
@@ -42,7 +44,7 @@ NUMPY_DTYPE = {
     "U64": "<u8", "I64": "<i8", "F64": "<f8",
 }  # fmt: skip
 
-FLOATS = ("F16", "BF16", "F32")  # those that NumPy can be brought to compute with
+FLOATS = ("F16", "BF16", "F32")  # that TensorReader converts to float32
 
 MAX_HEADER = limits.HEADER
 REDO = "fetch or rebuild this file"
@@ -51,10 +53,10 @@ SAMPLE_BYTES = 4096
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """Where one tensor lies: `nbytes` bytes from `offset` (absolute, in bytes) of `path`.
+    """A tensor on disk: `nbytes` bytes of `path` from byte `offset` of the file.
 
-    disk: what it is called there, where `name` is another one; pieces: what it is made of, one
-    after the other, where its bytes do not lie together.
+    disk: its name there, if `name` is another. pieces: the tensors that it joins, if its bytes are
+    not in one place.
     """
 
     name: str
@@ -80,15 +82,17 @@ class Shard:
 def read_shard(path: Path) -> Shard:
     """Read and check the header of `path`; no tensor data is read.
 
-    Raises UserError when the file is not a whole, well-formed safetensors file: too short, a Git
+    Raises UserError when the file is not a complete, well-formed safetensors file: too short, a Git
     LFS pointer, header longer than the file, not JSON, duplicate keys, unknown dtype, shape and
-    byte count that disagree, offsets out of range, overlapping or leaving a gap.
+    byte count that disagree, offsets out of range, overlapping or with a gap.
     """
     text, size = _read_header(path)
-    length = len(text)
+    start = 8 + len(text)
     header = _parse_header(path, text)
-    metadata = _check_metadata(path, header.pop("__metadata__", {}))
-    start = 8 + length
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        found = "__metadata__ that is no map of strings"
+        raise UserError(f"{path}", found, "a map of strings", REDO)
     tensors = [_parse_tensor(path, name, entry, start) for name, entry in header.items()]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
     _check_coverage(path, tensors, start, size)
@@ -96,7 +100,7 @@ def read_shard(path: Path) -> Shard:
 
 
 def sample_ranges(shard: Shard) -> list[tuple[int, int]]:
-    """(offset, bytes) of three samples of a shard's data, which tell two sources apart."""
+    """Return (offset, bytes) of three samples of a shard's data, which tell two sources apart."""
     start = min((t.offset for t in shard.tensors.values()), default=shard.size)
     offsets = (start, (start + shard.size) // 2, shard.size - SAMPLE_BYTES)
     places = [max(start, offset) for offset in offsets]
@@ -104,8 +108,8 @@ def sample_ranges(shard: Shard) -> list[tuple[int, int]]:
 
 
 def _read_header(path: Path) -> tuple[bytes, int]:
-    """The header's JSON, and the file's size in bytes."""
-    if not path.is_file() and path.exists():  # to open a named pipe would wait for a writer
+    """Return the header's JSON and the file's size in bytes."""
+    if not path.is_file() and path.exists():  # opening a named pipe waits for a writer
         raise UserError(f"{path}", "no regular file", "a safetensors file", "move it away")
     with with_path(path), path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -131,8 +135,7 @@ def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            seen: set[str] = set()
-            twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+            twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
             found = f"the key {short_repr(twice)} twice in its header"
             raise UserError(f"{path}", found, "each key once", REDO)
         return result
@@ -149,14 +152,6 @@ def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
             f"{path}", f"a header of type {type(header).__name__}", "a JSON object", REDO
         )
     return header
-
-
-def _check_metadata(path: Path, metadata: Any) -> dict[str, str]:
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise UserError(
-            f"{path}", "__metadata__ that is no map of strings", "a map of strings", REDO
-        )
-    return metadata
 
 
 def _is_count(value: Any) -> bool:
@@ -183,7 +178,7 @@ def _parse_tensor(path: Path, name: str, entry: Any, start: int) -> Tensor:
 
 
 def _check_coverage(path: Path, tensors: list[Tensor], start: int, size: int) -> None:
-    """The tensors must follow one another without gap or overlap up to the end of the file."""
+    """Raise UserError unless the tensors cover the rest of the file without gap or overlap."""
     position = start
     for tensor in tensors:
         if tensor.offset != position:
@@ -200,9 +195,9 @@ def _check_coverage(path: Path, tensors: list[Tensor], start: int, size: int) ->
 
 
 def read_array(tensor: Tensor) -> np.ndarray:
-    """The tensor as a NumPy array of its shape, dtype as in NUMPY_DTYPE; read, not mapped.
+    """Read a tensor into a NumPy array of its shape, with the dtype of NUMPY_DTYPE.
 
-    Raises UserError when the file ends early: it was whole when its header was read.
+    Raises UserError when the file is shorter than when its header was read.
     """
     with with_path(tensor.path), tensor.path.open("rb") as file:
         file.seek(tensor.offset)
@@ -216,7 +211,7 @@ def read_array(tensor: Tensor) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A tensor's place in a shard that will be written."""
+    """A tensor that will be written."""
 
     name: str
     dtype: str
@@ -224,19 +219,19 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        """Its size in bytes."""
+        """The size in bytes."""
         return math.prod(self.shape) * ITEMSIZE[self.dtype]
 
 
 @dataclass(frozen=True)
 class PendingTensor(TensorSpec):
-    """A tensor that will be written: `produce()` gives its `nbytes` bytes when its turn comes."""
+    """A tensor whose bytes `produce()` returns when they are to be written."""
 
     produce: Callable[[], Iterable[bytes | memoryview | np.ndarray]]
 
 
 def header_bytes(planned: Iterable[TensorSpec], metadata: Mapping[str, str]) -> bytes:
-    """Length prefix and JSON header for these tensors in this order, padded to 8 bytes."""
+    """Return length prefix and JSON header for tensors in this order, padded to 8 bytes."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for tensor in planned:
@@ -254,10 +249,10 @@ def header_bytes(planned: Iterable[TensorSpec], metadata: Mapping[str, str]) -> 
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """A shard that will be written, known to the last byte of its header before anything is read.
+    """The header of a shard that will be written, and the offset of each of its tensors.
 
-    The slots keep their order but for their dtypes: larger ones come first, as the safetensors
-    library has it, so that all stay aligned.
+    Tensors with larger elements come first, as the safetensors library has it, so that all are
+    aligned; apart from that, their order is kept.
     """
 
     slots: tuple[TensorSpec, ...]
@@ -271,17 +266,17 @@ class ShardLayout:
         metadata: Mapping[str, str],
         as_long: Mapping[str, str] = {},
     ) -> ShardLayout:
-        """The layout of a shard with these tensors.
+        """Return the layout of a shard with these tensors.
 
-        as_long: dtype → another of its size, in whose place it stands: the header is as long as
-        with the other, so that the file's size does not tell which it is.
+        as_long: dtype → another one of its size. The header is padded to the length that it has
+        with the other one, so that the file's size is the same with either.
         """
         ordered = tuple(sorted(slots, key=lambda slot: -ITEMSIZE[slot.dtype]))
         return cls(ordered, metadata, as_long)
 
     @cached_property
     def header(self) -> bytes:
-        """Length prefix and JSON."""
+        """The length prefix and the JSON."""
         header = header_bytes(self.slots, self.metadata)
         if not self.as_long:
             return header
@@ -291,7 +286,7 @@ class ShardLayout:
 
     @cached_property
     def offsets(self) -> dict[str, int]:
-        """Tensor → the byte of the file at which it begins."""
+        """Tensor → its offset in the file."""
         places, place = {}, len(self.header)
         for slot in self.slots:
             places[slot.name] = place
@@ -300,11 +295,11 @@ class ShardLayout:
 
     @cached_property
     def size(self) -> int:
-        """The file's size in bytes."""
+        """The size of the file in bytes."""
         return len(self.header) + sum(slot.nbytes for slot in self.slots)
 
     def matches_file(self, path: Path) -> bool:
-        """True when `path` is this very shard: one takes its name only when it is complete."""
+        """Return True when `path` has this header and size: a shard gets its name when complete."""
         if not path.is_file() or path.stat().st_size != self.size:
             return False
         with with_path(path), path.open("rb") as file:
@@ -312,7 +307,7 @@ class ShardLayout:
 
 
 def write_shard(path: Path, planned: list[PendingTensor], metadata: Mapping[str, str]) -> None:
-    """Stream the planned tensors into `path`, which keeps its old bytes until all is durable.
+    """Write the tensors to `path` atomically, one at a time.
 
     Raises ValueError when a producer gives another number of bytes than its shape and dtype need.
     """

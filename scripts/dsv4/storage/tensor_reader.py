@@ -1,4 +1,4 @@
-"""Read tensors' bytes by position, and turn F16, BF16 and F32 into each other."""
+"""Read the bytes of tensors by position; convert F16, BF16 and F32 into each other."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from dsv4.errors import UserError, with_path
 from dsv4.storage.holes import HoleDetector
 from dsv4.storage.safetensors_file import FLOATS, ITEMSIZE, NUMPY_DTYPE, REDO, Tensor
 
-OPEN = 4  # shards that a reader keeps open: a matrix and its scale, of the source and the bundle
-AHEAD = 1 << 19  # bytes that are read at least where rows are asked for, the next ones with them
-WINDOWS = 6  # tensors of which they are kept: a matrix, its scale, and the bundle's three parts
+OPEN = 4  # shards kept open: of a matrix and its scale, in the source and the bundle
+AHEAD = 1 << 19  # bytes that `rows` reads at least
+WINDOWS = 6  # tensors read ahead: a matrix, its scale, and the bundle's three parts
 _NOTHING = np.empty(0, np.uint8)
 
 
 class TensorReader:
-    """Positioned reads from the shards that were read last, which stay open; one for each worker.
+    """Positioned reads; the shards that were read last stay open. One for each thread.
 
-    watch: sees what is read, to find holes of zeros.
+    watch: finds holes in what is read.
     """
 
     def __init__(self, watch: HoleDetector | None = None) -> None:
@@ -29,17 +29,19 @@ class TensorReader:
         self._watch = watch
 
     def read(self, tensor: Tensor, first: int = 0, nbytes: int | None = None) -> np.ndarray:
-        """`nbytes` bytes of a tensor's data from byte `first`, uint8. Raises UserError at the
-        end."""
+        """Return `nbytes` bytes of a tensor from byte `first`, uint8.
+
+        Raises UserError if the file ends before.
+        """
         if tensor.pieces:
             return self._read_pieces(tensor, first, nbytes)
         fd = self._opened(tensor.path)
-        wanted = tensor.nbytes - first if nbytes is None else nbytes
+        nbytes = tensor.nbytes - first if nbytes is None else nbytes
         data = b""
-        while len(data) < wanted:
+        while len(data) < nbytes:
             at = tensor.offset + first + len(data)
             with with_path(tensor.path):
-                more = os.pread(fd, wanted - len(data), at)
+                more = os.pread(fd, nbytes - len(data), at)
             if not more:
                 raise UserError(f"{tensor.path}", "its end", f"{tensor.name} there", REDO)
             data = data + more if data else more
@@ -49,7 +51,7 @@ class TensorReader:
         return array
 
     def _opened(self, path: Path) -> int:
-        """The descriptor of a shard; the one that was not read for longest is closed for it."""
+        """Return the descriptor of a shard, and close the least recently read one."""
         fd = self._open.pop(path, -1)
         if fd < 0:
             if len(self._open) >= OPEN:
@@ -69,8 +71,9 @@ class TensorReader:
         return np.concatenate(parts) if parts else np.empty(0, np.uint8)
 
     def rows(self, tensor: Tensor, first: int, last: int) -> np.ndarray:
-        """Rows `first` to `last` - 1 as bytes. What follows them is read with them, for the next
-        call: a few large reads take less time than many small ones, each byte being read once.
+        """Return rows `first` to `last` - 1 as bytes.
+
+        Reads ahead, so that successive calls cost few large reads. No byte is read twice.
         """
         row = tensor.nbytes // tensor.shape[0]
         begin, end = first * row, last * row
@@ -95,7 +98,7 @@ class TensorReader:
 
 
 def as_float32(data: np.ndarray, dtype: str) -> np.ndarray:
-    """Bytes of F16, BF16 or F32 → float32."""
+    """Convert bytes of F16, BF16 or F32 to float32."""
     array = data.view(NUMPY_DTYPE[dtype])
     if dtype == "BF16":
         wide = array.astype(np.uint32)
@@ -105,7 +108,7 @@ def as_float32(data: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def round_to_dtype(values: np.ndarray, dtype: str) -> np.ndarray:
-    """float32 → the nearest numbers of F16, BF16 or F32, as bytes; ties to even."""
+    """Round float32 to F16, BF16 or F32, ties to even. Return bytes."""
     if dtype == "BF16":
         bits = values.view(np.uint32)
         return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16).view(np.uint8)
@@ -114,13 +117,13 @@ def round_to_dtype(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def element_index(tensor: Tensor, at: int) -> str:
-    """Where element `at` lies, as its indices."""
+    """Return the indices of element `at` as text."""
     index = np.unravel_index(at, tensor.shape) if tensor.shape else ()
     return f"element {[int(i) for i in index]}"
 
 
 def format_element(data: np.ndarray, dtype: str, at: int) -> str:
-    """One element, for a reader."""
+    """Return one element as text."""
     one = data[at * ITEMSIZE[dtype] : (at + 1) * ITEMSIZE[dtype]]
     value = as_float32(one, dtype)[0] if dtype in FLOATS else one.view(NUMPY_DTYPE[dtype])[0]
     return f"{value:.8g}" if dtype in FLOATS else f"{value}"

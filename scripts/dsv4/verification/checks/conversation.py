@@ -17,7 +17,7 @@ from dsv4.model.chat_template import (
     CHAT_TEMPLATE,
     ENCODING,
     RELEASES,
-    Talk,
+    Conversation,
     TemplateFault,
     conversations,
     encoding_release,
@@ -206,7 +206,7 @@ def first_difference(found: str, prompt: str) -> str:
     return f"{short_repr(found[max(0, at - 20) : at + 60])} at character {at:,}"
 
 
-def features_used(talk: Talk) -> set[str]:
+def features_used(talk: Conversation) -> set[str]:
     """What a talk asks of a template beyond plain turns: 'tools', 'thinking', 'efforts'."""
     messages = talk["messages"]
     found = set()
