@@ -114,4 +114,4 @@ def print_remaining(repair: RepairContext) -> list[str]:
     print_escaped(verify.describe_checks(options, done))
     verify.print_findings(done.findings)
     names = [f.name for f in done.findings.errors if f.name not in TOOLCHAIN]
-    return names if done.first else names or ["nothing-checked"]
+    return names if done.level_1 else names or ["nothing-checked"]

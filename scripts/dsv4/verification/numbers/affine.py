@@ -100,7 +100,7 @@ def check_rms(result: TensorResult, tolerance: Tolerance) -> None:
     """Check a whole tensor's error, where its bytes were not found right or nothing may err."""
     sure = result.exact == result.groups and tolerance.rms > 0
     if not sure and result.relative > tolerance.rms:
-        result.fault(
+        result.add_fault(
             f"{result.what}-imprecise",
             "whole tensor",
             f"relative RMS {result.relative:.3%}",

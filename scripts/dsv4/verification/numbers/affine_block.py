@@ -36,11 +36,11 @@ class AffineBlock:
         self.rounding = kernels.ROUNDING[dtype]
         kernels.unpack(self.stored["weight"], self.bits, self.levels)
 
-    def check_source(self, outcome: TensorResult) -> bool:
+    def check_source(self, result: TensorResult) -> bool:
         """False, with a fault, when the source itself holds NaN."""
         expert = self.task.what == "expert"  # FP4 has no NaN but its exponent's
         if (self.exponents == 255).any() or not (expert or np.isfinite(self.values).all()):
-            outcome.fault("source-broken", f"rows from {self.first}", "NaN", "numbers")
+            result.add_fault("source-broken", f"rows from {self.first}", "NaN", "numbers")
             return False
         return True
 
@@ -49,28 +49,28 @@ class AffineBlock:
         row, column = divmod(int(weight), self.columns)
         return f"row {self.first + row}, group {column // self.size}, column {column}"
 
-    def bounds(self, outcome: TensorResult, tolerance: Tolerance) -> None:
+    def bounds(self, result: TensorResult, tolerance: Tolerance) -> None:
         """Hold every weight to the tolerance."""
         counts, energy, error, worst = kernels.bounds(
             self.values, self.levels, self.scales, self.biases, self.bits, *self.rounding, self.size
         )
-        outcome.numbers += len(self.values)
-        outcome.energy += energy
-        outcome.error += error
-        outcome.zeros += int(counts[kernels.ZEROS])
-        outcome.zeros_lost += int(counts[kernels.LOST_ZEROS])
-        outcome.lossless += int(counts[kernels.EXACT_GROUPS])
-        if worst > outcome.worst:
-            outcome.worst, outcome.worst_at = worst, self.weight_index(counts[kernels.WORST_AT])
-        self._report_bound(outcome, tolerance, counts, worst)
+        result.numbers += len(self.values)
+        result.energy += energy
+        result.error += error
+        result.zeros += int(counts[kernels.ZEROS])
+        result.zeros_lost += int(counts[kernels.LOST_ZEROS])
+        result.lossless += int(counts[kernels.EXACT_GROUPS])
+        if worst > result.worst:
+            result.worst, result.worst_at = worst, self.weight_index(counts[kernels.WORST_AT])
+        self._report_bound(result, tolerance, counts, worst)
 
     def _report_bound(
-        self, outcome: TensorResult, tolerance: Tolerance, counts: np.ndarray, worst: float
+        self, result: TensorResult, tolerance: Tolerance, counts: np.ndarray, worst: float
     ) -> None:
-        prefix = "expert" if outcome.what == "expert" else "module"
+        prefix = "expert" if result.what == "expert" else "module"
         if counts[kernels.BAD_NUMBER]:
             group = int(counts[kernels.FIRST_BAD_NUMBER]) // self.size
-            outcome.fault(
+            result.add_fault(
                 "nan-or-inf",
                 self.weight_index(group * self.size),
                 f"scale {self.scales[group]}, bias {self.biases[group]}",
@@ -79,11 +79,11 @@ class AffineBlock:
         if tolerance.zeros and counts[kernels.LOST_ZEROS] and prefix == "expert":
             start = int(counts[kernels.FIRST_LOST])
             at = start + int(np.argmax((self.values == 0)[start : start + self.size]))
-            outcome.fault("zeros-lost", self.weight_index(at), f"{self._decoded(at):.4g}", "0")
+            result.add_fault("zeros-lost", self.weight_index(at), f"{self._decoded(at):.4g}", "0")
         if tolerance.nearest and counts[kernels.NOT_NEAREST]:
             at = self._farthest(int(counts[kernels.FIRST_NOT_NEAREST]))
             name = "expert-level-wrong" if prefix == "expert" else "module-differs"
-            outcome.fault(
+            result.add_fault(
                 name,
                 self.weight_index(at),
                 f"level {self.levels[at]} = {self._decoded(at):.4g}",
@@ -92,7 +92,7 @@ class AffineBlock:
         if worst > tolerance.steps * 1.001:
             at = self._farthest(int(counts[kernels.WORST_AT]))
             name = "expert-beyond-bound" if prefix == "expert" else "module-differs"
-            outcome.fault(
+            result.add_fault(
                 name,
                 self.weight_index(at),
                 f"{self._decoded(at):.4g}, off by {worst:.2f} steps",
@@ -110,19 +110,19 @@ class AffineBlock:
         decoded = self.levels[group] * self.scales[at] + self.biases[at]
         return start + int(np.argmax(np.abs(decoded - self.values[group])))
 
-    def formula(self, outcome: TensorResult) -> None:
+    def formula(self, result: TensorResult) -> None:
         """Compare with MLX's formula; what differs is judged over the whole bundle, later."""
         counts = kernels.formula(
             self.values, self.levels, self.scales, self.biases, self.bits, *self.rounding, self.size
         )
-        outcome.groups += len(self.scales)
-        outcome.exact += int(counts[kernels.EXACT])
-        outcome.fragile += int(counts[kernels.FRAGILE])
-        outcome.explained += int(counts[kernels.EXPLAINED])
-        outcome.wrong += int(counts[kernels.WRONG])
+        result.groups += len(self.scales)
+        result.exact += int(counts[kernels.EXACT])
+        result.fragile += int(counts[kernels.FRAGILE])
+        result.explained += int(counts[kernels.EXPLAINED])
+        result.wrong += int(counts[kernels.WRONG])
         for places, first in (
-            (outcome.wrong_places, kernels.FIRST_WRONG),
-            (outcome.explained_places, kernels.FIRST_EXPLAINED),
+            (result.wrong_places, kernels.FIRST_WRONG),
+            (result.explained_places, kernels.FIRST_EXPLAINED),
         ):
             if counts[first] != kernels.NONE and not places:
                 places.append(self._difference(int(counts[first])))
@@ -145,16 +145,16 @@ class AffineBlock:
         return where, found, f"level {levels[column]}"
 
     def recompute(
-        self, outcome: TensorResult, quantizer: Quantizer, importance: np.ndarray | None
+        self, result: TensorResult, quantizer: Quantizer, importance: np.ndarray | None
     ) -> None:
         """Quantize the source rows again and compare bytes; importance: of the columns, usable."""
         parts = {part: np.empty(len(data), np.uint8) for part, data in self.stored.items()}
-        outcome.recomputed = True
-        outcome.groups += len(self.scales)
+        result.recomputed = True
+        result.groups += len(self.scales)
         try:
             quantizer.encode(self.codes, self.exponents, parts, importance)
         except BadGroup as bad:
-            outcome.fault(
+            result.add_fault(
                 "source-broken", self.weight_index(bad.group * GROUP), bad.found, bad.expected
             )
             return
@@ -163,12 +163,12 @@ class AffineBlock:
             if not np.array_equal(parts[part], data):
                 odd = (parts[part] != data).reshape(len(self.scales), -1).any(axis=1)
                 if not wrong.any():
-                    outcome.wrong_places.append(
+                    result.wrong_places.append(
                         self._first_difference(part, int(np.argmax(odd)), parts[part])
                     )
                 wrong |= odd
-        outcome.wrong += int(wrong.sum())
-        outcome.exact += int((~wrong).sum())
+        result.wrong += int(wrong.sum())
+        result.exact += int((~wrong).sum())
 
     def _first_difference(self, part: str, group: int, right: np.ndarray) -> tuple[str, str, str]:
         """(where, found, expected) of a group whose `part` differs from the recomputed one."""

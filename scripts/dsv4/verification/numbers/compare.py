@@ -62,10 +62,10 @@ class Comparer:
         lossless = properties.keeps_source
         expert = task.what == "expert" and properties.mixed
         if lossless and not expert and task.label and task.label["mode"] == "affine":
-            result.fault("rounded", "whole tensor", "affine", "the source's own numbers")
+            result.add_fault("rounded", "whole tensor", "affine", "the source's own numbers")
         if self._is_other_form(task):
             wanted = "TurboQuant's codes, or none of them, as the shards' metadata records"
-            result.fault("expert-differs", "whole tensor", how, wanted)
+            result.add_fault("expert-differs", "whole tensor", how, wanted)
         if task.label is None:
             compare_plain(task, reader, result, lossless)
         elif task.label["mode"] == "affine":

@@ -11,13 +11,13 @@ from dsv4.verification.numbers.tasks import Task, TensorResult
 COPY_BYTES = 1 << 18  # of codes compared at one time, which a core's cache holds
 
 
-def compare_copies(task: Task, reader: TensorReader, outcome: TensorResult) -> None:
+def compare_copies(task: Task, reader: TensorReader, result: TensorResult) -> None:
     """Codes and exponents kept as they are, FP4's or FP8's: every byte is the source's."""
     fp8 = task.label["mode"] == "mxfp8"
-    outcome.numbers = task.origin.nbytes * (1 if fp8 else 2)
-    outcome.groups = task.parts["scales"].nbytes
-    outcome.recomputed = True
-    wrong = np.zeros(outcome.groups, bool)
+    result.numbers = task.origin.nbytes * (1 if fp8 else 2)
+    result.groups = task.parts["scales"].nbytes
+    result.recomputed = True
+    wrong = np.zeros(result.groups, bool)
     for part, tensor in task.parts.items():
         reported, infinite = False, False
         row_bytes = tensor.nbytes // tensor.shape[0]
@@ -34,7 +34,7 @@ def compare_copies(task: Task, reader: TensorReader, outcome: TensorResult) -> N
                 where = f"row {first + row}, group {byte // group_bytes}"
                 if fp8:
                     where = f"row {first + row}, {'column' if part == 'weight' else 'group'} {byte}"
-                outcome.wrong_places.append(
+                result.wrong_places.append(
                     (where, f"{part} byte {found[odd[0]]:#04x}", f"{expected[odd[0]]:#04x}")
                 )
             wrong[(first * row_bytes + odd) // group_bytes] = True
@@ -42,9 +42,9 @@ def compare_copies(task: Task, reader: TensorReader, outcome: TensorResult) -> N
             infinite |= (fp8 or part == "scales") and bool(nan.any())
         if infinite:
             what = ("exponent 255", "0 to 254") if part == "scales" else ("NaN", "numbers")
-            outcome.fault("nan-or-inf", part, *what)
-    outcome.wrong = int(wrong.sum())
-    outcome.exact = outcome.lossless = outcome.groups - outcome.wrong
+            result.add_fault("nan-or-inf", part, *what)
+    result.wrong = int(wrong.sum())
+    result.exact = result.lossless = result.groups - result.wrong
 
 
 def copied_rows(task: Task, part: str, reader: TensorReader, first: int, last: int) -> np.ndarray:

@@ -34,7 +34,7 @@ def is_exact(task: Task) -> bool:
     return own and task.label["mode"] in ("mxfp4", "mxfp8", "source")
 
 
-def compare_floats(task: Task, reader: TensorReader, outcome: TensorResult, weights: int) -> None:
+def compare_floats(task: Task, reader: TensorReader, result: TensorResult, weights: int) -> None:
     """Decode and compare, some rows of about so many weights at a time."""
     exact, bits = is_exact(task), task.label["bits"]
     rows = max(1, weights // task.columns)
@@ -42,7 +42,7 @@ def compare_floats(task: Task, reader: TensorReader, outcome: TensorResult, weig
         last = min(first + rows, task.origin.shape[0])
         _, exponents, values = source_rows(task, reader, first, last)
         if (exponents == 255).any() or not np.isfinite(values).all():
-            outcome.fault("source-broken", f"rows from {first}", "NaN", "numbers")
+            result.add_fault("source-broken", f"rows from {first}", "NaN", "numbers")
             return
         codes, scales, group = stored_rows(task, reader, first, last)
         top = MAGNITUDES[bits][-1]
@@ -51,44 +51,44 @@ def compare_floats(task: Task, reader: TensorReader, outcome: TensorResult, weig
             limits = top * np.float32(1.00001) * (scales + np.maximum(scales / 16, 2.0**-10))
         limits = limits.astype(np.float32)
         answer = count_not_nearest(values, codes, scales, limits, MAGNITUDES[bits], bits, group)
-        report_first_mismatch(task, outcome, first, (values, codes, scales, group), answer, exact)
-    if exact and outcome.error and not outcome.faults:
-        found = f"relative RMS {outcome.relative:.3%}"
-        outcome.fault("quantized-again", "whole tensor", found, "the source's own codes: none")
+        report_first_mismatch(task, result, first, (values, codes, scales, group), answer, exact)
+    if exact and result.error and not result.faults:
+        found = f"relative RMS {result.relative:.3%}"
+        result.add_fault("quantized-again", "whole tensor", found, "the source's own codes: none")
 
 
 def report_first_mismatch(
-    task: Task, outcome: TensorResult, first: int, rows: tuple, answer: tuple, exact: bool
+    task: Task, result: TensorResult, first: int, rows: tuple, answer: tuple, exact: bool
 ) -> None:
     """Count what one block of rows gave, and name the first of what breaks the promise."""
     values, codes, scales, group = rows
     counts, energy, error, worst = answer
-    outcome.numbers += len(values)
-    outcome.groups += len(scales)
-    outcome.lossless += int(counts[LOSSLESS])
-    outcome.exact += int(counts[LOSSLESS]) if exact else 0
-    outcome.energy += energy
-    outcome.error += error
+    result.numbers += len(values)
+    result.groups += len(scales)
+    result.lossless += int(counts[LOSSLESS])
+    result.exact += int(counts[LOSSLESS]) if exact else 0
+    result.energy += energy
+    result.error += error
 
     def place(at: int) -> str:
         row, column = divmod(int(at), task.columns)
         return f"row {first + row}, column {column}"
 
-    if worst > outcome.worst:
-        outcome.worst, outcome.worst_at = worst, place(counts[WORST_AT])
+    if worst > result.worst:
+        result.worst, result.worst_at = worst, place(counts[WORST_AT])
     if counts[BAD]:
         at = int(counts[FIRST_BAD])
-        outcome.fault("nan-or-inf", place(at), f"scale {scales[at // group]}", "numbers")
+        result.add_fault("nan-or-inf", place(at), f"scale {scales[at // group]}", "numbers")
     if counts[ODD]:
         at = int(counts[FIRST_ODD])
         table, sign = MAGNITUDES[task.label["bits"]], 1 << (task.label["bits"] - 1)
         decoded = table[min(codes[at] & (sign - 1), len(table) - 1)] * scales[at // group]
         decoded = -decoded if codes[at] & sign else decoded
         name = "expert-differs" if exact else "expert-level-wrong"
-        name = name if outcome.what == "expert" else "module-differs"
+        name = name if result.what == "expert" else "module-differs"
         wanted = f"the number nearest {values[at]:.6g}"
         found = f"{decoded:.6g}, one of {int(counts[ODD]):,} in these rows"
-        outcome.fault(name, place(at), found, wanted)
+        result.add_fault(name, place(at), found, wanted)
 
 
 def count_not_nearest(values, codes, scales, limits, table, bits, group):

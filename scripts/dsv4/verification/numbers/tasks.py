@@ -11,7 +11,7 @@ from dsv4.model.names import BLOCK, GROUP, expert_base, kind, parse_expert
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.limits import COLUMNS
 from dsv4.storage.safetensors_file import FLOATS, Tensor
-from dsv4.verification.checks.stored_formats import module_parts, shape_of, stored_label
+from dsv4.verification.checks.stored_formats import label_from_parts, module_parts, shape_of
 from dsv4.verification.numbers.pruned import Kept
 from dsv4.verification.scan import Scan
 
@@ -147,7 +147,7 @@ def task_of(bundle: Scan, source: Checkpoint, name: str, origin: Tensor) -> Task
     if name in bundle.tensors:
         parts.setdefault("weight", bundle.tensors[name])
     columns = origin.shape[-1] * (2 if what == "expert" else 1) if origin.shape else 0
-    label = stored_label(parts, columns) if what in ("expert", "module") else None
+    label = label_from_parts(parts, columns) if what in ("expert", "module") else None
     fit = parts and is_comparable(origin, parts, what, label, columns, bundle.is_ours)
     return Task(origin, scale, parts, what, label) if fit else None
 

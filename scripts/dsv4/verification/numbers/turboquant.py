@@ -65,61 +65,61 @@ def centroid(grid: np.ndarray, density: np.ndarray, old: float) -> float:
     return np.trapezoid(grid * density, grid) / max(np.trapezoid(density, grid), 1e-10)
 
 
-def compare_turbo(task: Task, reader: TensorReader, outcome: TensorResult, weights: int) -> None:
+def compare_turbo(task: Task, reader: TensorReader, result: TensorResult, weights: int) -> None:
     """Rotate the source's rows and compare, some rows of about so many weights at a time."""
     packed, norms = task.parts["tq_packed"], task.parts["tq_norms"]
     bits, columns = task.label["bits"], task.columns
-    check_tq_bits(task, reader, outcome)
+    check_tq_bits(task, reader, result)
     rows = max(1, weights // columns)
     for first in range(0, packed.shape[0], rows):
         last = min(first + rows, packed.shape[0])
         _, exponents, values = source_rows(task, reader, first, last)
         if (exponents == 255).any() or not np.isfinite(values).all():
-            outcome.fault("source-broken", f"rows from {first}", "NaN or Inf", "numbers")
+            result.add_fault("source-broken", f"rows from {first}", "NaN or Inf", "numbers")
             return
         words = reader.rows(packed, first, last).view(np.uint32)
         lengths = as_float32(reader.rows(norms, first, last), norms.dtype)
         if not np.isfinite(lengths).all():
             where = f"row {first + int(np.argmin(np.isfinite(lengths)))}"
-            outcome.fault("nan-or-inf", where, "norm NaN or Inf", "numbers")
+            result.add_fault("nan-or-inf", where, "norm NaN or Inf", "numbers")
             return
         codes = unpack_codes(words, bits, last - first, columns)
         counts, energy, error, exact, worst, worst_at = _judge(
             values, rotation_signs(columns), codes, lengths, codebook(columns, bits)
         )
-        if worst > outcome.worst:
+        if worst > result.worst:
             row, column = divmod(int(worst_at), columns)
-            outcome.worst = worst
-            outcome.worst_at = f"row {first + row}, rotated column {column}"
-        outcome.numbers += len(values)
-        outcome.groups += len(lengths)
-        outcome.exact += exact
-        outcome.energy += energy
-        outcome.error += error
-        report_first_mismatch(task, outcome, first, counts, lengths)
+            result.worst = worst
+            result.worst_at = f"row {first + row}, rotated column {column}"
+        result.numbers += len(values)
+        result.groups += len(lengths)
+        result.exact += exact
+        result.energy += energy
+        result.error += error
+        report_first_mismatch(task, result, first, counts, lengths)
 
 
-def check_tq_bits(task: Task, reader: TensorReader, outcome: TensorResult) -> None:
+def check_tq_bits(task: Task, reader: TensorReader, result: TensorResult) -> None:
     """What tq_bits says is how the codes are packed."""
     tensor = task.parts.get("tq_bits")
     if tensor is not None and tensor.dtype[0] in "IU":
         found = int(reader.read(tensor).view(NUMPY_DTYPE[tensor.dtype])[0])
         if found != task.label["bits"]:
-            outcome.fault("label-bits-wrong", "tq_bits", f"{found}", f"{task.label['bits']}")
+            result.add_fault("label-bits-wrong", "tq_bits", f"{found}", f"{task.label['bits']}")
 
 
 def report_first_mismatch(
-    task: Task, outcome: TensorResult, first: int, counts: np.ndarray, lengths: np.ndarray
+    task: Task, result: TensorResult, first: int, counts: np.ndarray, lengths: np.ndarray
 ) -> None:
     """Name the first code and the first norm that break the promise."""
     if counts[ODD_CODE]:
         row, column = divmod(int(counts[FIRST_CODE]), task.columns)
-        outcome.fault("expert-level-wrong", f"row {first + row}, rotated column {column}",
+        result.add_fault("expert-level-wrong", f"row {first + row}, rotated column {column}",
                       f"another level, one of {counts[ODD_CODE]:,} in these rows",
                       "the nearest level")  # fmt: skip
     if counts[ODD_NORM]:
         row = int(counts[FIRST_NORM])
-        outcome.fault("expert-beyond-bound", f"row {first + row}",
+        result.add_fault("expert-beyond-bound", f"row {first + row}",
                       f"norm {lengths[row]:.6g}, one of {counts[ODD_NORM]:,} in these rows",
                       "the row's")  # fmt: skip
 

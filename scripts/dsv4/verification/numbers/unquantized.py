@@ -19,7 +19,7 @@ CHUNK_NUMBERS = 1 << 17  # elements compared at one time
 
 
 def compare_plain(
-    task: Task, reader: TensorReader, outcome: TensorResult, exact: bool = False
+    task: Task, reader: TensorReader, result: TensorResult, exact: bool = False
 ) -> None:
     """Controls, integers and passthrough: the source in the bundle's dtype, byte for byte.
 
@@ -27,7 +27,7 @@ def compare_plain(
     """
     tensor, origin = task.parts["weight"], task.origin
     size = ITEMSIZE[tensor.dtype]
-    outcome.numbers = tensor.nbytes // size
+    result.numbers = tensor.nbytes // size
     same = origin.dtype == tensor.dtype and task.scale is None
     decoded = task.scale is not None or origin.dtype in FLOATS
     integers = tensor.dtype[0] in "IU" and origin.dtype[0] in "IU"
@@ -36,47 +36,47 @@ def compare_plain(
     if task.scale is not None:  # decoded by whole rows
         step = max(1, step // task.columns) * task.columns
     seen: set[str] = set()  # of each kind of fault the first place is enough
-    for first in range(0, outcome.numbers, step):
-        count = min(step, outcome.numbers - first)
+    for first in range(0, result.numbers, step):
+        count = min(step, result.numbers - first)
         found = reader.read(tensor, first * size, count * size)
         if tensor.dtype in FLOATS and "nan" not in seen:
             bad = np.flatnonzero(~np.isfinite(as_float32(found, tensor.dtype)))
             if len(bad):
                 seen.add("nan")
                 where = element_index(tensor, first + int(bad[0]))
-                outcome.fault("nan-or-inf", where, "NaN or Inf", "numbers")
+                result.add_fault("nan-or-inf", where, "NaN or Inf", "numbers")
         if not comparable or "odd" in seen:
             continue  # reported by its dtype, or already
         expected, given = unquantized_source(task, reader, first, count)
         if given is not None:
             missed = as_float32(expected, tensor.dtype)
             missed -= given
-            outcome.energy += float(np.dot(given, given))
-            outcome.error += float(np.dot(missed, missed))
+            result.energy += float(np.dot(given, given))
+            result.error += float(np.dot(missed, missed))
         if exact and given is not None and task.scale is None and "lossy" not in seen:
             lost = np.flatnonzero(as_float32(expected, tensor.dtype) != given)
             if len(lost):
                 seen.add("lossy")
                 where = element_index(tensor, first + int(lost[0]))
-                outcome.fault("rounded", where, tensor.dtype, f"{given[lost[0]]:.8g}")
+                result.add_fault("rounded", where, tensor.dtype, f"{given[lost[0]]:.8g}")
         odd = np.flatnonzero(found != expected)
         if len(odd) and task.scale is not None:  # by value: FP4 has a zero of either sign
             values = (as_float32(data, tensor.dtype) for data in (found, expected))
             odd = size * np.flatnonzero(np.not_equal(*values))
         if len(odd):
             seen.add("odd")
-            report_plain_mismatch(task, outcome, first, int(odd[0]) // size, (found, expected))
+            report_plain_mismatch(task, result, first, int(odd[0]) // size, (found, expected))
 
 
 def report_plain_mismatch(
-    task: Task, outcome: TensorResult, first: int, at: int, both: tuple[np.ndarray, np.ndarray]
+    task: Task, result: TensorResult, first: int, at: int, both: tuple[np.ndarray, np.ndarray]
 ) -> None:
     """Report element `at` of a slice that begins at element `first`: found and expected bytes."""
     tensor = task.parts["weight"]
     name = {"control": "control-differs", "module": "module-differs"}
     shown = [format_element(data, tensor.dtype, at) for data in both]
     where = element_index(tensor, first + at)
-    outcome.fault(name.get(task.what, "passthrough-differs"), where, *shown)
+    result.add_fault(name.get(task.what, "passthrough-differs"), where, *shown)
 
 
 def unquantized_source(

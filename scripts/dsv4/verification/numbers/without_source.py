@@ -16,8 +16,8 @@ def scan_values(tensor: Tensor, reader: TensorReader) -> TensorResult:
     """Find NaN and Inf, and routed experts that hold only zero bytes."""
     expert = parse_expert(tensor.name)
     what = "expert" if expert else "tensor"
-    outcome = TensorResult(tensor.name, what, tensor.dtype)
-    outcome.numbers = tensor.nbytes // ITEMSIZE[tensor.dtype]
+    result = TensorResult(tensor.name, what, tensor.dtype)
+    result.numbers = tensor.nbytes // ITEMSIZE[tensor.dtype]
     zero, step = True, CHUNK_BYTES
     for first in range(0, tensor.nbytes, step):
         data = reader.read(tensor, first, min(step, tensor.nbytes - first))
@@ -26,10 +26,10 @@ def scan_values(tensor: Tensor, reader: TensorReader) -> TensorResult:
             bad = np.flatnonzero(~np.isfinite(as_float32(data, tensor.dtype)))
             if len(bad):
                 at = first // ITEMSIZE[tensor.dtype] + int(bad[0])
-                outcome.fault("nan-or-inf", element_index(tensor, at), "NaN or Inf", "numbers")
+                result.add_fault("nan-or-inf", element_index(tensor, at), "NaN or Inf", "numbers")
                 break
         if expert and expert[4] == "scales" and tensor.dtype == "U8" and (data == 255).any():
-            outcome.fault("nan-or-inf", "scales", "exponent 255", "0 to 254")
+            result.add_fault("nan-or-inf", "scales", "exponent 255", "0 to 254")
     if zero and expert:
-        outcome.fault("experts-zero", "whole tensor", "nothing but zero bytes", "weights")
-    return outcome
+        result.add_fault("experts-zero", "whole tensor", "nothing but zero bytes", "weights")
+    return result
