@@ -325,7 +325,7 @@ def weights(rng: np.random.Generator) -> np.ndarray:
 def test_formula_is_what_mlx_gives(bits):
     values = weights(np.random.default_rng(bits))
     levels, scales, biases = quantized(values, bits)
-    counts = kernels.formula(
+    counts = kernels.check_formula(
         values.reshape(-1), levels, scales, biases, bits, *kernels.ROUNDING["F16"]
     )
     assert counts[kernels.EXACT] == len(scales)
@@ -336,7 +336,7 @@ def test_formula_is_what_mlx_gives(bits):
 def test_mlx_keeps_within_the_bounds(bits):
     values = weights(np.random.default_rng(bits))
     levels, scales, biases = quantized(values, bits)
-    counts, energy, error, worst = kernels.bounds(
+    counts, energy, error, worst = kernels.check_bounds(
         values.reshape(-1), levels, scales, biases, bits, *kernels.ROUNDING["F16"]
     )
     decoded = levels * scales.repeat(32) + biases.repeat(32)
@@ -354,7 +354,7 @@ def test_a_group_that_starts_its_maximum_at_zero_is_explained_not_wrong():
     values[1::2] = -0.5
     levels, scales, biases = quantized(np.append(values[:31], 0).reshape(1, 32), 4)
     levels[31] = levels[1]
-    counts = kernels.formula(values, levels, scales, biases, 4, *kernels.ROUNDING["F16"])
+    counts = kernels.check_formula(values, levels, scales, biases, 4, *kernels.ROUNDING["F16"])
     assert (counts[kernels.EXACT], counts[kernels.EXPLAINED], counts[kernels.WRONG]) == (0, 1, 0)
 
 

@@ -86,7 +86,7 @@ def _check_exponent(
     kernels.decode_fp4(packed, exponents, values)
     kernels.unpack(parts["weight"], bits, levels)
     scales, biases = (as_float32(parts[part], "F16") for part in ("scales", "biases"))
-    counts, _, _, worst = kernels.bounds(
+    counts, _, _, worst = kernels.check_bounds(
         values, levels, scales, biases, bits, *kernels.ROUNDING["F16"]
     )
     faults = (kernels.BAD_NUMBER, kernels.NOT_NEAREST, kernels.LOST_ZEROS)

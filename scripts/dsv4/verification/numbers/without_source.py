@@ -1,4 +1,4 @@
-"""Scan a tensor without a source to compare it with."""
+"""Check a tensor of a bundle without its source."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CHUNK_BYTES = 4 << 20  # read at one time
 
 
 def scan_values(tensor: Tensor, reader: TensorReader) -> TensorResult:
-    """Find NaN and Inf, and routed experts that hold only zero bytes."""
+    """Report NaN and Inf, and routed experts of zero bytes."""
     expert = parse_expert(tensor.name)
     what = "expert" if expert else "tensor"
     result = TensorResult(tensor.name, what, tensor.dtype)
@@ -31,5 +31,5 @@ def scan_values(tensor: Tensor, reader: TensorReader) -> TensorResult:
         if expert and expert[4] == "scales" and tensor.dtype == "U8" and (data == 255).any():
             result.add_fault("nan-or-inf", "scales", "exponent 255", "0 to 254")
     if zero and expert:
-        result.add_fault("experts-zero", "whole tensor", "nothing but zero bytes", "weights")
+        result.add_fault("experts-zero", "whole tensor", "only zero bytes", "weights")
     return result
