@@ -74,8 +74,8 @@ def main() -> int:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.json, verification_json(options, done))
     if done.passed:
-        not_asked = ", but the loaders were not asked" if args.without_loader else ""
-        print(f"passed: everything that was asked for was checked and holds{not_asked}")
+        not_run = ", but the loaders were not run" if args.without_loader else ""
+        print(f"passed: everything that was asked for was checked and holds{not_run}")
         return 0
     names = ", ".join(finding.name for finding in done.findings.errors)
     print(f"\nFAILED: {names or 'nothing could be checked'}", file=sys.stderr)

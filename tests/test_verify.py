@@ -76,7 +76,7 @@ def test_a_stock_bundle_fails_by_name_and_says_what_repairs_it(stock, source):
 def test_without_a_source_level_two_still_reads_everything(good):
     said = must("verify", "--bundle", good, "--without-loader")
     assert "numbers without NaN or Inf" in said
-    assert "but the loaders were not asked" in said
+    assert "but the loaders were not run" in said
 
 
 def test_hashes_come_at_level_one_when_asked(good, tmp_path):

@@ -26,7 +26,7 @@ from dsv4.storage.tensor_reader import TensorReader
 from dsv4.verification.numbers.compare import Comparer
 from dsv4.verification.numbers.pruned import Kept, kept_experts, select_rows
 from dsv4.verification.numbers.tasks import Task, TensorResult, make_tasks
-from dsv4.verification.numbers.without_source import scan_values
+from dsv4.verification.numbers.unquantized import scan_values
 from dsv4.verification.scan import Scan
 
 HASH_BYTES = 4 << 20

@@ -46,7 +46,7 @@ def compare_floats(task: Task, reader: TensorReader, result: TensorResult, weigh
         if task.label["mode"] == "nvfp4":
             limits = top * np.float32(1.00001) * (scales + np.maximum(scales / 16, 2.0**-10))
         limits = limits.astype(np.float32)
-        found = compare_codes(values, codes, scales, limits, MAGNITUDES[bits], bits, group)
+        found = compare_codes(values, codes, scales, limits, bits, group)
         add_block(task, result, first, (values, codes, scales, group), found, exact)
     if exact and result.error and not result.faults:
         found = f"relative RMS {result.relative:.3%}"
@@ -87,20 +87,20 @@ def add_block(
         result.add_fault(name, position(at), number, expected)
 
 
-def compare_codes(values, codes, scales, limits, table, bits, group):
+def compare_codes(values, codes, scales, limits, bits, group):
     """Decode codes and compare them with the source's values.
 
     values float32 (n,), codes uint8 (n,), scales float32 (n / group,), limits float32 (n / group,):
-    the greatest weight allowed in a group; table: the magnitudes of the codes. Returns (counts
-    int64 (6,), energy, error, worst in scales).
+    the greatest weight allowed in a group. Returns (counts int64 (6,), energy, error, worst in
+    scales).
     """
-    finite = np.isfinite(scales)
+    cells, finite = code_cells(bits), np.isfinite(scales)
     if finite.all() and scales.all():
-        right, *found = _all_nearest(values, codes, scales, limits, *code_cells(bits), group)
+        right, *found = _all_nearest(values, codes, scales, limits, *cells, group)
         if right:
             return tuple(found)
-    sign = np.uint8(1 << (bits - 1))
-    return _compare_one_by_one(values, codes, scales, limits, finite, table, sign, group)
+    top = len(MAGNITUDES[bits]) - 1
+    return _compare_one_by_one(values, codes, scales, limits, *cells, finite, top, group)
 
 
 @cache
@@ -154,49 +154,37 @@ def _all_nearest(values, codes, scales, limits, decoded, low, high, group):
 
 
 @numba.njit(nogil=True, cache=True)
-def _compare_one_by_one(values, codes, scales, limits, finite, table, sign, group):
+def _compare_one_by_one(values, codes, scales, limits, decoded, low, high, finite, top, group):
     counts = np.zeros(6, np.int64)
     energy, error, worst = 0.0, 0.0, 0.0
-    top = len(table) - 1
+    magnitudes = len(decoded) // 2  # of a sign; codes above `top` are NaN
     for g in range(len(scales)):
         scale, same = scales[g], True
         for i in range(group * g, group * (g + 1)):
-            code = codes[i] & np.uint8(sign - np.uint8(1))
-            if not finite[g] or code > top:
+            code = codes[i]
+            if not finite[g] or code % magnitudes > top:
                 if counts[BAD] == 0:
                     counts[FIRST_BAD] = i
                 counts[BAD] += 1
                 same = False
                 continue
             value = values[i]
-            decoded = table[code] * scale
-            decoded = -decoded if codes[i] & sign else decoded
-            miss = abs(value - decoded)
+            miss = abs(value - decoded[code] * scale)
             energy += value * value
             error += miss * miss
             same &= miss == 0
             if miss > worst * scale:
                 worst = miss / scale if scale > 0 else np.inf
                 counts[WORST_AT] = i
-            if miss != 0 and _is_not_nearest(
-                value, codes[i], code, scale, limits[g], table, sign, top
-            ):
+            if scale == 0:
+                wrong = abs(value) > limits[g]
+            else:
+                wrong = value < low[code] * scale or value > high[code] * scale
+                slack = np.float32(SLACK) * decoded[top] * scale
+                wrong |= code % magnitudes == top and abs(value) > limits[g] + slack
+            if miss != 0 and wrong:
                 if counts[NOT_NEAREST] == 0:
                     counts[FIRST_NOT_NEAREST] = i
                 counts[NOT_NEAREST] += 1
         counts[LOSSLESS] += same
     return counts, energy, error, worst
-
-
-@numba.njit(inline="always")
-def _is_not_nearest(value, stored, code, scale, limit, table, sign, top):
-    """Return whether another code is nearer, or the largest code clips the weight too far."""
-    slack = np.float32(SLACK) * scale
-    size = abs(value)
-    if scale == 0:
-        return size > limit
-    if code and size > slack and (value < 0) != (stored & sign != 0):
-        return True
-    low = (table[code - 1] + table[code]) * np.float32(0.5) * scale if code else np.float32(-1)
-    high = (table[code] + table[code + 1]) * np.float32(0.5) * scale if code < top else limit
-    return size < low - slack * table[code] or size > high + slack * table[min(code + 1, top)]

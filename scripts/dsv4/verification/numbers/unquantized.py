@@ -1,10 +1,14 @@
-"""Compare tensors that are not quantized: control tensors, integers, norms, matrices."""
+"""Compare unquantized tensors with the source, and scan tensors without a source.
+
+Unquantized are control tensors, integers, norms, and matrices that other tools left so.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
-from dsv4.storage.safetensors_file import FLOATS, ITEMSIZE, NUMPY_DTYPE
+from dsv4.model.names import parse_expert
+from dsv4.storage.safetensors_file import FLOATS, ITEMSIZE, NUMPY_DTYPE, Tensor
 from dsv4.storage.tensor_reader import (
     TensorReader,
     as_float32,
@@ -16,6 +20,36 @@ from dsv4.verification.numbers.decode import source_rows
 from dsv4.verification.numbers.tasks import Task, TensorResult
 
 CHUNK_NUMBERS = 1 << 17  # elements compared at one time
+CHUNK_BYTES = 4 << 20  # bytes scanned at one time
+
+
+def report_nan(tensor: Tensor, data: np.ndarray, first: int, result: TensorResult) -> bool:
+    """Report the first NaN or Inf of `data`, from element `first` on; return False without one."""
+    if tensor.dtype not in FLOATS:
+        return False
+    bad = np.flatnonzero(~np.isfinite(as_float32(data, tensor.dtype)))
+    if len(bad):
+        where = element_index(tensor, first + int(bad[0]))
+        result.add_fault("nan-or-inf", where, "NaN or Inf", "numbers")
+    return len(bad) > 0
+
+
+def scan_values(tensor: Tensor, reader: TensorReader) -> TensorResult:
+    """Report NaN and Inf, and routed experts of zero bytes, in a tensor without a source."""
+    expert, size = parse_expert(tensor.name), ITEMSIZE[tensor.dtype]
+    result = TensorResult(tensor.name, "expert" if expert else "tensor", tensor.dtype)
+    result.numbers = tensor.nbytes // size
+    zero = True
+    for first in range(0, tensor.nbytes, CHUNK_BYTES):
+        data = reader.read(tensor, first, min(CHUNK_BYTES, tensor.nbytes - first))
+        zero = zero and not data.any()
+        if report_nan(tensor, data, first // size, result):
+            break
+        if expert and expert[4] == "scales" and tensor.dtype == "U8" and (data == 255).any():
+            result.add_fault("nan-or-inf", "scales", "exponent 255", "0 to 254")
+    if zero and expert:
+        result.add_fault("experts-zero", "whole tensor", "only zero bytes", "weights")
+    return result
 
 
 def compare_unquantized(
@@ -39,12 +73,8 @@ def compare_unquantized(
     for first in range(0, result.numbers, step):
         count = min(step, result.numbers - first)
         found = reader.read(tensor, first * size, count * size)
-        if tensor.dtype in FLOATS and "nan" not in reported:
-            bad = np.flatnonzero(~np.isfinite(as_float32(found, tensor.dtype)))
-            if len(bad):
-                reported.add("nan")
-                where = element_index(tensor, first + int(bad[0]))
-                result.add_fault("nan-or-inf", where, "NaN or Inf", "numbers")
+        if "nan" not in reported and report_nan(tensor, found, first, result):
+            reported.add("nan")
         if not comparable or "differs" in reported:
             continue  # level 1 reports the dtype
         expected, given = unquantized_source(task, reader, first, count)
