@@ -57,14 +57,8 @@ def print_result(skeleton: Skeleton, checks: list[Check], findings: Findings) ->
         f"{format_bytes(skeleton.read)} of it read"
     )
     for check in checks:
-        print_escaped(f"{check.number:>9,} {check.what}{'; ' + check.note if check.note else ''}")
-    for finding in findings:
-        print(f"{finding.fault.severity}: {finding.name}, {finding.count:,}×: {finding.fault.why}")
-        for place in finding.places[:PLACES_SHOWN]:
-            print_escaped(
-                f"    {place['where']}: found {place['found']}, expected {place['expected']}"
-            )
-        print(f"    repair: {finding.repair}")
+        print_escaped(check.text())
+    print_escaped(findings.text(PLACES_SHOWN))
 
 
 def print_runtimes(verdicts: dict[str, str]) -> None:

@@ -25,7 +25,6 @@ from dsv4.toolchain.python_env import default_python
 from dsv4.verification.verify import (
     VerifyOptions,
     describe_checks,
-    print_findings,
     verification_json,
     verify,
 )
@@ -68,8 +67,8 @@ def main() -> int:
         args.hashes,
     )
     done = verify(options)
-    print_escaped(describe_checks(options, done))
-    print_findings(done.findings)
+    print_escaped(describe_checks(options, done), flush=True)
+    print_escaped(done.findings.text(), file=sys.stderr, flush=True)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.json, verification_json(options, done))

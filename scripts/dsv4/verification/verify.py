@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import platform
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,14 +11,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dsv4.errors import UserError, with_path
+from dsv4.errors import UserError
 from dsv4.hub.provenance import read_record
 from dsv4.model.load import open_source
 from dsv4.model.names import is_control, parse_expert
 from dsv4.quantization.imatrix import EVEN, importances, open_imatrix
 from dsv4.storage.atomic import format_bytes
 from dsv4.storage.checkpoint import Checkpoint
-from dsv4.text import escape_line, print_escaped
+from dsv4.text import escape_line
 from dsv4.toolchain.python_env import probe
 from dsv4.verification.checks import check_all, turboquant_files
 from dsv4.verification.checks.headers import quantizer_of
@@ -77,23 +76,6 @@ def check_level_2(
     checks = aggregate.aggregate(numbers, findings)
     checks += turboquant_files.check_sidecar(bundle, findings)
     return numbers, checks, time.perf_counter() - start
-
-
-def print_findings(findings: Findings) -> None:
-    """Print every finding to stderr: name, why it matters, places, repair."""
-    lines = []
-    for finding in findings:
-        fault = finding.fault
-        lines.append(f"\n{fault.severity}: {finding.name} ({finding.count:,}×): {fault.why}")
-        for place in finding.places:
-            difference = f"found {place['found']}, expected {place['expected']}"
-            lines.append(f"    {place['where']}: {difference}")
-        if finding.count > len(finding.places):
-            lines.append(f"    … and {finding.count - len(finding.places):,} more")
-        lines.append(f"  repair: {finding.repair}")
-    with with_path("standard output"):
-        sys.stdout.flush()
-    print_escaped("\n".join(lines), file=sys.stderr, flush=True)
 
 
 def package_versions(python: Path | None) -> dict[str, Any]:

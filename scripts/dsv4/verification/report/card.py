@@ -14,13 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.storage import limits
-from dsv4.storage.atomic import format_bytes
 from dsv4.text import escape_line
 from dsv4.verification.checks.runtimes import runtime_verdicts
 from dsv4.verification.report.findings import Findings
+from dsv4.verification.report.verify_page import PROJECTIONS, size_rows
 from dsv4.verification.scan import Scan
-
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 SERVE = {
     "vMLX 1.6": "python -m vmlx_engine.cli serve ./{name} --host 127.0.0.1 --port 8010",
@@ -168,12 +166,7 @@ def format_rms(cell: dict[str, Any] | None) -> str:
 
 def size_section(facts: Facts) -> str:
     """Return bytes by kind, in GB and GiB."""
-    sizes = facts.report["sizes"]
-    rows = [(kind, format_bytes(size)) for kind, size in sizes["by_kind"].items()]
-    rows.append((f"all {sizes['shards']} shards", format_bytes(sizes["shard_bytes"])))
-    if sizes.get("source_shard_bytes"):
-        rows.append(("the source's shards", format_bytes(sizes["source_shard_bytes"])))
-    return f"## Sizes\n\n{markdown_table(('what', 'size'), rows)}"
+    return f"## Sizes\n\n{markdown_table(('what', 'size'), size_rows(facts.report))}"
 
 
 def runtime_section(facts: Facts) -> str:

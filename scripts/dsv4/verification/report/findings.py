@@ -96,6 +96,20 @@ class Findings:
         """The names of all faults found."""
         return set(self._by_name)
 
+    def text(self, most: int = PLACES) -> str:
+        """Return every finding as lines of text: name, why it matters, `most` places, repair."""
+        lines = []
+        for finding in self:
+            fault = finding.fault
+            lines.append(f"\n{fault.severity}: {finding.name} ({finding.count:,}×): {fault.why}")
+            for place in finding.places[:most]:
+                difference = f"found {place['found']}, expected {place['expected']}"
+                lines.append(f"    {place['where']}: {difference}")
+            if finding.count > most:
+                lines.append(f"    … and {finding.count - most:,} more")
+            lines.append(f"  repair: {finding.repair}")
+        return "\n".join(lines)
+
     @property
     def errors(self) -> list[Finding]:
         """The findings that make verify fail."""
