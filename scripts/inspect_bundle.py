@@ -1,13 +1,13 @@
-"""Judge a published bundle before its 180 GB are downloaded.
+"""Check a published bundle by its headers, before its 180 GB are downloaded.
 
-config.json, the index and every shard's header are read by ranged requests (some 30 MB in all), and
-verify's level 1 runs on them: files, index, tensors, labels, stop tokens, and the signatures of the
-known faults. Says what is wrong, which runtimes will load it, and whether `make repair` could mend
-it. No number is read: that is what verify does after the download. With --against, the bundle is
-also compared with the source's tensors, name by name (another 20 MB). Of several bundles, whoever
-made them, a table ends it: size, layout, bits, runtimes, memory, faults.
+Reads config.json, the index and every shard's header by ranged requests (some 30 MB in all), and
+runs verify's level 1 on them: files, index, tensors, labels, stop tokens, and the known faults of
+converters. Prints the faults, which runtimes will load the bundle, and whether `make repair` can
+repair it. It reads no number: verify does, after the download. With --against, it also compares the
+names of tensors with the source's (another 20 MB). For several bundles it ends with a table: size,
+layout, bits, runtimes, memory, faults.
 
-Gated and private repositories are read with the user's own login. Exit 0: nothing wrong; 1: faults.
+Gated and private repositories are read with the user's own login. Exit 0: no fault; 1: faults.
 
     .venv/bin/python scripts/inspect_bundle.py --repo "user/bundle …" [--against REPO]
 """
@@ -30,62 +30,51 @@ from dsv4.text import LINE, escape_line, join_some, print_escaped
 from dsv4.verification.checks import check_all, conversation
 from dsv4.verification.checks.runtimes import runtime_verdicts
 from dsv4.verification.report.findings import Check, Findings
-from dsv4.verification.report.summary import Row, failed_row, markdown_table, summary_row
+from dsv4.verification.report.summary import failed_row, summary_row, summary_table
 from dsv4.verification.scan import Scan, scan
 
 PATIENCE = 30  # seconds without an answer, after which it gives up
-SHOWN = 2  # places of each fault
-
-# ------------------------------------------------------------------------------- judgement
+PLACES_SHOWN = 2  # of each fault
 
 
-def mending(findings: Findings) -> str:
-    """Whether `make repair` could mend what was found, and what it needs for that, in words."""
-    beyond = [f for f in findings.errors if not f.repair.startswith("make repair")]
-    if beyond:
-        by_hand = "; ".join(f"{f.name} ({f.repair})" for f in beyond)
-        return f"not mendable by make repair: {by_hand}"
+def repair_advice(findings: Findings) -> str:
+    """Return whether `make repair` can repair the errors, and whether it needs the source."""
+    other = [f for f in findings.errors if not f.repair.startswith("make repair")]
+    if other:
+        by_hand = "; ".join(f"{f.name} ({f.repair})" for f in other)
+        return f"not repairable by make repair: {by_hand}"
     needs_source = any("SOURCE=" in finding.repair for finding in findings.errors)
-    return "once downloaded, mended by: make repair" + (
+    return "once downloaded, repaired by: make repair" + (
         " SOURCE=… (it needs the FP4 source)" if needs_source else " (without the source)"
     )
 
 
-# ---------------------------------------------------------------------------------- output
-
-
-def show(skeleton: Skeleton, checks: list[Check], findings: Findings) -> None:
-    """What was looked at, and what was found."""
+def print_result(skeleton: Skeleton, checks: list[Check], findings: Findings) -> None:
+    """Print the repository, the checks and the findings."""
     print_escaped(
         f"{escape_line(skeleton.repo)} at {escape_line(skeleton.commit[:12])}: "
         f"{len(skeleton.files)} files, {format_bytes(skeleton.nbytes)}; "
         f"{format_bytes(skeleton.read)} of it read"
     )
     for check in checks:
-        print_escaped(f"{check.number:>9,} {check.what}{'; ' + check.note if check.note else ''}")
-    for finding in findings:
-        print(f"{finding.fault.severity}: {finding.name}, {finding.count:,}×: {finding.fault.why}")
-        for place in finding.places[:SHOWN]:
-            print_escaped(
-                f"    {place['where']}: found {place['found']}, expected {place['expected']}"
-            )
-        print(f"    repair: {finding.repair}")
+        print_escaped(check.text())
+    print_escaped(findings.text(PLACES_SHOWN))
 
 
-def show_runtimes(loads: dict[str, str]) -> None:
-    print("will it load, by what is known of each runtime:")
-    for name, fault in loads.items():
+def print_runtimes(verdicts: dict[str, str]) -> None:
+    print("will it load, by the known requirements of each runtime:")
+    for name, fault in verdicts.items():
         print_escaped(f"  {'no ' if fault else 'yes'} {name}{': ' + fault if fault else ''}")
 
 
-def show_conversation(bundle: Scan) -> None:
-    print("what of a conversation reaches the model:")
-    for name, kept in conversation.per_runtime(bundle).items():
-        print_escaped(f"  {name}: {kept}")
+def print_conversation(bundle: Scan) -> None:
+    print("which features of a conversation reach the model:")
+    for name, features in conversation.features_by_runtime(bundle).items():
+        print_escaped(f"  {name}: {features}")
 
 
-def inspect(args: argparse.Namespace, repo: str, work: Path) -> tuple[Row, str, str]:
-    """Read, judge, print; returns its row, the names of its faults and what mends them."""
+def inspect(args: argparse.Namespace, repo: str, work: Path) -> tuple[tuple[str, ...], str, str]:
+    """Check one bundle and print the result; return its row, fault names and repair advice."""
     findings = Findings()
     skeleton = fetch_skeleton(repo, args.revision, work / "bundle", args.patience)
     bundle = scan(work / "bundle", findings)
@@ -97,35 +86,35 @@ def inspect(args: argparse.Namespace, repo: str, work: Path) -> tuple[Row, str, 
             source = open_source(work.parent / "source")
     checks = check_all.check_headers(bundle, source, findings) if bundle else []
     check_all.require_nonempty(checks, findings)
-    show(skeleton, checks, findings)
-    show_runtimes(runtime_verdicts(bundle, findings))
+    print_result(skeleton, checks, findings)
+    print_runtimes(runtime_verdicts(bundle, findings))
     if bundle:
-        show_conversation(bundle)
+        print_conversation(bundle)
     names = ", ".join(finding.name for finding in findings.errors)
     return (
         summary_row(repo, skeleton.nbytes, bundle, findings),
         names,
-        mending(findings) if names else "",
+        repair_advice(findings) if names else "",
     )
 
 
 def inspect_all(args: argparse.Namespace, work: Path) -> int:
-    """Inspect each repository; of several, one table at the end. Raises UserError for faults."""
+    """Inspect each repository; print a table if there are several. Raises UserError for faults."""
     repos, rows, wrong = args.repo.split(), [], []
     for number, repo in enumerate(repos):
         try:
-            found, names, cure = inspect(args, repo, work / f"{number}")
+            row, names, advice = inspect(args, repo, work / f"{number}")
         except UserError as stop:
             if len(repos) == 1:
                 raise
             print(f"error: {escape_line(stop, LINE)}")
-            found, names, cure = failed_row(repo, f"{stop}"), "what could not be read", ""
-        rows.append(found)
+            row, names, advice = failed_row(repo, f"{stop}"), "what could not be read", ""
+        rows.append(row)
         if names:
-            wrong.append((repo, names, cure))
+            wrong.append((repo, names, advice))
         shutil.rmtree(work / f"{number}", ignore_errors=True)
     if len(repos) > 1:
-        print_escaped(markdown_table(rows))
+        print_escaped(summary_table(rows))
     if len(repos) == 1 and wrong:
         raise UserError(*wrong[0][:2], "a bundle without faults", wrong[0][2])
     if wrong:

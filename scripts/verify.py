@@ -1,14 +1,13 @@
-"""Prove a bundle right, or name what is wrong with it: any DeepSeek-V4 MLX bundle.
+"""Verify any DeepSeek-V4 MLX bundle: report every fault with its reason and its repair.
 
-Level 1, headers and JSON, seconds: index and shards, every tensor's counterpart, every module's
-triple, the labels of all runtimes, stop tokens, chat template, encoding; and the toolchain's own
-loaders are run on the headers to see that every parameter would get a tensor that fits.
-Level 2, every number, as fast as the disk: each weight is decoded and compared with the FP4/FP8
-source; without a source, NaN, Inf and zero-filled experts are looked for. SHA-256 of every file.
+Level 1, headers and JSON, takes seconds: index and shards, every tensor's counterpart, every
+module's triple, the labels of all runtimes, stop tokens, chat template, encoding. It also runs the
+toolchain's own loaders on the headers to see that every parameter would receive a tensor that fits.
+Level 2, every number, is as fast as the disk: each weight is decoded and compared with the FP4/FP8
+source; without a source, it finds NaN, Inf and experts of zeros. It computes SHA-256 of every file.
 
-Each fault has a name, the reason why it matters, and the command that repairs it; all are reported,
-not only the first. --json keeps the whole result for report.py and for other programs.
-Exit 0: everything that was asked for was checked and holds; 1: it does not, or could not be.
+--json writes the complete result, for report.py and other programs.
+Exit 0: every check passed; 1: a fault, or a check that could not be made.
 
     .venv/bin/python scripts/verify.py --bundle DIR [--source DIR] [--level 1] [--json FILE]
 """
@@ -26,7 +25,6 @@ from dsv4.toolchain.python_env import default_python
 from dsv4.verification.verify import (
     VerifyOptions,
     describe_checks,
-    print_findings,
     verification_json,
     verify,
 )
@@ -38,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add_setting(parser, "BUNDLE", required=True)
     add_setting(parser, "SOURCE", if_there=True, help="the FP4/FP8 source to compare with")
-    add_setting(parser, "IMATRIX", help="what the quantizer was given (.dat)")
+    add_setting(parser, "IMATRIX", help="the imatrix that the quantizer used (.dat)")
     add_setting(
         parser, "LEVEL", default=2, metavar="{1,2}", help="1: headers and JSON, 2: every number"
     )
@@ -48,11 +46,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--without-loader",
         action="store_true",
-        help="do not ask the toolchain's loaders (level 1 is then not whole)",
+        help="do not run the toolchain's loaders (level 1 is then incomplete)",
     )
     parser.add_argument("--hashes", action="store_true", help="SHA-256 of all files at level 1 too")
     add_setting(parser, "JOBS", default=available_cores(), help="threads of level 2")
-    parser.add_argument("--json", type=parse_path, help="write the whole result to this file")
+    parser.add_argument("--json", type=parse_path, help="write the complete result to this file")
     return parser.parse_args()
 
 
@@ -69,14 +67,14 @@ def main() -> int:
         args.hashes,
     )
     done = verify(options)
-    print_escaped(describe_checks(options, done))
-    print_findings(done.findings)
+    print_escaped(describe_checks(options, done), flush=True)
+    print_escaped(done.findings.text(), file=sys.stderr, flush=True)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.json, verification_json(options, done))
     if done.passed:
-        not_asked = ", but the loaders were not asked" if args.without_loader else ""
-        print(f"passed: everything that was asked for was checked and holds{not_asked}")
+        not_run = ", but the loaders were not run" if args.without_loader else ""
+        print(f"passed: everything that was asked for was checked and holds{not_run}")
         return 0
     names = ", ".join(finding.name for finding in done.findings.errors)
     print(f"\nFAILED: {names or 'nothing could be checked'}", file=sys.stderr)

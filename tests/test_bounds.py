@@ -279,7 +279,7 @@ def test_slices_find_the_same_place_as_the_whole(dtype, tmp_path, monkeypatch):
         )
         task = Task(one, None, {"weight": other}, "passthrough", None)
         outcome = TensorResult("norm.weight", "passthrough", dtype)
-        unquantized.compare_plain(task, TensorReader(), outcome)
+        unquantized.compare_unquantized(task, TensorReader(), outcome)
         assert [fault[0] for fault in outcome.faults] == ["passthrough-differs"]
         assert f"element {list(divmod(at, 7))}" in outcome.faults[0][1]
 

@@ -14,7 +14,7 @@ from conftest import NANO, must
 
 from dsv4.model.chat_template import conversations, template_text
 from dsv4.verification.checks import conversation
-from dsv4.verification.checks.conversation import features_used, judge_template
+from dsv4.verification.checks.conversation import features_used, template_faults
 
 JINJA = "chat_template.jinja"
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
@@ -99,11 +99,11 @@ def test_each_fault_is_named_mended_and_undone(right, tmp_path, fault):
 def test_a_tokenizer_that_transformers_wrote_anew_is_the_same(right, tmp_path):
     bundle = shutil.copytree(right, tmp_path / "bundle")
     said = {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers"}
-    edit(bundle, "tokenizer.json", lambda d: d.update(post_processor=conversation.IDLE))
+    edit(bundle, "tokenizer.json", lambda d: d.update(post_processor=conversation.NO_OP_PROCESSOR))
     edit(bundle, "tokenizer_config.json",
          lambda d: (d.update(said), d.pop("add_bos_token"), d.pop("add_eos_token")))  # fmt: skip
     assert not bundles.judge(bundle, NANO, level=1).names
-    adds = {**conversation.IDLE, "single": [conversation.SECOND, conversation.FIRST]}
+    adds = {**conversation.NO_OP_PROCESSOR, "single": [conversation.SECOND, conversation.FIRST]}
     edit(bundle, "tokenizer.json", lambda d: d.update(post_processor=adds))
     edit(bundle, "tokenizer_config.json", lambda d: d.update(add_bos_token=True))
     names = bundles.judge(bundle, NANO, level=1).names
@@ -130,8 +130,8 @@ def test_an_unknown_encoding_is_code_that_vmlx_will_run(right, tmp_path):
 
 @pytest.mark.parametrize("release", ["first", "0731", "nano"])
 def test_the_recipes_template_loses_nothing_and_another_releases_loses_efforts(release):
-    assert judge_template(template_text(release), release) == ()
+    assert template_faults(template_text(release), release) == ()
     other = "0731" if release == "first" else "first"
-    assert judge_template(template_text(other), release)
+    assert template_faults(template_text(other), release)
     found = set().union(*(features_used(talk) for _, talk, _ in conversations(release)))
     assert found == {"tools", "thinking", "efforts"}

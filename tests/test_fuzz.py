@@ -221,7 +221,7 @@ def cached(monkeypatch):
     """Templates are rendered in a process of their own: once for each text."""
     from functools import cache
 
-    for name in ("template_fault", "judge_template", "template_faults"):
+    for name in ("template_fault", "template_faults"):
         if hasattr(documents, name):
             monkeypatch.setattr(documents, name, cache(getattr(documents, name)))
 

@@ -177,7 +177,7 @@ def test_an_importance_is_prepared_once_for_a_matrix(tmp_path: Path, monkeypatch
     assert prepared == once
     prepared.clear()
     done = read_numbers(scan(bundle, Findings()), source, 1, lambda n: None, importance)
-    assert any(outcome.recomputed for outcome in done.outcomes)
+    assert any(outcome.recomputed for outcome in done.results)
     assert prepared == once
 
 

@@ -346,9 +346,9 @@ for how, folder, out in json.loads(sys.argv[3]):
         np.save(out, np.concatenate([model.rows(ids, 0)[-1:] for ids in prompts]))
     except Exception as error:
         print(folder, how, type(error).__name__, file=sys.stderr)
-from dsv4.verification.checks.loader_replay import answers
+from dsv4.verification.checks.loader_replay import replay_loaders
 for folder, out in json.loads(sys.argv[4]):
-    Path(out).write_text(json.dumps(answers(Path(folder), "mlx-vlm")["mlx-vlm"]))
+    Path(out).write_text(json.dumps(replay_loaders(Path(folder), "mlx-vlm")["mlx-vlm"]))
 """
 
 
@@ -464,7 +464,7 @@ def damaged(config: dict) -> None:
 def test_a_row_says_what_a_bundle_is(specimen):
     findings = Findings()
     bundle = scan(specimen("jangtq-2"), findings)
-    cells = summary_row("x/y", 5, bundle, findings).cells
+    cells = summary_row("x/y", 5, bundle, findings)
     assert cells[2:5] == (
         "jang, prestacked",
         "experts mxtq 2.13; shared, attention, embedding, head affine 9.00",

@@ -103,7 +103,7 @@ def test_a_dry_run_shows_everything_and_uploads_nothing(hub, place):
     assert "license: mit\nbase_model: deepseek-ai/DeepSeek-V4-Flash\n" in out
     assert f"commit `{'c' * 40}`" in out
     assert "| layers.0 | 8." in out
-    assert "Nothing of it was run on Metal" in out
+    assert "Nothing was run on Metal" in out
     assert "would go up: model.safetensors.index.json" in out
     assert "nothing was uploaded" in out
 

@@ -56,7 +56,7 @@ def test_the_page_names_verdict_source_versions_and_hashes(result):
     result["source"] |= {"repo": "deepseek-ai/DeepSeek-V4-Flash", "commit": "0123abcd"}
     shown = html.unescape(page(result))
     assert "Passed: every number checked against the FP4/FP8 source" in shown
-    assert "the runtimes' loaders were not asked" in shown
+    assert "the runtimes' loaders were not run" in shown
     for text in ("0123abcd", "verify_python", *result["hashes"].values()):
         assert text in shown
 

@@ -77,7 +77,7 @@ def test_a_stock_bundle_fails_by_name_and_says_what_repairs_it(stock, source):
 def test_without_a_source_level_two_still_reads_everything(good):
     said = must("verify", "--bundle", good, "--without-loader")
     assert "numbers without NaN or Inf" in said
-    assert "but the loaders were not asked" in said
+    assert "but the loaders were not run" in said
 
 
 def test_hashes_come_at_level_one_when_asked(good, tmp_path):
@@ -219,9 +219,9 @@ def test_a_flipped_bit_in_every_tensor_is_seen_in_every_tensor(
     findings = Findings()
     opened, origin = scan(folder, findings), open_source(source)
     read = compare_all.read_numbers(opened, origin, 2, lambda done: None)
-    places = [o.faults + o.wrong_places + o.explained_places for o in read.outcomes]
-    assert [o.name for o, seen in zip(read.outcomes, places, strict=True) if not seen] == []
-    assert len(read.outcomes) == len(parts)
+    places = [o.faults + o.wrong_places + o.explained_places for o in read.results]
+    assert [o.name for o, seen in zip(read.results, places, strict=True) if not seen] == []
+    assert len(read.results) == len(parts)
     aggregate.aggregate(read, findings)
     assert {"expert-differs", "module-differs", "control-differs"} <= findings.names
 
@@ -230,7 +230,7 @@ def test_a_bundle_from_elsewhere_is_held_to_mlx_formula(elsewhere, source):
     findings = Findings()
     opened, origin = scan(elsewhere, findings), open_source(source)
     read = compare_all.read_numbers(opened, origin, 2, lambda done: None)
-    experts = [o for o in read.outcomes if o.what == "expert"]
+    experts = [o for o in read.results if o.what == "expert"]
     assert all(o.exact == o.groups and not o.recomputed for o in experts)
     assert sum(o.fragile for o in experts) > 0
     aggregate.aggregate(read, findings)
@@ -326,7 +326,7 @@ def weights(rng: np.random.Generator) -> np.ndarray:
 def test_formula_is_what_mlx_gives(bits):
     values = weights(np.random.default_rng(bits))
     levels, scales, biases = quantized(values, bits)
-    counts = kernels.formula(
+    counts = kernels.check_formula(
         values.reshape(-1), levels, scales, biases, bits, *kernels.ROUNDING["F16"]
     )
     assert counts[kernels.EXACT] == len(scales)
@@ -337,7 +337,7 @@ def test_formula_is_what_mlx_gives(bits):
 def test_mlx_keeps_within_the_bounds(bits):
     values = weights(np.random.default_rng(bits))
     levels, scales, biases = quantized(values, bits)
-    counts, energy, error, worst = kernels.bounds(
+    counts, energy, error, worst = kernels.check_bounds(
         values.reshape(-1), levels, scales, biases, bits, *kernels.ROUNDING["F16"]
     )
     decoded = levels * scales.repeat(32) + biases.repeat(32)
@@ -355,7 +355,7 @@ def test_a_group_that_starts_its_maximum_at_zero_is_explained_not_wrong():
     values[1::2] = -0.5
     levels, scales, biases = quantized(np.append(values[:31], 0).reshape(1, 32), 4)
     levels[31] = levels[1]
-    counts = kernels.formula(values, levels, scales, biases, 4, *kernels.ROUNDING["F16"])
+    counts = kernels.check_formula(values, levels, scales, biases, 4, *kernels.ROUNDING["F16"])
     assert (counts[kernels.EXACT], counts[kernels.EXPLAINED], counts[kernels.WRONG]) == (0, 1, 0)
 
 
@@ -431,7 +431,7 @@ def test_comparing_bytes_and_decoding_come_to_the_same_sums(good, source, monkey
         monkeypatch.setattr(compare, "BLOCK_WEIGHTS", 1 << 11)
         bundle = scan(good, Findings())
         done = compare_all.read_numbers(bundle, open_source(source), 2, lambda n: None)
-        sums.append([o for o in done.outcomes if o.what == "expert"])
+        sums.append([o for o in done.results if o.what == "expert"])
     for fast, slow in zip(*sums, strict=True):
         assert fast.name == slow.name
         for what in (
@@ -466,14 +466,14 @@ def test_upstreams_own_template_renders_plain_turns_and_loses_the_rest():
     converter = pytest.importorskip("jang_tools.dsv4.convert_dsv4_jangtq")
     wrong = {
         name
-        for _, name, _, _ in conversation.judge_template(converter.DSV4_CHAT_TEMPLATE_JINJA, "")
+        for _, name, _, _ in conversation.template_faults(converter.DSV4_CHAT_TEMPLATE_JINJA, "")
     }
     assert "a question" not in wrong
     assert {"tools in the system message", "a call, its result, an answer, a question"} <= wrong
 
 
 def test_a_hostile_template_is_not_run():
-    faults = conversation.judge_template("{{ ''.__class__.__mro__[1].__subclasses__() }}", "first")
+    faults = conversation.template_faults("{{ ''.__class__.__mro__[1].__subclasses__() }}", "first")
     assert len(faults) == 30
     assert all("unsafe" in found or "SecurityError" in found for _, _, found, _ in faults)
 

@@ -24,7 +24,7 @@ from dsv4.storage.safetensors_file import PendingTensor, read_shard, write_shard
 from dsv4.text import LINE, escape_line, join_some, page_text, short_repr
 from dsv4.verification.report import card
 from dsv4.verification.report.findings import Check, Findings
-from dsv4.verification.report.verify_page import SHOWN
+from dsv4.verification.report.verify_page import VALUE_LENGTH
 
 OWNED = "mlx\x1b]0;OWNED\x07\x1b[2K\rpassed: all good"
 HOSTILE = [
@@ -72,7 +72,7 @@ def test_findings_checks_card_and_page_are_plain(text):
         card.escape_cell(text),
         card.escape_yaml(text),
         card.escape_code(text),
-        page_text(text, SHOWN),
+        page_text(text, VALUE_LENGTH),
     ):
         assert "\n" not in said
         assert said.isprintable()

@@ -24,7 +24,7 @@ from dsv4.quantization import fp4, turboquant
 from dsv4.storage.atomic import format_bytes
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.safetensors_file import PendingTensor, read_shard, write_shard
-from dsv4.verification.numbers.aggregate import by_kind, kind_rows
+from dsv4.verification.numbers.aggregate import by_kind, format_kinds
 from dsv4.verification.numbers.compare_all import read_numbers
 from dsv4.verification.scan import Scan
 
@@ -100,10 +100,10 @@ def read(folder: Path, experts: int) -> int:
     """Level 2 in this process. Raises UserError when it finds anything."""
     bundle = Scan(opened(folder / "bundle", experts), {FILE: 0}, {})
     numbers = read_numbers(bundle, opened(folder / "source", experts), 2, lambda count: None)
-    faults = [fault for outcome in numbers.outcomes for fault in outcome.faults]
+    faults = [fault for result in numbers.results for fault in result.faults]
     if faults or numbers.left_out:
         raise UserError("level 2", f"{(faults or numbers.left_out)[0]}", "nothing", "see it")
-    print("\n".join(kind_rows(by_kind(numbers.outcomes))), file=sys.stderr)
+    print("\n".join(format_kinds(by_kind(numbers.results))), file=sys.stderr)
     return 0
 
 

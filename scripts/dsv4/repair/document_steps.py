@@ -152,7 +152,7 @@ def right_template(repair: RepairContext) -> str:
     ) or ""
     in_config = read_json(folder / "tokenizer_config.json").get("chat_template")
     for text in (runtime_documents.template_file(folder), in_config):
-        if isinstance(text, str) and text and not conversation.judge_template(text, release):
+        if isinstance(text, str) and text and not conversation.template_faults(text, release):
             return text
     return template_for(folder)
 
@@ -236,4 +236,4 @@ def jang_config(repair: RepairContext, found: Findings) -> dict[str, Any]:
         content["quantization"] = quantized
     else:
         del content["quantization"]
-    return content | turboquant_files.wrong_keys(content, bundle)
+    return content | turboquant_files.corrected_keys(content, bundle)

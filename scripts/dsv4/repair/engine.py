@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from dsv4.conversion.bundle_files import remove_leftovers
@@ -111,7 +112,7 @@ def print_remaining(repair: RepairContext) -> list[str]:
         jobs=args.jobs,
     )
     done = verify.verify(options)
-    print_escaped(verify.describe_checks(options, done))
-    verify.print_findings(done.findings)
+    print_escaped(verify.describe_checks(options, done), flush=True)
+    print_escaped(done.findings.text(), file=sys.stderr, flush=True)
     names = [f.name for f in done.findings.errors if f.name not in TOOLCHAIN]
-    return names if done.first else names or ["nothing-checked"]
+    return names if done.level_1 else names or ["nothing-checked"]

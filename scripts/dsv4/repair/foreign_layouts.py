@@ -21,8 +21,8 @@ from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.safetensors_file import Shard, Tensor, TensorSpec, header_bytes
 from dsv4.storage.shard_writer import NewShard, copy_pieces, write_shards
 from dsv4.verification.checks import turboquant_files
-from dsv4.verification.checks.documents import LABEL, is_plain, labels_in_use
-from dsv4.verification.checks.stored_formats import label_at
+from dsv4.verification.checks.documents import labels_in_use, labels_unquantized
+from dsv4.verification.checks.stored_formats import LABEL_KEYS, label_at
 from dsv4.verification.scan import Scan
 
 
@@ -94,7 +94,7 @@ def patched_config(repair: RepairContext) -> dict[str, Any]:
     """config.json with the stop tokens, and labels as the tensors are."""
     bundle = scan_bundle(open_by_shards(repair.bundle))
     content = runtime_documents.patched_config(bundle.checkpoint, None)
-    content |= turboquant_files.wrong_keys(content, bundle)
+    content |= turboquant_files.corrected_keys(content, bundle)
     if any(name.endswith(".scales") for name in bundle.tensors):
         content["quantization"] = corrected_labels(bundle)
         if "quantization_config" in content:
@@ -108,11 +108,11 @@ def corrected_labels(bundle: Scan) -> dict[str, Any]:
     labels = dict(copy.deepcopy(old)) if isinstance(old, dict) else {}
     bases = dict.fromkeys(n.rpartition(".")[0] for n in bundle.tensors if n.endswith(".scales"))
     stored = {base: label for base in bases if (label := label_at(bundle, base))}
-    if any(labels.get(key) is None for key in LABEL[:2]):
+    if any(labels.get(key) is None for key in LABEL_KEYS[:2]):
         kinds = Counter(tuple(label.items()) for label in stored.values())
         labels |= dict(kinds.most_common(1)[0][0]) if kinds else {}
-    top = {key: labels.get(key) for key in LABEL}
-    for key in [key for key in labels if is_plain(bundle, key, labels[key])]:
+    top = {key: labels.get(key) for key in LABEL_KEYS}
+    for key in [key for key in labels if labels_unquantized(bundle, key, labels[key])]:
         del labels[key]
     keys = [(key, base) for key, base, _ in labels_in_use(bundle)]
     keys += [(base, base) for base in stored if bundle.scheme is STORAGE]

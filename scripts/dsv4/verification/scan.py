@@ -1,8 +1,7 @@
-"""Read a bundle's headers and JSON; what cannot be read becomes a finding.
+"""Read a bundle's headers and JSON; report files that cannot be read as findings.
 
 Other stages open a checkpoint strictly and stop at the first fault; verify reports all of them.
-A `Scan` holds headers and JSON only. It is made from a folder (`scan`) or from a hub's answers, and
-every check of level 1 works on either.
+The folder may be a bundle, or headers that `make inspect` fetched from a hub.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from dsv4.storage.safetensors_file import Shard, Tensor, read_shard
 from dsv4.text import short_repr
 from dsv4.verification.report.findings import Findings
 
-# The JSON files that runtimes read, and the fault of one that is missing or no JSON object.
+# JSON file that runtimes read → the finding if it is missing or no JSON object.
 DOCUMENTS = {
     "config.json": "config-broken",
     INDEX: "index-broken",
@@ -39,11 +38,11 @@ DOCUMENTS = {
 
 @dataclass(frozen=True)
 class Scan:
-    """What is known of a bundle without reading a tensor.
+    """Headers and JSON of a bundle.
 
     files: relative path → size in bytes, of every file; documents: file name → parsed JSON object,
-    for the readable ones of DOCUMENTS; unread: tensors that the index puts into shards that are
-    missing or broken, so that they are not reported once more.
+    for the readable ones of DOCUMENTS; unread: tensors that the index puts into missing or broken
+    shards, which are reported already.
     """
 
     checkpoint: Checkpoint
@@ -58,7 +57,7 @@ class Scan:
 
     @cached_property
     def view(self) -> StorageView:
-        """The tensors under storage names, whatever layout they lie in."""
+        """The tensors under storage names, whatever their names on disk."""
         return build_view(self.checkpoint)
 
     @property
@@ -68,22 +67,22 @@ class Scan:
 
     @property
     def scheme(self) -> NamingScheme:
-        """The layout that they lie in."""
+        """The naming scheme on disk."""
         return self.view.recognized.scheme
 
     @cached_property
     def is_ours(self) -> bool:
-        """True for a bundle that this recipe made: its shards or its config.json say so."""
-        marks = ("convert_layout", "requantize_layout")
+        """Whether this recipe made the bundle: its shards or its config.json record it."""
+        keys = ("convert_layout", "requantize_layout")
         shards = self.checkpoint.shards.values()
-        return RECORD in self.config or any(m in s.metadata for s in shards for m in marks)
+        return RECORD in self.config or any(key in s.metadata for s in shards for key in keys)
 
     @cached_property
     def bases(self) -> list[str]:
-        """Storage names of all routed-expert matrices that there should be.
+        """Storage names, without the part, of all routed-expert matrices that the bundle needs.
 
-        As config.json counts them; somebody else's layers may have fewer, as many as their router
-        has rows, and no MTP.
+        config.json counts them. Bundles of other makers may have fewer in a layer, as many as its
+        router has rows, and no MTP layers.
         """
         bases = expert_bases(self.view)
         if self.is_ours:
@@ -95,38 +94,33 @@ class Scan:
         kept = []
         for base in bases:
             block, layer, expert, *_ = parse_expert(f"{base}.weight")
-            if expert < rows.get(f"{block}.{layer}", expert + 1) and (
-                block == "layers" or self.has_mtp
-            ):
+            in_router = expert < rows.get(f"{block}.{layer}", expert + 1)
+            if in_router and (block == "layers" or self.has_mtp):
                 kept.append(base)
         return kept
 
     @cached_property
     def has_mtp(self) -> bool:
-        """False when a bundle of somebody else left MTP out: no tensor of it is there."""
+        """False for a bundle of another maker without MTP tensors."""
         return self.is_ours or any(name.startswith("mtp.") for name in self.tensors)
 
 
 def scan(folder: Path, findings: Findings) -> Scan | None:
-    """Read a folder's JSON and headers. None when there is no config.json or index to go by.
+    """Read a folder's JSON and headers; return None without a usable config.json and index.
 
-    Raises UserError when there is no such folder, or more in it than a bundle has.
+    Raises UserError when the folder does not exist, or exceeds the limits on files.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}", "no such folder", "a bundle", "check BUNDLE")
     known = any((folder / name).exists() for name in ("config.json", INDEX))
-    files = limits.list_files(folder) if known else {}  # `/` is not listed
+    files = limits.list_files(folder) if known else {}  # a wrong BUNDLE such as / is not listed
     check_shards_are_files(folder, files, findings)
     documents = read_json_documents(folder, files, findings)
     weight_map = check_weight_map(documents.get(INDEX), findings)
     config = documents.get("config.json")
     if config is not None and config.get("model_type") != MODEL_TYPE:
-        findings.add(
-            "config-broken",
-            "config.json: model_type",
-            short_repr(config.get("model_type")),
-            repr(MODEL_TYPE),
-        )
+        found = short_repr(config.get("model_type"))
+        findings.add("config-broken", "config.json: model_type", found, repr(MODEL_TYPE))
         config = None
     if config is None or not weight_map:
         return None
@@ -136,32 +130,32 @@ def scan(folder: Path, findings: Findings) -> Scan | None:
 
 
 def check_shards_are_files(folder: Path, files: dict[str, int], findings: Findings) -> None:
-    """What has a shard's name is a file: loaders that find it by its name stop at a folder."""
+    """Check that every *.safetensors is a file: loaders glob them and fail on a folder."""
     for path in sorted(folder.glob("*.safetensors")):
         if path.name not in files and path.name[0] != ".":
-            what = "a folder" if path.is_dir() else "a link that leads nowhere, or a device"
+            what = "a folder" if path.is_dir() else "a dangling link, or a device"
             findings.add("shard-stranger", path.name, what, "a file, or nothing")
 
 
 def read_json_documents(
     folder: Path, files: dict[str, int], findings: Findings
 ) -> dict[str, dict[str, Any]]:
-    """Parse the JSON files that are there and of their form; the others are findings."""
+    """Parse the JSON files and validate them; report the missing and the invalid ones."""
     documents = {}
     for name, fault in DOCUMENTS.items():
         if name not in files:
-            if name != "jang_config.json":  # only some layouts need it
-                findings.add(fault, name, "no such file", "it")
+            if name != "jang_config.json":  # `check_stops` reports it: only vMLX needs it
+                findings.add(fault, name, "no such file", "one")
             continue
         try:
             documents[name] = read_json(folder / name, FORMS[name])
         except UserError as stop:
-            findings.add(fault, name, f"{stop}", "a JSON object that can be read")
+            findings.add(fault, name, f"{stop}", "a readable JSON object")
     return documents
 
 
 def check_weight_map(index: dict[str, Any] | None, findings: Findings) -> dict[str, str]:
-    """The index's entries that lead to a file inside the folder; {} when there is none."""
+    """Return the index's entries that name a file inside the folder; {} when there is none."""
     weight_map = (index or {}).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         if index is not None:
@@ -177,16 +171,16 @@ def check_weight_map(index: dict[str, Any] | None, findings: Findings) -> dict[s
 
 
 def read_shards(
-    folder: Path, wanted: set[str], files: dict[str, int], findings: Findings
+    folder: Path, names: set[str], files: dict[str, int], findings: Findings
 ) -> dict[str, Shard]:
-    """The headers of the shards that are there and whole."""
+    """Return the headers of the shards `names`; report missing and broken ones."""
     shards = {}
-    for file in sorted(wanted):
+    for file in sorted(names):
         if file not in files:
             findings.add("shard-missing", INDEX, f"no {file}", "every shard that it names")
             continue
         try:
             shards[file] = read_shard(folder / file)
         except UserError as stop:
-            findings.add("shard-broken", file, str(stop), "a whole safetensors file")
+            findings.add("shard-broken", file, str(stop), "a complete safetensors file")
     return shards

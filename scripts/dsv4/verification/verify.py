@@ -1,10 +1,9 @@
-"""Verify a bundle on both levels, and give the result as text and as verify.json."""
+"""Verify a bundle on both levels, and return the result as text and as verify.json."""
 
 from __future__ import annotations
 
 import datetime
 import platform
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,14 +11,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dsv4.errors import UserError, with_path
+from dsv4.errors import UserError
 from dsv4.hub.provenance import read_record
 from dsv4.model.names import is_control, parse_expert
 from dsv4.model.source import open_source
 from dsv4.quantization.imatrix import EVEN, importances, open_imatrix
 from dsv4.storage.atomic import format_bytes
 from dsv4.storage.checkpoint import Checkpoint
-from dsv4.text import escape_line, print_escaped
+from dsv4.text import escape_line
 from dsv4.toolchain.python_env import probe
 from dsv4.verification.checks import check_all, turboquant_files
 from dsv4.verification.checks.headers import quantizer_of
@@ -34,9 +33,9 @@ FORMAT = 1  # of verify.json
 class VerifyOptions:
     """What to verify, and how.
 
-    level: 1 for headers and JSON, 2 for every number; python: the toolchain's, whose loaders are
-    run unless without_loader; imatrix: what the quantizer was given; jobs: threads of level 2;
-    hashes: SHA-256 of all files at level 1 too.
+    level: 1 for headers and JSON, 2 for every number too; python: of the toolchain, whose loaders
+    run unless without_loader; imatrix: the quantizer's; jobs: threads of level 2; hashes: SHA-256
+    of all files at level 1 too.
     """
 
     bundle: Path
@@ -49,10 +48,10 @@ class VerifyOptions:
     hashes: bool = False
 
 
-def level_one(
+def check_level_1(
     options: VerifyOptions, source: Checkpoint | None, findings: Findings
 ) -> tuple[Scan | None, list[Check]]:
-    """Scan the bundle and run level 1."""
+    """Scan the bundle and run the checks of level 1."""
     bundle = scan(options.bundle, findings)
     if bundle is None:
         return None, []
@@ -62,10 +61,10 @@ def level_one(
     return bundle, checks
 
 
-def level_two(
+def check_level_2(
     options: VerifyOptions, bundle: Scan, source: Checkpoint | None, findings: Findings
 ) -> tuple[compare_all.Numbers, list[Check], float]:
-    """Read every number; returns the outcomes, the checks and the seconds that it took."""
+    """Compare every number; return the results, the checks and the seconds that it took."""
     start = time.perf_counter()
     importance = EVEN
     if options.imatrix and source:
@@ -73,28 +72,10 @@ def level_two(
     with tqdm(
         total=bundle.checkpoint.nbytes, unit="B", unit_scale=True, desc="level 2", disable=None
     ) as bar:
-        result = compare_all.read_numbers(bundle, source, options.jobs, bar.update, importance)
-    checks = aggregate.aggregate(result, findings) + turboquant_files.check_sidecar(
-        bundle, findings
-    )
-    return result, checks, time.perf_counter() - start
-
-
-def print_findings(findings: Findings) -> None:
-    """Print every finding to stderr: name, why it matters, places, repair."""
-    lines = []
-    for finding in findings:
-        fault = finding.fault
-        lines.append(f"\n{fault.severity}: {finding.name} ({finding.count:,}×): {fault.why}")
-        for place in finding.places:
-            said = f"found {place['found']}, expected {place['expected']}"
-            lines.append(f"    {place['where']}: {said}")
-        if finding.count > len(finding.places):
-            lines.append(f"    … and {finding.count - len(finding.places):,} more")
-        lines.append(f"  repair: {finding.repair}")
-    with with_path("standard output"):
-        sys.stdout.flush()
-    print_escaped("\n".join(lines), file=sys.stderr, flush=True)
+        numbers = compare_all.read_numbers(bundle, source, options.jobs, bar.update, importance)
+    checks = aggregate.aggregate(numbers, findings)
+    checks += turboquant_files.check_sidecar(bundle, findings)
+    return numbers, checks, time.perf_counter() - start
 
 
 def package_versions(python: Path | None) -> dict[str, Any]:
@@ -114,20 +95,20 @@ def package_versions(python: Path | None) -> dict[str, Any]:
 
 
 def source_origin(folder: Path | None) -> dict[str, Any] | None:
-    """Return repository, revision and commit of the source, as download recorded them."""
+    """Return the source's repository, revision and commit, as download recorded them."""
     if folder is None:
         return None
     record = read_record(folder)
-    known = {key: getattr(record, key, None) for key in ("repo", "revision", "commit")}
-    return {"folder": str(folder), **known}
+    fields = {key: getattr(record, key, None) for key in ("repo", "revision", "commit")}
+    return {"folder": str(folder), **fields}
 
 
 def size_table(bundle: Scan, source: Checkpoint | None) -> dict[str, Any]:
-    """Bytes: the bundle by what its tensors are, and the source."""
+    """Return the bytes of the bundle, in all and by kind of tensor, and of the source."""
     kinds = {"routed experts": 0, "control tensors": 0, "8-bit modules and the rest": 0}
     for name, tensor in bundle.tensors.items():
-        what = "routed experts" if parse_expert(name) else "8-bit modules and the rest"
-        kinds["control tensors" if is_control(name) else what] += tensor.nbytes
+        kind = "routed experts" if parse_expert(name) else "8-bit modules and the rest"
+        kinds["control tensors" if is_control(name) else kind] += tensor.nbytes
     return {
         "shards": len(bundle.checkpoint.shards),
         "tensors": len(bundle.checkpoint.tensors),
@@ -140,72 +121,71 @@ def size_table(bundle: Scan, source: Checkpoint | None) -> dict[str, Any]:
 
 @dataclass
 class Verification:
-    """Result of verify. first and second: checks of the levels; read: level 2's numbers."""
+    """Result of verify; level_1 and level_2: the checks of each level; numbers: of level 2."""
 
     findings: Findings
     bundle: Scan | None
     source: Checkpoint | None
-    first: list[Check]
-    second: list[Check]
-    read: compare_all.Numbers | None
+    level_1: list[Check]
+    level_2: list[Check]
+    numbers: compare_all.Numbers | None
     seconds: dict[str, float]
 
     @property
     def passed(self) -> bool:
-        """True when something was checked and no error found."""
-        return bool(self.first) and not self.findings.errors
+        """Whether something was checked and no error found."""
+        return bool(self.level_1) and not self.findings.errors
 
 
 def verify(options: VerifyOptions) -> Verification:
-    """Run the levels that were asked for. Raises UserError when the source itself is not whole."""
+    """Run the levels that `options` names. Raises UserError when the source is incomplete."""
     findings = Findings()
     source = open_source(options.source) if options.source else None
     start = time.perf_counter()
-    bundle, first = level_one(options, source, findings)
+    bundle, level_1 = check_level_1(options, source, findings)
     seconds = {"level 1": time.perf_counter() - start}
-    read, second = None, []
+    numbers, level_2 = None, []
     if bundle is not None and options.level == 2:
-        read, second, seconds["level 2"] = level_two(options, bundle, source, findings)
-    check_all.require_nonempty([*first, *second], findings)
-    return Verification(findings, bundle, source, first, second, read, seconds)
+        numbers, level_2, seconds["level 2"] = check_level_2(options, bundle, source, findings)
+    check_all.require_nonempty([*level_1, *level_2], findings)
+    return Verification(findings, bundle, source, level_1, level_2, numbers, seconds)
 
 
 def describe_checks(options: VerifyOptions, done: Verification) -> str:
-    """Return what was checked, how much of it, and its worst value, as text."""
+    """Return the checks, with the number of items and the worst value of each, as text."""
     lines = [
         escape_line(options.bundle),
         f"level 1, headers and JSON ({done.seconds['level 1']:.1f} s)",
     ]
-    lines += [check.text() for check in done.first]
+    lines += [check.text() for check in done.level_1]
     if done.bundle is None:
         lines.append("nothing more can be checked without config.json and index")
-    elif done.read is not None:
+    elif done.numbers is not None:
         took, size = done.seconds["level 2"], done.bundle.checkpoint.nbytes
         rate = f"{took:.1f} s, {size / took / 1e9:.2f} GB/s of the bundle"
         lines.append(f"level 2, every number of {format_bytes(size)} ({rate})")
-        lines += [check.text() for check in done.second]
-        if done.read.compared:
-            lines += aggregate.kind_rows(aggregate.by_kind(done.read.outcomes))
+        lines += [check.text() for check in done.level_2]
+        if done.numbers.compared:
+            lines += aggregate.format_kinds(aggregate.by_kind(done.numbers.results))
     if done.source is None:
         values = ", every value" * (options.level == 2)
-        lines.append(f"not compared, for want of a source: tensors, tokenizer, encoding{values}")
+        lines.append(f"not compared, without a source: tensors, tokenizer, encoding{values}")
     return "\n".join(lines)
 
 
 def verification_json(options: VerifyOptions, done: Verification) -> dict[str, Any]:
-    """Return the whole result as verify.json holds it."""
-    bundle, read = done.bundle, done.read
-    hashes = dict(read.hashes) if read else {}
-    if options.hashes and bundle and not read:
-        hashes = {
-            f: compare_all.sha256(options.bundle / f) for f in compare_all.files_to_hash(bundle)
-        }
+    """Return the content of verify.json."""
+    bundle, numbers = done.bundle, done.numbers
+    hashes = dict(numbers.hashes) if numbers else {}
+    if options.hashes and bundle and not numbers:
+        files = compare_all.files_to_hash(bundle)
+        hashes = {file: compare_all.sha256(options.bundle / file) for file in files}
     errors = {}
-    if read and read.compared:
+    if numbers and numbers.compared:
         errors = {
-            "experts": aggregate.by_layer(read.outcomes),
-            "others": aggregate.other_tensors(read.outcomes),
-            "kinds": aggregate.by_kind(read.outcomes),
+            "experts": aggregate.by_layer(numbers.results),
+            "others": aggregate.other_tensors(numbers.results),
+            "kinds": aggregate.by_kind(numbers.results),
         }
     return {
         "format": FORMAT,
@@ -217,7 +197,7 @@ def verification_json(options: VerifyOptions, done: Verification) -> dict[str, A
         "loader_asked": not options.without_loader,
         "quantizer": quantizer_of(bundle) if bundle else {},
         "layout": bundle.scheme.name if bundle else "",
-        "checks": [asdict(check) for check in (*done.first, *done.second)],
+        "checks": [asdict(check) for check in (*done.level_1, *done.level_2)],
         "findings": [finding.as_json() for finding in done.findings],
         "sizes": size_table(bundle, done.source) if bundle else {},
         "versions": package_versions(None if options.without_loader else options.python),

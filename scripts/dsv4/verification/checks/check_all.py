@@ -1,4 +1,4 @@
-"""All checks of level 1 in their order, on headers and JSON."""
+"""Run all checks of level 1, on headers and JSON."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from dsv4.verification.scan import Scan
 
 
 def check_headers(bundle: Scan, source: Checkpoint | None, findings: Findings) -> list[Check]:
-    """Everything that headers and JSON show, without the toolchain: seconds for 180 GB."""
+    """Run every check that needs no toolchain; it takes seconds for 180 GB."""
     findings.ours, findings.storage = bundle.is_ours, bundle.scheme is STORAGE
     fields = headers.check_config(bundle, source, findings)
     if "config-broken" in findings:
-        return [fields]  # nothing can be counted by a config without counts
+        return [fields]  # the other checks need the counts in config.json
     layout = headers.check_layout(bundle, findings)
     if "layout-unknown" in findings:
         return [fields, layout, headers.check_index(bundle, findings)]
@@ -27,7 +27,7 @@ def check_headers(bundle: Scan, source: Checkpoint | None, findings: Findings) -
         fields,
         layout,
         headers.check_index(bundle, findings),
-        headers.check_marks(bundle, findings),
+        headers.check_metadata(bundle, findings),
         *headers.check_experts(bundle, findings),
         headers.check_triples(bundle, findings),
         headers.check_controls(bundle, findings),
@@ -36,7 +36,7 @@ def check_headers(bundle: Scan, source: Checkpoint | None, findings: Findings) -
         *turboquant_files.check_turboquant_files(bundle, findings),
         documents.check_stops(bundle, findings),
         documents.check_defaults(bundle, source, findings),
-        *conversation.check(bundle, source, findings),
+        *conversation.check_conversation(bundle, source, findings),
     ]
     if source is not None:
         checks.append(headers.check_counterparts(bundle, source, findings))
@@ -44,22 +44,23 @@ def check_headers(bundle: Scan, source: Checkpoint | None, findings: Findings) -
 
 
 def check_toolchain(bundle: Scan, python: Path, findings: Findings) -> list[Check]:
-    """What the installed loaders make of these headers, and whether they are patched."""
+    """Run the installed loaders on these headers, and check that they are patched."""
     if {"config-broken", "layout-unknown"} & findings.names:
         return []
     runtime = next((r for r in (MLX_LM, MLX_VLM) if r in bundle.scheme.runtimes), None)
     if runtime == MLX_VLM and has_package(python, "mlx-vlm"):
         return loading.check_loading(bundle, python, findings, runtime)
     if runtime != MLX_LM or has_turboquant(bundle.tensors):
-        who = "no mlx-vlm here" if runtime == MLX_VLM else "neither mlx_lm nor jang_tools"
-        said = f"{who} that loads this layout, so no loader was asked"
-        return [Check("parameters replayed", 0, said, optional=True)]
+        why = "mlx-vlm is not installed"
+        if runtime != MLX_VLM:
+            why = "neither mlx_lm nor jang_tools loads this layout"
+        return [Check("parameters replayed", 0, f"no loader was run: {why}", optional=True)]
     loader = loading.check_loader(python, findings)
     return [loader, *loading.check_loading(bundle, python, findings)]
 
 
 def has_package(python: Path, package: str) -> bool:
-    """True when the toolchain has a package."""
+    """Return whether the toolchain has a package."""
     try:
         return probe(python)["packages"].get(package) is not None
     except UserError:
@@ -67,7 +68,7 @@ def has_package(python: Path, package: str) -> bool:
 
 
 def require_nonempty(checks: list[Check], findings: Findings) -> None:
-    """A check that found nothing to look at is a fault, but for layers that the model lacks."""
+    """Report each check that found nothing to check, unless it is optional."""
     for check in checks:
         if check.number == 0 and not check.optional:
             findings.add("nothing-checked", check.what, "0", "more")

@@ -1,4 +1,4 @@
-"""Level 1: the JSON and text files that steer a conversation, and the labels in config.json."""
+"""Level 1: check stop tokens, sampling defaults, and the labels in config.json."""
 
 from __future__ import annotations
 
@@ -16,58 +16,54 @@ from dsv4.model.special_tokens import STOP_TOKENS, vocabulary
 from dsv4.storage.checkpoint import INDEX, Checkpoint, read_json
 from dsv4.storage.safetensors_file import FLOATS
 from dsv4.text import escape_line, short_repr
-from dsv4.verification.checks.stored_formats import label_at
+from dsv4.verification.checks.stored_formats import LABEL_KEYS, config_labels, label_at, top_label
 from dsv4.verification.report.findings import Check, Findings
 from dsv4.verification.scan import Scan
 
-LABEL = ("group_size", "bits", "mode")
-VMLX_GROUP = 64  # what vMLX 1.6.81 assumes when jang_config.json does not say
+VMLX_GROUP = 64  # the group size that vMLX 1.6.81 assumes without one in jang_config.json
 
 
 def check_code(bundle: Scan, findings: Findings) -> Check:
-    """No key of a JSON file names code that a loader would run."""
-    looked = 0
-    for name, document in bundle.documents.items():
-        if name not in (INDEX, "tokenizer.json"):
-            looked += 1
-            for place, value in code_keys(document):
-                findings.add("config-runs-code", f"{name}: {place}", f"{value!r}", "no such key")
-    return Check("documents without a key that names code", looked)
+    """Check that no key of a JSON file names code that a loader would run."""
+    names = [name for name in bundle.documents if name not in (INDEX, "tokenizer.json")]
+    for name in names:
+        for key, value in code_keys(bundle.documents[name]):
+            findings.add("config-runs-code", f"{name}: {key}", f"{value!r}", "no such key")
+    return Check("documents without a key that names code", len(names))
 
 
 def check_stops(bundle: Scan, findings: Findings) -> Check:
-    """Stop tokens, and jang_config.json's group size."""
+    """Check the stop tokens, and jang_config.json's group size."""
     check_stop_tokens(bundle, findings)
-    jang = bundle.documents.get("jang_config.json")
-    wanted = group_size(bundle)
-    if jang is not None and wanted:
-        found = jang.get("quantization")
-        found = found.get("group_size") if isinstance(found, dict) else None
-        if found not in (
-            wanted,
-            None if names_no_group(bundle) or wanted == VMLX_GROUP else wanted,
-        ):
-            findings.add(
-                "jang-config-group-size",
-                "jang_config.json: quantization.group_size",
-                short_repr(found),
-                f"{wanted}",
-            )
-    elif wanted and "jang_config.json" not in bundle.files:
-        findings.add("jang-config-group-size", "jang_config.json", "no such file", "it")
+    if "jang_config.json" in bundle.documents:
+        if wrong := wrong_jang_group(bundle):
+            where = "jang_config.json: quantization.group_size"
+            findings.add("jang-config-group-size", where, *wrong)
+    elif group_size(bundle) and "jang_config.json" not in bundle.files:
+        findings.add("jang-config-group-size", "jang_config.json", "no such file", "one")
     return Check("files that steer a conversation", len(bundle.documents))
 
 
-def names_no_group(bundle: Scan) -> bool:
-    """True for jang 2.5.50's own jang_config.json, which names no group: vMLX 1.6.81 then goes by
-    labels and shapes, and was right (measured on its 2- and 3-bit bundles of the nano)."""
-    said = bundle.documents.get("jang_config.json", {}).get("quantization")
-    return not bundle.is_ours and isinstance(said, dict) and "routed_experts" in said
+def wrong_jang_group(bundle: Scan) -> tuple[str, str] | None:
+    """Return (found, expected) when vMLX would take another group size than the tensors have.
+
+    The jang_config.json that jang 2.5.50 writes names no group size: vMLX 1.6.81 then uses labels
+    and shapes, and was right (measured on its 2- and 3-bit bundles of the nano model).
+    """
+    quantization = bundle.documents.get("jang_config.json", {}).get("quantization")
+    quantization = quantization if isinstance(quantization, dict) else {}
+    found, expected = quantization.get("group_size"), group_size(bundle)
+    by_jang = not bundle.is_ours and "routed_experts" in quantization
+    if expected in (0, found) or (found is None and (by_jang or expected == VMLX_GROUP)):
+        return None
+    return short_repr(found), f"{expected}"
 
 
 def group_size(bundle: Scan) -> int:
-    """The columns of a group of most of the bundle's affine modules, which vMLX has to know of;
-    0 where it has nothing to know."""
+    """Return the group size of most affine modules, for vMLX's jang_config.json.
+
+    0 where vMLX does not load the bundle, or nothing is affine.
+    """
     if VMLX not in bundle.scheme.runtimes:
         return 0
     if bundle.is_ours:
@@ -78,50 +74,43 @@ def group_size(bundle: Scan) -> int:
 
 
 def check_defaults(bundle: Scan, source: Checkpoint | None, findings: Findings) -> Check:
-    """No document limits answers, or overrides how generation_config.json samples."""
+    """Check that no document limits answers or overrides generation_config.json's sampling."""
     theirs = {name: source_document(source, name) for name in defaults.DOCUMENTS}
     own = bundle.documents.get(defaults.GENERATION, {})
     generation = defaults.reference(own, theirs[defaults.GENERATION])
-    looked = [name for name in defaults.DOCUMENTS if name in bundle.documents]
-    for name in looked:
+    names = [name for name in defaults.DOCUMENTS if name in bundle.documents]
+    for name in names:
         document, original = bundle.documents[name], theirs[name] or {}
-        for holder, place, key in defaults.overrides(name, document, generation, original):
+        for holder, prefix, key in defaults.overrides(name, document, generation, original):
             right = defaults.expected(generation, key)
-            findings.add(
-                "answer-limit" if key in defaults.LIMITS else "sampling-differs",
-                f"{name}: {place}{key}",
-                short_repr(holder[key]),
-                "none" if right is None else f"{short_repr(right)}, by {defaults.GENERATION}",
-            )
-    return Check("documents that could limit answers", len(looked))
+            expected = "none" if right is None else f"{short_repr(right)}, by {defaults.GENERATION}"
+            fault = "answer-limit" if key in defaults.LIMITS else "sampling-differs"
+            findings.add(fault, f"{name}: {prefix}{key}", short_repr(holder[key]), expected)
+    return Check("documents that could limit answers", len(names))
 
 
 def source_document(source: Checkpoint | None, name: str) -> dict[str, Any] | None:
-    """A JSON object of the source's folder; None when there is none."""
+    """Return a JSON object of the source's folder; None without a source or file."""
     path = source.folder / name if source is not None else None
     return read_json(path, FORMS.get(name, {})) if path is not None and path.is_file() else None
 
 
 def stop_token_ids(tokenizer: dict[str, Any]) -> list[int] | None:
-    """The ids of STOP_TOKENS in a parsed tokenizer.json, or None when one is not in it."""
+    """Return the ids of STOP_TOKENS in a parsed tokenizer.json; None when it lacks one."""
     ids = vocabulary(tokenizer)
     found = [ids.get(token) for token in STOP_TOKENS]
     return None if None in found else found
 
 
 def check_stop_tokens(bundle: Scan, findings: Findings) -> None:
-    """Both places that runtimes read hold the ids of end of sentence and <｜User｜>."""
+    """Check that both files that runtimes read hold the ids of end of sentence and <｜User｜>."""
     tokenizer = bundle.documents.get("tokenizer.json")
     if tokenizer is None:
         return
     eos = stop_token_ids(tokenizer)
     if eos is None:
-        findings.add(
-            "tokenizer-missing",
-            "tokenizer.json",
-            f"no {' or '.join(STOP_TOKENS)}",
-            "DeepSeek-V4's tokenizer",
-        )
+        found = f"no {' or '.join(STOP_TOKENS)}"
+        findings.add("tokenizer-missing", "tokenizer.json", found, "DeepSeek-V4's tokenizer")
         return
     for name in ("config.json", "generation_config.json"):
         document = bundle.documents.get(name)
@@ -133,12 +122,13 @@ def check_stop_tokens(bundle: Scan, findings: Findings) -> None:
 
 
 def labels_in_use(bundle: Scan) -> Iterator[tuple[str, str, str]]:
-    """(key in config.json, storage name of a module that is looked up under it, by whom).
+    """Yield (key of `quantization`, storage name of the module that it labels, who looks it up).
 
-    Of a layout with other names, everything that has scales; a stack of experts by its first.
+    A bundle with other names than storage names: every module with scales, once for each stack of
+    experts.
     """
     if bundle.scheme is not STORAGE:
-        yield from paths_in_use(bundle)
+        yield from disk_paths_in_use(bundle)
         return
     for base in bundle.bases:
         block, layer, _, matrix, _ = parse_expert(f"{base}.weight") or ("", 0, 0, "w1", "")
@@ -146,15 +136,18 @@ def labels_in_use(bundle: Scan) -> Iterator[tuple[str, str, str]]:
             yield from zip(switch_paths(layer, matrix), (base, base), RUNTIMES[:2], strict=True)
         yield base, base, RUNTIMES[2]
     if not bundle.is_ours:
-        yield from paths_of_others(bundle)
+        yield from module_paths_in_use(bundle)
     for base in fp8_bases(bundle.tensors):
         names = module_paths(base)
         yield from zip(names, [base] * len(names), RUNTIMES, strict=False)
         yield base, base, RUNTIMES[2]
 
 
-def paths_of_others(bundle: Scan) -> Iterator[tuple[str, str, str]]:
-    """Where mlx_lm looks up what is no routed expert, where the top level may not say it."""
+def module_paths_in_use(bundle: Scan) -> Iterator[tuple[str, str, str]]:
+    """Yield what mlx_lm looks up for modules that are no routed experts, as `labels_in_use`.
+
+    The bundles that this recipe makes need none: their top-level label holds for these modules.
+    """
     top = {"embed": "model.embed", "head": "lm_head"}
     for name in bundle.tensors:
         base, _, part = name.rpartition(".")
@@ -163,20 +156,19 @@ def paths_of_others(bundle: Scan) -> Iterator[tuple[str, str, str]]:
                 yield path, base, MLX_LM
 
 
-def paths_in_use(bundle: Scan) -> Iterator[tuple[str, str, str]]:
-    """The same for a layout that has module paths on disk: a runtime looks them up as they are.
+def disk_paths_in_use(bundle: Scan) -> Iterator[tuple[str, str, str]]:
+    """Yield the same for a bundle with module paths on disk: runtimes look up these paths.
 
-    mlx-vlm also takes a label under a shorter name, and its own path begins with language_model.
+    mlx-vlm also accepts shorter names; its own path begins with language_model.
     """
-    labels = bundle.config.get("quantization")
-    labels = labels if isinstance(labels, dict) else {}
-    seen = set()
+    labels = config_labels(bundle.config)
+    yielded = set()
     for name in bundle.tensors:
         base, _, part = name.rpartition(".")
         path = bundle.scheme.runtime_name(f"{base}.weight") if part == "scales" else None
-        if path is None or path in seen:
+        if path is None or path in yielded:
             continue
-        seen.add(path)
+        yielded.add(path)
         path = path.removesuffix(".weight").removesuffix(".G")
         if MLX_VLM in bundle.scheme.runtimes:
             own = f"language_model.{path.removeprefix('language_model.')}"
@@ -188,44 +180,39 @@ def paths_in_use(bundle: Scan) -> Iterator[tuple[str, str, str]]:
 
 
 def check_labels(bundle: Scan, findings: Findings) -> Check:
-    """The label that each runtime finds for a module is the one that its tensors are stored by."""
+    """Check that the label that each runtime finds for a module fits the module's tensors."""
     labels = bundle.config.get("quantization")
-    if "quantization_config" in bundle.config:
-        if bundle.config["quantization_config"] != labels:
-            findings.add(
-                "label-two-dicts", "config.json", "quantization_config", "quantization alone"
-            )
-        elif bundle.is_ours:
-            findings.add("label-twice", "config.json", "quantization_config", "quantization alone")
+    second = bundle.config.get("quantization_config", labels)
+    if second != labels or ("quantization_config" in bundle.config and bundle.is_ours):
+        name = "label-twice" if second == labels else "label-two-dicts"
+        findings.add(name, "config.json", "quantization_config", "quantization alone")
     bases = {n.rpartition(".")[0] for n in bundle.tensors if n.endswith(".scales")}
     if not isinstance(labels, dict):
         if bases or bundle.is_ours:
-            findings.add(
-                "label-absent", "config.json", f"quantization {short_repr(labels)}", "labels"
-            )
+            found = f"quantization {short_repr(labels)}"
+            findings.add("label-absent", "config.json", found, "labels")
         return Check("labels", 0, "nothing is quantized", optional=not bases)
-    top = {key: labels.get(key) for key in LABEL}
     named = list(labels_in_use(bundle))
     experts = {base for _, base, _ in named}
     if bundle.scheme is STORAGE:
         named += [(base, base, "every runtime") for base in sorted(bases - experts)]
-    seen: set[tuple[str, str]] = set()
+    wrong: set[str] = set()  # 256 experts share a key, which is reported once
     for key, base, runtime in named:
-        found = label_at(bundle, base)
-        if found and found["mode"] == "mxfp4" and "stock-experts" in findings:
-            found = EXPERT  # what requantize will make of them
-        if found is not None and found["mode"] not in (TURBO, SOURCE):
-            judge_label(labels, top, key, found, runtime, seen, findings)
+        stored = label_at(bundle, base)
+        if stored and stored["mode"] == "mxfp4" and "stock-experts" in findings:
+            stored = EXPERT  # the label after requantize
+        if stored is not None and stored["mode"] not in (TURBO, SOURCE) and key not in wrong:
+            right = check_label(labels, key, stored, runtime, findings)
+            wrong |= set() if right else {key}
     known = {key for key, _, _ in named}
-    check_plain(bundle, labels, findings)
-    check_stray(labels, known | aliases_of(named) if not bundle.is_ours else known, findings)
-    lost = dropped_by_unpatched_loader(bundle)
-    said = f"jang 2.5.8 and 2.5.9 drop {lost:,} of them unless make patch_loader mends them"
-    return Check("labels that runtimes look up", len(named), said if lost else "")
+    check_needless_labels(bundle, known if bundle.is_ours else known | aliases_of(named), findings)
+    dropped = dropped_by_unpatched_loader(bundle)
+    note = f"jang 2.5.8 and 2.5.9 drop {dropped:,} of them unless make patch_loader repairs them"
+    return Check("labels that runtimes look up", len(named), note if dropped else "")
 
 
 def aliases_of(named: list[tuple[str, str, str]]) -> set[str]:
-    """Other names under which somebody may look a module of these up."""
+    """Return every name under which a runtime may look up one of these modules."""
     found = set()
     for key, base, _ in named:
         expert = parse_expert(f"{base}.weight")
@@ -235,28 +222,33 @@ def aliases_of(named: list[tuple[str, str, str]]) -> set[str]:
     return found
 
 
-def check_plain(bundle: Scan, labels: dict[str, Any], findings: Findings) -> None:
-    """No label for a module whose tensor is not quantized, in layouts with module paths."""
-    for key, label in labels.items():
-        if is_plain(bundle, key, label):
-            where = f"config.json: quantization[{short_repr(key)}]"
+def check_needless_labels(bundle: Scan, known: set[str], findings: Findings) -> None:
+    """Check that no label is of an unquantized module, or of a module that does not exist."""
+    for key, label in bundle.config["quantization"].items():
+        where = f"config.json: quantization[{short_repr(key)}]"
+        if labels_unquantized(bundle, key, label):
             findings.add("label-for-plain", where, describe_label(label), "none")
+        if key not in known and isinstance(label, dict) and set(LABEL_KEYS) & set(label):
+            findings.add("label-stray", where, "a label", "none")
 
 
-def is_plain(bundle: Scan, key: str, label: Any) -> bool:
-    """True for the label of a module that has a tensor of floats."""
+def labels_unquantized(bundle: Scan, key: str, label: Any) -> bool:
+    """Return whether this is the label of a module with a tensor of floats.
+
+    False for a bundle with storage names, where runtimes accept such a label.
+    """
     if not isinstance(label, dict) or bundle.scheme is STORAGE:
         return False
-    place = bundle.scheme.locate(f"{key}.weight")
-    tensor = place and bundle.tensors.get(place.name.replace(".E.", ".0."))
+    found = bundle.scheme.locate(f"{key}.weight")
+    tensor = found and bundle.tensors.get(found.name.replace(".E.", ".0."))
     return tensor is not None and tensor.dtype in FLOATS
 
 
 def dropped_by_unpatched_loader(bundle: Scan) -> int:
-    """How many labels jang 2.5.8's and 2.5.9's loader would throw away before using them.
+    """Return the number of labels that the loader of jang 2.5.8 and 2.5.9 discards.
 
-    It infers a label for each triple and keeps the config's own only if they disagree nowhere and
-    are as many (jang_tools.load_jangtq, _patch_quant_config_inplace); 5-bit triples it skips.
+    It infers a label for each triple but 5-bit ones, and keeps config.json's labels only if they
+    agree with these and are as many (jang_tools.load_jangtq, _patch_quant_config_inplace).
     """
     labels = bundle.config["quantization"]
     own = {key: label for key, label in labels.items() if isinstance(label, dict)}
@@ -278,48 +270,51 @@ def dropped_by_unpatched_loader(bundle: Scan) -> int:
     return len(own.keys() - inferred.keys())
 
 
-def judge_label(
-    labels: dict[str, Any],
-    top: dict[str, Any],
-    key: str,
-    stored_as: dict[str, Any],
-    runtime: str,
-    seen: set[tuple[str, str]],
-    findings: Findings,
-) -> None:
-    """Compare one label with the tensors; a key that 256 experts share is reported once."""
-    label = labels.get(key, top)
-    if isinstance(label, dict) and label.get("mode") is None:
-        label = {**label, "mode": "affine"}  # MLX's own default
-    copied = stored_as["mode"] != "affine"
-    by_top = copied and label == stored_as and key not in labels and findings.storage
-    if (label == stored_as and not by_top) or (key, "") in seen:
-        return
-    seen.add((key, ""))
+def effective_label(labels: dict[str, Any], key: str) -> dict[str, Any]:
+    """Return the label that a runtime uses for `key`: its own or the top level's.
+
+    MLX takes a label without a mode as affine. {} for a label that is no object.
+    """
+    label = labels.get(key, top_label(labels))
+    if not isinstance(label, dict):
+        return {}
+    return label if label.get("mode") is not None else {**label, "mode": "affine"}
+
+
+def check_label(
+    labels: dict[str, Any], key: str, stored: dict[str, Any], runtime: str, findings: Findings
+) -> bool:
+    """Compare the label that `runtime` finds at `key` with the tensors' label `stored`.
+
+    Returns True when it is right.
+    """
+    label, expected = effective_label(labels, key), describe_label(stored)
+    copied = stored["mode"] != "affine"
     where = f"config.json: quantization[{short_repr(key)}], which {runtime} looks up"
-    if by_top:
-        findings.add("label-at-top-only", where, "none", describe_label(stored_as))
-        return
-    if copied and (not isinstance(label, dict) or label.get("mode") != stored_as["mode"]):
-        found = describe_label(label) if key in labels and isinstance(label, dict) else "none"
-        findings.add("scales-without-label", where, found, describe_label(stored_as))
+    if label == stored:
+        only_at_top = copied and key not in labels and findings.storage
+        if only_at_top:
+            findings.add("label-at-top-only", where, "none", expected)
+        return not only_at_top
+    if copied and label.get("mode") != stored["mode"]:
+        found = describe_label(label) if key in labels and label else "none"
+        findings.add("scales-without-label", where, found, expected)
     if key not in labels:
-        findings.add(
-            "label-missing", where, f"none, so {describe_label(top)}", describe_label(stored_as)
-        )
-    label = label if isinstance(label, dict) else {}
+        found = f"none, so {describe_label(top_label(labels))}"
+        findings.add("label-missing", where, found, expected)
     for part, name in (
         ("bits", "label-bits-wrong"),
         ("mode", "label-mode-wrong"),
         ("group_size", "label-group-wrong"),
     ):
-        if label.get(part) != stored_as[part]:
-            found = label.get(part)
-            findings.add(name, where, f"{part} {_short(found)}", f"{part} {stored_as[part]}")
+        if label.get(part) != stored[part]:
+            found = f"{part} {_short(label.get(part))}"
+            findings.add(name, where, found, f"{part} {stored[part]}")
+    return False
 
 
 def describe_label(label: dict[str, Any]) -> str:
-    """A label for a reader: '4-bit affine, group 32'."""
+    """Return a label as text: '4-bit affine, group 32'."""
     bits, mode, size = (
         escape_line(_short(label.get(key))) for key in ("bits", "mode", "group_size")
     )
@@ -328,13 +323,3 @@ def describe_label(label: dict[str, Any]) -> str:
 
 def _short(value: Any) -> str:
     return value if isinstance(value, str) else short_repr(value)
-
-
-def check_stray(labels: dict[str, Any], known: set[str], findings: Findings) -> None:
-    """No label under a name that no module has."""
-    for key in labels:
-        label = labels[key] if isinstance(labels[key], dict) else {}
-        if key not in known and set(LABEL) & set(label):
-            findings.add(
-                "label-stray", f"config.json: quantization[{short_repr(key)}]", "a label", "none"
-            )

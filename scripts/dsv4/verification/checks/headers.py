@@ -1,7 +1,7 @@
 """Level 1: check index, names, shapes, dtypes and config.json, without reading a tensor.
 
-Every check takes a `Scan` (and the source's `Checkpoint`, where there is one), adds what is wrong
-to the `Findings` and returns how much it looked at. None stops at the first fault.
+Every check takes a `Scan` (and the source's `Checkpoint`, if there is one), adds faults to the
+`Findings`, and returns the number of items that it checked. None stops at the first fault.
 """
 
 from __future__ import annotations
@@ -12,10 +12,7 @@ from itertools import filterfalse
 from typing import Any
 
 from dsv4.errors import UserError
-from dsv4.model.labels import (
-    has_turboquant,
-    label_of,
-)
+from dsv4.model.labels import has_turboquant, label_of
 from dsv4.model.load import block_counts
 from dsv4.model.names import (
     columns_of,
@@ -35,22 +32,32 @@ from dsv4.storage.safetensors_file import FLOATS, Tensor
 from dsv4.storage.system_files import is_system_file
 from dsv4.text import join_some, short_repr
 from dsv4.verification.checks.stored_formats import (
-    FORMS,
+    AFFINE_PARTS,
+    MX_PARTS,
     PARTS,
+    SOURCE_PARTS,
+    TURBOQUANT_PARTS,
     config_label,
+    counterpart_names,
     display_name,
+    label_at,
+    label_from_parts,
     module_parts,
     shape_of,
-    stored_label,
-    wanted_keys,
 )
 from dsv4.verification.report.findings import Check, Findings
 from dsv4.verification.scan import Scan
 
 VISION = ("vision_tower", "vision_model", "visual", "multi_modal_projector", "mm_projector")
-MARKS = ("requantize_layout", "requantize_source", "requantize_quantizer", "requantize_table")
-# What the stages write into config.json; everything else must be the source's.
-OURS = {
+# Metadata of shards with requantized experts.
+METADATA_KEYS = (
+    "requantize_layout",
+    "requantize_source",
+    "requantize_quantizer",
+    "requantize_table",
+)
+# Fields of config.json that the stages write; all others must be the source's.
+WRITTEN_FIELDS = {
     "quantization",
     "quantization_config",
     "requantize",
@@ -62,8 +69,8 @@ OURS = {
     "rope_parameters",
     "transformers_version",
 }
-# What no runtime computes by, and other tools leave out or write anew.
-THEIRS = {"torch_dtype", "dtype", "use_cache", "architectures", "initializer_range"}
+# Fields that no runtime computes with; other tools drop or rewrite them.
+UNUSED_FIELDS = {"torch_dtype", "dtype", "use_cache", "architectures", "initializer_range"}
 COUNTS = (
     "num_hidden_layers",
     "n_routed_experts",
@@ -76,32 +83,33 @@ COUNTS = (
 
 
 def check_index(bundle: Scan, findings: Findings) -> Check:
-    """Index and shards name the same tensors, each once, and no other shard lies beside them."""
+    """Check that index and shards name the same tensors, each once, and that no shard is extra."""
     checkpoint = bundle.checkpoint
     holders: dict[str, list[str]] = {}
     for file, shard in checkpoint.shards.items():
         for name in shard.tensors:
             holders.setdefault(name, []).append(file)
     for name, file in checkpoint.weight_map.items():
-        at = holders.get(name)
-        if at is None and name not in bundle.unread:
+        files = holders.get(name)
+        if files is None and name not in bundle.unread:
             findings.add("index-entry-dangling", f"{INDEX}: {name}", "no such tensor", f"in {file}")
-        elif at is not None and file not in at:
-            findings.add("index-entry-wrong", f"{INDEX}: {name}", file, at[0])
-    for name, at in holders.items():
+        elif files is not None and file not in files:
+            findings.add("index-entry-wrong", f"{INDEX}: {name}", file, files[0])
+    for name, files in holders.items():
         if name not in checkpoint.weight_map:
-            findings.add("index-entry-missing", f"{at[0]}: {name}", "no entry", f"one in {INDEX}")
-        if len(at) > 1:
-            findings.add("tensor-twice", name, " and ".join(at), "one shard")
-    check_strangers(bundle, findings)
+            where = f"{files[0]}: {name}"
+            findings.add("index-entry-missing", where, "no entry", f"one in {INDEX}")
+        if len(files) > 1:
+            findings.add("tensor-twice", name, " and ".join(files), "one shard")
+    check_extra_files(bundle, findings)
     note = f"{len(checkpoint.shards)} shards"
     if junk := [file for file in bundle.files if is_system_file(file)]:
         note += f"; ignored, as runtimes do: {join_some(junk)}"
     return Check("tensors where the index says", len(holders), note)
 
 
-def check_strangers(bundle: Scan, findings: Findings) -> None:
-    """No safetensors file that the index does not name, and nothing half-written."""
+def check_extra_files(bundle: Scan, findings: Findings) -> None:
+    """Report safetensors files that the index lacks, half-written files, and large files."""
     named = set(bundle.checkpoint.weight_map.values())
     for file in filterfalse(is_system_file, bundle.files):
         if file.startswith(".") and file.endswith(TEMPORARY_SUFFIX):
@@ -116,77 +124,77 @@ def check_strangers(bundle: Scan, findings: Findings) -> None:
 
 
 def quantizer_of(bundle: Scan) -> dict[str, str]:
-    """What the shards' metadata say of the requantization: MARKS → value; {} for a stock bundle.
+    """Return what the shards record of the quantizer: METADATA_KEYS → value; {} without a record.
 
-    A shard without experts may keep the mark of an earlier quantizer: it was not written again.
+    Shards with experts come first: one without may keep the record of an earlier quantizer.
     """
-    marked = [s for s in bundle.checkpoint.shards.values() if MARKS[0] in s.metadata]
-    with_experts = (s for s in marked if any(map(is_expert, s.tensors)))
-    for shard in itertools.chain(with_experts, marked):
-        return {key: shard.metadata.get(key, "") for key in MARKS}
+    recorded = [s for s in bundle.checkpoint.shards.values() if METADATA_KEYS[0] in s.metadata]
+    with_experts = (s for s in recorded if any(map(is_expert, s.tensors)))
+    for shard in itertools.chain(with_experts, recorded):
+        return {key: shard.metadata.get(key, "") for key in METADATA_KEYS}
     return {}
 
 
-def check_marks(bundle: Scan, findings: Findings) -> Check:
-    """All shards with routed experts were made of one source by one quantizer, or none was.
+def check_metadata(bundle: Scan, findings: Findings) -> Check:
+    """Check that all shards with experts record one source and quantizer, or none does.
 
-    The quantizer mxfp4 leaves stock shards alone: they hold the source's bytes and have no mark.
+    The quantizer mxfp4 keeps stock shards, which hold the source's bytes and have no record.
     """
-    marks = {}
+    records = {}
     for file, shard in bundle.checkpoint.shards.items():
         if any(map(is_expert, shard.tensors)):
-            marks[file] = tuple(shard.metadata.get(key) for key in MARKS)
-    if quantizer_properties(quantizer_of(bundle).get("requantize_quantizer")).accepts_stock:
-        marks = {file: mark for file, mark in marks.items() if any(mark)}
-    usual = Counter(marks.values()).most_common(1)
-    for file, mark in marks.items():
-        if usual and mark != usual[0][0]:
-            findings.add("marks-mixed", file, f"{mark}", f"{usual[0][0]} as in most shards")
+            records[file] = tuple(shard.metadata.get(key) for key in METADATA_KEYS)
     name = quantizer_of(bundle).get("requantize_quantizer")
-    said = f"quantizer {name or 'not recorded'}"
-    return Check("shards with experts", len(marks), said, optional=not bundle.is_ours)
+    if quantizer_properties(name).accepts_stock:
+        records = {file: record for file, record in records.items() if any(record)}
+    usual = max(records.values(), key=Counter(records.values()).__getitem__, default=())
+    for file, record in records.items():
+        if record != usual:
+            findings.add("marks-mixed", file, f"{record}", f"{usual} as in most shards")
+    note = f"quantizer {name or 'not recorded'}"
+    return Check("shards with experts", len(records), note, optional=not bundle.is_ours)
 
 
 def check_layout(bundle: Scan, findings: Findings) -> Check:
-    """The tensors' names are those of one layout; what no layout has is named."""
-    seen, layout = bundle.view.recognized, bundle.scheme
-    for other, names in seen.others.items():
-        where = f"{names[0]}, as {other} has it"
+    """Check that the tensors' names belong to one naming scheme; report names of no scheme."""
+    scheme, layout = bundle.view.recognized, bundle.scheme
+    for other, names in scheme.others.items():
+        where, expected = f"{names[0]}, as {other} has it", f"those of {layout.name}"
         findings.add("layout-mixed", where, f"{len(names):,} such names",
-                     f"those of {layout.name}, which {seen.known:,} have", len(names))  # fmt: skip
-    if seen.known <= len(bundle.checkpoint.tensors) // 2:
-        names = seen.unknown or [name for of in seen.others.values() for name in of]
-        findings.add("layout-unknown", join_some(names), f"{len(names):,} names that nobody knows",
-                     f"a known layout; the nearest, {layout.name}, has {seen.known:,} of them",
+                     f"{expected}, which {scheme.known:,} have", len(names))  # fmt: skip
+    if scheme.known <= len(bundle.checkpoint.tensors) // 2:
+        names = scheme.unknown or list(itertools.chain.from_iterable(scheme.others.values()))
+        findings.add("layout-unknown", join_some(names), f"{len(names):,} unknown names",
+                     f"a known layout; the nearest, {layout.name}, has {scheme.known:,} of them",
                      max(1, len(names)))  # fmt: skip
     for name, why in bundle.view.odd.items():
         fault = "tensor-twice" if why.startswith("also") else "shape-wrong"
         findings.add(fault, name, why, "what its layout calls for")
-    return Check("tensors by the names of their layout", seen.known, describe_layout(bundle))
+    return Check("tensors by the names of their layout", scheme.known, describe_layout(bundle))
 
 
 def describe_layout(bundle: Scan) -> str:
-    """The layout in words, and what is left out or added as makers of bundles do."""
-    said = [f"{bundle.scheme.name} ({bundle.scheme.who})"]
+    """Return the naming scheme as text, with MTP, vision tower and experts left out or added."""
+    notes = [f"{bundle.scheme.name} ({bundle.scheme.who})"]
     has_mtp = any(mtp_layer(name) is not None for name in bundle.tensors)
     if not has_mtp and bundle.config.get("num_nextn_predict_layers"):
-        said.append("MTP left out")
-    seen = [name for name in bundle.view.recognized.unknown if is_vision(name)]
-    if seen:
-        said.append(f"a vision tower of {len(seen):,} tensors, not judged")
-    fewer = pruned(bundle)
+        notes.append("MTP left out")
+    vision = [name for name in bundle.view.recognized.unknown if is_vision(name)]
+    if vision:
+        notes.append(f"a vision tower of {len(vision):,} tensors, not checked")
+    fewer = pruned_layers(bundle)
     if fewer:
-        said.append(f"{len(fewer)} layers with fewer experts, the least {min(fewer.values())}")
-    return "; ".join(said)
+        notes.append(f"{len(fewer)} layers with fewer experts, the least {min(fewer.values())}")
+    return "; ".join(notes)
 
 
 def is_vision(name: str) -> bool:
-    """True for a tensor of a vision tower, or of what joins it to the model."""
-    return any(part in name.split(".") for part in VISION)
+    """Return whether a tensor belongs to a vision tower or its projector."""
+    return any(module in name.split(".") for module in VISION)
 
 
-def pruned(bundle: Scan) -> dict[int, int]:
-    """Layer → its number of experts, where it has fewer than config.json counts."""
+def pruned_layers(bundle: Scan) -> dict[int, int]:
+    """Return layer → number of experts, of layers with fewer than config.json counts."""
     counts = Counter(
         one[1] for base in bundle.bases
         if (one := parse_expert(f"{base}.weight")) and one[0] == "layers" and one[3] == "w1"
@@ -196,18 +204,18 @@ def pruned(bundle: Scan) -> dict[int, int]:
 
 
 def check_experts(bundle: Scan, findings: Findings) -> list[Check]:
-    """Every routed expert that is called for is there; main layers and MTP apart."""
+    """Check that the routed experts are those that config.json counts, in main and MTP layers."""
     tensors, unread, bases = bundle.tensors, bundle.unread, bundle.bases
     for base in bases:
-        ways = (f"{base}.weight", f"{base}.tq_packed")
-        disk = bundle.view.name_on_disk(ways[0])
-        if not any(way in tensors or way in unread for way in ways) and disk not in unread:
+        names = (f"{base}.weight", f"{base}.tq_packed")
+        disk = bundle.view.name_on_disk(names[0])
+        if not any(name in tensors or name in unread for name in names) and disk not in unread:
             findings.add("expert-missing", display_name(bundle, base), "no weight", "one")
     known = set(bases)
     for name in tensors:
         if parse_expert(name) and name.rpartition(".")[0] not in known:
-            more = f"{len(bases):,} matrices, by config.json and routers"
-            findings.add("expert-extra", display_name(bundle, name), "beyond the counts", more)
+            expected = f"{len(bases):,} matrices, by config.json and routers"
+            findings.add("expert-extra", display_name(bundle, name), "beyond the counts", expected)
     main = sum(base.startswith("layers.") for base in bases)
     return [
         Check("routed-expert matrices in the main layers", main),
@@ -216,32 +224,37 @@ def check_experts(bundle: Scan, findings: Findings) -> list[Check]:
 
 
 def check_triples(bundle: Scan, findings: Findings) -> Check:
-    """Every quantized module has its parts, and they fit each other."""
-    tensors, unread = bundle.tensors, bundle.unread
-    parts: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
+    """Check that every quantized module has all its parts, and that they fit each other."""
+    modules: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in bundle.tensors.items():
         base, _, part = name.rpartition(".")
         if part in PARTS[1:] or tensor.dtype == "U32":
-            parts.setdefault(base, {})[part] = tensor
-    for base, has in parts.items():
-        if any(f"{base}.{part}" in unread for part in ("weight", "scales", "biases")):
+            modules.setdefault(base, {})[part] = tensor
+    for base, parts in modules.items():
+        if any(f"{base}.{part}" in bundle.unread for part in AFFINE_PARTS):
             continue
-        if bundle.scheme is STORAGE and "tq_packed" not in has and "scale" not in has:
-            check_triple(base, has, bundle.config, findings)
-        elif stored_label(module_parts(bundle, base), columns_of(base, bundle.config)) is None:
-            shown = ", ".join(f"{part} {t.dtype} {list(t.shape)}" for part, t in has.items())
-            whole = any(set(has) | {"weight"} >= set(form) for form in FORMS)
-            name = "triple-misfit" if whole else "triple-incomplete"
-            findings.add(name, display_name(bundle, base), shown, "the parts of one mode")
-    return Check("quantized modules", len(parts), optional=not bundle.is_ours)
+        if bundle.scheme is STORAGE and "tq_packed" not in parts and "scale" not in parts:
+            check_triple(base, parts, bundle.config, findings)
+        elif label_at(bundle, base) is None:
+            sets = (AFFINE_PARTS, MX_PARTS, TURBOQUANT_PARTS, SOURCE_PARTS)
+            complete = any({*parts, "weight"} >= set(needed) for needed in sets)
+            name = "triple-misfit" if complete else "triple-incomplete"
+            where = display_name(bundle, base)
+            findings.add(name, where, describe_parts(parts), "the parts of one mode")
+    return Check("quantized modules", len(modules), optional=not bundle.is_ours)
+
+
+def describe_parts(parts: dict[str, Tensor]) -> str:
+    """Return a module's tensors as text: 'weight U32 [8, 128], scales F16 [8, 32]'."""
+    return ", ".join(f"{part} {t.dtype} {list(t.shape)}" for part, t in parts.items())
 
 
 def check_triple(
-    base: str, has: dict[str, Tensor], config: dict[str, Any], findings: Findings
+    base: str, parts: dict[str, Tensor], config: dict[str, Any], findings: Findings
 ) -> None:
-    """One module: affine (weight, scales, biases), or MXFP4 (weight, U8 scales) under its label."""
-    weight, scales, biases = (has.get(part) for part in ("weight", "scales", "biases"))
-    shown = ", ".join(f"{part} {t.dtype} {list(t.shape)}" for part, t in has.items())
+    """Check one module: affine (weight, scales, biases), or MXFP4 and FP8 (weight, U8 scales)."""
+    weight, scales, biases = (parts.get(part) for part in AFFINE_PARTS)
+    shown = describe_parts(parts)
     exponents = scales is not None and scales.dtype in ("U8", "F8_E8M0")
     if exponents and biases is not None:
         findings.add("u8-scales-beside-biases", base, shown, "F16 scales")
@@ -253,12 +266,12 @@ def check_triple(
             findings.add("triple-misfit", base, shown, "4 or 8 bits × 32 columns a scale")
     elif weight is None or scales is None or biases is None:
         findings.add("triple-incomplete", base, shown or "nothing", "weight, scales and biases")
-    elif stored_label(has, columns_of(base, config)) is None:
+    elif label_from_parts(parts, columns_of(base, config)) is None:
         findings.add("triple-misfit", base, shown, "U32 weight, scales and biases of one group")
 
 
 def check_controls(bundle: Scan, findings: Findings) -> Check:
-    """Control tensors are F32."""
+    """Check that control tensors are F32."""
     controls = [t for name, t in bundle.tensors.items() if is_control(name)]
     for tensor in controls:
         if tensor.dtype != "F32":
@@ -268,22 +281,22 @@ def check_controls(bundle: Scan, findings: Findings) -> Check:
 
 
 def check_counterparts(bundle: Scan, source: Checkpoint, findings: Findings) -> Check:
-    """Every source tensor has its counterpart of the right kind and shape, and nothing is extra."""
-    tensors, called_for = bundle.tensors, set(bundle.bases)
-    wanted: set[str] = set()
+    """Check that each source tensor has a counterpart of its shape, and that no tensor is extra."""
+    tensors, bases = bundle.tensors, set(bundle.bases)
+    expected: set[str] = set()
     for name, tensor in source.tensors.items():
         what, base = kind(name), name.removesuffix(".weight")
         left_out = name.startswith("mtp.") and not bundle.has_mtp
-        if what == "scale" or left_out or (what == "expert" and base not in called_for):
+        if what == "scale" or left_out or (what == "expert" and base not in bases):
             continue
-        keys = wanted_keys(bundle, name, what)
-        wanted |= {f"{base}.{part}" for part in PARTS} if what == "expert" else set(keys)
-        for key in keys:
+        counterparts = counterpart_names(bundle, name, what)
+        expected |= {f"{base}.{part}" for part in PARTS} if what == "expert" else {*counterparts}
+        for key in counterparts:
             if key not in tensors and not {key, bundle.view.name_on_disk(key)} & bundle.unread:
                 where = display_name(bundle, key)
                 findings.add("tensor-missing", where, "not there", f"the counterpart of {name}")
         check_counterpart(bundle, tensor, what, findings)
-    for name in sorted({*(set(tensors) - wanted), *bundle.view.recognized.unknown}):
+    for name in sorted({*(set(tensors) - expected), *bundle.view.recognized.unknown}):
         if not is_vision(name):
             where = display_name(bundle, name)
             findings.add("tensor-extra", where, "no such tensor in the source", "none")
@@ -291,7 +304,10 @@ def check_counterparts(bundle: Scan, source: Checkpoint, findings: Findings) -> 
 
 
 def check_counterpart(bundle: Scan, origin: Tensor, what: str, findings: Findings) -> None:
-    """Shape and dtype of what a bundle makes of one source tensor."""
+    """Check shape and dtype of the counterpart of one source tensor.
+
+    what: the tensor's treatment, as `kind` returns it.
+    """
     base = origin.name.removesuffix(".weight")
     tensor = bundle.tensors.get(origin.name) or bundle.tensors.get(f"{base}.tq_packed")
     if tensor is None:
@@ -299,9 +315,9 @@ def check_counterpart(bundle: Scan, origin: Tensor, what: str, findings: Finding
     shape = origin.shape
     if what in ("expert", "matrix", "head"):
         columns = shape[-1] * (2 if what == "expert" else 1) if shape else 0
-        label = stored_label(module_parts(bundle, base), columns)
+        label = label_from_parts(module_parts(bundle, base), columns)
         if label is None and tensor.dtype not in FLOATS:
-            return  # reported with the triples
+            return  # `check_triples` reports it
         shape = (*shape[:-1], columns)
         found = tensor.shape if label is None else shape_of(tensor, label, columns)
     else:
@@ -309,44 +325,42 @@ def check_counterpart(bundle: Scan, origin: Tensor, what: str, findings: Finding
     if found != shape and not is_pruned_router(bundle, origin.name, found, shape):
         where = display_name(bundle, tensor.name)
         findings.add("shape-wrong", where, f"{list(found)}", f"{list(shape)}")
-    whole = origin.dtype not in (*FLOATS, "F64")
-    fits = (origin.dtype, *(("I32", "I64") if not bundle.is_ours else ())) if whole else FLOATS
-    if what == "passthrough" and tensor.dtype not in fits:
-        expected = origin.dtype if whole else "F16"
+    integers = origin.dtype not in (*FLOATS, "F64")
+    allowed = FLOATS
+    if integers:
+        allowed = (origin.dtype,) if bundle.is_ours else (origin.dtype, "I32", "I64")
+    if what == "passthrough" and tensor.dtype not in allowed:
+        expected = origin.dtype if integers else "F16"
         findings.add("dtype-wrong", display_name(bundle, tensor.name), tensor.dtype, expected)
 
 
 def is_pruned_router(
     bundle: Scan, name: str, found: tuple[int, ...], shape: tuple[int, ...]
 ) -> bool:
-    """True for a router with a row for each expert of a layer that has fewer than the source's."""
+    """Return whether this is the router of a pruned layer, with one row for each expert left."""
     rows = found[0] if name.endswith((".ffn.gate.weight", ".ffn.gate.bias")) and found else 0
-    return rows in pruned(bundle).values() and (rows, *shape[1:]) == found
+    return rows in pruned_layers(bundle).values() and (rows, *shape[1:]) == found
 
 
 def check_config(bundle: Scan, source: Checkpoint | None, findings: Findings) -> Check:
-    """config.json's counts are numbers, and what describes the model is the source's."""
+    """Check that config.json's counts are numbers, and that its fields are the source's."""
     config = bundle.config
     for key in COUNTS:
         value = config.get(key)
         if first_mismatch(value, int) or value < 1:
-            findings.add(
-                "config-broken", f"config.json: {key}", short_repr(value), "a whole number"
-            )
+            where = f"config.json: {key}"
+            findings.add("config-broken", where, short_repr(value), "a whole number")
     if "config-broken" not in findings:
         try:
             block_counts(bundle.view)
         except UserError as stop:
-            findings.add("config-broken", "config.json", f"{stop}", "counts of a model")
+            findings.add("config-broken", "config.json", f"{stop}", "a model's counts")
     if source is None:
         return Check("fields of config.json", len(COUNTS))
-    keys = set(source.config) - OURS - (set() if bundle.is_ours else THEIRS)
+    keys = set(source.config) - WRITTEN_FIELDS - (set() if bundle.is_ours else UNUSED_FIELDS)
     for key in sorted(keys):
         if config.get(key) != source.config[key]:
-            findings.add(
-                "config-differs",
-                f"config.json: {key}",
-                short_repr(config.get(key)),
-                f"{short_repr(source.config[key])} as in the source",
-            )
+            expected = f"{short_repr(source.config[key])} as in the source"
+            where = f"config.json: {key}"
+            findings.add("config-differs", where, short_repr(config.get(key)), expected)
     return Check("fields of config.json as in the source", len(keys))

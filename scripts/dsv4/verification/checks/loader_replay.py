@@ -1,15 +1,14 @@
-"""Let the toolchain's own loaders load a bundle's headers, and say what each parameter would get.
+"""Run the toolchain's own loaders on a bundle's headers, and report what each parameter receives.
 
-Runs in the toolchain's Python, on a folder with the bundle's JSON and with shards that have the
-right headers and only holes behind them. Nothing is replayed by imitation: mlx_lm's `load_model`
-and jang_tools' `load_jangtq_model`, or mlx-vlm's `load_model` for a layout that these two do not
-load, run themselves, build the module tree (MLX arrays are lazy, so
-no memory is taken), rename and stack, look the labels up and swap modules in. Only the last step,
-`load_weights`, is replaced: it compares what was handed over with what the modules compute with.
+Runs in the toolchain's Python, on a folder with the bundle's JSON and sparse shards with the right
+headers. The real loaders run: mlx_lm's `load_model` and jang_tools' `load_jangtq_model`, or
+mlx-vlm's `load_model` for bundles that these two do not load. They build the module tree (MLX
+arrays are lazy, so no memory is allocated), rename and stack tensors, look labels up and replace
+modules. Only the last step, `load_weights`, is replaced: it compares the tensors that it receives
+with the parameters of the modules.
 
 Writes one JSON object to --out: loader → {"error"} or {"parameters", "unfed", "unused", "misfit"}.
-Nothing is removed, wherever standard input comes from: only verify, which makes the folder, asks
-for that.
+Removes no file, unless run with --end-with-parent, as verify does with its temporary folder.
 
     PYTHONPATH=scripts .venv/bin/python -m dsv4.verification.checks.loader_replay --folder DIR
     --out FILE.json
@@ -31,7 +30,7 @@ from dsv4.toolchain.hide_torchvision import hide
 
 
 class BuiltModel(Exception):
-    """Raised in place of `load_weights`: the model as built, and the tensors meant for it."""
+    """Raised in place of `load_weights`: the model as built, and the tensors for it."""
 
     def __init__(self, model: Any, weights: Any) -> None:
         super().__init__()
@@ -39,29 +38,25 @@ class BuiltModel(Exception):
 
 
 def dtype_kind(array: Any) -> str:
-    """'float', 'packed' (uint32), 'byte' (uint8: MXFP4's exponents) or 'integer'."""
+    """Return 'float', 'packed' (uint32), 'byte' (uint8: MXFP4's exponents) or 'integer'."""
     name = str(array.dtype).rpartition(".")[2]
     named = {"uint32": "packed", "uint8": "byte"}
     return named.get(name, "float" if "float" in name else "integer")
 
 
-def is_ignored(name: str) -> bool:
-    """jang 2.5.9 declares attn_sink in a shape that no checkpoint has, and never reads it."""
-    return name.endswith(".attn_sink")
-
-
 def compare_parameters(model: Any, weights: dict[str, Any]) -> dict[str, Any]:
-    """Parameters that get nothing, tensors that lead nowhere, and pairs that do not fit."""
+    """Return parameters without a tensor, tensors without a parameter, and pairs that misfit."""
     from mlx.utils import tree_flatten
 
     parameters = dict(tree_flatten(model.parameters()))
     misfit = []
     for name in sorted(set(parameters) & set(weights)):
-        wanted, given = parameters[name], weights[name]
-        same = wanted.shape == given.shape or is_ignored(name)
-        if not same or dtype_kind(wanted) != dtype_kind(given):
-            shown = [f"{dtype_kind(a)} {list(a.shape)}" for a in (given, wanted)]
-            misfit.append([name, *shown])
+        pair = weights[name], parameters[name]
+        same = pair[0].shape == pair[1].shape
+        # jang 2.5.9 declares attn_sink in a shape that no checkpoint has, and never reads it.
+        same |= name.endswith(".attn_sink")
+        if not same or dtype_kind(pair[0]) != dtype_kind(pair[1]):
+            misfit.append([name, *(f"{dtype_kind(a)} {list(a.shape)}" for a in pair)])
     return {
         "parameters": len(parameters),
         "unfed": sorted(set(parameters) - set(weights)),
@@ -71,19 +66,18 @@ def compare_parameters(model: Any, weights: dict[str, Any]) -> dict[str, Any]:
 
 
 def replay_loader(load: Callable[[], Any]) -> dict[str, Any]:
-    """Run a loader up to the point where it hands its tensors over."""
+    """Run a loader until it calls `load_weights`, and compare; {"error"} if it fails before."""
     try:
         load()
-    except BuiltModel as handed:
-        return compare_parameters(handed.model, dict(handed.weights))
-    except Exception as error:  # whatever a loader raises is the answer
+    except BuiltModel as built:
+        return compare_parameters(built.model, dict(built.weights))
+    except Exception as error:  # whatever a loader raises is the result
         return {"error": f"{type(error).__name__}: {error}"}
     return {"error": "it never called load_weights"}
 
 
 def loaders(folder: Path, runtime: str) -> dict[str, Callable[[], Any]]:
-    """mlx_lm's loader, which looks labels up, and jang_tools', which may edit them before; or
-    mlx-vlm's."""
+    """Return name → loader: mlx_lm's, and jang_tools' if it edits labels first; or mlx-vlm's."""
     if runtime == MLX_VLM:
         hide()
         from mlx_vlm import utils
@@ -102,14 +96,14 @@ def loaders(folder: Path, runtime: str) -> dict[str, Callable[[], Any]]:
     return found
 
 
-def answers(folder: Path, runtime: str) -> dict[str, dict[str, Any]]:
-    """Loader → what came of it. For good, `load_weights` hands over and loads nothing."""
+def replay_loaders(folder: Path, runtime: str) -> dict[str, dict[str, Any]]:
+    """Return loader → its result. Replaces `load_weights` for the rest of the process."""
     import mlx.nn as nn
 
-    def hand_over(self: Any, weights: Any, strict: bool = True) -> None:
+    def raise_built_model(self: Any, weights: Any, strict: bool = True) -> None:
         raise BuiltModel(self, weights)
 
-    nn.Module.load_weights = hand_over
+    nn.Module.load_weights = raise_built_model
     with contextlib.redirect_stdout(sys.stderr):
         return {name: replay_loader(load) for name, load in loaders(folder, runtime).items()}
 
@@ -125,8 +119,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.end_with_parent:
         end_with_parent(args.folder.parent)
-    found = answers(args.folder, args.runtime)
-    args.out.write_text(json.dumps(found), encoding="utf-8")
+    results = replay_loaders(args.folder, args.runtime)
+    args.out.write_text(json.dumps(results), encoding="utf-8")
     return 0
 
 

@@ -1,8 +1,8 @@
-"""Level 1: run the installed loaders on a bundle's headers, to see that every parameter is fed.
+"""Level 1: check that the installed loaders give every parameter a tensor that fits.
 
-`write_headers_only` writes the bundle's JSON, and shards that have its headers and sparse data: a
-180 GB bundle takes the size of its headers on disk. loader_replay.py runs the real loaders on that
-folder, in the toolchain's Python.
+`write_headers_only` writes the bundle's JSON, and shards with its headers and sparse data: for a
+180 GB bundle some 30 MB on disk. loader_replay.py runs the real loaders on that folder, in the
+toolchain's Python.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dsv4.model.configs import known_fields
 from dsv4.model.naming_schemes import MLX_LM
 from dsv4.storage import own_folders
 from dsv4.storage.checkpoint import INDEX, read_json
-from dsv4.storage.safetensors_file import Shard, TensorSpec, header_bytes
+from dsv4.storage.safetensors_file import TensorSpec, header_bytes
 from dsv4.toolchain import child_process
 from dsv4.toolchain.patches import DEFAULT, patch_state, read_patch, read_python
 from dsv4.toolchain.python_env import environment_with_dsv4, probe
@@ -28,13 +28,13 @@ REPLAY = "dsv4.verification.checks.loader_replay"
 LIMIT = 300  # seconds; the headers of 180 GB take some ten
 NAMES = [str]
 PARAMETERS = {"parameters": int, "unfed": NAMES, "unused": NAMES, "misfit": [NAMES]}
-ANSWERS = {str: ({"error": str}, PARAMETERS)}
+RESULTS = {str: ({"error": str}, PARAMETERS)}
 
 
 def write_headers_only(bundle: Scan, folder: Path) -> None:
-    """Write what loaders read into `folder`: configuration, index, shards without their data.
+    """Write the files that loaders read into `folder`: configuration, index, shards without data.
 
-    Of config.json only the fields that are known: no key that names code reaches a loader.
+    config.json keeps only known fields, so that no key that names code reaches a loader.
     """
     documents = {"config.json": known_fields(bundle.config)}
     documents[INDEX] = {"weight_map": bundle.checkpoint.weight_map}
@@ -43,23 +43,18 @@ def write_headers_only(bundle: Scan, folder: Path) -> None:
     for name, content in documents.items():
         (folder / name).write_text(json.dumps(content), encoding="utf-8")
     for file, shard in bundle.checkpoint.shards.items():
-        write_sparse_shard(folder / file, shard)
-
-
-def write_sparse_shard(path: Path, shard: Shard) -> None:
-    """A shard of the same header and length whose data is a hole."""
-    slots = [TensorSpec(t.name, t.dtype, t.shape) for t in shard.tensors.values()]
-    header = header_bytes(slots, {"format": "mlx"})
-    with path.open("wb") as file:
-        file.write(header)
-        file.truncate(len(header) + sum(slot.nbytes for slot in slots))
+        specs = [TensorSpec(t.name, t.dtype, t.shape) for t in shard.tensors.values()]
+        header = header_bytes(specs, {"format": "mlx"})
+        with (folder / file).open("wb") as sparse:
+            sparse.write(header)
+            sparse.truncate(len(header) + sum(spec.nbytes for spec in specs))
 
 
 def run_loader_replay(python: Path, bundle: Scan, runtime: str) -> dict[str, dict[str, Any]]:
-    """Return loader → its answer. Raises UserError when loader_replay.py gives none."""
+    """Return loader → its result. Raises UserError when loader_replay.py writes none."""
     with tempfile.TemporaryDirectory(prefix="hollow-") as folder:
         own_folders.make_own(Path(folder))  # if this process is killed, the child removes it
-        out, log = Path(folder) / "answer.json", Path(folder) / "log"
+        out, log = Path(folder) / "results.json", Path(folder) / "log"
         target = Path(folder) / "bundle"
         target.mkdir()
         write_headers_only(bundle, target)
@@ -68,36 +63,36 @@ def run_loader_replay(python: Path, bundle: Scan, runtime: str) -> dict[str, dic
                    "--runtime", runtime, "--end-with-parent"]  # fmt: skip
         status = child_process.run_child(command, environment_with_dsv4(), log, LIMIT, what)
         if status or not out.is_file():
-            raise UserError(what, child_process.last_log_line(log), "an answer", "make check")
-        return read_json(out, ANSWERS)
+            raise UserError(what, child_process.last_log_line(log), "a result", "make check")
+        return read_json(out, RESULTS)
 
 
 def check_loading(
     bundle: Scan, python: Path, findings: Findings, runtime: str = MLX_LM
 ) -> list[Check]:
-    """Every parameter of the module tree that each loader builds receives a tensor that fits."""
+    """Check that every parameter that a loader builds receives a tensor that fits."""
     try:
-        answers = run_loader_replay(python, bundle, runtime)
+        results = run_loader_replay(python, bundle, runtime)
     except UserError as stop:
         findings.add("loader-not-checked", f"{python}", f"{stop}", "the loaders there")
         return [Check("parameters replayed", 0)]
     checks = []
-    for loader, answer in answers.items():
-        if "error" in answer:
-            findings.add("loader-fails", loader, answer["error"], "a loaded model")
-        for name in answer.get("unfed", []):
+    for loader, result in results.items():
+        if "error" in result:
+            findings.add("loader-fails", loader, result["error"], "a loaded model")
+        for name in result.get("unfed", []):
             findings.add("loader-parameter-unfed", f"{loader}: {name}", "no tensor", "one")
-        for name in answer.get("unused", []):
+        for name in result.get("unused", []):
             findings.add("loader-tensor-unused", f"{loader}: {name}", "no parameter", "one")
-        for name, *said in answer.get("misfit", []):
-            found, expected = [*said, "", ""][:2]
+        for name, *pair in result.get("misfit", []):
+            found, expected = [*pair, "", ""][:2]
             findings.add("loader-parameter-misfit", f"{loader}: {name}", found, expected)
-        checks.append(Check(f"parameters fed by {loader}", answer.get("parameters", 0)))
+        checks.append(Check(f"parameters fed by {loader}", result.get("parameters", 0)))
     return checks
 
 
 def loader_states(python: Path) -> dict[str, str]:
-    """Patch target → 'pristine', 'patched', 'not needed' or 'unknown', of the toolchain's files.
+    """Return patch target → 'pristine', 'patched', 'not needed' or 'unknown', of the toolchain.
 
     Raises UserError when the toolchain has no jang_tools.
     """
@@ -109,14 +104,13 @@ def loader_states(python: Path) -> dict[str, str]:
         if not patch.concerns_this_machine:
             continue
         file = Path(jang).parent / patch.target
-        states[patch.target] = (
-            patch_state(read_python(file), patch) if file.is_file() else "not needed"
-        )
+        found = patch_state(read_python(file), patch) if file.is_file() else "not needed"
+        states[patch.target] = found
     return states
 
 
 def check_loader(python: Path, findings: Findings) -> Check:
-    """The installed loader is patched, or does not need to be."""
+    """Check that the installed loader is patched, or does not need to be."""
     try:
         states = loader_states(python)
     except UserError as stop:
@@ -126,5 +120,5 @@ def check_loader(python: Path, findings: Findings) -> Check:
         if found in ("pristine", "unknown"):
             name = "loader-unpatched" if found == "pristine" else "loader-unknown"
             findings.add(name, target, found, "patched, or not needed")
-    said = ", ".join(f"{Path(target).name} {found}" for target, found in states.items())
-    return Check("loader files", len(states), said)
+    note = ", ".join(f"{Path(target).name} {found}" for target, found in states.items())
+    return Check("loader files", len(states), note)

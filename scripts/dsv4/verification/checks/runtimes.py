@@ -1,9 +1,8 @@
-"""Which runtime, in which versions, needs what: the one table of it.
+"""The table of the supported runtimes: versions, patches, and requirements on a bundle.
 
-A row is a stack that `make matrix` builds from scripts/stacks/NAME.txt and measures (README.md
-there). From the same rows `make check` tells what an installed toolchain means for the
-user, and `make inspect` and the model card tell which runtime will load a bundle. A new version is
-a new requirements file and a new line here.
+`make matrix` builds each row from scripts/stacks/NAME.txt and measures it (README.md there). `make
+check` recognizes an installed toolchain by the rows; `make inspect` and the model card say which
+runtimes load a bundle. A new version is a new requirements file and a new row.
 """
 
 from __future__ import annotations
@@ -17,17 +16,17 @@ from dsv4.model.naming_schemes import RUNTIMES
 from dsv4.model.quantizer_table import quantizers_with
 from dsv4.toolchain.python_env import LONG_PROMPTS, ROOT
 from dsv4.verification.checks.runtime_requirements import (
-    Need,
-    as_stamped,
-    chat_template,
-    controls,
-    encoding,
-    expert_labels_for,
-    jang_groups,
-    no_fp8,
-    no_turbo,
-    plain_head,
-    stop_ids,
+    Requirement,
+    false_turboquant_mark,
+    fp8_matrices,
+    missing_encoding,
+    missing_template,
+    quantized_head,
+    rounded_controls,
+    turboquant_experts,
+    wrong_group_size,
+    wrong_label_for,
+    wrong_stop_ids_in,
 )
 from dsv4.verification.report.findings import Findings
 from dsv4.verification.scan import Scan
@@ -41,10 +40,10 @@ Versions = Mapping[str, str | None]  # package → version, None when it is not 
 class Stack:
     """One row.
 
-    name: the matrix' own; runtime: what a user calls it; requirements: the pinned file; how:
-    logits.py's way into the runtime; served: by vMLX's server, else asked through generate.py;
-    patches: applied to its jang_tools; needs: what a bundle must have for it; env: variables that
-    make it compute what transformers does; but: where it computes otherwise all the same.
+    name: in the matrix; runtime: the name for users; requirements: the pinned file; how: the
+    --how of logits.py; served: queried through vMLX's server, else through generate.py; patches:
+    applied to its jang_tools; needs: requirements on a bundle; env: variables that make it compute
+    as transformers does; but: where its results differ from transformers' nevertheless.
     """
 
     name: str
@@ -53,28 +52,34 @@ class Stack:
     how: str
     served: bool
     patches: tuple[str, ...]
-    needs: tuple[Need, ...]
+    needs: tuple[Requirement, ...]
     env: Mapping[str, str] = field(default_factory=dict)
     but: str = ""
 
     @cached_property
     def packages(self) -> dict[str, str]:
-        """The versions that identify it: of vmlx, jang, mlx and mlx-lm; of mlx-vlm without vmlx."""
+        """The pinned versions of vmlx (without it: mlx-vlm), jang, mlx and mlx-lm."""
         text = (FOLDER / f"{self.requirements}.txt").read_text(encoding="utf-8")
         pins = dict(re.findall(r"^([\w-]+)(?:\[\w+\])?==([\w.]+)", text, re.MULTILINE))
         names = ("vmlx" if "vmlx" in pins else "mlx-vlm", "jang", "mlx", "mlx-lm")
         return {name: pins[name] for name in names if name in pins}
 
 
-OLD = (expert_labels_for(RUNTIMES[0]), stop_ids("config.json"), chat_template, no_fp8)
-NEW = (expert_labels_for(RUNTIMES[2]), controls, encoding, jang_groups, as_stamped)
-VLM = (expert_labels_for(RUNTIMES[1]), stop_ids("generation_config.json"), plain_head, no_turbo)
-LM = (expert_labels_for(RUNTIMES[0]), stop_ids("generation_config.json"), no_turbo)
+OLD = (
+    wrong_label_for(RUNTIMES[0]), wrong_stop_ids_in("config.json"), missing_template, fp8_matrices,
+)  # fmt: skip
+NEW = (
+    wrong_label_for(RUNTIMES[2]), rounded_controls, missing_encoding, wrong_group_size,
+    false_turboquant_mark,
+)  # fmt: skip
+STOP_IDS = wrong_stop_ids_in("generation_config.json")
+VLM = (wrong_label_for(RUNTIMES[1]), STOP_IDS, quantized_head, turboquant_experts)
+LM = (wrong_label_for(RUNTIMES[0]), STOP_IDS, turboquant_experts)
 
-OLD_MODEL = "its model has no attention sinks and mixes streams transposed; STACK=new has not"
-BLOCKS = "while decoding, blocks of 4 tokens forget the block before them"
+OLD_MODEL = "its model has no attention sinks and mixes streams transposed; STACK=new is right"
+BLOCKS = "while decoding, blocks of 4 tokens do not see the block before them"
 
-# Of rows with the same versions the first one tells how the stack is meant to be used.
+# Of rows with the same versions the first one is recommended.
 STACKS = (
     Stack("old", "vMLX 1.3.97, loader patched", "old", "loader", True, (LOADER, MODEL), OLD,
           but=OLD_MODEL),
@@ -93,18 +98,18 @@ STACKS = (
 
 @dataclass(frozen=True)
 class Failure:
-    """Versions that are known not to work; `quantizers` and `metal` narrow it where they are set.
+    """Versions that are known to fail; quantizers, metal: only with these (empty, None: always).
 
-    fatal: no doubt about it, so that nothing is begun with them.
+    fatal: stages refuse to start with them.
     """
 
     packages: Versions
-    because: str
+    reason: str
     quantizers: tuple[str, ...] = ()
     metal: bool | None = None
     fatal: bool = False
 
-    def holds(self, versions: Versions, metal: bool, quantizer: str) -> bool:
+    def applies_to(self, versions: Versions, metal: bool, quantizer: str) -> bool:
         return (
             all(versions.get(name) == version for name, version in self.packages.items())
             and (not self.quantizers or quantizer in self.quantizers)
@@ -127,23 +132,21 @@ FAILURES = (
             "install jang"),
 )  # fmt: skip
 
-# ---------------------------------------------------------------- what is installed, in one line
-
 
 def recognize_stack(
     versions: Versions, pending: tuple[str, ...] = (), metal: bool = False, quantizer: str = "mlx"
 ) -> tuple[bool, str]:
-    """(True when it works, one line for the user) of an installed toolchain.
+    """Return (True when it works, one line for the user) for an installed toolchain.
 
     pending: names of the patches that its jang_tools still lacks.
 
     >>> recognize_stack({"vmlx": "1.6.81", "jang": "2.5.50", "mlx": "0.32.4", "mlx-lm": "0.31.3"})
     (True, 'vMLX 1.6.81: works')
     """
-    failure = next((f for f in FAILURES if f.holds(versions, metal, quantizer)), None)
+    failure = next((f for f in FAILURES if f.applies_to(versions, metal, quantizer)), None)
     shown = ", ".join(f"{name} {version}" for name, version in identity(versions).items())
     if failure is not None:
-        return False, f"{shown or 'no runtime'}: known to fail because {failure.because}"
+        return False, f"{shown or 'no runtime'}: known to fail because {failure.reason}"
     row = next((row for row in STACKS if row.packages == identity(versions, row)), None)
     if row is None:
         return False, f"{shown}: unknown version: run `make selftest`; {nearest_row(versions)}"
@@ -153,15 +156,15 @@ def recognize_stack(
 
 
 def refusal_reason(versions: Versions, quantizer: str) -> str:
-    """Why these versions are not to be tried with that quantizer's bundles; "" when they may be."""
-    failures = (f for f in FAILURES if f.fatal and f.holds(versions, False, quantizer))
-    return next((f.because for f in failures), "")
+    """Return why stages refuse these versions for a quantizer's bundles; "" if they do not."""
+    failures = (f for f in FAILURES if f.fatal and f.applies_to(versions, False, quantizer))
+    return next((f.reason for f in failures), "")
 
 
 def identity(versions: Versions, row: Stack | None = None) -> dict[str, str]:
-    """Those of the versions that a row is known by; `row` leaves out what it does not pin.
+    """Return the versions by which rows are recognized; with `row`, only packages that it pins.
 
-    A toolchain with vmlx is never taken for one without, whatever else lies in it.
+    vmlx always counts: a toolchain with vmlx is not one without.
     """
     names = ["vmlx" if versions.get("vmlx") else "mlx-vlm", "jang", "mlx", "mlx-lm"]
     if row is not None:
@@ -170,23 +173,21 @@ def identity(versions: Versions, row: Stack | None = None) -> dict[str, str]:
 
 
 def nearest_row(versions: Versions) -> str:
-    """The row that agrees with most of the versions, and where it does not."""
+    """Return the row that agrees with most of the versions, and the versions that differ."""
     here = identity(versions)
 
-    def likeness(row: Stack) -> tuple[bool, bool, int]:
+    def similarity(row: Stack) -> tuple[bool, bool, int]:
         server = next(iter(row.packages))
         same = sum(here.get(name) == version for name, version in row.packages.items())
         return ("vmlx" in here) == (server == "vmlx"), server in here, same
 
-    row = max(STACKS, key=likeness)
+    row = max(STACKS, key=similarity)
     other = [f"{name} {version}" for name, version in row.packages.items()
              if versions.get(name) != version]  # fmt: skip
     return f"nearest known: {row.runtime.partition(',')[0]} ({', '.join(other)})"
 
 
-# --------------------------------------------------------------- which runtime will load a bundle
-
-# Faults that a row's needs judge for each runtime; any other error stops them all.
+# Faults that the rows' requirements decide runtime by runtime; any other error stops all runtimes.
 BY_RUNTIME = (
     "label-", "scales-without-label", "eos-", "chat-template", "special-token", "encoding-",
     "controls-", "jang-config-", "generation-",
@@ -194,12 +195,12 @@ BY_RUNTIME = (
 
 
 def runtime_verdicts(bundle: Scan | None, findings: Findings) -> dict[str, str]:
-    """Runtime → "" when it will load the bundle, else why not."""
+    """Return runtime → "" when it will load the bundle, else why not."""
     fatal = [f.name for f in findings.errors if not f.name.startswith(BY_RUNTIME)]
     needs = {row.runtime: row.needs for row in STACKS if row.needs}
     if bundle is None or fatal:
         return dict.fromkeys(needs, ", ".join(fatal) or "no bundle")
     return {
-        runtime: "; ".join(filter(None, (need(bundle) for need in needed)))
-        for runtime, needed in needs.items()
+        runtime: "; ".join(filter(None, (requirement(bundle) for requirement in requirements)))
+        for runtime, requirements in needs.items()
     }

@@ -1,10 +1,10 @@
-"""What goes with TurboQuant's tensors: documents, the first shard, the sidecar.
+"""Level 1: check the files that TurboQuant needs beside its tensors.
 
 vMLX 1.6.81 finds stacks of experts only if one lies in the first of the shards model-*.safetensors;
-else it goes on without a word, and the experts keep their start values. It takes signs by
-jang_config.json's mxtq_seed, and tells the kind of bundle from weight_format and mxtq_bits. vMLX in
-Swift reads signs and levels from jangtq_runtime.safetensors.
-(jang_tools.load_jangtq, `_hydrate_dsv4_jangtq_streaming`, 2.5.50.)
+otherwise it reports no error, and the experts keep their initial values. It seeds the signs with
+jang_config.json's mxtq_seed, and recognizes a TurboQuant bundle by weight_format and mxtq_bits
+(jang_tools.load_jangtq, `_hydrate_dsv4_jangtq_streaming`, 2.5.50). vMLX in Swift reads signs and
+levels from the sidecar, jangtq_runtime.safetensors.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ PACKED = ".tq_packed"
 
 
 def stack_formats(bundle: Scan) -> dict[tuple[int, int], int]:
-    """(columns, bits) → how many matrices of experts have that form."""
+    """Return (columns, bits) → number of expert matrices stored so."""
     bases = (name.removesuffix(PACKED) for name in bundle.tensors if name.endswith(PACKED))
     found = ((columns_of(base, bundle.config), label_at(bundle, base)) for base in bases)
     return Counter((columns, label["bits"]) for columns, label in found if label)
 
 
 def check_turboquant_files(bundle: Scan, findings: Findings) -> list[Check]:
-    """Documents say what the tensors are, and runtimes find the stacks; [] without TurboQuant."""
+    """Check the documents, and that the first shard holds a stack; [] without TurboQuant."""
     if not has_turboquant(bundle.tensors):
         return []
     stacks = [n for n in bundle.checkpoint.tensors if parse_stack(n) and n.endswith(PACKED)]
@@ -49,57 +49,56 @@ def check_turboquant_files(bundle: Scan, findings: Findings) -> list[Check]:
         findings.add("turbo-stack-hidden", stacks[0], f"it in {where}", f"one in {first}")
     for name in DOCUMENTS:
         document = bundle.documents.get(name, {})
-        for key, wanted in wrong_keys(document, bundle).items():
-            where = f"{name}: {key}"
-            findings.add(
-                "turbo-config-wrong", where, short_repr(document.get(key)), short_repr(wanted)
-            )
+        for key, expected in corrected_keys(document, bundle).items():
+            found = short_repr(document.get(key))
+            findings.add("turbo-config-wrong", f"{name}: {key}", found, short_repr(expected))
     if bundle.is_ours and SIDECAR not in bundle.files:
         findings.add("turbo-sidecar-wrong", SIDECAR, "no such file", "signs and levels")
-    return [Check("documents that tell of TurboQuant", len(DOCUMENTS))]
+    return [Check("documents that describe TurboQuant", len(DOCUMENTS))]
 
 
-def wrong_keys(document: dict[str, Any], bundle: Scan) -> dict[str, Any]:
-    """The keys of config.json or jang_config.json that say another form than the tensors have, and
-    what they should say; a key that is not there says nothing wrong. None of a bundle that has no
-    TurboQuant."""
+def corrected_keys(document: dict[str, Any], bundle: Scan) -> dict[str, Any]:
+    """Return the keys of config.json or jang_config.json that contradict the tensors → right value.
+
+    A missing key contradicts nothing. {} for a bundle without TurboQuant.
+    """
     if not has_turboquant(bundle.tensors):
         return {}
-    wanted: dict[str, Any] = {}
+    right: dict[str, Any] = {}
     if document.get("weight_format", TURBO) != TURBO:
-        wanted["weight_format"] = TURBO
+        right["weight_format"] = TURBO
     if document.get("mxtq_seed", SEED) != SEED:
-        wanted["mxtq_seed"] = SEED
+        right["mxtq_seed"] = SEED
     counts: Counter[int] = Counter()
     for (_, bits), number in stack_formats(bundle).items():
         counts[bits] += number
     widths = document.get("mxtq_bits")
     widths = widths if isinstance(widths, dict) else {}
-    said = [*counts]  # compared by ==: a stranger's value may be a list
-    if said and widths.get("routed_expert", said[0]) not in said:
+    stored = [*counts]  # a list compares by ==: an untrusted value may not be hashable
+    if stored and widths.get("routed_expert", stored[0]) not in stored:
         usual = counts.most_common(1)[0][0]
-        wanted["mxtq_bits"] = {**widths, "routed_expert": usual}
-    return wanted
+        right["mxtq_bits"] = {**widths, "routed_expert": usual}
+    return right
 
 
 def check_sidecar(bundle: Scan, findings: Findings) -> list[Check]:
-    """The sidecar's signs and levels are those by which the codes were judged."""
+    """Check that the sidecar's signs and levels are those that level 2 decodes the codes with."""
     if SIDECAR not in bundle.files or not has_turboquant(bundle.tensors):
         return []
-    wanted = {}
+    expected = {}
     for columns, bits in stack_formats(bundle):
-        wanted[f"signs.{columns}.{SEED}"] = rotation_signs(columns)
-        wanted[f"codebook.{columns}.{bits}"] = codebook(columns, bits)
+        expected[f"signs.{columns}.{SEED}"] = rotation_signs(columns)
+        expected[f"codebook.{columns}.{bits}"] = codebook(columns, bits)
     try:
         tensors = read_shard(bundle.checkpoint.folder / SIDECAR).tensors
     except UserError as stop:
         findings.add("turbo-sidecar-wrong", SIDECAR, f"{stop}", "signs and levels")
         return []
-    for name, array in wanted.items():
+    for name, array in expected.items():
         tensor = tensors.get(name)
         if tensor is None or (tensor.dtype, tensor.shape) != ("F32", array.shape):
             found = f"{tensor.dtype} {list(tensor.shape)}" if tensor else "no such tensor"
             findings.add("turbo-sidecar-wrong", f"{SIDECAR}: {name}", found, f"F32 {array.shape}")
         elif not np.allclose(read_array(tensor), array, rtol=1e-5, atol=0):
             findings.add("turbo-sidecar-wrong", f"{SIDECAR}: {name}", "other numbers", "its own")
-    return [Check("signs and codebooks in the sidecar", len(wanted))]
+    return [Check("signs and codebooks in the sidecar", len(expected))]

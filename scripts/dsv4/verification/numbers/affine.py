@@ -1,7 +1,7 @@
 """Compare affine modules: bounds on every weight, and the bytes of the quantizer or MLX's formula.
 
-Rows whose bytes are the quantizer's own need no decoding where every case of their exponents was
-checked before (case_table.py). All other rows are decoded, and one block of every tensor always is.
+Rows whose bytes equal the quantizer's need no decoding if case_table.py checked every case of their
+exponents. All other rows are decoded, and so is one block of every tensor.
 """
 
 from __future__ import annotations
@@ -16,11 +16,7 @@ from dsv4.quantization.formats import Quantizer
 from dsv4.quantization.imatrix import normalized
 from dsv4.storage.tensor_reader import TensorReader
 from dsv4.verification.numbers.affine_block import AffineBlock
-from dsv4.verification.numbers.case_table import (
-    check_cases,
-    count_exact_groups,
-    count_zeros,
-)
+from dsv4.verification.numbers.case_table import check_cases, count_exact_groups, count_zeros
 from dsv4.verification.numbers.tasks import Task, TensorResult
 from dsv4.verification.numbers.tolerances import Tolerance, tolerance_for
 
@@ -28,10 +24,10 @@ RUN_BLOCKS = 8  # blocks of rows whose bytes are compared at one time
 
 
 class AffineComparer:
-    """Compares affine modules, in any thread; the cases of the quantizer are checked once.
+    """Compares affine modules, in any thread; checks the quantizer's cases once.
 
-    recorded: name of the quantizer that the shards record; quantizer: None where its bytes cannot
-    be made again here.
+    recorded: name of the quantizer that the shards record; quantizer: None if its bytes cannot be
+    recomputed.
     """
 
     def __init__(self, recorded: str | None, quantizer: Quantizer | None) -> None:
@@ -54,8 +50,8 @@ class AffineComparer:
         out, columns = task.origin.shape[0], task.columns
         rows = max(1, block_weights // columns)
         sample = zlib.crc32(task.base.encode()) % -(-out // rows) * rows
-        cuts = {*range(0, out, RUN_BLOCKS * rows), sample, min(out, sample + rows), out}
-        for first, last in pairwise(sorted(cuts)):
+        limits = {*range(0, out, RUN_BLOCKS * rows), sample, min(out, sample + rows), out}
+        for first, last in pairwise(sorted(limits)):
             by_bytes = quantizer is not None and first != sample
             if by_bytes and self._compare_bytes(task, reader, first, last, result):
                 continue
@@ -63,25 +59,25 @@ class AffineComparer:
                 block = AffineBlock(task, reader, row, min(last, row + rows), columns)
                 if not block.check_source(result):
                     return
-                block.bounds(result, tolerance)
+                block.check_bounds(result, tolerance)
                 if quantizer:
-                    block.recompute(result, quantizer, importance)
+                    block.check_bytes(result, quantizer, importance)
                 else:
-                    block.formula(result)
+                    block.check_formula(result)
         check_rms(result, tolerance)
 
     def _compare_bytes(
         self, task: Task, reader: TensorReader, first: int, last: int, result: TensorResult
     ) -> bool:
-        """Count rows of checked cases that hold the quantizer's own bytes; False for others."""
+        """Count rows that hold the quantizer's bytes, of checked cases; return False for others."""
         exponents = reader.rows(task.scale, first, last)
         if not self._cases.holds[exponents].all():
             return False
         codes = reader.rows(task.origin, first, last)
         stored = {part: reader.rows(tensor, first, last) for part, tensor in task.parts.items()}
-        made = {part: np.empty_like(data) for part, data in stored.items()}
-        stats = self._quantizer.encode(codes, exponents, made)
-        if not all(np.array_equal(made[part], data) for part, data in stored.items()):
+        expected = {part: np.empty_like(data) for part, data in stored.items()}
+        stats = self._quantizer.encode(codes, exponents, expected)
+        if not all(np.array_equal(expected[part], data) for part, data in stored.items()):
             return False
         result.recomputed = True
         result.numbers += 2 * len(codes)
@@ -97,10 +93,10 @@ class AffineComparer:
 
 
 def check_rms(result: TensorResult, tolerance: Tolerance) -> None:
-    """Check a whole tensor's error, where its bytes were not found right or nothing may err."""
-    sure = result.exact == result.groups and tolerance.rms > 0
-    if not sure and result.relative > tolerance.rms:
-        result.fault(
+    """Check a whole tensor's error, unless its bytes are right and the quantizer is lossy."""
+    bytes_suffice = result.exact == result.groups and tolerance.rms > 0
+    if not bytes_suffice and result.relative > tolerance.rms:
+        result.add_fault(
             f"{result.what}-imprecise",
             "whole tensor",
             f"relative RMS {result.relative:.3%}",

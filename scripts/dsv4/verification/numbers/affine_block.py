@@ -1,7 +1,7 @@
-"""One block of rows of an affine module, decoded and compared with its source.
+"""Decode one block of rows of an affine module and compare it with its source.
 
-`bounds` holds every weight to the quantizer's tolerance. `recompute` compares the bytes with those
-that the recorded quantizer gives; `formula`, where there is no record, with MLX's formula.
+`check_bounds` holds every weight to the quantizer's tolerance. `check_bytes` compares the bytes
+with those that the recorded quantizer gives; `check_formula`, without a record, with MLX's formula.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dsv4.verification.numbers.tolerances import Tolerance
 
 
 class AffineBlock:
-    """Some rows of an affine module: source values, levels, scales and biases, decoded."""
+    """Rows `first` to `last` - 1 of an affine module: source values, levels, scales and biases."""
 
     def __init__(
         self, task: Task, reader: TensorReader, first: int, last: int, columns: int
@@ -36,150 +36,142 @@ class AffineBlock:
         self.rounding = kernels.ROUNDING[dtype]
         kernels.unpack(self.stored["weight"], self.bits, self.levels)
 
-    def check_source(self, outcome: TensorResult) -> bool:
-        """False, with a fault, when the source itself holds NaN."""
+    def check_source(self, result: TensorResult) -> bool:
+        """Report a source that holds NaN; return False for one."""
         expert = self.task.what == "expert"  # FP4 has no NaN but its exponent's
         if (self.exponents == 255).any() or not (expert or np.isfinite(self.values).all()):
-            outcome.fault("source-broken", f"rows from {self.first}", "NaN", "numbers")
+            result.add_fault("source-broken", f"rows from {self.first}", "NaN", "numbers")
             return False
         return True
 
     def weight_index(self, weight: int) -> str:
-        """Where in the tensor the weight with this index in the block lies."""
+        """Return the row, group and column of the weight with this index in the block."""
         row, column = divmod(int(weight), self.columns)
         return f"row {self.first + row}, group {column // self.size}, column {column}"
 
-    def bounds(self, outcome: TensorResult, tolerance: Tolerance) -> None:
-        """Hold every weight to the tolerance."""
-        counts, energy, error, worst = kernels.bounds(
+    def check_bounds(self, result: TensorResult, tolerance: Tolerance) -> None:
+        """Compare every decoded weight with the source, and report those beyond the tolerance."""
+        counts, energy, error, worst = kernels.check_bounds(
             self.values, self.levels, self.scales, self.biases, self.bits, *self.rounding, self.size
         )
-        outcome.numbers += len(self.values)
-        outcome.energy += energy
-        outcome.error += error
-        outcome.zeros += int(counts[kernels.ZEROS])
-        outcome.zeros_lost += int(counts[kernels.LOST_ZEROS])
-        outcome.lossless += int(counts[kernels.EXACT_GROUPS])
-        if worst > outcome.worst:
-            outcome.worst, outcome.worst_at = worst, self.weight_index(counts[kernels.WORST_AT])
-        self._report_bound(outcome, tolerance, counts, worst)
+        result.numbers += len(self.values)
+        result.energy += energy
+        result.error += error
+        result.zeros += int(counts[kernels.ZEROS])
+        result.zeros_lost += int(counts[kernels.LOST_ZEROS])
+        result.lossless += int(counts[kernels.EXACT_GROUPS])
+        if worst > result.worst:
+            result.worst, result.worst_at = worst, self.weight_index(counts[kernels.WORST_AT])
+        self._report_bounds(result, tolerance, counts, worst)
 
-    def _report_bound(
-        self, outcome: TensorResult, tolerance: Tolerance, counts: np.ndarray, worst: float
+    def _report_bounds(
+        self, result: TensorResult, tolerance: Tolerance, counts: np.ndarray, worst: float
     ) -> None:
-        prefix = "expert" if outcome.what == "expert" else "module"
+        expert = result.what == "expert"
         if counts[kernels.BAD_NUMBER]:
             group = int(counts[kernels.FIRST_BAD_NUMBER]) // self.size
-            outcome.fault(
-                "nan-or-inf",
-                self.weight_index(group * self.size),
-                f"scale {self.scales[group]}, bias {self.biases[group]}",
-                "numbers",
-            )
-        if tolerance.zeros and counts[kernels.LOST_ZEROS] and prefix == "expert":
+            found = f"scale {self.scales[group]}, bias {self.biases[group]}"
+            where = self.weight_index(group * self.size)
+            result.add_fault("nan-or-inf", where, found, "numbers")
+        if tolerance.zeros and counts[kernels.LOST_ZEROS] and expert:
             start = int(counts[kernels.FIRST_LOST])
             at = start + int(np.argmax((self.values == 0)[start : start + self.size]))
-            outcome.fault("zeros-lost", self.weight_index(at), f"{self._decoded(at):.4g}", "0")
+            result.add_fault("zeros-lost", self.weight_index(at), f"{self._decoded(at):.4g}", "0")
         if tolerance.nearest and counts[kernels.NOT_NEAREST]:
             at = self._farthest(int(counts[kernels.FIRST_NOT_NEAREST]))
-            name = "expert-level-wrong" if prefix == "expert" else "module-differs"
-            outcome.fault(
-                name,
-                self.weight_index(at),
-                f"level {self.levels[at]} = {self._decoded(at):.4g}",
-                f"the level nearest {self.values[at]:.4g}",
-            )
+            name = "expert-level-wrong" if expert else "module-differs"
+            found = f"level {self.levels[at]} = {self._decoded(at):.4g}"
+            expected = f"the level nearest {self.values[at]:.4g}"
+            result.add_fault(name, self.weight_index(at), found, expected)
         if worst > tolerance.steps * 1.001:
             at = self._farthest(int(counts[kernels.WORST_AT]))
-            name = "expert-beyond-bound" if prefix == "expert" else "module-differs"
-            outcome.fault(
-                name,
-                self.weight_index(at),
-                f"{self._decoded(at):.4g}, off by {worst:.2f} steps",
-                f"{self.values[at]:.4g} within {tolerance.steps:g}",
-            )
+            name = "expert-beyond-bound" if expert else "module-differs"
+            found = f"{self._decoded(at):.4g}, off by {worst:.2f} steps"
+            expected = f"{self.values[at]:.4g} within {tolerance.steps:g}"
+            result.add_fault(name, self.weight_index(at), found, expected)
 
     def _decoded(self, at: int) -> float:
         group = at // self.size
         return float(self.levels[at] * self.scales[group] + self.biases[group])
 
     def _farthest(self, start: int) -> int:
-        """The weight of a group that is farthest from the source."""
+        """Return the index of the weight farthest from the source, in the group from `start` on."""
         group = slice(start, start + self.size)
         at = start // self.size
         decoded = self.levels[group] * self.scales[at] + self.biases[at]
         return start + int(np.argmax(np.abs(decoded - self.values[group])))
 
-    def formula(self, outcome: TensorResult) -> None:
-        """Compare with MLX's formula; what differs is judged over the whole bundle, later."""
-        counts = kernels.formula(
+    def check_formula(self, result: TensorResult) -> None:
+        """Compare with MLX's formula; `aggregate.report_groups` decides about differences."""
+        counts = kernels.check_formula(
             self.values, self.levels, self.scales, self.biases, self.bits, *self.rounding, self.size
         )
-        outcome.groups += len(self.scales)
-        outcome.exact += int(counts[kernels.EXACT])
-        outcome.fragile += int(counts[kernels.FRAGILE])
-        outcome.explained += int(counts[kernels.EXPLAINED])
-        outcome.wrong += int(counts[kernels.WRONG])
+        result.groups += len(self.scales)
+        result.exact += int(counts[kernels.EXACT])
+        result.fragile += int(counts[kernels.FRAGILE])
+        result.explained += int(counts[kernels.EXPLAINED])
+        result.wrong += int(counts[kernels.WRONG])
         for places, first in (
-            (outcome.wrong_places, kernels.FIRST_WRONG),
-            (outcome.explained_places, kernels.FIRST_EXPLAINED),
+            (result.wrong_places, kernels.FIRST_WRONG),
+            (result.explained_places, kernels.FIRST_EXPLAINED),
         ):
             if counts[first] != kernels.NONE and not places:
                 places.append(self._difference(int(counts[first])))
 
     def _difference(self, group: int) -> tuple[str, str, str]:
-        """(where, found, expected) of a group that is not what the formula gives."""
+        """Return (where, found, expected) of a group that differs from MLX's formula."""
         span = slice(self.size * group, self.size * (group + 1))
-        scale, bias, levels = kernels.expected_group(self.values[span], self.bits)
-        where = self.weight_index(self.size * group)
+        *numbers, levels = kernels.expected_group(self.values[span], self.bits)
         dtype = self.task.parts["scales"].dtype
-        for part, given, value in (
-            ("scale", self.scales[group], scale),
-            ("bias", self.biases[group], bias),
-        ):
-            wanted = as_float32(round_to_dtype(np.array([value], np.float32), dtype), dtype)[0]
-            if given != wanted:
-                return where, f"{part} {given:.6g}", f"{part} {wanted:.6g}"
-        column = int(np.argmax(levels != self.levels[span]))
-        found = f"level {self.levels[span][column]} in its column {column}"
-        return where, found, f"level {levels[column]}"
+        rounded = as_float32(round_to_dtype(np.array(numbers, np.float32), dtype), dtype)
+        found = self.scales[group], self.biases[group]
+        for part, value, expected in zip(("scale", "bias"), found, rounded, strict=True):
+            if value != expected:
+                where = self.weight_index(self.size * group)
+                return where, f"{part} {value:.6g}", f"{part} {expected:.6g}"
+        return self._level_difference(group, levels)
 
-    def recompute(
-        self, outcome: TensorResult, quantizer: Quantizer, importance: np.ndarray | None
+    def _level_difference(self, group: int, levels: np.ndarray) -> tuple[str, str, str]:
+        """Return (where, found, expected) of a group whose levels should be `levels`."""
+        stored = self.levels[self.size * group : self.size * (group + 1)]
+        column = int(np.argmax(levels != stored))
+        found = f"level {stored[column]} in its column {column}"
+        return self.weight_index(self.size * group), found, f"level {levels[column]}"
+
+    def check_bytes(
+        self, result: TensorResult, quantizer: Quantizer, importance: np.ndarray | None
     ) -> None:
-        """Quantize the source rows again and compare bytes; importance: of the columns, usable."""
+        """Quantize the source rows again and compare bytes.
+
+        importance: of the columns, normalized; None without an imatrix.
+        """
         parts = {part: np.empty(len(data), np.uint8) for part, data in self.stored.items()}
-        outcome.recomputed = True
-        outcome.groups += len(self.scales)
+        result.recomputed = True
+        result.groups += len(self.scales)
         try:
             quantizer.encode(self.codes, self.exponents, parts, importance)
         except BadGroup as bad:
-            outcome.fault(
-                "source-broken", self.weight_index(bad.group * GROUP), bad.found, bad.expected
-            )
+            where = self.weight_index(bad.group * GROUP)
+            result.add_fault("source-broken", where, bad.found, bad.expected)
             return
         wrong = np.zeros(len(self.scales), bool)
         for part, data in self.stored.items():
             if not np.array_equal(parts[part], data):
-                odd = (parts[part] != data).reshape(len(self.scales), -1).any(axis=1)
+                differing = (parts[part] != data).reshape(len(self.scales), -1).any(axis=1)
                 if not wrong.any():
-                    outcome.wrong_places.append(
-                        self._first_difference(part, int(np.argmax(odd)), parts[part])
-                    )
-                wrong |= odd
-        outcome.wrong += int(wrong.sum())
-        outcome.exact += int((~wrong).sum())
+                    group = int(np.argmax(differing))
+                    result.wrong_places.append(self._byte_difference(part, group, parts[part]))
+                wrong |= differing
+        result.wrong += int(wrong.sum())
+        result.exact += int((~wrong).sum())
 
-    def _first_difference(self, part: str, group: int, right: np.ndarray) -> tuple[str, str, str]:
-        """(where, found, expected) of a group whose `part` differs from the recomputed one."""
-        where = self.weight_index(group * self.size)
+    def _byte_difference(self, part: str, group: int, right: np.ndarray) -> tuple[str, str, str]:
+        """Return (where, found, expected) of a group whose `part` differs from `right`."""
         if part != "weight":
+            where = self.weight_index(group * self.size)
             dtype = self.task.parts[part].dtype
             values = [as_float32(data, dtype)[group] for data in (self.stored[part], right)]
             return where, f"{part} {values[0]:.6g}", f"{part} {values[1]:.6g}"
         levels = np.empty_like(self.levels)
         kernels.unpack(right, self.bits, levels)
-        span = slice(group * self.size, (group + 1) * self.size)
-        column = int(np.argmax(levels[span] != self.levels[span]))
-        found = f"level {self.levels[span][column]} in its column {column}"
-        return where, found, f"level {levels[span][column]}"
+        return self._level_difference(group, levels[group * self.size : (group + 1) * self.size])

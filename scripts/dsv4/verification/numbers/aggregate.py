@@ -13,33 +13,36 @@ from dsv4.verification.numbers.compare_all import Numbers
 from dsv4.verification.numbers.tasks import TensorResult
 from dsv4.verification.report.findings import Check, Findings
 
-# A tool with another formula gets groups wrong in every tensor; a fault, in one or a few.
+# Share of wrong groups in the median tensor above which the tool used another formula. A fault
+# affects one tensor or a few.
 OTHER_FORMULA = 0.01
-# A device that rounds ties otherwise does so often; a fault that happens to hit a tie is alone.
+# Share of the groups at a tie above which another device rounded them. A fault at a tie is rare.
 OTHER_DEVICE = 0.01
 
 
 def aggregate(numbers: Numbers, findings: Findings) -> list[Check]:
-    """Turn outcomes into findings and checks."""
-    for outcome in numbers.outcomes:
-        for fault in outcome.faults:
+    """Report the faults of all tensors, and return the checks of level 2."""
+    for result in numbers.results:
+        for fault in result.faults:
             findings.add(*fault)
     for tensor, at in numbers.holes.items():
         where = f"{tensor.path}: {tensor.name}"
         findings.add("zeros-run", where, f"zeros from byte {at:,} of the file on", "numbers")
     if not numbers.compared:
-        read = sum(outcome.numbers for outcome in numbers.outcomes)
+        read = sum(result.numbers for result in numbers.results)
         return [Check("numbers without NaN or Inf", read, "no source to compare them with")]
     groups = {
-        what: [o for o in numbers.outcomes if o.what == what]
+        what: [o for o in numbers.results if o.what == what]
         for what in ("expert", "module", "control", "passthrough")
     }
     for what in ("expert", "module"):
-        judge_groups(groups[what], what, findings)
+        report_groups(groups[what], what, findings)
     for name in numbers.left_out:
         findings.add("not-compared", name, "no counterpart of its kind and shape", "one")
     if numbers.recorded and not numbers.recomputable:
-        findings.add("quantizer-unknown", numbers.recorded, "not this project's table", "its bytes")
+        findings.add(
+            "quantizer-unknown", numbers.recorded, "another table than this version's", "its bytes"
+        )
     return [
         *(check_experts(block, groups["expert"]) for block in ("layers", "mtp")),
         check_modules(groups["module"]),
@@ -50,88 +53,81 @@ def aggregate(numbers: Numbers, findings: Findings) -> list[Check]:
 
 
 def check_lossless(numbers: Numbers) -> list[Check]:
-    """The certificate of a bundle that claims to be lossless, when every number is the source's."""
-    odd = [o for o in numbers.outcomes if o.faults or o.wrong or o.explained or o.error]
-    if not quantizer_properties(numbers.recorded).lossless or odd or numbers.left_out:
+    """Return the check that a lossless bundle holds exactly the source's numbers; [] if not."""
+    lossy = any(o.faults or o.wrong or o.explained or o.error for o in numbers.results)
+    if not quantizer_properties(numbers.recorded).lossless or lossy or numbers.left_out:
         return []
-    return [
-        Check("numbers in all, lossless: each one is the source's", count_values(numbers.outcomes))
-    ]
+    what = "numbers in all, lossless: each one is the source's"
+    return [Check(what, count_values(numbers.results))]
 
 
-def count_values(outcomes: Iterable[TensorResult]) -> int:
-    """How many numbers these tensors hold."""
-    return sum(outcome.numbers for outcome in outcomes)
+def count_values(results: Iterable[TensorResult]) -> int:
+    """Return the number of values in these tensors."""
+    return sum(result.numbers for result in results)
 
 
-def judge_groups(outcomes: list[TensorResult], what: str, findings: Findings) -> None:
-    """Groups that are not what the formula gives: a fault, another device, or another formula."""
-    plain = [o for o in outcomes if o.groups and not o.recomputed]
-    other = bool(plain) and median(o.wrong / o.groups for o in plain) > OTHER_FORMULA
-    fragile = sum(o.fragile for o in plain)
-    device = sum(o.explained for o in plain) > OTHER_DEVICE * fragile
-    for outcome in outcomes:
-        if not (other and not outcome.recomputed):
-            for place in outcome.wrong_places:
-                report_group(outcome, f"{what}-differs", place, outcome.wrong, findings)
+def report_groups(results: list[TensorResult], what: str, findings: Findings) -> None:
+    """Report groups that differ from MLX's formula as faults, another device or another formula."""
+    by_formula = [o for o in results if o.groups and not o.recomputed]
+    shares = [o.wrong / o.groups for o in by_formula]
+    other_formula = bool(shares) and median(shares) > OTHER_FORMULA
+    fragile = sum(o.fragile for o in by_formula)
+    device = sum(o.explained for o in by_formula) > OTHER_DEVICE * fragile
+    for result in results:
+        if result.recomputed or not other_formula:
+            for place in result.wrong_places:
+                report_group(result, f"{what}-differs", place, result.wrong, findings)
         name = f"{what}-other-device" if device else f"{what}-differs"
-        for place in outcome.explained_places:
-            report_group(outcome, name, place, outcome.explained, findings)
-    if other:
+        for place in result.explained_places:
+            report_group(result, name, place, result.explained, findings)
+    if other_formula:
         findings.add("quantizer-unknown", f"{what}s", "another formula than MLX's", "MLX's")
 
 
 def report_group(
-    outcome: TensorResult, name: str, place: tuple[str, str, str], groups: int, findings: Findings
+    result: TensorResult, name: str, place: tuple[str, str, str], groups: int, findings: Findings
 ) -> None:
-    """Report a tensor's first differing group, and how many more there are."""
+    """Report a tensor's first differing group, and the number of further ones."""
     where, found, expected = place
-    more = f" and {groups - 1:,} groups more" if groups > 1 else ""
-    findings.add(name, f"{outcome.display_name}: {where}{more}", found, expected)
+    more = f" and {groups - 1:,} more groups" if groups > 1 else ""
+    findings.add(name, f"{result.display_name}: {where}{more}", found, expected)
 
 
-def check_experts(block: str, outcomes: list[TensorResult]) -> Check:
-    """The experts of the main layers, or of MTP: how many, how exact, the worst of them."""
-    mine = [o for o in outcomes if o.name.startswith(f"{block}.")]
+def check_experts(block: str, results: list[TensorResult]) -> Check:
+    """Return the check of the experts in the main layers (`block` layers) or in MTP (mtp)."""
+    mine = [o for o in results if o.name.startswith(f"{block}.")]
     where = "in the main layers" if block == "layers" else "in MTP layers"
     what = f"routed-expert weights {where} against FP4"
     if not mine:
         return Check(what, 0, optional=block == "mtp")
     exact, groups = sum(o.exact for o in mine), sum(o.groups for o in mine)
-    worst = max(mine, key=lambda o: o.worst)
     how = " and ".join(sorted({o.how for o in mine}))
     turbo = all(o.how.startswith(TURBO) for o in mine)
     right = "rows of nearest levels" if turbo else "groups byte for byte as expected"
     note = f"{len(mine):,} tensors stored as {how}; {exact:,} of {groups:,} {right}"
-    rms = f"relative RMS {rms_of(mine):.3%}, worst tensor {max(o.relative for o in mine):.3%}"
-    zeros = f"; {sum(o.zeros_lost for o in mine):,} of {sum(o.zeros for o in mine):,} zeros lost"
-    return Check(
-        what, count_values(mine), f"{note}; {rms}{'' if turbo else zeros}", worst_line(worst)
-    )
+    note += f"; relative RMS {rms_of(mine):.3%}, worst tensor {max(o.relative for o in mine):.3%}"
+    if not turbo:
+        zeros, lost = sum(o.zeros for o in mine), sum(o.zeros_lost for o in mine)
+        note += f"; {lost:,} of {zeros:,} zeros lost"
+    return Check(what, count_values(mine), note, describe_worst(mine))
 
 
-def check_modules(outcomes: list[TensorResult]) -> Check:
-    """The 8-bit modules."""
-    if not outcomes:
-        return Check("module weights against FP8 and BF16", 0)
-    exact, groups = sum(o.exact for o in outcomes), sum(o.groups for o in outcomes)
-    copied = all(o.recomputed for o in outcomes if o.groups)
-    like = "in the source" if copied else "MLX's CPU code"
-    note = (
-        f"{len(outcomes):,} tensors, {exact:,} of {groups:,} groups byte for byte as "
-        f"{like}; "
-        f"relative RMS {rms_of(outcomes):.3%}"
-    )
-    return Check(
-        "module weights against FP8 and BF16",
-        count_values(outcomes),
-        note,
-        worst_line(max(outcomes, key=lambda o: o.worst)),
-    )
+def check_modules(results: list[TensorResult]) -> Check:
+    """Return the check of the 8-bit modules."""
+    what = "module weights against FP8 and BF16"
+    if not results:
+        return Check(what, 0)
+    exact, groups = sum(o.exact for o in results), sum(o.groups for o in results)
+    copied = all(o.recomputed for o in results if o.groups)
+    note = f"{len(results):,} tensors, {exact:,} of {groups:,} groups byte for byte as "
+    note += "in the source" if copied else "MLX's CPU code"
+    note += f"; relative RMS {rms_of(results):.3%}"
+    return Check(what, count_values(results), note, describe_worst(results))
 
 
-def worst_line(worst: TensorResult) -> str:
-    """The worst weight, for a reader."""
+def describe_worst(results: list[TensorResult]) -> str:
+    """Return the largest error of a weight and its place, as text."""
+    worst = max(results, key=lambda o: o.worst)
     if worst.worst == 0:
         return "no weight off by more than rounding"
     if not worst.worst_at:
@@ -139,21 +135,20 @@ def worst_line(worst: TensorResult) -> str:
     return f"worst weight off by {worst.worst:.3f} steps ({worst.name}, {worst.worst_at})"
 
 
-def rms_of(outcomes: Iterable[TensorResult]) -> float:
-    """Relative RMS error over several tensors."""
-    outcomes = list(outcomes)
-    energy, error = sum(o.energy for o in outcomes), sum(o.error for o in outcomes)
+def rms_of(results: list[TensorResult]) -> float:
+    """Return the relative RMS error over several tensors."""
+    energy, error = sum(o.energy for o in results), sum(o.error for o in results)
     return (error / energy) ** 0.5 if energy else 0.0
 
 
-def by_layer(outcomes: list[TensorResult]) -> list[dict[str, Any]]:
-    """Routed experts by block, layer and projection, as verify.json holds them."""
+def by_layer(results: list[TensorResult]) -> list[dict[str, Any]]:
+    """Return the errors of routed experts by block, layer and projection, for verify.json."""
     cells: dict[tuple[str, int, str], list[TensorResult]] = {}
-    for outcome in outcomes:
-        expert = parse_expert(outcome.name)
-        if expert and outcome.what == "expert":
+    for result in results:
+        expert = parse_expert(result.name)
+        if expert and result.what == "expert":
             block, layer, _, matrix, _ = expert
-            cells.setdefault((block, layer, PROJECTION[matrix]), []).append(outcome)
+            cells.setdefault((block, layer, PROJECTION[matrix]), []).append(result)
     return [
         {
             "block": block,
@@ -173,7 +168,7 @@ def by_layer(outcomes: list[TensorResult]) -> list[dict[str, Any]]:
     ]
 
 
-# Kinds of tensor, by what their storage names hold; the first that fits.
+# Kinds of tensor, and two substrings of their storage names; the first match counts.
 KINDS = (
     ("experts gate_proj", ".experts.", ".w1"), ("experts up_proj", ".experts.", ".w3"),
     ("experts down_proj", ".experts.", ".w2"), ("shared experts", ".shared_experts.", ""),
@@ -183,24 +178,19 @@ KINDS = (
 )  # fmt: skip
 
 
-def tensor_kind(outcome: TensorResult) -> str:
-    """What a report calls tensors of this kind; MTP's apart."""
-    name = outcome.name
-    if outcome.what == "control":
-        found = "controls"
-    else:
-        fits = (kind for kind, part, end in KINDS if part in name and end in name)
-        found = next(fits, "other")
-    return f"MTP: {found}" if name.startswith("mtp.") else found
+def tensor_kind(result: TensorResult) -> str:
+    """Return the kind of a tensor for reports; MTP's are kinds of their own."""
+    name = result.name
+    matches = (kind for kind, first, second in KINDS if first in name and second in name)
+    kind = "controls" if result.what == "control" else next(matches, "other")
+    return f"MTP: {kind}" if name.startswith("mtp.") else kind
 
 
-def by_kind(outcomes: list[TensorResult]) -> list[dict[str, Any]]:
-    """How exact each kind of tensor is, as verify.json holds it and the terminal shows it; what is
-    stored in another way has a row of its own.
-    """
+def by_kind(results: list[TensorResult]) -> list[dict[str, Any]]:
+    """Return the error of each kind of tensor in each storage format, for verify.json."""
     kinds: dict[tuple[str, str], list[TensorResult]] = {}
-    for outcome in outcomes:
-        kinds.setdefault((tensor_kind(outcome), outcome.how), []).append(outcome)
+    for result in results:
+        kinds.setdefault((tensor_kind(result), result.how), []).append(result)
     rows = []
     for (kind, how), mine in kinds.items():
         worst = max(mine, key=lambda o: o.relative)
@@ -217,8 +207,8 @@ def by_kind(outcomes: list[TensorResult]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["relative_rms"])
 
 
-def kind_rows(kinds: list[dict[str, Any]]) -> list[str]:
-    """The same as a table of the terminal."""
+def format_kinds(kinds: list[dict[str, Any]]) -> list[str]:
+    """Return the rows of `by_kind` as lines of a table for the terminal."""
     lines = [f"{'kind of tensor':<24}{'tensors':>8}  {'relative RMS':>12}  {'worst':>8}  "
              f"{'exact groups':>12}  stored as"]  # fmt: skip
     for row in kinds:
@@ -231,12 +221,12 @@ def kind_rows(kinds: list[dict[str, Any]]) -> list[str]:
 
 
 def json_number(value: float) -> float | None:
-    """JSON has no infinity."""
+    """Return the value, or None for infinity, which JSON lacks."""
     return value if abs(value) < float("inf") else None
 
 
-def other_tensors(outcomes: list[TensorResult]) -> list[dict[str, Any]]:
-    """Everything but routed experts, tensor by tensor."""
+def other_tensors(results: list[TensorResult]) -> list[dict[str, Any]]:
+    """Return the errors of all other tensors, one by one, for verify.json."""
     return [
         {
             "name": o.name,
@@ -248,6 +238,6 @@ def other_tensors(outcomes: list[TensorResult]) -> list[dict[str, Any]]:
             "groups": o.groups,
             "groups_as_expected": o.exact,
         }
-        for o in outcomes
+        for o in results
         if o.what != "expert"
     ]

@@ -1,9 +1,9 @@
 """Check every case of the quantizer `mlx` once, so that groups with its own bytes need no decoding.
 
-What `mlx` writes for a group depends only on the group's exponent, its least and its greatest
-value, and within a group on each code. So one group for each such case, holding every code between
-its ends, goes through the quantizer and is decoded and compared by kernels.py. Where an exponent's
-cases all hold, bytes of a bundle that equal the quantizer's need no decoding. Others are decoded.
+The scale and bias that `mlx` writes for a group depend only on the group's exponent and its least
+and greatest value; each level depends on these and the code. So one group for each such case,
+holding every code between its ends, is quantized, decoded and compared by kernels.py. If all cases
+of an exponent are within the tolerance, bundle bytes that equal the quantizer's need no decoding.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ CASES = [(least, greatest) for least in range(RANKS) for greatest in range(least
 
 @dataclass(frozen=True)
 class CheckedCases:
-    """holds: bool (256,), by exponent, whether every case keeps the tolerance; worst: the largest
-    error in steps; exact_codes: uint16 (256, 225), by exponent and least · 15 + greatest, one bit
-    for each FP4 code that the case's bytes decode to without error.
+    """Results of all cases.
+
+    holds: bool (256,), by exponent: whether all its cases are within the tolerance; worst: the
+    largest error in steps; exact_codes: uint16 (256, 225), by exponent and least · 15 + greatest:
+    one bit for each FP4 code that decodes without error.
     """
 
     holds: np.ndarray
@@ -47,7 +49,7 @@ def case_groups() -> np.ndarray:
 
 
 def check_cases(quantizer: Quantizer, tolerance: Tolerance) -> CheckedCases:
-    """Check every case of a quantizer; no exponent holds where bytes depend on more."""
+    """Check every case of a quantizer; no exponent holds if its bytes depend on more than these."""
     holds, worst = np.zeros(256, bool), 0.0
     exact_codes = np.zeros((256, RANKS * RANKS), np.uint16)
     if quantizer.properties.by_case:
@@ -66,8 +68,10 @@ def check_cases(quantizer: Quantizer, tolerance: Tolerance) -> CheckedCases:
 def _check_exponent(
     quantizer: Quantizer, tolerance: Tolerance, packed: np.ndarray, exponents: np.ndarray
 ) -> tuple[float, np.ndarray] | None:
-    """Return the largest error in steps over these groups, and for each group the bits of the codes
-    that decode without error; None when one is beyond the tolerance.
+    """Quantize and decode one group for each case of an exponent.
+
+    Returns the largest error in steps, and for each group one bit for each code that decodes
+    without error; None when an error is beyond the tolerance.
     """
     bits, groups = quantizer.label["bits"], len(exponents)
     parts = {
@@ -82,7 +86,7 @@ def _check_exponent(
     kernels.decode_fp4(packed, exponents, values)
     kernels.unpack(parts["weight"], bits, levels)
     scales, biases = (as_float32(parts[part], "F16") for part in ("scales", "biases"))
-    counts, _, _, worst = kernels.bounds(
+    counts, _, _, worst = kernels.check_bounds(
         values, levels, scales, biases, bits, *kernels.ROUNDING["F16"]
     )
     faults = (kernels.BAD_NUMBER, kernels.NOT_NEAREST, kernels.LOST_ZEROS)
@@ -97,7 +101,7 @@ def _check_exponent(
 
 
 def _case_numbers() -> np.ndarray:
-    """Return the bits of a group's codes → least · 15 + greatest: uint8 (65536,)."""
+    """Return, by the set of a group's codes (a bit each), least · 15 + greatest: uint8 (65536,)."""
     codes = np.arange(1 << 16)
     least, greatest = np.full(1 << 16, RANKS - 1), np.zeros(1 << 16, int)
     for code, rank in enumerate(RANK):
@@ -108,8 +112,10 @@ def _case_numbers() -> np.ndarray:
 
 
 _CASE = _case_numbers()
-_BYTES = np.arange(256, dtype=np.uint16)
-_CODES_OF_BYTE = (1 << (_BYTES & 15) | 1 << (_BYTES >> 4)).astype(np.uint16)
+# The set of the four codes of a uint16, a bit each: uint16 (65536,). A table for single bytes takes
+# a third longer.
+_CODES_OF_WORD = np.bitwise_or.reduce([1 << (np.arange(1 << 16) >> i & 15) for i in (0, 4, 8, 12)])
+_CODES_OF_WORD = _CODES_OF_WORD.astype(np.uint16)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -118,11 +124,11 @@ def count_exact_groups(packed: np.ndarray, exponents: np.ndarray, exact_codes: n
 
     packed uint8 (16n,), exponents uint8 (n,), exact_codes as in CheckedCases.
     """
-    count = 0
+    words, count = packed.view(np.uint16), 0
     for group in range(len(exponents)):
         bits = np.uint16(0)
-        for i in range(16):
-            bits |= _CODES_OF_BYTE[packed[16 * group + i]]
+        for i in range(8):
+            bits |= _CODES_OF_WORD[words[8 * group + i]]
         count += bits & ~exact_codes[exponents[group], _CASE[bits]] == 0
     return count
 

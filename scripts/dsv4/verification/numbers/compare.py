@@ -29,14 +29,14 @@ from dsv4.verification.numbers.copies import compare_copies
 from dsv4.verification.numbers.float_formats import compare_floats, is_exact
 from dsv4.verification.numbers.tasks import Task, TensorResult
 from dsv4.verification.numbers.turboquant import compare_turbo
-from dsv4.verification.numbers.unquantized import compare_plain
+from dsv4.verification.numbers.unquantized import compare_unquantized
 from dsv4.verification.scan import Scan
 
 BLOCK_WEIGHTS = 1 << 17  # weights in a block of rows: 512 KB decoded, which a core's cache holds
 
 
 class Comparer:
-    """Compares tasks, in any thread; the quantizer's table is made once.
+    """Compares tasks, in any thread; makes the quantizer's table once.
 
     importance: of the imatrix that the user named, if any.
     """
@@ -47,7 +47,7 @@ class Comparer:
         self.quantizer: Quantizer | None = None
         if is_quantizer(self.recorded):
             quantizer = get_quantizer(self.recorded, importance, labels_by_stack(bundle))
-            # Another digest: another MLX's table, or an importance of columns that is not here.
+            # Another digest: another MLX's table, or an imatrix that was not given.
             if quantizer.digest == metadata.get("requantize_table"):
                 self.quantizer = quantizer
         self._affine = AffineComparer(self.recorded, self.quantizer)
@@ -60,14 +60,14 @@ class Comparer:
         result.disk = disk if disk != task.base else ""
         properties = quantizer_properties(self.recorded)
         lossless = properties.keeps_source
-        expert = task.what == "expert" and properties.mixed
-        if lossless and not expert and task.label and task.label["mode"] == "affine":
-            result.fault("rounded", "whole tensor", "affine", "the source's own numbers")
-        if self._is_other_form(task):
-            wanted = "TurboQuant's codes, or none of them, as the shards' metadata records"
-            result.fault("expert-differs", "whole tensor", how, wanted)
+        mixed = task.what == "expert" and properties.mixed
+        if lossless and not mixed and task.label and task.label["mode"] == "affine":
+            result.add_fault("rounded", "whole tensor", "affine", "the source's own numbers")
+        if self._contradicts_record(task):
+            recorded = f"{self.recorded}, as the shards' metadata records"
+            result.add_fault("expert-differs", "whole tensor", how, recorded)
         if task.label is None:
-            compare_plain(task, reader, result, lossless)
+            compare_unquantized(task, reader, result, lossless)
         elif task.label["mode"] == "affine":
             self._affine.compare(task, reader, result, BLOCK_WEIGHTS)
         elif task.label["mode"] == TURBO:
@@ -81,8 +81,8 @@ class Comparer:
             compare_floats(task, reader, result, BLOCK_WEIGHTS)
         return result
 
-    def _is_other_form(self, task: Task) -> bool:
-        """Return whether one of an expert's stored and recorded formats alone is TurboQuant."""
+    def _contradicts_record(self, task: Task) -> bool:
+        """Return whether only one of an expert's stored and recorded formats is TurboQuant."""
         if task.what != "expert" or task.label is None or self.quantizer is None:
             return False
         turbo = self.quantizer.label["mode"] == TURBO
@@ -90,7 +90,7 @@ class Comparer:
 
 
 def labels_by_stack(bundle: Scan) -> dict[str, dict[str, Any]]:
-    """Return stack → the label by which its first expert is stored, as a mixture's plan gave it."""
+    """Return stack → the label by which its first expert is stored."""
     found: dict[str, dict[str, Any]] = {}
     for base in bundle.bases:
         if (stack := stack_of(base)) not in found and (label := label_at(bundle, base)):

@@ -1,8 +1,7 @@
 """Level 2: compare every number of a bundle and hash its files (SHA-256).
 
-The work goes shard by shard: each is hashed, and then the tensors whose weight lies in it are
-compared, so that most bytes come from the page cache the second time. Memory stays flat: tensors
-are read in blocks of rows.
+Each shard is hashed, and then its tensors are compared, so that most bytes are read from the page
+cache the second time. Tensors are read in blocks of rows, which limits the memory.
 """
 
 from __future__ import annotations
@@ -27,23 +26,23 @@ from dsv4.storage.tensor_reader import TensorReader
 from dsv4.verification.numbers.compare import Comparer
 from dsv4.verification.numbers.pruned import Kept, kept_experts, select_rows
 from dsv4.verification.numbers.tasks import Task, TensorResult, make_tasks
-from dsv4.verification.numbers.without_source import scan_values
+from dsv4.verification.numbers.unquantized import scan_values
 from dsv4.verification.scan import Scan
 
 HASH_BYTES = 4 << 20
-JOB_BYTES = 64 << 20  # of the bundle, compared by one thread before it takes the next job
+JOB_BYTES = 64 << 20  # of the bundle, in one job of a thread
 
 
 @dataclass
 class Numbers:
-    """Level 2's result: an outcome for each tensor, and the SHA-256 of each file.
+    """Level 2's result: one for each tensor, and the SHA-256 of each file.
 
-    compared: with a source; recorded: the quantizer that the shards name; recomputable: whether it
-    is one whose bytes can be made again here; left_out: source tensors that were not compared;
-    holes: tensors with zeros where no model has any, and the byte of their file from which on.
+    compared: with a source; recorded: the quantizer that the shards name; recomputable: whether
+    this version can reproduce its bytes; left_out: source tensors that were not compared; holes:
+    tensors with more zeros than any model has → the byte of their file where these begin.
     """
 
-    outcomes: list[TensorResult]
+    results: list[TensorResult]
     hashes: dict[str, str]
     compared: bool
     recorded: str | None = None
@@ -53,7 +52,7 @@ class Numbers:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, 64 hex digits."""
+    """Return the SHA-256 of a file, 64 hex digits."""
     digest = hashlib.sha256()
     with with_path(path), path.open("rb") as file:
         while data := file.read(HASH_BYTES):
@@ -62,7 +61,7 @@ def sha256(path: Path) -> str:
 
 
 class TensorWorker:
-    """Does jobs in any thread; each thread has files of its own open."""
+    """Does jobs in any thread; each thread has its own open files."""
 
     def __init__(
         self, bundle: Scan, importance: Importance, progress: Callable[[int], object]
@@ -70,38 +69,34 @@ class TensorWorker:
         self.comparer = Comparer(bundle, importance)
         self._progress = progress
         self._local = threading.local()
-        self._readers: list[TensorReader] = []
-        self._watches: list[HoleDetector] = []
+        self._readers: list[tuple[TensorReader, HoleDetector]] = []
 
     @property
     def holes(self) -> dict[Tensor, int]:
-        """Tensors of source and bundle with zeros where no model has any → from which byte on."""
-        return {tensor: at for watch in self._watches for tensor, at in watch.holes.items()}
+        """Tensors of source and bundle with too many zeros → the byte where they begin."""
+        return {tensor: at for _, hole in self._readers for tensor, at in hole.holes.items()}
 
     def do(self, job: Path | list[Task | Tensor]) -> str | list[TensorResult]:
-        """Hash a file, or compare (without a source: look at) some tensors."""
+        """Hash a file, or compare some tensors (without a source: scan their values)."""
         if isinstance(job, Path):
             return sha256(job)
-        outcomes = []
-        for one in job:
-            if isinstance(one, Task):
-                outcomes.append(self.comparer.compare(one, self._reader()))
-            else:
-                outcomes.append(scan_values(one, self._reader()))
-            self._progress(one.nbytes)
-        return outcomes
+        results = []
+        for item in job:
+            compare = self.comparer.compare if isinstance(item, Task) else scan_values
+            results.append(compare(item, self._reader()))
+            self._progress(item.nbytes)
+        return results
 
     def _reader(self) -> TensorReader:
         if not hasattr(self._local, "reader"):
-            watch = HoleDetector(most_zeros)  # local, so that no two threads share one
-            self._local.reader = TensorReader(watch)
-            self._watches.append(watch)
-            self._readers.append(self._local.reader)
+            detector = HoleDetector(most_zeros)
+            self._local.reader = TensorReader(detector)
+            self._readers.append((self._local.reader, detector))
         return self._local.reader
 
     def close(self) -> None:
         """Close all files."""
-        for reader in self._readers:
+        for reader, _ in self._readers:
             reader.close()
 
 
@@ -112,15 +107,15 @@ def read_numbers(
     progress: Callable[[int], object],
     importance: Importance = EVEN,
 ) -> Numbers:
-    """Compare or look at every tensor and hash the files, shard by shard, with `jobs` threads.
+    """Compare (without a source: scan) every tensor and hash the files, with `jobs` threads.
 
-    `progress` is told the bytes of the bundle that were done. importance: of the imatrix that
-    the bundle was made with. Raises UserError for a read that fails.
+    Calls `progress` with the number of bundle bytes of each tensor done. importance: of the imatrix
+    that the bundle was made with. Raises UserError for a read that fails.
     """
     worker = TensorWorker(bundle, importance, progress)
     kept = kept_experts(bundle, source) if source else {}
     work = list(make_jobs(bundle, source and without_experts(source, kept), kept))
-    outcomes: list[TensorResult] = []
+    results: list[TensorResult] = []
     hashes: dict[str, str] = {}
     pool = concurrent.futures.ThreadPoolExecutor(jobs)
     with contextlib.closing(worker), pool:
@@ -128,17 +123,21 @@ def read_numbers(
             if isinstance(job, Path):
                 hashes[job.relative_to(bundle.checkpoint.folder).as_posix()] = answer
             else:
-                outcomes += answer
+                results += answer
     comparer = worker.comparer
-    left_out = not_compared(bundle, source, outcomes, kept) if source else ()
-    known = comparer.quantizer is not None
     return Numbers(
-        outcomes, hashes, source is not None, comparer.recorded, known, left_out, worker.holes
+        results,
+        hashes,
+        compared=source is not None,
+        recorded=comparer.recorded,
+        recomputable=comparer.quantizer is not None,
+        left_out=not_compared(bundle, source, results, kept) if source else (),
+        holes=worker.holes,
     )
 
 
 def without_experts(source: Checkpoint, kept: Kept) -> Checkpoint:
-    """The source as a bundle that left experts out has it: its routers with those rows alone."""
+    """Return the source with only the kept experts' rows in the routers of pruned layers."""
     fewer = Checkpoint(source.folder, source.config, source.weight_map, source.shards)
     tensors = dict(source.tensors)
     for block, numbers in kept.items():
@@ -150,23 +149,23 @@ def without_experts(source: Checkpoint, kept: Kept) -> Checkpoint:
 
 
 def not_compared(
-    bundle: Scan, source: Checkpoint, outcomes: list[TensorResult], kept: Kept
+    bundle: Scan, source: Checkpoint, results: list[TensorResult], kept: Kept
 ) -> tuple[str, ...]:
-    """Source tensors that no outcome is about, but for experts and MTP that were left out."""
-    compared, called_for = {outcome.name for outcome in outcomes}, set(bundle.bases)
+    """Return the source tensors without a result, except experts and MTP that were left out."""
+    compared, bases = {result.name for result in results}, set(bundle.bases)
 
-    def is_called_for(name: str) -> bool:
+    def is_expected(name: str) -> bool:
         expert = parse_expert(name)
         if expert is None:
             return bundle.has_mtp or not name.startswith("mtp.")
         block = f"{expert[0]}.{expert[1]}"
-        return kept[block] is None if block in kept else name.removesuffix(".weight") in called_for
+        return kept[block] is None if block in kept else name.removesuffix(".weight") in bases
 
-    return tuple(n for n in weights_of(source.tensors) if n not in compared and is_called_for(n))
+    return tuple(n for n in weights_of(source.tensors) if n not in compared and is_expected(n))
 
 
 def visible_files(files: Iterable[str]) -> list[str]:
-    """The files that a bundle consists of: nothing hidden, nothing that Python left."""
+    """Return the files of a bundle, without hidden ones and Python's caches, sorted."""
     return sorted(
         file
         for file in files
@@ -175,13 +174,13 @@ def visible_files(files: Iterable[str]) -> list[str]:
 
 
 def files_to_hash(bundle: Scan) -> list[str]:
-    """The visible files that are hashed: shards of the index, and what is as small as documents."""
+    """Return the files to hash: visible shards of the index, and files up to DOCUMENT bytes."""
     shards = bundle.checkpoint.shards
     return [f for f in visible_files(bundle.files) if f in shards or bundle.files[f] <= DOCUMENT]
 
 
 def all_tensors(bundle: Scan) -> list[Tensor]:
-    """Every tensor, experts of a stack one by one; those without a place in the layout too."""
+    """Return every tensor, with each expert of a stack, and those of unknown names."""
     disk = bundle.checkpoint.tensors
     foreign = {*bundle.view.recognized.unknown, *bundle.view.odd}
     foreign |= {name for names in bundle.view.recognized.others.values() for name in names}
@@ -192,24 +191,23 @@ def all_tensors(bundle: Scan) -> list[Tensor]:
 def make_jobs(
     bundle: Scan, source: Checkpoint | None, kept: Kept
 ) -> Iterator[Path | list[Task | Tensor]]:
-    """The work in order: a file to hash, then the tensors whose weight lies in it, and so on.
+    """Yield the jobs in order: each file to hash, then the tensors whose weights it holds.
 
-    Those that are a job by themselves go first, so that no thread is left with one at the end.
+    Tensors of at least JOB_BYTES come first, so that none of them is the last job of its file.
     """
     work: dict[str, list[tuple[int, Task | Tensor]]] = {}
-    every = make_tasks(bundle, source, kept) if source else all_tensors(bundle)
-    for one in every:
-        tensor = one.main if isinstance(one, Task) else one
-        work.setdefault(tensor.path.name, []).append((tensor.offset, one))
+    for item in make_tasks(bundle, source, kept) if source else all_tensors(bundle):
+        tensor = item.main if isinstance(item, Task) else item
+        work.setdefault(tensor.path.name, []).append((tensor.offset, item))
     for file in files_to_hash(bundle):
         yield bundle.checkpoint.folder / file
-        some, size = [], 0
-        here = work.get(file, [])
-        for _, one in sorted(here, key=lambda item: (item[1].nbytes < JOB_BYTES, item[0])):
-            some.append(one)
-            size += one.nbytes
+        job, size = [], 0
+        items = work.get(file, [])
+        for _, item in sorted(items, key=lambda pair: (pair[1].nbytes < JOB_BYTES, pair[0])):
+            job.append(item)
+            size += item.nbytes
             if size >= JOB_BYTES:
-                yield some
-                some, size = [], 0
-        if some:
-            yield some
+                yield job
+                job, size = [], 0
+        if job:
+            yield job

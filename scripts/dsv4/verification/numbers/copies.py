@@ -1,4 +1,4 @@
-"""Compare codes and scales that were kept from the source: mxfp4 of FP4, mxfp8 of FP8."""
+"""Compare codes and scales that were copied from the source: mxfp4 from FP4, mxfp8 from FP8."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from dsv4.model.names import GROUP
 from dsv4.storage.tensor_reader import TensorReader
 from dsv4.verification.numbers.tasks import Task, TensorResult
 
-COPY_BYTES = 1 << 18  # of codes compared at one time, which a core's cache holds
+COPY_BYTES = 1 << 18  # bytes of codes compared at one time, which fit a core's cache
 
 
-def compare_copies(task: Task, reader: TensorReader, outcome: TensorResult) -> None:
-    """Codes and exponents kept as they are, FP4's or FP8's: every byte is the source's."""
+def compare_copies(task: Task, reader: TensorReader, result: TensorResult) -> None:
+    """Compare every byte of codes and exponents with the source's."""
     fp8 = task.label["mode"] == "mxfp8"
-    outcome.numbers = task.origin.nbytes * (1 if fp8 else 2)
-    outcome.groups = task.parts["scales"].nbytes
-    outcome.recomputed = True
-    wrong = np.zeros(outcome.groups, bool)
+    result.numbers = task.origin.nbytes * (1 if fp8 else 2)
+    result.groups = task.parts["scales"].nbytes
+    result.recomputed = True
+    wrong = np.zeros(result.groups, bool)
     for part, tensor in task.parts.items():
         reported, infinite = False, False
         row_bytes = tensor.nbytes // tensor.shape[0]
@@ -28,28 +28,27 @@ def compare_copies(task: Task, reader: TensorReader, outcome: TensorResult) -> N
             last = min(first + rows, tensor.shape[0])
             found = reader.rows(tensor, first, last)
             expected = copied_rows(task, part, reader, first, last)
-            odd = np.flatnonzero(found != expected)
-            if len(odd) and not reported:
-                reported = True
-                row, byte = divmod(int(odd[0]), row_bytes)
+            differing = np.flatnonzero(found != expected)
+            if len(differing) and not reported:
+                reported, at = True, differing[0]
+                row, byte = divmod(int(at), row_bytes)
                 where = f"row {first + row}, group {byte // group_bytes}"
                 if fp8:
                     where = f"row {first + row}, {'column' if part == 'weight' else 'group'} {byte}"
-                outcome.wrong_places.append(
-                    (where, f"{part} byte {found[odd[0]]:#04x}", f"{expected[odd[0]]:#04x}")
-                )
-            wrong[(first * row_bytes + odd) // group_bytes] = True
+                difference = f"{part} byte {found[at]:#04x}", f"{expected[at]:#04x}"
+                result.wrong_places.append((where, *difference))
+            wrong[(first * row_bytes + differing) // group_bytes] = True
             nan = found == 255 if part == "scales" else (found & 127) == 127
             infinite |= (fp8 or part == "scales") and bool(nan.any())
         if infinite:
             what = ("exponent 255", "0 to 254") if part == "scales" else ("NaN", "numbers")
-            outcome.fault("nan-or-inf", part, *what)
-    outcome.wrong = int(wrong.sum())
-    outcome.exact = outcome.lossless = outcome.groups - outcome.wrong
+            result.add_fault("nan-or-inf", part, *what)
+    result.wrong = int(wrong.sum())
+    result.exact = result.lossless = result.groups - result.wrong
 
 
 def copied_rows(task: Task, part: str, reader: TensorReader, first: int, last: int) -> np.ndarray:
-    """What some rows of a part are where the source's codes and scales were kept: bytes."""
+    """Return the bytes that rows of a part have if codes and scales are the source's."""
     if part == "weight" or task.label["mode"] == "mxfp4":
         return reader.rows(task.origin if part == "weight" else task.scale, first, last)
     blocks = reader.read(task.scale).reshape(task.scale.shape)

@@ -1,4 +1,4 @@
-"""Some rows of a source tensor as float32, and how the modes without biases store theirs.
+"""Decode rows of a source tensor, and of modules stored without biases, to float32.
 
 | mode   | codes | scale                                          |
 |--------|-------|------------------------------------------------|
@@ -11,6 +11,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from dsv4.model.fp8_blocks import block_of
@@ -21,7 +23,7 @@ from dsv4.quantization.fp8 import E4M3
 from dsv4.storage.safetensors_file import Tensor
 from dsv4.storage.tensor_reader import TensorReader, as_float32
 from dsv4.verification.numbers import kernels
-from dsv4.verification.numbers.tasks import Task
+from dsv4.verification.numbers.tasks import Task, TensorResult
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)  # by the low three bits of a code
 MAGNITUDES = {4: E2M1, 8: E4M3[:127].astype(np.float32)}
@@ -30,9 +32,9 @@ MAGNITUDES = {4: E2M1, 8: E4M3[:127].astype(np.float32)}
 def source_rows(
     task: Task, reader: TensorReader, first: int, last: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(codes uint8, exponents uint8, values float32), flat, of rows `first` to `last` - 1.
+    """Return (codes uint8, exponents uint8, values float32), flat, of rows `first` to `last` - 1.
 
-    Exponents of FP4 are those of the rows, of FP8 all of the tensor's, of others none.
+    The exponents are those of the rows for FP4, all of the tensor's for FP8, and none for others.
     """
     origin, scale = task.origin, task.scale
     codes = reader.rows(origin, first, last)
@@ -51,10 +53,27 @@ def source_rows(
     return codes, exponents, values
 
 
+def source_blocks(
+    task: Task, reader: TensorReader, weights: int, result: TensorResult
+) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Yield (first row, row after the last, values float32, flat), of about `weights` weights each.
+
+    Stops with a fault at rows that hold NaN or Inf.
+    """
+    out, rows = task.origin.shape[0], max(1, weights // task.columns)
+    for first in range(0, out, rows):
+        last = min(first + rows, out)
+        _, exponents, values = source_rows(task, reader, first, last)
+        if (exponents == 255).any() or not np.isfinite(values).all():
+            result.add_fault("source-broken", f"rows from {first}", "NaN or Inf", "numbers")
+            return
+        yield first, last, values
+
+
 def stored_rows(
     task: Task, reader: TensorReader, first: int, last: int
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """(codes uint8, one a weight; scales float32, one a group; columns of a group), flat."""
+    """Return (codes uint8, one a weight; scales float32, one a group; columns of a group), flat."""
     bits, weight = task.label["bits"], reader.rows(task.parts["weight"], first, last)
     codes = weight
     if bits == 4:
@@ -74,5 +93,5 @@ def stored_rows(
 
 
 def scales_to_float32(data: np.ndarray, scale: Tensor) -> np.ndarray:
-    """Scales as float32."""
+    """Return scales, F32 or UE8M0, as float32."""
     return as_float32(data, "F32") if scale.dtype == "F32" else UE8M0[data]

@@ -1,12 +1,13 @@
-"""Level 2's kernels: a module's stored levels, scales and biases against the source's weights.
+"""Kernels of level 2: compare levels, scales and biases of affine modules with the source.
 
-Decoding is written out here once more, apart from the engine that wrote the bundle: what the engine
-got wrong, these kernels do not repeat. Two questions are asked of each group of 32 weights:
+They do not share decoding code with the converter, so that they do not repeat its mistakes. Two
+checks of each group of weights:
 
-`bounds`    how far is each decoded weight from the source; is its level the nearest one; is a zero
-            still zero? True of every sane affine quantizer, whoever ran it.
-`formula`   is the group exactly what MLX's formula gives, or what it gives on a device that rounds
-            a tie the other way or starts the maximum at 0 (MLX's Metal and CUDA kernels)?
+`check_bounds`    the error of each decoded weight; whether its level is the nearest one; whether
+                  zeros decode to zero. Every reasonable affine quantizer passes.
+`check_formula`   whether the group is exactly what MLX's formula gives on a CPU, or on a device
+                  that rounds a tie the other way or starts the maximum at 0 (MLX's Metal and CUDA
+                  kernels).
 
 All arrays are flat and contiguous; kernels run without the GIL.
 """
@@ -20,17 +21,15 @@ import numpy as np
 
 from dsv4.model.names import GROUP
 
-# Digits of the significand and the exponent of the smallest step, of the dtypes that scales have.
+# Bits of the significand, and the exponent of the smallest step, of each dtype of scales.
 ROUNDING = {"F16": (11, -24), "BF16": (8, -133), "F32": (24, -149)}
-# What a formula's float32 rounding on another device can move a level by: 255 levels · 2^-20.
+# How far another device's float32 rounding can move a level: 255 levels · 2^-20.
 TIE = 2.5e-4
 NONE = -1
 
-# Places in the counts that `bounds` and `formula` return.
-BAD_NUMBER, NOT_NEAREST, LOST_ZEROS, ZEROS, FIRST_BAD_NUMBER, FIRST_NOT_NEAREST, FIRST_LOST = range(
-    7
-)
-WORST_AT, EXACT_GROUPS = 7, 8
+# Indices of the counts that `check_bounds` and `check_formula` return.
+BAD_NUMBER, NOT_NEAREST, LOST_ZEROS, ZEROS = range(4)
+FIRST_BAD_NUMBER, FIRST_NOT_NEAREST, FIRST_LOST, WORST_AT, EXACT_GROUPS = range(4, 9)
 EXACT, FRAGILE, EXPLAINED, WRONG, FIRST_EXPLAINED, FIRST_WRONG = range(6)
 
 
@@ -40,7 +39,7 @@ _UE8M0 = np.array([2.0 ** (byte - 127) for byte in range(255)] + [np.inf], np.fl
 
 @numba.njit(nogil=True, cache=True)
 def decode_fp4(codes, exponents, values):
-    """codes uint8 (16n,), exponents uint8 (n,) → values float32 (32n,)."""
+    """Decode FP4: codes uint8 (16n,), exponents uint8 (n,) → values float32 (32n,)."""
     for group in range(len(exponents)):
         power = _UE8M0[exponents[group]]
         for byte in range(16):
@@ -51,7 +50,11 @@ def decode_fp4(codes, exponents, values):
 
 @numba.njit(nogil=True, cache=True)
 def decode_fp8(codes, table, powers, block, columns, first_row, values):
-    """codes uint8 (rows · columns,), table float32 (256,), powers float32, one for each block."""
+    """Decode FP8 rows from `first_row` on into values float32 (rows · columns,).
+
+    codes uint8 (rows · columns,), table float32 (256,), powers float32, one for each block;
+    block: its rows and columns.
+    """
     height, width = block
     for row in range(len(codes) // columns):
         for across in range(powers.shape[1]):
@@ -63,7 +66,7 @@ def decode_fp8(codes, table, powers, block, columns, first_row, values):
 
 @numba.njit(nogil=True, cache=True)
 def unpack(words, bits, levels):
-    """words uint8 (n · bits / 8,), a stream with the lowest bit first → levels uint8 (n,)."""
+    """Unpack words uint8 (n · bits / 8,), the lowest bit first → levels uint8 (n,)."""
     mask = np.uint64((1 << bits) - 1)
     if bits == 8:
         for i in range(len(words)):
@@ -87,18 +90,18 @@ def unpack(words, bits, levels):
             levels[8 * eight + i] = (word >> np.uint64(bits * i)) & mask
 
 
-# Sums may be taken in any order, and there is no NaN: the compiler may make vector code of a loop.
+# Sums may be taken in any order, and there is no NaN, so that the compiler may vectorize loops.
 _FAST = {"reassoc", "nsz", "nnan", "contract"}
 
 
-# The greatest of integers is found by vectors, that of floats is not: as integers the bits of
-# float32 numbers have their order, those of negative ones the other way round.
+# The compiler vectorizes a maximum of integers, but not of floats. The bits of float32 numbers,
+# read as integers, have the numbers' order; those of negative numbers the reverse.
 _SIZE = np.int32(0x7FFFFFFF)  # all bits but the sign
 
 
 @numba.njit(inline="always")
 def largest(values):
-    """The largest magnitude of float32 values; 0 of none."""
+    """Return the largest magnitude of float32 values; 0 if there are none."""
     bits, far = values.view(np.int32), np.int32(0)
     for i in range(len(bits)):
         size = np.int32(bits[i] & _SIZE)
@@ -106,16 +109,17 @@ def largest(values):
     return np.int32(far).view(np.float32)
 
 
-# How `_misses` counts three things in one sum, which float32 holds exactly for groups of 128.
-_ZERO, _ODD, _LOST = np.float32(1), np.float32(1 << 8), np.float32(1 << 16)
+# `_group_errors` counts three things in one float32 sum, which is exact for groups of 128.
+_ZERO, _NOT_NEAREST, _LOST = np.float32(1), np.float32(1 << 8), np.float32(1 << 16)
 
 
 @numba.njit(inline="always")
-def _misses(values, levels, scale, bias, reach, slack, top, miss):
-    """Over one group: sums of squares of weights and errors, the largest error, and a count: _ZERO
-    for a weight that is zero, _LOST for one that was, _ODD for a level that is not the nearest.
+def _group_errors(values, levels, scale, bias, reach, slack, top, miss):
+    """Return one group's sums of squares of weights and errors, the largest error, and a count.
 
-    Short loops without branches, few sums; `miss` is scratch, float32 (size of a group,).
+    The count adds _ZERO for each zero of the source, _LOST for each that does not decode to zero,
+    and _NOT_NEAREST for each level that is not the nearest. Short loops without branches and with
+    few sums are vectorized; `miss` is scratch, float32 (size of a group,).
     """
     squares, errors, count = np.float32(0), np.float32(0), np.float32(0)
     none = np.float32(0)
@@ -127,14 +131,18 @@ def _misses(values, levels, scale, bias, reach, slack, top, miss):
         errors += miss[i] * miss[i]
     for i in range(len(miss)):
         up, level = sign * miss[i], np.float32(levels[i])
-        odd = ((up > reach) & (level < top)) | ((up < -reach) & (level > none))
+        other = ((up > reach) & (level < top)) | ((up < -reach) & (level > none))
         zero = values[i] == none
         lost = zero & (abs(miss[i]) > slack)
-        count += (_ZERO if zero else none) + (_ODD if odd else none) + (_LOST if lost else none)
+        count += (
+            (_ZERO if zero else none)
+            + (_NOT_NEAREST if other else none)
+            + (_LOST if lost else none)
+        )
     return squares, errors, largest(miss), np.int64(count)
 
 
-def bounds(
+def check_bounds(
     values: np.ndarray,
     levels: np.ndarray,
     scales: np.ndarray,
@@ -144,12 +152,12 @@ def bounds(
     lowest: int,
     size: int = GROUP,
 ) -> tuple[np.ndarray, float, float, float]:
-    """Decode and compare: values float32 (n,), levels uint8 (n,), scales, biases float32
-    (n / size,); size: weights in a group.
+    """Decode weights and compare them with the source's.
 
-    Returns (counts int64 (9,), energy, error, worst): sums of the weights' and the errors' squares;
-    the worst error in steps, WORST_AT its group's first weight. What rounding scale and bias to
-    their dtype can do to a weight is taken off before anything is counted.
+    values float32 (n,), levels uint8 (n,), scales, biases float32 (n / size,); size: weights in a
+    group. Returns (counts int64 (9,), energy, error, worst): the sums of the weights' and the
+    errors' squares, and the largest error in steps, at WORST_AT, its group's first weight. The
+    error that rounding scale and bias to their dtype can cause is subtracted before errors count.
     """
     finite = np.isfinite(scales) & np.isfinite(biases)
     unit, smallest = np.float32(2.0**-digits), np.float32(2.0 ** max(lowest - 1, -149))
@@ -178,10 +186,10 @@ def _bounds(values, levels, scales, biases, finite, top, unit, smallest, size):
             top * max(step * unit, smallest) + max(abs(bias) * unit, smallest)
         )
         reach = np.float32(0.5) * step + slack
-        squares, errors, far, count = _misses(
+        squares, errors, far, count = _group_errors(
             values[start:end], levels[start:end], scale, bias, reach, slack, top, miss
         )
-        lost, odd, zeros = count >> 16, (count >> 8) & 255, count & 255
+        lost, not_nearest, zeros = count >> 16, (count >> 8) & 255, count & 255
         energy += squares
         error += errors
         counts[ZEROS] += zeros
@@ -190,10 +198,10 @@ def _bounds(values, levels, scales, biases, finite, top, unit, smallest, size):
             if counts[LOST_ZEROS] == 0:
                 counts[FIRST_LOST] = start
             counts[LOST_ZEROS] += lost
-        if odd and step > 0:
+        if not_nearest and step > 0:
             if counts[NOT_NEAREST] == 0:
                 counts[FIRST_NOT_NEAREST] = start
-            counts[NOT_NEAREST] += odd
+            counts[NOT_NEAREST] += not_nearest
         if far - slack > worst * step:
             worst = (far - slack) / step if step > 0 else np.float32(np.inf)
             counts[WORST_AT] = start
@@ -202,7 +210,7 @@ def _bounds(values, levels, scales, biases, finite, top, unit, smallest, size):
 
 @numba.njit(inline="always")
 def _min_max(values):
-    """The least and the greatest of one group."""
+    """Return the least and the greatest value of one group."""
     bits = values.view(np.int32)
     least, greatest = _SIZE, ~_SIZE
     for i in range(len(bits)):
@@ -216,7 +224,7 @@ def _min_max(values):
 
 @numba.njit(inline="always")
 def _rounded(x, digits, lowest):
-    """x to the nearest number of a dtype, ties to even; overflow to infinity is F16's."""
+    """Return x rounded to the nearest number of a dtype, ties to even; only F16 overflows."""
     x = np.float32(x)
     if digits == 24:
         return x
@@ -233,14 +241,14 @@ def _rounded(x, digits, lowest):
 
 @numba.njit(inline="always")
 def _is_rounded(stored, x, digits, lowest):
-    """True when `stored` may be x rounded, x being uncertain by a few units of float32."""
+    """Return whether `stored` may be x rounded, if x may be off by a few units of float32."""
     ulp = math.ldexp(1.0, max(math.frexp(x)[1] - digits, lowest)) if x != 0 else 0.0
     return abs(stored - x) <= 0.5 * ulp + abs(x) * 1e-6
 
 
 @numba.njit(inline="always")
 def _first_scale(least, greatest, top):
-    """MLX's first scale, the end that becomes the bias, and that end in steps, unrounded."""
+    """Return MLX's first scale, the end that becomes the bias, and that end in steps, unrounded."""
     scale = max((greatest - least) / np.float32(top), np.float32(1e-7))
     low = abs(least) > abs(greatest)
     scale = scale if low else -scale
@@ -252,7 +260,7 @@ def _first_scale(least, greatest, top):
 def _matches_formula(
     values, levels, start, stored_scale, stored_bias, least, greatest, top, digits, lowest, group
 ):
-    """True when MLX's formula with these ends gives the group, ties rounded either way."""
+    """Return whether MLX's formula with these ends gives the group, ties rounded either way."""
     scale, edge, steps = _first_scale(least, greatest, top)
     for q in (np.floor(steps), np.ceil(steps)):
         if abs(steps - q) > np.float32(0.5 + TIE):
@@ -274,8 +282,8 @@ def _matches_formula(
 
 @numba.njit(inline="always")
 def _count_level_differences(values, levels, scale, bias, top, exact):
-    """How many levels of a group are not the rounded ones, and how many lie near a tie."""
-    odd, ties = np.int32(0), np.int32(0)
+    """Return how many levels of a group are not the rounded ones, and how many are near a tie."""
+    differing, ties = np.int32(0), np.int32(0)
     for i in range(len(exact)):
         exact[i] = (values[i] - bias) / scale
     for i in range(len(exact)):
@@ -283,17 +291,17 @@ def _count_level_differences(values, levels, scale, bias, top, exact):
         ties += np.int32(abs(exact[i] - near) > np.float32(0.5 - TIE))
         near = np.float32(0) if near < np.float32(0) else near
         near = top if near > top else near
-        odd += np.int32(near != np.float32(levels[i]))
-    return odd, ties
+        differing += np.int32(near != np.float32(levels[i]))
+    return differing, ties
 
 
 @numba.njit(nogil=True, cache=True, fastmath=_FAST - {"contract"})
-def formula(values, levels, scales, biases, bits, digits, lowest, size=GROUP):
+def check_formula(values, levels, scales, biases, bits, digits, lowest, size=GROUP):
     """Compare with mx.quantize of these values (MLX's CPU code, float32, groups of `size`).
 
     Formula: ml-explore/mlx, mlx/backend/cpu/quantized.cpp, quantize(), 0.31. Returns counts int64
-    (6,): groups EXACT, FRAGILE (another device could round them otherwise), EXPLAINED (not exact,
-    but so explained), WRONG (neither), and the first group of the last two.
+    (6,): groups EXACT, FRAGILE (another device may round them differently), EXPLAINED (not exact,
+    but as another device gives them), WRONG (neither), and the first group of the last two.
     """
     counts = np.zeros(6, np.int64)
     counts[FIRST_EXPLAINED:] = NONE
@@ -301,51 +309,54 @@ def formula(values, levels, scales, biases, bits, digits, lowest, size=GROUP):
     ends = np.empty((2, len(scales)), np.float32)
     for group in range(len(scales)):
         ends[0, group], ends[1, group] = _min_max(values[size * group : size * (group + 1)])
-    made, fragile = _made(ends, top)
+    numbers, fragile = _formula_numbers(ends, top)
     exact = np.empty(size, np.float32)
     for group in range(len(scales)):
         start, end = size * group, size * (group + 1)
-        scale, bias = made[0, group], made[1, group]
-        odd, ties = _count_level_differences(
+        scale, bias = numbers[0, group], numbers[1, group]
+        differing, ties = _count_level_differences(
             values[start:end], levels[start:end], scale, bias, top, exact
         )
         counts[FRAGILE] += fragile[group] or ties > 0
         same = _rounded(scale, digits, lowest) == scales[group]
         same &= _rounded(bias, digits, lowest) == biases[group]
-        if same and odd == 0:
+        if same and differing == 0:
             counts[EXACT] += 1
             continue
-        told = False
+        explained = False
         for zero in (np.float32(np.inf), np.float32(0)):  # as the CPU does; as others do
             least, greatest = min(ends[0, group], zero), max(ends[1, group], -zero)
-            told = told or _matches_formula(values, levels, start, scales[group], biases[group],
-                                     least, greatest, top, digits, lowest, size)  # fmt: skip
-        place, first = (EXPLAINED, FIRST_EXPLAINED) if told else (WRONG, FIRST_WRONG)
-        if counts[place] == 0:
+            explained = explained or _matches_formula(
+                values, levels, start, scales[group], biases[group],
+                least, greatest, top, digits, lowest, size,
+            )  # fmt: skip
+        kind, first = (EXPLAINED, FIRST_EXPLAINED) if explained else (WRONG, FIRST_WRONG)
+        if counts[kind] == 0:
             counts[first] = group
-        counts[place] += 1
+        counts[kind] += 1
     return counts
 
 
 @numba.njit(inline="always")
-def _made(ends, top):
-    """MLX's scales and biases, unrounded, float32 (2, n), and which groups are fragile, of their
-    least and greatest weights.
+def _formula_numbers(ends, top):
+    """Return MLX's scales and biases, unrounded, float32 (2, n), and which groups are fragile.
+
+    ends: the groups' least and greatest weights, float32 (2, n).
     """
-    made, fragile = np.empty_like(ends), np.empty(ends.shape[1], np.bool_)
+    numbers, fragile = np.empty_like(ends), np.empty(ends.shape[1], np.bool_)
     for group in range(ends.shape[1]):
         least, greatest = ends[0, group], ends[1, group]
         scale, edge, steps = _first_scale(least, greatest, top)
         near = np.rint(steps)
-        made[0, group] = edge / near if near != 0 else scale
-        made[1, group] = edge if near != 0 else np.float32(0)
+        numbers[0, group] = edge / near if near != 0 else scale
+        numbers[1, group] = edge if near != 0 else np.float32(0)
         tie = abs(steps - near) > np.float32(0.5 - TIE)
         fragile[group] = tie | (least > 0) | (greatest < 0)
-    return made, fragile
+    return numbers, fragile
 
 
 def expected_group(values: np.ndarray, bits: int) -> tuple[float, float, np.ndarray]:
-    """What MLX's CPU formula gives for a group of float32 weights: scale, bias, levels."""
+    """Return scale, bias and levels that MLX's CPU formula gives for a group of float32 weights."""
     values = values.astype(np.float32)
     top = np.float32((1 << bits) - 1)
     scale, edge, steps = _first_scale.py_func(values.min(), values.max(), top)

@@ -1,15 +1,13 @@
-"""Bundles that left experts out (REAP and its like): which of the source's each kept one is.
+"""Match the experts of pruned bundles (REAP and similar) to the source's.
 
-Nothing records it. But a kept expert keeps its row of the router, so that rows tell: the bundle's
-router, row by row, against the source's rounded to the same dtype.
+No file records which experts were kept, but each keeps its row of the router. So the rows of the
+bundle's router are compared with the source's, rounded to the same dtype.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-
-import numpy as np
 
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.safetensors_file import FLOATS, Tensor
@@ -21,10 +19,9 @@ Kept = Mapping[str, list[int] | None]
 
 
 def kept_experts(bundle: Scan, source: Checkpoint) -> Kept:
-    """`layers.N` → the source's numbers of the experts that are left, in the bundle's order.
+    """Return `layers.N` → the source's numbers of the kept experts, in the bundle's order.
 
-    None where a row of the router is none of the source's. Layers that lack no expert are not
-    there.
+    None if a row of the router is none of the source's. Only pruned layers have an entry.
     """
     found: dict[str, list[int] | None] = {}
     for name, tensor in bundle.tensors.items():
@@ -35,30 +32,27 @@ def kept_experts(bundle: Scan, source: Checkpoint) -> Kept:
 
 
 def is_pruned(tensor: Tensor, origin: Tensor) -> bool:
-    """True for a router with fewer rows of as many columns."""
+    """Return whether a router has fewer rows than the source's, of as many columns."""
     same = len(tensor.shape) == len(origin.shape) == 2 and tensor.shape[1] == origin.shape[1]
     floats = tensor.dtype in FLOATS and origin.dtype in FLOATS
     return same and floats and 0 < tensor.shape[0] < origin.shape[0]
 
 
 def match_rows(tensor: Tensor, origin: Tensor) -> list[int] | None:
-    """The row of `origin` that each row of `tensor` is."""
+    """Return the number of the equal row of `origin` for each row of `tensor`, None without one."""
     reader = TensorReader()
     mine, theirs = reader.read(tensor), reader.read(origin)
     reader.close()
     if origin.dtype != tensor.dtype:
         theirs = round_to_dtype(as_float32(theirs, origin.dtype), tensor.dtype)
-    rows = {row.tobytes(): number for number, row in enumerate(split_rows(theirs, origin))}
-    numbers = [rows.get(row.tobytes()) for row in split_rows(mine, tensor)]
+    theirs, mine = theirs.reshape(origin.shape[0], -1), mine.reshape(tensor.shape[0], -1)
+    rows = {row.tobytes(): number for number, row in enumerate(theirs)}
+    numbers = [rows.get(row.tobytes()) for row in mine]
     return None if None in numbers else numbers
 
 
-def split_rows(data: np.ndarray, tensor: Tensor) -> np.ndarray:
-    return data.reshape(tensor.shape[0], -1)
-
-
 def select_rows(origin: Tensor, kept: list[int]) -> Tensor:
-    """Those rows of a tensor, as one."""
+    """Return a tensor that consists of the rows `kept` of another."""
     size = origin.nbytes // origin.shape[0]
     rows = tuple(
         replace(origin, shape=(1, *origin.shape[1:]), nbytes=size, offset=origin.offset + k * size)

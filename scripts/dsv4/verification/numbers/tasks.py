@@ -1,4 +1,4 @@
-"""Pair each source tensor with its counterpart (`Task`), and hold the result (`TensorResult`)."""
+"""Pair each source tensor with its counterpart in the bundle: `Task` and `TensorResult`."""
 
 from __future__ import annotations
 
@@ -12,21 +12,23 @@ from dsv4.model.names import GROUP, expert_base, kind, parse_expert
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.limits import COLUMNS
 from dsv4.storage.safetensors_file import FLOATS, Tensor
-from dsv4.verification.checks.stored_formats import module_parts, shape_of, stored_label
+from dsv4.verification.checks.stored_formats import label_from_parts, module_parts, shape_of
 from dsv4.verification.numbers.pruned import Kept
 from dsv4.verification.scan import Scan
 
 
 @dataclass
 class TensorResult:
-    """What level 2 found of one tensor.
+    """Result of level 2 for one tensor.
 
-    what: expert, module, control or passthrough; how: what its values are stored as. energy and
-    error are sums of squares. exact, explained and wrong count groups against the bytes that its
-    quantizer gives; fragile ones could be rounded otherwise by another device. faults are (name,
-    where, found, expected); explained ones count as aggregate.py's `judge_groups` says. worst: the
-    largest error in steps, at worst_at; without a place, a bound. disk: the tensor's name in the
-    bundle, where that is another. lossless: groups that decode to the source's own values.
+    what: expert, module, control or passthrough; how: the storage format. energy, error: sums of
+    squares of the weights and of their errors. exact, explained, wrong: groups that equal the
+    quantizer's bytes, that another device explains, and others; fragile: groups that another
+    device may round differently; recomputed: the recorded quantizer's bytes were compared, not
+    MLX's formula. faults: (name, where, found, expected); `report_groups` in aggregate.py decides
+    about wrong_places and explained_places. worst: the largest error in steps, at worst_at; an
+    upper bound if worst_at is empty. disk: the tensor's name in the bundle, if it is another.
+    lossless: groups that decode to the source's own values.
     """
 
     name: str
@@ -56,19 +58,23 @@ class TensorResult:
         """RMS of the error relative to the RMS of the weights."""
         return float(np.sqrt(self.error / self.energy)) if self.energy else 0.0
 
-    def fault(self, name: str, where: str, found: str, expected: str) -> None:
-        """Note one fault of this tensor."""
+    def add_fault(self, name: str, where: str, found: str, expected: str) -> None:
+        """Add one fault of this tensor."""
         self.faults.append((name, f"{self.display_name}: {where}", found, expected))
 
     @property
     def display_name(self) -> str:
-        """Its name, and that on disk where it is another."""
+        """Its name, and in parentheses the name on disk if it is another."""
         return f"{self.name} ({self.disk})" if self.disk else self.name
 
 
 @dataclass(frozen=True)
 class Task:
-    """One source tensor and what the bundle made of it."""
+    """One source tensor, its scale, and its counterpart in the bundle.
+
+    parts: the bundle's tensors by suffix; what: as in `TensorResult`; label: how the parts store
+    the values, None for unquantized ones.
+    """
 
     origin: Tensor
     scale: Tensor | None
@@ -78,27 +84,27 @@ class Task:
 
     @property
     def base(self) -> str:
-        """Its storage name without the part."""
+        """The storage name without `.weight`."""
         return self.origin.name.removesuffix(".weight")
 
     @property
     def main(self) -> Tensor:
-        """The tensor that holds its numbers or codes."""
+        """The tensor that holds the values or codes."""
         return self.parts.get("weight") or self.parts["tq_packed"]
 
     @property
     def columns(self) -> int:
-        """Of the matrix."""
+        """Columns of the decoded matrix."""
         return self.origin.shape[-1] * (2 if self.what == "expert" else 1)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the bundle that it covers."""
+        """Bytes of its parts."""
         return sum(part.nbytes for part in self.parts.values())
 
 
 def is_decodable(source: Checkpoint, origin: Tensor) -> bool:
-    """True for a source tensor that can be decoded row by row: its scale, if any, fits it."""
+    """Return whether a source tensor can be decoded row by row: its scale, if any, fits it."""
     scale = source.tensors.get(f"{origin.name.removesuffix('.weight')}.scale")
     if scale is None:
         return origin.dtype != "F8_E4M3"
@@ -113,33 +119,35 @@ def is_decodable(source: Checkpoint, origin: Tensor) -> bool:
 
 
 def make_tasks(bundle: Scan, source: Checkpoint, kept: Kept) -> list[Task]:
-    """All source tensors whose counterparts are whole; level 1 has reported the others.
+    """Return a task for each source tensor with a complete counterpart; level 1 reported others.
 
-    kept: of layers that lack experts, which of the source's are left.
+    kept: the experts of pruned layers, as `kept_experts` returns them.
     """
-    tasks = (
-        task_of(bundle, source, name, origin)
-        for counterpart, origin in source.tensors.items()
-        for name in counterpart_names(counterpart, kept)
-    )
-    return [task for task in tasks if task is not None]
+    tasks = []
+    for name, origin in source.tensors.items():
+        renumbered = name_in_bundle(name, kept)
+        task = make_task(bundle, source, renumbered, origin) if renumbered else None
+        tasks += [task] if task else []
+    return tasks
 
 
-def counterpart_names(name: str, kept: Kept) -> list[str]:
-    """What the bundle calls the source tensor `name`: where experts are left out, with the number
-    that a kept one has there."""
+def name_in_bundle(name: str, kept: Kept) -> str | None:
+    """Return the bundle's name of a source tensor: pruned layers renumber their experts.
+
+    None for an expert that the bundle left out.
+    """
     expert = parse_expert(name)
     if expert is None or f"{expert[0]}.{expert[1]}" not in kept:
-        return [name]
+        return name
     block, layer, number, matrix, part = expert
-    left = kept[f"{block}.{layer}"] or []
-    if number not in left:
-        return []
-    return [f"{expert_base(block, layer, left.index(number), matrix)}.{part}"]
+    numbers = kept[f"{block}.{layer}"] or []
+    if number not in numbers:
+        return None
+    return f"{expert_base(block, layer, numbers.index(number), matrix)}.{part}"
 
 
-def task_of(bundle: Scan, source: Checkpoint, name: str, origin: Tensor) -> Task | None:
-    """One source tensor beside the bundle's of that name; None when they do not fit."""
+def make_task(bundle: Scan, source: Checkpoint, name: str, origin: Tensor) -> Task | None:
+    """Return the task of a source tensor, named `name` in the bundle; None if they do not fit."""
     what = kind(name)
     if what == "scale" or not is_decodable(source, origin):
         return None
@@ -150,7 +158,7 @@ def task_of(bundle: Scan, source: Checkpoint, name: str, origin: Tensor) -> Task
     if name in bundle.tensors:
         parts.setdefault("weight", bundle.tensors[name])
     columns = origin.shape[-1] * (2 if what == "expert" else 1) if origin.shape else 0
-    label = stored_label(parts, columns) if what in ("expert", "module") else None
+    label = label_from_parts(parts, columns) if what in ("expert", "module") else None
     fit = parts and is_comparable(origin, parts, what, label, columns, bundle.is_ours)
     return Task(origin, scale, parts, what, label) if fit else None
 
@@ -163,11 +171,11 @@ def is_comparable(
     columns: int,
     ours: bool,
 ) -> bool:
-    """True when the parts can be compared with the source tensor, row by row."""
+    """Return whether the parts can be compared with the source tensor, row by row."""
     if label is not None:
         tensor = parts.get("weight") or parts["tq_packed"]
-        two = len(origin.shape) == 2 and columns <= COLUMNS
-        return two and shape_of(tensor, label, columns) == (origin.shape[0], columns)
+        is_matrix = len(origin.shape) == 2 and columns <= COLUMNS
+        return is_matrix and shape_of(tensor, label, columns) == (origin.shape[0], columns)
     if len(parts) > 1:
         return False
     tensor = parts["weight"]

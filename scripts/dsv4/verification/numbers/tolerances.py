@@ -1,7 +1,7 @@
-"""Error bounds of each quantizer, by which verify judges a tensor.
+"""Error bounds of each quantizer, which verify holds a tensor to.
 
-The names are those that requantize writes into a shard's metadata (`requantize_quantizer`). A
-bundle that another tool made has none; its promise follows from the bits that its labels give.
+Quantizers are named as in a shard's metadata (`requantize_quantizer`). A bundle of another tool has
+no record; its bounds follow from the bits of its labels.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class Tolerance:
 
     steps: the worst error in steps (|scale|), after the rounding of scale and bias to F16.
     zeros: a zero of the source decodes to zero, within the same rounding.
-    nearest: a weight's level is the one that comes nearest to it.
-    rms: a ceiling for the relative RMS error of a tensor, well above what real tensors give; asked
-      only where the bytes cannot be recomputed, or where it is 0.
+    nearest: each weight has the level nearest to it.
+    rms: the largest relative RMS error of a tensor, well above that of real tensors; checked only
+      if the bytes cannot be recomputed, or if it is 0.
     """
 
     steps: float = 1.0
@@ -31,30 +31,30 @@ class Tolerance:
     rms: float = 0.12
 
 
-# Measured: mx.quantize errs by at most one step (the far end is clipped) and by 8.6% RMS on
+# Measured: mx.quantize errs by at most one step (it clips the far end) and by 8.6% RMS on
 # Gaussian FP4 weights; MXFP4 keeps the source's own bytes.
-PROMISES = {
+BY_NAME = {
     "mlx": Tolerance(),
     "mxfp4": Tolerance(steps=0.0, rms=0.0),
     "lossless": Tolerance(steps=0.0, rms=0.0),
 }
 
-# By least squares ends are clipped, and how far depends on the weights: each weight's level is the
-# nearest all the same, and the bytes can be made again.
+# Least squares clips the ends, by an amount that depends on the weights. Each weight still has the
+# nearest level, and the bytes can be recomputed.
 CLIPPED = math.inf
-# Relative RMS by bits, for any other quantizer: mx.quantize's own error, with room above it: groups
-# of 128 have 1.3 times that of 32 (2 bits .442, 3 bits .228; on FP4-coded normal weights).
+# Relative RMS by bits, for any other quantizer: mx.quantize's error with a margin, as groups of 128
+# have 1.3 times the error of 32 (2 bits .442, 3 bits .228; on FP4-coded normal weights).
 CEILING = {2: 1.2, 3: 0.5, 4: 0.2, 5: 0.08, 6: 0.04, 8: 0.015}
 
 
 def tolerance_for(quantizer: str | None, label: dict[str, Any]) -> Tolerance:
-    """The promise of a recorded quantizer for a module stored as `label` says; of one without a
-    name here, such as those that earlier versions had, what any may promise.
+    """Return the bounds of a recorded quantizer for a module stored as `label`.
 
-    None, for a bundle without a record, is taken for mx.quantize.
+    An unknown quantizer, as of another version, gets loose bounds. None, for a bundle without a
+    record, counts as mx.quantize.
     """
-    if quantizer in PROMISES:
-        return PROMISES[quantizer]
+    if quantizer in BY_NAME:
+        return BY_NAME[quantizer]
     ceiling = CEILING[label["bits"]]
     if quantizer is None and label == EXPERT:
         return Tolerance()

@@ -1,15 +1,16 @@
-"""Level 2 of TurboQuant (JANGTQ): rotated rows, each weight the nearest level of a fixed codebook.
+"""Compare TurboQuant (JANGTQ) experts: rotated rows, coded by the levels of a fixed codebook.
 
 A row of d weights is multiplied by fixed signs, rotated by an orthonormal Walsh-Hadamard transform
-and divided by its norm; its elements are then distributed as one coordinate of a point on the unit
-sphere, and a code names the Lloyd-Max level of that distribution nearest to one of them. Rotations
-keep distances, so that the error is measured there, and nothing is rotated back. The promise: each
-code names the nearest level, so that a weight between the outermost levels lies half a step from
-its own at most (a step being the widest gap of the codebook, times the norm), each norm is the
-row's within a step of F16 (sums in another order move it so far), and tq_bits says how many bits a
-code has. Signs and codebook are made here once more, by code of its own: others judge others.
+and divided by its norm. Its elements are then distributed as one coordinate of a point on the unit
+sphere, and each code is the index of the nearest Lloyd-Max level of that distribution. Rotations
+keep distances, so that the error is measured on rotated rows. Checked are: each code is that of the
+nearest level, so that a weight between the outermost levels is at most half a step from its level
+(a step is the widest gap of the codebook, times the norm); each norm is the row's within a step of
+F16 (sums in another order differ so far); tq_bits is the number of bits of a code. Signs and
+codebook are computed here independently of the quantizer.
 
-After what jang_tools writes (jang_tools.turboquant, jang_tools.dsv4.convert_dsv4_jangtq, 2.5.50).
+The format is that of jang_tools 2.5.50 (jang_tools.turboquant,
+jang_tools.dsv4.convert_dsv4_jangtq).
 """
 
 from __future__ import annotations
@@ -23,25 +24,29 @@ import numpy as np
 from dsv4.storage.safetensors_file import NUMPY_DTYPE
 from dsv4.storage.tensor_reader import TensorReader, as_float32
 from dsv4.verification.numbers import kernels
-from dsv4.verification.numbers.decode import source_rows
+from dsv4.verification.numbers.decode import source_blocks
 from dsv4.verification.numbers.tasks import Task, TensorResult
 
 SEED = 42  # of the signs
-POINTS, ROUNDS = 10_000, 200  # of the grid on which levels are found
-ODD_CODE, ODD_NORM, FIRST_CODE, FIRST_NORM = range(4)
-SLACK = 1e-4  # of 1 / √d, the size of an element: float32 in another order errs by less
+POINTS, ROUNDS = 10_000, 200  # points of the grid for the levels, and iterations at most
+# Indices of the counts that `_compare_rows` returns.
+WRONG_CODES, WRONG_NORMS, FIRST_CODE, FIRST_NORM = range(4)
+SLACK = 1e-4  # of 1 / √d, an element's magnitude: float32 sums in another order differ by less
 
 
 @cache
 def rotation_signs(columns: int) -> np.ndarray:
-    """float32 (columns,), ±1."""
+    """Return the signs of a row: float32 (columns,), ±1."""
     return np.random.default_rng(SEED).choice([-1.0, 1.0], size=columns).astype(np.float32)
 
 
 @cache
 def codebook(columns: int, bits: int) -> np.ndarray:
-    """The levels, float32 (2^bits,), rising: Lloyd-Max on the grid for the density
-    (1 - x²)^((d - 3) / 2) of a coordinate of a random unit vector in d dimensions."""
+    """Return the levels, float32 (2^bits,), in rising order.
+
+    Lloyd-Max on a grid, for the density (1 - x²)^((d - 3) / 2) of a coordinate of a random unit
+    vector in d dimensions.
+    """
     grid = np.linspace(-1.0, 1.0, POINTS)
     constant = math.lgamma(columns / 2) - 0.5 * math.log(math.pi) - math.lgamma((columns - 1) / 2)
     density = np.exp(constant + (columns - 3) / 2 * np.log(np.maximum(1 - grid**2, 1e-30)))
@@ -59,117 +64,114 @@ def codebook(columns: int, bits: int) -> np.ndarray:
 
 
 def centroid(grid: np.ndarray, density: np.ndarray, old: float) -> float:
-    """The mean of a cell by its own points; its old level where there is at most one."""
+    """Return the mean of a cell over its points; its old level if it has fewer than two."""
     if len(grid) < 2:
         return old
     return np.trapezoid(grid * density, grid) / max(np.trapezoid(density, grid), 1e-10)
 
 
-def compare_turbo(task: Task, reader: TensorReader, outcome: TensorResult, weights: int) -> None:
-    """Rotate the source's rows and compare, some rows of about so many weights at a time."""
+def compare_turbo(task: Task, reader: TensorReader, result: TensorResult, weights: int) -> None:
+    """Rotate the source's rows and compare, in blocks of rows of about `weights` weights."""
     packed, norms = task.parts["tq_packed"], task.parts["tq_norms"]
     bits, columns = task.label["bits"], task.columns
-    check_tq_bits(task, reader, outcome)
-    rows = max(1, weights // columns)
-    for first in range(0, packed.shape[0], rows):
-        last = min(first + rows, packed.shape[0])
-        _, exponents, values = source_rows(task, reader, first, last)
-        if (exponents == 255).any() or not np.isfinite(values).all():
-            outcome.fault("source-broken", f"rows from {first}", "NaN or Inf", "numbers")
-            return
+    check_tq_bits(task, reader, result)
+    for first, last, values in source_blocks(task, reader, weights, result):
         words = reader.rows(packed, first, last).view(np.uint32)
         lengths = as_float32(reader.rows(norms, first, last), norms.dtype)
         if not np.isfinite(lengths).all():
             where = f"row {first + int(np.argmin(np.isfinite(lengths)))}"
-            outcome.fault("nan-or-inf", where, "norm NaN or Inf", "numbers")
+            result.add_fault("nan-or-inf", where, "norm NaN or Inf", "numbers")
             return
         codes = unpack_codes(words, bits, last - first, columns)
-        counts, energy, error, exact, worst, worst_at = _judge(
+        counts, energy, error, exact, worst, worst_at = _compare_rows(
             values, rotation_signs(columns), codes, lengths, codebook(columns, bits)
         )
-        if worst > outcome.worst:
+        if worst > result.worst:
             row, column = divmod(int(worst_at), columns)
-            outcome.worst = worst
-            outcome.worst_at = f"row {first + row}, rotated column {column}"
-        outcome.numbers += len(values)
-        outcome.groups += len(lengths)
-        outcome.exact += exact
-        outcome.energy += energy
-        outcome.error += error
-        report_first_mismatch(task, outcome, first, counts, lengths)
+            result.worst = worst
+            result.worst_at = f"row {first + row}, rotated column {column}"
+        result.numbers += len(values)
+        result.groups += len(lengths)
+        result.exact += exact
+        result.energy += energy
+        result.error += error
+        report_first_faults(task, result, first, counts, lengths)
 
 
-def check_tq_bits(task: Task, reader: TensorReader, outcome: TensorResult) -> None:
-    """What tq_bits says is how the codes are packed."""
+def check_tq_bits(task: Task, reader: TensorReader, result: TensorResult) -> None:
+    """Check that tq_bits is the number of bits of a packed code."""
     tensor = task.parts.get("tq_bits")
     if tensor is not None and tensor.dtype[0] in "IU":
         found = int(reader.read(tensor).view(NUMPY_DTYPE[tensor.dtype])[0])
         if found != task.label["bits"]:
-            outcome.fault("label-bits-wrong", "tq_bits", f"{found}", f"{task.label['bits']}")
+            result.add_fault("label-bits-wrong", "tq_bits", f"{found}", f"{task.label['bits']}")
 
 
-def report_first_mismatch(
-    task: Task, outcome: TensorResult, first: int, counts: np.ndarray, lengths: np.ndarray
+def report_first_faults(
+    task: Task, result: TensorResult, first: int, counts: np.ndarray, lengths: np.ndarray
 ) -> None:
-    """Name the first code and the first norm that break the promise."""
-    if counts[ODD_CODE]:
+    """Report the first wrong code and the first wrong norm of a block of rows."""
+    if counts[WRONG_CODES]:
         row, column = divmod(int(counts[FIRST_CODE]), task.columns)
-        outcome.fault("expert-level-wrong", f"row {first + row}, rotated column {column}",
-                      f"another level, one of {counts[ODD_CODE]:,} in these rows",
+        result.add_fault("expert-level-wrong", f"row {first + row}, rotated column {column}",
+                      f"another level, one of {counts[WRONG_CODES]:,} in these rows",
                       "the nearest level")  # fmt: skip
-    if counts[ODD_NORM]:
+    if counts[WRONG_NORMS]:
         row = int(counts[FIRST_NORM])
-        outcome.fault("expert-beyond-bound", f"row {first + row}",
-                      f"norm {lengths[row]:.6g}, one of {counts[ODD_NORM]:,} in these rows",
+        result.add_fault("expert-beyond-bound", f"row {first + row}",
+                      f"norm {lengths[row]:.6g}, one of {counts[WRONG_NORMS]:,} in these rows",
                       "the row's")  # fmt: skip
 
 
-# Sums may be taken in any order: the compiler may make vector code of a loop.
+# Sums may be taken in any order, so that the compiler may vectorize loops.
 _FAST = {"reassoc", "contract"}
 
 
 @numba.njit(nogil=True, cache=True, fastmath=_FAST)
 def rotate(row):
-    """Orthonormal Walsh-Hadamard of float32 (d,), in place: by powers of two, the largest first."""
+    """Transform float32 (d,) in place: orthonormal Walsh-Hadamard by blocks of powers of two.
+
+    The largest block comes first.
+    """
     start, rest = 0, len(row)
     while rest:
         block = 1
         while 2 * block <= rest:
             block *= 2
-        part = row[start : start + block]
-        half = _eights(part)
+        values = row[start : start + block]
+        half = _eights(values)
         while 4 * half <= block:
-            _fours(part, half)
+            _fours(values, half)
             half *= 4
         while half < block:
-            _twos(part, half)
+            _twos(values, half)
             half *= 2
         size = np.float32(1.0 / math.sqrt(block))
         for i in range(block):
-            part[i] *= size
+            values[i] *= size
         start += block
         rest -= block
 
 
 @numba.njit(inline="always")
-def _eights(part):
-    """The first three steps at one go, over neighbours; returns how far apart the next ones are."""
-    for at in range(0, len(part) // 8 * 8, 8):
-        a, b, c, d = part[at], part[at + 1], part[at + 2], part[at + 3]
-        e, f, g, h = part[at + 4], part[at + 5], part[at + 6], part[at + 7]
+def _eights(x):
+    """Do the first three steps at once, on eight neighbours; return the next step's distance."""
+    for at in range(0, len(x) // 8 * 8, 8):
+        a, b, c, d = x[at], x[at + 1], x[at + 2], x[at + 3]
+        e, f, g, h = x[at + 4], x[at + 5], x[at + 6], x[at + 7]
         a, b, c, d, e, f, g, h = a + b, a - b, c + d, c - d, e + f, e - f, g + h, g - h
         a, b, c, d, e, f, g, h = a + c, b + d, a - c, b - d, e + g, f + h, e - g, f - h
-        part[at], part[at + 1], part[at + 2], part[at + 3] = a + e, b + f, c + g, d + h
-        part[at + 4], part[at + 5], part[at + 6], part[at + 7] = a - e, b - f, c - g, d - h
-    return 8 if len(part) >= 8 else 1
+        x[at], x[at + 1], x[at + 2], x[at + 3] = a + e, b + f, c + g, d + h
+        x[at + 4], x[at + 5], x[at + 6], x[at + 7] = a - e, b - f, c - g, d - h
+    return 8 if len(x) >= 8 else 1
 
 
 @numba.njit(inline="always")
-def _fours(part, half):
-    """Two steps at one go, over elements `half` apart."""
-    for at in range(0, len(part), 4 * half):
-        first, second = part[at : at + half], part[at + half : at + 2 * half]
-        third, fourth = part[at + 2 * half : at + 3 * half], part[at + 3 * half : at + 4 * half]
+def _fours(x, half):
+    """Do two steps at once, on elements `half` apart."""
+    for at in range(0, len(x), 4 * half):
+        first, second = x[at : at + half], x[at + half : at + 2 * half]
+        third, fourth = x[at + 2 * half : at + 3 * half], x[at + 3 * half : at + 4 * half]
         for i in range(half):
             a, b, c, d = first[i], second[i], third[i], fourth[i]
             a, b, c, d = a + b, a - b, c + d, c - d
@@ -177,16 +179,16 @@ def _fours(part, half):
 
 
 @numba.njit(inline="always")
-def _twos(part, half):
-    """One step, over elements `half` apart."""
-    for at in range(0, len(part), 2 * half):
-        first, second = part[at : at + half], part[at + half : at + 2 * half]
+def _twos(x, half):
+    """Do one step, on elements `half` apart."""
+    for at in range(0, len(x), 2 * half):
+        first, second = x[at : at + half], x[at + half : at + 2 * half]
         for i in range(half):
             first[i], second[i] = first[i] + second[i], first[i] - second[i]
 
 
 def unpack_codes(words: np.ndarray, bits: int, rows: int, columns: int) -> np.ndarray:
-    """32 // bits codes of each word uint32, the lowest first → uint8 (rows, columns)."""
+    """Unpack words uint32, 32 // bits codes each, the lowest first → uint8 (rows, columns)."""
     each = 32 // bits
     codes = np.empty((len(words), each), np.uint8)
     if 32 % bits == 0:
@@ -198,8 +200,12 @@ def unpack_codes(words: np.ndarray, bits: int, rows: int, columns: int) -> np.nd
 
 
 @numba.njit(nogil=True, cache=True, fastmath=_FAST)
-def _judge(values, signs, codes, lengths, levels):
-    """values float32 (rows · columns,), codes uint8 (rows, columns), lengths float32 (rows,)."""
+def _compare_rows(values, signs, codes, lengths, levels):
+    """Rotate rows and compare their codes and norms.
+
+    values float32 (rows · columns,), codes uint8 (rows, columns), lengths float32 (rows,): the
+    stored norms. Returns (counts int64 (4,), energy, error, rows without a fault, worst, worst_at).
+    """
     counts = np.zeros(4, np.int64)
     energy, error, exact = 0.0, 0.0, 0
     columns = len(signs)
@@ -219,26 +225,27 @@ def _judge(values, signs, codes, lengths, levels):
         norm = math.sqrt(total)
         step = math.ldexp(1.0, max(math.frexp(norm)[1] - 11, -24)) if norm > 0 else 0.0
         if abs(lengths[r] - norm) > 1.51 * step:
-            if counts[ODD_NORM] == 0:
+            if counts[WRONG_NORMS] == 0:
                 counts[FIRST_NORM] = r
-            counts[ODD_NORM] += 1
-        odd, missed, far = _row_errors(row, codes[r], levels, max(norm, 1e-10), lengths[r], miss)
+            counts[WRONG_NORMS] += 1
+        wrong, missed, far = _row_errors(row, codes[r], levels, max(norm, 1e-10), lengths[r], miss)
         error += missed
         if far > worst * widest * lengths[r]:
-            worst, worst_at = far / (widest * lengths[r]), columns * r + _largest_at(miss, far)
-        if odd:  # or as near as sums in another order tell
-            odd, first = _count_not_nearest(row, codes[r], levels, max(norm, 1e-10))
-            if odd and counts[ODD_CODE] == 0:
+            worst, worst_at = far / (widest * lengths[r]), columns * r + np.argmax(np.abs(miss))
+        if wrong:  # count again, with slack for sums in another order
+            wrong, first = _count_not_nearest(row, codes[r], levels, max(norm, 1e-10))
+            if wrong and counts[WRONG_CODES] == 0:
                 counts[FIRST_CODE] = columns * r + first
-            counts[ODD_CODE] += odd
-        exact += odd == 0
+            counts[WRONG_CODES] += wrong
+        exact += wrong == 0
     return counts, energy, error, exact, worst, worst_at
 
 
 @numba.njit(inline="always")
 def _row_errors(row, codes, levels, norm, length, miss):
-    """How many codes of a row do not name the nearest level; of the errors, which `miss` gets, the
-    sum of squares and the largest.
+    """Return the number of codes that are not the nearest, and the errors' squares and maximum.
+
+    Writes the errors to `miss`.
     """
     near = np.zeros(len(row), np.int32)
     for code in range(1, len(levels)):
@@ -246,32 +253,23 @@ def _row_errors(row, codes, levels, norm, length, miss):
         for i in range(len(row)):
             near[i] += np.int32(row[i] > middle)
     decoded = levels * length
-    odd, error = np.int32(0), np.float32(0)
+    wrong, error = np.int32(0), np.float32(0)
     for i in range(len(row)):
-        odd += np.int32(near[i] != np.int32(codes[i]))
+        wrong += np.int32(near[i] != np.int32(codes[i]))
         miss[i] = row[i] - decoded[codes[i]]
         error += miss[i] * miss[i]
-    return odd, error, kernels.largest(miss)
-
-
-@numba.njit(inline="always")
-def _largest_at(miss, far):
-    """Where the largest error is."""
-    for i in range(len(miss)):
-        if abs(miss[i]) == far:
-            return i
-    return 0
+    return wrong, error, kernels.largest(miss)
 
 
 @numba.njit(inline="always")
 def _count_not_nearest(row, codes, levels, norm):
-    """How many codes name a level that is not the nearest by more than some slack; the first."""
-    slack, odd, first = SLACK / math.sqrt(len(row)), 0, 0
+    """Return the number of codes that are not the nearest, with some slack, and the first one."""
+    slack, wrong, first = SLACK / math.sqrt(len(row)), 0, 0
     for i in range(len(row)):
         code, y = codes[i], row[i] / norm
         low = (levels[code - 1] + levels[code]) / 2 if code > 0 else -np.inf
         high = (levels[code] + levels[code + 1]) / 2 if code + 1 < len(levels) else np.inf
         if y < low - slack or y > high + slack:
-            first = first if odd else i
-            odd += 1
-    return odd, first
+            first = first if wrong else i
+            wrong += 1
+    return wrong, first

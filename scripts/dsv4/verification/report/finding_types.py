@@ -1,6 +1,6 @@
-"""The catalogue of verify's findings, each under a name that does not change.
+"""The catalogue of verify's findings: name → why the fault matters, and what repairs it.
 
-Each says in one line why the fault matters, and gives the command that repairs it.
+The names never change: users and verify.json refer to them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ ERROR, WARNING = "error", "warning"
 
 @dataclass(frozen=True)
 class FindingType:
-    """Why it matters, what repairs it, and whether verify fails because of it."""
+    """Why a fault matters, what repairs it, and whether verify fails because of it."""
 
     why: str
     repair: str
@@ -20,302 +20,200 @@ class FindingType:
 
 
 CONVERT = "delete the bundle, then make convert and the stages after it"
-# Of a bundle that somebody else made, in place of what would make or delete one of ours.
-MAKER = "not mendable here: tell its maker, or make a bundle of the source: make all"
+# Replaces CONVERT and the like for a bundle that this recipe did not make.
+MAKER = "not repairable here: tell its maker, or make a bundle from the source: make all"
 REQUANTIZE = "make requantize"
 REPAIR = "make repair"
 FROM_SOURCE = "make repair SOURCE=…, the FP4/FP8 source"
 EXPERTS = "make repair SOURCE=… for a routed expert; for another module, convert again"
-ABOVE = "repair what else is named here, then make verify again"
+OTHER_FINDINGS = "repair the other findings, then make verify again"
 RESTORE = "fetch this file again, or make the bundle again"
 
-FAULTS = {
-    # Files and what they say.
-    "config-broken": FindingType(
-        "Nothing can load a bundle without a readable config.json.", RESTORE
-    ),
-    "config-runs-code": FindingType(
-        "A key names code that loaders import and run; nothing of it was run here.",
-        "do not load this bundle; make repair removes the key",
-    ),
-    "encoding-differs": FindingType(
-        "vMLX runs encoding/encoding_dsv4.py when it serves; this is not the source's.",
-        FROM_SOURCE,
-    ),
-    "config-differs": FindingType(
-        "The model is built by config.json; another model is built.", CONVERT
-    ),
-    "index-broken": FindingType("Runtimes find tensors by the index.", REPAIR),
-    "tokenizer-missing": FindingType("Text cannot become tokens.", FROM_SOURCE),
-    "tokenizer-config-broken": FindingType("Runtimes read the chat template from it.", FROM_SOURCE),
-    "encoding-missing": FindingType(
-        "vMLX 1.6.81 builds prompts with encoding/encoding_dsv4.py.", FROM_SOURCE
-    ),
-    "generation-config-broken": FindingType(
-        "mlx_lm and mlx-vlm read the stop tokens there.", REPAIR
-    ),
-    "eos-few": FindingType(
-        "It stops at the end of sentence alone, not at a <｜User｜> that the model may write.",
-        REPAIR,
-        WARNING,
-    ),
-    "label-for-plain": FindingType(
-        "A label for a module whose tensor is not quantized: mlx_lm and mlx-vlm then refuse it.",
-        REPAIR,
-    ),
-    "eos-wrong": FindingType(
-        "A runtime that does not know the stop tokens answers until max_tokens.", REPAIR
-    ),
-    "chat-template-missing": FindingType(
-        "vMLX 1.3.97 falls back to a template that never opens <think>.", REPAIR
-    ),
-    "chat-template-wrong": FindingType(
-        "The model was trained on another layout of turns; answers go astray.",
-        REPAIR,
-    ),
-    "chat-template-file-missing": FindingType(
-        "mlx-vlm reads chat_template.jinja and nothing else; transformers and mlx_lm prefer it.",
-        REPAIR,
-    ),
-    "chat-templates-differ": FindingType(
-        "Some runtimes take chat_template.jinja, others tokenizer_config.json: they differ in what "
-        "they say to the model.",
-        REPAIR,
-    ),
-    "chat-template-incomplete": FindingType(
-        "Tools, thinking or efforts do not reach the model as it learned them; an agent gets a "
-        "model without tools, and no error.",
-        REPAIR,
-    ),
-    "encoding-unknown": FindingType(
-        "vMLX runs encoding/encoding_dsv4.py when it serves: code that is none of DeepSeek's known "
-        "files.",
-        "read that file before you serve, or make repair SOURCE=…",
-        WARNING,
-    ),
-    "tokenizer-differs": FindingType(
-        "Text becomes other tokens than those that the model learned.", FROM_SOURCE
-    ),
-    "tokenizer-config-differs": FindingType(
-        "Runtimes take special tokens and what is added to a prompt from it.", FROM_SOURCE
-    ),
-    "special-tokens-differ": FindingType(
-        "transformers takes special tokens from special_tokens_map.json.", FROM_SOURCE
-    ),
-    "special-token-wrong": FindingType(
-        "Runtimes begin and end a prompt by these tokens; files contradict one another.",
-        FROM_SOURCE,
-    ),
-    "generation-config-differs": FindingType(
-        "Runtimes sample by generation_config.json; this is not the source's.", FROM_SOURCE
-    ),
-    "answer-limit": FindingType(
-        "An answer to a request without max_tokens ends after so many tokens, thinking included.",
-        REPAIR,
-    ),
-    "sampling-differs": FindingType(
-        "vMLX 1.6.81 and mlx-vlm take this before generation_config.json, which says otherwise.",
-        REPAIR,
-    ),
-    "token-out-of-range": FindingType(
-        "A token's id lies beyond the embedding: reading it gives garbage, or stops the server.",
-        FROM_SOURCE,
-    ),
-    "jang-config-group-size": FindingType(
-        "vMLX 1.6.81 assumes groups of 64 unless jang_config.json says 32.", REPAIR
-    ),
-    "leftover-files": FindingType(
-        "A run was killed here; its half-written files take space.",
-        "make repair (it removes them)",
-        WARNING,
-    ),
-    "file-unhashed": FindingType(
-        "A file that no runtime reads is larger than any document; it was not read.",
-        "move it out of the bundle",
-        WARNING,
-    ),
-    # Index and shards.
-    "shard-missing": FindingType(
-        "Loaders take the shards that are there, without a word.", RESTORE
-    ),
-    "shard-broken": FindingType("The file is cut, or its header is not safetensors'.", RESTORE),
-    "shard-stranger": FindingType(
-        "MLX loads every model*.safetensors that it finds, over the right tensors.",
-        "make repair (it moves a file there to .before-repair; a folder: move it out)",
-    ),
-    "index-unsafe-path": FindingType("An entry leads out of the folder.", "do not use this bundle"),
-    "index-entry-dangling": FindingType("The index names a tensor that is not there.", REPAIR),
-    "index-entry-missing": FindingType("The index does not name a tensor that is there.", REPAIR),
-    "index-entry-wrong": FindingType("The index leads to another shard than the tensor's.", REPAIR),
-    "tensor-twice": FindingType(
-        "Which of two tensors of one name is loaded depends on the order of files.", CONVERT
-    ),
-    "marks-mixed": FindingType(
-        "Shards were made of different sources or by different quantizers.", CONVERT
-    ),
-    # Tensors by their headers.
-    "tensor-missing": FindingType("A parameter keeps its random or zero start value.", CONVERT),
-    "layout-unknown": FindingType(
-        "Most tensors have names of no known layout; what they hold was not judged.",
-        "none: teach the names to scripts/dsv4/model/naming_schemes.py, or ask its maker",
-    ),
-    "layout-mixed": FindingType(
-        "Tensors have the names of two layouts; each loader takes those that it knows.", CONVERT
-    ),
-    "tensor-extra": FindingType("No tensor of the source leads to it.", CONVERT),
-    "expert-missing": FindingType("Experts are stacked: one that lacks stops the load.", CONVERT),
-    "expert-extra": FindingType("More experts than config.json counts.", CONVERT),
-    "triple-incomplete": FindingType(
-        "A quantized module needs weight, scales and biases.", EXPERTS
-    ),
-    "triple-misfit": FindingType(
-        "Dtypes or shapes of weight, scales and biases fit no bits × group.", EXPERTS
-    ),
-    "shape-wrong": FindingType("The tensor has not the shape of its source.", CONVERT),
-    "dtype-wrong": FindingType("The tensor has not the dtype that runtimes expect.", CONVERT),
-    "controls-rounded": FindingType(
-        "Routing and residual mixing need F32 controls; vMLX 1.6.81 refuses the bundle.",
-        FROM_SOURCE,
-    ),
-    # Known failures of whole bundles.
-    "stock-experts": FindingType(
-        "FP4 bytes with U8 scales and no biases under an affine label, as upstream's converter "
-        "leaves them: decoded as affine they are noise, and the model says BOS forever.",
-        FROM_SOURCE,
-    ),
-    "u8-scales-beside-biases": FindingType(
-        "Old U8 exponents stand beside new biases: a requantization that stopped half-way.",
-        FROM_SOURCE,
-    ),
-    "experts-zero": FindingType(
-        "Experts full of zeros give no output; the answer is garbage without an error.",
-        REQUANTIZE,
-    ),
-    "zeros-run": FindingType(
-        "Zeros where no model has any: a hole that a download left, in this file or its source.",
-        "make download VERIFY_HASHES=1, then convert again",
-    ),
-    "nan-or-inf": FindingType("One NaN reaches every logit.", REQUANTIZE),
-    # Labels.
-    "label-absent": FindingType("Without `quantization` 2 bits × 64 are assumed.", REPAIR),
-    "label-two-dicts": FindingType(
-        "quantization_config beside quantization: runtimes differ in which they read.", REPAIR
-    ),
-    "label-twice": FindingType(
-        "quantization_config repeats quantization, as mlx_lm writes it: two copies that can part.",
-        REPAIR,
-        WARNING,
-    ),
-    "label-bits-wrong": FindingType(
-        "The label's bits are not the tensors': 4-bit codes read as 8-bit are noise.", REPAIR
-    ),
-    "label-mode-wrong": FindingType("The label's mode is not the tensors'.", REPAIR),
-    "label-group-wrong": FindingType("The label's group size is not the tensors'.", REPAIR),
-    "label-missing": FindingType(
-        "A runtime that finds no label for a module falls back to the top level.", REPAIR
-    ),
-    "scales-without-label": FindingType(
-        "FP4 or FP8 codes with U8 scales, and no right mode under a name that a runtime looks up: "
-        "vMLX 1.6.81 answers garbage without a word, others refuse.",
-        REPAIR,
-    ),
-    "label-at-top-only": FindingType(
-        "The top level alone says how a module is stored; every known runtime reads it there, and "
-        "one without that would read noise.",
-        REPAIR,
-        WARNING,
-    ),
-    "label-stray": FindingType("A label for a module that no tensor belongs to.", REPAIR, WARNING),
-    # The real loader on this bundle's headers.
-    "turbo-stack-hidden": FindingType(
-        "vMLX looks for TurboQuant's stacks of experts in the first shard alone; else they keep "
-        "their start values, without a word.",
-        REQUANTIZE,
-    ),
-    "turbo-config-wrong": FindingType(
-        "vMLX decodes TurboQuant by these keys: another seed gives noise.", REPAIR
-    ),
-    "turbo-sidecar-wrong": FindingType(
-        "vMLX in Swift takes TurboQuant's signs and levels there.", REPAIR
-    ),
-    "loader-unpatched": FindingType(
-        "jang_tools 2.5.8 and 2.5.9 overwrite the module-path labels at load time.",
-        "make patch_loader",
-    ),
-    "loader-unknown": FindingType(
-        "The installed loader is neither the known one nor the patched one.",
-        "reinstall jang, then make patch_loader",
-    ),
-    "loader-parameter-unfed": FindingType(
-        "After loading, a parameter still has its start value; strict=False hides it.", ABOVE
-    ),
-    "loader-parameter-misfit": FindingType(
-        "A parameter receives a tensor of another shape or kind than its module computes with.",
-        ABOVE,
-    ),
-    "loader-tensor-unused": FindingType("A tensor of the bundle reaches no parameter.", CONVERT),
-    "loader-fails": FindingType("The runtime's own loader stops on these headers.", ABOVE),
-    "loader-not-checked": FindingType(
-        "What the runtime makes of the labels was not replayed.",
-        "name a Python with jang_tools and mlx_lm: --python; or say --without-loader",
-    ),
-    # Numbers, against the source.
-    "expert-differs": FindingType(
-        "A routed expert does not hold what its quantizer makes of the source.", REQUANTIZE
-    ),
-    "expert-beyond-bound": FindingType(
-        "A weight lies farther from the source than its quantizer ever puts it.", REQUANTIZE
-    ),
-    "expert-level-wrong": FindingType(
-        "A weight's level is not the one that comes nearest to the source.", REQUANTIZE
-    ),
-    "expert-imprecise": FindingType(
-        "The error of a whole tensor is larger than its quantizer gives.", REQUANTIZE
-    ),
-    "zeros-lost": FindingType(
-        "Zeros of the source are not zero any more (scale = (max - min)/15, as in "
+# Repair → name → why.
+ERRORS = {
+    RESTORE: {
+        "config-broken": "No runtime can load a bundle without a readable config.json.",
+        "shard-missing": "Loaders load the shards that are there and report no error.",
+        "shard-broken": "The file is truncated, or its header is not a safetensors header.",
+    },
+    REPAIR: {
+        "index-broken": "Runtimes find tensors by the index.",
+        "index-entry-dangling": "The index names a tensor that does not exist.",
+        "index-entry-missing": "The index does not name a tensor that exists.",
+        "index-entry-wrong": "The index names another shard than the tensor's.",
+        "generation-config-broken": "mlx_lm and mlx-vlm read the stop tokens from it.",
+        "eos-wrong": "A runtime without the right stop tokens generates until max_tokens.",
+        "chat-template-missing": "vMLX 1.3.97 falls back to a template that never opens <think>.",
+        "chat-template-wrong": "The model was trained on another prompt format; answers are wrong.",
+        "chat-template-file-missing": "mlx-vlm reads only chat_template.jinja; transformers and "
+        "mlx_lm prefer it.",
+        "chat-templates-differ": "Some runtimes read chat_template.jinja, others "
+        "tokenizer_config.json: they give the model different prompts.",
+        "chat-template-incomplete": "Tools, thinking or efforts do not reach the model as it was "
+        "trained; an agent gets a model without tools, and no error.",
+        "answer-limit": "An answer to a request without max_tokens ends after this many tokens, "
+        "thinking included.",
+        "sampling-differs": "vMLX 1.6.81 and mlx-vlm prefer this to generation_config.json, which "
+        "has another value.",
+        "jang-config-group-size": "vMLX 1.6.81 assumes groups of 64 unless jang_config.json says "
+        "32.",
+        "label-absent": "Without `quantization` runtimes assume 2 bits in groups of 64.",
+        "label-two-dicts": "quantization_config differs from quantization, and runtimes differ in "
+        "which they read.",
+        "label-bits-wrong": "The label's bits are not the tensors': 4-bit codes read as 8-bit are "
+        "noise.",
+        "label-mode-wrong": "The label's mode is not the tensors'.",
+        "label-group-wrong": "The label's group size is not the tensors'.",
+        "label-missing": "A runtime that finds no label for a module uses the top-level one.",
+        "label-for-plain": "A label for a module whose tensor is not quantized: mlx_lm and mlx-vlm "
+        "refuse to load it.",
+        "scales-without-label": "FP4 or FP8 codes with U8 scales, without the right mode under a "
+        "name that a runtime looks up: vMLX 1.6.81 answers garbage and reports no error, others "
+        "refuse to load.",
+        "turbo-config-wrong": "vMLX decodes TurboQuant by these keys: another seed gives noise.",
+        "turbo-sidecar-wrong": "vMLX in Swift reads TurboQuant's signs and levels from it.",
+    },
+    FROM_SOURCE: {
+        "encoding-missing": "vMLX 1.6.81 builds prompts with encoding/encoding_dsv4.py.",
+        "encoding-differs": "vMLX runs encoding/encoding_dsv4.py when it serves; this is not the "
+        "source's.",
+        "tokenizer-missing": "Without a tokenizer, text cannot become tokens.",
+        "tokenizer-differs": "Text becomes other tokens than the model was trained on.",
+        "tokenizer-config-broken": "Runtimes read the chat template from it.",
+        "tokenizer-config-differs": "Runtimes read special tokens, and whether to add them to a "
+        "prompt, from it.",
+        "special-tokens-differ": "transformers reads special tokens from special_tokens_map.json.",
+        "special-token-wrong": "Runtimes begin and end a prompt with these tokens; files "
+        "contradict one another.",
+        "generation-config-differs": "Runtimes sample by generation_config.json; this is not the "
+        "source's.",
+        "token-out-of-range": "A token's id lies beyond the embedding: looking it up gives garbage "
+        "or stops the server.",
+        "controls-rounded": "Routing and residual mixing need F32 controls; vMLX 1.6.81 refuses "
+        "the bundle.",
+        "stock-experts": "FP4 bytes with U8 scales and no biases under an affine label, as "
+        "upstream's converter writes them: decoded as affine they are noise, and the model "
+        "repeats BOS.",
+        "u8-scales-beside-biases": "Old U8 exponents stand beside new biases: a requantization "
+        "was interrupted.",
+    },
+    CONVERT: {
+        "config-differs": "The model is built by config.json; this one builds another model.",
+        "marks-mixed": "Shards were made from different sources or by different quantizers.",
+        "tensor-twice": "Which of two tensors of one name is loaded depends on the order of files.",
+        "tensor-missing": "A parameter keeps its random or zero initial value.",
+        "tensor-extra": "No tensor of the source corresponds to it.",
+        "layout-mixed": "Tensors have names of two naming schemes; each loader takes those that it "
+        "knows.",
+        "expert-missing": "Experts are stacked: a missing one stops the load.",
+        "expert-extra": "There are more experts than config.json counts.",
+        "shape-wrong": "The tensor does not have the shape of its source.",
+        "dtype-wrong": "The tensor does not have the dtype that runtimes expect.",
+        "loader-tensor-unused": "A tensor of the bundle reaches no parameter.",
+        "module-differs": "A module does not hold the source's weights.",
+        "module-imprecise": "The error of a whole tensor is larger than its mode and width give.",
+        "passthrough-differs": "A norm, router weight or table is not the source's in F16, or its "
+        "integers.",
+        "nothing-checked": "A check that found nothing to check proves nothing.",
+    },
+    EXPERTS: {
+        "triple-incomplete": "A quantized module needs weight, scales and biases.",
+        "triple-misfit": "Dtypes or shapes of weight, scales and biases fit no bits × group.",
+    },
+    REQUANTIZE: {
+        "experts-zero": "Experts of zeros output zeros; the answer is garbage without an error.",
+        "nan-or-inf": "One NaN reaches every logit.",
+        "turbo-stack-hidden": "vMLX looks for TurboQuant's stacks of experts in the first shard "
+        "only; without one there it reports no error, and experts keep their initial values.",
+        "expert-differs": "A routed expert is not what its quantizer makes of the source.",
+        "expert-beyond-bound": "A weight is farther from the source than its quantizer's error "
+        "bound.",
+        "expert-level-wrong": "A weight's level is not the one nearest to the source.",
+        "expert-imprecise": "The error of a whole tensor is larger than its quantizer gives.",
+        "zeros-lost": "Zeros of the source do not decode to zero (scale = (max - min)/15, as in "
         "mxfp4_to_affine.py).",
-        REQUANTIZE,
-    ),
-    "rounded": FindingType(
-        "The bundle says that it is lossless, and a number of the source was rounded.", REQUANTIZE
-    ),
-    "quantized-again": FindingType(
-        "The mode could hold the source's own numbers; they were quantized once more, with loss.",
-        "none needed; a bundle of the source's own codes is as large and exact",
-        WARNING,
-    ),
-    "module-differs": FindingType("A module does not hold the source's weights.", CONVERT),
-    "module-imprecise": FindingType(
-        "The error of a whole tensor is larger than its mode and width give.", CONVERT
-    ),
-    "module-other-device": FindingType(
-        "8-bit modules were quantized on another device than a CPU: right, but not byte for byte.",
-        "none needed",
-        WARNING,
-    ),
-    "expert-other-device": FindingType(
-        "Experts were quantized on another device than a CPU: right, but not byte for byte.",
-        "none needed",
-        WARNING,
-    ),
-    "quantizer-unknown": FindingType(
-        "The shards name a quantizer that this version does not have, or a table of it that it "
-        "cannot make again; the experts are judged by the size of their errors.",
-        "name the imatrix that it was made with, if any: make verify IMATRIX=FILE; or requantize",
-        WARNING,
-    ),
-    "control-differs": FindingType(
-        "A control tensor is not the source's, bit for bit.", REQUANTIZE
-    ),
-    "passthrough-differs": FindingType(
-        "A norm, router weight or table is not the source's in F16, or its integers.", CONVERT
-    ),
-    "not-compared": FindingType(
-        "A source tensor was not compared, because its counterpart is not whole.", ABOVE
-    ),
-    "source-broken": FindingType(
-        "The source holds NaN or an exponent of 255.", "make download VERIFY_HASHES=1"
-    ),
-    "nothing-checked": FindingType("A check that looked at nothing proves nothing.", CONVERT),
+        "rounded": "The bundle is recorded as lossless, and a number of the source was rounded.",
+        "control-differs": "A control tensor is not the source's, bit for bit.",
+    },
+    OTHER_FINDINGS: {
+        "loader-parameter-unfed": "After loading, a parameter still has its initial value; "
+        "strict=False hides it.",
+        "loader-parameter-misfit": "A parameter receives a tensor of another shape or kind than "
+        "its module computes with.",
+        "loader-fails": "The runtime's own loader stops on these headers.",
+        "not-compared": "A source tensor was not compared, because its counterpart is incomplete.",
+    },
+    "do not load this bundle; make repair removes the key": {
+        "config-runs-code": "A key names code that loaders import and run; verify ran none of it.",
+    },
+    "make repair (it moves a file there to .before-repair; a folder: move it out)": {
+        "shard-stranger": "MLX loads every model*.safetensors that it finds, over the right "
+        "tensors.",
+    },
+    "do not use this bundle": {
+        "index-unsafe-path": "An entry leads out of the folder.",
+    },
+    "none: add the names to scripts/dsv4/model/naming_schemes.py, or ask its maker": {
+        "layout-unknown": "Most tensors have names of no known naming scheme; their content was "
+        "not checked.",
+    },
+    "make download VERIFY_HASHES=1, then convert again": {
+        "zeros-run": "Zeros where no model has any: a hole that a download left, in this file or "
+        "its source.",
+    },
+    "make download VERIFY_HASHES=1": {
+        "source-broken": "The source holds NaN or an exponent of 255.",
+    },
+    "make patch_loader": {
+        "loader-unpatched": "jang_tools 2.5.8 and 2.5.9 overwrite the module-path labels at load "
+        "time.",
+    },
+    "reinstall jang, then make patch_loader": {
+        "loader-unknown": "The installed loader is neither the known one nor the patched one.",
+    },
+    "name a Python with jang_tools and mlx_lm: --python; or say --without-loader": {
+        "loader-not-checked": "The runtime's own loader was not run on these headers.",
+    },
+}
+WARNINGS = {
+    REPAIR: {
+        "eos-few": "The model stops only at the end of sentence, not at a <｜User｜> that it may "
+        "write.",
+        "label-twice": "quantization_config repeats quantization, as mlx_lm writes it: one of the "
+        "two copies may be edited without the other.",
+        "label-at-top-only": "Only the top level says how a module is stored; every known runtime "
+        "reads it there, and one that does not would read noise.",
+        "label-stray": "A label for a module that has no tensor.",
+    },
+    "make repair (it removes them)": {
+        "leftover-files": "An interrupted run left half-written files, which take space.",
+    },
+    "read that file before you serve, or make repair SOURCE=…": {
+        "encoding-unknown": "vMLX runs encoding/encoding_dsv4.py when it serves: this code is none "
+        "of DeepSeek's known files.",
+    },
+    "move it out of the bundle": {
+        "file-unhashed": "A file that no runtime reads is larger than any document; it was not "
+        "read.",
+    },
+    "none needed; a bundle of the source's own codes is as large and exact": {
+        "quantized-again": "The mode can hold the source's own numbers; they were quantized again, "
+        "with loss.",
+    },
+    "none needed": {
+        "module-other-device": "8-bit modules were quantized on another device than a CPU: right, "
+        "but not byte for byte.",
+        "expert-other-device": "Experts were quantized on another device than a CPU: right, but "
+        "not byte for byte.",
+    },
+    "name the imatrix that it was made with, if any: make verify IMATRIX=FILE; or requantize": {
+        "quantizer-unknown": "The shards name a quantizer that this version does not have, or "
+        "whose table it cannot reproduce; the experts were judged by the size of their errors.",
+    },
+}
+FAULTS = {
+    name: FindingType(why, repair, severity)
+    for severity, repairs in ((ERROR, ERRORS), (WARNING, WARNINGS))
+    for repair, reasons in repairs.items()
+    for name, why in reasons.items()
 }

@@ -1,7 +1,7 @@
-"""Collect what verify finds, and what it checked.
+"""Collect the faults that verify finds, and the checks that it made.
 
-Checks report into a `Findings`, which keeps the count and the first places of each fault, so that
-33,024 wrong tensors are one finding and not 33,024 lines.
+`Findings` keeps the count and the first places of each fault, so that 33,024 wrong tensors are one
+finding and not 33,024 lines.
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ from dsv4.verification.report.finding_types import (
 )
 
 TEXT_LENGTH = 300  # characters of a place, of what was found there, and of what was expected
-PLACES = 5  # the places that a finding keeps of its kind; the others are counted
+PLACES = 5  # places that a finding keeps; further ones are only counted
 
 
 @dataclass
 class Finding:
-    """One fault: how often, and what was found where, for the first places."""
+    """One fault: its name, how often it was found, and its first places.
+
+    ours, storage: as in `Findings`.
+    """
 
     name: str
     count: int = 0
@@ -42,9 +45,9 @@ class Finding:
 
     @property
     def repair(self) -> str:
-        """The command that mends it: of a bundle of ours, or of another's."""
-        beyond = {CONVERT} if self.storage else {CONVERT, REQUANTIZE, EXPERTS}
-        return self.fault.repair if self.ours or self.fault.repair not in beyond else MAKER
+        """The command that repairs it; for bundles of other makers, some are not offered."""
+        not_offered = {CONVERT} if self.storage else {CONVERT, REQUANTIZE, EXPERTS}
+        return self.fault.repair if self.ours or self.fault.repair not in not_offered else MAKER
 
     def as_json(self) -> dict[str, Any]:
         """The finding as verify.json holds it."""
@@ -60,10 +63,10 @@ class Finding:
 
 
 class Findings:
-    """Findings by name, in the order in which the first of each was met.
+    """Findings by name, in the order in which they were first reported.
 
-    ours: whether this recipe made the bundle, so that it may be made anew; storage: whether it has
-    storage names, which requantize and repair can work on.
+    ours: whether this recipe made the bundle, so that it can be made again; storage: whether it has
+    storage names, which requantize needs.
     """
 
     def __init__(self) -> None:
@@ -77,10 +80,8 @@ class Findings:
         finding = self._by_name.setdefault(name, Finding(name))
         finding.count += times
         if len(finding.places) < PLACES:
-            said = {"where": where, "found": found, "expected": expected}
-            finding.places.append(
-                {key: escape_line(text, TEXT_LENGTH) for key, text in said.items()}
-            )
+            place = {"where": where, "found": found, "expected": expected}
+            finding.places.append({k: escape_line(v, TEXT_LENGTH) for k, v in place.items()})
 
     def __iter__(self) -> Iterator[Finding]:
         for finding in self._by_name.values():
@@ -95,6 +96,20 @@ class Findings:
         """The names of all faults found."""
         return set(self._by_name)
 
+    def text(self, most: int = PLACES) -> str:
+        """Return every finding as lines of text: name, why it matters, `most` places, repair."""
+        lines = []
+        for finding in self:
+            fault = finding.fault
+            lines.append(f"\n{fault.severity}: {finding.name} ({finding.count:,}×): {fault.why}")
+            for place in finding.places[:most]:
+                difference = f"found {place['found']}, expected {place['expected']}"
+                lines.append(f"    {place['where']}: {difference}")
+            if finding.count > most:
+                lines.append(f"    … and {finding.count - most:,} more")
+            lines.append(f"  repair: {finding.repair}")
+        return "\n".join(lines)
+
     @property
     def errors(self) -> list[Finding]:
         """The findings that make verify fail."""
@@ -103,9 +118,9 @@ class Findings:
 
 @dataclass
 class Check:
-    """One thing that was looked at: how many of it, and what to say about it.
+    """One check: what it checked, the number of items, a note and the worst value.
 
-    An optional one may be 0: MTP layers, which not every model has.
+    optional: the number may be 0, as that of MTP layers, which not every model has.
     """
 
     what: str
@@ -119,7 +134,7 @@ class Check:
         self.note = escape_line(self.note, 2 * TEXT_LENGTH)
 
     def text(self) -> str:
-        """As the terminal shows it: one line, and one for each part of the note."""
+        """Return the check as text: one line, and one for each part of the note."""
         notes = [part for part in (*self.note.split("; "), self.worst) if part]
         first = f"{self.number:>15,} {self.what}"
         if len(notes) == 1 and len(first) + len(notes[0]) < 98:

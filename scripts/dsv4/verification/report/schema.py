@@ -1,4 +1,4 @@
-"""Read verify.json and validate it against the form in which verify.py writes it."""
+"""Read verify.json and validate it against the schema in which verify.py writes it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dsv4.storage.json_types import validate
 from dsv4.text import short_repr
 from dsv4.verification.verify import FORMAT
 
-TEXT, COUNT = (str, None), (int, None)
+OPTIONAL_TEXT, OPTIONAL_COUNT = (str, None), (int, None)
 AGAIN = "make verify again"
 
 CHECK = {"what": str, "number": int, "note": str, "worst": str}
@@ -29,14 +29,15 @@ KIND = {
 }  # fmt: skip
 SIZES = {
     "shards": int, "tensors": int, "bundle_bytes": int, "shard_bytes": int,
-    "by_kind": {str: int}, "source_shard_bytes": COUNT,
+    "by_kind": {str: int}, "source_shard_bytes": OPTIONAL_COUNT,
 }  # fmt: skip
+SOURCE = {f"{key}?": OPTIONAL_TEXT for key in ("folder", "repo", "revision", "commit")}
 RESULT = {
     "format": int,
     "verdict": str,
     "time": str,
     "bundle": str,
-    "source": ({"folder?": TEXT, "repo?": TEXT, "revision?": TEXT, "commit?": TEXT}, None),
+    "source": (SOURCE, None),
     "levels": [int],
     "loader_asked": bool,
     "quantizer": {str: str},
@@ -48,17 +49,17 @@ RESULT = {
     "errors": {"experts?": [CELL], "others?": [OTHER], "kinds?": [KIND]},
     "hashes": {str: str},
 }
-EMPTY = {**RESULT, "sizes": {}}  # of a bundle that could not be opened
+UNREADABLE = {**RESULT, "sizes": {}}  # of a bundle that could not be opened
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """verify.json as a whole. Raises UserError when it is of another format, or of other types."""
+    """Return the content of verify.json. Raises UserError for another format or wrong types."""
     return validate_result(read_json(path), f"{path}")
 
 
 def validate_result(result: dict[str, Any], where: str = "verify.json") -> dict[str, Any]:
-    """The result itself. Raises UserError when it is of another format, or of other types."""
+    """Return `result` if it is valid. Raises UserError for another format or wrong types."""
     if type(result.get("format")) is not int or result["format"] != FORMAT:
         found = f"format {short_repr(result.get('format'))}"
         raise UserError(where, found, f"format {FORMAT}", AGAIN)
-    return validate(where, result, EMPTY if result.get("sizes") == {} else RESULT, AGAIN)
+    return validate(where, result, UNREADABLE if result.get("sizes") == {} else RESULT, AGAIN)
