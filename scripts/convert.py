@@ -56,6 +56,7 @@ from dsv4.model.folder_roles import bundle_path
 from dsv4.model.fp8_blocks import read_block
 from dsv4.model.load import open_bundle
 from dsv4.model.source import source_notes
+from dsv4.quantization import weight_samples
 from dsv4.quantization.formats import (
     Quantizer,
     QuantizerOptions,
@@ -119,6 +120,9 @@ def run_native(args: argparse.Namespace, options: QuantizerOptions, source: Chec
                headers: Checkpoint, supply: ShardFetcher | None) -> str:  # fmt: skip
     """The native converter, or its plan; return what to say."""
     quantizer, _ = quantizer_for(options, headers, None)
+    if supply is None:
+        with contextlib.closing(TensorReader()) as reader:
+            weight_samples.check_weights(source, reader.read)
     if quantizer.form.as_source:
         quantizer = survey(quantizer, args, source, headers, supply)
         print_escaped(lossless.message(quantizer, headers))

@@ -21,6 +21,7 @@ from dsv4.model.source_format import MODEL_TYPE
 from dsv4.model.storage_view import StorageView, build_view
 from dsv4.storage import limits
 from dsv4.storage.checkpoint import INDEX, Checkpoint, is_file_name, read_json
+from dsv4.storage.json_types import OBJECT
 from dsv4.storage.safetensors_file import Shard, Tensor, read_shard
 from dsv4.text import short_repr
 from dsv4.verification.report.findings import Findings
@@ -148,7 +149,7 @@ def read_json_documents(
                 findings.add(fault, name, "no such file", "one")
             continue
         try:
-            documents[name] = read_json(folder / name, FORMS[name])
+            documents[name] = read_json(folder / name, FORMS.get(name, OBJECT))
         except UserError as stop:
             findings.add(fault, name, f"{stop}", "a readable JSON object")
     return documents

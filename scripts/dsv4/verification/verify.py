@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import platform
 import time
@@ -15,9 +16,11 @@ from dsv4.errors import UserError
 from dsv4.hub.provenance import read_record
 from dsv4.model.names import is_control, parse_expert
 from dsv4.model.source import open_source
+from dsv4.quantization import weight_samples
 from dsv4.quantization.imatrix import EVEN, importances, open_imatrix
 from dsv4.storage.atomic import format_bytes
 from dsv4.storage.checkpoint import Checkpoint
+from dsv4.storage.tensor_reader import TensorReader
 from dsv4.text import escape_line
 from dsv4.toolchain.python_env import probe
 from dsv4.verification.checks import check_all, turboquant_files
@@ -74,8 +77,21 @@ def check_level_2(
     ) as bar:
         numbers = compare_all.read_numbers(bundle, source, options.jobs, bar.update, importance)
     checks = aggregate.aggregate(numbers, findings)
+    if source:
+        checks.append(check_source_values(source, findings))
     checks += turboquant_files.check_sidecar(bundle, findings)
     return numbers, checks, time.perf_counter() - start
+
+
+def check_source_values(source: Checkpoint, findings: Findings) -> Check:
+    """Check samples of the source's matrices: a legal checkpoint may hold no weights."""
+    with contextlib.closing(TensorReader()) as reader:
+        faults = weight_samples.implausible_matrices(source, reader.read)
+    for fault in faults:
+        name, _, found = fault.partition(": ")
+        findings.add("source-implausible", f"{source.folder}: {name}", found, "values of weights")
+    number = sum(1 for _ in weight_samples.sampled_matrices(source))
+    return Check("source's matrices with values of weights, by samples", number)
 
 
 def package_versions(python: Path | None) -> dict[str, Any]:

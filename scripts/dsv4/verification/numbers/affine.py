@@ -13,6 +13,7 @@ import numpy as np
 
 from dsv4.model.labels import EXPERT
 from dsv4.quantization.formats import Quantizer
+from dsv4.quantization.fp4 import ue8m0_bytes
 from dsv4.quantization.imatrix import normalized
 from dsv4.storage.tensor_reader import TensorReader
 from dsv4.verification.numbers.affine_block import AffineBlock
@@ -70,7 +71,7 @@ class AffineComparer:
         self, task: Task, reader: TensorReader, first: int, last: int, result: TensorResult
     ) -> bool:
         """Count rows that hold the quantizer's bytes, of checked cases; return False for others."""
-        exponents = reader.rows(task.scale, first, last)
+        exponents = ue8m0_bytes(reader.rows(task.scale, first, last), task.scale)
         if not self._cases.holds[exponents].all():
             return False
         codes = reader.rows(task.origin, first, last)

@@ -6,6 +6,7 @@ import numpy as np
 
 from dsv4.model.fp8_blocks import block_of
 from dsv4.model.names import GROUP
+from dsv4.quantization.fp4 import ue8m0_bytes
 from dsv4.storage.tensor_reader import TensorReader
 from dsv4.verification.numbers.tasks import Task, TensorResult
 
@@ -50,8 +51,9 @@ def compare_copies(task: Task, reader: TensorReader, result: TensorResult) -> No
 def copied_rows(task: Task, part: str, reader: TensorReader, first: int, last: int) -> np.ndarray:
     """Return the bytes that rows of a part have if codes and scales are the source's."""
     if part == "weight" or task.label["mode"] == "mxfp4":
-        return reader.rows(task.origin if part == "weight" else task.scale, first, last)
-    blocks = reader.read(task.scale).reshape(task.scale.shape)
+        stored = task.origin if part == "weight" else task.scale
+        return ue8m0_bytes(reader.rows(stored, first, last), stored)
+    blocks = ue8m0_bytes(reader.read(task.scale), task.scale).reshape(task.scale.shape)
     height, width = block_of(task.origin.shape, task.scale.shape)
     rows = np.arange(first, last) // height
     columns = np.arange(task.origin.shape[1] // GROUP) * GROUP // width

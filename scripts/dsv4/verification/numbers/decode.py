@@ -18,7 +18,7 @@ import numpy as np
 from dsv4.model.fp8_blocks import block_of
 from dsv4.model.labels import SOURCE
 from dsv4.model.names import GROUP
-from dsv4.quantization.fp4 import UE8M0
+from dsv4.quantization.fp4 import UE8M0, ue8m0_bytes
 from dsv4.quantization.fp8 import E4M3
 from dsv4.storage.safetensors_file import Tensor
 from dsv4.storage.tensor_reader import TensorReader, as_float32
@@ -41,10 +41,10 @@ def source_rows(
     values = np.empty((last - first) * task.columns, np.float32)
     exponents = np.empty(0, np.uint8)
     if task.what == "expert":
-        exponents = reader.rows(scale, first, last)
+        exponents = ue8m0_bytes(reader.rows(scale, first, last), scale)
         kernels.decode_fp4(codes, exponents, values)
     elif origin.dtype == "F8_E4M3":
-        exponents = reader.read(scale)
+        exponents = ue8m0_bytes(reader.read(scale), scale)
         powers = UE8M0[exponents].reshape(scale.shape)
         block = block_of(origin.shape, scale.shape)
         kernels.decode_fp8(codes, E4M3, powers, block, task.columns, first, values)

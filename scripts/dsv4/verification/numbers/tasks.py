@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dsv4.model.bundle_tensors import SCALE_DTYPES
 from dsv4.model.fp8_blocks import block_of
 from dsv4.model.names import GROUP, expert_base, kind, parse_expert
 from dsv4.storage.checkpoint import Checkpoint
@@ -115,7 +116,7 @@ def is_decodable(source: Checkpoint, origin: Tensor) -> bool:
         fits = scale.shape == (out, 2 * columns // GROUP)
     else:
         fits = block_of(origin.shape, scale.shape) is not None
-    return fits and scale.dtype in ("F8_E8M0", "U8")
+    return fits and scale.dtype in SCALE_DTYPES
 
 
 def make_tasks(bundle: Scan, source: Checkpoint, kept: Kept) -> list[Task]:

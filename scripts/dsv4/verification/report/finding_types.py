@@ -161,6 +161,10 @@ ERRORS = {
         "zeros-run": "Zeros where no model has any: a hole that a download left, in this file or "
         "its source.",
     },
+    "take these tensors from the release that the source is a copy of, then convert again": {
+        "source-implausible": "Values of the source that cannot be weights, as when a scale was "
+        "dropped; the model outputs noise.",
+    },
     "make download VERIFY_HASHES=1": {
         "source-broken": "The source holds NaN or an exponent of 255.",
     },
