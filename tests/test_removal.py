@@ -255,6 +255,7 @@ def test_the_matrix_leaves_what_lies_in_work(tmp_path, monkeypatch):
                  "stacks/new/theirs")  # fmt: skip
     before = seen(work)
     monkeypatch.setattr(matrix, "run_script", stopped)
+    monkeypatch.setattr(matrix, "make_bundle", stopped)
     for name in ("mlx", matrix.RANDOM):
         with pytest.raises(UserError):
             matrix.bundles(work, [name])

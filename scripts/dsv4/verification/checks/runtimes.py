@@ -42,7 +42,7 @@ class Stack:
     """One row.
 
     name: the matrix' own; runtime: what a user calls it; requirements: the pinned file; how:
-    logits.py's way into the runtime; served: by vMLX's server, else asked through generate.py;
+    logits.py's way into the runtime; served: by vMLX's server, else asked through chat.py;
     patches: applied to its jang_tools; needs: what a bundle must have for it; env: variables that
     make it compute what transformers does; but: where it computes otherwise all the same.
     """
