@@ -400,8 +400,7 @@ selftest: ## can this toolchain be trusted with the big model? Convert, load and
 .PHONY: fidelity
 fidelity: .venv/tests-installed .toolchain/new/installed ## measure every QUANTIZER: tables in build/fidelity, .github/fidelity.svg
 	$(PYTHON) scripts/patch_loader.py --python $(PYTHON)
-	$(PYTHON) scripts/lab/fidelity.py --source scripts/nano/checkpoint --out build/fidelity \
-	  --picture .github/fidelity.svg
+	$(PYTHON) scripts/lab/fidelity.py --picture .github/fidelity.svg
 
 # Bundles of the small model by mlx-vlm's, mlx_lm's and jang's converters, for verify to be tried on.
 .PHONY: specimens

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from locations import NANO
-from source_tensors import Sizes, Writer, tensors, with_dspark
+from source_tensors import Sizes, Writer, headers, tensors, with_dspark
 
 from dsv4.errors import UserError, run
 from dsv4.quantization.fp8 import BLOCK
@@ -86,25 +86,25 @@ def config_of(sizes: Sizes) -> dict:
 def write_source(folder: Path, sizes: Sizes, seed: int, shards: int) -> int:
     """Write the checkpoint as `shards` shards of equal tensor counts; return the tensor count.
 
-    The cut falls where it falls, so that a weight and its scale may part.
+    A weight and its scale may be in different shards. One tensor is in memory at a time.
     """
-    named = list(tensors(sizes, Writer(seed)))
-    bounds = np.linspace(0, len(named), shards + 1).astype(int)
+    planned = list(headers(sizes).values())
+    arrays = (array for _, (_, array) in tensors(sizes, Writer(seed)))
+    bounds = np.linspace(0, len(planned), shards + 1).astype(int)
     weight_map: dict[str, str] = {}
     for number in range(shards):
         file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
-        part = named[bounds[number] : bounds[number + 1]]
-        planned = [
-            PendingTensor(name, dtype, array.shape, lambda a=array: [np.ascontiguousarray(a).data])
-            for name, (dtype, array) in part
+        part = [
+            PendingTensor(t.name, t.dtype, t.shape, lambda: [np.ascontiguousarray(next(arrays))])
+            for t in planned[bounds[number] : bounds[number + 1]]
         ]
-        write_shard(folder / file, planned, {"format": "pt"})
-        weight_map.update({name: file for name, _ in part})
-    size = sum(array.nbytes for _, (_, array) in named)
+        write_shard(folder / file, part, {"format": "pt"})
+        weight_map.update({tensor.name: file for tensor in part})
+    size = sum(tensor.nbytes for tensor in planned)
     write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
     write_json(folder / "config.json", config_of(sizes))
     copy_words(folder)
-    return len(named)
+    return len(planned)
 
 
 def copy_words(folder: Path) -> None:
