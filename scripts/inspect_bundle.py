@@ -2,12 +2,12 @@
 
 config.json, the index and every shard's header are read by ranged requests (some 30 MB in all), and
 verify's level 1 runs on them: files, index, tensors, labels, stop tokens, and the signatures of the
-known faults. Says what is wrong, which runtimes will load it, and whether `make repair` could mend
-it. No number is read: that is what verify does after the download. With --against, the bundle is
-also compared with the source's tensors, name by name (another 20 MB). Of several bundles, whoever
-made them, a table ends it: size, layout, bits, runtimes, memory, faults.
+known faults. Prints the faults, which runtimes will load the bundle, and whether `make repair`
+could repair it. No tensor data is read; verify does that after the download. With --against, the
+bundle is also compared with the source's tensors, name by name (another 20 MB). For several bundles
+a table follows: size, layout, bits, runtimes, memory, faults.
 
-Gated and private repositories are read with the user's own login. Exit 0: nothing wrong; 1: faults.
+Gated and private repositories are read with the user's own login. Exit 0: no fault; 1: faults.
 
     .venv/bin/python scripts/inspect_bundle.py --repo "user/bundle …" [--against REPO]
 """
@@ -18,6 +18,7 @@ import argparse
 import shutil
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from dsv4.errors import UserError, run
@@ -36,17 +37,28 @@ from dsv4.verification.scan import Scan, scan
 PATIENCE = 30  # seconds without an answer, after which it gives up
 SHOWN = 2  # places of each fault
 
-# ------------------------------------------------------------------------------- judgement
+
+@dataclass(frozen=True)
+class InspectOptions:
+    """The options of the command line.
+
+    repos: names on the hub; against: the source's, or ""; patience: seconds without an answer.
+    """
+
+    repos: list[str]
+    revision: str
+    against: str
+    patience: float
 
 
-def mending(findings: Findings) -> str:
-    """Whether `make repair` could mend what was found, and what it needs for that, in words."""
+def repair_advice(findings: Findings) -> str:
+    """Return whether `make repair` could repair the faults, and whether it needs the source."""
     beyond = [f for f in findings.errors if not f.repair.startswith("make repair")]
     if beyond:
         by_hand = "; ".join(f"{f.name} ({f.repair})" for f in beyond)
-        return f"not mendable by make repair: {by_hand}"
+        return f"not repairable by make repair: {by_hand}"
     needs_source = any("SOURCE=" in finding.repair for finding in findings.errors)
-    return "once downloaded, mended by: make repair" + (
+    return "once downloaded, repair it by: make repair" + (
         " SOURCE=… (it needs the FP4 source)" if needs_source else " (without the source)"
     )
 
@@ -55,7 +67,7 @@ def mending(findings: Findings) -> str:
 
 
 def show(skeleton: Skeleton, checks: list[Check], findings: Findings) -> None:
-    """What was looked at, and what was found."""
+    """Print what was checked, and the findings."""
     print_escaped(
         f"{escape_line(skeleton.repo)} at {escape_line(skeleton.commit[:12])}: "
         f"{len(skeleton.files)} files, {format_bytes(skeleton.nbytes)}; "
@@ -84,44 +96,42 @@ def show_conversation(bundle: Scan) -> None:
         print_escaped(f"  {name}: {kept}")
 
 
-def inspect(args: argparse.Namespace, repo: str, work: Path) -> tuple[Row, str, str]:
-    """Read, judge, print; returns its row, the names of its faults and what mends them."""
+def inspect(options: InspectOptions, repo: str, work: Path) -> tuple[Row, str, str]:
+    """Check one bundle and print it; return its row, its faults' names, and the advice."""
     findings = Findings()
-    skeleton = fetch_skeleton(repo, args.revision, work / "bundle", args.patience)
+    skeleton = fetch_skeleton(repo, options.revision, work / "bundle", options.patience)
     bundle = scan(work / "bundle", findings)
     source = None
-    if bundle and args.against:
-        if not (work.parent / "source").exists():
-            fetch_skeleton(args.against, "main", work.parent / "source", args.patience)
-        source = open_source(work.parent / "source")
+    if bundle and options.against:
+        folder = work.parent / "source"
+        if not folder.exists():
+            fetch_skeleton(options.against, "main", folder, options.patience)
+        source = open_source(folder)
     checks = check_all.check_headers(bundle, source, findings) if bundle else []
     check_all.require_nonempty(checks, findings)
     show(skeleton, checks, findings)
     show_runtimes(runtime_verdicts(bundle, findings))
     if bundle:
         show_conversation(bundle)
+    row = summary_row(repo, skeleton.nbytes, bundle, findings)
     names = ", ".join(finding.name for finding in findings.errors)
-    return (
-        summary_row(repo, skeleton.nbytes, bundle, findings),
-        names,
-        mending(findings) if names else "",
-    )
+    return row, names, repair_advice(findings) if names else ""
 
 
-def inspect_all(args: argparse.Namespace, work: Path) -> int:
-    """Inspect each repository; of several, one table at the end. Raises UserError for faults."""
-    repos, rows, wrong = args.repo.split(), [], []
+def inspect_all(options: InspectOptions, work: Path) -> None:
+    """Inspect each repository; print a table of several. Raises UserError for faults."""
+    repos, rows, wrong = options.repos, [], []
     for number, repo in enumerate(repos):
         try:
-            found, names, cure = inspect(args, repo, work / f"{number}")
+            row, names, advice = inspect(options, repo, work / f"{number}")
         except UserError as stop:
             if len(repos) == 1:
                 raise
             print(f"error: {escape_line(stop, LINE)}")
-            found, names, cure = failed_row(repo, f"{stop}"), "what could not be read", ""
-        rows.append(found)
+            row, names, advice = failed_row(repo, f"{stop}"), "what could not be read", ""
+        rows.append(row)
         if names:
-            wrong.append((repo, names, cure))
+            wrong.append((repo, names, advice))
         shutil.rmtree(work / f"{number}", ignore_errors=True)
     if len(repos) > 1:
         print_escaped(markdown_table(rows))
@@ -131,7 +141,6 @@ def inspect_all(args: argparse.Namespace, work: Path) -> int:
         named = join_some([repo for repo, _, _ in wrong])
         raise UserError(named, f"faults in {len(wrong)}", f"none in {len(repos)}", "see the table")
     print("no fault in headers and JSON; the numbers: download it, then make verify")
-    return 0
 
 
 def main() -> int:
@@ -143,15 +152,17 @@ def main() -> int:
     add_setting(parser, "AGAINST", default="", metavar="REPO", help="its FP4/FP8 source")
     parser.add_argument(
         "--patience", type=parse_seconds, default=PATIENCE, metavar="SECONDS",
-        help="how long to try again while nothing comes (default %(default)s)",
+        help="how long to retry without an answer (default %(default)s)",
     )  # fmt: skip
     args = parser.parse_args()
     if not args.repo.split():
         parser.error("--repo: none named")
     sys.stdout.reconfigure(line_buffering=True)
     repository.quiet()
+    options = InspectOptions(args.repo.split(), args.revision, args.against, args.patience)
     with tempfile.TemporaryDirectory(prefix="inspect-") as work:
-        return inspect_all(args, Path(work))
+        inspect_all(options, Path(work))
+    return 0
 
 
 if __name__ == "__main__":

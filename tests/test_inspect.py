@@ -81,7 +81,7 @@ def test_a_stock_bundle_is_named_with_its_cure(hub, stock):
     last = run.stderr.strip().splitlines()
     assert len(last) == 1
     assert last[0].startswith(f"error: {REPO}: found stock-experts, ")
-    assert "mended by: make repair SOURCE=… (it needs the FP4 source)" in last[0]
+    assert "repair it by: make repair SOURCE=… (it needs the FP4 source)" in last[0]
 
 
 def test_each_runtime_is_judged_by_what_it_needs(hub, good):
@@ -106,7 +106,7 @@ def test_a_missing_shard_cannot_be_mended(hub, good):
     hub.add(REPO, {n: d for n, d in files.items() if n != shard})
     run = inspect(hub)
     assert run.returncode == 1
-    assert "not mendable by make repair" in run.stderr
+    assert "not repairable by make repair" in run.stderr
     assert "shard-missing" in run.stderr
 
 

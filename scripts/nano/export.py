@@ -9,15 +9,15 @@ F32              hc_*, attn_sink, gate.bias, compressor.ape
 I64              gate.tid2eid
 
 The compressor of a 128-layer and everything under mtp.0 are random: runtimes do not run
-them on short prompts, but a pipeline must carry them.
+them on short prompts, but a bundle must contain them.
 
-Freshly trained matrices have FP4 scales that are nearly all equal, and then a scale in
-the wrong place goes unseen. So powers of two are moved between matrices that undo each
-other, which changes no result:
+Freshly trained matrices have FP4 scales that are nearly all equal, so that a misplaced
+scale would not show. So powers of two are moved between matrices where they cancel, which
+changes no result:
 
 - from 32 columns of w1, w3, the router and the shared experts into ffn_norm;
-- from 32 rows of an expert's w3 into the 32 columns of its w2 that they meet, and only
-  downwards, so that the SwiGLU clamp stays as far away as it was.
+- from 32 rows of an expert's w3 into the 32 columns of its w2 that they feed. w3 gets
+  smaller only, so that the SwiGLU clamp still has no effect.
 """
 
 import json
@@ -83,7 +83,7 @@ def compressor(prefix: str, arch: Architecture, ratio: int, generator: torch.Gen
 
 
 def mtp_layer(prefix: str, arch: Architecture, generator: torch.Generator) -> Tensors:
-    """Return a random multi-token-prediction layer, every kind of tensor in it."""
+    """Return a random multi-token-prediction layer with every kind of tensor."""
     square = (arch.hidden, arch.hidden)
     tensors = {
         f"{prefix}.e_proj.weight": normal(square, arch.hidden**-0.5, generator),
@@ -154,8 +154,8 @@ def stored(name: str, value: Tensor) -> Tensors:
 def shards(tensors: Tensors, count: int) -> list[Tensors]:
     """Return the tensors in order, cut into shards of about equal bytes.
 
-    Each cut is moved so that it falls between a weight and its scale: the case that a
-    reader of one shard at a time gets wrong.
+    Each cut is between a weight and its scale, which a reader of one shard at a time gets
+    wrong.
     """
     names = list(tensors)
     total = sum(value.nbytes for value in tensors.values())
@@ -189,7 +189,7 @@ def write_weights(tensors: Tensors, folder: Path, count: int) -> None:
 
 
 def check_folder(folder: Path, arch: Architecture) -> None:
-    """Raise ValueError for a folder that holds anything but a checkpoint that was written here."""
+    """Raise ValueError for a folder with files that are not a nano checkpoint."""
     if not folder.exists() or not any(folder.iterdir()):
         return
     config = folder / "config.json"
@@ -209,14 +209,14 @@ def write_checkpoint(
 ) -> None:
     """Write weights, config.json, generation_config.json and the encoding into the folder.
 
-    Shards of a nano checkpoint that is there go. Raises ValueError as `check_folder` does.
+    Removes the shards of a nano checkpoint in it. Raises ValueError as `check_folder` does.
     """
     check_folder(folder, arch)
     folder.mkdir(parents=True, exist_ok=True)
     everything = {}
     for name, value in complete(tensors, routing, arch, seed).items():
         everything |= stored(name, value)
-    write_json(folder / "config.json", source_config(arch))  # first: it says whose folder it is
+    write_json(folder / "config.json", source_config(arch))  # first: check_folder recognises it
     for old in folder.glob("model-?????-of-?????.safetensors"):
         old.unlink()
     write_weights(everything, folder, SHARDS)

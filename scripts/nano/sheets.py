@@ -1,4 +1,4 @@
-"""Lessons as token tensors."""
+"""Turn lessons into token tensors."""
 
 from dataclasses import dataclass
 
