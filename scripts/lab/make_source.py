@@ -4,7 +4,7 @@ Tests need a source of any size that has every kind of tensor: hash-routed and r
 attention with compress ratios 0, 4 and 128 (compressor, indexer), shared experts, MTP or, with
 --dspark, DSpark; in FP4, FP8, BF16, F32 and integers; over several shards that split weights from
 their scales.
-Its tokenizer and encoding are those of the nano checkpoint. The words that it says are noise.
+Tokenizer and encoding are those of the nano checkpoint. Its answers are noise.
 
     .venv/bin/python scripts/lab/make_source.py --source build/random --seed 1
 """
@@ -27,7 +27,7 @@ from dsv4.storage.atomic import copy_file, write_json
 from dsv4.storage.checkpoint import INDEX
 from dsv4.storage.safetensors_file import PendingTensor, write_shard
 
-WORDS = (
+TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
     "generation_config.json",
@@ -36,7 +36,7 @@ WORDS = (
 
 
 def config_of(sizes: Sizes) -> dict:
-    """config.json as DeepSeek-V4's source has it, for these sizes."""
+    """Return config.json as DeepSeek-V4's source has it, for these sizes."""
     return {
         "architectures": ["DeepseekV4ForCausalLM"],
         "model_type": "deepseek_v4",
@@ -103,14 +103,14 @@ def write_source(folder: Path, sizes: Sizes, seed: int, shards: int) -> int:
     size = sum(tensor.nbytes for tensor in planned)
     write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
     write_json(folder / "config.json", config_of(sizes))
-    copy_words(folder)
+    copy_tokenizer(folder)
     return len(planned)
 
 
-def copy_words(folder: Path) -> None:
-    """The nano checkpoint's tokenizer and encoding, whose vocabulary these sources share."""
+def copy_tokenizer(folder: Path) -> None:
+    """Copy the nano checkpoint's tokenizer and encoding."""
     (folder / "encoding").mkdir(exist_ok=True)
-    for name in WORDS:
+    for name in TOKENIZER:
         copy_file(NANO / name, folder / name)
 
 
