@@ -1,10 +1,10 @@
 """Measure how far a bundle is from its source: run both over one text, layer by layer.
 
 One layer is in memory at a time, so the real model can be measured where it cannot be served: load
-a layer, run all tokens through it, keep the hidden states, drop the layer. Reports the perplexities,
-the KL divergence of the bundle's next-token distributions from the source's, the share of
-tokens with the same most likely successor, and the relative error of the hidden states after every
-layer, which shows a fault of one layer.
+a layer, run all tokens through it, keep the hidden states, drop the layer. Reports both
+perplexities, the KL divergence of the bundle's next-token distributions from the source's, the
+share of tokens with the same most likely successor, and the relative error of the hidden states
+after every layer, which shows a fault of one layer.
 
 The model code is the pinned runtime's: jang_tools', which vMLX serves, or mlx-vlm's. The source is
 computed losslessly in float32; a bundle in the dtype of its tensors, as it is served, or with

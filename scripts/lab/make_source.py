@@ -22,10 +22,10 @@ from locations import NANO
 from source_tensors import Sizes, Writer, headers, tensors, with_dspark
 
 from dsv4.errors import UserError, run
-from dsv4.quantization.fp8 import BLOCK
 from dsv4.storage.atomic import copy_file, write_json
 from dsv4.storage.checkpoint import INDEX
 from dsv4.storage.safetensors_file import PendingTensor, write_shard
+from nano import architecture
 
 TOKENIZER = (
     "tokenizer.json",
@@ -37,50 +37,15 @@ TOKENIZER = (
 
 def config_of(sizes: Sizes) -> dict:
     """Return config.json as DeepSeek-V4's source has it, for these sizes."""
-    return {
-        "architectures": ["DeepseekV4ForCausalLM"],
-        "model_type": "deepseek_v4",
-        "torch_dtype": "bfloat16",
-        **{
-            k: list(v) if isinstance(v, tuple) else v
-            for k, v in vars(sizes).items()
-            if sizes.dspark_markov_rank or not k.startswith("dspark_")
-        },
-        "attention_bias": False,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "expert_dtype": "fp4",
-        "hc_eps": 1e-06,
-        "hc_sinkhorn_iters": 20,
-        "hidden_act": "silu",
-        "max_position_embeddings": 4096,
-        "n_shared_experts": 1,
-        "norm_topk_prob": True,
-        "num_key_value_heads": 1,
-        "quantization_config": {
-            "activation_scheme": "dynamic",
-            "fmt": "e4m3",
-            "quant_method": "fp8",
-            "scale_fmt": "ue8m0",
-            "weight_block_size": [BLOCK, BLOCK],
-        },
-        "rms_norm_eps": 1e-06,
-        "rope_scaling": {
-            "beta_fast": 32,
-            "beta_slow": 1,
-            "factor": 4,
-            "original_max_position_embeddings": 1024,
-            "type": "yarn",
-        },
-        "rope_theta": 10000,
-        "compress_rope_theta": 160000,
-        "routed_scaling_factor": 1.5,
-        "scoring_func": "sqrtsoftplus",
-        "sliding_window": 128,
-        "swiglu_limit": 10.0,
-        "tie_word_embeddings": False,
-        "topk_method": "noaux_tc",
+    named = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in vars(sizes).items()
+        if sizes.dspark_markov_rank or not key.startswith("dspark_")
     }
+    rope = {"factor": 4, "original_max_position_embeddings": 1024}
+    config = architecture.source_config(architecture.NANO)
+    config["rope_scaling"] |= rope
+    return {**config, "max_position_embeddings": 4096, **named}
 
 
 def write_source(folder: Path, sizes: Sizes, seed: int, shards: int) -> int:
