@@ -13,7 +13,7 @@ not predict what the full model loses: it has 2 million parameters, experts of 1
 task. Everything but the experts is 8-bit in all bundles but lossless and mixture-lossless.
 
 Writes fidelity.md and fidelity.json to --out and the picture to --picture; the bundles lie in a
-temporary folder in --out meanwhile. Costs 15 minutes on two cores, and 60 MB.
+temporary folder in --out meanwhile. Costs about 20 minutes on two cores, and 60 MB.
 
     .venv/bin/python scripts/lab/fidelity.py [--quantizer NAME …] [--source2 DIR] [--out DIR]
         [--picture FILE]
