@@ -173,7 +173,7 @@ def mlx_vlm(folder: Path) -> MlxModel:
     return MlxModel(model, lambda ids, cache: model(ids, cache=cache).logits)
 
 
-def decoded(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
+def decode_folder(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
     """Return config and float32 tensors of a source or of a bundle."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if "quantization" in config:
@@ -184,7 +184,7 @@ def decoded(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
 
 
 def tensors(folder: Path) -> MlxModel:
-    model = plain_model(*decoded(folder))
+    model = plain_model(*decode_folder(folder))
     return MlxModel(model, lambda ids, cache: model(ids, cache=cache))
 
 
@@ -196,7 +196,7 @@ class Reference:
         from safetensors.torch import save_file
         from transformers import AutoModelForCausalLM
 
-        config, weights = decoded(folder)
+        config, weights = decode_folder(folder)
         dropped = ("quantization", "quantization_config", "expert_dtype", "rope_parameters")
         plain = {key: value for key, value in config.items() if key not in dropped}
         named = {

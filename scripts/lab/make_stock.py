@@ -48,7 +48,7 @@ def decode(weight: Tensor, scale: Tensor | None) -> np.ndarray:
     return as_float32(data.reshape(-1), weight.dtype).reshape(weight.shape)
 
 
-def stored(weight: Tensor, scale: Tensor | None) -> dict[str, np.ndarray]:
+def stock_arrays(weight: Tensor, scale: Tensor | None) -> dict[str, np.ndarray]:
     """Return the arrays that upstream stores for one tensor of the source, by storage name."""
     base, what = weight.name.removesuffix(".weight"), kind(weight.name)
     if what == "expert":
@@ -62,13 +62,13 @@ def stored(weight: Tensor, scale: Tensor | None) -> dict[str, np.ndarray]:
     return {weight.name: decode(weight, scale).astype(np.float16)}
 
 
-def planned(source: Checkpoint) -> Iterator[PendingTensor]:
+def stock_tensors(source: Checkpoint) -> Iterator[PendingTensor]:
     """Yield every tensor of the stock bundle."""
     for name, tensor in source.tensors.items():
         if kind(name) == "scale":
             continue
         scale = source.tensors.get(name.removesuffix("weight") + "scale")
-        for key, array in stored(tensor, scale).items():
+        for key, array in stock_arrays(tensor, scale).items():
             data = np.ascontiguousarray(array)
             yield PendingTensor(key, DTYPES[data.dtype.name], data.shape, lambda data=data: [data])
 
@@ -83,7 +83,7 @@ def config_of(source: Checkpoint) -> dict:
 
 def make(source: Checkpoint, folder: Path) -> None:
     """Write the stock bundle into `folder`."""
-    tensors = list(planned(source))
+    tensors = list(stock_tensors(source))
     write_shard(folder / SHARD, tensors, {})
     write_json(folder / INDEX, {"weight_map": {tensor.name: SHARD for tensor in tensors}})
     write_json(folder / "config.json", config_of(source))

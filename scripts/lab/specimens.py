@@ -74,7 +74,7 @@ SPECIMENS: dict[str, tuple[str, ...]] = {
 }
 
 
-def prepared(source: Path, folder: Path) -> Path:
+def prepare_source(source: Path, folder: Path) -> Path:
     """Make a copy of the source as mlx-vlm 0.7.10 reads it; return its folder."""
     shutil.copytree(source, folder)
     path = folder / "config.json"
@@ -91,7 +91,7 @@ def make(name: str, source: Path, out: Path, python: Path) -> None:
         return
     with tempfile.TemporaryDirectory(prefix=".making-", dir=out) as work:
         made = Path(work) / "made"
-        own = prepared(source, Path(work) / "source") if name.startswith("vlm-") else source
+        own = prepare_source(source, Path(work) / "source") if name.startswith("vlm-") else source
         folders = {"source": own.resolve(), "out": made.resolve(), "bf16": out / "jang-bf16"}
         command = [part.format(**folders) for part in SPECIMENS[name]]
         call_script(

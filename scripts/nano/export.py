@@ -39,7 +39,7 @@ from nano.model import (
     normal,
     symmetric_comb,
 )
-from nano.rounding import E8M0_BIAS, GROUP, fp4_codes, fp8_codes, kind, rounded
+from nano.rounding import E8M0_BIAS, GROUP, fp4_codes, fp8_codes, kind, round_to_storage
 
 SHARDS = 4
 
@@ -124,13 +124,13 @@ def e8m0(exponent: Tensor) -> Tensor:
     return (exponent + E8M0_BIAS).to(torch.uint8).view(torch.float8_e8m0fnu)
 
 
-def packed_expert(weight: Tensor) -> tuple[Tensor, Tensor]:
+def pack_expert(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return an expert's weight as int8 (out, in/2) and its scale as E8M0 (out, in/32)."""
     codes, exponent = fp4_codes(weight)
     return (codes[:, 0::2] | codes[:, 1::2] << 4).view(torch.int8), e8m0(exponent)
 
 
-def stored(name: str, value: Tensor) -> Tensors:
+def to_storage(name: str, value: Tensor) -> Tensors:
     """Return one tensor as the source holds it: itself, or a weight and its scale."""
     if not value.is_floating_point():
         return {name: value}
@@ -139,7 +139,7 @@ def stored(name: str, value: Tensor) -> Tensors:
         stem, matrix = name.rsplit(".", 1)
         result = {}
         for expert, weight in enumerate(value):
-            codes, scale = packed_expert(weight)
+            codes, scale = pack_expert(weight)
             result |= {
                 f"{stem}.{expert}.{matrix}.weight": codes,
                 f"{stem}.{expert}.{matrix}.scale": scale,
@@ -215,7 +215,7 @@ def write_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     everything = {}
     for name, value in complete(tensors, routing, arch, seed).items():
-        everything |= stored(name, value)
+        everything |= to_storage(name, value)
     write_json(folder / "config.json", source_config(arch))  # first: check_folder recognises it
     for old in folder.glob("model-?????-of-?????.safetensors"):
         old.unlink()
@@ -231,4 +231,4 @@ def write_checkpoint(
 def as_stored(tensors: Tensors, arch: Architecture) -> Tensors:
     """Return the trained tensors as they read back from a checkpoint, float32."""
     symmetric = symmetric_comb(tensors, arch.streams)
-    return {name: rounded(name, value.detach()) for name, value in symmetric.items()}
+    return {name: round_to_storage(name, value.detach()) for name, value in symmetric.items()}

@@ -63,7 +63,7 @@ def kind(name: str) -> str:
     return "BF16" if name in ("embed.weight", "head.weight") else "FP8"
 
 
-def rounded(name: str, weight: Tensor) -> Tensor:
+def round_to_storage(name: str, weight: Tensor) -> Tensor:
     """Return a tensor as it reads after storage, float32, the same shape."""
     match kind(name):
         case "FP4":
@@ -78,6 +78,6 @@ def rounded(name: str, weight: Tensor) -> Tensor:
 def straight_through(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the rounded tensors; gradients pass unchanged (straight-through estimator)."""
     return {
-        name: value + (rounded(name, value.detach()) - value.detach())
+        name: value + (round_to_storage(name, value.detach()) - value.detach())
         for name, value in tensors.items()
     }

@@ -26,7 +26,7 @@ from nano.architecture import Architecture
 from nano.data import FIRST_FORM, OPENINGS, SYSTEMS
 from nano.model import Tensors, initial_routing, initial_tensors, logits, symmetric_comb
 from nano.rounding import straight_through
-from nano.sheets import Sheet, joined
+from nano.sheets import Sheet, concatenate
 
 SAVE_EVERY = 200
 SENTENCE_SHARE = 16  # one row in so many is a sentence, once all forms are taught
@@ -85,8 +85,8 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     return recipe.rate * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
 
 
-def drawn(sheet: Sheet, rows: int, generator: torch.Generator) -> Sheet:
-    """Return some rows of a sheet, drawn with replacement."""
+def sample_rows(sheet: Sheet, rows: int, generator: torch.Generator) -> Sheet:
+    """Return random rows of a sheet, with replacement."""
     chosen = torch.randint(len(sheet.ids), (rows,), generator=generator)
     return Sheet(sheet.ids[chosen], sheet.wanted[chosen])
 
@@ -95,7 +95,7 @@ def batch(lessons: Lessons, recipe: Recipe, step: int, rank: int) -> Sheet:
     """Return one process's rows for one step."""
     generator = torch.Generator().manual_seed((recipe.seed * 1_000_003 + step) * 64 + rank)
     if step < recipe.one_form:
-        return drawn(lessons.additions[FIRST_FORM], recipe.batch, generator)
+        return sample_rows(lessons.additions[FIRST_FORM], recipe.batch, generator)
     # one system message a batch: rows of about one length waste little padding
     system = int(torch.randint(len(SYSTEMS), (1,), generator=generator)) * len(OPENINGS)
     spoken = recipe.batch // SENTENCE_SHARE
@@ -103,11 +103,11 @@ def batch(lessons: Lessons, recipe: Recipe, step: int, rank: int) -> Sheet:
     taught = kinds[spoken:].bincount(minlength=len(OPENINGS)).tolist()
     said = kinds[:spoken].bincount(minlength=len(OPENINGS)).tolist()
     parts = [
-        drawn(sheets[system + opening], rows, generator)
+        sample_rows(sheets[system + opening], rows, generator)
         for sheets, shares in ((lessons.additions, taught), (lessons.sentences, said))
         for opening, rows in enumerate(shares)
     ]
-    return joined(parts)
+    return concatenate(parts)
 
 
 def make_optimizer(tensors: Tensors, recipe: Recipe) -> torch.optim.Optimizer:
