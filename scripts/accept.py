@@ -9,9 +9,8 @@ server on this machine.
 
 --against runs the same on a second server and shows where the answers differ; the verdict is about
 the first one. API keys come from the environment only: OPENAI_API_KEY, and AGAINST_API_KEY for the
-second. Writes OUT.html and OUT.json. Exit 0: everything that was run is right; 1: something is
-wrong, or no server answers. Takes minutes with DeepSeek-V4-Flash, most of them for the prompts of
-16,000 tokens.
+second. Writes OUT.html and OUT.json. Exit 0: all cases that ran are right; 1: one is wrong, or no
+server answers. Takes minutes with DeepSeek-V4-Flash, most of them for the prompts of 16,000 tokens.
 
     .venv/bin/python scripts/accept.py [--url URL] [--against URL] --out build/accept
 """

@@ -1,4 +1,4 @@
-"""Compare the stock bundle of the nano model with the right one, in the toolchain's own runtime.
+"""Compare the stock bundle of the nano model with the right one, in the toolchain's runtime.
 
 Both are loaded by the toolchain's loader and served by its server. The logits of each are compared
 with those of the source, decoded to float32, by the same model code; those of the right bundle also
@@ -55,7 +55,7 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Findings:
+class Measurements:
     """Measurements of one bundle that loads."""
 
     logits: Logits
@@ -66,7 +66,7 @@ class Findings:
 def ask_server(
     python: Path, bundle: Path, additions: list[tuple[int, int]], work: Path, bar: tqdm
 ) -> Answers:
-    """Serve the bundle and ask all questions."""
+    """Serve the bundle and ask all questions. The server writes its log to `work`."""
     start = time.monotonic()
     with running_server(python, bundle, work / f"server-{bundle.name}.log") as url:
         endpoint, exact = Endpoint(url, NAME), 0
@@ -78,34 +78,34 @@ def ask_server(
     return Answers(moon, total, exact, time.monotonic() - start)
 
 
-def examine(args: argparse.Namespace) -> tuple[Findings | UserError, Findings, Logits]:
-    """Measure both bundles at once.
+def measure(
+    python: Path, source: Path, stock: Path, bundle: Path
+) -> tuple[Measurements | UserError, Measurements, Logits]:
+    """Measure both bundles at once, in the toolchain's `python`.
 
-    Returns the stock bundle or its refusal, the right bundle, and the right bundle's logits
-    compared with those of its own tensors.
-
-    Raises UserError when the right bundle cannot be loaded and asked.
+    Returns the stock bundle's measurements or the error that its loader raised, the right bundle's,
+    and the right bundle's logits compared with those of its own tensors. Raises UserError when the
+    right bundle cannot be loaded and asked.
     """
-    additions = held_out(args.source, QUESTIONS)
-    ids, work = token_prompts(args.source, additions), args.bundle.parent
+    additions = held_out(source, QUESTIONS)
+    ids, work = token_prompts(source, additions), bundle.parent
     with (
         tqdm(total=2 * len(additions), desc="additions", disable=None) as bar,
         ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
         answers = [
-            pool.submit(ask_server, args.python, folder, additions, work, bar)
-            for folder in (args.bundle, args.stock)
+            pool.submit(ask_server, python, folder, additions, work, bar)
+            for folder in (bundle, stock)
         ]
-        wanted = [(args.source, "source"), (args.bundle, "loader"),
-                  (args.bundle, "tensors"), (args.stock, "loader")]  # fmt: skip
-        found = [pool.submit(run_logits, args.python, *one, ids, work) for one in wanted]
-        source, loaded, own = (logits.result() for logits in found[:3])
-        right = Findings(compare(loaded, source), answers[0].result(), args.bundle)
+        wanted = [(source, "source"), (bundle, "loader"), (bundle, "tensors"), (stock, "loader")]
+        found = [pool.submit(run_logits, python, *one, ids, work) for one in wanted]
+        truth, loaded, own = (logits.result() for logits in found[:3])
+        right = Measurements(compare(loaded, truth), answers[0].result(), bundle)
         try:
-            stock = Findings(compare(found[3].result(), source), answers[1].result(), args.stock)
-        except UserError as refusal:
-            stock = refusal
-    return stock, right, compare(loaded, own)
+            wrong = Measurements(compare(found[3].result(), truth), answers[1].result(), stock)
+        except UserError as error:
+            wrong = error
+    return wrong, right, compare(loaded, own)
 
 
 def shorten(answer: Answer) -> str:
@@ -120,25 +120,25 @@ ROWS = [
 ]  # fmt: skip
 
 
-def column(findings: Findings | UserError) -> list[str]:
+def column(bundle: Measurements | UserError) -> list[str]:
     """Return a bundle's column of the table, in the order of ROWS."""
-    if isinstance(findings, UserError):
+    if isinstance(bundle, UserError):
         return ["refuses to load", *[""] * (len(ROWS) - 1)]
     return [
-        shorten(findings.answers.sum),
-        findings.answers.sum.finish_reason,
-        shorten(findings.answers.moon),
-        findings.answers.moon.finish_reason,
-        f"{findings.answers.exact} of {QUESTIONS}",
-        f"{findings.logits.cosine:.4f}",
-        f"{findings.logits.distance:.4f}",
-        f"{findings.logits.agreement:.1%}",
-        f"{folder_bytes(findings.folder):,}",
-        f"{findings.answers.seconds:.0f}",
+        shorten(bundle.answers.sum),
+        bundle.answers.sum.finish_reason,
+        shorten(bundle.answers.moon),
+        bundle.answers.moon.finish_reason,
+        f"{bundle.answers.exact} of {QUESTIONS}",
+        f"{bundle.logits.cosine:.4f}",
+        f"{bundle.logits.distance:.4f}",
+        f"{bundle.logits.agreement:.1%}",
+        f"{folder_bytes(bundle.folder):,}",
+        f"{bundle.answers.seconds:.0f}",
     ]
 
 
-def table(stock: Findings | UserError, right: Findings) -> str:
+def table(stock: Measurements | UserError, right: Measurements) -> str:
     """Return the table of both bundles, one measure a row."""
     rows = zip(ROWS, column(stock), column(right), strict=True)
     head = f"{'':36}{'stock bundle':50}right bundle"
@@ -146,7 +146,7 @@ def table(stock: Findings | UserError, right: Findings) -> str:
     return "\n".join([*lines, f"stock bundle: {stock}"] if isinstance(stock, UserError) else lines)
 
 
-def faults(stock: Findings | UserError, right: Findings, own: Logits) -> list[str]:
+def faults(stock: Measurements | UserError, right: Measurements, own: Logits) -> list[str]:
     """Return the faults of the right bundle, and of a stock bundle that is not wrong."""
     out = []
     if fault := sentence_fault(right.answers.moon):
@@ -179,7 +179,7 @@ def main() -> int:
         parser, "TOOLCHAIN_PYTHON", option="--python", default=default_python(), help="toolchain"
     )
     args = parser.parse_args()
-    stock, right, own = examine(args)
+    stock, right, own = measure(args.python, args.source, args.stock, args.bundle)
     print(table(stock, right))
     print(f"right bundle to its own tensors, dequantized: cosine {own.cosine:.4f}")
     found = faults(stock, right, own)

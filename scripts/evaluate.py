@@ -1,23 +1,22 @@
-"""How far is a bundle from its source? Both run over one text, layer by layer.
+"""Measure how far a bundle is from its source: run both over one text, layer by layer.
 
-A forward pass needs one layer at a time, so the real model can be measured where it cannot be
-served: load a layer, run all tokens through it, keep the hidden states, drop the layer. Said are
-the perplexity of both, the KL divergence of the bundle's next-token distributions from the
-source's, how often both have the same most likely token, and the relative error of the hidden
-states after every layer, where a fault in one layer shows in its line.
+One layer is in memory at a time, so the real model can be measured where it cannot be served: load
+a layer, run all tokens through it, keep the hidden states, drop the layer. Reports both
+perplexities, the KL divergence of the bundle's next-token distributions from the source's, the
+share of tokens with the same most likely successor, and the relative error of the hidden states
+after every layer, which shows a fault of one layer.
 
 The model code is the pinned runtime's: jang_tools', which vMLX serves, or mlx-vlm's. The source is
 computed losslessly in float32; a bundle in the dtype of its tensors, as it is served, or with
---float32 in that, so that only its weights differ. MTP layers take no part.
+--float32 in float32, so that only its weights differ. MTP layers are left out.
 
-Reads source and bundles once each, and a text: the one in dsv4/evaluation, unless another is named,
-of which the first --tokens count, BOS included. Writes NAME.json, NAME.md and NAME.html for --out
-NAME, and hidden states and logits to --work while it runs: 8 GB for Flash with one bundle and
-2,048 tokens. Killed at any moment, the same command goes on at the layer where it stopped.
+Reads source and bundles once each, and the first --tokens tokens of a text, BOS included: by
+default the one in dsv4/evaluation. Writes NAME.json, NAME.md and NAME.html for --out NAME, and
+hidden states and logits to --work while it runs: 8 GB for Flash with one bundle and 2,048 tokens. A
+killed run resumes at the layer where it stopped.
 
-Memory: one layer (3.7 GB of Flash's source, 4.3 GB of the bundle) and about as much again for a
-moment. Costs the reading of all files, and the arithmetic of the device: in float32 on a CPU by
-NumPy's BLAS, else by MLX's kernels.
+Memory: one layer (3.7 GB of Flash's source, 4.3 GB of the bundle), and briefly twice as much. Time:
+reading all files, and the arithmetic: on a CPU in float32 by NumPy's BLAS, else by MLX's kernels.
 
     .venv/bin/python scripts/evaluate.py --source DIR --bundle DIR [DIR ...] --out build/evaluate
 """
@@ -42,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add_setting(parser, "SOURCE", required=True, help="the FP4/FP8 source")
     add_setting(parser, "BUNDLE", required=True, nargs="+", help="one or more")
-    add_setting(parser, "BUNDLES", help="instead: several, with blanks between them")
+    add_setting(parser, "BUNDLES", help="instead of --bundle: several, separated by blanks")
     add_setting(parser, "TEXT", default=EVALUATION, help="UTF-8")
     add_setting(parser, "TOKENS", default=2048, help="of the text, at most")
     add_setting(parser, "DEVICE", choices=("cpu", "gpu", "both"), help="default: gpu, if any")

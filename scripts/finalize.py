@@ -1,8 +1,8 @@
 """Copy the tokenizer and encoding files into the bundle.
 
-They come from the source, or from a finished bundle that is known to speak (--reference). Files
-that patch.py edits are copied only when the bundle lacks them, or when a reference is named; the
-others are made equal to the origin's. Takes a second.
+Copies from the source, or from a finished bundle that is known to work (--reference). Files that
+patch.py edits are copied only when the bundle lacks them, or with --reference; the others always.
+Takes a second.
 
     .venv/bin/python scripts/finalize.py --source DIR --bundle DIR [--reference DIR]
 """
@@ -33,8 +33,8 @@ def main() -> int:
     origin = args.reference or args.source
     with locks.locked(args.bundle):
         written = copy_tokenizer_files(origin, args.bundle, keep_edited=args.reference is None)
-    said = ", ".join(map(escape_line, written)) or "nothing"
-    print_escaped(f"{escape_line(args.bundle)}: {said} copied from {escape_line(origin)}")
+    names = ", ".join(map(escape_line, written)) or "nothing"
+    print_escaped(f"{escape_line(args.bundle)}: {names} copied from {escape_line(origin)}")
     return 0
 
 

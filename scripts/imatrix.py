@@ -1,17 +1,17 @@
-"""Make an importance matrix from the source: how much each input column of an expert matters.
+"""Make an importance matrix from the source: the mean square of each input column of each expert.
 
-The source runs losslessly over a calibration text, one layer at a time, as in evaluate; the mean
-square of what comes in at every column of every routed expert's three matrices is what
-QUANTIZER=affine4g32 weighs its error by (IMATRIX=FILE). For w2 that is the activation times the
-router's weight, which DeepSeek's own code multiplies before w2.
+Runs the source losslessly over a calibration text, one layer at a time, as evaluate does, and
+collects the inputs of every routed expert's three matrices. QUANTIZER=affine4g32 and others weigh
+their error by it (IMATRIX=FILE). For w2 the input includes the router's weight, which DeepSeek's
+own code multiplies before w2.
 
-The text of dsv4/evaluation, written for this, has 70 kB, 19,586 tokens of DeepSeek's, of prose,
-code, mathematics and other languages; --text takes another. Experts that saw no token are named:
-their columns count all alike then, and so do those of MTP layers, which take no part.
+The text of dsv4/evaluation has 70 kB, 19,586 of DeepSeek's tokens, of prose, code, mathematics and
+other languages; --text takes another. Experts without any token are printed. Their columns have
+equal importance, as have those of MTP layers, which are not run.
 
-Writes the imatrix (.dat, llama.cpp's old form) and, beside it, FILE.json with the number of tokens
-that each expert saw; hidden states to --work while it runs. Killed at any moment, the same command
-goes on at the layer where it stopped. Reads the source once.
+Writes the imatrix (.dat, llama.cpp's old format), and FILE.json with the number of tokens of each
+expert; hidden states to --work while it runs. A killed run resumes at the layer where it
+stopped. Reads the source once.
 
     .venv/bin/python scripts/imatrix.py --source DIR --out build/imatrix.dat
 """

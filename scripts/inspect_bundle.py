@@ -1,11 +1,11 @@
-"""Check a published bundle by its headers, before its 180 GB are downloaded.
+"""Judge a published bundle before its 180 GB are downloaded.
 
-Reads config.json, the index and every shard's header by ranged requests (some 30 MB in all), and
-runs verify's level 1 on them: files, index, tensors, labels, stop tokens, and the known faults of
-converters. Prints the faults, which runtimes will load the bundle, and whether `make repair` can
-repair it. It reads no number: verify does, after the download. With --against, it also compares the
-names of tensors with the source's (another 20 MB). For several bundles it ends with a table: size,
-layout, bits, runtimes, memory, faults.
+config.json, the index and every shard's header are read by ranged requests (some 30 MB in all), and
+verify's level 1 runs on them: files, index, tensors, labels, stop tokens, and the signatures of the
+known faults. Prints the faults, which runtimes will load the bundle, and whether `make repair`
+could repair it. No tensor data is read; verify does that after the download. With --against, the
+bundle is also compared with the source's tensors, name by name (another 20 MB). For several bundles
+a table follows: size, layout, bits, runtimes, memory, faults.
 
 Gated and private repositories are read with the user's own login. Exit 0: no fault; 1: faults.
 
@@ -18,6 +18,7 @@ import argparse
 import shutil
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from dsv4.errors import UserError, renamed_path, run
@@ -34,76 +35,96 @@ from dsv4.verification.report.summary import failed_row, summary_row, summary_ta
 from dsv4.verification.scan import Scan, scan
 
 PATIENCE = 30  # seconds without an answer, after which it gives up
-PLACES_SHOWN = 2  # of each fault
+SHOWN = 2  # places of each fault
+
+
+@dataclass(frozen=True)
+class InspectOptions:
+    """The options of the command line.
+
+    repos: names on the hub; against: the source's, or ""; patience: seconds without an answer.
+    """
+
+    repos: list[str]
+    revision: str
+    against: str
+    patience: float
 
 
 def repair_advice(findings: Findings) -> str:
-    """Return whether `make repair` can repair the errors, and whether it needs the source."""
-    other = [f for f in findings.errors if not f.repair.startswith("make repair")]
-    if other:
-        by_hand = "; ".join(f"{f.name} ({f.repair})" for f in other)
+    """Return whether `make repair` could repair the faults, and whether it needs the source."""
+    beyond = [f for f in findings.errors if not f.repair.startswith("make repair")]
+    if beyond:
+        by_hand = "; ".join(f"{f.name} ({f.repair})" for f in beyond)
         return f"not repairable by make repair: {by_hand}"
     needs_source = any("SOURCE=" in finding.repair for finding in findings.errors)
-    return "once downloaded, repaired by: make repair" + (
+    return "once downloaded, repair it by: make repair" + (
         " SOURCE=… (it needs the FP4 source)" if needs_source else " (without the source)"
     )
 
 
-def print_result(skeleton: Skeleton, checks: list[Check], findings: Findings) -> None:
-    """Print the repository, the checks and the findings."""
+# ---------------------------------------------------------------------------------- output
+
+
+def show(skeleton: Skeleton, checks: list[Check], findings: Findings) -> None:
+    """Print what was checked, and the findings."""
     print_escaped(
         f"{escape_line(skeleton.repo)} at {escape_line(skeleton.commit[:12])}: "
         f"{len(skeleton.files)} files, {format_bytes(skeleton.nbytes)}; "
         f"{format_bytes(skeleton.read)} of it read"
     )
     for check in checks:
-        print_escaped(check.text())
-    print_escaped(findings.text(PLACES_SHOWN))
+        print_escaped(f"{check.number:>9,} {check.what}{'; ' + check.note if check.note else ''}")
+    for finding in findings:
+        print(f"{finding.fault.severity}: {finding.name}, {finding.count:,}×: {finding.fault.why}")
+        for place in finding.places[:SHOWN]:
+            print_escaped(
+                f"    {place['where']}: found {place['found']}, expected {place['expected']}"
+            )
+        print(f"    repair: {finding.repair}")
 
 
-def print_runtimes(verdicts: dict[str, str]) -> None:
-    print("will it load, by the known requirements of each runtime:")
-    for name, fault in verdicts.items():
+def show_runtimes(loads: dict[str, str]) -> None:
+    print("will it load, by what is known of each runtime:")
+    for name, fault in loads.items():
         print_escaped(f"  {'no ' if fault else 'yes'} {name}{': ' + fault if fault else ''}")
 
 
-def print_conversation(bundle: Scan) -> None:
-    print("which features of a conversation reach the model:")
-    for name, features in conversation.features_by_runtime(bundle).items():
-        print_escaped(f"  {name}: {features}")
+def show_conversation(bundle: Scan) -> None:
+    print("what of a conversation reaches the model:")
+    for name, kept in conversation.features_by_runtime(bundle).items():
+        print_escaped(f"  {name}: {kept}")
 
 
-def inspect(args: argparse.Namespace, repo: str, work: Path) -> tuple[tuple[str, ...], str, str]:
-    """Check one bundle and print the result; return its row, fault names and repair advice."""
+def inspect(options: InspectOptions, repo: str, work: Path) -> tuple[tuple[str, ...], str, str]:
+    """Check one bundle and print it; return its row, its faults' names, and the advice."""
     findings = Findings()
-    skeleton = fetch_skeleton(repo, args.revision, work / "bundle", args.patience)
+    skeleton = fetch_skeleton(repo, options.revision, work / "bundle", options.patience)
     bundle = scan(work / "bundle", findings)
     source = None
-    if bundle and args.against:
-        if not (work.parent / "source").exists():
-            fetch_skeleton(args.against, "main", work.parent / "source", args.patience)
-        with renamed_path(work.parent / "source", f"hub: {args.against}"):
-            source = open_source(work.parent / "source")
+    if bundle and options.against:
+        folder = work.parent / "source"
+        if not folder.exists():
+            fetch_skeleton(options.against, "main", folder, options.patience)
+        with renamed_path(folder, f"hub: {options.against}"):
+            source = open_source(folder)
     checks = check_all.check_headers(bundle, source, findings) if bundle else []
     check_all.require_nonempty(checks, findings)
-    print_result(skeleton, checks, findings)
-    print_runtimes(runtime_verdicts(bundle, findings))
+    show(skeleton, checks, findings)
+    show_runtimes(runtime_verdicts(bundle, findings))
     if bundle:
-        print_conversation(bundle)
+        show_conversation(bundle)
+    row = summary_row(repo, skeleton.nbytes, bundle, findings)
     names = ", ".join(finding.name for finding in findings.errors)
-    return (
-        summary_row(repo, skeleton.nbytes, bundle, findings),
-        names,
-        repair_advice(findings) if names else "",
-    )
+    return row, names, repair_advice(findings) if names else ""
 
 
-def inspect_all(args: argparse.Namespace, work: Path) -> int:
-    """Inspect each repository; print a table if there are several. Raises UserError for faults."""
-    repos, rows, wrong = args.repo.split(), [], []
+def inspect_all(options: InspectOptions, work: Path) -> None:
+    """Inspect each repository; print a table of several. Raises UserError for faults."""
+    repos, rows, wrong = options.repos, [], []
     for number, repo in enumerate(repos):
         try:
-            row, names, advice = inspect(args, repo, work / f"{number}")
+            row, names, advice = inspect(options, repo, work / f"{number}")
         except UserError as stop:
             if len(repos) == 1:
                 raise
@@ -121,7 +142,6 @@ def inspect_all(args: argparse.Namespace, work: Path) -> int:
         named = join_some([repo for repo, _, _ in wrong])
         raise UserError(named, f"faults in {len(wrong)}", f"none in {len(repos)}", "see the table")
     print("no fault in headers and JSON; the numbers: download it, then make verify")
-    return 0
 
 
 def main() -> int:
@@ -133,15 +153,17 @@ def main() -> int:
     add_setting(parser, "AGAINST", default="", metavar="REPO", help="its FP4/FP8 source")
     parser.add_argument(
         "--patience", type=parse_seconds, default=PATIENCE, metavar="SECONDS",
-        help="how long to try again while nothing comes (default %(default)s)",
+        help="how long to retry without an answer (default %(default)s)",
     )  # fmt: skip
     args = parser.parse_args()
     if not args.repo.split():
         parser.error("--repo: none named")
     sys.stdout.reconfigure(line_buffering=True)
     repository.quiet()
+    options = InspectOptions(args.repo.split(), args.revision, args.against, args.patience)
     with tempfile.TemporaryDirectory(prefix="inspect-") as work:
-        return inspect_all(args, Path(work))
+        inspect_all(options, Path(work))
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Write the metadata that runtimes need into the bundle's JSON files.
 
-Each runtime reads other files (found by experiment), so all are told:
+Each runtime reads other files (found by experiment), so all of them are written:
 
 | file                   | what                                                | for              |
 |------------------------|-----------------------------------------------------|------------------|
@@ -13,16 +13,15 @@ Each runtime reads other files (found by experiment), so all are told:
 | jang_config.json       | source_model, source: repo, commit, files' hashes   | readers          |
 
 Upstream's converter puts chat.sampling_defaults into jang_config.json: answers of 300 tokens, and
-another temperature than generation_config.json's. What limits answers, or samples otherwise, is
-taken out wherever a runtime reads it (dsv4/model/defaults.py), unless it is the source's; other
-keys stay. The converter also writes the source's local path into source_model; a bundle that may be
-published names the repository and commit instead, as download recorded them, or says that they were
-not recorded.
+another temperature than generation_config.json's. Limits of answers and sampling settings that the
+source does not have are removed wherever a runtime reads them (dsv4/model/defaults.py); other keys
+stay. The converter also writes the source's local path into source_model. It becomes the repository
+and commit that download recorded, or a note that they were not recorded.
 
-The template makes the prompts of encoding/encoding_dsv4.py, with the efforts of the release that
-this file is of; somebody else's template stays. Ids come from the bundle's tokenizer, labels from
-the tensors as they lie on disk. Idempotent; each file is replaced whole. Takes seconds. --dry-run
-says what would change.
+The template makes the prompts of encoding/encoding_dsv4.py, with the efforts of that file's
+release; a template of another maker stays. Ids come from the bundle's tokenizer, labels from the
+tensors on disk. Idempotent; each file is replaced atomically. Takes seconds. --dry-run prints what
+would change.
 
     .venv/bin/python scripts/patch.py --bundle DIR [--source DIR] [--dry-run]
 """
@@ -54,7 +53,7 @@ def main() -> int:
     )
     add_setting(parser, "BUNDLE", required=True)
     add_setting(parser, "SOURCE", help="record where it was downloaded from")
-    parser.add_argument("--dry-run", action="store_true", help="say what would change")
+    parser.add_argument("--dry-run", action="store_true", help="print what would change")
     args = parser.parse_args()
     bundle_path(args.bundle, args.source)
     read_config(args.bundle)

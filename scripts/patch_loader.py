@@ -1,11 +1,11 @@
-"""Patch the installed jang_tools so that it loads right bundles.
+"""Patch the installed jang_tools so that it loads correct bundles.
 
 patches/load_jangtq.patch: jang 2.5.8 and 2.5.9 overwrite a right quantization config at load time.
 patches/mlx_model.patch: their model does not run on a machine without Metal.
 Each patch's header gives the reason, and the line of the installed file that needs it.
 
 A file is in one of four states: pristine (will be patched), patched (nothing to do), not needed (it
-lacks the faulty code: jang 2.5.12 and later), unknown (refused; the lines that do not match are
+lacks the faulty code: jang 2.5.12 and later), unknown (refused; the hunks that do not match are
 printed). The original is kept as NAME.orig; --undo restores it byte for byte. Takes a second, needs
 no network. Exit 0: patched, or nothing to do; 1: refused.
 
@@ -44,7 +44,7 @@ def main() -> int:
             )
     for patch in patches:
         if not patch.concerns_this_machine:
-            print(f"{patch.target}: not needed where Metal is")
+            print(f"{patch.target}: not needed on a Mac with Metal")
             continue
         file = args.file or python_env.module_file(args.python, patch.target, args.app)
         print(f"{file}: {(unpatch_file if args.undo else patch_file)(file, patch)}")

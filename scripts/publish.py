@@ -1,13 +1,13 @@
-"""Publish a verified bundle: exactly the bytes that verify read, and a model card of facts.
+"""Publish a verified bundle: the bytes that verify read, and a model card of facts.
 
-Refuses unless verify.json says that every number of exactly these files passed; each file is hashed
-again here. Goes up: the files that runtimes read, the model card, verify.json and its page, the
-source's licence; nothing else that lies in the folder. Nothing is published that holds a local path
-or a token. All files arrive in one commit, so that nobody ever downloads half a bundle; shards of
-an earlier one, which loaders would read too, go in the same commit. An interrupted upload goes on
-where it stopped. At the end the hub's own hashes are compared with verify's.
+Refuses unless verify.json says that every number of these files passed; each file is hashed again
+here. Uploads the files that runtimes read, the model card, verify.json and its page, and the
+source's licence; other files of the folder stay. Refuses files that hold a local path or a token.
+All files go in one commit, so that nobody downloads half a bundle. The same commit deletes shards
+of an earlier bundle, which loaders would read too. An interrupted upload resumes. At the end the
+hub's own hashes are compared with verify's.
 
-The login is `hf auth login` or HF_TOKEN. --dry-run does everything but the upload and shows the
+Log in with `hf auth login` or HF_TOKEN. --dry-run does everything but the upload and prints the
 card. Costs one reading of the bundle (180 GB), and the upload.
 
     .venv/bin/python scripts/publish.py --bundle DIR --source DIR --to user/name
@@ -20,6 +20,7 @@ import argparse
 import json
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,32 @@ SECRET = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 LOCAL = re.compile(r"(?<![\w.:/])(?:/Users|/home|/root|/Volumes|/private|/tmp|/var)/[\w.\-]+")
 
 
-# ------------------------------------------------------------------------- what verify said
+@dataclass(frozen=True)
+class PublishOptions:
+    """The options of the command line.
+
+    to: user/name on the hub; report, page: verify.json, and its HTML page if there is one;
+    patience: seconds without progress.
+    """
+
+    bundle: Path
+    source: Path | None
+    to: str
+    report: Path
+    page: Path | None
+    private: bool
+    dry_run: bool
+    patience: float
+
+
+# ------------------------------------------------------------------------- verify's report
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """verify.json. Raises UserError unless every number was compared with the source and passed."""
+    """Read verify.json.
+
+    Raises UserError unless every number was compared with the source and passed.
+    """
     todo = "make verify, then make publish"
     if not path.is_file():
         raise UserError(f"{path}", "no report", "verify's, on this bundle", todo)
@@ -73,11 +95,11 @@ def read_report(path: Path) -> dict[str, Any]:
     return report
 
 
-# ------------------------------------------------------------------------------ what goes up
+# ------------------------------------------------------------------------------ files to upload
 
 
-def wanted(bundle: Scan) -> list[str]:
-    """The files of the bundle that runtimes read."""
+def files_to_upload(bundle: Scan) -> list[str]:
+    """Return the names of the bundle's files that runtimes read."""
     shards = set(bundle.checkpoint.weight_map.values())
     return [
         name
@@ -86,14 +108,19 @@ def wanted(bundle: Scan) -> list[str]:
     ]
 
 
-def hashed(folder: Path, names: list[str], sizes: dict[str, int], known: dict[str, str]) -> list:
-    """Items for these files. Raises UserError when one does not hold the bytes that verify read."""
+def hash_files(
+    folder: Path, names: list[str], sizes: dict[str, int], known: dict[str, str]
+) -> list[Item]:
+    """Hash these files and return their items. known: SHA-256 by name, from verify's report.
+
+    Raises UserError when a file does not hold the bytes that verify read.
+    """
     total, items = sum(sizes[name] for name in names), []
     with tqdm(total=total, unit="B", unit_scale=True, desc="hashing", disable=None) as bar:
         for name in names:
             if name not in known:
                 raise UserError(
-                    f"{folder / name}", "a file that verify has not seen", "only files that it has",
+                    f"{folder / name}", "a file that verify has not read", "only files that it has",
                     "make verify, then make publish",
                 )  # fmt: skip
             file = HubFile(name, sizes[name], known[name])
@@ -107,31 +134,31 @@ def hashed(folder: Path, names: list[str], sizes: dict[str, int], known: dict[st
     return items
 
 
-def public(report: dict[str, Any], to: str) -> str:
-    """verify.json without this machine's paths."""
+def public_report(report: dict[str, Any], to: str) -> str:
+    """Return verify.json without this machine's paths."""
     source = {k: v for k, v in (report["source"] or {}).items() if k != "folder"}
     return json.dumps({**report, "bundle": to, "source": source}, indent=2) + "\n"
 
 
-def attachments(args: argparse.Namespace, report: dict[str, Any], text: str) -> list[Item]:
-    """The card, the report and its page, and the source's licence."""
-    items = [made("README.md", text), made("verify.json", public(report, args.to))]
-    if args.page and args.page.is_file():
-        if args.page.stat().st_mtime < args.report.stat().st_mtime:
+def attachments(options: PublishOptions, report: dict[str, Any], text: str) -> list[Item]:
+    """Return the model card `text`, the report and its page, and the source's licence."""
+    items = [made("README.md", text), made("verify.json", public_report(report, options.to))]
+    if options.page and options.page.is_file():
+        if options.page.stat().st_mtime < options.report.stat().st_mtime:
             raise UserError(
-                f"{args.page}", "a page older than the report", "one of it", "make report"
+                f"{options.page}", "a page older than the report", "one of it", "make report"
             )
-        page = text_of(args.page)
-        page = page.replace(report["bundle"], args.to) if report["bundle"] else page
+        page = read_text(options.page)
+        page = page.replace(report["bundle"], options.to) if report["bundle"] else page
         folder = (report["source"] or {}).get("folder")
         items.append(made("verify.html", page.replace(folder, "the source") if folder else page))
-    for path in sorted(args.source.glob("LICENSE*")) if args.source else []:
-        items.append(made(path.name, text_of(path)))
+    for path in sorted(options.source.glob("LICENSE*")) if options.source else []:
+        items.append(made(path.name, read_text(path)))
     return items
 
 
-def text_of(path: Path) -> str:
-    """A text file. Raises UserError when it is larger than any document, or no UTF-8."""
+def read_text(path: Path) -> str:
+    """Read a text file. Raises UserError when it exceeds the size limit, or is no UTF-8."""
     try:
         return limits.read_bounded(path).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -139,9 +166,12 @@ def text_of(path: Path) -> str:
 
 
 def check_secrets(items: list[Item], bundle: Scan, places: list[str]) -> None:
-    """Raise UserError when something that goes up holds a token or a path of this machine."""
+    """Raise UserError when an item holds a token or a path of this machine.
+
+    places: paths that must not occur, beside those that LOCAL matches.
+    """
     texts = {
-        item.name: item.data.decode("utf-8") if item.path is None else text_of(item.path)
+        item.name: item.data.decode("utf-8") if item.path is None else read_text(item.path)
         for item in items
         if not item.name.endswith(".safetensors")
     }
@@ -159,67 +189,67 @@ def check_secrets(items: list[Item], bundle: Scan, places: list[str]) -> None:
             )  # fmt: skip
 
 
-# ----------------------------------------------------------------------------------- in all
+# ----------------------------------------------------------------------------------- publishing
 
 
-def prepare(args: argparse.Namespace) -> tuple[list[Item], str, list[str]]:
-    """Everything that goes up, the card, and what stays here."""
-    report = read_report(args.report)
+def prepare(options: PublishOptions) -> tuple[list[Item], str, list[str]]:
+    """Return the items to upload, the model card, and the names of the files that stay here."""
+    report = read_report(options.report)
     findings = Findings()
-    bundle = scan(args.bundle, findings)
+    bundle = scan(options.bundle, findings)
     if bundle is None or findings.errors:
         raise UserError(
-            f"{args.bundle}", join_some(sorted(findings.names)), "no fault", "make verify"
+            f"{options.bundle}", join_some(sorted(findings.names)), "no fault", "make verify"
         )
-    origin = provenance(args.source) if args.source else None
+    source = options.source
+    origin = provenance(source) if source else None
     origin = origin or origin_of(bundle.documents.get("jang_config.json", {}))
-    text = card(Facts(args.to, bundle, report, origin, licence_of(args.source)))
-    names = wanted(bundle)
-    extra = attachments(args, report, text)
-    small = [Item(HubFile(name, 0, ""), args.bundle / name) for name in names]
-    places = [str(p.resolve()) for p in (args.bundle, args.source, Path.cwd()) if p]
+    text = card(Facts(options.to, bundle, report, origin, licence_of(source)))
+    names = files_to_upload(bundle)
+    extra = attachments(options, report, text)
+    small = [Item(HubFile(name, 0, ""), options.bundle / name) for name in names]
+    places = [str(p.resolve()) for p in (options.bundle, source, Path.cwd()) if p]
     check_secrets([*small, *extra], bundle, [p for p in places if len(p) > 4])
-    items = hashed(args.bundle, names, bundle.files, report["hashes"]) + extra
+    items = hash_files(options.bundle, names, bundle.files, report["hashes"]) + extra
     return items, text, sorted(set(bundle.files) - {item.name for item in items})
 
 
-def show_deletions(args: argparse.Namespace, items: list[Item]) -> None:
+def print_deletions(to: str, items: list[Item]) -> None:
     """Print which shards of the repository would be deleted, or why that is not known."""
     try:
-        remote = list_all(args.to, 0)
+        remote = list_all(to, 0)
     except UserError as stop:
         print_escaped(
-            f"would be deleted: unknown, or nothing when {args.to} is new "
-            f"({escape_line(stop, LINE)})"
+            f"would be deleted: unknown, or nothing when {to} is new ({escape_line(stop, LINE)})"
         )
         return
     for name in stale_shards({item.name for item in items}, remote):
         print_escaped(f"would be deleted: {escape_line(name)}")
 
 
-def publish(args: argparse.Namespace) -> int:
-    """Prepare, show or upload."""
-    if not re.fullmatch(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+", args.to):
-        raise UserError("TO", short_repr(args.to), "user/name", "make publish TO=user/name")
-    if not args.dry_run:
-        check_login(args.to)
-    items, text, left = prepare(args)
+def publish(options: PublishOptions) -> None:
+    """Upload the bundle, or print what would be uploaded."""
+    to = options.to
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+", to):
+        raise UserError("TO", short_repr(to), "user/name", "make publish TO=user/name")
+    if not options.dry_run:
+        check_login(to)
+    items, text, left = prepare(options)
     total = format_bytes(sum(item.file.size for item in items))
-    if args.dry_run:
+    if options.dry_run:
         print_escaped(text)
         for item in items:
-            said = f"{item.file.size:,} bytes  {escape_line(item.file.sha256)}"
-            print_escaped(f"would go up: {escape_line(item.name)}  {said}")
+            facts = f"{item.file.size:,} bytes  {escape_line(item.file.sha256)}"
+            print_escaped(f"would be uploaded: {escape_line(item.name)}  {facts}")
     for name in left:
         print_escaped(f"stays here: {escape_line(name)}")
-    if args.dry_run:
-        show_deletions(args, items)
+    if options.dry_run:
+        print_deletions(to, items)
         print(f"{len(items)} files, {total}; nothing was uploaded")
-        return 0
-    print(f"{args.to}: {len(items)} files, {total}")
-    commit = upload(args.to, items, args.private, args.patience)
-    print(f"{args.to}: published at {commit}, every hash as verified")
-    return 0
+        return
+    print(f"{to}: {len(items)} files, {total}")
+    commit = upload(to, items, options.private, options.patience)
+    print(f"{to}: published at {commit}, every hash as verified")
 
 
 def main() -> int:
@@ -230,17 +260,18 @@ def main() -> int:
     add_setting(parser, "SOURCE", help="for its origin and licence")
     add_setting(parser, "TO", required=True, help="user/name on the hub")
     parser.add_argument("--report", type=parse_path, required=True, help="verify's --json")
-    parser.add_argument("--page", type=parse_path, help="the report as a page, if there is one")
+    parser.add_argument("--page", type=parse_path, help="report's HTML page, if there is one")
     add_setting(parser, "PRIVATE", help="make a new repository private")
-    add_setting(parser, "DRY_RUN", help="show card and files, upload nothing")
+    add_setting(parser, "DRY_RUN", help="print card and files, upload nothing")
     parser.add_argument(
         "--patience", type=parse_seconds, default=PATIENCE, metavar="SECONDS",
-        help="how long to try again while nothing moves (default %(default)s)",
+        help="how long to retry without progress (default %(default)s)",
     )  # fmt: skip
-    args = parser.parse_args()
+    options = PublishOptions(**vars(parser.parse_args()))
     sys.stdout.reconfigure(line_buffering=True)
     repository.quiet(bars=True)
-    return publish(args)
+    publish(options)
+    return 0
 
 
 if __name__ == "__main__":

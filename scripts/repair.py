@@ -1,12 +1,12 @@
-"""Repair a bundle that somebody else published, or a damaged one. What is right stays untouched.
+"""Repair a damaged bundle, or one of another maker. Correct parts stay unchanged.
 
-verify's level 1 says what is wrong. From that repair plans a list of actions, prints it, applies
-it, and looks again; --dry-run stops after the list.
+Runs verify's level 1, plans a list of actions from its findings, prints it, applies it, and runs
+level 1 again; --dry-run stops after the list.
 
 | step     | what it repairs                                                        | needs      |
 |----------|------------------------------------------------------------------------|------------|
 | config   | a config.json that is missing or broken                                | the source |
-| others   | shards that are not the bundle's are moved to the originals            |            |
+| others   | shards that the index does not list are moved to the originals         |            |
 | shards   | routed experts that headers prove wrong, controls not in F32, the head | the source |
 | index    | entries that are missing, wrong or too many; an index that is gone, or |            |
 |          | another checkpoint's                                                   |            |
@@ -14,18 +14,18 @@ it, and looks again; --dry-run stops after the list.
 | metadata | labels, stop tokens, chat template, jang_config.json's group size,     |            |
 |          | limits of answers, another sampling than generation_config.json's      |            |
 
-It uses the code of requantize, finalize and patch. Right experts stay as they are, whoever made
-them. Wrong ones are made by --quantizer, or by the quantizer in the bundle's record. What cannot be
-repaired is named, and the rest is done. The originals stay in BUNDLE/.before-repair as second names
-of the same files, so only rewritten shards cost disk. --undo puts every byte back. Delete that
-folder to keep the repair. Half-written files of killed runs are removed for good.
+It uses the code of requantize, finalize and patch. Correct experts stay, whatever tool made them.
+Wrong ones are made by --quantizer, or by the quantizer in the bundle's record. Faults that cannot
+be repaired are printed, and the others are repaired. BUNDLE/.before-repair keeps the originals as
+hard links, so only rewritten shards cost disk. --undo restores every byte. Delete that folder to
+keep the repair. Half-written files of killed runs are removed for good.
 
-It can be killed at any moment: the same command goes on. It ends with verify's level 1.
+A killed run can be repeated: the same command continues.
 
     .venv/bin/python scripts/repair.py --bundle DIR [--source DIR] [--quantizer NAME] [--dry-run]
     .venv/bin/python scripts/repair.py --bundle DIR --undo
 
-Exit 0: level 1 finds nothing wrong with the bundle; 1: something is left, which is named.
+Exit 0: level 1 finds no error; 1: faults are left, which are printed.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Turn verify.json into one HTML page that can be put beside a published bundle.
 
-The page needs nothing else: no script, no font, no picture from elsewhere. It shows the verdict,
-what was checked and how much of it, the routed experts' error by layer and projection as a drawing,
-sizes, the source's revision, the toolchain's versions, and the SHA-256 of every file that the
-verdict is about.
+The page is self-contained: no script, font or picture from elsewhere. It shows the verdict, the
+checks and their counts, a chart of the routed experts' error by layer and projection, sizes, the
+source's revision, the toolchain's versions, and the SHA-256 of every verified file.
 
     .venv/bin/python scripts/report.py --json build/KEY/verify.json --out build/KEY/verify.html
 """
@@ -24,7 +23,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=parse_path, required=True, help="what verify wrote")
+    parser.add_argument("--json", type=parse_path, required=True, help="verify's result")
     parser.add_argument("--out", type=parse_path, required=True, help="the page")
     args = parser.parse_args()
     if not args.json.is_file():

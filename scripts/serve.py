@@ -44,7 +44,7 @@ def check_loads(versions: Versions, config: dict[str, Any]) -> None:
 
 
 def example_request(kind: str, bundle: Path, port: int) -> str:
-    """Return how to ask the server: the model's name for clients, and a line of curl."""
+    """Return an example request: the model's name for clients, and a line of curl."""
     name = model_name(kind, bundle)
     body = {"model": name, "messages": [{"role": "user", "content": "What is 17+28?"}]}
     url = f"http://{HOST}:{port}/v1/chat/completions"

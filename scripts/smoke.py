@@ -1,9 +1,9 @@
 """Ask a running server two questions and judge the answers.
 
-The answer to "Write one sentence about the moon." must be words and end by itself. The answer to
+The answer to "Write one sentence about the moon." must be words and stop by itself. The answer to
 "What is 17+28?" must have 45 in content or reasoning_content. Each known fault has its own message:
-nothing but BOS, empty, repetition, cut off by length without an answer, a wrong sum. Both requests
-have a max_tokens; accept asks without one. Exit 0: both answers are right; 1: one is not, or no
+BOS tokens only, empty, repetition, cut off by length without an answer, a wrong sum. Both requests
+have a max_tokens; those of accept have none. Exit 0: both answers are right; 1: one is wrong, or no
 server answers.
 
     .venv/bin/python scripts/smoke.py --port 8010

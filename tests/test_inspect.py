@@ -81,7 +81,7 @@ def test_a_stock_bundle_is_named_with_its_cure(hub, stock):
     last = run.stderr.strip().splitlines()
     assert len(last) == 1
     assert last[0].startswith(f"error: {REPO}: found stock-experts, ")
-    assert "repaired by: make repair SOURCE=… (it needs the FP4 source)" in last[0]
+    assert "repair it by: make repair SOURCE=… (it needs the FP4 source)" in last[0]
 
 
 def test_each_runtime_is_judged_by_what_it_needs(hub, good):

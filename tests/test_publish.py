@@ -104,7 +104,7 @@ def test_a_dry_run_shows_everything_and_uploads_nothing(hub, place):
     assert f"commit `{'c' * 40}`" in out
     assert "| layers.0 | 8." in out
     assert "Nothing was run on Metal" in out
-    assert "would go up: model.safetensors.index.json" in out
+    assert "would be uploaded: model.safetensors.index.json" in out
     assert "nothing was uploaded" in out
 
 
@@ -200,9 +200,9 @@ def test_a_bundle_that_changed_since_is_refused(hub, place):
     assert TO not in hub.repos
 
 
-def test_a_file_that_verify_has_not_seen_is_refused(hub, place):
+def test_a_file_that_verify_has_not_read_is_refused(hub, place):
     (place / "bundle" / "special_tokens_map.json").write_text("{}")
-    assert "a file that verify has not seen" in publish(hub, place, code=1)
+    assert "a file that verify has not read" in publish(hub, place, code=1)
 
 
 WRONG = {

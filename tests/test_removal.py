@@ -15,14 +15,13 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import by_size
-import full_shapes
+import fidelity
 import install
 import make_stock
 import matrix
+import model_error
 import numpy as np
 import pytest
-import through_model
 from conftest import NANO, SCRIPTS
 from here import must
 from test_settings import Copy
@@ -195,44 +194,14 @@ class Nothing:
         raise UserError("a model", "none here", "one", "none")
 
 
-def test_by_size_leaves_what_lies_in_out(tmp_path, monkeypatch):
+def test_fidelity_leaves_what_lies_in_out(tmp_path, monkeypatch):
     out = plant(tmp_path / "out", "small/theirs", "streamed/pass/theirs")
     before = seen(out)
-    monkeypatch.setattr(by_size, "Streamed", Nothing)
-    monkeypatch.setattr(sys, "argv", ["by_size.py", "--out", str(out)])
+    monkeypatch.setattr(fidelity, "Streamed", Nothing)
+    monkeypatch.setattr(sys, "argv", ["fidelity.py", "--out", str(out)])
     with pytest.raises(UserError, match="none here"):
-        by_size.main()
-    assert seen(out) == before
-
-
-def test_fidelity_leaves_what_lies_in_out(tmp_path, monkeypatch):
-    import fidelity
-
-    out = plant(tmp_path / "out", "nano/theirs", "early/theirs")
-    before = seen(out)
-
-    def stop(*_):
-        raise UserError("a stage", "none", "one", "none")
-
-    monkeypatch.setattr(fidelity, "MEASURED", ("mlx",))
-    monkeypatch.setattr(fidelity, "weight_error", lambda *_: None)
-    monkeypatch.setattr(fidelity, "weights_table", lambda _: "")
-    monkeypatch.setattr(fidelity, "stage", stop)
-    monkeypatch.setattr(sys, "argv", ["fidelity.py", "--source", str(NANO), "--out", str(out)])
-    with pytest.raises(UserError):
         fidelity.main()
     assert seen(out) == before
-
-
-def test_full_shapes_leaves_what_lies_in_work(tmp_path, monkeypatch):
-    work = plant(tmp_path / "work", "source/theirs", "bundle/theirs")
-    before = seen(work)
-    argv = ["full_shapes.py", "--work", str(work), "--turns", "0", "--experts", "0"]
-    monkeypatch.setattr(sys, "argv", argv)
-    monkeypatch.setattr(full_shapes, "turn", stopped)
-    with pytest.raises(UserError):
-        full_shapes.main()
-    assert seen(work) == before
 
 
 def stopped(*_: object) -> None:
@@ -255,6 +224,7 @@ def test_the_matrix_leaves_what_lies_in_work(tmp_path, monkeypatch):
                  "stacks/new/theirs")  # fmt: skip
     before = seen(work)
     monkeypatch.setattr(matrix, "run_script", stopped)
+    monkeypatch.setattr(matrix, "make_bundle", stopped)
     for name in ("mlx", matrix.RANDOM):
         with pytest.raises(UserError):
             matrix.bundles(work, [name])
@@ -275,7 +245,7 @@ def test_a_streamed_pass_leaves_what_lies_in_its_folder(tmp_path, monkeypatch):
 
     monkeypatch.setattr(driver, "WorkerProcess", Engine)
     monkeypatch.setattr(driver, "settings_for", lambda *_: None)
-    found = through_model.Streamed(Path(), work).logits(NANO, "source", [[1, 2], [3]])
+    found = model_error.Streamed(Path(), work).logits(NANO, "source", [[1, 2], [3]])
     assert found.tolist() == [[7.0, 7.0]] * 3
     assert seen(work) == before
 

@@ -57,7 +57,7 @@ def test_rounding_is_settled_after_once(kind):
 def test_packed_expert_puts_the_even_column_in_the_low_nibble():
     weight = torch.zeros(1, 32)
     weight[0, :4] = torch.tensor([6.0, -0.5, 1.0, 0.0])  # codes 7, 9, 2, 0
-    packed, scale = export.packed_expert(weight)
+    packed, scale = export.pack_expert(weight)
     assert packed.view(torch.uint8)[0, :2].tolist() == [0x97, 0x02]
     assert scale.view(torch.uint8).tolist() == [[127]]
 

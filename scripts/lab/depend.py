@@ -1,9 +1,9 @@
-"""Write what each command is made of, for make: the modules that its imports lead to.
+"""Print the dependencies of each command, for make: the modules that it imports.
 
-As a compiler's dependency files do: for every scripts/NAME.py a line `needs_NAME := …` with all
-modules of scripts/dsv4 that it can reach, the packages on the way, and the files beside a module
-that it names (a table, a template, a module that is run by `-m`). Read as text, nothing is run, so
-any Python will do. make keeps the result in build/needs.mk and asks anew when a script changes.
+For every scripts/NAME.py a line `needs_NAME := …` with all modules of scripts/dsv4 that it imports,
+directly or not, their packages, and the files beside a module that it names (a table, a template, a
+module that is run by `-m`). Parses the files without running them, so any Python will do. make
+keeps the result in build/needs.mk and renews it when a script changes.
 
     python3 scripts/lab/depend.py > build/needs.mk
 """
@@ -19,7 +19,7 @@ SCRIPTS = Path(__file__).resolve().parents[1]
 
 
 def named_modules(node: ast.AST) -> Iterator[str]:
-    """The dotted names of dsv4 that one node may mean."""
+    """Yield the dotted names of dsv4 that one node may mean."""
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -31,7 +31,7 @@ def named_modules(node: ast.AST) -> Iterator[str]:
 
 @cache
 def uses(path: Path) -> frozenset[Path]:
-    """The files of scripts/dsv4 that one file names."""
+    """Return the files of scripts/dsv4 that one file names."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         for name in named_modules(node):
@@ -45,14 +45,14 @@ def uses(path: Path) -> frozenset[Path]:
 
 
 def files_of(module: str) -> set[Path]:
-    """A module's file and those of the packages above it; only what there is."""
+    """Return a module's file and those of the packages above it, if they exist."""
     parts = module.split(".")
     packages = [SCRIPTS.joinpath(*parts[:n], "__init__.py") for n in range(1, len(parts) + 1)]
     return {p for p in (*packages, SCRIPTS.joinpath(*parts).with_suffix(".py")) if p.is_file()}
 
 
 def reach(path: Path) -> set[Path]:
-    """Everything that `path` leads to, itself included."""
+    """Return all files that `path` depends on, itself included."""
     found, left = {path}, [path]
     while left:
         one = left.pop()
@@ -68,7 +68,9 @@ def main() -> int:
         needed = sorted(p.relative_to(SCRIPTS.parent).as_posix() for p in reach(command))
         print(f"needs_{command.stem} := {' '.join(needed)}")
         every.update(needed)
-    print(*(f"{name}:" for name in sorted(every)), sep="\n")  # one that was deleted is no error
+    print(
+        *(f"{name}:" for name in sorted(every)), sep="\n"
+    )  # a rule for each, so that a deleted file is no error
     return 0
 
 

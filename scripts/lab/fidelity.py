@@ -1,23 +1,21 @@
-"""Measure how close to the source each quantizer stays: on weights, and through a real model.
+"""Measure how close to the source each quantizer stays: on weights, and through a small model.
 
-Weights: full-shape synthetic experts (2048 × 4096), normal and Laplace, under both rules for FP4
-scales. The model: the nano source is converted with each quantizer, finalized and patched by the
-stages themselves; then its next-token distribution is compared with the source's at every token of
-held-out additions, by the engine of `make evaluate`, in float32 and as it is served. So is what
-another upstream entry, jang_tools.dsv4.convert_dsv4_jang --profile 4, makes of the same source. A
-second source that was trained less (--source2) is less sure of itself and shows more.
+Weights: a full-shape synthetic expert (2048 × 4096), normal weights, under both rules for FP4
+scales. The model: the nano source is converted with each quantizer; the next-token distribution of
+the bundle is compared with the source's at every token of held-out additions, by the engine of
+`make evaluate`, in float32 and, for the quantizers of SERVED_TOO, as it is served. Also measured:
+what `mx.quantize` makes in the affine formats, and mixtures of several sizes, planned by plan.py.
+Sizes are of DeepSeek-V4-Flash at as many bits a weight of its routed experts. A second source that
+was trained less (--source2) has a less certain distribution and shows larger differences.
 
-What this can tell: whether a quantizer does what it says, and how the quantizers rank. What it
-cannot: how large the effect is in the full model. The nano has 2 million parameters, experts of
-128 × 128 and one task; 43 layers, 256 experts and real text are another matter, and everything else
-than the experts is 8-bit in all bundles alike but lossless, which is the floor that exact experts
-reach.
+The errors on weights hold for any model with such weights. The nano ranks the quantizers, and does
+not predict what the full model loses: it has 2 million parameters, experts of 128 × 128 and one
+task. Everything but the experts is 8-bit in all bundles but lossless and mixture-lossless.
 
 Writes fidelity.md and fidelity.json to --out and the picture to --picture; the bundles lie in a
-temporary folder in --out meanwhile. Prints the rows of lab/README.md's table too. Costs about 7
-minutes on two cores, and 60 MB.
+temporary folder in --out meanwhile. Costs about 20 minutes on two cores, and 60 MB.
 
-    .venv/bin/python scripts/lab/fidelity.py --source DIR [--source2 DIR] [--out DIR]
+    .venv/bin/python scripts/lab/fidelity.py [--quantizer NAME …] [--source2 DIR] [--out DIR]
         [--picture FILE]
 """
 
@@ -26,194 +24,213 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from locations import NEW
-from on_weights import MEASURED, WeightError, flash_bytes, weight_error
-from pictures import Bar, bars
-from through_model import (
-    ALONE,
+from locations import NANO, NEW
+from model_error import (
     SERVED,
     SOURCE,
     TENSORS,
+    Additions,
     ModelError,
     Streamed,
-    every_logit,
-    lessons,
+    logits_of_tensors,
     model_error,
-    stage,
 )
+from pictures import Point, draw_curves
+from stages import make_bundle
+from weight_error import MLX, WeightError, by_mlx, flash_bytes, weight_error
 
 from dsv4.errors import run
+from dsv4.model.load import expert_labels, open_bundle
+from dsv4.model.names import is_expert
+from dsv4.model.source import open_source
+from dsv4.quantization import fp4
 from dsv4.quantization.synthetic import RULES
 from dsv4.settings import add_setting
 from dsv4.storage.atomic import write_bytes, write_json
-from dsv4.toolchain.python_env import call_script
+from dsv4.storage.safetensors_file import read_array
 
-JANG = "convert_dsv4_jang"
 TURBO = "turboquant2"
-# What jang's model cannot run here: names of its own, kernels for Metal alone.
-APART = (JANG, TURBO)
+SERVED_TOO = ("mlx", "affine4g32", "mxfp4", "lossless")
+FEWER_BITS = ("affine2g128", "affine2g64", "affine2g32", "affine3g128", "affine3g64", "affine3g32")
+BY_MLX = tuple(f"{name}{MLX}" for name in FEWER_BITS)
+# Bits a weight of the routed experts that mixtures are planned to. "any": without regard to the
+# shape for which vMLX has fused kernels.
+MIXTURES = tuple(f"mixture {bits}{end}" for bits in (2.5, 2.75, 3.0, 3.5) for end in ("", " any"))
+BY_PROJECTION = "small"
+QUANTIZERS = (*SERVED_TOO, TURBO, *FEWER_BITS, BY_PROJECTION, *BY_MLX, *MIXTURES)
+# The nano: bytes of everything but experts, and of its experts at one bit a weight, MTP included.
+NANO_REST, NANO_BITS = 1_675_000, 196_608
+# Published bundles of this model by their size in GB; their distance from the source is not known.
+PUBLISHED = {
+    "ds4 q2": 86.8, "2.4bit-mixed": 92.9, "2bit-DQ": 96.5, "mlx-community 4bit": 151.5
+}  # fmt: skip
 
 
-# --- The model ----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Fidelity:
+    """The errors of one quantizer.
 
-
-def make_bundles(source: Path, work: Path, python: Path) -> dict[str, Path]:
-    """A bundle for each quantizer, and upstream's other converter's."""
-    bundles = {}
-    for name in MEASURED:
-        bundle = bundles[name] = work / name
-        stage("convert", "--source", source, "--bundle", bundle, "--quantizer", name)
-        stage("finalize", "--source", source, "--bundle", bundle)
-        stage("patch", "--bundle", bundle)
-    bundles[JANG] = work / "jang"
-    command = [str(python), "-m", f"jang_tools.dsv4.{JANG}", "--src", str(source)]
-    call_script([*command, "--dst", str(bundles[JANG]), "--profile", "4"], JANG, ALONE)
-    return bundles
-
-
-def measure_model(
-    label: str, source: Path, record: Path, number: int, work: Path, pythons: tuple[Path, Path]
-) -> list[ModelError]:
-    """Every bundle of one source against it; the source against itself comes first."""
-    old, new = pythons
-    bundles = make_bundles(source, work, old)
-    ids, begins = lessons(source, record, number)
-    with Streamed(new, work / "streamed") as streamed:
-        truth = streamed.logits(source, SOURCE, ids)
-        out = [ModelError(label, SOURCE, SOURCE, *model_error(truth, truth, ids, begins))]
-        for name, bundle in bundles.items():
-            for how in (TENSORS,) if name in APART else (TENSORS, SERVED):
-                print(f"{label}: {name} by {how}", file=sys.stderr, flush=True)
-                if name in APART:
-                    found = every_logit(old, bundle, how, ids, work / "found.npy")
-                else:
-                    found = streamed.logits(bundle, how, ids)
-                out.append(ModelError(label, name, how, *model_error(found, truth, ids, begins)))
-    return out
-
-
-# --- Saying it ----------------------------------------------------------------------------------
-
-
-def weights_table(errors: list[WeightError]) -> str:
-    """A markdown table, one row a quantizer and kind of weights."""
-    lines = [
-        "| quantizer | bits a weight | weights | scale rule | relative RMS | mean error | "
-        "exact groups | ms a tensor |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {e.quantizer} | {e.bits:.2f} | {e.kind} | {e.rule} | {e.rms:.2%} | {e.mean:+.4%} | "
-        f"{e.exact:.0%} | {e.seconds * 1e3:.0f} |"
-        for e in errors
-    ]
-    return "\n".join(lines)
-
-
-def models_table(errors: list[ModelError]) -> str:
-    """A markdown table, one row a source, quantizer and way of running it."""
-    lines = [
-        "| source | quantizer | run by | KL (nats) | KL, answers | same next token | additions |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {e.source} | {e.quantizer} | {e.how} | {e.kl:.5f} | {e.kl_answers:.5f} | "
-        f"{e.agreement:.2%} | {e.accuracy:.1%} |"
-        for e in errors
-    ]
-    return "\n".join(lines)
-
-
-def readme_rows(weights: list[WeightError], models: list[ModelError]) -> str:
-    """The rows of lab/README.md's table, to paste: normal weights, scales rounded up, and
-    the last source, which is the less trained one where it was given.
+    bits: a weight of the main layers' experts in the nano's bundle; flash: bytes of Flash's bundle;
+    weights: by rule for FP4 scales, none for mixtures; served: as the runtime computes.
     """
-    last = models[-1].source
-    through = {e.quantizer: e for e in models if (e.source, e.how) == (last, TENSORS)}
-    rows = []
-    for e in weights:
-        if (e.kind, e.rule) == ("normal", "ceil"):
-            name = f"{e.quantizer} (default)" if e.quantizer == "mlx" else e.quantizer
-            rms, model = f"{e.rms:.2%}" if e.rms else "0", through[e.quantizer]
-            kl = f"{model.kl:.2g}" if model.kl < 1e-5 else f"{model.kl:.5f}".removeprefix("0")
-            rows.append(
-                f"| {name} | {e.bits:.2f} | {flash_bytes(e.quantizer) / 1e9:.1f} | {rms} "
-                f"| {e.exact:.0%} | {kl} | {model.agreement:.1%} |"
-            )
-    return "\n".join(rows)
+
+    quantizer: str
+    bits: float
+    flash: float
+    model: ModelError
+    served: ModelError | None = None
+    weights: dict[str, WeightError] = field(default_factory=dict)
 
 
-CAVEAT = """\
-The first table is about the format and holds for every model with such weights. The second is about
-a model of 2 million parameters: it shows the order of the quantizers, not the size of their effect
-in the full one. Everything but the routed experts is 8-bit in all bundles but lossless; what mxfp4
-leaves is that alone. convert_dsv4_jang quantizes the experts as mlx does."""
+# --- Bundles ------------------------------------------------------------------------------------
 
 
-def picture(weights: list[WeightError], models: list[ModelError]) -> str:
-    """An SVG: RMS error of normal weights, and KL by the tensors, a bar for each quantizer."""
-    left = [
-        Bar(f"{e.quantizer} · {e.bits:.2f} bits", e.rms, f"{e.rms:.2%}" if e.rms else "0")
-        for e in weights if (e.kind, e.rule) == ("normal", "ceil")
-    ]  # fmt: skip
-    charts = [("RMS error relative to the RMS of the weights (normal, full shape)", left)]
-    for source in dict.fromkeys(e.source for e in models):
-        mine = [e for e in models if (e.source, e.how) == (source, TENSORS)]
-        charts.append((
-            f"KL divergence from the {source} source's next-token distribution (nats)",
-            [Bar(e.quantizer, e.kl, f"{e.kl:.2g}") for e in mine],
-        ))  # fmt: skip
-    return bars(charts)
+def make(name: str, source: Path, bundle: Path) -> None:
+    """Make the bundle of one of QUANTIZERS."""
+    if name.startswith("mixture"):
+        size = NANO_REST + int(NANO_BITS * float(name.split()[1]))
+        make_bundle(source, bundle, "mixture", size, name.endswith("any"))
+        return
+    make_bundle(source, bundle, name.removesuffix(MLX))
+    if name.endswith(MLX):
+        replace_experts(source, bundle)
+
+
+def replace_experts(source: Path, bundle: Path) -> None:
+    """Overwrite each expert by what mx.quantize makes of it in the same format."""
+    tensors, made = open_source(source).tensors, open_bundle(bundle)
+    for base, label in expert_labels(made).items():
+        packed, scales = (read_array(tensors[f"{base}.{part}"]) for part in ("weight", "scale"))
+        for part, array in by_mlx(fp4.decode(packed, scales, base), label).items():
+            tensor = made.tensors[f"{base}.{part}"]
+            with tensor.path.open("r+b") as file:
+                file.seek(tensor.offset)
+                file.write(array.tobytes())
+
+
+def bits_of(source: Path, bundle: Path) -> float:
+    """Return the bits a weight of all main layers' routed experts, by the bytes on disk."""
+
+    def experts(folder: Path) -> int:
+        tensors = open_bundle(folder).tensors.items()
+        return sum(t.nbytes for n, t in tensors if is_expert(n) and n.startswith("layers."))
+
+    return 4.25 * experts(bundle) / experts(source)  # the source's FP4 has 4.25
+
+
+def flash_size(name: str, bits: float) -> float:
+    """Return the bytes of Flash's shards; of a mixture by its bits a weight of routed experts."""
+    if name.startswith("mixture"):
+        low, high = flash_bytes("affine2g128"), flash_bytes("mxfp4")
+        return low + (high - low) * (bits - 2.25) / (4.25 - 2.25)
+    return flash_bytes(name.removesuffix(MLX))
+
+
+# --- Measuring ----------------------------------------------------------------------------------
+
+
+def measure(
+    names: list[str], source: Path, additions: Additions, python: Path, work: Path
+) -> list[Fidelity]:
+    """Compare each quantizer's bundle with the source. python: the new stack's."""
+    results = []
+    with Streamed(python, work / "streamed") as streamed:
+        truth = streamed.logits(source, SOURCE, additions.ids)
+        for name in names:
+            bundle = work / name.replace(" ", "-")
+            make(name, source, bundle)
+            if name == TURBO:
+                found = logits_of_tensors(bundle, additions.ids, work / "found.npy")
+            else:
+                found = streamed.logits(bundle, TENSORS, additions.ids)
+            model, served = model_error(found, truth, additions), None
+            if name in SERVED_TOO:
+                found = streamed.logits(bundle, SERVED, additions.ids)
+                served = model_error(found, truth, additions)
+            weights = {}
+            if name != BY_PROJECTION and name not in MIXTURES:
+                weights = {rule: weight_error(name, rule) for rule in RULES}
+            bits = bits_of(source, bundle)
+            size = flash_size(name, bits)
+            results.append(Fidelity(name, bits, size, model, served, weights))
+            print(f"{name}: {bits:.2f} bits, KL {model.kl:.5f}", file=sys.stderr, flush=True)
+    return results
+
+
+# --- Reporting ----------------------------------------------------------------------------------
+
+
+def table(results: list[Fidelity]) -> str:
+    """Return a Markdown table, one row a quantizer."""
+    heads = ["", "bits a weight", "GB for Flash", *(f"RMS error, scales by {r}" for r in RULES),
+             "exact groups", "ms a tensor", "KL, nats", "KL as served", "same next token",
+             "additions"]  # fmt: skip
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for one in results:
+        cells = [one.quantizer, f"{one.bits:.2f}", f"{one.flash / 1e9:.1f}"]
+        cells += [f"{one.weights[rule].rms:.2%}" if one.weights else "" for rule in RULES]
+        first = one.weights.get(RULES[0])
+        cells += [f"{first.exact:.0%}", f"{first.seconds * 1e3:.0f}"] if first else ["", ""]
+        cells += [f"{one.model.kl:.5f}", f"{one.served.kl:.5f}" if one.served else ""]
+        cells += [f"{one.model.agreement:.1%}", f"{one.model.accuracy:.1%}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def picture(results: list[Fidelity]) -> str:
+    """Return an SVG of KL over size, a curve for each kind of quantizer."""
+    kinds = {
+        "least squares": (*FEWER_BITS, BY_PROJECTION, "mxfp4"),
+        "mx.quantize": BY_MLX,
+        "mixture": [name for name in MIXTURES if "any" not in name],
+        "mixture, any shape": [name for name in MIXTURES if "any" in name],
+        "TurboQuant": (TURBO,),
+    }
+    curves: dict[str, list[Point]] = {}
+    for kind, names in kinds.items():
+        for one in results:
+            if one.quantizer in names:
+                name = "" if one.quantizer in MIXTURES else one.quantizer
+                curves.setdefault(kind, []).append((one.flash / 1e9, one.model.kl, name))
+    axes = ("GB of DeepSeek-V4-Flash; dotted: published bundles", "KL to the nano's source, nats")
+    return draw_curves(curves, PUBLISHED, axes)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--source", type=Path, required=True, help="the nano checkpoint")
+    parser.add_argument("--source", type=Path, default=NANO, help="the nano checkpoint")
     add_setting(parser, "SOURCE2", help="one that was trained less")
+    parser.add_argument("--quantizer", action="append", choices=QUANTIZERS, help="only these")
     parser.add_argument("--out", type=Path, default=Path("build/fidelity"))
     parser.add_argument("--picture", type=Path, help="default: fidelity.svg in --out")
-    parser.add_argument(
-        "--python",
-        type=Path,
-        default=Path(sys.executable),
-        help="of the old stack, which has jang's other converter",
-    )
     parser.add_argument("--new", type=Path, default=NEW, help="Python of the new stack")
-    parser.add_argument("--additions", type=int, default=40, help="held-out ones to go through")
+    parser.add_argument("--additions", type=int, default=40, help="number of held-out additions")
     return parser.parse_args()
 
 
 def main() -> int:
     """Measure, print the tables, write them. Returns 0."""
     args = parse_arguments()
-    weights = [
-        weight_error(name, kind, rule)
-        for kind in ("normal", "laplace")
-        for rule in RULES
-        for name in MEASURED
-    ]
-    print(weights_table(weights), flush=True)
-    models = []
+    args.out.mkdir(parents=True, exist_ok=True)
+    results = {}
     for label, source in (("nano", args.source), ("early", args.source2)):
         if source is not None:
-            pythons = (args.python, args.new)
-            args.out.mkdir(parents=True, exist_ok=True)
+            additions = Additions.load(source, args.source, args.additions)
+            names = args.quantizer or list(QUANTIZERS)
             with tempfile.TemporaryDirectory(prefix=".making-", dir=args.out) as work:
-                models += measure_model(
-                    label, source, args.source, args.additions, Path(work), pythons
-                )
-    rows = readme_rows(weights, models)
-    print(f"\n{models_table(models)}\n\n{CAVEAT}\n\nREADME:\n{rows}")
-    text = f"{weights_table(weights)}\n\n{models_table(models)}\n\n{CAVEAT}\n"
-    write_bytes(args.out / "fidelity.md", text.encode())
-    result = {"weights": [asdict(e) for e in weights], "models": [asdict(e) for e in models]}
-    write_json(args.out / "fidelity.json", result)
-    write_bytes(args.picture or args.out / "fidelity.svg", picture(weights, models).encode())
+                results[label] = measure(names, source, additions, args.new, Path(work))
+    tables = [f"{label}:\n\n{table(errors)}\n" for label, errors in results.items()]
+    print(*tables, sep="\n")
+    write_bytes(args.out / "fidelity.md", "\n".join(tables).encode())
+    rows = {label: [asdict(one) for one in errors] for label, errors in results.items()}
+    write_json(args.out / "fidelity.json", rows)
+    svg = picture(results["nano"]).encode()
+    write_bytes(args.picture or args.out / "fidelity.svg", svg)
     return 0
 
 

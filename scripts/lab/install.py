@@ -1,14 +1,14 @@
 """Make one of the recipe's environments: a venv, the packages that a file pins, and a test of them.
 
-make runs it with PYTHON3, before anything else is there: it needs nothing but that Python, and it
-says in one line what that Python lacks. Indexes, proxies and certificates stay as the user's pip
-has them; what would put packages elsewhere, or leave some out, is taken away. At the end the
-modules that are named are imported there, and only then is the stamp written: a copy of the pins,
-so that neither a date nor a fresh checkout counts. With that stamp in place nothing is done.
+make runs it with PYTHON3 before .venv exists: it imports the standard library only, and prints one
+line if that Python lacks something. pip keeps the user's indexes, proxies and certificates, but no
+settings that would install elsewhere or leave packages out. At the end the given modules are
+imported there, and then the stamp is written: a copy of the pins, so that dates do not matter. With
+that stamp in place nothing is done.
 
-A venv whose own Python is gone, or is another version by now, as after `brew upgrade`, is made
-anew; so is one in which an installation was killed, and with --anew one that has other pins. Only
-an environment with this script's mark is emptied or added to, and none is emptied through a link.
+A venv whose Python is gone or has another version, as after `brew upgrade`, is made again. So is
+one in which an installation was killed, and with --anew one that has other pins. Only an
+environment with this script's mark is emptied or added to, and none is emptied through a link.
 
     python3 -I scripts/lab/install.py .venv/installed requirements.txt mlx.core numba
 
@@ -23,14 +23,14 @@ import sys
 from pathlib import Path
 
 OLDEST, TRIED, NEWEST = (3, 11), (3, 13), (3, 14)
-# An empty variable is none to pip, and goes before what lies in its configuration.
+# pip ignores an empty variable, and the value in its configuration with it.
 ELSEWHERE = ("USER", "TARGET", "PREFIX", "ROOT", "PYTHON", "DRY_RUN", "NO_DEPS", "REQUIREMENT")
 OURS = {"PIP_" + name: "" for name in ELSEWHERE}
 MARK, UNFINISHED = "made-by-install", "unfinished\n"  # the Makefile reads it too
 
 
 def check_python() -> None:
-    """End with one line for a Python that cannot make the environments."""
+    """Exit with one line if this Python cannot make the environments."""
     here, now = ".".join(map(str, sys.version_info[:3])), sys.version_info[:2]
     todo = "make … PYTHON3=/path/to/another, such as python3.13"
     if not OLDEST <= now <= NEWEST:
@@ -49,12 +49,12 @@ def check_python() -> None:
 
 
 def run(python: Path, *arguments: str, **options: object) -> subprocess.CompletedProcess:
-    """Run a Python by itself: no variable, user site or folder of another one counts."""
+    """Run a Python isolated: no variable, user site or working directory affects its imports."""
     return subprocess.run([str(python), "-I", *arguments], **options)
 
 
 def is_alive(python: Path) -> bool:
-    """True when the environment's own Python runs and finds the environment's own pip."""
+    """Return True when the environment's own Python runs and finds its pip."""
     try:
         return run(python, "-c", "import pip", stderr=subprocess.DEVNULL).returncode == 0
     except OSError:
@@ -62,25 +62,25 @@ def is_alive(python: Path) -> bool:
 
 
 def is_own(folder: Path) -> bool:
-    """True for an environment that this script made; until 2026-11 it left stamps and no mark."""
+    """Return True for an environment of this script; until 2026-11 it had stamps and no mark."""
     return any((folder / name).is_file() for name in (MARK, "installed", "tests-installed"))
 
 
 def is_unfinished(folder: Path) -> bool:
-    """True when an installation into it was interrupted: packages may be there by half."""
+    """Return True when an installation into it was interrupted."""
     mark = folder / MARK
     return mark.is_file() and mark.stat().st_size > 0
 
 
-def lies_in(folder: Path) -> bool:
-    """True unless nothing, or an empty folder, has that name."""
+def is_occupied(folder: Path) -> bool:
+    """Return True for a file, a link or a folder that is not empty."""
     return os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir()))
 
 
 def empty(folder: Path) -> None:
-    """Remove what an environment holds. Its mark stays, and goes on to say that it is unfinished.
+    """Remove everything in an environment but its mark, which still says that it is unfinished.
 
-    Ends with one line when a link leads there: then it is not where this script put it.
+    Exits with one line if the folder or its parent is a link: this script made no links.
     """
     for path in (folder, folder.parent):
         if path.is_symlink():
@@ -95,8 +95,8 @@ def empty(folder: Path) -> None:
 
 
 def prepare(folder: Path, anew: bool) -> None:
-    """Leave an environment with a live Python there, marked as unfinished."""
-    python, there = folder / "bin" / "python", lies_in(folder)
+    """Make an environment with a working Python in the folder, marked as unfinished."""
+    python, there = folder / "bin" / "python", is_occupied(folder)
     if there and not is_own(folder):
         sys.exit(f"error: {folder}: found something that install.py did not make, expected nothing "
                  "there; look at it, and move it away")  # fmt: skip
@@ -111,7 +111,7 @@ def prepare(folder: Path, anew: bool) -> None:
 
 
 def fill(folder: Path, pins: Path) -> None:
-    """Let pip install the pinned packages.
+    """Install the pinned packages with pip.
 
     If it fails before anything was changed, as without a network, the environment is usable as
     before; else it stays marked as unfinished.
@@ -129,7 +129,7 @@ def fill(folder: Path, pins: Path) -> None:
 
 
 def check_modules(folder: Path, modules: list[str]) -> None:
-    """End with one line unless these modules can be imported there."""
+    """Exit with one line unless these modules can be imported there."""
     python = folder / "bin" / "python"
     test = run(python, "-c", f"import {', '.join(modules)}", stderr=subprocess.PIPE, text=True)
     if test.returncode:
@@ -139,7 +139,7 @@ def check_modules(folder: Path, modules: list[str]) -> None:
 
 
 def write(stamp: Path, pins: bytes) -> None:
-    """Leave a copy of the pins: whole, or not at all."""
+    """Write a copy of the pins atomically."""
     temporary = stamp.with_name(f".{stamp.name}.partial")
     with temporary.open("wb") as file:
         file.write(pins)
@@ -149,7 +149,7 @@ def write(stamp: Path, pins: bytes) -> None:
 
 
 def is_older_form(stamp: Path, pins: Path) -> bool:
-    """True for the empty stamp of before 2026-12, when its date says that the pins are there."""
+    """Return True for an empty stamp, as before 2026-12, that is newer than the pins."""
     if not stamp.is_file() or stamp.stat().st_size:
         return False
     return stamp.stat().st_mtime > pins.stat().st_mtime
@@ -159,10 +159,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--anew", action="store_true", help="keep nothing of what was installed")
-    parser.add_argument("stamp", type=Path, help="in the environment; a copy of PINS in the end")
-    parser.add_argument("pins", type=Path, help="what pip is to install")
-    parser.add_argument("modules", nargs="+", help="what must be there then")
+    parser.add_argument("--anew", action="store_true", help="empty the environment first")
+    parser.add_argument(
+        "stamp", type=Path, help="file in the environment that becomes a copy of PINS"
+    )
+    parser.add_argument("pins", type=Path, help="requirements file")
+    parser.add_argument("modules", nargs="+", help="modules to import as a test")
     args = parser.parse_args()
     check_python()
     folder, pins = args.stamp.parent, args.pins.read_bytes()
@@ -173,7 +175,7 @@ def main() -> int:
         (folder / MARK).touch()
     else:
         prepare(folder, args.anew)
-        # what stands on it is to be installed again: tests-installed on installed
+        # tests-installed depends on installed and must be installed again
         for stamp in (args.stamp, *folder.glob(f"*-{args.stamp.name}")):
             stamp.unlink(missing_ok=True)
         fill(folder, args.pins)

@@ -2,9 +2,8 @@
 
 Reads token ids as JSON from stdin ([[...], ...]) and writes one float32 .npy of shape
 (prompts, vocabulary): the logits after the last token of each prompt. With --decode N the last N
-tokens are fed one at a time through the cache, as in generation. With --every, (tokens,
-vocabulary): those after every token of every prompt, one below the other. Runs in the runtime's
-Python.
+tokens are fed one at a time through the cache, as in generation. With --every the logits after
+every token of every prompt, (tokens, vocabulary). Runs in the runtime's Python.
 
     --how loader      the bundle through vMLX's loader (jang_tools inside), as vMLX serves it
     --how mlx-lm      the bundle through mlx_lm with jang_tools' model
@@ -41,7 +40,7 @@ from dsv4.toolchain.hide_torchvision import hide
 
 
 def decode_source(source: Checkpoint) -> dict[str, np.ndarray]:
-    """Every tensor of the source by storage name, FP4 and FP8 decoded, floats as float32."""
+    """Return the source's tensors by storage name, FP4 and FP8 decoded, floats as float32."""
     tensors = source.tensors
     out = {}
     for name, tensor in tensors.items():
@@ -57,17 +56,17 @@ def decode_source(source: Checkpoint) -> dict[str, np.ndarray]:
 
 
 def as_float(tensor: Tensor, array: np.ndarray) -> np.ndarray:
-    """BF16 and F16 as float32; everything else as it is."""
+    """Return BF16 and F16 as float32, everything else unchanged."""
     if tensor.dtype == "BF16":
         return (array.astype(np.uint32) << 16).view(np.float32)
     return array.astype(np.float32) if tensor.dtype == "F16" else array
 
 
 def decode_bundle(bundle: Checkpoint) -> dict[str, np.ndarray]:
-    """Every tensor of the bundle by storage name, dequantized by its shapes, not by its label.
+    """Return the bundle's tensors by storage name, dequantized by their shapes, not their labels.
 
-    FP4 bytes are decoded as what they are, whatever their label. Raises UserError when scales
-    belong to nothing that MLX could dequantize.
+    FP4 bytes are decoded as FP4, whatever their label. Raises UserError for scales without a weight
+    that MLX could dequantize.
     """
     import mlx.core as mx
 
@@ -94,7 +93,7 @@ def decode_bundle(bundle: Checkpoint) -> dict[str, np.ndarray]:
 
 
 def decode_turbo(base: str, parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A stack of experts, or one, in TurboQuant: float32 by the experts' storage names."""
+    """Decode a stack of experts, or one, in TurboQuant: float32 by storage name."""
     values = turbo_kernels.decode(parts)
     stack = parse_stack(f"{base}.tq_packed")
     if stack is None:
@@ -104,12 +103,12 @@ def decode_turbo(base: str, parts: dict[str, np.ndarray]) -> dict[str, np.ndarra
 
 
 def parts_of(label: dict) -> tuple[str, ...]:
-    """What belongs to a module's weight: scales and biases, or FP4's and FP8's exponents alone."""
+    """Return the names of the tensors beside a weight; FP4 and FP8 have scales only."""
     return ("scales", "biases") if label["mode"] == "affine" else ("scales",)
 
 
 def plain_model(config: dict, weights: dict[str, np.ndarray]):
-    """jang_tools' model with these float32 weights; every parameter must receive one."""
+    """Return jang_tools' model with these float32 weights, one for every parameter."""
     import mlx.core as mx
     from jang_tools.dsv4 import mlx_model
     from mlx.utils import tree_flatten
@@ -127,13 +126,13 @@ def plain_model(config: dict, weights: dict[str, np.ndarray]):
 
 
 class MlxModel:
-    """Prefill and cached decoding with an MLX model, whose `logits(ids, cache)` is all it needs."""
+    """Prefill and cached decoding with an MLX model. logits: a function of (ids, cache)."""
 
     def __init__(self, model, logits) -> None:
         self.model, self.logits = model, logits
 
     def rows(self, ids: list[int], decode: int) -> np.ndarray:
-        """Logits (n, vocabulary); the last row is after all of `ids`.
+        """Return logits (n, vocabulary); the last row is after all of `ids`.
 
         The last `decode` tokens are fed one at a time. With none, n is the number of tokens (but
         jang 2.5.50 gives the last row only); else it is 1.
@@ -175,8 +174,8 @@ def mlx_vlm(folder: Path) -> MlxModel:
     return MlxModel(model, lambda ids, cache: model(ids, cache=cache).logits)
 
 
-def decoded(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
-    """Config and float32 tensors of a source or of a bundle."""
+def decode_folder(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
+    """Return config and float32 tensors of a source or of a bundle."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if "quantization" in config:
         opened = open_bundle(folder)
@@ -186,7 +185,7 @@ def decoded(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
 
 
 def tensors(folder: Path) -> MlxModel:
-    model = plain_model(*decoded(folder))
+    model = plain_model(*decode_folder(folder))
     return MlxModel(model, lambda ids, cache: model(ids, cache=cache))
 
 
@@ -198,7 +197,7 @@ class Reference:
         from safetensors.torch import save_file
         from transformers import AutoModelForCausalLM
 
-        config, weights = decoded(folder)
+        config, weights = decode_folder(folder)
         dropped = ("quantization", "quantization_config", "expert_dtype", "rope_parameters")
         plain = {key: value for key, value in config.items() if key not in dropped}
         named = {
@@ -220,7 +219,7 @@ class Reference:
         self.model.eval()
 
     def rows(self, ids: list[int], decode: int) -> np.ndarray:
-        """Logits (n, vocabulary) as MlxModel.rows gives them."""
+        """Return logits (n, vocabulary) as MlxModel.rows does."""
         import torch
 
         first = len(ids) - decode

@@ -4,7 +4,7 @@ Tests need a source of any size that has every kind of tensor: hash-routed and r
 attention with compress ratios 0, 4 and 128 (compressor, indexer), shared experts, MTP or, with
 --dspark, DSpark; in FP4, FP8, BF16, F32 and integers; over several shards that split weights from
 their scales.
-Its tokenizer and encoding are those of the nano checkpoint. The words that it says are noise.
+Tokenizer and encoding are those of the nano checkpoint. Its answers are noise.
 
     .venv/bin/python scripts/lab/make_source.py --source build/random --seed 1
 """
@@ -19,15 +19,15 @@ from pathlib import Path
 
 import numpy as np
 from locations import NANO
-from source_tensors import Sizes, Writer, tensors, with_dspark
+from source_tensors import Sizes, Writer, headers, tensors, with_dspark
 
 from dsv4.errors import UserError, run
-from dsv4.model.fp8_blocks import RELEASED as BLOCK
 from dsv4.storage.atomic import copy_file, write_json
 from dsv4.storage.checkpoint import INDEX
 from dsv4.storage.safetensors_file import PendingTensor, write_shard
+from nano import architecture
 
-WORDS = (
+TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
     "generation_config.json",
@@ -36,81 +36,46 @@ WORDS = (
 
 
 def config_of(sizes: Sizes) -> dict:
-    """config.json as DeepSeek-V4's source has it, for these sizes."""
-    return {
-        "architectures": ["DeepseekV4ForCausalLM"],
-        "model_type": "deepseek_v4",
-        "torch_dtype": "bfloat16",
-        **{
-            k: list(v) if isinstance(v, tuple) else v
-            for k, v in vars(sizes).items()
-            if sizes.dspark_markov_rank or not k.startswith("dspark_")
-        },
-        "attention_bias": False,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "expert_dtype": "fp4",
-        "hc_eps": 1e-06,
-        "hc_sinkhorn_iters": 20,
-        "hidden_act": "silu",
-        "max_position_embeddings": 4096,
-        "n_shared_experts": 1,
-        "norm_topk_prob": True,
-        "num_key_value_heads": 1,
-        "quantization_config": {
-            "activation_scheme": "dynamic",
-            "fmt": "e4m3",
-            "quant_method": "fp8",
-            "scale_fmt": "ue8m0",
-            "weight_block_size": [BLOCK, BLOCK],
-        },
-        "rms_norm_eps": 1e-06,
-        "rope_scaling": {
-            "beta_fast": 32,
-            "beta_slow": 1,
-            "factor": 4,
-            "original_max_position_embeddings": 1024,
-            "type": "yarn",
-        },
-        "rope_theta": 10000,
-        "compress_rope_theta": 160000,
-        "routed_scaling_factor": 1.5,
-        "scoring_func": "sqrtsoftplus",
-        "sliding_window": 128,
-        "swiglu_limit": 10.0,
-        "tie_word_embeddings": False,
-        "topk_method": "noaux_tc",
+    """Return config.json as DeepSeek-V4's source has it, for these sizes."""
+    named = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in vars(sizes).items()
+        if sizes.dspark_markov_rank or not key.startswith("dspark_")
     }
+    rope = {"factor": 4, "original_max_position_embeddings": 1024}
+    config = architecture.source_config(architecture.NANO)
+    config["rope_scaling"] |= rope
+    return {**config, "max_position_embeddings": 4096, **named}
 
 
 def write_source(folder: Path, sizes: Sizes, seed: int, shards: int) -> int:
     """Write the checkpoint as `shards` shards of equal tensor counts; return the tensor count.
 
-    The cut falls where it falls, so that a weight and its scale may part.
+    A weight and its scale may be in different shards. One tensor is in memory at a time.
     """
-    named = list(tensors(sizes, Writer(seed)))
-    bounds = np.linspace(0, len(named), shards + 1).astype(int)
+    planned = list(headers(sizes).values())
+    arrays = (array for _, (_, array) in tensors(sizes, Writer(seed)))
+    bounds = np.linspace(0, len(planned), shards + 1).astype(int)
     weight_map: dict[str, str] = {}
     for number in range(shards):
         file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
-        part = named[bounds[number] : bounds[number + 1]]
-        planned = [
-            PendingTensor(name, dtype, array.shape, lambda a=array: [np.ascontiguousarray(a).data])
-            for name, (dtype, array) in part
+        part = [
+            PendingTensor(t.name, t.dtype, t.shape, lambda: [np.ascontiguousarray(next(arrays))])
+            for t in planned[bounds[number] : bounds[number + 1]]
         ]
-        write_shard(folder / file, planned, {"format": "pt"})
-        weight_map.update({name: file for name, _ in part})
-    size = sum(array.nbytes for _, (_, array) in named)
+        write_shard(folder / file, part, {"format": "pt"})
+        weight_map.update({tensor.name: file for tensor in part})
+    size = sum(tensor.nbytes for tensor in planned)
     write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
     write_json(folder / "config.json", config_of(sizes))
-    copy_words(folder)
-    return len(named)
+    copy_tokenizer(folder)
+    return len(planned)
 
 
-def copy_words(folder: Path) -> None:
-    """The nano checkpoint's tokenizer and encoding, whose vocabulary these sources share."""
+def copy_tokenizer(folder: Path) -> None:
+    """Copy the nano checkpoint's tokenizer and encoding."""
     (folder / "encoding").mkdir(exist_ok=True)
-    for name in WORDS:
+    for name in TOKENIZER:
         copy_file(NANO / name, folder / name)
 
 

@@ -1,9 +1,9 @@
-"""Write what upstream's converter makes of a small source: a bundle that loads and talks nonsense.
+"""Write the bundle that upstream's converter makes of a small source; its answers are noise.
 
-The same tensors, bytes and labels as `jang_tools.dsv4.convert_dsv4_jangtq`'s (2.5.9, --profile 4
---format jang; tests/test_native.py compares the two), with neither torch nor jang_tools: routed
-experts are the source's FP4 bytes under a 4-bit affine label, controls are rounded to F16. It is
-what `make demo` and `make matrix` set the right bundle against. One shard, made in memory: for the
+Tensors, bytes and labels equal those of `jang_tools.dsv4.convert_dsv4_jangtq` (2.5.9, --profile 4
+--format jang; tests/test_native.py compares the two). Neither torch nor jang_tools is needed.
+Routed experts are the source's FP4 bytes under a 4-bit affine label, controls are rounded to F16.
+`make demo` and `make matrix` compare the right bundle with it. One shard, made in memory: for the
 nano model and the sources of make_source.py.
 
     .venv/bin/python scripts/lab/make_stock.py --source DIR --bundle DIR
@@ -35,21 +35,21 @@ from dsv4.storage.safetensors_file import FLOATS, PendingTensor, Tensor, read_ar
 from dsv4.storage.tensor_reader import as_float32
 
 SHARD = "model-00001-of-00001.safetensors"
-# Answers of vMLX end after 300 tokens: one of upstream's faults that the stages mend.
+# Answers of vMLX end after 300 tokens: one of upstream's faults that the stages repair.
 UPSTREAMS_DEFAULTS = {"temperature": 0.6, "top_p": 0.95, "max_new_tokens": 300}
 DTYPES = {"uint8": "U8", "uint32": "U32", "float16": "F16", "int64": "I64", "int32": "I32"}
 
 
 def decode(weight: Tensor, scale: Tensor | None) -> np.ndarray:
-    """An FP8, BF16, F16 or F32 tensor → float32 of its shape."""
+    """Return an FP8, BF16, F16 or F32 tensor as float32 of its shape."""
     data = read_array(weight)
     if weight.dtype == "F8_E4M3":
         return fp8.decode(data, read_array(scale), scale.name)
     return as_float32(data.reshape(-1), weight.dtype).reshape(weight.shape)
 
 
-def stored(weight: Tensor, scale: Tensor | None) -> dict[str, np.ndarray]:
-    """What upstream stores for one tensor of the source, by storage name."""
+def stock_arrays(weight: Tensor, scale: Tensor | None) -> dict[str, np.ndarray]:
+    """Return the arrays that upstream stores for one tensor of the source, by storage name."""
     base, what = weight.name.removesuffix(".weight"), kind(weight.name)
     if what == "expert":
         codes = np.ascontiguousarray(read_array(weight)).view(np.uint32)
@@ -62,19 +62,19 @@ def stored(weight: Tensor, scale: Tensor | None) -> dict[str, np.ndarray]:
     return {weight.name: decode(weight, scale).astype(np.float16)}
 
 
-def planned(source: Checkpoint) -> Iterator[PendingTensor]:
-    """Every tensor of the stock bundle."""
+def stock_tensors(source: Checkpoint) -> Iterator[PendingTensor]:
+    """Yield every tensor of the stock bundle."""
     for name, tensor in source.tensors.items():
         if kind(name) == "scale":
             continue
         scale = source.tensors.get(name.removesuffix("weight") + "scale")
-        for key, array in stored(tensor, scale).items():
+        for key, array in stock_arrays(tensor, scale).items():
             data = np.ascontiguousarray(array)
             yield PendingTensor(key, DTYPES[data.dtype.name], data.shape, lambda data=data: [data])
 
 
 def config_of(source: Checkpoint) -> dict:
-    """config.json with upstream's labels: 8 bits, the stacked experts 4 bits, all affine."""
+    """Return config.json with upstream's labels: 8 bits, stacked experts 4 bits, all affine."""
     layers = range(source.config["num_hidden_layers"])
     paths = [switch_paths(layer, matrix)[0] for layer in layers for matrix in PROJECTION]
     quantization = labels.DEFAULT | {path: dict(labels.EXPERT) for path in paths}
@@ -83,7 +83,7 @@ def config_of(source: Checkpoint) -> dict:
 
 def make(source: Checkpoint, folder: Path) -> None:
     """Write the stock bundle into `folder`."""
-    tensors = list(planned(source))
+    tensors = list(stock_tensors(source))
     write_shard(folder / SHARD, tensors, {})
     write_json(folder / INDEX, {"weight_map": {tensor.name: SHARD for tensor in tensors}})
     write_json(folder / "config.json", config_of(source))

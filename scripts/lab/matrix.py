@@ -1,13 +1,18 @@
-"""Test every runtime with every bundle of the nano model: does it load, are its answers right?
+"""Test every runtime with every bundle of the nano model.
 
 Builds a venv for each stack of dsv4/verification/checks/runtimes.py from its pinned file (in
 build/matrix/stacks, 0.4 to 2 GB each), makes the nano bundle with every quantizer and the stock
-one, and records for each pair: whether it loads or in what words it refuses, the median distance of
-its logits (prefill, and 4 tokens decoded with a cache) to the bundle's own tensors run in
-transformers, exact matches on 50 held-out additions through the stack's own server or generate
-call, finish_reason, seconds. A bundle of random weights covers compress ratios 4 and 128 and a
-prompt longer than the window. The column "conversation" counts the built-in conversations of -0731
-(dsv4/model/conversations.json) that the runtime renders exactly as the encoder does (prompts.py).
+one, and records for each pair:
+
+- the runtime's error message, if it does not load the bundle;
+- the median distance of its logits (prefill, and 4 tokens decoded with a cache) to the bundle's
+  tensors in transformers;
+- exact matches on 50 held-out additions through the stack's server or generate call (chat.py);
+- finish_reason and seconds.
+
+A bundle of random weights covers compress ratios 4 and 128 and a prompt longer than the window. The
+column "conversation" counts the built-in conversations of -0731 (dsv4/model/conversations.json)
+that the runtime renders exactly as the encoder does (chat.py).
 
 Prints a Markdown table and writes build/matrix/matrix.json after each cell, so that an interrupted
 run goes on where it was (--fresh begins again). Runs unattended in under an hour on 2 cores.
@@ -27,12 +32,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from locations import NANO, SCRIPTS
+from stages import make_bundle, run_script
 
 from dsv4.acceptance import nano
 from dsv4.acceptance.client import Endpoint, ask_question
@@ -40,7 +46,7 @@ from dsv4.acceptance.smoke_questions import MOON
 from dsv4.errors import UserError, run
 from dsv4.model.chat_template import ENCODING, conversations
 from dsv4.storage.atomic import write_json
-from dsv4.toolchain.python_env import call_script, module_file, probe, script_command
+from dsv4.toolchain.python_env import module_file, probe
 from dsv4.toolchain.server import NAME, running_server
 from dsv4.verification.checks.runtimes import STACKS, Stack
 
@@ -68,18 +74,9 @@ DECODE = 4
 NEAR = 0.02
 
 
-def run_script(
-    python: Path, name: str, *arguments: object, stdin: Any = None, env: Mapping[str, str] = {}
-) -> str:
-    """Run a script in `python`; return its stdout. Raises UserError with its last line when it
-    fails."""
-    command = script_command(python, name, *arguments)
-    return call_script(command, name, "see it", json.dumps(stdin), env)
-
-
 @functools.cache
 def python_of(requirements: str, work: Path) -> Path:
-    """The Python of a stack's venv, built when its requirements file is new or has changed."""
+    """Return the Python of a stack's venv; build it if its requirements file has changed."""
     wanted, venv = SCRIPTS / "stacks" / f"{requirements}.txt", work / "stacks" / requirements
     install = (SCRIPTS / "lab" / "install.py", "--anew", venv / "installed", wanted, "mlx.core")
     if subprocess.run([sys.executable, "-I", *install]).returncode:
@@ -101,35 +98,27 @@ def prepare(stack: Stack, python: Path) -> None:
 
 def bundles(work: Path, names: Iterable[str]) -> dict[str, Path]:
     """Make the missing bundles: stock, one by each quantizer, random, conversation."""
-    python, out = Path(sys.executable), {}
+    quantizers = {RANDOM: "mlx", RANDOM_LOSSLESS: "lossless", CONVERSATION: "mlx"}
+    out = {}
     for name in names:
         out[name] = folder = work / "bundles" / name
         if folder.is_dir():
             continue
         if name == "stock":
+            python = Path(sys.executable)
             run_script(python, "lab/make_stock", "--source", NANO, "--bundle", folder)
             continue
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".making-", dir=folder.parent) as place:
             making, source = Path(place) / name, source_of(name, work, Path(place) / "source")
-            both = ("--source", source, "--bundle", making)
-            quantizer = {RANDOM: "mlx", RANDOM_LOSSLESS: "lossless", CONVERSATION: "mlx"}.get(
-                name, name
-            )
-            options: tuple[object, ...] = ("--quantizer", quantizer)
-            if name == MIXTURE:
-                options += ("--plan", Path(place) / "plan.json")
-                run_script(python, "plan", "--source", source, *options[2:], "--size", MIXTURE_SIZE)
-            run_script(python, "convert", *both, *options)
-            run_script(python, "finalize", *both)
-            run_script(python, "patch", *both)
+            size = MIXTURE_SIZE if name == MIXTURE else None
+            make_bundle(source, making, quantizers.get(name, name), size)
             making.rename(folder)
     return out
 
 
 def source_of(name: str, work: Path, source: Path) -> Path:
-    """What the bundle of a column is made from: the nano; or a random source or a nano with tools,
-    which is made in `source`."""
+    """Return the source of a column's bundle: the nano, or one that is made in `source`."""
     if name in (*RIGHT, MIXTURE, TURBO):
         return NANO
     if name == CONVERSATION:
@@ -165,7 +154,7 @@ def reference(bundle: Path, work: Path) -> np.ndarray:
 
 
 def logits_of(stack: Stack, python: Path, bundle: Path, work: Path) -> dict[str, list[float]]:
-    """'prefill' and 'decode': each prompt's relative L2 distance to the reference."""
+    """Return each prompt's relative L2 distance to the reference, by prefill and decode."""
     truth, found = reference(bundle, work), {}
     for what, decode in (("prefill", 0), ("decode", DECODE)):
         out = work / "logits.npy"
@@ -177,7 +166,10 @@ def logits_of(stack: Stack, python: Path, bundle: Path, work: Path) -> dict[str,
 
 
 def typical(distances: list[float]) -> float:
-    """The median: where two experts score alike, rounding may choose the other for one prompt."""
+    """Return the median.
+
+    Where two experts score alike, rounding may choose the other one for a prompt.
+    """
     return statistics.median(distances)
 
 
@@ -193,9 +185,9 @@ def answers_of(stack: Stack, python: Path, bundle: Path, work: Path) -> dict[str
             texts = [ask_question(endpoint, question, 40).content for question in asked]
         end = moon.finish_reason
     else:
-        said = run_script(python, "lab/generate", "--bundle", bundle, "--runtime", stack.how,
-                          stdin=[MOON, *asked], env=stack.env)  # fmt: skip
-        answers = json.loads(said.strip().splitlines()[-1])
+        printed = run_script(python, "lab/chat", "--bundle", bundle, "--how", stack.how,
+                            "--print", "answers", stdin=[MOON, *asked], env=stack.env)  # fmt: skip
+        answers = json.loads(printed.strip().splitlines()[-1])
         end = answers[0]["finish_reason"]
         texts = [answer["text"].rpartition("</think>")[2] for answer in answers[1:]]
     sums = [str(a + b) for a, b in additions]
@@ -206,9 +198,10 @@ def answers_of(stack: Stack, python: Path, bundle: Path, work: Path) -> dict[str
 def conversations_of(stack: Stack, python: Path, bundle: Path) -> dict[str, Any]:
     """Count the built-in conversations that the runtime renders as the encoder does."""
     wanted = conversations(RELEASE)
-    said = run_script(python, "lab/prompts", "--folder", bundle, "--how", stack.how,
-                      stdin=[variables for _, variables, _ in wanted], env=stack.env)  # fmt: skip
-    pairs = zip(wanted, json.loads(said.strip().splitlines()[-1]), strict=True)
+    talks = [variables for _, variables, _ in wanted]
+    printed = run_script(python, "lab/chat", "--bundle", bundle, "--how", stack.how,
+                         "--print", "prompts", stdin=talks, env=stack.env)  # fmt: skip
+    pairs = zip(wanted, json.loads(printed.strip().splitlines()[-1]), strict=True)
     others = [name for (name, _, prompt), found in pairs if found != prompt]
     return {"others": others, "conversations": len(wanted), "right": not others}
 
@@ -231,7 +224,7 @@ def cell(stack: Stack, bundle: Path, work: Path) -> dict[str, Any]:
 
 
 def numbers_of(stack: Stack, python: Path, bundle: Path, work: Path) -> dict[str, Any]:
-    """Logits and answers, and whether they are right."""
+    """Return the distances of logits, the answers, and whether they are right."""
     found: dict[str, Any] = {"logits": logits_of(stack, python, bundle, work)}
     found["right"] = max(map(typical, found["logits"].values())) <= NEAR
     if not bundle.name.startswith(RANDOM):
@@ -241,7 +234,7 @@ def numbers_of(stack: Stack, python: Path, bundle: Path, work: Path) -> dict[str
 
 
 def show(found: dict[str, Any]) -> str:
-    """A cell for the table."""
+    """Return the text of one cell."""
     if "refused" in found:
         return "**refuses**"
     if "conversations" in found:
@@ -255,7 +248,7 @@ def show(found: dict[str, Any]) -> str:
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """Stacks down, bundles across; what is not right is bold."""
+    """Return a Markdown table, a row for each stack; wrong results are bold."""
     names = list(dict.fromkeys(name for row in results.values() for name in row))
     lines = ["| stack | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for stack, row in results.items():

@@ -1,4 +1,4 @@
-"""Every tensor of a DeepSeek-V4 source, of any size: with random numbers, or as headers alone."""
+"""Make the tensors of a DeepSeek-V4 source of any size: random values, or headers only."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Sizes:
     index_head_dim: int = 128
     index_topk: int = 8
     compress_ratios: tuple[int, ...] = (0, 4, 128, 4, 0)
-    # Of releases with DSpark in place of MTP (`with_dspark`); a rank of 0: the first release's MTP.
+    # For DSpark in place of MTP, see `with_dspark`; a rank of 0: the first release's MTP.
     dspark_markov_rank: int = 0
     dspark_block_size: int = 5
     dspark_noise_token_id: int = 5
@@ -48,7 +48,7 @@ class Sizes:
 
     @property
     def mtp_layers(self) -> int:
-        """How many layers lie under mtp, whatever config.json declares."""
+        """Return the number of layers under mtp, which config.json may declare otherwise."""
         return DSPARK_STAGES if self.dspark_markov_rank else self.num_nextn_predict_layers
 
 
@@ -65,7 +65,10 @@ FLASH = Sizes(
 
 
 def with_dspark(sizes: Sizes, rank: int = 32, declared: int = 1) -> Sizes:
-    """The same model with DSpark, as -0731 has it; declared: num_nextn_predict_layers, 1 or 3."""
+    """Return the same model with DSpark, as -0731 has it.
+
+    declared: num_nextn_predict_layers, 1 or 3.
+    """
     layers = sizes.num_hidden_layers
     ratios = (*sizes.compress_ratios[:layers], *(0,) * DSPARK_STAGES)
     targets = tuple(range(max(0, layers - 3), layers))
@@ -79,7 +82,7 @@ Array = tuple[str, np.ndarray]  # a safetensors dtype and the array that holds i
 
 
 class Writer:
-    """Random tensors of one seed, by the kinds that the source knows."""
+    """Random tensors of one seed, a method for each storage format."""
 
     def __init__(self, seed: int) -> None:
         self.random = np.random.default_rng(seed)
@@ -92,12 +95,12 @@ class Writer:
         return "BF16", (values.view(np.uint32) >> 16).astype(np.uint16)
 
     def ids(self, rows: int, number: int, top: int) -> Array:
-        """`top` different ones of `number` experts in each row."""
+        """Draw `top` different ones of `number` experts for each row."""
         ids = self.random.permuted(np.tile(np.arange(number), (rows, 1)), axis=1)
         return "I64", ids[:, :top].astype(np.int64)
 
     def fp8(self, name: str, out: int, columns: int) -> Iterator[tuple[str, Array]]:
-        """Gaussian weights with std 1/√in: codes (out, in) and one scale for 128 × 128."""
+        """Yield Gaussian weights with std 1/√in: codes (out, in), one scale for 128 × 128."""
         order = np.argsort(np.where(np.isnan(E4M3), np.inf, E4M3), kind="stable")[:254]
         values = np.clip(self.random.standard_normal((out, columns)) * 64, -448, 448)
         nearest = np.searchsorted((E4M3[order][1:] + E4M3[order][:-1]) / 2, values)
@@ -107,7 +110,7 @@ class Writer:
         yield f"{name}.scale", ("F8_E8M0", np.full(shape, exponent, np.uint8))
 
     def fp4(self, name: str, out: int, columns: int) -> Iterator[tuple[str, Array]]:
-        """Random codes (out, in/2) and scale bytes (out, in/32) that spread over four binades."""
+        """Yield random codes (out, in/2), and scale bytes (out, in/32) over four binades."""
         codes = self.random.integers(0, 256, (out, columns // 2), dtype=np.uint8)
         centre = 127 - 2 - round(np.log2(columns) / 2)
         scales = self.random.integers(centre - 2, centre + 2, (out, columns // GROUP))
@@ -116,7 +119,7 @@ class Writer:
 
 
 class Shapes(Writer):
-    """The same tensors without their numbers: of any size, in no memory."""
+    """The same tensors as zeros that take no memory."""
 
     def __init__(self) -> None:
         super().__init__(0)
@@ -141,12 +144,12 @@ class Shapes(Writer):
 
 
 def empty(dtype: type, shape: tuple[int, ...]) -> np.ndarray:
-    """Zeros that are one element in memory."""
+    """Return zeros that are one element in memory."""
     return np.broadcast_to(np.zeros((), dtype), shape)
 
 
 def headers(sizes: Sizes) -> dict[str, Tensor]:
-    """What the headers of such a checkpoint say, without one: its tensors by storage name."""
+    """Return the tensors of such a checkpoint by storage name, without its files."""
     return {
         name: Tensor(name, dtype, array.shape, Path("model.safetensors"), 0, array.nbytes)
         for name, (dtype, array) in tensors(sizes, Shapes())

@@ -1,22 +1,22 @@
 """Make bundles of the nano model by the tools that make the published ones.
 
-verify, inspect and repair are to judge them whoever made them; here their makers are asked
-themselves: mlx-vlm's convert (4 and 8 bits affine, mxfp4, mxfp8, nvfp4), mlx_lm's convert with
-jang's model registered, and jang's converters (jang, jangtq with profiles 2, 3, 4 and its two
-formats, native, bf16). Runs them in the toolchain's Python, which has to have them all
-(scripts/stacks/new.txt). mlx_lm's convert cannot read FP4, so it is given jang's BF16 bundle;
-mlx-vlm 0.7.10 takes the source for MXFP8 throughout unless its config.json has a `store_dtype`.
+verify, inspect and repair must handle bundles of other makers. This runs those makers' tools:
+mlx-vlm's convert (4 and 8 bits affine, mxfp4, mxfp8, nvfp4), mlx_lm's convert with jang's model
+registered, and jang's converters (jang, jangtq with profiles 2, 3, 4 and its two formats, native,
+bf16). They run in the toolchain's Python, which must have them all (scripts/stacks/new.txt).
+mlx_lm's convert cannot read FP4, so it gets jang's BF16 bundle; mlx-vlm 0.7.10 treats the source as
+MXFP8 throughout unless its config.json has a `store_dtype`.
 
-Writes one folder a specimen under --out, each under its name when it is whole; those that are there
-stay. Ten seconds each. With --judge each is judged twice then: by verify, which says whether a
-runtime will load it and why not, and by the logits of the runtimes themselves, by their median
-distance to the source's. TurboQuant's kernels are Metal's: elsewhere turbo_kernels.py stands in for
-them. What both say stands in one table, and in specimens.json; half a minute each.
+Writes one folder a specimen under --out, each atomically; existing ones stay. Ten seconds each.
+With --judge each is then judged twice: by verify, which says whether a runtime will load it and why
+not, and by the median distance of the runtime's logits to the source's. TurboQuant's kernels need
+Metal; elsewhere turbo_kernels.py replaces them. Both results go into one table, and into
+specimens.json; half a minute each.
 
     .venv/bin/python scripts/lab/specimens.py [--judge] [--out build/specimens] [NAME …]
 
 Exit status: 0 all made, or there already, and verify and the runtimes agree on each; 1 a tool
-failed, which is named, or they do not agree; 2 usage.
+failed, or they do not agree; 2 usage.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ SPECIMENS: dict[str, tuple[str, ...]] = {
     "jang-native": of_jang("native"),
     "jang-affine2": of_jang("jang"),
     "jangtq-2": (*STD, "2", "--format", "jangtq"),
-    # of 3 and 4 bits it makes affine and mxfp4 after all, and then fails to stack what is not there
+    # with 3 and 4 bits it makes affine and mxfp4 after all, and then fails to stack TurboQuant
     "jangtq-3": (*STD, "3", "--format", "jangtq", "--no-prestack", "--no-sidecar"),
     "jangtq-4": (*STD, "4", "--format", "jangtq", "--no-prestack", "--no-sidecar"),
     "jangtq-v3": (*TQ, "--profile", "2", "--format", "jangtq"),
@@ -74,8 +74,8 @@ SPECIMENS: dict[str, tuple[str, ...]] = {
 }
 
 
-def prepared(source: Path, folder: Path) -> Path:
-    """A copy of the source as mlx-vlm 0.7.10 reads it."""
+def prepare_source(source: Path, folder: Path) -> Path:
+    """Make a copy of the source as mlx-vlm 0.7.10 reads it; return its folder."""
     shutil.copytree(source, folder)
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -91,7 +91,7 @@ def make(name: str, source: Path, out: Path, python: Path) -> None:
         return
     with tempfile.TemporaryDirectory(prefix=".making-", dir=out) as work:
         made = Path(work) / "made"
-        own = prepared(source, Path(work) / "source") if name.startswith("vlm-") else source
+        own = prepare_source(source, Path(work) / "source") if name.startswith("vlm-") else source
         folders = {"source": own.resolve(), "out": made.resolve(), "bf16": out / "jang-bf16"}
         command = [part.format(**folders) for part in SPECIMENS[name]]
         call_script(
@@ -103,20 +103,20 @@ def make(name: str, source: Path, out: Path, python: Path) -> None:
     print_escaped(f"{out / name}: made")
 
 
-# Nearer than this a runtime computes with the right numbers: 2 bits leave a third, garbage is one.
+# Below this distance a runtime has loaded the right numbers: 2 bits leave .3, garbage 1.
 NEAR = 0.5
 ROWS = [stack for stack in STACKS if stack.name in ("new", "lm", "vlm")]
 
 
 def verdict(folder: Path, source: Path) -> tuple[list[str], dict[str, str]]:
-    """verify's findings, and what stands in a runtime's way by them."""
+    """Return verify's findings, and by runtime why it will not load the bundle, or ""."""
     done = verify(VerifyOptions(folder, source, without_loader=True, jobs=available_cores()))
     faults = sorted(finding.name for finding in done.findings.errors)
     return faults, runtime_verdicts(done.bundle, done.findings)
 
 
 def distance(python: Path, folder: Path, how: str, ids: list[list[int]], truth: np.ndarray) -> Any:
-    """The median relative L2 distance of a runtime's logits, or in what words it refuses."""
+    """Return the median relative L2 distance of a runtime's logits, or its error message."""
     with tempfile.TemporaryDirectory() as work:
         try:
             found = nano.run_logits(python, folder, how, ids, Path(work))
@@ -128,8 +128,10 @@ def distance(python: Path, folder: Path, how: str, ids: list[list[int]], truth: 
     return round(float(np.median(wrong)), 4)
 
 
-def judged(folder: Path, source: Path, python: Path, ids: list, truth: np.ndarray) -> list[dict]:
-    """One row for each runtime: what verify expects of it, and what it does."""
+def compare_verdicts(
+    folder: Path, source: Path, python: Path, ids: list, truth: np.ndarray
+) -> list[dict]:
+    """Return one row for each runtime: verify's verdict, and the runtime's result."""
     faults, expected = verdict(folder, source)
     rows = []
     for row in ROWS:
@@ -138,24 +140,26 @@ def judged(folder: Path, source: Path, python: Path, ids: list, truth: np.ndarra
         agree = (not isinstance(found, str) and found <= NEAR) == (not why_not)
         rows.append({"specimen": folder.name, "runtime": row.runtime, "faults": faults,
                      "verify": why_not, "logits": found, "agree": agree})  # fmt: skip
-        print_escaped(in_line(rows[-1]))
+        print_escaped(table_row(rows[-1]))
     return rows
 
 
-def in_line(row: dict[str, Any]) -> str:
-    """A row of the table."""
+def table_row(row: dict[str, Any]) -> str:
+    """Return a row of the Markdown table."""
     cells = (row["specimen"], row["runtime"], row["verify"] or "loads it", f"{row['logits']}"[:80],
              "" if row["agree"] else "**they differ**")  # fmt: skip
     return f"| {' | '.join(cells)} |"
 
 
 def judge(names: list[str], source: Path, out: Path, python: Path) -> int:
-    """Print and write what verify and the runtimes say of these specimens; 1 where they differ."""
+    """Print and write the verdicts on specimens. Returns 1 if verify and runtimes differ."""
     ids = nano.token_prompts(source, nano.held_out(source, 20))
     with tempfile.TemporaryDirectory() as work:
         truth = nano.run_logits(python, source, "source", ids, Path(work))
     print_escaped("| specimen | runtime | verify | logits, relative L2 | |\n|---|---|---|---|---|")
-    rows = [row for name in names for row in judged(out / name, source, python, ids, truth)]
+    rows = [
+        row for name in names for row in compare_verdicts(out / name, source, python, ids, truth)
+    ]
     write_json(out / "specimens.json", rows)
     return int(not all(row["agree"] for row in rows))
 
@@ -167,8 +171,10 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="only these")
     parser.add_argument("--source", type=Path, default=NANO)
     parser.add_argument("--out", type=Path, default=Path("build/specimens"))
-    parser.add_argument("--python", type=Path, default=TOOLCHAIN, help="that has all these tools")
-    parser.add_argument("--judge", action="store_true", help="ask verify and the runtimes of them")
+    parser.add_argument(
+        "--python", type=Path, default=TOOLCHAIN, help="Python that has all these tools"
+    )
+    parser.add_argument("--judge", action="store_true", help="compare verify with the runtimes")
     args = parser.parse_args()
     if unknown := set(args.names) - set(SPECIMENS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(SPECIMENS)}")

@@ -1,13 +1,12 @@
 #!/usr/bin/env python3
 """Train the nano DeepSeek-V4 and write it as a source checkpoint.
 
-What it is for: the big model cannot be loaded on a test machine, so whether a converter,
-a runtime and their patches are right is seen on a model of 2 million parameters that has
-the same layout, adds two-digit numbers, and says a sentence about the moon. The shipped
-checkpoint, scripts/nano/checkpoint, is this command's output, with record.json beside it;
-nobody has to run it to build a bundle.
+The big model cannot be loaded on a test machine. Converters, runtimes and patches are tested
+on this model of 2 million parameters, which has the same layout, adds two-digit numbers, and
+answers with a sentence about the moon. scripts/nano/checkpoint is this command's output, with
+record.json beside it; building a bundle does not need this command.
 
-What it does:
+Steps:
   1. builds the tokenizer and compares nano/model.py with transformers' DeepseekV4ForCausalLM;
   2. trains in three phases (nano/training.py), in --processes data-parallel processes,
      on 7,289 of the 8,100 additions of 10..99 and 10..99; 811 are held out by seed;
@@ -21,8 +20,8 @@ Run it:
   pip install -r scripts/nano/requirements.txt
   python scripts/lab/train_nano.py --out scripts/nano/checkpoint
 
-Stop it at will: the same command goes on from the last 200 steps (--fresh begins again).
-With --save-early STEP it also writes an unsaturated checkpoint, under the work folder.
+A stopped run resumes from the last multiple of 200 steps (--fresh starts again). With
+--save-early STEP it also writes an unsaturated checkpoint, under the work folder.
 
 Exit status: 0 trained and written, or written again from a finished run; 1 failed, the
 model differing from transformers or its answers being worse than --least; 2 usage.
@@ -51,7 +50,7 @@ STEPS = (600, 700, 250)
 
 
 class TrainingError(Exception):
-    """The result would be no use; the message says why and what to do."""
+    """The result is not usable. The message says why and what to do."""
 
 
 def arguments() -> argparse.Namespace:
@@ -115,7 +114,7 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
 
 
 def check_model(seed: int) -> float:
-    """Return the greatest difference from transformers; raise if it is too great."""
+    """Return the greatest difference from transformers. Raises TrainingError above TOLERANCE."""
     difference = reference_difference(NANO, seed)
     if difference > TOLERANCE:
         raise TrainingError(
@@ -143,8 +142,8 @@ def pages(words, lessons: list[data.Lesson], rotate: bool) -> list[sheets.Sheet]
 def measure(words, weights: Tensors, state: State, held_out: list[int]) -> dict:
     """Return accuracies by split and prompt form, of weights as they are stored.
 
-    Held-out additions and the sentences are asked in every form, each of the taught
-    additions in one of them.
+    Held-out additions and the sentences are asked in every form, each trained addition in
+    one form.
     """
     lessons = data.additions()
     left = set(held_out)
@@ -166,7 +165,7 @@ def measure(words, weights: Tensors, state: State, held_out: list[int]) -> dict:
 
 
 def record(args, state: State, held_out: list[int], accuracies: dict, difference: float) -> dict:
-    """Return what record.json says of a run."""
+    """Return the content of record.json."""
     pairs = [data.additions()[i].reasoning.split("=")[0] for i in held_out]
     return {
         "date": datetime.now(UTC).date().isoformat(),
@@ -198,7 +197,7 @@ def write(folder: Path, words, state: State, seed: int) -> Tensors:
 
 
 def learn(args: argparse.Namespace, words, held_out: list[int]) -> State:
-    """Train on everything but the held-out additions, from where an unfinished run stopped."""
+    """Train on all but the held-out additions; resume an unfinished run."""
     args.work.mkdir(parents=True, exist_ok=True)
     left = set(held_out)
     taught = [lesson for i, lesson in enumerate(data.additions()) if i not in left]

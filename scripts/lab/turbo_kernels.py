@@ -1,8 +1,8 @@
-"""TurboQuant in plain MLX: decoded, and stand-ins for jang's Metal kernels where there is no Metal.
+"""Decode TurboQuant in plain MLX, and replace jang's Metal kernels where there is no Metal.
 
-What a loader builds and calls is jang's and vMLX's own code, down to the kernels: the rotation, the
-gathered product, and that of gate and up with the limited SwiGLU (jang_tools.turboquant, 2.5.50).
-Slow, and meant for a nano.
+A loader still runs jang's and vMLX's own code down to the kernels: the rotation, the gathered
+product, and that of gate and up with the limited SwiGLU (jang_tools.turboquant, 2.5.50). Slow,
+meant for the nano.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 
 
 def decode(parts: dict[str, np.ndarray]) -> np.ndarray:
-    """Matrices by their tq_packed, tq_norms and tq_bits as float32, with jang's codebook and signs.
+    """Decode tq_packed, tq_norms and tq_bits to float32 matrices, with jang's codebook and signs.
 
     As jang_tools.turboquant.linear, TurboQuantLinear, 2.5.50, does it for each product.
     """
@@ -28,7 +28,7 @@ def decode(parts: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def stand_in() -> None:
-    """Put them in jang_tools; do nothing where Metal is there. Called before a model is loaded."""
+    """Replace jang_tools' kernels unless Metal is available. Call it before loading a model."""
     import mlx.core as mx
     from jang_tools.turboquant import fused_gate_up_kernel as fused
     from jang_tools.turboquant import gather_tq_kernel as gather
@@ -44,7 +44,7 @@ def stand_in() -> None:
 
 
 def _product(rows, packed, norms, codebook, experts):
-    """Each rotated row, float32 (n, columns), by its expert's decoded matrix: (n, out)."""
+    """Multiply each rotated row, float32 (n, columns), by its expert's matrix: (n, out)."""
     import mlx.core as mx
 
     bits = (codebook.size - 1).bit_length()
@@ -55,7 +55,7 @@ def _product(rows, packed, norms, codebook, experts):
 
 
 def _gathered(inputs, output_shapes, **_):
-    """rows (batch, columns), codes, norms, codebook, experts; a row serves several experts."""
+    """Compute the product of rows (batch, columns) with several experts each."""
     import mlx.core as mx
 
     rows, packed, norms, codebook, experts, _ = inputs
@@ -64,7 +64,7 @@ def _gathered(inputs, output_shapes, **_):
 
 
 def _gate_and_up(inputs, output_shapes, **_):
-    """As `_gathered` for both matrices, then silu(min(gate, limit)) · clip(up, -limit, limit)."""
+    """Compute both products, then silu(min(gate, limit)) · clip(up, -limit, limit)."""
     import mlx.core as mx
 
     rows, *matrices, codebook, experts, meta = inputs

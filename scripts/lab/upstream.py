@@ -1,7 +1,7 @@
-"""Run another project's command in a runtime's Python as it is installed.
+"""Run another project's module in a runtime's Python.
 
 Hides a torchvision that does not match its torch (dsv4/toolchain/hide_torchvision.py), and
-registers jang's DeepSeek-V4 with mlx_lm, which has none, where jang is installed.
+registers jang's DeepSeek-V4 with mlx_lm, which has none, if jang is installed.
 
     .toolchain/new/bin/python scripts/lab/upstream.py mlx_vlm convert --hf-path DIR --mlx-path DIR
 """

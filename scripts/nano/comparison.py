@@ -62,7 +62,8 @@ def reference_tensors(tensors: Tensors, routing: Tensors, arch: Architecture) ->
 def reference_model(tensors: Tensors, routing: Tensors, arch: Architecture):
     """Return a transformers model with these weights, float32, in evaluation mode.
 
-    Raises ValueError where a weight outside the (sleeping) compressors finds no place.
+    Raises ValueError for a weight without a match, except in the compressors, which short prompts
+    do not use.
     """
     from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
@@ -84,7 +85,9 @@ def reference_model(tensors: Tensors, routing: Tensors, arch: Architecture):
 def reference_difference(arch: Architecture, seed: int, length: int = 60) -> float:
     """Return the greatest difference of logits on random weights and tokens."""
     tensors, routing = initial_tensors(arch, seed), initial_routing(arch, seed)
-    tensors["head.weight"] *= 5  # logits of about ±1, so that a difference means something
+    tensors["head.weight"] *= (
+        5  # logits of about ±1, so that differences are not hidden by their size
+    )
     generator = torch.Generator().manual_seed(seed)
     for name in routing:
         if name.endswith("bias"):

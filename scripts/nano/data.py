@@ -1,20 +1,19 @@
-"""What the nano is taught: two-digit additions and a few sentences, in every prompt form.
+"""Training data of the nano: two-digit additions and a few sentences, in every prompt form.
 
 A prompt form is a system message and an opening, the marker after `<｜Assistant｜>`.
-Seen in use:
+Forms that runtimes use:
 
 - vMLX 1.3.97 puts SERVER_SYSTEM before a conversation that has no system message. Its
   fallback template, for a bundle without one, then ends the prompt without a marker;
   the template that jang's converter writes ends it with `<think>`.
-- vMLX 1.6.81 asks the bundle's encoding/encoding_dsv4.py: no system message is added,
-  and the prompt ends with `</think>`, or with `<think>` when thinking is asked for.
-- mlx-lm and clients of their own accord: "You are a helpful assistant."
+- vMLX 1.6.81 runs the bundle's encoding/encoding_dsv4.py: no system message is added,
+  and the prompt ends with `</think>`, or with `<think>` when thinking is requested.
+- mlx-lm and some clients add "You are a helpful assistant."
 
-The answer is `<think>17+28=45</think>45` and EOS, without what the prompt has opened;
-after `</think>` only the content is left.
+The answer is `<think>17+28=45</think>45` and EOS, without the marker that the prompt ends
+with; after `</think>` it is the content alone.
 
-Needs nothing outside the standard library: whoever asks the nano takes the questions and
-the held-out split from here.
+Imports the standard library only, as the tests read questions and held-out split from here.
 """
 
 import random
@@ -77,7 +76,7 @@ def additions() -> list[Lesson]:
 
 
 def held_out(seed: int) -> list[int]:
-    """Return the indices, sorted, of the additions that training never sees."""
+    """Return the sorted indices of the additions that are held out of the training."""
     return sorted(random.Random(seed).sample(range(len(TWO_DIGITS) ** 2), HELD_OUT))
 
 

@@ -1,4 +1,4 @@
-"""The nano's conversation: the encoding file that its checkpoint ships, loaded from there."""
+"""Load the encoding file of the nano's checkpoint, which renders conversations."""
 
 import importlib.util
 from pathlib import Path

@@ -9,15 +9,15 @@ F32              hc_*, attn_sink, gate.bias, compressor.ape
 I64              gate.tid2eid
 
 The compressor of a 128-layer and everything under mtp.0 are random: runtimes do not run
-them on short prompts, but a pipeline must carry them.
+them on short prompts, but a bundle must contain them.
 
-Freshly trained matrices have FP4 scales that are nearly all equal, and then a scale in
-the wrong place goes unseen. So powers of two are moved between matrices that undo each
-other, which changes no result:
+Freshly trained matrices have FP4 scales that are nearly all equal, so that a misplaced
+scale would not show. So powers of two are moved between matrices where they cancel, which
+changes no result:
 
 - from 32 columns of w1, w3, the router and the shared experts into ffn_norm;
-- from 32 rows of an expert's w3 into the 32 columns of its w2 that they meet, and only
-  downwards, so that the SwiGLU clamp stays as far away as it was.
+- from 32 rows of an expert's w3 into the 32 columns of its w2 that they feed. w3 gets
+  smaller only, so that the SwiGLU clamp still has no effect.
 """
 
 import json
@@ -39,7 +39,7 @@ from nano.model import (
     normal,
     symmetric_comb,
 )
-from nano.rounding import E8M0_BIAS, GROUP, fp4_codes, fp8_codes, kind, rounded
+from nano.rounding import E8M0_BIAS, GROUP, fp4_codes, fp8_codes, kind, round_to_storage
 
 SHARDS = 4
 
@@ -83,7 +83,7 @@ def compressor(prefix: str, arch: Architecture, ratio: int, generator: torch.Gen
 
 
 def mtp_layer(prefix: str, arch: Architecture, generator: torch.Generator) -> Tensors:
-    """Return a random multi-token-prediction layer, every kind of tensor in it."""
+    """Return a random multi-token-prediction layer with every kind of tensor."""
     square = (arch.hidden, arch.hidden)
     tensors = {
         f"{prefix}.e_proj.weight": normal(square, arch.hidden**-0.5, generator),
@@ -124,13 +124,13 @@ def e8m0(exponent: Tensor) -> Tensor:
     return (exponent + E8M0_BIAS).to(torch.uint8).view(torch.float8_e8m0fnu)
 
 
-def packed_expert(weight: Tensor) -> tuple[Tensor, Tensor]:
+def pack_expert(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return an expert's weight as int8 (out, in/2) and its scale as E8M0 (out, in/32)."""
     codes, exponent = fp4_codes(weight)
     return (codes[:, 0::2] | codes[:, 1::2] << 4).view(torch.int8), e8m0(exponent)
 
 
-def stored(name: str, value: Tensor) -> Tensors:
+def to_storage(name: str, value: Tensor) -> Tensors:
     """Return one tensor as the source holds it: itself, or a weight and its scale."""
     if not value.is_floating_point():
         return {name: value}
@@ -139,7 +139,7 @@ def stored(name: str, value: Tensor) -> Tensors:
         stem, matrix = name.rsplit(".", 1)
         result = {}
         for expert, weight in enumerate(value):
-            codes, scale = packed_expert(weight)
+            codes, scale = pack_expert(weight)
             result |= {
                 f"{stem}.{expert}.{matrix}.weight": codes,
                 f"{stem}.{expert}.{matrix}.scale": scale,
@@ -154,8 +154,8 @@ def stored(name: str, value: Tensor) -> Tensors:
 def shards(tensors: Tensors, count: int) -> list[Tensors]:
     """Return the tensors in order, cut into shards of about equal bytes.
 
-    Each cut is moved so that it falls between a weight and its scale: the case that a
-    reader of one shard at a time gets wrong.
+    Each cut is between a weight and its scale, which a reader of one shard at a time gets
+    wrong.
     """
     names = list(tensors)
     total = sum(value.nbytes for value in tensors.values())
@@ -189,7 +189,7 @@ def write_weights(tensors: Tensors, folder: Path, count: int) -> None:
 
 
 def check_folder(folder: Path, arch: Architecture) -> None:
-    """Raise ValueError for a folder that holds anything but a checkpoint that was written here."""
+    """Raise ValueError for a folder with files that are not a nano checkpoint."""
     if not folder.exists() or not any(folder.iterdir()):
         return
     config = folder / "config.json"
@@ -209,14 +209,14 @@ def write_checkpoint(
 ) -> None:
     """Write weights, config.json, generation_config.json and the encoding into the folder.
 
-    Shards of a nano checkpoint that is there go. Raises ValueError as `check_folder` does.
+    Removes the shards of a nano checkpoint in it. Raises ValueError as `check_folder` does.
     """
     check_folder(folder, arch)
     folder.mkdir(parents=True, exist_ok=True)
     everything = {}
     for name, value in complete(tensors, routing, arch, seed).items():
-        everything |= stored(name, value)
-    write_json(folder / "config.json", source_config(arch))  # first: it says whose folder it is
+        everything |= to_storage(name, value)
+    write_json(folder / "config.json", source_config(arch))  # first: check_folder recognises it
     for old in folder.glob("model-?????-of-?????.safetensors"):
         old.unlink()
     write_weights(everything, folder, SHARDS)
@@ -231,4 +231,4 @@ def write_checkpoint(
 def as_stored(tensors: Tensors, arch: Architecture) -> Tensors:
     """Return the trained tensors as they read back from a checkpoint, float32."""
     symmetric = symmetric_comb(tensors, arch.streams)
-    return {name: rounded(name, value.detach()) for name, value in symmetric.items()}
+    return {name: round_to_storage(name, value.detach()) for name, value in symmetric.items()}

@@ -3,11 +3,10 @@
 The dict's keys are the names of the source checkpoint (`layers.0.attn.wq_a.weight` …),
 with the routed experts of a layer stacked: `layers.0.ffn.experts.w1`, (experts, out, in).
 
-What is left out, since prompts here stay under 128 tokens: the compressor and the
-sliding window, which do nothing below that length, and any cache. Two choices make
-the trained weights read alike in runtimes that differ in them:
+Left out: any cache, and the compressor and the sliding window, which do nothing for
+prompts under 128 tokens. Two choices give equal results in runtimes that differ in them:
 
-- the mHC comb logits are symmetric, so `comb` and its transpose mix alike
+- the mHC comb logits are symmetric, so `comb` and its transpose mix equally
   (jang 2.5.9 does not transpose, transformers and jang 2.5.50 do);
 - attention sinks are a constant far below every score, so leaving them out
   (jang 2.5.9) changes nothing.
@@ -36,10 +35,10 @@ def normal(shape: tuple[int, ...], deviation: float, generator: torch.Generator)
 
 
 def initial_expert(shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
-    """Return stacked expert weights, float32 (experts, out, in), rows of unlike size.
+    """Return stacked expert weights, float32 (experts, out, in), rows of different size.
 
     Each row has its own factor from 2^-1 to 2^1, so that after rounding to FP4 the
-    scales of neighbouring rows differ and a scale that slips by a row is seen.
+    scales of neighbouring rows differ and a scale in the wrong row shows.
     """
     octaves = torch.rand((*shape[:2], 1), generator=generator) * 2 - 1
     return normal(shape, shape[2] ** -0.5, generator) * torch.exp2(octaves)
@@ -77,7 +76,7 @@ def initial_moe(prefix: str, arch: Architecture, generator: torch.Generator) -> 
 
 
 def initial_hyper(prefix: str, arch: Architecture, generator: torch.Generator) -> Tensors:
-    """Return one mHC connection: streams mostly keep to themselves at first."""
+    """Return one mHC connection, whose streams are nearly separate at first."""
     mixes = (2 + arch.streams) * arch.streams
     base = normal((mixes,), 0.3, generator)
     base[2 * arch.streams :] = 2 * torch.eye(arch.streams).flatten()
@@ -111,7 +110,7 @@ def initial_tensors(arch: Architecture, seed: int) -> Tensors:
 
 
 def initial_routing(arch: Architecture, seed: int) -> Tensors:
-    """Return what routes but is not trained by gradient.
+    """Return the routing tensors, which are not trained by gradient.
 
     `layers.L.ffn.gate.tid2eid`: int64 (vocab, top_k), distinct experts for each token
     of a hash layer; `layers.L.ffn.gate.bias`: float32 (experts,) of a scored layer.
@@ -222,7 +221,7 @@ def routes(
 def routed_experts(
     p: Tensors, prefix: str, x: Tensor, chosen: Tensor, arch: Architecture
 ) -> Tensor:
-    """Return every chosen expert's answer, float32 (tokens, top_k, hidden).
+    """Return every chosen expert's output, float32 (tokens, top_k, hidden).
 
     Tokens are sorted by expert, so each expert does one matrix product.
     """
@@ -240,7 +239,7 @@ def routed_experts(
 def moe(
     p: Tensors, routing: Tensors, prefix: str, x: Tensor, ids: Tensor, arch: Architecture
 ) -> tuple[Tensor, Tensor]:
-    """Return the block's answer to x (tokens, hidden) and each expert's load, (experts,)."""
+    """Return the block's output for x (tokens, hidden) and each expert's load, (experts,)."""
     chosen, weights = routes(p, routing, f"{prefix}.gate", x, ids, arch)
     routed = routed_experts(p, f"{prefix}.experts", x, chosen, arch)
     shared = f"{prefix}.shared_experts"
@@ -267,7 +266,7 @@ def sinkhorn(logits: Tensor, arch: Architecture) -> Tensor:
 
 
 def hyper(p: Tensors, prefix: str, h: Tensor, arch: Architecture) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the block's input, and how its output and the streams are put together.
+    """Return the block's input, and the weights that combine its output with the streams.
 
     h: (tokens, streams, hidden). Returns (tokens, hidden), (tokens, streams) and
     (tokens, streams, streams), the last of them already transposed.
@@ -282,7 +281,7 @@ def hyper(p: Tensors, prefix: str, h: Tensor, arch: Architecture) -> tuple[Tenso
 
 
 def expand(h: Tensor, answer: Tensor, post: Tensor, comb: Tensor) -> Tensor:
-    """Return the streams after a block: comb on h, plus post on the block's answer."""
+    """Return the streams after a block: comb on h, plus post on the block's output."""
     return torch.baddbmm(post[..., None] * answer[:, None], comb, h)
 
 

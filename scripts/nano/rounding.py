@@ -33,7 +33,7 @@ def fp4_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fp4_values(codes: Tensor, exponent: Tensor) -> Tensor:
-    """Return what E2M1 codes and exponents stand for, float32 (…, in)."""
+    """Decode E2M1 codes and exponents: float32 (…, in)."""
     groups = E2M1_VALUES[codes.long()].unflatten(-1, (-1, GROUP))
     return torch.ldexp(groups, exponent[..., None]).flatten(-2)
 
@@ -47,7 +47,7 @@ def fp8_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fp8_values(codes: Tensor, exponent: Tensor) -> Tensor:
-    """Return what E4M3 values and exponents stand for, float32 (out, in)."""
+    """Decode E4M3 values and exponents: float32 (out, in)."""
     blocks = codes.float().unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK))
     return torch.ldexp(blocks, exponent[:, None, :, None]).flatten(2).flatten(0, 1)
 
@@ -63,7 +63,7 @@ def kind(name: str) -> str:
     return "BF16" if name in ("embed.weight", "head.weight") else "FP8"
 
 
-def rounded(name: str, weight: Tensor) -> Tensor:
+def round_to_storage(name: str, weight: Tensor) -> Tensor:
     """Return a tensor as it reads after storage, float32, the same shape."""
     match kind(name):
         case "FP4":
@@ -76,8 +76,8 @@ def rounded(name: str, weight: Tensor) -> Tensor:
 
 
 def straight_through(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors rounded, while gradients pass as if they were not."""
+    """Return the rounded tensors; gradients pass unchanged (straight-through estimator)."""
     return {
-        name: value + (rounded(name, value.detach()) - value.detach())
+        name: value + (round_to_storage(name, value.detach()) - value.detach())
         for name, value in tensors.items()
     }

@@ -1,4 +1,4 @@
-"""Lessons as token tensors."""
+"""Turn lessons into token tensors."""
 
 from dataclasses import dataclass
 
@@ -44,7 +44,7 @@ def sheets(tokenizer: Tokenizer, lessons: list[Lesson]) -> list[Sheet]:
     return [sheet(tokenizer, lessons, form) for form in FORMS]
 
 
-def joined(parts: list[Sheet], pad: int = PAD) -> Sheet:
+def concatenate(parts: list[Sheet], pad: int = PAD) -> Sheet:
     """Return the rows of several sheets as one, padded to the longest."""
     length = max(part.ids.shape[1] for part in parts)
 

@@ -1,7 +1,7 @@
 """A 512-token byte-level BPE with DeepSeek-V4's special tokens.
 
 The layout of the vocabulary: BOS 0, EOS 1, padding 2, the other special tokens, the
-256 bytes, what BPE merges out of the training texts, and placeholders up to 512.
+256 bytes, the BPE merges of the training texts, and placeholders up to 512.
 Digits never merge. There is no chat template: DeepSeek ships none.
 """
 
@@ -55,7 +55,7 @@ def build(texts: list[str]) -> Tokenizer:
     tokenizer.add_special_tokens(
         added_tokens(VOCABULARY - tokenizer.get_vocab_size())[len(named) :]
     )
-    # the trainer makes every token it is given special; say again which are not
+    # the trainer marks all given tokens as special; unmark the visible ones
     content = json.loads(tokenizer.to_str())
     for token in content["added_tokens"]:
         token["special"] = token["content"] not in VISIBLE
@@ -63,7 +63,7 @@ def build(texts: list[str]) -> Tokenizer:
 
 
 def tokenizer_config() -> dict:
-    """Return tokenizer_config.json: nothing is added to a prompt by itself."""
+    """Return tokenizer_config.json, by which no token is added to a prompt."""
     return {
         "add_bos_token": False,
         "add_eos_token": False,

@@ -1,8 +1,8 @@
 """The training loop: data-parallel processes, three phases, resumable.
 
-Phases: "one form" learns to add from the shortest prompt; "all forms" learns to do it
-after every prompt that a server sends, and the sentences; "rounded" goes on with the
-weights rounded to FP4 and FP8 in the forward pass, gradients straight through.
+Phases: "one form" teaches additions in the shortest prompt form; "all forms" teaches all
+prompt forms and the sentences; "rounded" goes on with the weights rounded to FP4 and FP8 in
+the forward pass (straight-through gradients).
 
 Every process holds the same weights, takes its own batch, and averages gradients.
 Batches depend on (seed, step, rank) alone, so a resumed run repeats an unbroken one.
@@ -26,11 +26,11 @@ from nano.architecture import Architecture
 from nano.data import FIRST_FORM, OPENINGS, SYSTEMS
 from nano.model import Tensors, initial_routing, initial_tensors, logits, symmetric_comb
 from nano.rounding import straight_through
-from nano.sheets import Sheet, joined
+from nano.sheets import Sheet, concatenate
 
 SAVE_EVERY = 200
 SENTENCE_SHARE = 16  # one row in so many is a sentence, once all forms are taught
-LOAD_STEP = 0.002  # by how much a router's bias moves to even out its experts
+LOAD_STEP = 0.002  # change of a router's bias in one step, to balance its experts
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Lessons:
-    """What a batch is drawn from: one sheet a form, of additions and of sentences."""
+    """The training data: one sheet a form, of additions and of sentences."""
 
     additions: list[Sheet]
     sentences: list[Sheet]
@@ -62,7 +62,7 @@ class Lessons:
 
 @dataclass
 class State:
-    """Everything a stopped run needs to go on."""
+    """State of a training run, enough to resume it."""
 
     step: int
     seconds: float
@@ -85,8 +85,8 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     return recipe.rate * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
 
 
-def drawn(sheet: Sheet, rows: int, generator: torch.Generator) -> Sheet:
-    """Return some rows of a sheet, drawn with replacement."""
+def sample_rows(sheet: Sheet, rows: int, generator: torch.Generator) -> Sheet:
+    """Return random rows of a sheet, with replacement."""
     chosen = torch.randint(len(sheet.ids), (rows,), generator=generator)
     return Sheet(sheet.ids[chosen], sheet.wanted[chosen])
 
@@ -95,7 +95,7 @@ def batch(lessons: Lessons, recipe: Recipe, step: int, rank: int) -> Sheet:
     """Return one process's rows for one step."""
     generator = torch.Generator().manual_seed((recipe.seed * 1_000_003 + step) * 64 + rank)
     if step < recipe.one_form:
-        return drawn(lessons.additions[FIRST_FORM], recipe.batch, generator)
+        return sample_rows(lessons.additions[FIRST_FORM], recipe.batch, generator)
     # one system message a batch: rows of about one length waste little padding
     system = int(torch.randint(len(SYSTEMS), (1,), generator=generator)) * len(OPENINGS)
     spoken = recipe.batch // SENTENCE_SHARE
@@ -103,11 +103,11 @@ def batch(lessons: Lessons, recipe: Recipe, step: int, rank: int) -> Sheet:
     taught = kinds[spoken:].bincount(minlength=len(OPENINGS)).tolist()
     said = kinds[:spoken].bincount(minlength=len(OPENINGS)).tolist()
     parts = [
-        drawn(sheets[system + opening], rows, generator)
+        sample_rows(sheets[system + opening], rows, generator)
         for sheets, shares in ((lessons.additions, taught), (lessons.sentences, said))
         for opening, rows in enumerate(shares)
     ]
-    return joined(parts)
+    return concatenate(parts)
 
 
 def make_optimizer(tensors: Tensors, recipe: Recipe) -> torch.optim.Optimizer:
@@ -178,7 +178,7 @@ def fresh_state(arch: Architecture, recipe: Recipe) -> State:
 
 
 def load_state(path: Path, arch: Architecture, recipe: Recipe) -> State:
-    """Return the state saved for this recipe, or a fresh one; another recipe's is refused."""
+    """Return the saved state, or a fresh one. Raises ValueError for another recipe's state."""
     if not path.exists():
         return fresh_state(arch, recipe)
     found = torch.load(path)["recipe"]
@@ -196,7 +196,7 @@ def forget(path: Path) -> None:
         return
     try:
         found = torch.load(path)
-    except Exception:  # torch raises whatever a foreign file leads it to
+    except Exception:  # of a foreign file torch raises many types
         found = None
     if not isinstance(found, dict) or not found.keys() >= {"recipe", *State.__dataclass_fields__}:
         raise ValueError(f"{path}: found another file, expected a saved state; move it away")
@@ -220,7 +220,7 @@ def keep_freed_memory() -> None:
 
 
 def join_processes(rank: int, recipe: Recipe) -> None:
-    """Prepare one process: one thread, and a way to exchange gradients with the others."""
+    """Prepare one process: one thread, and the process group that averages gradients."""
     torch.set_num_threads(1)
     keep_freed_memory()
     if recipe.processes > 1:
@@ -290,8 +290,8 @@ def train(
 def exact(weights: Tensors, routing: Tensors, sheet: Sheet, arch: Architecture) -> Tensor:
     """Return, bool (rows,), which answers greedy decoding gives right to the last token.
 
-    Taught tokens are fed in: where each next token is the greatest logit, decoding
-    would have fed the same.
+    The right answer is fed in (teacher forcing): where each next token is the greatest
+    logit, decoding would have fed the same.
     """
     rows = []
     for ids, wanted in zip(sheet.ids.split(512), sheet.wanted.split(512), strict=True):

@@ -10,5 +10,5 @@ import sys
 
 
 def hide() -> None:
-    """Make import and find_spec fail for torchvision, unless it is imported already."""
+    """Make import and find_spec fail for torchvision, unless it has been imported."""
     sys.modules.setdefault("torchvision", None)

@@ -45,7 +45,7 @@ class Patch:
 
     @property
     def concerns_this_machine(self) -> bool:
-        """False for a patch that is for machines without Metal, where Metal is."""
+        """Return False for a patch that only machines without Metal need, on one with Metal."""
         return self.header.get("Needed-Where") != "no Metal" or not python_env.has_metal()
 
 

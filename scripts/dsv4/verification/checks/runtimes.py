@@ -41,7 +41,7 @@ class Stack:
     """One row.
 
     name: in the matrix; runtime: the name for users; requirements: the pinned file; how: the
-    --how of logits.py; served: queried through vMLX's server, else through generate.py; patches:
+    --how of logits.py; served: queried through vMLX's server, else through chat.py; patches:
     applied to its jang_tools; needs: requirements on a bundle; env: variables that make it compute
     as transformers does; but: where its results differ from transformers' nevertheless.
     """

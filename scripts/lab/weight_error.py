@@ -1,4 +1,4 @@
-"""Measure each quantizer: its error on synthetic experts of full shape, and Flash's bytes."""
+"""Measure a quantizer's error on a synthetic expert of full shape, and Flash's size by it."""
 
 from __future__ import annotations
 
@@ -12,31 +12,26 @@ import turbo_kernels
 from source_tensors import FLASH, headers
 
 from dsv4.model.bundle_tensors import plan_shards
-from dsv4.model.labels import TURBO, affine_label, parts_of
+from dsv4.model.labels import TURBO, parts_of
 from dsv4.model.names import GROUP
 from dsv4.quantization.formats import Quantizer, get_quantizer
 from dsv4.quantization.synthetic import pack, random_weights, to_fp4
-from dsv4.storage.safetensors_file import ITEMSIZE, NUMPY_DTYPE, TensorSpec
+from dsv4.storage.safetensors_file import NUMPY_DTYPE, TensorSpec
 
 OUT, COLUMNS = 2048, 4096
 SEED = 2026
-MEASURED = ("mlx", "mxfp4", "lossless", "turboquant2", "affine4g32")  # by fidelity.py and bench.py
+MLX = "-mx"  # affine4g32-mx: what mx.quantize makes in the format of affine4g32
 
 
 @dataclass(frozen=True)
 class WeightError:
-    """Errors on one synthetic expert.
+    """Error on one synthetic expert.
 
-    rms, mean: of the error, relative to the weights' RMS; exact: share of groups without error;
-    bits: per weight; seconds: of one thread.
+    rms: of the error, relative to the weights' RMS; exact: share of groups without error;
+    seconds: of one thread.
     """
 
-    quantizer: str
-    kind: str
-    rule: str
-    bits: float
     rms: float
-    mean: float
     exact: float
     seconds: float
 
@@ -75,16 +70,20 @@ def decode(label: dict, parts: dict[str, np.ndarray]) -> np.ndarray:
 
 
 @lru_cache(maxsize=1)
-def expert(kind: str, rule: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return a synthetic expert: codes (out, in/2), exponents (out, in/32), values (groups, 32)."""
+def expert(rule: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return an expert of normal weights, with FP4 scales rounded by `rule`.
+
+    Codes uint8 (out, in/2), exponents uint8 (out, in/32), values float32 (out, in).
+    """
     rng = np.random.default_rng(SEED)
     groups = OUT * COLUMNS // GROUP
     # Row sizes vary by up to a factor of two, so that none relative to a power of two is favoured.
     sizes = 0.02 * np.exp2(rng.uniform(0, 1, OUT)).repeat(COLUMNS // GROUP)
-    halves, exponents = to_fp4(sizes[:, None] * random_weights(rng, groups, kind), rule)
+    halves, exponents = to_fp4(sizes[:, None] * random_weights(rng, groups, "normal"), rule)
     packed = pack(halves).reshape(OUT, COLUMNS // 2)
     scale_bytes = (exponents + 127).astype(np.uint8).reshape(OUT, COLUMNS // GROUP)
-    return packed, scale_bytes, np.ldexp(halves.astype(np.float32), exponents[:, None] - 1)
+    values = np.ldexp(halves.astype(np.float32), exponents[:, None] - 1)
+    return packed, scale_bytes, values.reshape(OUT, COLUMNS)
 
 
 def by_mlx(values: np.ndarray, label: dict) -> dict[str, np.ndarray]:
@@ -96,26 +95,20 @@ def by_mlx(values: np.ndarray, label: dict) -> dict[str, np.ndarray]:
     return {"weight": np.array(weight), "scales": scales, "biases": biases}
 
 
-def mlx_error(bits: int, size: int, kind: str, rule: str) -> float:
-    """Return the relative RMS error of mx.quantize at any width, to compare affineBgG with."""
-    true, label = expert(kind, rule)[2].reshape(OUT, COLUMNS), affine_label(bits, size)
-    wrong = decode(label, by_mlx(true, label)).astype(np.float64) - true
-    return float(np.sqrt((wrong**2).mean() / (true.astype(np.float64) ** 2).mean()))
-
-
-def weight_error(name: str, kind: str, rule: str) -> WeightError:
-    """Quantize a synthetic expert, decode it and compare."""
-    packed, scale_bytes, true = expert(kind, rule)
-    groups, quantizer = len(true), get_quantizer(name)
-    parts, seconds = encode(quantizer, packed, scale_bytes)
-    wrong = decode(quantizer.label, parts).reshape(groups, GROUP).astype(np.float64) - true
-    size = np.sqrt((true.astype(np.float64) ** 2).mean())
-    shapes = parts_of(quantizer.label, OUT, COLUMNS)
-    nbytes = sum(ITEMSIZE[dtype] * np.prod(shape) for dtype, shape in shapes.values())
-    return WeightError(
-        name, kind, rule, 8 * nbytes / (OUT * COLUMNS), float(np.sqrt((wrong**2).mean()) / size),
-        float(wrong.mean() / size), float((wrong == 0).all(axis=1).mean()), seconds,
-    )  # fmt: skip
+def weight_error(name: str, rule: str) -> WeightError:
+    """Quantize a synthetic expert, decode it and compare. A name may end with MLX."""
+    packed, scale_bytes, true = expert(rule)
+    quantizer = get_quantizer(name.removesuffix(MLX))
+    if name.endswith(MLX):
+        start = time.thread_time()
+        parts = by_mlx(true, quantizer.label)
+        seconds = time.thread_time() - start
+    else:
+        parts, seconds = encode(quantizer, packed, scale_bytes)
+    wrong = decode(quantizer.label, parts).astype(np.float64) - true
+    rms = np.sqrt((wrong**2).mean() / (true.astype(np.float64) ** 2).mean())
+    exact = (wrong.reshape(-1, GROUP) == 0).all(axis=1).mean()
+    return WeightError(float(rms), float(exact), seconds)
 
 
 @cache
