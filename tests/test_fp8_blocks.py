@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from bundles import Arrays, edit, edit_json, judge, load
-from here import must, refusal
+from here import here, must, refusal
 
 from dsv4.evaluation.layer_tensors import group_scales
 from dsv4.model.fp8_blocks import block_of, scale_shape
@@ -128,6 +128,13 @@ def test_a_block_of_nonsense_is_refused_in_one_line(source_copy, tmp_path, size,
     assert f"{SIZE}: found " in line
     assert "powers of two from 32 on" in line
     assert not bundle.exists()
+
+
+def test_check_names_a_block_of_nonsense(source_copy, tmp_path):
+    set_size(source_copy, [96, 96])
+    status, out, _ = here("check", "--source", source_copy, "--bundle", tmp_path / "bundle")
+    assert status == 1
+    assert f"{SIZE}: found [96, 96]" in out
 
 
 def test_scales_of_another_block_than_config_json_gives_are_refused(source_copy, tmp_path):

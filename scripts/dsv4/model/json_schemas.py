@@ -8,12 +8,14 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from dsv4.storage.json_types import Form, first_mismatch
+from dsv4.storage.checkpoint import INDEX
+from dsv4.storage.json_types import OBJECT, Form, first_mismatch
 
 ORIGIN = {"repo": str, "commit": str, "files": {str: {str: str}}}
 
-# Of the documents that need more than an object.
 FORMS: dict[str, Form] = {
+    **dict.fromkeys(("config.json", INDEX, "tokenizer_config.json"), OBJECT),
+    **dict.fromkeys(("generation_config.json", "jang_config.json"), OBJECT),
     "tokenizer.json": {
         "model?": ({"vocab?": ({str: int}, None)}, None),
         "added_tokens?": ([{"content": str, "id": int}], None),

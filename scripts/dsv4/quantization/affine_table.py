@@ -99,11 +99,11 @@ def build_table() -> Table:
     """
     pairs, probes = _probes()
     scales, biases, levels = _ask_mlx(probes[0])
-    by_code = np.full((len(levels), 16), -1, np.int64)
-    np.put_along_axis(by_code, _every_exponent(probes[0]), levels, axis=1)
+    by_code = np.full((len(levels), 16), -1, np.int64)  # exponents 0 … 254 outside, pairs inside
+    np.put_along_axis(by_code, np.tile(probes[0], (255, 1)), levels, axis=1)
     for other in probes[1:]:
         again = _ask_mlx(other)
-        expected = np.take_along_axis(by_code, _every_exponent(other), axis=1)
+        expected = np.take_along_axis(by_code, np.tile(other, (255, 1)), axis=1)
         same = np.array_equal(again[2], expected)
         if not (same and _same_bits(again[0], scales) and _same_bits(again[1], biases)):
             raise UserError(
@@ -131,11 +131,6 @@ def _probes() -> tuple[np.ndarray, list[np.ndarray]]:
                 signed = [zero if code in (0, 8) else code for code in reversed(inside)]
                 probe.append((signed + [signed[0]] * GROUP)[:GROUP])
     return np.array(pairs), [np.array(probe) for probe in (both, plus, minus)]
-
-
-def _every_exponent(probes: np.ndarray) -> np.ndarray:
-    """(120, 32) → (255 × 120, 32): exponents 0 … 254 outside, pairs inside."""
-    return np.tile(probes, (255, 1))
 
 
 def _ask_mlx(probes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
