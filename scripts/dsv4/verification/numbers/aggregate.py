@@ -32,7 +32,7 @@ def aggregate(numbers: Numbers, findings: Findings) -> list[Check]:
         read = sum(result.numbers for result in numbers.results)
         return [Check("numbers without NaN or Inf", read, "no source to compare them with")]
     groups = {
-        what: [o for o in numbers.results if o.what == what]
+        what: [r for r in numbers.results if r.what == what]
         for what in ("expert", "module", "control", "passthrough")
     }
     for what in ("expert", "module"):
@@ -54,7 +54,7 @@ def aggregate(numbers: Numbers, findings: Findings) -> list[Check]:
 
 def check_lossless(numbers: Numbers) -> list[Check]:
     """Return the check that a lossless bundle holds exactly the source's numbers; [] if not."""
-    lossy = any(o.faults or o.wrong or o.explained or o.error for o in numbers.results)
+    lossy = any(r.faults or r.wrong or r.explained or r.error for r in numbers.results)
     if not quantizer_properties(numbers.recorded).lossless or lossy or numbers.left_out:
         return []
     what = "numbers in all, lossless: each one is the source's"
@@ -68,11 +68,11 @@ def count_values(results: Iterable[TensorResult]) -> int:
 
 def report_groups(results: list[TensorResult], what: str, findings: Findings) -> None:
     """Report groups that differ from MLX's formula as faults, another device or another formula."""
-    by_formula = [o for o in results if o.groups and not o.recomputed]
-    shares = [o.wrong / o.groups for o in by_formula]
+    by_formula = [r for r in results if r.groups and not r.recomputed]
+    shares = [r.wrong / r.groups for r in by_formula]
     other_formula = bool(shares) and median(shares) > OTHER_FORMULA
-    fragile = sum(o.fragile for o in by_formula)
-    device = sum(o.explained for o in by_formula) > OTHER_DEVICE * fragile
+    fragile = sum(r.fragile for r in by_formula)
+    device = sum(r.explained for r in by_formula) > OTHER_DEVICE * fragile
     for result in results:
         if result.recomputed or not other_formula:
             for place in result.wrong_places:
@@ -95,19 +95,19 @@ def report_group(
 
 def check_experts(block: str, results: list[TensorResult]) -> Check:
     """Return the check of the experts in the main layers (`block` layers) or in MTP (mtp)."""
-    mine = [o for o in results if o.name.startswith(f"{block}.")]
+    mine = [r for r in results if r.name.startswith(f"{block}.")]
     where = "in the main layers" if block == "layers" else "in MTP layers"
     what = f"routed-expert weights {where} against FP4"
     if not mine:
         return Check(what, 0, optional=block == "mtp")
-    exact, groups = sum(o.exact for o in mine), sum(o.groups for o in mine)
-    how = " and ".join(sorted({o.how for o in mine}))
-    turbo = all(o.how.startswith(TURBO) for o in mine)
+    exact, groups = sum(r.exact for r in mine), sum(r.groups for r in mine)
+    how = " and ".join(sorted({r.how for r in mine}))
+    turbo = all(r.how.startswith(TURBO) for r in mine)
     right = "rows of nearest levels" if turbo else "groups byte for byte as expected"
     note = f"{len(mine):,} tensors stored as {how}; {exact:,} of {groups:,} {right}"
-    note += f"; relative RMS {rms_of(mine):.3%}, worst tensor {max(o.relative for o in mine):.3%}"
+    note += f"; relative RMS {rms_of(mine):.3%}, worst tensor {max(r.relative for r in mine):.3%}"
     if not turbo:
-        zeros, lost = sum(o.zeros for o in mine), sum(o.zeros_lost for o in mine)
+        zeros, lost = sum(r.zeros for r in mine), sum(r.zeros_lost for r in mine)
         note += f"; {lost:,} of {zeros:,} zeros lost"
     return Check(what, count_values(mine), note, describe_worst(mine))
 
@@ -117,8 +117,8 @@ def check_modules(results: list[TensorResult]) -> Check:
     what = "module weights against FP8 and BF16"
     if not results:
         return Check(what, 0)
-    exact, groups = sum(o.exact for o in results), sum(o.groups for o in results)
-    copied = all(o.recomputed for o in results if o.groups)
+    exact, groups = sum(r.exact for r in results), sum(r.groups for r in results)
+    copied = all(r.recomputed for r in results if r.groups)
     note = f"{len(results):,} tensors, {exact:,} of {groups:,} groups byte for byte as "
     note += "in the source" if copied else "MLX's CPU code"
     note += f"; relative RMS {rms_of(results):.3%}"
@@ -127,7 +127,7 @@ def check_modules(results: list[TensorResult]) -> Check:
 
 def describe_worst(results: list[TensorResult]) -> str:
     """Return the largest error of a weight and its place, as text."""
-    worst = max(results, key=lambda o: o.worst)
+    worst = max(results, key=lambda r: r.worst)
     if worst.worst == 0:
         return "no weight off by more than rounding"
     if not worst.worst_at:
@@ -137,7 +137,7 @@ def describe_worst(results: list[TensorResult]) -> str:
 
 def rms_of(results: list[TensorResult]) -> float:
     """Return the relative RMS error over several tensors."""
-    energy, error = sum(o.energy for o in results), sum(o.error for o in results)
+    energy, error = sum(r.energy for r in results), sum(r.error for r in results)
     return (error / energy) ** 0.5 if energy else 0.0
 
 
@@ -157,12 +157,12 @@ def by_layer(results: list[TensorResult]) -> list[dict[str, Any]]:
             "tensors": len(mine),
             "weights": count_values(mine),
             "relative_rms": rms_of(mine),
-            "worst_tensor_rms": max(o.relative for o in mine),
-            "worst_steps": json_number(max(o.worst for o in mine)),
-            "groups": sum(o.groups for o in mine),
-            "groups_as_expected": sum(o.exact for o in mine),
-            "zeros": sum(o.zeros for o in mine),
-            "zeros_lost": sum(o.zeros_lost for o in mine),
+            "worst_tensor_rms": max(r.relative for r in mine),
+            "worst_steps": json_number(max(r.worst for r in mine)),
+            "groups": sum(r.groups for r in mine),
+            "groups_as_expected": sum(r.exact for r in mine),
+            "zeros": sum(r.zeros for r in mine),
+            "zeros_lost": sum(r.zeros_lost for r in mine),
         }
         for (block, layer, projection), mine in sorted(cells.items())
     ]
@@ -193,7 +193,7 @@ def by_kind(results: list[TensorResult]) -> list[dict[str, Any]]:
         kinds.setdefault((tensor_kind(result), result.how), []).append(result)
     rows = []
     for (kind, how), mine in kinds.items():
-        worst = max(mine, key=lambda o: o.relative)
+        worst = max(mine, key=lambda r: r.relative)
         rows.append({
             "kind": kind,
             "tensors": len(mine),
@@ -201,8 +201,8 @@ def by_kind(results: list[TensorResult]) -> list[dict[str, Any]]:
             "relative_rms": rms_of(mine),
             "worst_tensor": worst.display_name if worst.relative else "",
             "worst_tensor_rms": worst.relative,
-            "groups": sum(o.groups for o in mine),
-            "groups_exact": sum(o.lossless for o in mine),
+            "groups": sum(r.groups for r in mine),
+            "groups_exact": sum(r.lossless for r in mine),
         })  # fmt: skip
     return sorted(rows, key=lambda row: -row["relative_rms"])
 
@@ -229,15 +229,15 @@ def other_tensors(results: list[TensorResult]) -> list[dict[str, Any]]:
     """Return the errors of all other tensors, one by one, for verify.json."""
     return [
         {
-            "name": o.name,
-            "what": o.what,
-            "stored_as": o.how,
-            "numbers": o.numbers,
-            "relative_rms": o.relative,
-            "worst_steps": json_number(o.worst),
-            "groups": o.groups,
-            "groups_as_expected": o.exact,
+            "name": r.name,
+            "what": r.what,
+            "stored_as": r.how,
+            "numbers": r.numbers,
+            "relative_rms": r.relative,
+            "worst_steps": json_number(r.worst),
+            "groups": r.groups,
+            "groups_as_expected": r.exact,
         }
-        for o in results
-        if o.what != "expert"
+        for r in results
+        if r.what != "expert"
     ]
