@@ -177,9 +177,8 @@ def check_samples(source: Checkpoint, shard: Shard) -> None:
         if parse_expert(name) and name.endswith(".scales") and tensor.dtype in ("U8", "F8_E8M0")
     ]  # fmt: skip
     for tensor in stock[:1] + stock[-1:]:
-        _expect_same(
-            tensor, _sample(tensor), _sample(source.tensors[tensor.name.removesuffix("s")])
-        )
+        original = source.tensors[tensor.name.removesuffix("s")]
+        _expect_same(tensor, _sample(tensor), _sample(original))
     for name, tensor in shard.tensors.items():
         original = source.tensors.get(name)
         if not is_control(name) or original is None or original.dtype != "F32":
