@@ -117,13 +117,13 @@ def main() -> int:
             return 0
         if plan.todo and part.whole:  # parts would write it at once
             lossless.write_record(record, source, quantizer)
-        ledger = replace_shards(plan, arguments.jobs) if plan.todo else ErrorLog()
+        errors = replace_shards(plan, arguments.jobs) if plan.todo else ErrorLog()
         changed = complete(plan) if part.whole else False
         if part.whole:
             safe_paths.remove(folder, lossless.RECORD)
     if plan.todo:
-        counts = f"{len(ledger.tallies):,} tensors, {len(plan.todo):,} shards"
-        print_escaped(summary_line(counts, plan.written, ledger, time.perf_counter() - start))
+        counts = f"{len(errors.stats):,} tensors, {len(plan.todo):,} shards"
+        print_escaped(summary_line(counts, plan.written, errors, time.perf_counter() - start))
     elif changed:
         print("every shard was requantized already; index and config completed")
     else:
