@@ -1,25 +1,25 @@
 """Convert the FP4/FP8 source into a bundle: read it once, write the finished bundle once.
 
---converter native does all of it here. Routed experts go through requantize's engine; every other
-matrix is decoded and goes through `mx.quantize` (8 bits, group 32, on the CPU); norms, router and
-tables become F16 or stay integers, controls stay F32. Which tensor gets which treatment stands in
-one table, dsv4/model/names.py; a name that it does not have stops the run. For all but experts and
-controls the bytes are those of upstream's converter; requantize finds nothing left to do.
+--converter native, the default, quantizes the routed experts as requantize does. Every other matrix
+is decoded and quantized by `mx.quantize` (8 bits, group 32, on the CPU). Norms, router and tables
+become F16 or stay integers, controls stay F32. The table in dsv4/model/tensor_table.py has the
+treatment of each tensor; an unknown name stops the run. All tensors but experts and controls have
+the bytes that upstream's converter writes. requantize finds nothing left to do.
 
---converter jang runs upstream's (dsv4/toolchain/upstream_converter.py): hours, and experts that
-requantize must mend.
+--converter jang runs upstream's converter (dsv4/toolchain/upstream_converter.py). It takes hours,
+and requantize must then correct the experts.
 
-Both work in a hidden sibling of the bundle, locked, that takes the bundle's name when it is whole.
-The native one writes each shard under a temporary name, makes it durable and renames it, so it can
-be killed at any moment: the same command goes on, with the same bytes in the end. An existing
-bundle is never written over: one that holds all of this source counts as done.
+Both write into a locked, hidden folder beside the bundle, which is renamed when it is complete. The
+native converter writes each shard under a temporary name, flushes it to disk and renames it. So it
+may be killed at any time: the same command continues and gives the same bytes. An existing bundle
+is never overwritten. One that holds all of this source counts as done.
 
---part K/N makes the K-th of N disjoint sets of shards, for a job array: N processes, here or on
-machines that share the folders; any of them can be killed and run again. A last run without --part
-makes what is missing, completes index and config, and gives the bundle its name.
+--part K/N makes the K-th of N disjoint sets of shards, for a job array: N processes, on one machine
+or on several that share the folders. Each may be killed and run again. A last run without --part
+makes the missing shards, completes index and config, and renames the folder.
 
-With --low-disk the source's shards are fetched from --repo when they are needed, and deleted when
-all that needs them is durable and compared (dsv4/conversion/low_disk.py).
+With --low-disk the source's shards are fetched from --repo when they are needed. They are deleted
+when every shard that needs them is on disk and was compared (dsv4/conversion/low_disk.py).
 
     .venv/bin/python scripts/convert.py --source DIR --bundle DIR [--dry-run] [--jobs N]
         [--part K/N]
@@ -98,7 +98,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run_upstream(args: argparse.Namespace, source: Checkpoint) -> str:
-    """Upstream's converter; return what to say."""
+    """Run upstream's converter. Return the message to print."""
     if args.dry_run or args.low_disk:
         raise UserError(
             "--converter jang", "--dry-run or --low-disk", "neither", "use native for them"
@@ -117,34 +117,42 @@ def run_upstream(args: argparse.Namespace, source: Checkpoint) -> str:
 
 
 def run_native(args: argparse.Namespace, options: QuantizerOptions, source: Checkpoint,
-               headers: Checkpoint, supply: ShardFetcher | None) -> str:  # fmt: skip
-    """The native converter, or its plan; return what to say."""
+               headers: Checkpoint, fetcher: ShardFetcher | None) -> str:  # fmt: skip
+    """Run the native converter, or plan it. Return the message to print."""
     quantizer, _ = quantizer_for(options, headers, None)
-    if supply is None:
+    if fetcher is None:
         with contextlib.closing(TensorReader()) as reader:
             weight_samples.check_weights(source, reader.read)
     if quantizer.form.as_source:
-        quantizer = survey(quantizer, args, source, headers, supply)
+        quantizer = measure_overflow(quantizer, args, source, headers, fetcher)
         print_escaped(lossless.message(quantizer, headers))
     folder = staging_folder(args.bundle)
     plan = plan_from_source(source, headers, quantizer, args.shard_bytes, folder, args.part)
     if args.dry_run:
-        fetched = max_fetched_bytes(plan.todo, supply) if supply else None
+        fetched = max_fetched_bytes(plan.todo, fetcher) if fetcher else None
         return "would be made\n" + describe_plan(plan, args.jobs, fetched)
-    said = convert(plan, headers, args.bundle, args.jobs, args.part, supply)
-    return said if args.part.whole else f"{said}\n{args.part.message}"
+    message = convert(plan, headers, args.bundle, args.jobs, args.part, fetcher)
+    return message if args.part.whole else f"{message}\n{args.part.message}"
 
 
-def survey(quantizer: Quantizer, args: argparse.Namespace, source: Checkpoint, headers: Checkpoint,
-           supply: ShardFetcher | None) -> Quantizer:  # fmt: skip
-    """The quantizer, which knows the source's BF16 values now: read here, or from the hub."""
-    if supply is None:
+def measure_overflow(
+    quantizer: Quantizer,
+    args: argparse.Namespace,
+    source: Checkpoint,
+    headers: Checkpoint,
+    fetcher: ShardFetcher | None,
+) -> Quantizer:
+    """Return the quantizer with the BF16 tensors that F16 cannot represent.
+
+    Their values are read from the folder or, with --low-disk, from the hub.
+    """
+    if fetcher is None:
         record = staging_folder(args.bundle) / lossless.RECORD
         with contextlib.closing(TensorReader()) as reader:
             return lossless.with_measured_overflow(quantizer, source, reader.read, record, 1)
     record = low_disk.headers_folder(args.source) / lossless.RECORD
     quantizer = lossless.with_measured_overflow(
-        quantizer, headers, supply.read, record, args.workers
+        quantizer, headers, fetcher.read, record, args.workers
     )
     if not args.dry_run:
         lossless.write_record(record, headers, quantizer)
@@ -152,27 +160,27 @@ def survey(quantizer: Quantizer, args: argparse.Namespace, source: Checkpoint, h
 
 
 def main() -> int:
-    """Convert, or say what would be done. Returns 0."""
+    """Convert, or print the plan. Returns 0."""
     args = parse_arguments()
     args.bundle = bundle_path(args.bundle, args.source)
     recorded = read_recorded_format(args.bundle, args.quantizer)
     options = resolve_quantizer(quantizer_options(args), recorded)
     where = (args.source, args.low_disk, args.repo, args.patience, args.workers)
-    with low_disk.open_checkpoints(*where) as (source, headers, supply):
+    with low_disk.open_checkpoints(*where) as (source, headers, fetcher):
         if is_done(args.bundle, source):
-            said = f"holds every tensor of {args.source} already; delete it to convert afresh"
+            message = f"holds every tensor of {args.source} already; delete it to convert afresh"
             if not args.dry_run:
                 unmark(args.bundle)
-            if supply and not args.dry_run:
-                supply.keep_only(set())
+            if fetcher and not args.dry_run:
+                fetcher.keep_only(set())
         else:
             for note in source_notes(source):
                 print_escaped(f"note: {escape_line(source.folder)}: {note}", file=sys.stderr)
             if args.converter == "jang":
-                said = run_upstream(args, source)
+                message = run_upstream(args, source)
             else:
-                said = run_native(args, options, source, headers, supply)
-    print_escaped(f"{escape_line(args.bundle)}: {said}")
+                message = run_native(args, options, source, headers, fetcher)
+    print_escaped(f"{escape_line(args.bundle)}: {message}")
     return 0
 
 

@@ -1,25 +1,24 @@
 """Plan the bundle that fits a Mac: fewer bits for the routed experts, where they lose least.
 
-Measures on a sample of the source's experts what each form costs in each layer (dsv4/quantization/
-error_sampling.py), chooses so that the summed error is least within the size
-(dsv4/conversion/size_planner.py), and writes the choice to a JSON file, which may be edited;
-convert and requantize take it with
---quantizer mixture --plan FILE. Everything but the routed experts is 8-bit affine then, as ever;
-with --quantizer mixture-lossless, here and there, it is as in the source: 0.2 GB more for Flash.
+Measures the error of each format in each layer on a sample of the source's experts
+(dsv4/quantization/error_sampling.py). Chooses the formats with the least sum of errors within the
+size (dsv4/conversion/size_planner.py). Writes the choice to a JSON file, which may be edited.
+convert and requantize take it with --quantizer mixture --plan FILE: all other tensors are then
+stored as with mlx. With --quantizer mixture-lossless, in both commands, they are stored as in the
+source, which takes 0.2 GB more for Flash.
 
---fit 96GB is a Mac's memory: dsv4/model/mac_memory.py computes the bundle's size from it.
---size 88GB is the bundle's own. Where the size allows, layers get the shape for which vMLX has
-fused kernels, or stay exact; --any-shape takes the least error instead. A plan that is there
-already, for the same size, source and imatrix, is kept, edited or not; what was left out of
-context, any-shape and imatrix is as in it. The form of all but the experts is --bundle's, if that
-is a mixture.
+--fit 96GB is a Mac's memory, from which dsv4/model/mac_memory.py computes the bundle's size. --size
+88GB is the bundle's size. Where the size allows, layers get a shape for which vMLX has fused
+kernels, or stay exact; --any-shape takes the least error instead. An existing plan for the same
+size, source and imatrix is kept, edited or not. Its context, any-shape and imatrix are the defaults
+of these options. If --bundle is a mixture, its quantizer is the default.
 
     .venv/bin/python scripts/plan.py --source DIR --plan FILE (--fit 96GB | --size 88GB)
         [--bundle DIR] [--imatrix FILE] [--context TOKENS] [--any-shape] [--dry-run]
 
-Reads 0.3 GB of Flash, takes minutes; does nothing without --fit and --size. With --low-disk what it
-reads comes from the hub.
-Exit status: 0 written, there already, or not asked for; 1 failed; 2 usage.
+Reads 0.3 GB of Flash and takes minutes. Does nothing without --fit or --size. With --low-disk it
+reads from the hub.
+Exit status: 0 written, already there, or not asked for; 1 failed; 2 usage.
 """
 
 from __future__ import annotations
@@ -73,18 +72,23 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def take_over(args: argparse.Namespace, there: dict[str, Any]) -> str:
-    """Fill in what was left out as a plan for the same size has it; the digest of its imatrix."""
-    if there.get("fit") != args.fit or not (args.fit or there.get("size") == args.size):
+def fill_in_from_plan(args: argparse.Namespace, present: dict[str, Any]) -> str:
+    """Fill in options that were left out from a plan for the same size.
+
+    Returns the digest of its imatrix, "" if another one was named or the plan is for another size.
+    """
+    if present.get("fit") != args.fit or not (args.fit or present.get("size") == args.size):
         return ""
-    context = there.get("context")
+    context = present.get("context")
     args.context = args.context or (context if isinstance(context, int) else None)
-    args.any_shape = args.any_shape or there.get("any_shape") is True
-    return "" if args.imatrix else f"{there.get('imatrix', '')}"
+    args.any_shape = args.any_shape or present.get("any_shape") is True
+    return "" if args.imatrix else f"{present.get('imatrix', '')}"
 
 
-def asked(args: argparse.Namespace, source: Checkpoint, importance: Importance) -> dict[str, Any]:
-    """What the plan is for, and how its errors are measured: the head of the file."""
+def plan_head(
+    args: argparse.Namespace, source: Checkpoint, importance: Importance
+) -> dict[str, Any]:
+    """Return the head of the file: the settings, and how errors are measured."""
     return {
         "source": fingerprint(source),
         "quantizer": args.quantizer,
@@ -98,7 +102,7 @@ def asked(args: argparse.Namespace, source: Checkpoint, importance: Importance) 
 
 
 def main() -> int:
-    """Plan, or recognise the plan that is there, or that none was asked for. Returns 0."""
+    """Write a plan, unless it exists or none was asked for. Returns 0."""
     args = parse_arguments()
     if not (args.fit or args.size):
         if args.plan:
@@ -111,11 +115,11 @@ def main() -> int:
         contextlib.closing(TensorReader()) as reader,
     ):
         importance = load_imatrix(args.imatrix, source)
-        there = read_json(args.plan) if args.plan.is_file() else {}
-        measured = take_over(args, there)
+        present = read_json(args.plan) if args.plan.is_file() else {}
+        digest = fill_in_from_plan(args, present)
         args.context = args.context or mac_memory.CONTEXT
-        head = asked(args, source, importance)
-        if {**head, "imatrix": measured or importance.digest}.items() <= there.items():
+        head = plan_head(args, source, importance)
+        if {**head, "imatrix": digest or importance.digest}.items() <= present.items():
             print_escaped(
                 f"{args.plan}: there already, for {format_bytes(head['size'])}; "
                 "delete it to plan afresh"

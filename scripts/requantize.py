@@ -5,21 +5,21 @@ This stage gives every routed expert, main layers and MTP, the bytes that `mx.qu
 the decoded source; restores the F32 control tensors that the converter rounded to F16; and rebuilds
 the index and the labels in config.json. Everything else is copied byte for byte.
 
-Reads the source's routed experts and controls and the bundle's other tensors; writes one new shard
-at a time for each worker, which takes the old one's name only when it is whole and on the disk. So
-a run can be killed at any moment: the same command goes on where it stopped. What is done is read
-from the shards themselves, whose metadata says which source and which quantizer made them.
+It is a conversion whose unchanged tensors are copied from the bundle. Each new shard is written
+under a temporary name, flushed to disk and renamed to the old one's name. So a run may be killed at
+any time: the same command continues. The metadata of each shard names the source and the quantizer
+that made it, and so tells which shards are done.
 
-A bundle keeps the form that its own record says: only --quantizer, --imatrix or --plan asks for
-another, and a line on stderr says so first. Another maker's bundle is taken when its experts are
-FP4 bytes under an affine label, or a quantizer is named; with --ours (`make all`) not at all, but
-for one of --converter jang.
+A bundle keeps its recorded format unless --quantizer, --imatrix or --plan asks for another, which a
+line on stderr then announces. A bundle of another maker is accepted when its experts are FP4 bytes
+under an affine label, or when a quantizer is named. With --ours (`make all`) only a bundle of
+--converter jang is.
 
     .venv/bin/python scripts/requantize.py --source DIR --bundle DIR [--dry-run] [--jobs N]
         [--part K/N]
 
-Costs about the time of copying the bundle. --part K/N takes the K-th of N disjoint sets of shards,
-for a job array; a last run without --part then completes index and config.
+Costs about the time of copying the bundle. --part K/N makes the K-th of N disjoint sets of shards,
+for a job array. A last run without --part then completes index and config.
 Exit status: 0 done, or already done; 1 failed; 2 usage.
 """
 
@@ -97,11 +97,8 @@ def main() -> int:
             quantizer = lossless.with_measured_overflow(quantizer, source, reader.read, record, 1)
         print(lossless.message(quantizer, source))
     files = sorted(set(read_index(folder).values()))
-    lock = contextlib.nullcontext()
-    if not arguments.dry_run:
-        work = f"{made_by(source, quantizer)}"
-        lock = locks.locked(folder, part.lock_key(work))
-    with lock:
+    lock = locks.locked(folder, part.lock_key(f"{made_by(source, quantizer)}"))
+    with contextlib.nullcontext() if arguments.dry_run else lock:
         if not arguments.dry_run:
             remove_leftovers(folder, files, part)
         bundle = open_bundle(folder)
@@ -116,15 +113,15 @@ def main() -> int:
         if arguments.dry_run:
             print_escaped(describe_plan(plan, arguments.jobs))
             return 0
-        if plan.todo and part.whole:  # parts would write it at once
+        if plan.todo and part.whole:  # several parts would write it at the same time
             lossless.write_record(record, source, quantizer)
-        ledger = replace_shards(plan, arguments.jobs) if plan.todo else ErrorLog()
+        errors = replace_shards(plan, arguments.jobs) if plan.todo else ErrorLog()
         changed = complete(plan) if part.whole else False
         if part.whole:
             safe_paths.remove(folder, lossless.RECORD)
     if plan.todo:
-        counts = f"{len(ledger.tallies):,} tensors, {len(plan.todo):,} shards"
-        print_escaped(summary_line(counts, plan.written, ledger, time.perf_counter() - start))
+        counts = f"{len(errors.stats):,} tensors, {len(plan.todo):,} shards"
+        print_escaped(summary_line(counts, plan.written, errors, time.perf_counter() - start))
     elif changed:
         print("every shard was requantized already; index and config completed")
     else:

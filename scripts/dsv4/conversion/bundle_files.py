@@ -1,4 +1,4 @@
-"""A bundle's index, sidecar and quantizer record, and removal of what killed runs left."""
+"""Write a bundle's index, sidecar and quantizer record, and remove files of killed runs."""
 
 from __future__ import annotations
 
@@ -27,10 +27,12 @@ def sidecar_bytes(columns: Iterable[int]) -> bytes:
 def write_index(folder: Path, shards: Mapping[str, Iterable[TensorSpec | Tensor]]) -> bool:
     """Write the index of these shards' tensors and return True if it changed.
 
-    Other keys of an existing index stay. Raises UserError when that is not a JSON object.
+    Other keys of an existing index are kept. Raises UserError when it is not a JSON object.
     """
     index = read_json(folder / INDEX) if (folder / INDEX).exists() else {}
-    tensors = {tensor.name: (file, tensor.nbytes) for file, of in shards.items() for tensor in of}
+    tensors = {
+        tensor.name: (file, tensor.nbytes) for file, specs in shards.items() for tensor in specs
+    }
     metadata = index.get("metadata")
     total = sum(nbytes for _, nbytes in tensors.values())
     index["metadata"] = (metadata if isinstance(metadata, dict) else {}) | {"total_size": total}
@@ -44,10 +46,10 @@ def quantizer_record(quantizer: Quantizer) -> dict[str, str]:
 
 
 def remove_leftovers(bundle: Path, files: list[str], part: JobPart) -> None:
-    """Remove the temporary files of killed runs: those of this part's shards, or all of them.
+    """Remove the temporary files of killed runs, or of this part's shards alone.
 
-    A whole run also removes shards without tensors that a killed run left. Links and folders of
-    such a name stay.
+    A whole run also removes shards without tensors that a killed run left. Links and folders are
+    kept. files: the names of the bundle's shards.
     """
     if part.whole:
         leftovers = list(bundle.glob(f".*{TEMPORARY_SUFFIX}"))
@@ -61,7 +63,7 @@ def remove_leftovers(bundle: Path, files: list[str], part: JobPart) -> None:
 
 
 def is_empty_shard(bundle: Path, name: str) -> bool:
-    """Return True for a shard that requantize left without tensors, its experts being in stacks."""
+    """Return True for a shard that requantize left without tensors: its experts are in stacks."""
     if (
         safe_paths.file_type(bundle, name) != safe_paths.FILE
         or (bundle / name).stat().st_size > 1 << 16

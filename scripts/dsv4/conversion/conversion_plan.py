@@ -69,11 +69,10 @@ class ConversionPlan:
 
 
 def without_finished(plan: ConversionPlan, part: JobPart) -> ConversionPlan:
-    """Return the plan with the shards of this part that its folder lacks as `todo`."""
-    files = part.select([shard.file for shard in plan.shards])
-    planned = {shard.file: shard for shard in plan.shards}
-    mine = [planned[file] for file in files]
-    todo = [shard for shard in mine if not shard.layout.matches_file(plan.folder / shard.file)]
+    """Return the plan with those shards of this part as `todo` that its folder lacks."""
+    shards = {shard.file: shard for shard in plan.shards}
+    todo = [shards[file] for file in part.select(list(shards))]
+    todo = [shard for shard in todo if not shard.layout.matches_file(plan.folder / shard.file)]
     return replace(plan, todo=todo)
 
 

@@ -1,4 +1,4 @@
-"""Pieces of routed experts: read FP4 rows of the source, quantize them, write them to a shard."""
+"""Pieces of routed experts: read FP4 rows of the source, quantize them, yield a shard's bytes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,7 @@ from dsv4.model.labels import MXFP4, parts_of
 from dsv4.quantization.affine_table import BadGroup, ErrorStats
 from dsv4.quantization.formats import Quantizer
 from dsv4.quantization.imatrix import normalized
-from dsv4.quantization.source_reader import (
-    copy_tensor_pieces,
-    read_blocks,
-    read_scales,
-)
+from dsv4.quantization.source_reader import copy_tensor_pieces, read_blocks, read_scales
 from dsv4.storage.safetensors_file import Tensor, TensorSpec
 from dsv4.storage.shard_writer import COPY_BYTES, Blocks, Piece, WorkerBuffers
 
@@ -32,47 +28,44 @@ class QuantizePiece:
     scale: Tensor
     first: int
     last: int
-    places: dict[str, int]  # part with rows → offset of its row 0 in the shard
+    offsets: dict[str, int]  # part with rows → offset of its row 0 in the shard
     quantizer: Quantizer
-    ledger: ErrorLog
+    errors: ErrorLog
     importance: np.ndarray | None = None  # of each column, from an imatrix
-
-    def _row_bytes(self) -> dict[str, int]:
-        """Return part → bytes of a row, for the parts that have rows. The codes come first."""
-        return {p: n // self.weight.shape[0] for p, n in row_parts(self.weight, self.quantizer)}
 
     @property
     def nbytes(self) -> int:
         """The number of bytes written."""
-        row_bytes = self._row_bytes()
-        return (self.last - self.first) * sum(row_bytes[part] for part in self.places)
+        sizes = row_bytes(self.weight, self.quantizer)
+        return (self.last - self.first) * sum(sizes[part] for part in self.offsets)
 
     def blocks(self, buffers: WorkerBuffers) -> Blocks:
         """Quantize the rows and yield each part that this shard holds.
 
+        The codes are yielded for each block of rows that is read, the smaller parts at the end.
         Raises UserError for a group that the quantizer cannot represent.
         """
         rows, half = self.last - self.first, self.weight.shape[1]
         groups = self.scale.shape[1]
         scale = read_scales(buffers, self.scale, self.first * groups, rows * groups)
-        sizes = self._row_bytes()
+        sizes = row_bytes(self.weight, self.quantizer)
         codes, *others = sizes
-        parts = {part: buffers.buffer(part, rows * sizes[part]) for part in others}
-        weights = self.importance
-        if weights is not None:
-            weights = normalized(weights, self.weight.name)
+        whole = {part: buffers.buffer(part, rows * sizes[part]) for part in others}
+        importance = self.importance
+        if importance is not None:
+            importance = normalized(importance, self.weight.name)
         for at, packed in read_blocks(buffers, self.weight, self.first * half, rows * half, half):
-            row, some = at // half, len(packed) // half
-            done = row - self.first
-            now = {p: data[done * sizes[p] :][: some * sizes[p]] for p, data in parts.items()}
-            now[codes] = buffers.buffer("weight", some * sizes[codes])
-            exponents = scale[done * groups :][: some * groups]
-            tally = self._encode(row, packed, exponents, now, weights)
-            if codes in self.places:
-                self.ledger.add(self.weight.name, tally)
-                yield self.places[codes] + row * sizes[codes], now[codes]
-        for part in parts.keys() & self.places.keys():
-            yield self.places[part] + self.first * sizes[part], parts[part]
+            row, number = at // half, len(packed) // half
+            begin, end = row - self.first, row - self.first + number
+            parts = {p: data[begin * sizes[p] : end * sizes[p]] for p, data in whole.items()}
+            parts[codes] = buffers.buffer("weight", number * sizes[codes])
+            exponents = scale[begin * groups : end * groups]
+            stats = self._encode(row, packed, exponents, parts, importance)
+            if codes in self.offsets:
+                self.errors.add(self.weight.name, stats)
+                yield self.offsets[codes] + row * sizes[codes], parts[codes]
+        for part in whole.keys() & self.offsets.keys():
+            yield self.offsets[part] + self.first * sizes[part], whole[part]
 
     def _encode(
         self,
@@ -80,11 +73,11 @@ class QuantizePiece:
         packed: np.ndarray,
         exponents: np.ndarray,
         parts: dict[str, np.ndarray],
-        weights: np.ndarray | None,
+        importance: np.ndarray | None,
     ) -> ErrorStats:
-        """Quantize rows from `row` on into `parts`. weights: of the columns, normalized."""
+        """Quantize rows from `row` on into `parts`. importance: normalized."""
         try:
-            return self.quantizer.encode(packed, exponents, parts, weights)
+            return self.quantizer.encode(packed, exponents, parts, importance)
         except BadGroup as bad:
             below, group = divmod(bad.group, self.scale.shape[1])
             where = f"in row {row + below}, group {group}"
@@ -96,10 +89,10 @@ class QuantizePiece:
 
 @dataclass(frozen=True)
 class ConstantPiece:
-    """A few constant bytes."""
+    """Constant bytes at an offset of the shard."""
 
     data: bytes
-    place: int
+    offset: int
 
     @property
     def nbytes(self) -> int:
@@ -108,14 +101,15 @@ class ConstantPiece:
 
     def blocks(self, buffers: WorkerBuffers) -> Blocks:
         """Yield the bytes."""
-        yield self.place, np.frombuffer(self.data, np.uint8)
+        yield self.offset, np.frombuffer(self.data, np.uint8)
 
 
-def row_parts(weight: Tensor, quantizer: Quantizer) -> list[tuple[str, int]]:
-    """Return (part, bytes) for each part of an expert that has as many rows as the weight."""
+def row_bytes(weight: Tensor, quantizer: Quantizer) -> dict[str, int]:
+    """Return part → bytes of a row, for the parts of an expert that have rows. Codes come first."""
     out, half = weight.shape
-    parts = parts_of(quantizer.label, out, 2 * half).items()
-    return [(part, TensorSpec("", *of).nbytes) for part, of in parts if part != "tq_bits"]
+    parts = parts_of(quantizer.label, out, 2 * half)
+    specs = {part: TensorSpec("", *spec) for part, spec in parts.items() if part != "tq_bits"}
+    return {part: spec.nbytes // out for part, spec in specs.items()}
 
 
 class ErrorLog:
@@ -123,65 +117,68 @@ class ErrorLog:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self.tallies: dict[str, ErrorStats] = {}
+        self.stats: dict[str, ErrorStats] = {}
         self.scales: dict[str, int] = {}  # FP8 scale bytes with which some runtimes round
 
-    def add(self, name: str, tally: ErrorStats) -> None:
+    def add(self, name: str, stats: ErrorStats) -> None:
+        """Add the errors of some rows of a tensor."""
         with self._lock:
-            self.tallies.setdefault(name, ErrorStats()).add(tally)
+            self.stats.setdefault(name, ErrorStats()).add(stats)
 
-    def note_scales(self, name: str, number: int) -> None:
+    def add_scales(self, name: str, number: int) -> None:
+        """Add a number of extreme scale bytes of a tensor."""
         if number:
             with self._lock:
                 self.scales[name] = self.scales.get(name, 0) + number
 
 
 def expert_unit_pieces(
-    unit: ConversionUnit, places: dict[str, int], quantizer: Quantizer, ledger: ErrorLog
+    unit: ConversionUnit, offsets: dict[str, int], quantizer: Quantizer, errors: ErrorLog
 ) -> list[Piece]:
     """Return the pieces of the parts of an expert, or of a stack, that a shard holds."""
     pieces: list[Piece] = []
     for number, (weight, scale) in enumerate(unit.stack or [(unit.weight, unit.scale)]):
         base = weight.name.removesuffix(".weight")
         one, importance = quantizer.for_tensor(base), quantizer.importance.get(base)
-        sizes = dict(row_parts(weight, one))
-        at = {p: place + number * sizes[p] for p, place in places.items() if p in sizes}
-        pieces += expert_pieces(weight, scale, at, one, ledger, importance)
+        sizes = {part: weight.shape[0] * size for part, size in row_bytes(weight, one).items()}
+        inside = {part: offsets[part] + number * sizes[part] for part in sizes if part in offsets}
+        pieces += expert_pieces(weight, scale, inside, one, errors, importance)
     for slot in unit.slots:
-        if slot.name.endswith(".tq_bits") and "tq_bits" in places:
+        if slot.name.endswith(".tq_bits") and "tq_bits" in offsets:
             bits = int(quantizer.label["bits"]).to_bytes(slot.nbytes, "little")
-            pieces.append(ConstantPiece(bits, places["tq_bits"]))
+            pieces.append(ConstantPiece(bits, offsets["tq_bits"]))
     return pieces
 
 
 def expert_pieces(
     weight: Tensor,
     scale: Tensor,
-    places: dict[str, int],
+    offsets: dict[str, int],
     quantizer: Quantizer,
-    ledger: ErrorLog,
+    errors: ErrorLog,
     importance: np.ndarray | None,
 ) -> list[Piece]:
-    """Return the pieces of one expert's parts. places: part → offset in the shard."""
+    """Return the pieces of one expert's parts. offsets: part → offset in the shard."""
     if quantizer.label == MXFP4:
-        return copy_pieces(weight, scale, places, ledger)
+        return copy_pieces(weight, scale, offsets, errors)
     out, half = weight.shape
     rows = max(1, PIECE_BYTES // half)
-    cuts = [(row, min(row + rows, out)) for row in range(0, out, rows)]
     return [
-        QuantizePiece(weight, scale, first, last, places, quantizer, ledger, importance)
-        for first, last in cuts
+        QuantizePiece(
+            weight, scale, row, min(row + rows, out), offsets, quantizer, errors, importance
+        )
+        for row in range(0, out, rows)
     ]
 
 
 def copy_pieces(
-    weight: Tensor, scale: Tensor, places: dict[str, int], ledger: ErrorLog
+    weight: Tensor, scale: Tensor, offsets: dict[str, int], errors: ErrorLog
 ) -> list[Piece]:
     """Return pieces that copy codes and scale bytes. They raise UserError for a NaN scale."""
 
-    def check(at: int, data: np.ndarray) -> None:
+    def check(first: int, data: np.ndarray) -> None:
         if (data == 255).any():
-            row, group = divmod(at + int(np.argmax(data == 255)), scale.shape[1])
+            row, group = divmod(first + int(np.argmax(data == 255)), scale.shape[1])
             raise UserError(
                 f"{weight.path}: {weight.name}",
                 f"scale byte 255 (NaN) in row {row}, group {group}",
@@ -189,14 +186,14 @@ def copy_pieces(
             )  # fmt: skip
 
     pieces: list[Piece] = []
-    if "weight" in places:
-        pieces += copy_tensor_pieces(weight, places["weight"])
-        ledger.add(weight.name, ErrorStats())
-    if "scales" in places:
+    if "weight" in offsets:
+        pieces += copy_tensor_pieces(weight, offsets["weight"])
+        errors.add(weight.name, ErrorStats())
+    if "scales" in offsets:
         if scale.dtype == "F32":
-            pieces += scale_pieces(scale, places["scales"])
+            pieces += scale_pieces(scale, offsets["scales"])
         else:
-            pieces += copy_tensor_pieces(scale, places["scales"], check)
+            pieces += copy_tensor_pieces(scale, offsets["scales"], check)
     return pieces
 
 
@@ -207,7 +204,7 @@ class ScalePiece:
     scale: Tensor
     first: int
     last: int
-    place: int  # of row 0 in the shard
+    offset: int  # of row 0 in the shard
 
     @property
     def nbytes(self) -> int:
@@ -217,11 +214,11 @@ class ScalePiece:
     def blocks(self, buffers: WorkerBuffers) -> Blocks:
         """Yield the bytes. Raises UserError for a scale that is no power of two."""
         at = self.first * self.scale.shape[1]
-        yield self.place + at, read_scales(buffers, self.scale, at, self.nbytes)
+        yield self.offset + at, read_scales(buffers, self.scale, at, self.nbytes)
 
 
-def scale_pieces(scale: Tensor, place: int) -> list[ScalePiece]:
+def scale_pieces(scale: Tensor, offset: int) -> list[ScalePiece]:
     """Cut F32 scales into pieces of about COPY_BYTES of the source."""
     rows = max(1, COPY_BYTES // (4 * scale.shape[1]))
     cuts = range(0, scale.shape[0], rows)
-    return [ScalePiece(scale, row, min(row + rows, scale.shape[0]), place) for row in cuts]
+    return [ScalePiece(scale, row, min(row + rows, scale.shape[0]), offset) for row in cuts]

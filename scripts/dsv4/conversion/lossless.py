@@ -1,9 +1,9 @@
 """Store FP8 matrices as mxfp8, and BF16 tensors as F16 where that is exact.
 
-MLX's mxfp8 is the source's FP8 with a scale for each row and 32 columns instead of each block:
-the same codes, the block's byte repeated. Every F16 and BF16 number that runtimes meet
-steers in which dtype they compute: F16 is finer, so a BF16 tensor becomes F16 if each of its values
-is an F16 number. Only the values tell, so they are read before the plan is made.
+MLX's mxfp8 is the source's FP8 with a scale for each row and 32 columns instead of each block: the
+same codes, the block's byte repeated. The dtype of a tensor determines the dtype in which runtimes
+compute. F16 is finer, so a BF16 tensor becomes F16 if each of its values is an F16 number. That
+depends on the values, so they are read before the plan is made.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def with_measured_overflow(
 
 
 def write_record(record: Path, source: Checkpoint, quantizer: Quantizer) -> None:
-    """Record the result of the planning pass, so that a continued run decides the same."""
+    """Write the result of the planning pass, so that a continued run has the same plan."""
     if quantizer.form.as_source:
         write_json(record, {"source": fingerprint(source), "beyond": dict(quantizer.beyond)})
 
@@ -155,7 +155,7 @@ class Fp8Piece:
             self._check(data == 255, data, "scale byte", across, top)
             groups = expand_scales(data.reshape(-1, across), rows, columns)
             odd = int(((data < LEAST) | (data > GREATEST)).sum())
-            self.ledger.note_scales(self.scale.name, odd)
+            self.ledger.add_scales(self.scale.name, odd)
             yield self.places["scales"] + self.first * (columns // GROUP), groups
 
     def _check(self, bad: np.ndarray, data: np.ndarray, what: str, width: int, first: int) -> None:

@@ -52,22 +52,22 @@ def fetch_headers(source: Path, record: Record, patience: float) -> int:
     names = sorted(set(read_index(source).values()))
     missing = [name for name in names if not (folder / name).is_file()]
 
-    def bring(name: str) -> None:
+    def fetch_header(name: str) -> None:
         file = record.files[name]
         head = remote_headers.read_header(record.repo, record.commit, file, patience)
         head = head[: header_length(head)]
         with tempfile.TemporaryDirectory(prefix="header-") as work:
-            places = sample_ranges(read_shard(write_sparse(Path(work) / name, head, file.size)))
+            ranges = sample_ranges(read_shard(write_sparse(Path(work) / name, head, file.size)))
         data = [head]
-        for place, nbytes in places:
-            end = place + nbytes
+        for first, nbytes in ranges:
+            end = first + nbytes
             data.append(
-                remote_headers.read_range(record.repo, record.commit, file, place, end, patience)
+                remote_headers.read_range(record.repo, record.commit, file, first, end, patience)
             )
         write_bytes(folder / name, b"".join(data), source)
 
     with at_pin(source, record), ThreadPoolExecutor(WORKERS) as pool:
-        for _ in pool.map(bring, missing):
+        for _ in pool.map(fetch_header, missing):
             pass
     return len(missing)
 
@@ -112,8 +112,8 @@ def fill_header_file(path: Path, kept: bytes, size: int) -> None:
     rest = kept[header_length(kept) :]
     write_sparse(path, kept[: header_length(kept)], size)
     with with_path(path), path.open("r+b") as out:
-        for place, nbytes in sample_ranges(read_shard(path)):
-            out.seek(place)
+        for first, nbytes in sample_ranges(read_shard(path)):
+            out.seek(first)
             out.write(rest[:nbytes])
             rest = rest[nbytes:]
 
@@ -152,8 +152,10 @@ class ShardFetcher:
     def read(self, tensor: Tensor, first: int, nbytes: int) -> np.ndarray:
         """Read some bytes of a tensor from the hub, before any shard is fetched."""
         file, begin = self.record.files[tensor.path.name], tensor.offset + first
-        place = (self.record.repo, self.record.commit, file, begin, begin + nbytes)
-        return np.frombuffer(remote_headers.read_range(*place, self.patience), np.uint8)
+        data = remote_headers.read_range(
+            self.record.repo, self.record.commit, file, begin, begin + nbytes, self.patience
+        )
+        return np.frombuffer(data, np.uint8)
 
     def size(self, names: set[str]) -> int:
         """Return the bytes of these shards."""
@@ -243,7 +245,7 @@ class ShardFetcher:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that take the source from the hub."""
+    """Add the options for a source whose shards are fetched as they are needed."""
     add_setting(parser, "LOW_DISK", help="fetch and free the source's shards as it goes")
     add_setting(parser, "REPO", default="", help="--low-disk: where they come from")
     parser.add_argument("--patience", type=parse_seconds, default=download.PATIENCE,
@@ -257,9 +259,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def open_checkpoints(
     folder: Path, low_disk: bool, repo: str, patience: float, workers: int
 ) -> Iterator[tuple[Checkpoint, Checkpoint, ShardFetcher | None]]:
-    """Yield the source, a checkpoint of its headers, and with low_disk what fetches its shards.
+    """Yield the source, a checkpoint of its headers, and with low_disk a ShardFetcher, else None.
 
-    Raises UserError when low_disk is set and `repo` was not prepared by a download.
+    Raises UserError when low_disk is set and no download from `repo` was prepared.
     """
     if not low_disk:
         source = open_source(folder)

@@ -12,10 +12,10 @@ from dsv4.storage.shard_writer import NewShard, WorkerBuffers
 from dsv4.text import escape_line
 
 
-def summary_line(counts: str, written: int, ledger: ErrorLog, seconds: float) -> str:
+def summary_line(counts: str, written: int, errors: ErrorLog, seconds: float) -> str:
     """Return one line: counts, bytes, seconds, rate, and the errors of the routed experts."""
     rate = f"{seconds:.1f} s ({written / seconds / 1e9:.2f} GB/s)"
-    return f"{counts}, {format_bytes(written)} in {rate}" + describe_errors(ledger)
+    return f"{counts}, {format_bytes(written)} in {rate}" + describe_errors(errors)
 
 
 def estimate_seconds(shards: list[NewShard], written: int, jobs: int) -> str:
@@ -43,24 +43,24 @@ def estimate_seconds(shards: list[NewShard], written: int, jobs: int) -> str:
     )
 
 
-def describe_errors(ledger: ErrorLog) -> str:
-    """Return the relative errors, zeros and scale bytes in `ledger`, as the end of a line."""
+def describe_errors(errors: ErrorLog) -> str:
+    """Return the relative errors, zeros and scale bytes in `errors`, as the end of a line."""
     line = ""
-    if ledger.tallies:
-        errors = {name: tally.relative for name, tally in ledger.tallies.items()}
-        worst = max(errors, key=lambda name: errors[name])
+    if errors.stats:
+        relative = {name: stats.relative for name, stats in errors.stats.items()}
+        worst = max(relative, key=lambda name: relative[name])
         # About 8.5% for weights of a normal distribution: that is what mx.quantize makes of FP4.
         line += (
-            f"; relative RMS error mean {sum(errors.values()) / len(errors):.2%}, "
-            f"worst {errors[worst]:.2%} ({escape_line(worst)})"
+            f"; relative RMS error mean {sum(relative.values()) / len(relative):.2%}, "
+            f"worst {relative[worst]:.2%} ({escape_line(worst)})"
         )
-    lost = sum(tally.underflows for tally in ledger.tallies.values())
+    lost = sum(stats.underflows for stats in errors.stats.values())
     if lost:
         line += f"; {lost:,} groups with a scale or bias that is 0 in F16"
-    if ledger.scales:
-        name, number = next(iter(ledger.scales.items()))
+    if errors.scales:
+        name, number = next(iter(errors.scales.items()))
         line += (
-            f"; FP8 scale bytes below 3 or above 246 in {len(ledger.scales):,} tensors ({number:,} "
+            f"; FP8 scale bytes below 3 or above 246 in {len(errors.scales):,} tensors ({number:,} "
             f"in {name}): a runtime that decodes to BF16 rounds or overflows there"
         )
     return line

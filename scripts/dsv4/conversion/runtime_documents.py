@@ -25,7 +25,7 @@ UNRECORDED = "not recorded"
 
 
 def patched_documents(bundle: Checkpoint, source: Path | None = None) -> dict[str, dict[str, Any]]:
-    """File name → content that it should have, for the four JSON files."""
+    """Return file name → the content that it should have, for the four JSON files."""
     folder = bundle.folder
     contents = {
         "config.json": patched_config(bundle, expert_labels(bundle)),
@@ -39,18 +39,21 @@ def patched_documents(bundle: Checkpoint, source: Path | None = None) -> dict[st
 def cleaned(
     folder: Path, source: Path | None, name: str, content: dict[str, Any]
 ) -> dict[str, Any]:
-    """A document without keys that name code, and without defaults that limit answers or override
-    generation_config.json: the source's where it has one, else the bundle's."""
+    """Return a document without keys that name code or override the generation defaults.
+
+    The defaults are those of the source's generation_config.json, else of the bundle's.
+    """
     content = without_code(content)
     if name not in defaults.DOCUMENTS:
         return content
-    own, theirs = (read_if_there(place, defaults.GENERATION) for place in (folder, source))
-    generation = defaults.reference(own or {}, theirs)
-    return defaults.without_overrides(name, content, generation, read_if_there(source, name) or {})
+    own, original = (read_json_or_none(place, defaults.GENERATION) for place in (folder, source))
+    generation = defaults.reference(own or {}, original)
+    reference = read_json_or_none(source, name) or {}
+    return defaults.without_overrides(name, content, generation, reference)
 
 
-def read_if_there(folder: Path | None, name: str) -> dict[str, Any] | None:
-    """A JSON object of a folder; None when there is none that can be read."""
+def read_json_or_none(folder: Path | None, name: str) -> dict[str, Any] | None:
+    """Return the JSON object in a file; None when it is missing or cannot be read."""
     path = folder / name if folder is not None else None
     with contextlib.suppress(UserError):
         return read_json(path) if path is not None and path.is_file() else None
@@ -58,9 +61,9 @@ def read_if_there(folder: Path | None, name: str) -> dict[str, Any] | None:
 
 
 def patched_config(bundle: Checkpoint, experts: dict[str, dict[str, Any]] | None) -> dict[str, Any]:
-    """config.json with the stop tokens, and labels of experts that are stored as `experts` says.
+    """Return config.json with the stop tokens and the labels of the experts.
 
-    None: the labels stay as they are.
+    experts: expert → label (None: the labels are kept).
     """
     content = copy.deepcopy(bundle.config)
     if experts is not None or content.get("quantization_config") == content.get("quantization"):
@@ -74,7 +77,7 @@ def patched_config(bundle: Checkpoint, experts: dict[str, dict[str, Any]] | None
 
 
 def generation_config(folder: Path) -> dict[str, Any]:
-    """generation_config.json with the ids of BOS and of the stop tokens."""
+    """Return generation_config.json with the ids of BOS and of the stop tokens."""
     path = folder / "generation_config.json"
     content = read_json(path) if path.is_file() else {}
     bos = token_ids(folder, (BOS,))[0]
@@ -82,7 +85,7 @@ def generation_config(folder: Path) -> dict[str, Any]:
 
 
 def tokenizer_config(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json with its special tokens and a template."""
+    """Return tokenizer_config.json with its special tokens and a template."""
     content = read_json(folder / "tokenizer_config.json")
     for key, token in (("bos_token", BOS), ("eos_token", EOS)):
         if text_of(content.get(key)) != token:
@@ -92,10 +95,10 @@ def tokenizer_config(folder: Path) -> dict[str, Any]:
 
 
 def chat_templates(folder: Path) -> tuple[str, Any]:
-    """(text of chat_template.jinja, chat_template of tokenizer_config.json) as they should be.
+    """Return (text of chat_template.jinja, chat_template of tokenizer_config.json) to be written.
 
-    This recipe's, unless somebody else's is there: that stays, and serves in the other place too
-    when nobody else's is there.
+    A template that is not this recipe's is kept. If only one place has such a template, the other
+    place gets it too. If none has, both get this recipe's.
     """
     in_file = template_file(folder)
     in_config = read_json(folder / "tokenizer_config.json").get("chat_template")
@@ -108,7 +111,7 @@ def chat_templates(folder: Path) -> tuple[str, Any]:
 
 
 def template_file(folder: Path) -> str | None:
-    """The text of chat_template.jinja; None when there is none, or none that anybody can read."""
+    """Return the text of chat_template.jinja; None when it is missing or not UTF-8."""
     path = folder / CHAT_TEMPLATE
     try:
         return limits.read_bounded(path).decode("utf-8") if path.is_file() else None
@@ -117,9 +120,9 @@ def template_file(folder: Path) -> str | None:
 
 
 def jang_config(folder: Path, source: Path | None) -> dict[str, Any]:
-    """With groups of 32, and the source's origin in place of a local path.
+    """Return jang_config.json with groups of 32 and the source's origin instead of a local path.
 
-    Without a source that is there, an origin that was recorded earlier stays.
+    Without a source folder the origin that was recorded earlier is kept.
     """
     path = folder / "jang_config.json"
     content = read_json(path) if path.is_file() else {"weight_format": "affine"}
@@ -137,7 +140,7 @@ def jang_config(folder: Path, source: Path | None) -> dict[str, Any]:
 
 
 def changed_keys(folder: Path, wanted: dict[str, dict[str, Any]]) -> list[str]:
-    """`file: key` for every top-level key that would change."""
+    """Return `file: key` for every top-level key that would change."""
     out = []
     for name, content in wanted.items():
         path = folder / name
@@ -148,7 +151,7 @@ def changed_keys(folder: Path, wanted: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def check_json(name: str, content: dict[str, Any]) -> None:
-    """Raise UserError when the content does not survive JSON (NaN from a broken config, say)."""
+    """Raise UserError for content that JSON cannot hold, such as NaN from a broken config."""
     try:
         json.dumps(content, allow_nan=False)
     except ValueError as error:

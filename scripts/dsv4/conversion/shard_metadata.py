@@ -1,4 +1,4 @@
-"""Who made a shard: the metadata that a finished shard carries, so that a later run knows it."""
+"""The provenance metadata of a shard: its source and quantizer, by which a later run knows it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ CONVERT = "convert the source again (--profile 4 --format jang)"
 
 
 def fingerprint(source: Checkpoint) -> str:
-    """64 hex digits for this source: all headers, sizes, and a sample of each shard's data.
+    """Return 64 hex digits that identify a source: of headers, sizes and samples of the data.
 
-    Reads three times 4 KB a shard, so that two checkpoints of one shape are told apart.
+    Reads three samples of 4 KB from each shard, so that two checkpoints of one shape differ.
     """
     digest = hashlib.sha256()
     for file, shard in sorted(source.shards.items()):
@@ -31,7 +31,10 @@ def fingerprint(source: Checkpoint) -> str:
 
 
 def made_by(source: Checkpoint | None, quantizer: Quantizer) -> dict[str, str]:
-    """The metadata that says who made a shard, of what, and in which version of the layout."""
+    """Return the metadata that names a shard's source, quantizer and layout version.
+
+    Without a source the fingerprint is zeros of the same length, so that sizes are right.
+    """
     return {
         "requantize_layout": "1",
         "requantize_source": fingerprint(source) if source else "0" * 64,
@@ -40,15 +43,11 @@ def made_by(source: Checkpoint | None, quantizer: Quantizer) -> dict[str, str]:
     }
 
 
-def is_made_by(shard: Shard, mark: dict[str, str]) -> bool:
-    """True when `mark` made the shard, False when no requantize did or one with other settings.
-
-    What another quantizer made is made again, from the source. Raises UserError for another
-    source's.
-    """
-    if not any(key in shard.metadata for key in mark):
+def is_made_by(shard: Shard, provenance: dict[str, str]) -> bool:
+    """Return True when the shard has this metadata. Raises UserError for that of another source."""
+    if not any(key in shard.metadata for key in provenance):
         return False
-    found, expected = (of.get("requantize_source") for of in (shard.metadata, mark))
+    found, expected = (of.get("requantize_source") for of in (shard.metadata, provenance))
     if found != expected:
         raise UserError(
             f"{shard.path}",
@@ -56,18 +55,15 @@ def is_made_by(shard: Shard, mark: dict[str, str]) -> bool:
             f"{expected}",
             f"go on with the source that it was made from, or {CONVERT}",
         )
-    return all(shard.metadata.get(key) == value for key, value in mark.items())
+    return all(shard.metadata.get(key) == value for key, value in provenance.items())
 
 
 def with_mlx_digest(quantizer: Quantizer) -> dict[str, str]:
-    """The part of a native shard's mark that says by which MLX its 8-bit matrices were made."""
+    """Return the metadata that identifies the MLX which made a native shard's 8-bit matrices."""
     return {} if quantizer.form.as_source else {"convert_matrices": mlx_affine.digest()}
 
 
 def converted_by(source: Checkpoint | None, quantizer: Quantizer) -> dict[str, str]:
-    """The metadata of a shard that was converted natively; requantize's own part included.
-
-    Without a source that can be read, the mark is as long, and holds for sizes alone.
-    """
-    mine = {"convert_layout": "1", "convert_matrices": mlx_affine.digest()}
-    return {"format": "mlx"} | made_by(source, quantizer) | mine
+    """Return the metadata of a shard that `convert` writes. It includes `made_by`."""
+    native = {"convert_layout": "1", "convert_matrices": mlx_affine.digest()}
+    return {"format": "mlx"} | made_by(source, quantizer) | native

@@ -1,9 +1,9 @@
 """Plan a mixture for a size: choose each layer's expert formats with the least error.
 
-The error of a layer is the sum of its three projections' mean squared errors, each relative to the
-mean square of its weights and weighed by the imatrix where there is one; all layers count the same,
-MTP's not at all (no runtime computes with them). Which layers the model can spare most no error on
-weights can tell. The choice itself is exact (knapsack.py).
+The error of a layer is the sum of its three projections' mean squared errors. Each is relative to
+the mean square of its weights, and weighted by the imatrix if there is one. All main layers count
+the same. MTP layers do not count, because no runtime computes with them. An error of weights does
+not show how much a layer matters to the model. The choice itself is exact (knapsack.py).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FUSED = (
     ("affine3g64", "affine2g32", "affine2g64"),
 )
 EXACT = ("mxfp4",) * 3
-MARGIN = 16  # bytes an entry in a header may be longer by than in another plan
+MARGIN = 16  # bytes by which a header entry may be longer than in another plan
 
 Errors = Mapping[str, Mapping[str, float]]  # stack → form → relative squared error
 Forms = dict[str, str]  # stack → form
@@ -47,8 +47,11 @@ Forms = dict[str, str]  # stack → form
 
 @dataclass(frozen=True)
 class SizeFit:
-    """A plan: forms by stack, the bundle's bytes, the sum of the main layers' errors, and what that
-    sum would be without the preference for fused shapes (the same where there is none)."""
+    """A plan for a size.
+
+    forms: by stack. nbytes: of the bundle. error: the sum of the main layers' errors. least: that
+    sum without the preference for fused shapes.
+    """
 
     forms: Forms
     nbytes: int
@@ -62,14 +65,14 @@ class SizePlanner:
     def __init__(
         self, source: Checkpoint, errors: Errors, shard_bytes: int, name: str = "mixture"
     ) -> None:
-        """name: of the quantizer, which says what becomes of all but the experts."""
+        """name: of the quantizer, which determines the format of all other tensors."""
         self._source, self._errors, self._shard_bytes = source, errors, shard_bytes
         self._name = name
         self._bytes = stack_bytes(source, errors)
         self._layers = list(dict.fromkeys(stack.rpartition(".")[0] for stack in errors))
         cheap = {stack: min(sizes, key=sizes.get) for stack, sizes in self._bytes.items()}
         number = 3 * len(expert_bases(source))
-        # What is no part of an expert: everything else, and the headers with some margin.
+        # The bytes of everything but the experts, and of the headers with some margin.
         self._rest = self.nbytes(cheap) + MARGIN * number - self._experts(cheap)
         self.smallest = self._rest + self._experts(cheap)
 
@@ -84,10 +87,10 @@ class SizePlanner:
         return sum(self._bytes[stack][form] for stack, form in forms.items())
 
     def fit(self, size: int, any_shape: bool = False) -> SizeFit:
-        """The plan of at most `size` bytes. Raises UserError, with the least size, when there is
-        none.
+        """Return the plan of at most `size` bytes with the least error.
 
-        Where the size allows, each layer has a fused shape or is exact, unless any_shape.
+        Where the size allows, each layer has a fused shape or is exact, unless any_shape is set.
+        Raises UserError, with the least possible size, when there is no such plan.
         """
         if size < self.smallest:
             raise UserError(
@@ -129,24 +132,24 @@ class SizePlanner:
 
 
 def stack_bytes(source: Checkpoint, errors: Errors) -> dict[str, dict[str, int]]:
-    """Stack → form → bytes of all its experts' parts."""
+    """Return stack → form → bytes of all its experts' parts."""
     sizes = {stack: dict.fromkeys(forms, 0) for stack, forms in errors.items()}
     for base in expert_bases(source):
         out, half = source.tensors[f"{base}.weight"].shape
-        of = sizes[stack_of(base)]
-        for form in of:
+        by_form = sizes[stack_of(base)]
+        for form in by_form:
             parts = parts_of(label_by_name(form), out, 2 * half).values()
-            of[form] += sum(TensorSpec("", *part).nbytes for part in parts)
+            by_form[form] += sum(TensorSpec("", *part).nbytes for part in parts)
     return sizes
 
 
-def plan_document(fit: SizeFit, errors: Errors, said: dict[str, Any]) -> dict[str, Any]:
-    """The plan as a file holds it; said: what was asked for and how errors were measured."""
+def plan_document(fit: SizeFit, errors: Errors, head: dict[str, Any]) -> dict[str, Any]:
+    """Return the plan as a file holds it. head: the settings, and how errors were measured."""
     experts: dict[str, dict[str, str]] = {}
     for stack, form in fit.forms.items():
         layer, _, projection = stack.rpartition(".")
         experts.setdefault(layer, {})[projection] = form
-    return said | {"bytes": fit.nbytes, "experts": experts, "squared_errors": errors}
+    return head | {"bytes": fit.nbytes, "experts": experts, "squared_errors": errors}
 
 
 def describe_fit(fit: SizeFit) -> str:

@@ -1,8 +1,9 @@
 """The staging folder: a hidden folder beside the bundle, renamed to the bundle when complete.
 
-A run continues in the staging folder that a killed run left. Folders of others are never emptied.
-A staging folder has the mark .converting, or holds only files that a converter makes: shards of the
-native converter (known by their metadata), unfinished shards of upstream's, temporary files, locks.
+A run continues in the staging folder that a killed run left. A foreign folder is never emptied. A
+staging folder has the file .converting, or holds only files that a converter makes: shards of the
+native converter (recognized by their metadata), unfinished shards of upstream's, temporary files
+and locks.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from dsv4.storage.system_files import is_system_file
 from dsv4.text import short_repr
 from dsv4.toolchain import upstream_converter
 
-UPSTREAMS = re.compile(r"model-\d{5}-of-XXXXX\.safetensors")  # its shards until it counts them
+UPSTREAMS = re.compile(r"model-\d{5}-of-XXXXX\.safetensors")  # names before their number is known
 
 
 @contextlib.contextmanager
 def staging(bundle: Path, part: tuple[int, int, str] | None = None) -> Iterator[Path]:
-    """Make and lock the bundle's staging folder. A `part` shares it with the other parts.
+    """Yield the bundle's staging folder, made and locked. A `part` shares it with other parts.
 
-    Raises UserError when another run has it, and when a link or a foreign folder has its name.
+    Raises UserError when another run holds it, and when a link or a foreign folder has its name.
     """
     check_not_volume_root(bundle)
     bundle.parent.mkdir(parents=True, exist_ok=True)
@@ -39,14 +40,14 @@ def staging(bundle: Path, part: tuple[int, int, str] | None = None) -> Iterator[
         with locks.locked(folder, part):
             yield folder
     finally:
-        with contextlib.suppress(OSError):  # it is gone, or has work to go on with; so have parts
+        with contextlib.suppress(OSError):  # it was renamed, or holds unfinished work
             if [path.name for path in folder.iterdir()] == [MARK]:
                 safe_paths.remove(folder, MARK)
             folder.rmdir()
 
 
 def check_own_folder(folder: Path) -> None:
-    """Raise UserError unless `folder` is missing or a converter's staging folder."""
+    """Raise UserError unless `folder` is missing or a staging folder."""
     kind = safe_paths.expect_type(
         folder.parent, folder.name, safe_paths.DIRECTORY, safe_paths.NOTHING
     )
@@ -71,13 +72,13 @@ def is_converter_file(folder: Path, name: str) -> bool:
 
 
 def mark(folder: Path) -> None:
-    """Mark the staging folder before the first byte of a bundle is written into it."""
+    """Write the file .converting, before the first byte of a bundle is written."""
     os.close(safe_paths.open_regular(folder, MARK, os.O_RDWR))
     fsync_folder(folder)
 
 
 def move_into_place(folder: Path, bundle: Path) -> None:
-    """Rename the finished staging folder to the bundle, and remove its mark."""
+    """Rename the finished staging folder to the bundle, and unmark it."""
     locks.lock_for(folder).unlink()
     fsync_folder(folder)
     folder.replace(bundle)
@@ -86,6 +87,6 @@ def move_into_place(folder: Path, bundle: Path) -> None:
 
 
 def unmark(bundle: Path) -> None:
-    """Remove the mark that a killed run may have left in a finished bundle."""
+    """Remove the file .converting, which a killed run may have left in a finished bundle."""
     if safe_paths.file_type(bundle, MARK) == safe_paths.FILE and not (bundle / MARK).stat().st_size:
         safe_paths.remove(bundle, MARK)

@@ -1,4 +1,4 @@
-"""The tokenizer and encoding files of a bundle: which there are, and copying them."""
+"""List and copy the tokenizer and encoding files of a bundle."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OPTIONAL = ("generation_config.json", "special_tokens_map.json", CHAT_TEMPLATE)
 
 
 def required_files(origin: Path) -> list[str]:
-    """Relative paths of the files to copy. Raises UserError when a required one is not there."""
+    """Return relative paths of the files to copy. Raises UserError if a required one is missing."""
     missing = [name for name in REQUIRED if not (origin / name).is_file()]
     if missing:
         raise UserError(
@@ -34,7 +34,10 @@ def required_files(origin: Path) -> list[str]:
 
 
 def copy_tokenizer_files(origin: Path, bundle: Path, keep_edited: bool) -> list[str]:
-    """Copy what is wanted; return the names of the files that were written."""
+    """Copy the files of `required_files`. Return the names of the files that were written.
+
+    keep_edited: do not overwrite the files that patch.py edits.
+    """
     kept = EDITED if keep_edited else ()
     return copy_files(
         origin,
@@ -44,11 +47,10 @@ def copy_tokenizer_files(origin: Path, bundle: Path, keep_edited: bool) -> list[
 
 
 def copy_files(origin: Path, bundle: Path, names: list[str]) -> list[str]:
-    """Copy these files; return the names of those that were not there or had other bytes.
+    """Copy these files. Return the names of those that were missing or had other bytes.
 
-    Raises UserError before anything is copied for a link in the place of the bundle's encoding/,
-    and for a file that is larger than any document, and for two names that are one to the bundle's
-    volume.
+    Raises UserError, before anything is copied, when the bundle's encoding/ is a link, when a file
+    is larger than a document may be, and when two names are the same on the bundle's volume.
     """
     for name in names:
         safe_paths.expect_type(bundle, name, safe_paths.FILE, safe_paths.LINK, safe_paths.NOTHING)
