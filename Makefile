@@ -57,6 +57,8 @@ SHARD_BYTES ?=
 REFERENCE ?=
 # download: a repository that has the tokenizer and encoding files, for a source without them.
 BASE ?=
+# patch: first or 0731, whose conversation the model speaks, if the encoding file does not tell.
+RELEASE ?=
 # The toolchain that serves: a file of scripts/stacks, installed into .toolchain/STACK. new is
 # nearest to transformers, see the README there; old is the plan's, and has what CONVERTER=jang needs.
 STACK ?= new
@@ -126,7 +128,7 @@ RUNTIME ?=
 FLOAT32 ?=
 
 # Settings reach the scripts as RECIPE_NAME in the environment, so that no shell expands the value.
-SETTINGS := REPO BASE REVISION SOURCE BUNDLE CONVERTER LOW_DISK SHARD_BYTES REFERENCE TOOLCHAIN_PYTHON PORT \
+SETTINGS := REPO BASE RELEASE REVISION SOURCE BUNDLE CONVERTER LOW_DISK SHARD_BYTES REFERENCE TOOLCHAIN_PYTHON PORT \
   QUANTIZER IMATRIX JOBS LEVEL VERIFY_HASHES PYTHON3 AGAINST TO PRIVATE DRY_RUN SOURCE2 \
   BUNDLES TEXT TOKENS DEVICE RUNTIME FLOAT32 AGAINST_NAME URL MODEL_NAME CONTEXT \
   FIT SIZE ANY_SHAPE PLAN
@@ -166,7 +168,7 @@ all: $(STAMPS)/verify.stamp ## build the bundle: every stage from check to verif
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z_-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "Settings (make NAME=value, or config.mk): MODEL REPO BASE REVISION SOURCE BUNDLE REFERENCE"
+	@echo "Settings (make NAME=value, or config.mk): MODEL REPO BASE RELEASE REVISION SOURCE BUNDLE REFERENCE"
 	@echo "  CONVERTER QUANTIZER IMATRIX FIT SIZE CONTEXT ANY_SHAPE PLAN LOW_DISK SHARD_BYTES STACK"
 	@echo "  TOOLCHAIN_PYTHON PORT JOBS LEVEL VERIFY_HASHES PYTHON3 BUNDLES TEXT TOKENS DEVICE RUNTIME"
 	@echo "  FLOAT32; see README.md."
@@ -174,7 +176,7 @@ help: ## list the targets
 # The values that stages depend on. Rewritten only when one of them has changed.
 $(STAMPS)/settings: FORCE
 	@mkdir -p $(STAMPS)
-	@printf '%s\n' $(foreach name,SOURCE BUNDLE REPO BASE REVISION REFERENCE TOOLCHAIN_PYTHON CONVERTER \
+	@printf '%s\n' $(foreach name,SOURCE BUNDLE REPO BASE RELEASE REVISION REFERENCE TOOLCHAIN_PYTHON CONVERTER \
 	  QUANTIZER IMATRIX FIT SIZE CONTEXT ANY_SHAPE PLAN,"$(name)=$$RECIPE_$(name)") > $@.new
 	@cmp -s $@.new $@ || cp $@.new $@
 	@rm -f $@.new

@@ -38,7 +38,7 @@ from dsv4.conversion.runtime_documents import (
     patched_documents,
 )
 from dsv4.errors import run
-from dsv4.model.chat_template import CHAT_TEMPLATE
+from dsv4.model.chat_template import CHAT_TEMPLATE, RELEASES
 from dsv4.model.folder_roles import bundle_path
 from dsv4.model.load import open_bundle, read_config
 from dsv4.settings import add_setting
@@ -53,13 +53,18 @@ def main() -> int:
     )
     add_setting(parser, "BUNDLE", required=True)
     add_setting(parser, "SOURCE", help="record where it was downloaded from")
+    add_setting(parser, "RELEASE", choices=("", *RELEASES[:2]), default="",
+                help="the conversation's release, if encoding/ does not tell it")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print what would change")
     args = parser.parse_args()
     bundle_path(args.bundle, args.source)
     read_config(args.bundle)
     with contextlib.nullcontext() if args.dry_run else locks.locked(args.bundle):
-        wanted = patched_documents(open_bundle(args.bundle), args.source)
-        template, text = args.bundle / CHAT_TEMPLATE, chat_templates(args.bundle)[0].encode()
+        wanted = patched_documents(open_bundle(args.bundle), args.source, args.release)
+        template, text = (
+            args.bundle / CHAT_TEMPLATE,
+            chat_templates(args.bundle, args.release)[0].encode(),
+        )
         changes = changed_keys(args.bundle, wanted)
         if not template.is_file() or limits.read_bounded(template) != text:
             changes.append(CHAT_TEMPLATE)

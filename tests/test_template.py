@@ -27,6 +27,7 @@ from dsv4.model.chat_template import (
     TemplateFault,
     conversations,
     encoding_release,
+    known_release,
     render_all,
     template_text,
 )
@@ -302,7 +303,9 @@ def test_an_encoding_is_recognised_by_its_program_alone():
     assert encoding_release(official[official.index(b'"""') :]) == "0731"
     assert encoding_release(b"# a note\n\n" + official) == "0731"
     assert encoding_release(official.replace(b"relentless", b"lenient")) is None
-    assert encoding_release(official + b"\n") is None
+    assert encoding_release(official + b"# another line\n") == "0731"
+    assert known_release(official + b"# another line\n") is None
+    assert encoding_release(b"def broken(:") is None
     assert encoding_release((NANO / "encoding" / "encoding_dsv4.py").read_bytes()) == "nano"
     assert encoding_release(b"") is None
 

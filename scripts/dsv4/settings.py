@@ -124,7 +124,7 @@ def parse_paths(text: str) -> list[Path]:
 TYPES: dict[str, Callable[[str], Any]] = {
     "SOURCE": parse_path, "BUNDLE": parse_path, "REFERENCE": parse_path, "IMATRIX": parse_path,
     "TOOLCHAIN_PYTHON": parse_path, "SOURCE2": parse_path,
-    "REPO": str, "BASE": str, "REVISION": str, "AGAINST": str, "TO": str,
+    "REPO": str, "BASE": str, "RELEASE": str, "REVISION": str, "AGAINST": str, "TO": str,
     "CONVERTER": str, "QUANTIZER": str,
     "JOBS": parse_jobs, "PORT": whole_number(1, 65535, "a port"),
     "LEVEL": whole_number(1, 2, "a level"), "SHARD_BYTES": parse_bytes,

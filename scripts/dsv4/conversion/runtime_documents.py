@@ -11,7 +11,15 @@ from typing import Any
 from dsv4.errors import UserError
 from dsv4.hub.provenance import provenance
 from dsv4.model import defaults
-from dsv4.model.chat_template import CHAT_TEMPLATE, is_own_template, template_for
+from dsv4.model.chat_template import (
+    CHAT_TEMPLATE,
+    EFFORT_KEY,
+    EFFORTS,
+    effort_holder,
+    folder_release,
+    is_own_template,
+    template_for,
+)
 from dsv4.model.configs import without_code
 from dsv4.model.json_schemas import origin_of
 from dsv4.model.labels import quantization
@@ -24,14 +32,16 @@ from dsv4.storage.checkpoint import Checkpoint, read_json
 UNRECORDED = "not recorded"
 
 
-def patched_documents(bundle: Checkpoint, source: Path | None = None) -> dict[str, dict[str, Any]]:
+def patched_documents(
+    bundle: Checkpoint, source: Path | None = None, release: str = ""
+) -> dict[str, dict[str, Any]]:
     """Return file name → the content that it should have, for the four JSON files."""
     folder = bundle.folder
     contents = {
         "config.json": patched_config(bundle, expert_labels(bundle)),
         "generation_config.json": generation_config(folder),
-        "tokenizer_config.json": tokenizer_config(folder),
-        "jang_config.json": jang_config(folder, source),
+        "tokenizer_config.json": tokenizer_config(folder, release),
+        "jang_config.json": jang_config(folder, source, release),
     }
     return {name: cleaned(folder, source, name, content) for name, content in contents.items()}
 
@@ -84,17 +94,17 @@ def generation_config(folder: Path) -> dict[str, Any]:
     return {**content, "bos_token_id": bos, "eos_token_id": token_ids(folder)}
 
 
-def tokenizer_config(folder: Path) -> dict[str, Any]:
+def tokenizer_config(folder: Path, release: str = "") -> dict[str, Any]:
     """Return tokenizer_config.json with its special tokens and a template."""
     content = read_json(folder / "tokenizer_config.json")
     for key, token in (("bos_token", BOS), ("eos_token", EOS)):
         if text_of(content.get(key)) != token:
             content[key] = token
-    content["chat_template"] = chat_templates(folder)[1]
+    content["chat_template"] = chat_templates(folder, release)[1]
     return content
 
 
-def chat_templates(folder: Path) -> tuple[str, Any]:
+def chat_templates(folder: Path, release: str = "") -> tuple[str, Any]:
     """Return (text of chat_template.jinja, chat_template of tokenizer_config.json) to be written.
 
     A template that is not this recipe's is kept. If only one place has such a template, the other
@@ -102,7 +112,7 @@ def chat_templates(folder: Path) -> tuple[str, Any]:
     """
     in_file = template_file(folder)
     in_config = read_json(folder / "tokenizer_config.json").get("chat_template")
-    own = template_for(folder)
+    own = template_for(folder, release)
     in_file, in_config = (
         text if text and not is_own_template(text) else None for text in (in_file, in_config)
     )
@@ -119,8 +129,10 @@ def template_file(folder: Path) -> str | None:
         return None
 
 
-def jang_config(folder: Path, source: Path | None) -> dict[str, Any]:
+def jang_config(folder: Path, source: Path | None, release: str = "") -> dict[str, Any]:
     """Return jang_config.json with groups of 32 and the source's origin instead of a local path.
+
+    The reasoning efforts become those of `release`, or of the folder's encoding file.
 
     Without a source folder the origin that was recorded earlier is kept.
     """
@@ -129,6 +141,7 @@ def jang_config(folder: Path, source: Path | None) -> dict[str, Any]:
     quantized = content.get("quantization")
     quantized = quantized if isinstance(quantized, dict) else {}
     content = {**content, "quantization": {**quantized, "group_size": GROUP}}
+    content = with_effort_levels(content, release or folder_release(folder))
     origin = origin_of(content)
     content.pop("source", None)
     if source is not None and source.is_dir():
@@ -137,6 +150,19 @@ def jang_config(folder: Path, source: Path | None) -> dict[str, Any]:
         return {**content, "source_model": UNRECORDED}
     named = f"{origin['repo']}@{origin['commit']}"
     return {**content, "source_model": named, "source": origin}
+
+
+def with_effort_levels(document: dict[str, Any], release: str | None) -> dict[str, Any]:
+    """Return jang_config.json with the reasoning efforts of a release; None: as it is.
+
+    vMLX 1.6.81 answers HTTP 400 to an effort that the document does not list.
+    """
+    holder = effort_holder(document)
+    if release is None or holder is None:
+        return document
+    document = copy.deepcopy(document)
+    effort_holder(document)[EFFORT_KEY] = [*EFFORTS[release], None]
+    return document
 
 
 def changed_keys(folder: Path, wanted: dict[str, dict[str, Any]]) -> list[str]:

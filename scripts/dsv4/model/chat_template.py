@@ -10,6 +10,7 @@ DeepSeek's own program made of them. A bundle's template must make the same prom
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
@@ -33,6 +34,15 @@ DIGESTS = {
     "abc0d26120250dda0ae077dc64aa28836026e61e970854aaeb792445e6a0dde6": "0731",
     "68ba6b13de5573bf47f0b5d34c2ab4ce3c1a20ca78cfc236517465b7c0d9a7a2": "nano",
 }
+# SHA-256 of the prompts that encoding_dsv4.py puts before a conversation by reasoning_effort, and
+# the first release that has them.
+EFFORT_PROMPTS = {
+    "a3cd6069381bb93989d04e9f7eae56d24b061cda9f6ccddee3a84674ec022c86": "first",
+    "d7857bd10b5f328f87705bb8733359219009286bf16fc1f31938a60814724f2e": "0731",
+}
+# The values of reasoning_effort that each release knows.
+EFFORT_KEY = "reasoning_effort_levels"  # of jang_config.json, in chat.reasoning
+EFFORTS = {"first": ("max", "high"), "0731": ("max", "high", "low"), "nano": ("max", "high", "low")}
 # The template that this project wrote into bundles before: 15 lines, and nothing with tools.
 EARLIER = "d58d60fe1ad797462b902cd78b44f0805692adf7f9094042417e6296dcb9cd7e"
 ENCODING = "encoding/encoding_dsv4.py"
@@ -55,16 +65,47 @@ class TemplateFault(Exception):
 
 
 def encoding_release(encoding: bytes) -> str | None:
-    """Return which of RELEASES an encoding_dsv4.py belongs to; None for an unknown file.
+    """Return which of RELEASES an encoding_dsv4.py belongs to; None if nothing tells.
 
-    Comments above the program are ignored; any changed byte of the program makes it unknown.
+    A known file tells by its bytes, another one by the prompts in its constants: a copy may have
+    other comments, or more functions. The program is not run.
     """
+    return known_release(encoding) or _release_by_constants(encoding)
+
+
+def known_release(encoding: bytes) -> str | None:
+    """Return the release of a known file, byte for byte but for comments above; else None."""
     lines = encoding.splitlines(keepends=True)
     above = next((n for n, line in enumerate(lines) if line.strip() and line[:1] != b"#"), 0)
     for program in (encoding, b"".join(lines[above:])):
         if release := DIGESTS.get(hashlib.sha256(program).hexdigest()):
             return release
     return None
+
+
+def _release_by_constants(encoding: bytes) -> str | None:
+    """Return the release by the texts that the program assigns at its top level, else None."""
+    try:
+        body = ast.parse(encoding).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+    found = set()
+    for statement in body:
+        if not isinstance(statement, ast.Assign | ast.AnnAssign):
+            continue
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                text = node.value.strip().encode("utf-8", "surrogatepass")
+                found.add(EFFORT_PROMPTS.get(hashlib.sha256(text).hexdigest()))
+    return "0731" if "0731" in found else "first" if "first" in found else None
+
+
+def effort_holder(jang_config: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the object of jang_config.json that lists the reasoning efforts, if there is one."""
+    holder: Any = jang_config
+    for key in ("chat", "reasoning"):
+        holder = holder.get(key) if isinstance(holder, dict) else None
+    return holder if isinstance(holder, dict) and EFFORT_KEY in holder else None
 
 
 @cache
@@ -78,12 +119,15 @@ def template_text(release: str) -> str:
     return before + line.replace("0731", release) + after
 
 
-def template_for(folder: Path) -> str:
-    """Return the template for the release of the folder's encoding file; unknown: the first."""
+def folder_release(folder: Path) -> str | None:
+    """Return the release of a folder's encoding file; None if that is missing or unknown."""
     path = folder / ENCODING
-    return template_text(
-        (encoding_release(limits.read_bounded(path)) if path.is_file() else None) or "first"
-    )
+    return encoding_release(limits.read_bounded(path)) if path.is_file() else None
+
+
+def template_for(folder: Path, release: str = "") -> str:
+    """Return the template of `release`, or of the folder's encoding file; unknown: the first's."""
+    return template_text(release or folder_release(folder) or "first")
 
 
 def is_own_template(text: object) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dsv4.model.bundle_tensors import StorageFormat
+from dsv4.model.chat_template import EFFORT_KEY, EFFORTS
 from dsv4.model.labels import TURBO, turboquant_fields
 from dsv4.model.names import GROUP
 from dsv4.model.special_tokens import BOS, EOS
@@ -189,7 +190,7 @@ def chat_settings(config: dict[str, Any]) -> dict[str, Any]:
             "default_mode": "chat",
             "thinking_start": "<think>",
             "thinking_end": "</think>",
-            "reasoning_effort_levels": ["max", "high", None],
+            EFFORT_KEY: [*EFFORTS["first"], None],  # the patch stage has the release's
             "drop_earlier_reasoning": True,
         },
         "tool_calling": {

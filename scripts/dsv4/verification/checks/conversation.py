@@ -15,12 +15,17 @@ from dsv4.errors import UserError
 from dsv4.model import defaults
 from dsv4.model.chat_template import (
     CHAT_TEMPLATE,
+    EFFORT_KEY,
+    EFFORT_PROMPTS,
+    EFFORTS,
     ENCODING,
     RELEASES,
     Conversation,
     TemplateFault,
     conversations,
+    effort_holder,
     encoding_release,
+    known_release,
     render_all,
 )
 from dsv4.model.special_tokens import BOS, EOS, text_of, vocabulary
@@ -71,10 +76,26 @@ def check_encoding(bundle: Scan, source: Checkpoint | None, findings: Findings) 
     if own is not None and own.is_file():
         if limits.read_bounded(own) != data:
             findings.add("encoding-differs", ENCODING, "other bytes", "the source's")
-    elif encoding_release(data) is None:
+    elif known_release(data) is None:
         findings.add("encoding-unknown", ENCODING, f"{len(data):,} bytes of unknown code that vMLX "
                      "will run", "a file of DeepSeek's releases")  # fmt: skip
-    return encoding_release(data) or ""
+    release = encoding_release(data)
+    if release is None:
+        findings.add("encoding-release-unknown", ENCODING, "no effort prompt of a known release",
+                     f"those of {' or '.join(EFFORT_PROMPTS.values())}")  # fmt: skip
+    check_efforts(bundle, release, findings)
+    return release or ""
+
+
+def check_efforts(bundle: Scan, release: str | None, findings: Findings) -> None:
+    """Check that jang_config.json lists the reasoning efforts of the release."""
+    holder = effort_holder(bundle.documents.get("jang_config.json", {}))
+    if release is None or holder is None:
+        return
+    levels, expected = holder[EFFORT_KEY], [*EFFORTS[release], None]
+    if not isinstance(levels, list) or not all(level in levels for level in expected):
+        where = f"jang_config.json: chat.reasoning.{EFFORT_KEY}"
+        findings.add("effort-levels-wrong", where, short_repr(levels), short_repr(expected))
 
 
 def read_file(bundle: Scan, name: str) -> bytes | None:

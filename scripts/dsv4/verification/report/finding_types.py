@@ -53,6 +53,8 @@ ERRORS = {
         "trained; an agent gets a model without tools, and no error.",
         "answer-limit": "An answer to a request without max_tokens ends after this many tokens, "
         "thinking included.",
+        "effort-levels-wrong": "vMLX 1.6.81 answers HTTP 400 to a reasoning_effort that "
+        "jang_config.json does not list.",
         "sampling-differs": "vMLX 1.6.81 and mlx-vlm prefer this to generation_config.json, which "
         "has another value.",
         "jang-config-group-size": "vMLX 1.6.81 assumes groups of 64 unless jang_config.json says "
@@ -195,6 +197,10 @@ WARNINGS = {
     "read that file before you serve, or make repair SOURCE=…": {
         "encoding-unknown": "vMLX runs encoding/encoding_dsv4.py when it serves: this code is none "
         "of DeepSeek's known files.",
+    },
+    "make patch RELEASE=first, or RELEASE=0731": {
+        "encoding-release-unknown": "Nothing in encoding/encoding_dsv4.py tells its release; the "
+        "chat template and the reasoning efforts are the first release's.",
     },
     "move it out of the bundle": {
         "file-unhashed": "A file that no runtime reads is larger than any document; it was not "
