@@ -302,7 +302,7 @@ def test_an_encoding_is_recognised_by_its_program_alone():
     assert encoding_release(official) == "0731"
     assert encoding_release(official[official.index(b'"""') :]) == "0731"
     assert encoding_release(b"# a note\n\n" + official) == "0731"
-    assert encoding_release(official.replace(b"relentless", b"lenient")) is None
+    assert encoding_release(official.replace(b"relentless", b"lenient")) == "first"
     assert encoding_release(official + b"# another line\n") == "0731"
     assert known_release(official + b"# another line\n") is None
     assert encoding_release(b"def broken(:") is None
