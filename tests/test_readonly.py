@@ -289,7 +289,7 @@ def test_commands_that_read_change_nothing(source, work, others, tmp_path, monke
         level = ("--level", 1 + (bundle.name == "lossless"))
         status, out, err = here("verify", "--bundle", bundle, *level, *fast)
         assert (status, "SOURCE: nothing lies at" in err) == (wrong, True), (out, err)
-        assert "not compared, for want of a source: tensors, tokenizer, encoding" in out
+        assert "not compared, without a source: tensors, tokenizer, encoding" in out
         assert ("encoding, every value" in out) == (level[1] == 2)
     must("report", "--json", tmp_path / "verify.json", "--out", tmp_path / "page.html")
     assert {bundle: state(bundle) for bundle in every} == before

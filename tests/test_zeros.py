@@ -181,11 +181,13 @@ def test_each_thread_has_a_watch_of_its_own(nano_bundle):
             super().append(one)
             both.wait(60)
 
-    worker._watches = Waits()
+    worker._readers = Waits()
     with ThreadPoolExecutor(2) as pool:
         readers = [one.result() for one in [pool.submit(worker._reader) for _ in range(2)]]
     assert readers[0]._watch is not readers[1]._watch
-    assert {id(reader._watch) for reader in readers} == {id(watch) for watch in worker._watches}
+    assert {id(reader._watch) for reader in readers} == {
+        id(detector) for _, detector in worker._readers
+    }
 
 
 @pytest.fixture
