@@ -21,13 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv4.conversion import low_disk, published_source, tokenizer_files
-from dsv4.conversion.recorded_format import (
-    RecordedFormat,
-    check_ours,
-    read_recorded_format,
-    resolve_quantizer,
-)
+from dsv4.conversion import low_disk, published_source, recorded_format, tokenizer_files
 from dsv4.conversion.size_planner import planned_shards
 from dsv4.errors import UserError, run
 from dsv4.hub.download import recorded, remaining
@@ -251,7 +245,7 @@ def bundle_need(
     args: argparse.Namespace,
     headers: Checkpoint | None,
     options: QuantizerOptions,
-    recorded_format: RecordedFormat | None,
+    made: recorded_format.RecordedFormat | None,
 ) -> tuple[list[Line], int]:
     """The bundle's final size, the Mac that it fits, and the bytes that its volume must still take.
 
@@ -265,7 +259,7 @@ def bundle_need(
         size = None
         if args.fit or args.size:
             size = mac_memory.size_goal(args, headers.config)
-        shards, goal = planned_shards(headers, options, recorded_format, args.shard_bytes, size)
+        shards, goal = planned_shards(headers, options, made, args.shard_bytes, size)
     except UserError as stop:
         return [Line(False, "bundle size", f"unknown ({stop})")], 0
     total = sum(shard.size for shard in shards)
@@ -313,13 +307,8 @@ def main() -> int:
     )
     add_setting(parser, "SOURCE", required=True)
     add_setting(parser, "BUNDLE", required=True)
-    add_setting(
-        parser,
-        "TOOLCHAIN_PYTHON",
-        option="--python",
-        default=python_env.default_python(),
-        help="toolchain",
-    )
+    python = python_env.default_python()
+    add_setting(parser, "TOOLCHAIN_PYTHON", option="--python", default=python, help="toolchain")
     parser.add_argument("--app", type=parse_path, default=python_env.APP)
     add_setting(parser, "REPO", default="", help="where the source can be fetched from")
     add_setting(parser, "REVISION", default="main")
@@ -334,13 +323,13 @@ def main() -> int:
     args = parser.parse_args()
     mac_memory.check_goal(args)
     source, bundle = args.source, bundle_path(args.bundle, args.source)
-    args.bundle, recorded_format = bundle, read_recorded_format(bundle, args.quantizer)
-    check_ours(bundle, recorded_format, args.quantizer, args.converter, args.ours)
-    options = resolve_quantizer(quantizer_options(args), recorded_format)
+    args.bundle, made = bundle, recorded_format.read_recorded_format(bundle, args.quantizer)
+    recorded_format.check_ours(bundle, made, args.quantizer, args.converter, args.ours)
+    options = recorded_format.resolve_quantizer(quantizer_options(args), made)
     lines = check_toolchain(args.python, args.converter, args.app, options.name)
     lines += [check_patch(args.python, args.app, path) for path in patches.DEFAULT]
     state = source_state(args)
-    bundle_lines, build = bundle_need(args, state.headers, options, recorded_format)
+    bundle_lines, build = bundle_need(args, state.headers, options, made)
     lines += check_volume("source volume", source, written=state.fetch > 0 or args.low_disk)
     lines += check_volume("bundle volume", bundle, written=True)
     lines += [*state.lines, *bundle_lines, *check_space(source, bundle, state.fetch, build)]

@@ -26,7 +26,7 @@ def test_check_and_the_dry_run_name_the_bytes_that_are_written(quantizer, tmp_pa
     new = ROOT / ".toolchain" / "new" / "bin" / "python"  # the old stack refuses lossless
     checked = must("check", *options, "--python", new)
     promised = re.search(r"bundle size: (.*) finished", checked)[1]
-    shown = re.search(r"disk: (.*) for the bundle", must("convert", *options, "--dry-run"))[1]
+    shown = re.search(r"disk: (.*) for good", must("convert", *options, "--dry-run"))[1]
     must("convert", *options)
     written = sum(path.stat().st_size for path in bundle.glob("*.safetensors"))
     assert promised == shown == format_bytes(written)
