@@ -238,7 +238,7 @@ def has_tokenizer(args: argparse.Namespace) -> bool:
 
 def describe_source(source: Checkpoint) -> str:
     """Return a source's release and what is unusual in it."""
-    return "; ".join((release_name(source), *source_notes(source)))
+    return "; ".join((release_name(source.config, source.tensors), *source_notes(source)))
 
 
 def bundle_need(

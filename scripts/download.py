@@ -80,7 +80,9 @@ def judge(args: argparse.Namespace, record: Record) -> None:
         published = published_source.open_published(
             record.repo, record.commit, has_tokenizer, args.patience
         )
-    print_escaped(f"{escape_line(args.source)}: {release_name(published.checkpoint)}")
+    print_escaped(
+        f"{escape_line(args.source)}: {release_name(published.checkpoint.config, published.checkpoint.tensors)}"
+    )
 
 
 def prepare(args: argparse.Namespace) -> str:

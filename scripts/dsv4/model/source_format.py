@@ -82,12 +82,13 @@ def has_dspark(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool
     return any(key.startswith("dspark_") for key in config)
 
 
-def release_name(source: Checkpoint) -> str:
-    """Return the name of a source by its sizes and tensors, with its number of experts if pruned.
+def release_name(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Return a checkpoint's release by its sizes and tensors, with its experts if pruned.
+
+    tensors: of a source, or of a bundle by storage name.
 
     "DeepSeek-V4-Flash with DSpark, as -0731 has it; pruned: 152 of 256 experts".
     """
-    config, tensors = source.config, source.tensors
     sizes = (config.get("hidden_size"), config.get("num_hidden_layers"))
     name, experts, top_k = MODELS.get(sizes, ("DeepSeek-V4 of other sizes", None, None))
     drafter = "without MTP"

@@ -120,8 +120,9 @@ def scan(folder: Path, findings: Findings) -> Scan | None:
     weight_map = check_weight_map(documents.get(INDEX), findings)
     config = documents.get("config.json")
     if config is not None and config.get("model_type") != MODEL_TYPE:
-        found = short_repr(config.get("model_type"))
-        findings.add("config-broken", "config.json: model_type", found, repr(MODEL_TYPE))
+        found = config.get("model_type")
+        name = "another-model" if isinstance(found, str) else "config-broken"
+        findings.add(name, "config.json: model_type", short_repr(found), repr(MODEL_TYPE))
         config = None
     if config is None or not weight_map:
         return None

@@ -115,7 +115,7 @@ def front_matter(facts: Facts) -> str:
     weights = sum(cell["weights"] for cell in errors["experts"])
     bits = facts.report["sizes"]["by_kind"].get("routed experts", 0) * 8 / max(1, weights)
     lines.append(
-        f"DeepSeek-V4 as an MLX bundle: routed experts in {bits:.2f} bits a weight, scales and "
+        f"{escape_line(release)} as an MLX bundle: routed experts in {bits:.2f} bits a weight, scales and "
         f"biases included; everything else as {', '.join(formats)}."
     )
     return "\n".join(lines)

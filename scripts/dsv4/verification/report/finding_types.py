@@ -152,6 +152,10 @@ ERRORS = {
         "shard-stranger": "MLX loads every model*.safetensors that it finds, over the right "
         "tensors.",
     },
+    "none: use the tools of that model": {
+        "another-model": "Only bundles of DeepSeek-V4 are checked; V4.1 (deepseek_v41) is another "
+        "model.",
+    },
     "do not use this bundle": {
         "index-unsafe-path": "An entry leads out of the folder.",
     },
