@@ -80,9 +80,9 @@ def judge(args: argparse.Namespace, record: Record) -> None:
         published = published_source.open_published(
             record.repo, record.commit, has_tokenizer, args.patience
         )
-    print_escaped(
-        f"{escape_line(args.source)}: {release_name(published.checkpoint.config, published.checkpoint.tensors)}"
-    )
+    source = published.checkpoint
+    release = release_name(source.config, source.tensors)
+    print_escaped(f"{escape_line(args.source)}: {release}")
 
 
 def prepare(args: argparse.Namespace) -> str:

@@ -25,6 +25,7 @@ from dsv4.errors import UserError, renamed_path, run
 from dsv4.hub import repository
 from dsv4.hub.remote_headers import Skeleton, fetch_skeleton
 from dsv4.model.source import open_source
+from dsv4.model.source_format import release_name
 from dsv4.settings import add_setting, parse_seconds
 from dsv4.storage.atomic import format_bytes
 from dsv4.text import LINE, escape_line, join_some, print_escaped
@@ -113,6 +114,7 @@ def inspect(options: InspectOptions, repo: str, work: Path) -> tuple[tuple[str, 
     show(skeleton, checks, findings)
     show_runtimes(runtime_verdicts(bundle, findings))
     if bundle:
+        print_escaped(f"release: {release_name(bundle.config, bundle.tensors)}")
         show_conversation(bundle)
     row = summary_row(repo, skeleton.nbytes, bundle, findings)
     names = ", ".join(finding.name for finding in findings.errors)

@@ -483,7 +483,7 @@ def no_labels(config: dict) -> None:
     del config["quantization"]
 
 
-@on_json("config.json", "config-broken", "llama")
+@on_json("config.json", "another-model", "llama")
 def another_model_type(config: dict) -> None:
     config["model_type"] = "llama"
 

@@ -175,9 +175,7 @@ def describe_checks(options: VerifyOptions, done: Verification) -> str:
     ]
     lines += [check.text() for check in done.level_1]
     if done.bundle is None:
-        lines.append(
-            "nothing more can be checked without an index and a config.json of DeepSeek-V4"
-        )
+        lines.append("nothing more can be checked without DeepSeek-V4's config.json and an index")
     elif done.numbers is not None:
         took, size = done.seconds["level 2"], done.bundle.checkpoint.nbytes
         rate = f"{took:.1f} s, {size / took / 1e9:.2f} GB/s of the bundle"

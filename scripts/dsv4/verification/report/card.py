@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsv4.model.source_format import release_name
 from dsv4.storage import limits
 from dsv4.text import escape_line
 from dsv4.verification.checks.runtimes import runtime_verdicts
@@ -114,8 +115,9 @@ def front_matter(facts: Facts) -> str:
     formats = sorted({escape_cell(other["stored_as"]) for other in errors.get("others") or []})
     weights = sum(cell["weights"] for cell in errors["experts"])
     bits = facts.report["sizes"]["by_kind"].get("routed experts", 0) * 8 / max(1, weights)
+    release = release_name(facts.bundle.config, facts.bundle.tensors)
     lines.append(
-        f"{escape_line(release)} as an MLX bundle: routed experts in {bits:.2f} bits a weight, scales and "
+        f"{release} as an MLX bundle: routed experts in {bits:.2f} bits a weight, scales and "
         f"biases included; everything else as {', '.join(formats)}."
     )
     return "\n".join(lines)
