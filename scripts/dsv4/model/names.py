@@ -118,8 +118,8 @@ def most_zeros(name: str, dtype: str, nbytes: int) -> int | None:
     """Return the number of successive zero bytes that show a hole in a tensor; None for no limit.
 
     Codes and scales of FP4 and FP8 never have a page of zeros. A BF16 matrix may have rows of zeros
-    (unused tokens, or rows beyond the tokenizer's vocabulary: 0.4% of Flash's embedding and head), but
-    no megabyte, of embedding and head no 128th part. No matrix, scale or norm has only zeros.
+    (unused tokens), but no megabyte; embedding and head, which may have rows beyond the tokenizer's
+    vocabulary, no 128th part. No matrix, scale or norm has only zeros.
     """
     base = name.removesuffix("s") if name.endswith(".scales") else name  # a bundle's, too
     what = treatment(base)
