@@ -15,11 +15,12 @@ from dsv4.errors import UserError
 from dsv4.model.labels import DEFAULT, MXFP8, SOURCE, TURBO, has_turboquant
 from dsv4.model.names import is_control, parse_expert
 from dsv4.model.naming_schemes import STORAGE
+from dsv4.quantization.mlx_affine import float_pieces
 from dsv4.repair.context import NEEDS_SOURCE, RepairContext
 from dsv4.repair.shards_on_disk import open_by_shards, wrong_experts
 from dsv4.storage.checkpoint import Checkpoint
-from dsv4.storage.safetensors_file import Shard, Tensor, TensorSpec, header_bytes
-from dsv4.storage.shard_writer import NewShard, copy_pieces, write_shards
+from dsv4.storage.safetensors_file import FLOATS, Shard, Tensor, TensorSpec, header_bytes
+from dsv4.storage.shard_writer import NewShard, Piece, copy_pieces, write_shards
 from dsv4.verification.checks import turboquant_files
 from dsv4.verification.checks.documents import labels_in_use, labels_unquantized
 from dsv4.verification.checks.stored_formats import LABEL_KEYS, label_at
@@ -74,19 +75,26 @@ def plan_controls(repair: RepairContext, bundle: Scan) -> None:
 
 
 def same_shape(origin: Tensor | None, rounded: Tensor) -> bool:
-    """Return True for an F32 tensor of the source with the shape of the bundle's tensor."""
-    return origin is not None and origin.dtype == "F32" and origin.shape == rounded.shape
+    """Return True for a tensor of the source with the shape of the bundle's tensor."""
+    return origin is not None and origin.dtype in FLOATS and origin.shape == rounded.shape
 
 
 def updated_shard(shard: Shard, origins: dict[str, Tensor]) -> NewShard:
-    """Return a shard with the same tensors in the same order, those in `origins` from there."""
-    tensors = {name: origins.get(name, tensor) for name, tensor in shard.tensors.items()}
-    specs = [TensorSpec(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
+    """Return a shard with the same tensors in the same order, `origins` as F32 in their places."""
+    specs = [
+        TensorSpec(name, "F32" if name in origins else tensor.dtype, tensor.shape)
+        for name, tensor in shard.tensors.items()
+    ]
     header = header_bytes(specs, shard.metadata)
-    pieces, offset = [], len(header)
-    for tensor in tensors.values():
-        pieces += copy_pieces(tensor.path, tensor.offset, offset, tensor.nbytes)
-        offset += tensor.nbytes
+    pieces: list[Piece] = []
+    offset = len(header)
+    for spec in specs:
+        tensor = origins.get(spec.name, shard.tensors[spec.name])
+        if tensor.dtype == spec.dtype:
+            pieces += copy_pieces(tensor.path, tensor.offset, offset, tensor.nbytes)
+        else:
+            pieces += float_pieces(tensor, offset, spec.dtype)
+        offset += spec.nbytes
     return NewShard(shard.path, header, offset, lambda: pieces)
 
 
