@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import small
-from conftest import SCRIPTS, SEED, Forks, must, script
+from conftest import SCRIPTS, SEED, Commands, must, script
 
 from dsv4.model import names
 from dsv4.model.labels import RECORD
@@ -256,11 +256,13 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(source, split, tmp_path
     """kill -9 at random moments between the first shard and the last rename."""
     rng = random.Random(SEED)
     wanted, kills, number, seen = digests(split), 0, 0, set()
-    with Forks() as forks:
+    with Commands() as forks:
         while kills < KILLS:
             bundle, number, status = tmp_path / f"{number}", number + 1, -1
             while status:
-                pid = forks.start("--source", source, "--bundle", bundle, "--shard-bytes", "3e5")
+                pid = forks.start(
+                    "convert", "--source", source, "--bundle", bundle, "--shard-bytes", "3e5"
+                )
                 seen.add(kill_after(pid, bundle, rng.randrange(7), rng.uniform(0, 0.005)))
                 status = forks.status()
                 assert status in (0, -signal.SIGKILL)

@@ -21,7 +21,7 @@ import conftest
 import numpy as np
 import pytest
 import small
-from conftest import Forks
+from conftest import Commands
 
 import requantize as script
 from dsv4 import errors
@@ -159,10 +159,10 @@ def whole_run(tmp: Path, sizes: small.Sizes, seed: int) -> tuple[Path, Path, dic
     return source, stock, digests(bundle)
 
 
-def time_of_work(forks: Forks, source: Path, stock: Path, bundle: Path) -> float:
+def time_of_work(forks: Commands, source: Path, stock: Path, bundle: Path) -> float:
     """Seconds from a run's first write to its end."""
     shutil.copytree(stock, bundle)
-    forks.start("--source", source, "--bundle", bundle)
+    forks.start("requantize", "--source", source, "--bundle", bundle)
     assert wait_for_work(forks.is_running, bundle, set())
     begin = time.perf_counter()
     assert forks.status() == 0
@@ -178,7 +178,7 @@ def test_fifty_kills_lose_nothing(tmp_path: Path) -> None:
     rng = random.Random(conftest.SEED)
     source, stock, expected = whole_run(tmp_path, MANY_SHARDS, seed=4)
     kills, rounds = 0, 0
-    with Forks("requantize") as forks:
+    with Commands() as forks:
         span = time_of_work(forks, source, stock, tmp_path / "timed")
         while kills < 50:
             rounds += 1
@@ -186,7 +186,7 @@ def test_fifty_kills_lose_nothing(tmp_path: Path) -> None:
             shutil.copytree(stock, bundle)
             while True:
                 old = temporaries(bundle)
-                pid = forks.start("--source", source, "--bundle", bundle)
+                pid = forks.start("requantize", "--source", source, "--bundle", bundle)
                 if wait_for_work(forks.is_running, bundle, old):
                     time.sleep(rng.random() * span)
                 with contextlib.suppress(ProcessLookupError):  # it has ended
