@@ -127,7 +127,7 @@ assert "mlx" not in sys.modules
 gc.collect()
 gc.freeze()
 for line in sys.stdin:
-    argv, cwd, environment, *files = json.loads(line)
+    argv, cwd, environment, kill, *files = json.loads(line)
     pid = os.fork()
     if not pid:
         break
@@ -141,6 +141,20 @@ for number, path in enumerate(files):
 if environment is not None:
     os.environ.clear()
     os.environ.update(environment)
+if kill:
+    module, name, calls, number = kill
+    place = importlib.import_module(module)
+    *owners, name = name.split(".")
+    for owner in owners:
+        place = getattr(place, owner)
+    real = getattr(place, name)
+    def interrupted(*arguments, **options):
+        global calls
+        calls -= 1
+        if calls == -1:
+            os.kill(os.getpid(), number)
+        return real(*arguments, **options)
+    setattr(place, name, interrupted)
 sys.argv[:], sys.path[0] = argv, os.path.dirname(argv[0])
 try:
     runpy.run_path(argv[0], run_name="__main__")
@@ -186,12 +200,17 @@ os._exit(status)
         env: dict[str, str] | None = None,
         cwd: Path | None = None,
         input: str = "",
+        kill: tuple[str, str, int, int] | None = None,
     ) -> int:
-        """Begin a run of scripts/NAME.py; return its process id. Then ask for `status`."""
+        """Begin a run of scripts/NAME.py; return its process id. Then ask for `status`.
+
+        `kill` is (module, name of a function or method in it, n, signal): the run sends itself the
+        signal where, after n calls, it would call that once more.
+        """
         for file, text in zip(self._files, (input, "", ""), strict=True):
             file.write_text(text)
         argv = [str(SCRIPTS / f"{name}.py"), *map(str, arguments)]
-        order = [argv, str(cwd or Path.cwd()), env, *map(str, self._files)]
+        order = [argv, str(cwd or Path.cwd()), env, kill, *map(str, self._files)]
         self._process.stdin.write(f"{json.dumps(order)}\n".encode())
         self._pid = int(self._process.stdout.readline())
         return self._pid
@@ -242,12 +261,12 @@ def script(name: str, *arguments: object, **options: object) -> subprocess.Compl
     """Run scripts/NAME.py, or `lab/NAME`, as a user does; stdout and stderr are captured.
 
     `env`, `cwd`, `input` and `timeout` are those of subprocess.run, the environment that of this
-    test unless given. Other options, and variables that Python reads as it starts, need a Python of
-    its own.
+    test unless given; `kill` is that of `Commands.start`. With other options, or with variables
+    that Python reads as it starts, the script has a Python of its own.
     """
     env = {k: v for k, v in (options.get("env") or environ()).items() if k[:7] != "PYTEST_"}
     changed = {k for k in {*env, *ENVIRON} if env.get(k) != ENVIRON.get(k)}
-    if {*options} <= {"env", "cwd", "input", "timeout"} and not any(
+    if {*options} <= {"env", "cwd", "input", "timeout", "kill"} and not any(
         name.startswith(EARLY) for name in changed
     ):
         return commands().run(name, *arguments, **options | {"env": env})

@@ -151,6 +151,19 @@ def test_a_second_run_needs_no_network(prepared):
     assert prepared.hub.requests == []
 
 
+@pytest.mark.parametrize("n", [3, 9])
+def test_killed_before_a_rename_it_goes_on_and_fetches_nothing_twice(prepared, wanted, n):
+    killed = ("os", "rename", n, signal.SIGKILL)
+    done = script(*prepared.command("convert"), env=prepared.env, kill=killed)
+    assert done.returncode == -signal.SIGKILL
+    used, asked = freed(prepared), len(prepared.hub.requests)
+    prepared.must("convert")
+    again = {Path(request.path).name for request in prepared.hub.requests[asked:]} & used
+    assert not again, f"fetched again: {again}"
+    assert shards(prepared.bundle) == wanted
+    assert not shards(prepared.source)
+
+
 @pytest.mark.full
 def test_killed_anywhere_it_goes_on_and_fetches_nothing_twice(prepared, wanted):
     rng = random.Random(SEED)

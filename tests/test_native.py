@@ -251,6 +251,14 @@ def test_one_thread_and_three_write_the_same(source, split, tmp_path):
         assert digests(tmp_path / f"{jobs}") == digests(split)
 
 
+@pytest.mark.parametrize("n", [0, 2, 5])
+def test_a_run_killed_before_a_rename_goes_on(source, split, tmp_path, n):
+    words = ("convert", "--source", source, "--bundle", tmp_path / "b", "--shard-bytes", 300000)
+    assert script(*words, kill=("os", "rename", n, signal.SIGKILL)).returncode == -signal.SIGKILL
+    must(*words)
+    assert digests(tmp_path / "b") == digests(split)
+
+
 @pytest.mark.full
 def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(source, split, tmp_path):
     """kill -9 at random moments between the first shard and the last rename."""

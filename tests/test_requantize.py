@@ -169,6 +169,17 @@ def time_of_work(forks: Commands, source: Path, stock: Path, bundle: Path) -> fl
     return time.perf_counter() - begin
 
 
+@pytest.mark.parametrize("n", [0, 3, 6])
+def test_a_run_killed_before_a_rename_loses_nothing(tmp_path: Path, n: int) -> None:
+    source, bundle, expected = whole_run(tmp_path, MANY_SHARDS, seed=4)
+    folders = ("--source", source, "--bundle", bundle)
+    done = conftest.script("requantize", *folders, kill=("os", "rename", n, signal.SIGKILL))
+    assert done.returncode == -signal.SIGKILL
+    open_bundle(bundle)  # every shard is whole
+    assert requantize(source, bundle).returncode == 0
+    assert digests(bundle) == expected
+
+
 @pytest.mark.full
 def test_fifty_kills_lose_nothing(tmp_path: Path) -> None:
     """kill -9 at random moments of real runs: shards stay whole, the end is byte for byte the same.
@@ -206,13 +217,11 @@ def test_fifty_kills_lose_nothing(tmp_path: Path) -> None:
 
 def test_ctrl_c_leaves_no_temporary_and_the_next_run_goes_on(tmp_path: Path) -> None:
     source, bundle, expected = whole_run(tmp_path, MANY_SHARDS, seed=5)
-    process = start(source, bundle)
-    assert wait_for_work(lambda: process.poll() is None, bundle, set())
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert errors.count("\n") == 1
-    assert "interrupted" in errors
+    folders = ("--source", source, "--bundle", bundle)
+    done = conftest.script("requantize", *folders, kill=("os", "rename", 2, signal.SIGINT))
+    assert done.returncode == 130
+    assert done.stderr.count("\n") == 1
+    assert "interrupted" in done.stderr
     assert not list(bundle.glob(".*"))
     assert requantize(source, bundle).returncode == 0
     assert digests(bundle) == expected
