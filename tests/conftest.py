@@ -55,10 +55,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The files that take longest, by CPU seconds, so that no worker ends with one of them alone.
 LONGEST = (
-    "test_recipe", "test_verify_mutations", "test_layouts", "test_default_stack",
-    "test_nano_faults", "test_hub", "test_evaluate", "test_repair", "test_requantize",
-    "test_lossless", "test_low_disk", "test_turboquant", "test_readonly", "test_removal",
-    "test_dspark", "test_native", "test_fuzz", "test_volumes", "test_accept",
+    "test_layouts", "test_default_stack", "test_recipe", "test_verify_mutations", "test_repair",
+    "test_evaluate", "test_download", "test_volumes", "test_turboquant", "test_low_disk",
+    "test_words", "test_readonly", "test_requantize", "test_native", "test_dspark",
+    "test_nano_faults", "test_lossless", "test_fuzz", "test_accept",
 )  # fmt: skip
 LEFT = pytest.StashKey[list[str]]()
 

@@ -7,8 +7,6 @@ bytes, torch or jang_tools creeping back in, memory that grows with the largest 
 
 import contextlib
 import hashlib
-import importlib
-import io
 import json
 import os
 import random
@@ -25,6 +23,7 @@ import numpy as np
 import pytest
 import small
 from conftest import SCRIPTS, SEED, Commands, must, script
+from here import here
 
 from dsv4.model import names
 from dsv4.model.labels import RECORD
@@ -56,15 +55,7 @@ def run(
 
     The tests of kills, of a full disk, of memory and of imports start processes instead.
     """
-    module = importlib.import_module(name)
-    out, err, kept = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv = [name, *map(str, ["--source", source, "--bundle", bundle, *options])]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            status = module.run(module.main)
-    finally:
-        sys.argv = kept
-    return status, out.getvalue(), err.getvalue()
+    return here(name, "--source", source, "--bundle", bundle, *options)
 
 
 def convert(source: Path, bundle: Path, *options: object) -> str:

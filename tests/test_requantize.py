@@ -22,9 +22,8 @@ import numpy as np
 import pytest
 import small
 from conftest import Commands
+from here import here
 
-import requantize as script
-from dsv4 import errors
 from dsv4.conversion.job_array import parse_part
 from dsv4.conversion.shard_metadata import made_by
 from dsv4.model.load import open_bundle, open_source
@@ -46,15 +45,6 @@ def requantize(
 ) -> subprocess.CompletedProcess[str]:
     how = {"preexec_fn": before} if before else {}
     return conftest.script("requantize", *command(source, bundle, *options)[2:], **how)
-
-
-def requantize_here(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, source: Path, bundle: Path
-) -> tuple[int, str]:
-    """Run it in this process, which saves its start-up: (exit status, what it said on stderr)."""
-    monkeypatch.setattr(sys, "argv", command(source, bundle)[1:])
-    status = errors.run(script.main)
-    return status, capsys.readouterr().err
 
 
 def start(source: Path, bundle: Path, *options: str) -> subprocess.Popen[str]:
@@ -447,17 +437,12 @@ BREAKAGES = {
 
 
 @pytest.mark.parametrize("breakage", BREAKAGES)
-def test_what_does_not_fit_stops_the_run_before_it_writes(
-    tmp_path: Path,
-    breakage: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_does_not_fit_stops_the_run_before_it_writes(tmp_path: Path, breakage: str) -> None:
     source, bundle, _ = small.make(tmp_path, small.Sizes(bundle_shard=25), seed=13)
     apply, word = BREAKAGES[breakage]
     apply(source, bundle)
     before = digests(tmp_path)
-    status, errors = requantize_here(capsys, monkeypatch, source, bundle)
+    status, _, errors = here("requantize", "--source", source, "--bundle", bundle)
     assert status == 1
     assert errors.count("\n") == 1, errors
     assert errors.startswith("error: ")
