@@ -11,9 +11,9 @@ Run a command in one of these ways, the first that will do:
 
 - `here.here`, `here.must`, `here.refusal` call its `main` in this process, a few milliseconds. Not
   for a command that imports MLX, changes limits or the environment, or is to be killed.
-- `script`, `must`, `refusal` of this module fork a process that has its imports done, 0.1 s. With
-  options of subprocess.run, or after monkeypatch.setenv, they start a Python of its own, 1 s.
-- `Forks` does the same and returns the process id at once: for commands that are killed.
+- `script`, `must`, `refusal` of this module fork a process that has its imports done, 0.1 s, in any
+  environment and folder. Only options that fork cannot give start a Python of its own, 1 s.
+- `Commands` is that process; `start`, `status`, `output` are for commands that are killed.
 
 `must` wants success and returns stdout; `refusal` wants exit status 1 and returns the one line.
 """
@@ -55,10 +55,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The files that take longest, by CPU seconds, so that no worker ends with one of them alone.
 LONGEST = (
-    "test_recipe", "test_verify_mutations", "test_layouts", "test_default_stack",
-    "test_nano_faults", "test_hub", "test_evaluate", "test_repair", "test_requantize",
-    "test_lossless", "test_low_disk", "test_turboquant", "test_readonly", "test_removal",
-    "test_dspark", "test_native", "test_fuzz", "test_volumes", "test_accept",
+    "test_layouts", "test_default_stack", "test_recipe", "test_verify_mutations", "test_repair",
+    "test_evaluate", "test_download", "test_volumes", "test_turboquant", "test_low_disk",
+    "test_words", "test_readonly", "test_requantize", "test_native", "test_dspark",
+    "test_nano_faults", "test_lossless", "test_fuzz", "test_accept",
 )  # fmt: skip
 LEFT = pytest.StashKey[list[str]]()
 
@@ -105,16 +105,16 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 class Commands:
-    """Runs of the scripts that share their imports, most of their time, and leave out the tidying
-    at a Python's end, most of the rest.
+    """Runs of the scripts that share their imports, most of their time.
 
     One process imports these (MLX it must not: it has threads), lets Numba load a first kernel, and
-    forks for each run, which then runs the script as `python scripts/NAME.py` would.
+    forks for each run, which then runs the script as `python scripts/NAME.py` would, without the
+    tidying at a Python's end. `env` and `before` are for that process, as subprocess takes them.
     """
 
     CODE = """
 import gc, importlib, json, os, runpy, sys, traceback
-import numpy as np
+import httpx2, numpy as np, tqdm.auto, yaml  # huggingface_hub itself reads variables at import
 sys.path[0] = sys.argv.pop()
 for path in sorted(os.listdir(sys.path[0])):
     if path.endswith(".py"):
@@ -127,16 +127,34 @@ assert "mlx" not in sys.modules
 gc.collect()
 gc.freeze()
 for line in sys.stdin:
-    argv, cwd, *files = json.loads(line)
+    argv, cwd, environment, kill, *files = json.loads(line)
     pid = os.fork()
     if not pid:
         break
+    print(pid, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 else:
     sys.exit()
 os.chdir(cwd)
-for number, path in enumerate((os.devnull, *files)):
+for number, path in enumerate(files):
     os.dup2(os.open(path, os.O_RDWR), number)
+if environment is not None:
+    os.environ.clear()
+    os.environ.update(environment)
+if kill:
+    module, name, calls, number = kill
+    place = importlib.import_module(module)
+    *owners, name = name.split(".")
+    for owner in owners:
+        place = getattr(place, owner)
+    real = getattr(place, name)
+    def interrupted(*arguments, **options):
+        global calls
+        calls -= 1
+        if calls == -1:
+            os.kill(os.getpid(), number)
+        return real(*arguments, **options)
+    setattr(place, name, interrupted)
 sys.argv[:], sys.path[0] = argv, os.path.dirname(argv[0])
 try:
     runpy.run_path(argv[0], run_name="__main__")
@@ -151,21 +169,77 @@ sys.stderr.flush()
 os._exit(status)
 """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, env: dict[str, str] | None = None, before: Callable[[], object] | None = None
+    ) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-c", self.CODE, str(SCRIPTS)], env=ENVIRON, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [sys.executable, "-c", self.CODE, str(SCRIPTS)], env=env or ENVIRON, bufsize=0,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=before,
         )  # fmt: skip
-        atexit.register(self._process.communicate)
+        self._folder = tempfile.TemporaryDirectory()
+        self._files = [Path(self._folder.name, name) for name in ("in", "out", "err")]
+        self._pid = 0
+        atexit.register(self.close)
 
-    def run(self, argv: list[str]) -> subprocess.CompletedProcess:
-        """As subprocess.run does it, stdout and stderr captured as text."""
-        with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as err:
-            order = json.dumps([argv, str(Path.cwd()), out.name, err.name])
-            print(order, file=self._process.stdin, flush=True)
-            status = int(self._process.stdout.readline())
-            said = [Path(file.name).read_text() for file in (out, err)]
-        return subprocess.CompletedProcess([sys.executable, *argv], status, *said)
+    def __enter__(self) -> "Commands":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process."""
+        atexit.unregister(self.close)
+        self._process.communicate()
+        self._folder.cleanup()
+
+    def start(
+        self,
+        name: str,
+        *arguments: object,
+        env: dict[str, str] | None = None,
+        cwd: Path | None = None,
+        input: str = "",
+        kill: tuple[str, str, int, int] | None = None,
+    ) -> int:
+        """Begin a run of scripts/NAME.py; return its process id. Then ask for `status`.
+
+        `kill` is (module, name of a function or method in it, n, signal): the run sends itself the
+        signal where, after n calls, it would call that once more.
+        """
+        for file, text in zip(self._files, (input, "", ""), strict=True):
+            file.write_text(text)
+        argv = [str(SCRIPTS / f"{name}.py"), *map(str, arguments)]
+        order = [argv, str(cwd or Path.cwd()), env, kill, *map(str, self._files)]
+        self._process.stdin.write(f"{json.dumps(order)}\n".encode())
+        self._pid = int(self._process.stdout.readline())
+        return self._pid
+
+    def is_running(self) -> bool:
+        """False when the run has ended; its status is still to be asked for."""
+        return not select.select([self._process.stdout], [], [], 0)[0]
+
+    def status(self, timeout: float | None = None) -> int:
+        """Wait for the run's end; return its exit status, negative for a signal."""
+        ended = select.select([self._process.stdout], [], [], timeout)[0]
+        if not ended:
+            os.kill(self._pid, signal.SIGKILL)
+        status = int(self._process.stdout.readline())
+        assert ended, f"not at its end after {timeout} s: {self.output()}"
+        return status
+
+    def output(self) -> tuple[str, str]:
+        """Return what the run has written to stdout and stderr."""
+        out, err = (file.read_text() for file in self._files[1:])
+        return out, err
+
+    def run(
+        self, name: str, *arguments: object, timeout: float | None = None, **options: object
+    ) -> subprocess.CompletedProcess:
+        """Run scripts/NAME.py to its end; `options` as `start` takes them."""
+        self.start(name, *arguments, **options)
+        status = self.status(timeout)
+        return subprocess.CompletedProcess([name, *map(str, arguments)], status, *self.output())
 
 
 def environ() -> dict[str, str]:
@@ -174,6 +248,8 @@ def environ() -> dict[str, str]:
 
 
 ENVIRON = environ()
+# Variables that Python and its libraries read when they start.
+EARLY = ("PYTHON", "LD_", "DYLD_", "LC_", "LANG", "OMP_", "NUMBA_")
 
 
 @functools.cache
@@ -184,12 +260,18 @@ def commands() -> Commands:
 def script(name: str, *arguments: object, **options: object) -> subprocess.CompletedProcess:
     """Run scripts/NAME.py, or `lab/NAME`, as a user does; stdout and stderr are captured.
 
-    With options of subprocess.run, or in another environment, in a Python of its own.
+    `env`, `cwd`, `input` and `timeout` are those of subprocess.run, the environment that of this
+    test unless given; `kill` is that of `Commands.start`. With other options, or with variables
+    that Python reads as it starts, the script has a Python of its own.
     """
-    argv = [str(SCRIPTS / f"{name}.py"), *map(str, arguments)]
-    if not options and environ() == ENVIRON:
-        return commands().run(argv)
-    return subprocess.run([sys.executable, *argv], capture_output=True, text=True, **options)
+    env = {k: v for k, v in (options.get("env") or environ()).items() if k[:7] != "PYTEST_"}
+    changed = {k for k in {*env, *ENVIRON} if env.get(k) != ENVIRON.get(k)}
+    if {*options} <= {"env", "cwd", "input", "timeout", "kill"} and not any(
+        name.startswith(EARLY) for name in changed
+    ):
+        return commands().run(name, *arguments, **options | {"env": env})
+    argv = [sys.executable, str(SCRIPTS / f"{name}.py"), *map(str, arguments)]
+    return subprocess.run(argv, capture_output=True, text=True, **options)
 
 
 def must(name: str, *arguments: object) -> str:
@@ -207,73 +289,6 @@ def refusal(name: str, *arguments: object) -> str:
     assert last.startswith("error: "), result.stderr
     assert "Traceback" not in result.stderr
     return last
-
-
-class Forks:
-    """Runs of scripts that share their imports, for tests that kill or trouble many of them.
-
-    One process imports what takes long (MLX it must not: it has threads) and forks for each run.
-    """
-
-    CODE = """
-import json, os, sys
-sys.path.insert(0, sys.argv[1])
-import importlib, huggingface_hub, numba, tqdm
-commands = {name: importlib.import_module(name) for name in sys.argv[2:]}
-for line in sys.stdin:
-    pid = os.fork()
-    if not pid:
-        name, arguments, environment, log = json.loads(line)
-        os.environ.update(environment)
-        sys.argv = [commands[name].__file__, *arguments]
-        sys.stdout = sys.stderr
-        if log:
-            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-        os._exit(commands[name].run(commands[name].main))
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-    def __init__(
-        self,
-        *names: str,
-        env: dict[str, str] | None = None,
-        before: Callable[[], object] | None = None,
-    ) -> None:
-        self.names = names or ("convert",)
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", self.CODE, SCRIPTS, *self.names], env=env, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=before,
-        )  # fmt: skip
-
-    def __enter__(self) -> "Forks":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.stdin.close()
-        self._process.wait()
-
-    def start(self, *arguments: object) -> int:
-        """Begin a run of the first script; returns its process id."""
-        return self._start(self.names[0], arguments, {}, None)
-
-    def _start(self, name: str, arguments: tuple, env: dict[str, str], log: Path | None) -> int:
-        line = [name, [str(a) for a in arguments], env, log and str(log)]
-        print(json.dumps(line), file=self._process.stdin, flush=True)
-        return int(self._process.stdout.readline())
-
-    def is_running(self) -> bool:
-        """False when the run has ended; its status is still to be asked for."""
-        return not select.select([self._process.stdout], [], [], 0)[0]
-
-    def status(self) -> int:
-        """Wait for the run's end; its exit status, negative for a signal."""
-        return int(self._process.stdout.readline())
-
-    def said(self, log: Path, name: str, *arguments: object, **env: str) -> tuple[int, str]:
-        """Run a script to its end: exit status, and all that it said, which goes through `log`."""
-        self._start(name, arguments, env, log)
-        return self.status(), log.read_text()
 
 
 def made_once(tmp_path_factory, name: str, make: Callable[[Path], object]) -> Path:

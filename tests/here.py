@@ -18,6 +18,8 @@ def here(name: str, *arguments: object) -> tuple[int, str, str]:
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             status = run(importlib.import_module(name).main)
+    except SystemExit as end:  # argparse's, of a wrong command line
+        status = end.code
     finally:
         sys.argv = kept
     return status, *(stream.buffer.getvalue().decode() for stream in (out, err))

@@ -31,7 +31,8 @@ def bundles(tmp_path_factory):
     return matrix.bundles(tmp_path_factory.mktemp("matrix"), ["mlx", matrix.RANDOM])
 
 
-@pytest.mark.parametrize("name", ["mlx", pytest.param(matrix.RANDOM, marks=pytest.mark.full)])
+@pytest.mark.parametrize("name", ["mlx", matrix.RANDOM])
+@pytest.mark.full
 def test_it_computes_what_transformers_computes(bundles, name, tmp_path, monkeypatch):
     some = matrix.questions(name)[:5]
     monkeypatch.setattr(matrix, "questions", lambda name: some)

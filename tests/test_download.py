@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import script
 from hub_server import TOKEN, Fault, Hub, asks_for_part
 from small import Sizes, save, source_arrays
 
@@ -79,10 +80,8 @@ def environment(hub, source: Path, token: str = "", **more: str) -> dict[str, st
 
 
 def download(hub, source: Path, *options: str, repo: str = REPO, token: str = "", **env) -> Run:
-    done = subprocess.run(
-        command(hub, source, *options, repo=repo), env=environment(hub, source, token, **env),
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+    words = command(hub, source, *options, repo=repo)[2:]
+    done = script("download", *words, env=environment(hub, source, token, **env), timeout=60)
     return Run(done.returncode, done.stdout, done.stderr)
 
 

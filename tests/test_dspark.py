@@ -7,7 +7,6 @@ lacks the MTP that it declares taken without a word; a bundle that lost its MTP 
 
 import contextlib
 import json
-import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -243,7 +242,7 @@ def test_it_comes_from_the_hub_whole_or_in_parts(stored, hub, tmp_path):  # noqa
     done = parts.run("convert")
     assert (done.returncode, done.stderr.count("note: ")) == (0, stored[1] < stored[2]), done.stderr
     command = [word for word in whole.command("download") if word != "--low-disk"]
-    done = subprocess.run(command, env=whole.env, capture_output=True, text=True, check=False)
+    done = script(*command, env=whole.env)
     assert (done.returncode, done.stderr) == (0, "")
     must("convert", "--source", whole.source, "--bundle", whole.bundle, "--shard-bytes", "6e5")
     assert shards(whole.bundle) == shards(parts.bundle)

@@ -131,6 +131,7 @@ for job in jobs:
 """
 
 
+@pytest.mark.full
 def test_streamed_logits_of_mlx_vlm_are_those_of_its_whole_model(bundles, compressed, tmp_path):
     """RUNTIME=vlm, bit for bit: affine in F16, and lossless in F32 with compressed caches."""
     must("convert", "--source", compressed, "--bundle", tmp_path / "b", "--quantizer", "lossless")

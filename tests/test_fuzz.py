@@ -6,8 +6,6 @@ them; FUZZ=N makes N times as many, SEED others. Catches: whatever nobody though
 """
 
 import contextlib
-import importlib
-import io
 import json
 import os
 import random
@@ -20,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import NANO, SEED, must
+from here import here
 
 from dsv4.errors import UserError
 from dsv4.storage.backup import FOLDER
@@ -79,20 +78,9 @@ class Place:
 
     def run(self, name: str, *arguments: object) -> int:
         """Run a command in this process and hold it to the rules; returns its status."""
-        command = importlib.import_module(name)
-        out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
-        kept = sys.argv
-        sys.argv = [name, *map(str, arguments)]
         start = time.monotonic()
-        try:
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                status = command.run(command.main)
-        except SystemExit as end:
-            status = end.code
-        finally:
-            sys.argv = kept
-        out.flush(), err.flush()
-        said = (out.buffer.getvalue() + err.buffer.getvalue()).decode()
+        status, out, err = here(name, *arguments)
+        said = out + err
         assert time.monotonic() - start < SECONDS
         assert status in (0, 1, 2), status
         assert "Traceback" not in said

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import struct
 import subprocess
-import sys
 from collections import Counter
 from contextlib import closing
 from dataclasses import replace
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import small
-from conftest import SCRIPTS, must, script
+from conftest import must, script
 
 from dsv4.conversion import expert_pieces
 from dsv4.errors import UserError
@@ -124,19 +123,11 @@ def test_verify_recomputes_what_an_imatrix_made(tmp_path: Path) -> None:
     assert (
         requantize(source, bundle, "--quantizer", "affine4g32", "--imatrix", path).returncode == 0
     )
-    command = [
-        sys.executable,
-        SCRIPTS / "verify.py",
-        "--source",
-        source,
-        "--bundle",
-        bundle,
-    ]
+    folders = ("--source", source, "--bundle", bundle)
     results = {}
     for what, options in {"without": [], "with": ["--imatrix", path]}.items():
         out = tmp_path / f"{what}.json"
-        subprocess.run([*command, "--without-loader", "--json", out, *options], check=False,
-                       capture_output=True)  # fmt: skip
+        script("verify", *folders, "--without-loader", "--json", out, *options)
         found = json.loads(out.read_text())
         results[what] = json.dumps(found["findings"])
         cells = found["errors"]["experts"]

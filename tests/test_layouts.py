@@ -58,10 +58,17 @@ RELAID = (
     "jang, prestacked", "mlx-serve", "mlx-lm, attn_hc", "mlx-lm, hc_attn", "mlx-lm, wo_a split",
     "oMLX", "Thump604, hc_attn", "Thump604, attn_hc",
 )  # fmt: skip
+# Specimens that no other test needs; making one takes longer than judging it.
+LATER = ("jang-native", "lm-affine4")
 WITH_MTP = {"oMLX": "jang-affine2"}  # which the other layouts' specimen has not
 # Of how a conversation is led; nothing that logits would show.
 STEERING = ("eos-", "chat-", "tokenizer-", "encoding-", "generation-", "special-", "jang-config-",
             "answer-limit", "sampling-differs")  # fmt: skip
+
+
+def marked(name: str, *more: str) -> object:
+    """Return a case of pytest, left to test-full if its specimen is one of LATER."""
+    return pytest.param(name, *more, marks=pytest.mark.full if name in LATER else [])
 
 
 @pytest.fixture(scope="session")
@@ -105,7 +112,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("name", [*MADE, *RELAID])
+@pytest.mark.parametrize("name", [marked(name) for name in (*MADE, *RELAID)])
 def test_a_bundle_of_another_maker_is_judged_by_its_numbers(specimen, name):
     folder = specimen(name)
     view = build_view(open_bundle(folder))
@@ -294,7 +301,7 @@ PLANTED = [(name, fault) for name in MADE for fault in FAULTY]
 PLANTED += [(n, f) for n in RELAID for f in ("code", "scale", "dropped", "mixed", "swapped")]
 
 
-@pytest.mark.parametrize(("name", "fault"), PLANTED)
+@pytest.mark.parametrize(("name", "fault"), [marked(*one) for one in PLANTED])
 def test_a_planted_fault_is_named(specimen, tmp_path, name, fault):
     change, names = FAULTY[fault]
     folder = shutil.copytree(specimen(name), tmp_path / "bundle")

@@ -13,13 +13,12 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from conftest import SCRIPTS, SEED, Forks, must
+from conftest import SEED, Commands, must, script
 from hub_server import Hub
 from test_download import environment
 from test_recipe import Recipe
@@ -77,11 +76,10 @@ class Place:
     def command(self, name: str, *options: str) -> list[str]:
         extra = ["--bundle", str(self.bundle), "--shard-bytes", SHARD_BYTES]
         where = [*self.where, *(extra if name == "convert" else [])]
-        return [sys.executable, str(SCRIPTS / f"{name}.py"), *where, "--low-disk", *options]
+        return [name, *where, "--low-disk", *options]
 
     def run(self, name: str, *options: str) -> subprocess.CompletedProcess:
-        return subprocess.run(self.command(name, *options), env=self.env, capture_output=True,
-                              text=True, timeout=120, check=False)  # fmt: skip
+        return script(*self.command(name, *options), env=self.env, timeout=120)
 
     def must(self, name: str, *options: str) -> str:
         done = self.run(name, *options)
@@ -153,14 +151,27 @@ def test_a_second_run_needs_no_network(prepared):
     assert prepared.hub.requests == []
 
 
+@pytest.mark.parametrize("n", [3, 9])
+def test_killed_before_a_rename_it_goes_on_and_fetches_nothing_twice(prepared, wanted, n):
+    killed = ("os", "rename", n, signal.SIGKILL)
+    done = script(*prepared.command("convert"), env=prepared.env, kill=killed)
+    assert done.returncode == -signal.SIGKILL
+    used, asked = freed(prepared), len(prepared.hub.requests)
+    prepared.must("convert")
+    again = {Path(request.path).name for request in prepared.hub.requests[asked:]} & used
+    assert not again, f"fetched again: {again}"
+    assert shards(prepared.bundle) == wanted
+    assert not shards(prepared.source)
+
+
 @pytest.mark.full
 def test_killed_anywhere_it_goes_on_and_fetches_nothing_twice(prepared, wanted):
     rng = random.Random(SEED)
     kills = 0
-    with Forks(env=prepared.env) as forks:
+    with Commands(prepared.env) as forks:
         while kills < KILLS:
             used, asked = freed(prepared), len(prepared.hub.requests)
-            pid = forks.start(*prepared.command("convert")[2:])
+            pid = forks.start(*prepared.command("convert"))
             kill_after(pid, prepared, rng.randrange(1, 1_200_000), rng.uniform(0, 0.05))
             status = forks.status()
             again = {Path(r.path).name for r in prepared.hub.requests[asked:]} & used
@@ -180,12 +191,12 @@ def test_killed_anywhere_it_goes_on_and_fetches_nothing_twice(prepared, wanted):
 def test_stacks_of_experts_are_the_same_after_kills(prepared, origin, tmp_path):
     turbo, whole = ("--quantizer", "turboquant2"), tmp_path / "whole"
     must("convert", "--source", origin, "--bundle", whole, "--shard-bytes", SHARD_BYTES, *turbo)
-    with Forks(env=prepared.env) as forks:
+    with Commands(prepared.env) as forks:
         for more in (500_000, 2_000_000):
-            pid = forks.start(*prepared.command("convert", *turbo)[2:])
+            pid = forks.start(*prepared.command("convert", *turbo))
             kill_after(pid, prepared, more, 0.01)
             assert forks.status() == -signal.SIGKILL
-        forks.start(*prepared.command("convert", *turbo)[2:])
+        forks.start(*prepared.command("convert", *turbo))
         assert forks.status() == 0
     assert shards(prepared.bundle) == shards(whole)
     assert (prepared.bundle / SIDECAR).read_bytes() == (whole / SIDECAR).read_bytes()
@@ -237,7 +248,7 @@ def test_a_folder_that_this_recipe_did_not_fill_is_refused(place, origin):
 def test_without_the_flag_nothing_is_deleted(place, files, wanted):
     """After an ordinary download, and after an ordinary conversion of it."""
     plain = [part for part in place.command("download") if part != "--low-disk"]
-    subprocess.run(plain, env=place.env, check=True, capture_output=True)
+    assert script(*plain, env=place.env).returncode == 0
     must("convert", "--source", place.source, "--bundle", place.bundle,
          "--shard-bytes", SHARD_BYTES)  # fmt: skip
     assert shards(place.source) == {n: d for n, d in files.items() if n.startswith("model-")}
@@ -287,6 +298,7 @@ def test_a_lost_connection_ends_in_one_line_and_resumes(prepared, wanted):
     assert shards(prepared.bundle) == wanted
 
 
+@pytest.mark.full
 def test_make_all_in_little_space(origin, hub, wanted, tmp_path):
     """The whole recipe, from an empty folder to a verified bundle."""
     recipe = Recipe(tmp_path, origin)

@@ -7,8 +7,6 @@ bytes, torch or jang_tools creeping back in, memory that grows with the largest 
 
 import contextlib
 import hashlib
-import importlib
-import io
 import json
 import os
 import random
@@ -24,7 +22,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import small
-from conftest import SCRIPTS, SEED, Forks, must, script
+from conftest import SCRIPTS, SEED, Commands, must, script
+from here import here
 
 from dsv4.model import names
 from dsv4.model.labels import RECORD
@@ -57,15 +56,7 @@ def run(
 
     The tests of kills, of a full disk, of memory and of imports start processes instead.
     """
-    module = importlib.import_module(name)
-    out, err, kept = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv = [name, *map(str, ["--source", source, "--bundle", bundle, *options])]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            status = module.run(module.main)
-    finally:
-        sys.argv = kept
-    return status, out.getvalue(), err.getvalue()
+    return here(name, "--source", source, "--bundle", bundle, *options)
 
 
 def convert(source: Path, bundle: Path, *options: object) -> str:
@@ -251,16 +242,26 @@ def test_one_thread_and_three_write_the_same(source, split, tmp_path):
         assert digests(tmp_path / f"{jobs}") == digests(split)
 
 
+@pytest.mark.parametrize("n", [0, 2, 5])
+def test_a_run_killed_before_a_rename_goes_on(source, split, tmp_path, n):
+    words = ("convert", "--source", source, "--bundle", tmp_path / "b", "--shard-bytes", 300000)
+    assert script(*words, kill=("os", "rename", n, signal.SIGKILL)).returncode == -signal.SIGKILL
+    must(*words)
+    assert digests(tmp_path / "b") == digests(split)
+
+
 @pytest.mark.full
 def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(source, split, tmp_path):
     """kill -9 at random moments between the first shard and the last rename."""
     rng = random.Random(SEED)
     wanted, kills, number, seen = digests(split), 0, 0, set()
-    with Forks() as forks:
+    with Commands() as forks:
         while kills < KILLS:
             bundle, number, status = tmp_path / f"{number}", number + 1, -1
             while status:
-                pid = forks.start("--source", source, "--bundle", bundle, "--shard-bytes", "3e5")
+                pid = forks.start(
+                    "convert", "--source", source, "--bundle", bundle, "--shard-bytes", "3e5"
+                )
                 seen.add(kill_after(pid, bundle, rng.randrange(7), rng.uniform(0, 0.005)))
                 status = forks.status()
                 assert status in (0, -signal.SIGKILL)

@@ -125,13 +125,17 @@ def test_an_edited_module_redoes_the_stages_that_can_reach_it_and_no_other(recip
     kept = [settings, *map(settings.with_name, ("no_SOURCE", "no_BUNDLE", "no_PLAN", "plan"))]
     dry = ("all", "--dry-run", *(f"--old-file={file}" for file in kept))  # else taken for rewritten
     assert recipe.stages(*dry) == []
-    for name, first in REACHED.items():
-        path = recipe.folder / "scripts" / "dsv4" / name
-        stat = path.stat()
-        path.touch()
+    alone = [[name] for name, first in REACHED.items() if first]
+    for names in (*alone, [name for name, first in REACHED.items() if not first]):
+        paths = [recipe.folder / "scripts" / "dsv4" / name for name in names]
+        stats = [path.stat() for path in paths]
+        for path in paths:
+            path.touch()
+        first = REACHED[names[0]]
         wanted = STAGES[STAGES.index(first) :] if first else []
-        assert recipe.stages(*dry) == wanted, name
-        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        assert recipe.stages(*dry) == wanted, names
+        for path, stat in zip(paths, stats, strict=True):
+            os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     packages = {
         p.name for p in (ROOT / "scripts" / "dsv4").iterdir() if (p / "__init__.py").is_file()
     }

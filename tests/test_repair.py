@@ -9,11 +9,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import random
 import shutil
-import subprocess
-import sys
-import time
+import signal
 from pathlib import Path
 
 import bundles
@@ -22,7 +19,7 @@ import numpy as np
 import pytest
 import small
 from bundles import edit_json
-from conftest import NANO, SCRIPTS, must, refusal, script
+from conftest import NANO, must, refusal, script
 
 from dsv4.conversion.shard_metadata import made_by
 from dsv4.model.chat_template import template_for
@@ -435,32 +432,10 @@ def test_an_undo_that_was_killed_goes_on(case, monkeypatch):
 
 # --- kill -9 ------------------------------------------------------------------------------------
 
-KILLS = 6
-
-
-def start(bundle: Path, source: Path) -> subprocess.Popen:
-    """Begin a run; returns when it has begun to keep originals."""
-    command = [sys.executable, str(SCRIPTS / "repair.py"), "--bundle", str(bundle),
-               "--source", str(source), "--without-loader"]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while process.poll() is None and not (bundle / FOLDER).exists():
-        time.sleep(0.0005)
-    return process
-
 
 def is_unfinished(bundle: Path) -> bool:
     record = bundle / FOLDER / "repair.json"
     return not record.is_file() or bool(json.loads(record.read_text()).get("unfinished"))
-
-
-def time_of_work(bundle: Path, source: Path) -> float:
-    """Seconds from the first original that is kept to the end of the work on shards."""
-    process, begin = start(bundle, source), time.perf_counter()
-    while process.poll() is None and is_unfinished(bundle):
-        time.sleep(0.0005)
-    span = time.perf_counter() - begin
-    process.communicate(timeout=60)
-    return span
 
 
 @pytest.mark.parametrize("marks", [True, False], ids=["ours", "elsewhere"])
@@ -485,7 +460,7 @@ def test_half_an_expert_is_known_as_half(good, source, tmp_path, marks):
 
 @pytest.mark.parametrize("marks", [True, False], ids=["ours", "elsewhere"])
 def test_a_killed_run_is_ended_by_the_next(tmp_path, marks):
-    """kill -9 at random moments: the next run ends it rightly, and undo still gives every byte.
+    """kill -9 before a rename: the next run ends it rightly, and undo still gives every byte.
 
     Experts are torn over shards, so a kill between two leaves new scales beside old codes.
     """
@@ -497,19 +472,14 @@ def test_a_killed_run_is_ended_by_the_next(tmp_path, marks):
     bundles.save(stock, arrays, 40, metadata if marks else {"format": "mlx"})
     stock_experts(stock, source)
     f16_controls(stock, source)
-    before, rng, unfinished = digests(stock), random.Random(5), 0
-    span = time_of_work(shutil.copytree(stock, tmp_path / "timed"), source)
-    for n in range(5 * KILLS):
-        if n >= KILLS and unfinished:
-            break
+    before, unfinished = digests(stock), 0
+    for n in (0, 1, 2, 4, 8, 12):
         bundle = shutil.copytree(stock, tmp_path / f"bundle-{n}")
-        process = start(bundle, source)
-        time.sleep(rng.random() * span)
-        process.kill()
-        process.communicate(timeout=60)
+        killed = ("os", "rename", n, signal.SIGKILL)
+        done = script("repair", "--bundle", bundle, "--source", source, *FAST, kill=killed)
+        assert done.returncode == -signal.SIGKILL, done
         open_bundle(bundle)  # every shard is whole
         unfinished += is_unfinished(bundle)
-        span /= 1 if unfinished else 2  # what else ran while it was measured runs no more
         if n % 3 == 0:
             undo(bundle)
             assert {k: v for k, v in digests(bundle).items() if k != ".lock"} == before

@@ -21,10 +21,9 @@ import conftest
 import numpy as np
 import pytest
 import small
-from conftest import Forks
+from conftest import Commands
+from here import here
 
-import requantize as script
-from dsv4 import errors
 from dsv4.conversion.job_array import parse_part
 from dsv4.conversion.shard_metadata import made_by
 from dsv4.model.load import open_bundle
@@ -47,15 +46,6 @@ def requantize(
 ) -> subprocess.CompletedProcess[str]:
     how = {"preexec_fn": before} if before else {}
     return conftest.script("requantize", *command(source, bundle, *options)[2:], **how)
-
-
-def requantize_here(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, source: Path, bundle: Path
-) -> tuple[int, str]:
-    """Run it in this process, which saves its start-up: (exit status, what it said on stderr)."""
-    monkeypatch.setattr(sys, "argv", command(source, bundle)[1:])
-    status = errors.run(script.main)
-    return status, capsys.readouterr().err
 
 
 def start(source: Path, bundle: Path, *options: str) -> subprocess.Popen[str]:
@@ -160,14 +150,25 @@ def whole_run(tmp: Path, sizes: small.Sizes, seed: int) -> tuple[Path, Path, dic
     return source, stock, digests(bundle)
 
 
-def time_of_work(forks: Forks, source: Path, stock: Path, bundle: Path) -> float:
+def time_of_work(forks: Commands, source: Path, stock: Path, bundle: Path) -> float:
     """Seconds from a run's first write to its end."""
     shutil.copytree(stock, bundle)
-    forks.start("--source", source, "--bundle", bundle)
+    forks.start("requantize", "--source", source, "--bundle", bundle)
     assert wait_for_work(forks.is_running, bundle, set())
     begin = time.perf_counter()
     assert forks.status() == 0
     return time.perf_counter() - begin
+
+
+@pytest.mark.parametrize("n", [0, 3, 6])
+def test_a_run_killed_before_a_rename_loses_nothing(tmp_path: Path, n: int) -> None:
+    source, bundle, expected = whole_run(tmp_path, MANY_SHARDS, seed=4)
+    folders = ("--source", source, "--bundle", bundle)
+    done = conftest.script("requantize", *folders, kill=("os", "rename", n, signal.SIGKILL))
+    assert done.returncode == -signal.SIGKILL
+    open_bundle(bundle)  # every shard is whole
+    assert requantize(source, bundle).returncode == 0
+    assert digests(bundle) == expected
 
 
 @pytest.mark.full
@@ -179,7 +180,7 @@ def test_fifty_kills_lose_nothing(tmp_path: Path) -> None:
     rng = random.Random(conftest.SEED)
     source, stock, expected = whole_run(tmp_path, MANY_SHARDS, seed=4)
     kills, rounds = 0, 0
-    with Forks("requantize") as forks:
+    with Commands() as forks:
         span = time_of_work(forks, source, stock, tmp_path / "timed")
         while kills < 50:
             rounds += 1
@@ -187,7 +188,7 @@ def test_fifty_kills_lose_nothing(tmp_path: Path) -> None:
             shutil.copytree(stock, bundle)
             while True:
                 old = temporaries(bundle)
-                pid = forks.start("--source", source, "--bundle", bundle)
+                pid = forks.start("requantize", "--source", source, "--bundle", bundle)
                 if wait_for_work(forks.is_running, bundle, old):
                     time.sleep(rng.random() * span)
                 with contextlib.suppress(ProcessLookupError):  # it has ended
@@ -207,13 +208,11 @@ def test_fifty_kills_lose_nothing(tmp_path: Path) -> None:
 
 def test_ctrl_c_leaves_no_temporary_and_the_next_run_goes_on(tmp_path: Path) -> None:
     source, bundle, expected = whole_run(tmp_path, MANY_SHARDS, seed=5)
-    process = start(source, bundle)
-    assert wait_for_work(lambda: process.poll() is None, bundle, set())
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert errors.count("\n") == 1
-    assert "interrupted" in errors
+    folders = ("--source", source, "--bundle", bundle)
+    done = conftest.script("requantize", *folders, kill=("os", "rename", 2, signal.SIGINT))
+    assert done.returncode == 130
+    assert done.stderr.count("\n") == 1
+    assert "interrupted" in done.stderr
     assert not list(bundle.glob(".*"))
     assert requantize(source, bundle).returncode == 0
     assert digests(bundle) == expected
@@ -439,17 +438,12 @@ BREAKAGES = {
 
 
 @pytest.mark.parametrize("breakage", BREAKAGES)
-def test_what_does_not_fit_stops_the_run_before_it_writes(
-    tmp_path: Path,
-    breakage: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_does_not_fit_stops_the_run_before_it_writes(tmp_path: Path, breakage: str) -> None:
     source, bundle, _ = small.make(tmp_path, small.Sizes(bundle_shard=25), seed=13)
     apply, word = BREAKAGES[breakage]
     apply(source, bundle)
     before = digests(tmp_path)
-    status, errors = requantize_here(capsys, monkeypatch, source, bundle)
+    status, _, errors = here("requantize", "--source", source, "--bundle", bundle)
     assert status == 1
     assert errors.count("\n") == 1, errors
     assert errors.startswith("error: ")

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Forks
+from conftest import ROOT, Commands
 from here import must, refusal
 from small import save
 from test_repair import digests
@@ -44,13 +44,14 @@ COMMANDS = ("check", "convert", "requantize", "finalize", "patch", "repair", "ve
 class Trouble:
     """Runs commands while calls on files below a folder are refused."""
 
-    def __init__(self, forks: Forks, log: Path) -> None:
-        self._forks, self._log = forks, log
+    def __init__(self, commands: Commands) -> None:
+        self._commands = commands
 
     def said(self, under: Path, rules: dict[str, object], name: str, *arguments) -> tuple[int, str]:
         text = "".join(f" {call}={no}" for call, no in rules.items())
-        env = {"LACKING_UNDER": str(under), "LACKING": text}
-        return self._forks.said(self._log, name, *arguments, **env)
+        env = os.environ | {"LACKING_UNDER": str(under), "LACKING": text}
+        done = self._commands.run(name, *arguments, env=env)
+        return done.returncode, done.stdout + done.stderr
 
     def must(self, under: Path, rules: dict[str, object], name: str, *arguments) -> str:
         status, said = self.said(under, rules, name, *arguments)
@@ -72,8 +73,8 @@ def trouble(tmp_path_factory):
     shim = folder / "lacking.so"
     code = ROOT / "tests" / "lacking_volume.c"
     subprocess.run(["cc", "-shared", "-fPIC", "-o", shim, code, "-ldl"], check=True)
-    with Forks(*COMMANDS, env=os.environ | {"LD_PRELOAD": str(shim)}) as forks:
-        yield Trouble(forks, folder / "said")
+    with Commands(os.environ | {"LD_PRELOAD": str(shim)}) as commands:
+        yield Trouble(commands)
 
 
 @pytest.fixture
@@ -261,8 +262,8 @@ def test_sixty_four_open_files_are_enough_for_any_number_of_shards(source, tmp_p
     save(many, arrays, 3, opened.config)
     assert len(list(many.glob("*.safetensors"))) > 100
     folders = ("--source", many, "--bundle", bundle)
-    log, jobs = tmp_path / "said", ("--jobs", 16)
-    with Forks(*COMMANDS, before=limit) as forks:
+    jobs = ("--jobs", 16)
+    with Commands(before=limit) as commands:
         for name, *arguments in (
             ("check", *folders, "--python", sys.executable),
             ("convert", *folders, *jobs, "--shard-bytes", 30_000),
@@ -273,8 +274,8 @@ def test_sixty_four_open_files_are_enough_for_any_number_of_shards(source, tmp_p
             ("verify", *folders, *jobs, "--without-loader"),
             ("repair", *folders, *jobs, "--without-loader"),
         ):
-            status, said = forks.said(log, name, *arguments)
-            assert status == 0, (name, said)
+            done = commands.run(name, *arguments)
+            assert done.returncode == 0, (name, done.stderr)
     assert len(list(bundle.glob("*.safetensors"))) > 100
 
 

@@ -175,14 +175,25 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_a_closed_stdout_gives_no_traceback(name):
+# How a shell hands a command closed streams, or a pipe that nobody reads.
+CLOSED = (">&-", ">&- 2>&-", "<&- >&-", "| true")
+# All of them for one command; each other command in one way, and in the rest in test-full.
+WAYS = [
+    pytest.param(
+        name, how,
+        marks=[] if name == "verify" or CLOSED[n % 4] == how else pytest.mark.full,
+    )
+    for n, name in enumerate(COMMANDS) for how in CLOSED
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "how"), WAYS)
+def test_a_closed_stdout_gives_no_traceback(name, how):
     command = [sys.executable, str(SCRIPTS / f"{name}.py"), *map(str, COMMANDS[name])]
-    for how in (">&-", ">&- 2>&-", "<&- >&-", "| true"):
-        done = subprocess.run(["sh", "-c", f'"$@" {how}', "sh", *command], capture_output=True,
-                              text=True, stdin=subprocess.DEVNULL)  # fmt: skip
-        assert "Traceback" not in done.stderr, (how, done.stderr)
-        assert "Exception ignored" not in done.stderr, (how, done.stderr)
+    done = subprocess.run(["sh", "-c", f'"$@" {how}', "sh", *command], capture_output=True,
+                          text=True, stdin=subprocess.DEVNULL)  # fmt: skip
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
 
 
 def test_a_terminal_of_ascii_takes_what_is_said():
