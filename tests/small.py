@@ -30,6 +30,7 @@ class Sizes:
     width: int = 32
     source_shard: int = 17
     bundle_shard: int = 23
+    head_dim: int = 32
     dspark: bool = False  # its stages under mtp, in place of the first release's MTP
 
     def config(self) -> dict:
@@ -39,8 +40,8 @@ class Sizes:
             "model_type": "deepseek_v4", "num_hidden_layers": self.layers,
             "n_routed_experts": self.experts, "num_nextn_predict_layers": self.mtp,
             "hidden_size": self.hidden, "moe_intermediate_size": self.width, "vocab_size": 48,
-            "num_attention_heads": 2, "head_dim": 32, "q_lora_rank": self.width,
-            "o_lora_rank": 32, "o_groups": 2, "num_experts_per_tok": 2, "hc_mult": 2,
+            "num_attention_heads": 2, "head_dim": self.head_dim, "q_lora_rank": self.width,
+            "o_lora_rank": self.head_dim, "o_groups": 2, "num_experts_per_tok": 2, "hc_mult": 2,
             "num_hash_layers": 1, "compress_ratios": [0] * (self.layers + self.mtp),
         } | (dspark if self.dspark else {})  # fmt: skip
 
@@ -128,7 +129,8 @@ def stock_arrays(source: Arrays, rng: np.random.Generator) -> Arrays:
 
 def reference(source: Arrays, stock: Arrays) -> Arrays:
     """Every tensor of the requantized bundle, by the straightforward way."""
-    result = dict(stock)
+    result = {name: tensor for name, tensor in stock.items() if not name.startswith("head.")}
+    result["head.weight"] = source["head.weight"]
     for name, (dtype, array) in source.items():
         base = name.removesuffix(".weight")
         if ".ffn.experts." in name and name.endswith(".weight"):

@@ -132,7 +132,7 @@ def test_verify_recomputes_what_an_imatrix_made(tmp_path: Path) -> None:
         results[what] = json.dumps(found["findings"])
         cells = found["errors"]["experts"]
         assert (what == "with") == all(c["groups"] == c["groups_as_expected"] for c in cells)
-    unknown = "this project's table"
+    unknown = "another table than this version's"
     assert unknown in results["without"]
     assert unknown not in results["with"]
 

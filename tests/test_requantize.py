@@ -222,7 +222,8 @@ def test_a_full_disk_stops_the_run_and_the_next_one_finishes(tmp_path: Path) -> 
     """A file-size limit stands for the full disk: some shards fit, the largest does not."""
     source, bundle, expected = whole_run(tmp_path, MANY_SHARDS, seed=6)
     before = digests(bundle)
-    limit = max(path.stat().st_size for path in bundle.glob("*.safetensors")) - 8192
+    changed = [name for name, digest in expected.items() if before.get(name) != digest]
+    limit = max((tmp_path / "bundle" / name).stat().st_size for name in changed) - 8192
 
     def lower() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -315,7 +316,7 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     before, times = digests(tmp_path), bundle.stat().st_mtime_ns
     done = requantize(source, bundle, "--dry-run")
     assert (done.returncode, done.stderr) == (0, "")
-    for word in ("shards: 4 to write", "routed experts", "controls", "extra disk", "time:"):
+    for word in (" to write, ", "routed experts", "controls", "extra disk", "time:"):
         assert word in done.stdout
     assert digests(tmp_path) == before
     assert bundle.stat().st_mtime_ns == times
@@ -380,6 +381,10 @@ def set_bytes(folder: Path, name: str, index: int, data: bytes) -> None:
         shard.write(data)
 
 
+def first_shard(folder: Path) -> Path:
+    return sorted(folder.glob("*.safetensors"))[0]
+
+
 EXPERT = "layers.1.ffn.experts.2.w2"
 BREAKAGES = {
     "missing-source-scale": (lambda s, b: drop_tensor(s, f"{EXPERT}.scale"), f"{EXPERT}.scale"),
@@ -387,16 +392,16 @@ BREAKAGES = {
         lambda s, b: next(iter(sorted(s.glob("*.safetensors")))).unlink(), "shards missing",
     ),
     "truncated-source-shard": (
-        lambda s, b: os.truncate(s / "model-00001-of-00005.safetensors", 3000), "3,000",
+        lambda s, b: os.truncate(first_shard(s), 3000), "3,000",
     ),
     "missing-bundle-scales": (lambda s, b: drop_tensor(b, f"{EXPERT}.scales"), f"{EXPERT}.scales"),
     "missing-bundle-norm": (lambda s, b: drop_tensor(b, "norm.weight"), "norm.weight"),
     "missing-bundle-shard": (
-        lambda s, b: (b / "model-00002-of-00004.safetensors").unlink(), "model-00002-of-00004",
+        lambda s, b: first_shard(b).unlink(), "model-00001-of-",
     ),
     "stray-bundle-shard": (
         lambda s, b: shutil.copy(
-            b / "model-00002-of-00004.safetensors", b / "model-00005.safetensors"
+            first_shard(b), b / "model-00005.safetensors"
         ), "model-00005",
     ),
     "index-without-a-key": (
@@ -419,7 +424,7 @@ BREAKAGES = {
     "too-few-experts-in-config": (
         lambda s, b: [
             edit_json(f / "config.json", lambda v: v.update(n_routed_experts=2)) for f in (s, b)
-        ], "beyond config.json",
+        ], "layers.0.ffn.gate.weight: shape",
     ),
     "other-counts-in-the-bundle": (
         lambda s, b: edit_json(b / "config.json", lambda v: v.update(num_hidden_layers=3)),
@@ -521,7 +526,7 @@ def test_other_keys_of_index_and_config_stay(tmp_path: Path) -> None:
 )
 def test_a_bundle_of_the_real_converter_becomes_the_reference(tmp_path: Path) -> None:
     """What upstream's own code writes, not our idea of it."""
-    sizes = small.Sizes(layers=3, experts=4, hidden=256, width=128)
+    sizes = small.Sizes(layers=3, experts=4, hidden=256, width=128, head_dim=128)
     source, _, _ = small.make(tmp_path, sizes, seed=19)
     bundle = tmp_path / "converted"
     subprocess.run(

@@ -82,8 +82,9 @@ def source_faults(source: Checkpoint) -> list[str]:
         if name.endswith(".scale"):
             faults += _lone_scale_faults(source, tensor)
         elif name not in expected:
-            known = treatment(name) is not None
-            reason = "config.json calls for no such tensor" if known else "a name of no tensor here"
+            reason = "config.json calls for no such tensor"
+            if treatment(name) is None:
+                reason = "a name that this recipe does not know"
             faults.append(f"{name}: {reason}")
     return faults
 

@@ -18,7 +18,7 @@ import numpy as np
 from dsv4.model.expected_tensors import SourceFaults
 from dsv4.model.names import parse_expert
 from dsv4.model.tensor_table import row_of
-from dsv4.quantization.fp4 import E2M1, UE8M0
+from dsv4.quantization.fp4 import E2M1, UE8M0, ue8m0_bytes
 from dsv4.quantization.fp8 import E4M3
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.safetensors_file import FLOATS, ITEMSIZE, Tensor
@@ -35,12 +35,17 @@ Read = Callable[[Tensor, int, int], np.ndarray]  # (tensor, first byte, bytes) â
 
 @dataclass(frozen=True)
 class Sample:
-    """Statistics of a few thousand values of one matrix. on_grid: all are E4M3 numbers."""
+    """Statistics of a few thousand values of one matrix.
+
+    on_grid: all are E4M3 numbers. hole: the name of the matrix or its scale, if all sampled bytes of
+    it are zero.
+    """
 
     name: str
     rms: float
     constant: bool
     on_grid: bool
+    hole: str = ""
 
 
 def check_weights(source: Checkpoint, read: Read) -> None:
@@ -63,7 +68,9 @@ def implausible_matrices(source: Checkpoint, read: Read) -> list[str]:
     for tensor in sampled_matrices(source):
         sample = sample_matrix(source, tensor, read)
         kinds[row_of(tensor.name).name].append(sample)
-        if sample.constant and not tensor.name.startswith(("embed.", "head.")):
+        if sample.hole:
+            faults.append(f"{sample.hole}: only zero bytes in all samples: a download left a hole")
+        elif sample.constant and not tensor.name.startswith(("embed.", "head.")):
             faults.append(f"{tensor.name}: all sampled values are the same")
         elif tensor.dtype in FLOATS and sample.on_grid and sample.rms > RAW_RMS:
             faults.append(
@@ -97,6 +104,8 @@ def sampled_matrices(source: Checkpoint) -> Iterator[Tensor]:
 def sample_matrix(source: Checkpoint, weight: Tensor, read: Read) -> Sample:
     """Sample one matrix. Of FP4 and FP8 codes and scales are sampled apart."""
     data = read_sample(weight, read)
+    if not data.any() and not weight.name.startswith(("embed.", "head.")):
+        return Sample(weight.name, 0.0, True, False, hole=weight.name)
     if weight.dtype in FLOATS:
         values = as_float32(data, weight.dtype)
     elif weight.dtype == "F8_E4M3":
@@ -109,7 +118,10 @@ def sample_matrix(source: Checkpoint, weight: Tensor, read: Read) -> Sample:
     scale = source.tensors.get(weight.name.removesuffix("weight") + "scale")
     rms, constant = _rms(values), bool(values.min() == values.max())
     if scale is not None:
-        factors = UE8M0[read_sample(scale, read)]
+        exponents = ue8m0_bytes(read_sample(scale, read), scale)
+        if not exponents.any():
+            return Sample(weight.name, 0.0, True, False, hole=scale.name)
+        factors = UE8M0[exponents]
         rms *= _rms(factors[np.isfinite(factors)])
         return Sample(weight.name, rms, constant, False)
     on_grid = bool(np.isin(np.abs(values), GRID).all())
