@@ -37,8 +37,7 @@ Read = Callable[[Tensor, int, int], np.ndarray]  # (tensor, first byte, bytes) â
 class Sample:
     """Statistics of a few thousand values of one matrix.
 
-    on_grid: all are E4M3 numbers. hole: the name of the matrix or its scale if all its sampled bytes
-    are zero.
+    on_grid: all are E4M3 numbers. hole: the matrix or scale whose sampled bytes are all zero.
     """
 
     name: str
