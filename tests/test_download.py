@@ -13,7 +13,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from hub_server import TOKEN, Fault, Hub, asks_for_part
 from small import Sizes, save, source_arrays
 
 from dsv4.hub.provenance import RECORD, provenance
+from dsv4.storage import locks
 from dsv4.storage.checkpoint import INDEX
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "download.py"
@@ -156,18 +156,11 @@ def test_within_one_run_a_lost_connection_is_taken_up_again(hub, files, tmp_path
 
 @pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_download_fetches_only_the_rest(hub, files, tmp_path, sig):
-    hub.faults.append(Fault("^[0-9a-f]{64}/", delay=0.02, whole=True))
-    process = subprocess.Popen(
-        command(hub, tmp_path / "s", "--workers", "2"), env=environment(hub, tmp_path / "s"),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 30
-    while sent_of_shards(hub) < 700_000 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(sig)
-    err = process.communicate(timeout=30)[1]
-    assert process.returncode == (-9 if sig == signal.SIGKILL else 130)
-    assert "Traceback" not in err
+    killed = ("dsv4.hub.file_transfer", "Transfer._count", 20, sig)  # of some 70 pieces of 64 KiB
+    words = command(hub, tmp_path / "s", "--workers", "2")[2:]
+    done = script("download", *words, env=environment(hub, tmp_path / "s"), kill=killed)
+    assert done.returncode == (-9 if sig == signal.SIGKILL else 130)
+    assert "Traceback" not in done.stderr
     hub.faults.clear()
     hub.requests.clear()
     assert download(hub, tmp_path / "s").code == 0
@@ -491,16 +484,10 @@ def test_a_full_disk_has_one_clear_line_and_loses_nothing(hub, files, tmp_path):
 
 def test_two_downloads_into_one_folder_do_not_meet(hub, tmp_path):
     source = tmp_path / "s"
-    hub.faults.append(Fault("^[0-9a-f]{64}/", delay=0.05))
-    first = subprocess.Popen(
-        command(hub, source), env=environment(hub, source), stdout=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 30
-    while not sent_of_shards(hub) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert "another run at work" in download(hub, source).line
-    hub.faults.clear()
-    assert first.wait(60) == 0
+    source.mkdir()
+    with locks.locked(source):
+        assert "another run at work" in download(hub, source).line
+    assert download(hub, source).code == 0
 
 
 def test_the_bundle_names_the_commit_and_no_local_path(hub, tmp_path, good_copy):
