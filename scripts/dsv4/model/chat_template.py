@@ -42,7 +42,7 @@ EFFORT_PROMPTS = {
 }
 # The values of reasoning_effort that each release knows.
 EFFORT_KEY = "reasoning_effort_levels"  # of jang_config.json, in chat.reasoning
-EFFORTS = {"first": ("max", "high"), "0731": ("max", "high", "low"), "nano": ("max", "high", "low")}
+EFFORTS = {"first": ("max", "high"), "0731": ("max", "high", "low"), "nano": ("max", "high")}
 # The template that this project wrote into bundles before: 15 lines, and nothing with tools.
 EARLIER = "d58d60fe1ad797462b902cd78b44f0805692adf7f9094042417e6296dcb9cd7e"
 ENCODING = "encoding/encoding_dsv4.py"

@@ -163,6 +163,8 @@ def updated_jang_config(
     """Return a native bundle's jang_config.json for tensors in another format."""
     new = jang_config(source, form, old.get("source_model", ""))
     kept = {key: value for key, value in old.items() if key not in (*new, *TURBO_JANG)}
+    if "chat" in old:  # the patch stage has set the release's efforts there
+        kept["chat"] = old["chat"]
     if old.get("weight_format") == TURBO and "quantization" in kept:
         kept["quantization"] = {"group_size": GROUP}
     return new | kept
