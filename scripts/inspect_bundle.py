@@ -67,34 +67,28 @@ def repair_advice(findings: Findings) -> str:
 # ---------------------------------------------------------------------------------- output
 
 
-def show(skeleton: Skeleton, checks: list[Check], findings: Findings) -> None:
-    """Print what was checked, and the findings."""
+def print_result(skeleton: Skeleton, checks: list[Check], findings: Findings) -> None:
+    """Print the repository, the checks and the findings."""
     print_escaped(
         f"{escape_line(skeleton.repo)} at {escape_line(skeleton.commit[:12])}: "
         f"{len(skeleton.files)} files, {format_bytes(skeleton.nbytes)}; "
         f"{format_bytes(skeleton.read)} of it read"
     )
     for check in checks:
-        print_escaped(f"{check.number:>9,} {check.what}{'; ' + check.note if check.note else ''}")
-    for finding in findings:
-        print(f"{finding.fault.severity}: {finding.name}, {finding.count:,}×: {finding.fault.why}")
-        for place in finding.places[:SHOWN]:
-            print_escaped(
-                f"    {place['where']}: found {place['found']}, expected {place['expected']}"
-            )
-        print(f"    repair: {finding.repair}")
+        print_escaped(check.text())
+    print_escaped(findings.text(SHOWN))
 
 
-def show_runtimes(loads: dict[str, str]) -> None:
-    print("will it load, by what is known of each runtime:")
-    for name, fault in loads.items():
+def print_runtimes(verdicts: dict[str, str]) -> None:
+    print("will it load, by the known requirements of each runtime:")
+    for name, fault in verdicts.items():
         print_escaped(f"  {'no ' if fault else 'yes'} {name}{': ' + fault if fault else ''}")
 
 
-def show_conversation(bundle: Scan) -> None:
-    print("what of a conversation reaches the model:")
-    for name, kept in conversation.features_by_runtime(bundle).items():
-        print_escaped(f"  {name}: {kept}")
+def print_conversation(bundle: Scan) -> None:
+    print("which features of a conversation reach the model:")
+    for name, features in conversation.features_by_runtime(bundle).items():
+        print_escaped(f"  {name}: {features}")
 
 
 def inspect(options: InspectOptions, repo: str, work: Path) -> tuple[tuple[str, ...], str, str]:
@@ -111,11 +105,11 @@ def inspect(options: InspectOptions, repo: str, work: Path) -> tuple[tuple[str, 
             source = open_source(folder)
     checks = check_all.check_headers(bundle, source, findings) if bundle else []
     check_all.require_nonempty(checks, findings)
-    show(skeleton, checks, findings)
-    show_runtimes(runtime_verdicts(bundle, findings))
+    print_result(skeleton, checks, findings)
+    print_runtimes(runtime_verdicts(bundle, findings))
     if bundle:
         print_escaped(f"release: {release_name(bundle.config, bundle.tensors)}")
-        show_conversation(bundle)
+        print_conversation(bundle)
     row = summary_row(repo, skeleton.nbytes, bundle, findings)
     names = ", ".join(finding.name for finding in findings.errors)
     return row, names, repair_advice(findings) if names else ""
