@@ -15,29 +15,24 @@ ranged requests when the source is not there yet); and which Mac that size fits.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv4.conversion import low_disk, published_source, recorded_format, tokenizer_files
+from dsv4.conversion import recorded_format
 from dsv4.conversion.size_planner import planned_shards
+from dsv4.conversion.source_state import SourceState, source_state
 from dsv4.errors import UserError, run
-from dsv4.hub.download import recorded, remaining
-from dsv4.hub.provenance import HEADERS, read_record
 from dsv4.model import mac_memory
 from dsv4.model.bundle_tensors import SHARD_BYTES
 from dsv4.model.expected_tensors import SourceFaults
 from dsv4.model.folder_roles import bundle_path
 from dsv4.model.load import open_bundle
-from dsv4.model.source import SINGLE, check_tokenizer_files, open_source, source_notes
-from dsv4.model.source_format import release_name
 from dsv4.quantization.formats import QuantizerOptions, add_quantizer_options, quantizer_options
 from dsv4.settings import add_setting, parse_path
 from dsv4.storage import disk_space, filesystem
 from dsv4.storage.atomic import format_bytes
-from dsv4.storage.checkpoint import INDEX, Checkpoint, MissingShards
 from dsv4.storage.disk_space import staging_folder
 from dsv4.text import LINE, escape_line
 from dsv4.toolchain import patches, python_env
@@ -52,7 +47,6 @@ NEEDED = {
 }
 UPSTREAM = ("2.5.8", "2.5.9")  # versions of jang whose converter CONVERTER=jang can run
 SHOWN = 20  # faults of a source that are printed
-AT_ONCE = 4  # shards of the source that lie there at one time with --low-disk, as a rule
 
 
 @dataclass(frozen=True)
@@ -157,93 +151,27 @@ def room(folder: Path) -> str:
     return "an unknown number of bytes" if there is None else format_bytes(there)
 
 
-@dataclass(frozen=True)
-class SourceState:
-    """The judged source, and what it costs to have it here.
-
-    lines: the checks to print; headers: config and tensors, None for a source that was refused;
-    fetch: bytes that its volume must still take.
-    """
-
-    lines: list[Line]
-    headers: Checkpoint | None = None
-    fetch: int = 0
-
-
-def source_state(args: argparse.Namespace) -> SourceState:
-    """Judge the source: the folder's headers, else those that LOW_DISK kept, else the hub's."""
-    source, repo = args.source, args.repo
+def source_lines(args: argparse.Namespace) -> tuple[list[Line], SourceState | None]:
+    """Judge the source. Returns the lines, and the state of a source that is not refused."""
+    has_tokenizer = bool(args.reference or args.base)
     try:
-        if args.low_disk and repo:
-            return low_disk_state(args)
-        if (source / INDEX).is_file() or (source / SINGLE).is_file():
-            with contextlib.suppress(MissingShards if repo else ()):
-                return local_state(args)
-        if not repo:
-            found, todo = f"no {source / INDEX}", "set SOURCE, or REPO to fetch it"
-            return SourceState([Line(False, "source", found, todo)])
-        published = published_source.open_published(repo, args.revision, has_tokenizer(args))
+        state = source_state(args.source, args.repo, args.revision, args.low_disk, has_tokenizer)
     except SourceFaults as stop:
-        return SourceState(fault_lines(stop))
+        lines = [Line(False, "source", fault) for fault in stop.faults[:SHOWN]]
+        where, _, expected, todo = stop.parts
+        counted = f"{len(stop.faults):,} faults" if len(stop.faults) > 1 else "1 fault"
+        return [
+            *lines,
+            Line(False, "source", f"{where}: {counted}, expected {expected}", todo),
+        ], None
     except UserError as stop:
-        return SourceState([Line(False, "source", str(stop))])
-    needed = remaining(source, published.files)
-    total = sum(file.size for file in published.files)
-    found = (
-        f"{describe_source(published.checkpoint)}, {format_bytes(total)} on the hub at "
-        f"{published.commit[:12]}, {format_bytes(needed)} still to fetch"
-    )
-    return SourceState([Line(True, "source", found)], published.checkpoint, needed)
-
-
-def fault_lines(stop: SourceFaults) -> list[Line]:
-    """Return a line for each of the first SHOWN faults, and one with what to do."""
-    lines = [Line(False, "source", fault) for fault in stop.faults[:SHOWN]]
-    where, _, expected, todo = stop.parts
-    counted = f"{len(stop.faults):,} faults" if len(stop.faults) > 1 else "1 fault"
-    return [*lines, Line(False, "source", f"{where}: {counted}, expected {expected}", todo)]
-
-
-def local_state(args: argparse.Namespace) -> SourceState:
-    """Judge the source in its folder. Raises UserError."""
-    opened = open_source(args.source)
-    if not has_tokenizer(args):
-        check_tokenizer_files(args.source, tokenizer_files.REQUIRED)
-    known = bool(args.repo and recorded(args.source, args.repo, args.revision))
-    found = f"{describe_source(opened)}, complete{' as downloaded' if known else ''}, "
-    return SourceState([Line(True, "source", found + format_bytes(opened.nbytes))], opened)
-
-
-def low_disk_state(args: argparse.Namespace) -> SourceState:
-    """Judge a source of which only a few shards lie here at one time. Raises UserError."""
-    record = read_record(args.source)
-    prepared = record is not None and record.repo == args.repo
-    if prepared and (args.source / HEADERS).is_dir():
-        with low_disk.header_checkpoint(args.source, record) as headers:
-            files = [f for f in record.files.values() if f.name in headers.shards]
-    else:
-        published = published_source.open_published(args.repo, args.revision, has_tokenizer(args))
-        headers, files = published.checkpoint, published.files
-    largest = sorted((file.size for file in files), reverse=True)[:AT_ONCE]
-    total = sum(file.size for file in files)
-    found = f"{describe_source(headers)}, {format_bytes(total)} on the hub, "
-    found += f"{format_bytes(sum(largest))} of it here at one time"
-    return SourceState([Line(True, "source", found)], headers, sum(largest))
-
-
-def has_tokenizer(args: argparse.Namespace) -> bool:
-    """Return True when the tokenizer files come from elsewhere than the source."""
-    return bool(args.reference or args.base)
-
-
-def describe_source(source: Checkpoint) -> str:
-    """Return a source's release and what is unusual in it."""
-    return "; ".join((release_name(source.config, source.tensors), *source_notes(source)))
+        return [Line(False, "source", str(stop))], None
+    return [Line(True, "source", state.description)], state
 
 
 def bundle_need(
     args: argparse.Namespace,
-    headers: Checkpoint | None,
+    state: SourceState | None,
     options: QuantizerOptions,
     made: recorded_format.RecordedFormat | None,
 ) -> tuple[list[Line], int]:
@@ -252,14 +180,14 @@ def bundle_need(
     The size is that of the plan by which convert writes the shards; what is there already, of a
     bundle or a killed run, is taken off, and one shard is made room for.
     """
-    if headers is None:
+    if state is None:
         return [Line(False, "bundle size", "unknown", "see source")], 0
     try:
         disk_space.check_not_volume_root(args.bundle)
         size = None
         if args.fit or args.size:
-            size = mac_memory.size_goal(args, headers.config)
-        shards, goal = planned_shards(headers, options, made, args.shard_bytes, size)
+            size = mac_memory.size_goal(args, state.headers.config)
+        shards, goal = planned_shards(state.headers, options, made, args.shard_bytes, size)
     except UserError as stop:
         return [Line(False, "bundle size", f"unknown ({stop})")], 0
     total = sum(shard.size for shard in shards)
@@ -278,7 +206,7 @@ def bundle_need(
     size = Line(
         True, "bundle size", f"{about}{format_bytes(final)} finished, {format_bytes(have)} there"
     )
-    return [size, memory_line(args, headers.config, final)], needed
+    return [size, memory_line(args, state.headers.config, final)], needed
 
 
 def memory_line(args: argparse.Namespace, config: dict[str, Any], final: int) -> Line:
@@ -328,11 +256,12 @@ def main() -> int:
     options = recorded_format.resolve_quantizer(quantizer_options(args), made)
     lines = check_toolchain(args.python, args.converter, args.app, options.name)
     lines += [check_patch(args.python, args.app, path) for path in patches.DEFAULT]
-    state = source_state(args)
-    bundle_lines, build = bundle_need(args, state.headers, options, made)
-    lines += check_volume("source volume", source, written=state.fetch > 0 or args.low_disk)
+    judged, state = source_lines(args)
+    fetch = state.fetch if state else 0
+    bundle_lines, build = bundle_need(args, state, options, made)
+    lines += check_volume("source volume", source, written=fetch > 0 or args.low_disk)
     lines += check_volume("bundle volume", bundle, written=True)
-    lines += [*state.lines, *bundle_lines, *check_space(source, bundle, state.fetch, build)]
+    lines += [*judged, *bundle_lines, *check_space(source, bundle, fetch, build)]
     print(*lines, sep="\n")
     failed = [line for line in lines if not line.holds]
     if failed:
