@@ -2,8 +2,8 @@
 
 Tests need a source of any size that has every kind of tensor: hash-routed and routed layers,
 attention with compress ratios 0, 4 and 128 (compressor, indexer), shared experts, MTP or, with
---dspark, DSpark; in FP4, FP8, BF16, F32 and integers; over several shards that split weights from
-their scales.
+--dspark, DSpark; with --vision a vision tower; in FP4, FP8, BF16, F32 and integers; over several
+shards that split weights from their scales.
 Tokenizer and encoding are those of the nano checkpoint. Its answers are noise.
 
     .venv/bin/python scripts/lab/make_source.py --source build/random --seed 1
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from locations import NANO
-from source_tensors import Sizes, Writer, headers, tensors, with_dspark
+from source_tensors import Sizes, Writer, headers, tensors, with_dspark, with_vision
 
 from dsv4.errors import UserError, run
 from dsv4.storage.atomic import copy_file, write_json
@@ -40,7 +40,8 @@ def config_of(sizes: Sizes) -> dict:
     named = {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in vars(sizes).items()
-        if sizes.dspark_markov_rank or not key.startswith("dspark_")
+        if (sizes.dspark_markov_rank or not key.startswith("dspark_"))
+        and (sizes.vision_n_layers or not key.startswith("vision_"))
     }
     rope = {"factor": 4, "original_max_position_embeddings": 1024}
     config = architecture.source_config(architecture.NANO)
@@ -88,6 +89,7 @@ def main() -> int:
     parser.add_argument("--shards", type=int, default=5)
     parser.add_argument("--sizes", type=json.loads, default={}, help="JSON: fields of Sizes")
     parser.add_argument("--dspark", action="store_true", help="DSpark in place of MTP")
+    parser.add_argument("--vision", action="store_true", help="a vision tower as well")
     args = parser.parse_args()
     if args.source.exists() and any(args.source.iterdir()):
         raise UserError(
@@ -96,6 +98,7 @@ def main() -> int:
     args.source.mkdir(parents=True, exist_ok=True)
     sizes = replace(Sizes(), **args.sizes)
     sizes = with_dspark(sizes) if args.dspark else sizes
+    sizes = with_vision(sizes) if args.vision else sizes
     number = write_source(args.source, sizes, args.seed, args.shards)
     print(f"{args.source}: {number} tensors in {args.shards} shards, seed {args.seed}",
           file=sys.stderr)  # fmt: skip

@@ -12,7 +12,7 @@ import numpy as np
 
 from dsv4.model.fp8_blocks import RELEASED as BLOCK
 from dsv4.model.names import GROUP
-from dsv4.model.tensor_table import Block, Row, rows_in
+from dsv4.model.tensor_table import TOWER, Block, Row, rows_in
 from dsv4.quantization.fp8 import E4M3
 from dsv4.storage.safetensors_file import Tensor
 
@@ -45,6 +45,17 @@ class Sizes:
     dspark_block_size: int = 5
     dspark_noise_token_id: int = 5
     dspark_target_layer_ids: tuple[int, ...] = ()
+    # For a vision tower, see `with_vision`; without layers: none.
+    vision_n_layers: int = 0
+    vision_dim: int = 64
+    vision_n_heads: int = 2
+    vision_inter_dim: int = 96
+    vision_patch_size: int = 14
+    vision_rope_theta: float = 10000.0
+    vision_downsample_ratio: int = 3
+    vision_max_n_token: int = 384
+    vision_min_pixels: int = 147456
+    vision_max_wh_ratio: int = 8
 
     @property
     def mtp_layers(self) -> int:
@@ -76,6 +87,11 @@ def with_dspark(sizes: Sizes, rank: int = 32, declared: int = 1) -> Sizes:
         sizes, num_nextn_predict_layers=declared, compress_ratios=ratios, dspark_markov_rank=rank,
         dspark_target_layer_ids=targets,
     )  # fmt: skip
+
+
+def with_vision(sizes: Sizes, layers: int = 2) -> Sizes:
+    """Return the same model with a small vision tower, as Vision-Exp has it."""
+    return replace(sizes, vision_n_layers=layers)
 
 
 Array = tuple[str, np.ndarray]  # a safetensors dtype and the array that holds its bytes
@@ -159,16 +175,20 @@ def headers(sizes: Sizes) -> dict[str, Tensor]:
 def tensors(sizes: Sizes, writer: Writer) -> Iterator[tuple[str, Array]]:
     """Yield every tensor of the checkpoint by storage name, block after block."""
     drafter = "dspark" if sizes.dspark_markov_rank else "mtp"
-    embedding, *head = rows_in(Block(""))
+    vision = sizes.vision_n_layers > 0
+    embedding, *head = rows_in(Block("", vision=vision))
     yield from arrays(writer, sizes, Block(""), [embedding])
     for layer in range(sizes.num_hidden_layers):
         hashed = layer < sizes.num_hash_layers
-        block = Block(f"layers.{layer}.", sizes.compress_ratios[layer], hashed)
+        block = Block(f"layers.{layer}.", sizes.compress_ratios[layer], hashed, vision=vision)
         yield from arrays(writer, sizes, block, rows_in(block))
     yield from arrays(writer, sizes, Block(""), head)
     for stage in range(sizes.mtp_layers):
         last = stage == sizes.mtp_layers - 1
-        block = Block(f"mtp.{stage}.", drafter=drafter, first=stage == 0, last=last)
+        block = Block(f"mtp.{stage}.", drafter=drafter, first=stage == 0, last=last, vision=vision)
+        yield from arrays(writer, sizes, block, rows_in(block))
+    for number in range(sizes.vision_n_layers):
+        block = Block(f"{TOWER}{number}.", vision=True)
         yield from arrays(writer, sizes, block, rows_in(block))
 
 

@@ -20,7 +20,7 @@ from dsv4.conversion.shard_metadata import fingerprint
 from dsv4.errors import UserError
 from dsv4.model.bundle_tensors import weights_of
 from dsv4.model.fp8_blocks import block_of
-from dsv4.model.names import GROUP, is_control
+from dsv4.model.names import GROUP, kind
 from dsv4.quantization.formats import Quantizer, with_bf16_overflow
 from dsv4.quantization.fp8 import expand_scales
 from dsv4.quantization.source_reader import read_blocks, read_scales
@@ -64,9 +64,10 @@ def write_record(record: Path, source: Checkpoint, quantizer: Quantizer) -> None
 
 
 def bf16_names(source: Checkpoint) -> list[str]:
-    """Return the names of the BF16 weights, but for controls, which become F32."""
+    """Return the names of the BF16 weights that may become F16: no controls, nothing of images."""
     weights = weights_of(source.tensors)
-    return [n for n in weights if source.tensors[n].dtype == "BF16" and not is_control(n)]
+    kept = ("control", "image")
+    return [n for n in weights if source.tensors[n].dtype == "BF16" and kind(n) not in kept]
 
 
 def count_f16_overflow(source: Checkpoint, read: Read, jobs: int) -> dict[str, int]:

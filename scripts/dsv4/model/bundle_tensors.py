@@ -222,6 +222,8 @@ def unquantized_dtype(tensor: Tensor, what: str, form: StorageFormat) -> str:
     if tensor.dtype in FLOATS:
         if what == "control":
             return "F32"
+        if what == "image":
+            return tensor.dtype
         if form.as_source:
             kept = tensor.dtype != "BF16" or tensor.name in form.bfloats
         else:

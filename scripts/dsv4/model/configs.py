@@ -35,7 +35,9 @@ FIELDS = frozenset((
     "rope_scaling", "rope_theta", "routed_expert_bit_plan", "routed_expert_bits",
     "routed_scaling_factor", "scoring_func", "sliding_window", "swiglu_limit",
     "tie_word_embeddings", "topk_method", "torch_dtype", "transformers_version", "use_cache",
-    "v_head_dim", "vocab_size", "weight_format",
+    "v_head_dim", "vision_dim", "vision_downsample_ratio", "vision_inter_dim",
+    "vision_max_n_token", "vision_max_wh_ratio", "vision_min_pixels", "vision_n_heads",
+    "vision_n_layers", "vision_patch_size", "vision_rope_theta", "vocab_size", "weight_format",
 ))  # fmt: skip
 # Keys that make a loader run code: model_file of mlx_lm and mlx-vlm; auto_map, custom pipelines and
 # generation of transformers, and the consent to them.

@@ -16,8 +16,16 @@ from dsv4.model.bundle_tensors import SCALE_DTYPES
 from dsv4.model.fp8_blocks import read_block, scale_shape
 from dsv4.model.load import block_counts, config_count, mtp_declared
 from dsv4.model.names import GROUP, parse_expert, treatment
-from dsv4.model.source_format import has_dspark
-from dsv4.model.tensor_table import Block, MissingSize, Row, compress_ratio, rows_in
+from dsv4.model.source_format import has_dspark, has_vision
+from dsv4.model.tensor_table import (
+    TOWER,
+    Block,
+    MissingSize,
+    Row,
+    compress_ratio,
+    other_spelling,
+    rows_in,
+)
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.safetensors_file import FLOATS, NUMPY_DTYPE, Tensor, read_array
 
@@ -33,7 +41,7 @@ NAMED = 5  # faults in an error's line
 
 
 def blocks(source: Checkpoint) -> Iterator[Block]:
-    """Yield the model's ends, its main layers, and the MTP layers or DSpark stages that are stored.
+    """Yield the ends, the main layers, the stored MTP layers or DSpark stages, the vision tower.
 
     Raises UserError when a count in config.json is missing, no whole number or beyond any index.
     """
@@ -41,13 +49,19 @@ def blocks(source: Checkpoint) -> Iterator[Block]:
     counts = block_counts(source)
     layers, stages = counts["layers"], counts["mtp"]
     hashed = config_count(config, "num_hash_layers", folder) if "num_hash_layers" in config else 0
-    yield Block("")
+    vision = has_vision(source.tensors, config)
+    yield Block("", vision=vision)
     for layer in range(layers):
-        yield Block(f"layers.{layer}.", compress_ratio(config, layer), hashed=layer < hashed)
+        ratio = compress_ratio(config, layer)
+        yield Block(f"layers.{layer}.", ratio, hashed=layer < hashed, vision=vision)
     drafter = "dspark" if has_dspark(source.tensors, config) else "mtp"
     for stage in range(stages):
         ratio, last = compress_ratio(config, layers + stage), stage == stages - 1
-        yield Block(f"mtp.{stage}.", ratio, drafter=drafter, first=stage == 0, last=last)
+        yield Block(
+            f"mtp.{stage}.", ratio, drafter=drafter, first=stage == 0, last=last, vision=vision
+        )
+    for number in range(config_count(config, "vision_n_layers", folder) if vision else 0):
+        yield Block(f"{TOWER}{number}.", vision=True)
 
 
 def expected_weights(source: Checkpoint) -> Iterator[tuple[str, Row, Block]]:
@@ -60,7 +74,9 @@ def expected_weights(source: Checkpoint) -> Iterator[tuple[str, Row, Block]]:
                 continue
             numbers = range(experts) if ".E." in row.name else (0,)
             for number in numbers:
-                yield block.prefix + row.name.replace(".E.", f".{number}."), row, block
+                name = block.prefix + row.name.replace(".E.", f".{number}.")
+                other = other_spelling(name)
+                yield other if other in source.tensors else name, row, block
 
 
 def source_faults(source: Checkpoint) -> list[str]:

@@ -18,6 +18,9 @@ GROUP = 32  # columns that share a scale, in the source's FP4 and in every label
 # w1 = gate_proj, w3 = up_proj (width, hidden); w2 = down_proj (hidden, width).
 PROJECTION = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
+# With a row or a number for each expert.
+ROUTER = (".ffn.gate.weight", ".ffn.gate.bias", ".ffn.gate.bias_vl")
+
 _EXPERT = re.compile(rf"(layers|mtp)\.({NUMBER})\.ffn\.experts\.({NUMBER})\.(w[123])\.(\w{{1,32}})")
 _STACK = re.compile(rf"layers\.({NUMBER})\.mlp\.switch_mlp\.(gate|up|down)_proj\.(\w{{1,32}})")
 _MTP = re.compile(rf"mtp\.({NUMBER})\.")
@@ -106,7 +109,7 @@ def columns_of(base: str, config: Mapping[str, Any]) -> int:
 
 
 def is_control(name: str) -> bool:
-    """Return True for the F32 control tensors: `hc_*`, `attn_sink`, `ffn.gate.bias`.
+    """Return True for the F32 control tensors: `hc_*`, `attn_sink`, `ffn.gate.bias`, `bias_vl`.
 
     They steer routing and residual mixing. Upstream's converter rounds them to F16, and vMLX 1.6.81
     refuses such a bundle.
@@ -125,6 +128,8 @@ def most_zeros(name: str, dtype: str, nbytes: int) -> int | None:
     what = treatment(base)
     if nbytes < 16 or what in (None, "control") or name.endswith((".tid2eid", ".ape")):
         return None
+    if what == "image" and not name.endswith(".weight"):
+        return None  # biases and the padding of images may be 0
     packed = dtype in ("I8", "U8", "F8_E4M3", "F8_E8M0", "U32") or name.endswith(".scales")
     if packed and not name.startswith(("embed.", "head.")):
         return min(nbytes, 4096)

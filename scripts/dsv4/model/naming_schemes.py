@@ -156,6 +156,7 @@ def module_scheme(
 
 
 SAME: Line = ("", "")
+IMAGES = tuple((name, name) for name in ("vision", "aligner", "image_*"))
 HC = ("hc_attn.*", "hc_ffn.*")
 LLAMA = ("input_layernorm", "post_attention_layernorm")
 JANG = {
@@ -183,7 +184,10 @@ SCHEMES = {
             (*stacked("layers.N.ffn.experts", names=W),
              *stacked("mtp.N.ffn.experts", "mtp.N", W), SAME),
         ),
-        NamingScheme("mlx-vlm", "mlx_vlm convert", module_scheme("language_model."), (MLX_VLM,)),
+        NamingScheme(
+            "mlx-vlm", "mlx_vlm convert",
+            (*module_scheme("language_model."), *IMAGES), (MLX_VLM,),
+        ),
         NamingScheme("mlx-lm, attn_hc", "a branch of mlx-lm", module_scheme(""), (MLX_VLM,)),
         NamingScheme("mlx-lm, hc_attn", "a branch of mlx-lm (omlx#2145)", module_scheme("", hc=HC)),
         NamingScheme(

@@ -64,9 +64,9 @@ def check_format(source: Checkpoint) -> None:
         )  # fmt: skip
 
 
-def has_vision(tensors: Mapping[str, Tensor]) -> bool:
-    """Return True for a source with a vision tower, as Vision-Exp has it."""
-    return any(name.startswith("vision.") for name in tensors)
+def has_vision(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
+    """Return True for a release that reads images, by its tower or else by config.json."""
+    return bool(config.get("vision_n_layers")) or any(n.startswith("vision.") for n in tensors)
 
 
 def has_dspark(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
@@ -95,7 +95,7 @@ def release_name(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> st
     if any(mtp_layer(n) is not None for n in tensors):
         dspark = has_dspark(tensors, config)
         drafter = "with DSpark" if dspark else "with MTP, as in the first release"
-    words = [f"{name}{' Vision-Exp' if has_vision(tensors) else ''} {drafter}"]
+    words = [f"{name}{' Vision-Exp' if has_vision(tensors, config) else ''} {drafter}"]
     if experts and (found := config.get("n_routed_experts")) != experts:
         words.append(f"pruned: {short_repr(found)} of {experts} experts")
     if top_k and (found := config.get("num_experts_per_tok")) != top_k:

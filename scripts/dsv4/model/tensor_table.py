@@ -2,7 +2,8 @@
 
 One row for each tensor; everything else that knows tensors asks this table. A new tensor is one
 more row. Shapes are those of transformers 5.24.0 (models/deepseek_v4/modeling_deepseek_v4.py), for
-MTP and DSpark those of the published checkpoints.
+MTP and DSpark those of the published checkpoints, for images those of mlx-vlm 0.7.10
+(models/deepseek_v4/vision.py).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ TREATMENTS = {
     "control": "F32, as in the source: for routing or residual mixing",
     "passthrough": "norms, router weight, compressor positions to F16; integers as they are",
     "head": "as in the source",
+    "image": "as in the source: the vision tower, the aligner and the image tensors",
     "matrix": "8-bit affine, groups of 32",
 }
 NUMBER = r"[0-9]{1,6}"  # a name with a longer number is unknown
@@ -35,6 +37,8 @@ SIZES = {
     "o_lora": "o_lora_rank", "o_groups": "o_groups", "experts": "n_routed_experts",
     "top_k": "num_experts_per_tok", "hc": "hc_mult", "index_heads": "index_n_heads",
     "index_dim": "index_head_dim", "rank": "dspark_markov_rank",
+    "v_dim": "vision_dim", "v_inter": "vision_inter_dim", "patch": "vision_patch_size",
+    "pooled": "vision_downsample_ratio",
 }  # fmt: skip
 
 
@@ -42,9 +46,10 @@ SIZES = {
 class Block:
     """The properties of a block that its tensors depend on.
 
-    prefix: "" for the model's ends, "layers.N." or "mtp.N.". ratio: its compress ratio, 0, 4 or
-    128. hashed: the router has a table of experts by token. drafter: "" in a main layer, "mtp" for
-    the first release's MTP, "dspark". first, last: its place among DSpark's stages.
+    prefix: "" for the model's ends, "layers.N.", "mtp.N." or "vision.blocks.N.". ratio: its
+    compress ratio, 0, 4 or 128. hashed: the router has a table of experts by token. drafter: "" in
+    a main layer, "mtp" for the first release's MTP, "dspark". first, last: its place among DSpark's
+    stages. vision: the release reads images.
     """
 
     prefix: str
@@ -53,6 +58,7 @@ class Block:
     drafter: str = ""
     first: bool = False
     last: bool = False
+    vision: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,33 @@ ENDS = _rows(
     ("head.weight", "BF16", "vocab, hidden", "head"),
     *_HC_HEAD,
 )
+IMAGE_ENDS = _rows(
+    lambda block: block.vision,
+    ("vision.patch_embed.proj.weight", "BF16", "v_dim, 3 * patch * patch", "image"),
+    ("vision.patch_embed.proj.bias", "BF16", "v_dim,", "image"),
+    ("vision.norm.weight", "BF16", "v_dim,", "image"),
+    ("aligner.w1.weight", "BF16", "hidden, v_dim * pooled * pooled", "image"),
+    ("aligner.w1.bias", "BF16", "hidden,", "image"),
+    ("aligner.w2.weight", "BF16", "hidden, hidden", "image"),
+    ("aligner.w2.bias", "BF16", "hidden,", "image"),
+    ("image_start", "BF16", "hidden,", "image"),
+    ("image_end", "BF16", "hidden,", "image"),
+    ("image_newline", "BF16", "hidden,", "image"),
+    ("image_pad", "BF16", "hidden,", "image"),
+)
+# Of a block of the vision tower. Some releases spell `ffn.` as `mlp.` (`other_spelling`).
+TOWER = "vision.blocks."
+TOWER_BLOCKS = _rows(
+    lambda block: True,
+    ("norm1.weight", "BF16", "v_dim,", "image"),
+    ("attn.wqkv.weight", "BF16", "3 * v_dim, v_dim", "image"),
+    ("attn.wqkv.bias", "BF16", "3 * v_dim,", "image"),
+    ("attn.wo.weight", "BF16", "v_dim, v_dim", "image"),
+    ("attn.wo.bias", "BF16", "v_dim,", "image"),
+    ("norm2.weight", "BF16", "v_dim,", "image"),
+    ("ffn.w1.weight", "BF16", "2 * v_inter, v_dim", "image"),
+    ("ffn.w2.weight", "BF16", "v_dim, v_inter", "image"),
+)
 # Of main layers and of MTP's alike.
 BLOCKS = (
     *_rows(
@@ -137,7 +170,11 @@ BLOCKS = (
     *_rows(lambda block: block.ratio == 4, *_INDEXER),
     *_rows(lambda block: True, ("ffn.gate.weight", "BF16", "experts, hidden", "passthrough")),
     *_rows(lambda block: block.hashed, ("ffn.gate.tid2eid", "INT", "vocab, top_k", "passthrough")),
-    *_rows(lambda block: not block.hashed, ("ffn.gate.bias", "F32", "experts,", "control")),
+    *_rows(
+        lambda block: block.vision or not block.hashed,
+        ("ffn.gate.bias", "F32", "experts,", "control"),
+    ),
+    *_rows(lambda block: block.vision, ("ffn.gate.bias_vl", "F32", "experts,", "control")),
     *_rows(
         lambda block: True,
         ("ffn.shared_experts.w1.weight", "FP8", "width, hidden", "matrix"),
@@ -209,12 +246,20 @@ def _compiled(formula: str) -> CodeType:
 _INDEX = re.compile(rf"(?<=\.){NUMBER}(?=\.)")
 
 
+def other_spelling(name: str) -> str:
+    """Return a name of the vision tower with `mlp.` in place of `ffn.`; others unchanged."""
+    return name.replace(".ffn.", ".mlp.") if name.startswith(TOWER) else name
+
+
 def _by_pattern() -> dict[str, Row]:
     """Map each tensor's name, with N for every number in it, to its row."""
-    patterns = {row.name: row for row in ENDS}
+    patterns = {row.name: row for row in (*ENDS, *IMAGE_ENDS)}
     for row in BLOCKS:
         name = row.name.replace(".E.", ".N.")
         patterns |= {f"layers.N.{name}": row, f"mtp.N.{name}": row}
+    for row in TOWER_BLOCKS:
+        name = f"{TOWER}N.{row.name}"
+        patterns |= {name: row, other_spelling(name): row}
     return patterns | {f"mtp.N.{row.name}": row for row in DRAFTERS}
 
 
@@ -232,7 +277,10 @@ def row_of(name: str) -> Row | None:
 
 def rows_in(block: Block) -> Iterator[Row]:
     """Yield the rows of the tensors that a block has."""
-    rows = (*BLOCKS, *DRAFTERS) if block.prefix else ENDS
+    if block.prefix.startswith(TOWER):
+        rows = TOWER_BLOCKS
+    else:
+        rows = (*BLOCKS, *DRAFTERS) if block.prefix else (*ENDS, *IMAGE_ENDS)
     return (row for row in rows if row.present(block))
 
 

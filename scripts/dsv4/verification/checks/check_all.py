@@ -7,6 +7,7 @@ from pathlib import Path
 from dsv4.errors import UserError
 from dsv4.model.labels import has_turboquant
 from dsv4.model.naming_schemes import MLX_LM, MLX_VLM, STORAGE
+from dsv4.model.source_format import has_vision
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.toolchain.python_env import probe
 from dsv4.verification.checks import conversation, documents, headers, loading, turboquant_files
@@ -47,7 +48,10 @@ def check_toolchain(bundle: Scan, python: Path, findings: Findings) -> list[Chec
     """Run the installed loaders on these headers, and check that they are patched."""
     if {"config-broken", "layout-unknown"} & findings.names:
         return []
-    runtime = next((r for r in (MLX_LM, MLX_VLM) if r in bundle.scheme.runtimes), None)
+    order = (MLX_LM, MLX_VLM)
+    if has_vision(bundle.tensors, bundle.config):  # jang's model has no tower
+        order = (MLX_VLM,)
+    runtime = next((r for r in order if r in bundle.scheme.runtimes), None)
     if runtime == MLX_VLM and has_package(python, "mlx-vlm"):
         return loading.check_loading(bundle, python, findings, runtime)
     if runtime != MLX_LM or has_turboquant(bundle.tensors):

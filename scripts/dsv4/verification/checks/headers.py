@@ -15,6 +15,7 @@ from dsv4.errors import UserError
 from dsv4.model.labels import has_turboquant, label_of
 from dsv4.model.load import block_counts
 from dsv4.model.names import (
+    ROUTER,
     columns_of,
     is_control,
     is_expert,
@@ -329,8 +330,10 @@ def check_counterpart(bundle: Scan, origin: Tensor, what: str, findings: Finding
     allowed = FLOATS
     if integers:
         allowed = (origin.dtype,) if bundle.is_ours else (origin.dtype, "I32", "I64")
-    if what == "passthrough" and tensor.dtype not in allowed:
-        expected = origin.dtype if integers else "F16"
+    if what == "image" and bundle.is_ours:
+        allowed = (origin.dtype,)
+    if what in ("passthrough", "image") and tensor.dtype not in allowed:
+        expected = origin.dtype if integers or what == "image" else "F16"
         findings.add("dtype-wrong", display_name(bundle, tensor.name), tensor.dtype, expected)
 
 
@@ -338,7 +341,7 @@ def is_pruned_router(
     bundle: Scan, name: str, found: tuple[int, ...], shape: tuple[int, ...]
 ) -> bool:
     """Return whether this is the router of a pruned layer, with one row for each expert left."""
-    rows = found[0] if name.endswith((".ffn.gate.weight", ".ffn.gate.bias")) and found else 0
+    rows = found[0] if name.endswith(ROUTER) and found else 0
     return rows in pruned_layers(bundle).values() and (rows, *shape[1:]) == found
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dsv4.model.chat_template import ENCODING
 from dsv4.model.labels import fp8_bases, has_turboquant
 from dsv4.model.naming_schemes import MLX_LM, STORAGE, VMLX
+from dsv4.model.source_format import has_vision
 from dsv4.text import escape_line, short_repr
 from dsv4.verification.checks.documents import (
     effective_label,
@@ -92,6 +93,12 @@ def quantized_head(bundle: Scan) -> str:
 def turboquant_experts(bundle: Scan) -> str:
     """Only vMLX has TurboQuant's kernels."""
     return "experts in TurboQuant, which it cannot read" if has_turboquant(bundle.tensors) else ""
+
+
+def vision_tower(bundle: Scan) -> str:
+    """mlx_lm refuses tensors for which jang's model has no parameter."""
+    found = has_vision(bundle.tensors, bundle.config)
+    return "a vision tower, which its model does not have" if found else ""
 
 
 def fp8_matrices(bundle: Scan) -> str:

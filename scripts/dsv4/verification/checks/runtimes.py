@@ -24,6 +24,7 @@ from dsv4.verification.checks.runtime_requirements import (
     quantized_head,
     rounded_controls,
     turboquant_experts,
+    vision_tower,
     wrong_group_size,
     wrong_label_for,
     wrong_stop_ids_in,
@@ -74,7 +75,7 @@ NEW = (
 )  # fmt: skip
 STOP_IDS = wrong_stop_ids_in("generation_config.json")
 VLM = (wrong_label_for(RUNTIMES[1]), STOP_IDS, quantized_head, turboquant_experts)
-LM = (wrong_label_for(RUNTIMES[0]), STOP_IDS, turboquant_experts)
+LM = (wrong_label_for(RUNTIMES[0]), STOP_IDS, turboquant_experts, vision_tower)
 
 OLD_MODEL = "its model has no attention sinks and mixes streams transposed; STACK=new is right"
 BLOCKS = "while decoding, blocks of 4 tokens do not see the block before them"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from dsv4.errors import with_path
 from dsv4.model.bundle_tensors import weights_of
-from dsv4.model.names import most_zeros, parse_expert
+from dsv4.model.names import ROUTER, most_zeros, parse_expert
 from dsv4.quantization.imatrix import EVEN, Importance
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.holes import HoleDetector
@@ -141,7 +141,7 @@ def without_experts(source: Checkpoint, kept: Kept) -> Checkpoint:
     fewer = Checkpoint(source.folder, source.config, source.weight_map, source.shards)
     tensors = dict(source.tensors)
     for block, numbers in kept.items():
-        for name in (f"{block}.ffn.gate.weight", f"{block}.ffn.gate.bias"):
+        for name in (f"{block}{router}" for router in ROUTER):
             if numbers and name in tensors:
                 tensors[name] = select_rows(tensors[name], numbers)
     fewer.__dict__["tensors"] = tensors

@@ -154,7 +154,7 @@ def make_task(bundle: Scan, source: Checkpoint, name: str, origin: Tensor) -> Ta
         return None
     base = name.removesuffix(".weight")
     scale = source.tensors.get(f"{origin.name.removesuffix('.weight')}.scale")
-    what = "module" if what in ("matrix", "head") else what
+    what = {"matrix": "module", "head": "module", "image": "passthrough"}.get(what, what)
     parts = module_parts(bundle, base) if what in ("expert", "module") else {}
     if name in bundle.tensors:
         parts.setdefault("weight", bundle.tensors[name])
