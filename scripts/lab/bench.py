@@ -15,7 +15,6 @@ whole processes.
     .venv/bin/python scripts/lab/bench.py [--folder DIR] [--tensors 384] [--runs 5]
 
 Takes about 6 minutes and 10 GB under --folder on two cores; prints a Markdown table.
-Exit status: 0 done; 1 failed; 2 usage.
 """
 
 from __future__ import annotations
