@@ -210,7 +210,7 @@ def bundle_need(
 
 
 def memory_line(args: argparse.Namespace, config: dict[str, Any], final: int) -> Line:
-    """Which Mac the bundle fits."""
+    """Return the line that says which Mac the bundle fits."""
     fit = mac_memory.describe_fit(config, final, args.context or mac_memory.CONTEXT, args.fit or 0)
     return Line(True, "memory", fit, doubt="does not" in fit)
 

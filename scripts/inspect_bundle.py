@@ -24,7 +24,7 @@ from pathlib import Path
 from dsv4.errors import UserError, renamed_path, run
 from dsv4.hub import repository
 from dsv4.hub.remote_headers import Skeleton, fetch_skeleton
-from dsv4.model.source import open_source
+from dsv4.model.source import open_headers
 from dsv4.model.source_format import release_name
 from dsv4.settings import add_setting, parse_seconds
 from dsv4.storage.atomic import format_bytes
@@ -102,7 +102,7 @@ def inspect(options: InspectOptions, repo: str, work: Path) -> tuple[tuple[str, 
         if not folder.exists():
             fetch_skeleton(options.against, "main", folder, options.patience)
         with renamed_path(folder, f"hub: {options.against}"):
-            source = open_source(folder)
+            source = open_headers(folder)
     checks = check_all.check_headers(bundle, source, findings) if bundle else []
     check_all.require_nonempty(checks, findings)
     print_result(skeleton, checks, findings)

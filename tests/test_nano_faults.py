@@ -188,7 +188,7 @@ def test_the_right_bundle_passes(weights, lessons, config, truth):
     assert passes
 
 
-# What `make test` plants: one fault of the experts, one of the hash table.
+# The faults that `make test` plants: one of the experts, one of the hash table.
 FIRST = ("3-bit experts", "tid2eid shifted")
 
 

@@ -29,10 +29,10 @@ from dsv4.model.chat_template import ENCODING
 from dsv4.model.expected_tensors import check_tables, source_faults
 from dsv4.model.load import open_bundle
 from dsv4.model.names import is_control
-from dsv4.model.source import SINGLE, open_source
+from dsv4.model.source import open_source
 from dsv4.model.source_format import check_format, check_model_type
 from dsv4.quantization.fp8 import E4M3
-from dsv4.storage.checkpoint import INDEX, Checkpoint
+from dsv4.storage.checkpoint import INDEX, SINGLE, Checkpoint
 from dsv4.storage.safetensors_file import Shard, Tensor, read_array
 from dsv4.storage.tensor_reader import round_to_dtype
 
@@ -183,6 +183,22 @@ def test_no_shard_of_a_source_that_is_refused_is_fetched(refused, low_disk, tmp_
     done = run_script("check", *where, "--bundle", tmp_path / "b")
     assert "NO  source:" in done.stdout
     assert sent_of_shards(hub) == 0
+
+
+def test_f32_scales_are_no_fault_of_a_source_on_the_hub(tmp_path, monkeypatch):
+    """Its headers stand in sparse files, where every scale would be 0."""
+    arrays = small.source_arrays(ODD_SIZES, np.random.default_rng(4))
+    wide_scales(arrays)
+    small.save(tmp_path / "o", arrays, 99, ODD_SIZES.config())
+    files = {p.name: p.read_bytes() for p in (tmp_path / "o").iterdir()}
+    files |= dict.fromkeys(("tokenizer.json", "tokenizer_config.json", ENCODING), b"{}")
+    with Hub() as hub:
+        hub.add(REPO, files)
+        for name, value in environment(hub, tmp_path / "s").items():
+            monkeypatch.setenv(name, value)
+        where = ("--source", tmp_path / "s", "--repo", REPO, "--patience", 0)
+        done = run_script("download", *where)
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_tokenizer_files_come_from_the_base_repository(tmp_path, monkeypatch):

@@ -175,7 +175,7 @@ COMMANDS = {
 }
 
 
-# How a shell hands a command closed streams, or a pipe that nobody reads.
+# Closed streams, or a pipe that nobody reads, as a shell passes them to a command.
 CLOSED = (">&-", ">&- 2>&-", "<&- >&-", "| true")
 # All of them for one command; each other command in one way, and in the rest in test-full.
 WAYS = [

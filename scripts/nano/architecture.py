@@ -44,7 +44,7 @@ class Architecture:
 NANO = Architecture()
 
 
-# What config.json declares beside the sizes.
+# The keys of config.json beside the sizes.
 DECLARED = {
     "architectures": ["DeepseekV4ForCausalLM"],
     "attention_bias": False,

@@ -31,7 +31,7 @@ class JobPart:
 
     @property
     def message(self) -> str:
-        """What remains to be done after a part; "" after a whole run."""
+        """The text for the user after a part: the runs that are left; "" after a whole run."""
         if self.whole:
             return ""
         return "when all parts are done, run once without --part: it completes index and config"

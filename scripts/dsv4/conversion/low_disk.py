@@ -26,7 +26,7 @@ from dsv4.hub import download, remote_headers, repository
 from dsv4.hub.download import at_pin, fetch_all
 from dsv4.hub.file_transfer import Transfer, file_hash
 from dsv4.hub.provenance import HEADERS, Record, read_record
-from dsv4.model.source import open_source
+from dsv4.model.source import open_headers, open_source
 from dsv4.settings import add_setting, parse_jobs, parse_seconds
 from dsv4.storage import limits, locks, safe_paths
 from dsv4.storage.atomic import copy_file, write_bytes
@@ -103,7 +103,7 @@ def header_checkpoint(source: Path, record: Record) -> Iterator[Checkpoint]:
                 Path(work) / name, limits.read_bounded(kept, KEPT), record.files[name].size
             )
         with renamed_path(Path(work), f"{source}"):
-            headers = open_source(Path(work))
+            headers = open_headers(Path(work))
         yield headers
 
 

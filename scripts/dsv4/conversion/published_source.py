@@ -18,8 +18,8 @@ from dsv4.hub import remote_headers, repository
 from dsv4.hub.file_transfer import Transfer
 from dsv4.hub.repository import HubFile
 from dsv4.model.expected_tensors import check_tables
-from dsv4.model.source import SINGLE, open_source
-from dsv4.storage.checkpoint import INDEX, Checkpoint, read_index
+from dsv4.model.source import open_headers
+from dsv4.storage.checkpoint import INDEX, SINGLE, Checkpoint, read_index
 from dsv4.storage.safetensors_file import Tensor
 
 
@@ -38,7 +38,7 @@ class PublishedSource:
 def open_published(
     repo: str, revision: str, has_tokenizer: bool, patience: float = 0
 ) -> PublishedSource:
-    """Read and judge a source on the hub. Raises UserError as `open_source` and `check_tables` do.
+    """Read and judge a source on the hub. Raises UserError as `open_headers` and `check_tables` do.
 
     has_tokenizer: the tokenizer files come from elsewhere, so the repository may lack them.
     """
@@ -50,7 +50,7 @@ def open_published(
         with renamed_path(folder, f"hub: {repo}"):
             for wanted in (is_document, lambda name: name in shard_names(folder)):
                 remote_headers.fetch_skeleton(repo, listing.commit, folder, patience, wanted)
-            source = open_source(folder)
+            source = open_headers(folder)
             sizes = {file.name: file for file in listing.files}
 
             def read(tensor: Tensor) -> np.ndarray:
@@ -61,7 +61,7 @@ def open_published(
                 return np.frombuffer(data, np.uint8)
 
             check_tables(source, read)
-    return PublishedSource(listing.commit, source, tuple(wanted_files(listing.files, source)))
+    return PublishedSource(listing.commit, source, tuple(files_to_fetch(listing.files, source)))
 
 
 def is_document(name: str) -> bool:
@@ -74,7 +74,7 @@ def shard_names(folder: Path) -> set[str]:
     return set(read_index(folder).values()) if (folder / INDEX).is_file() else {SINGLE}
 
 
-def wanted_files(files: Iterable[HubFile], source: Checkpoint) -> list[HubFile]:
+def files_to_fetch(files: Iterable[HubFile], source: Checkpoint) -> list[HubFile]:
     """Return the files that download fetches: the small ones, and the shards of the index."""
     return [f for f in files if not f.name.endswith(".safetensors") or f.name in source.shards]
 

@@ -11,10 +11,10 @@ from dsv4.conversion.tokenizer_files import REQUIRED
 from dsv4.errors import UserError
 from dsv4.hub.download import recorded, remaining
 from dsv4.hub.provenance import HEADERS, read_record
-from dsv4.model.source import SINGLE, check_tokenizer_files, open_source, source_notes
+from dsv4.model.source import check_tokenizer_files, open_source, source_notes
 from dsv4.model.source_format import release_name
 from dsv4.storage.atomic import format_bytes
-from dsv4.storage.checkpoint import INDEX, Checkpoint, MissingShards
+from dsv4.storage.checkpoint import INDEX, SINGLE, Checkpoint, MissingShards
 
 AT_ONCE = 4  # shards of the source that lie there at one time with LOW_DISK, as a rule
 

@@ -19,11 +19,10 @@ from dsv4.hub.hub_errors import RevisionNotFound
 from dsv4.hub.provenance import RECORD, Record, read_record
 from dsv4.hub.repository import HubFile
 from dsv4.storage import filesystem, locks, safe_paths
-from dsv4.storage.checkpoint import INDEX, read_index
+from dsv4.storage.checkpoint import INDEX, SINGLE, read_index
 
 PATIENCE = 300  # seconds without a byte, after which a transfer gives up
 WORKERS = 4  # files at once: one HTTP stream seldom fills a fast line
-SINGLE = "model.safetensors"  # the shard of a checkpoint that has no index
 
 
 def recorded(source: Path, repo: str, revision: str) -> Record | None:

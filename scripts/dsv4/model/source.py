@@ -16,6 +16,7 @@ from dsv4.model.names import is_control
 from dsv4.model.source_format import check_format
 from dsv4.storage.checkpoint import (
     INDEX,
+    SINGLE,
     Checkpoint,
     check_index,
     open_shards,
@@ -25,15 +26,24 @@ from dsv4.storage.checkpoint import (
 from dsv4.storage.safetensors_file import read_shard
 from dsv4.text import join_some
 
-SINGLE = "model.safetensors"  # the shard of a checkpoint that has no index
-
 
 def open_source(folder: Path) -> Checkpoint:
-    """Open an FP4/FP8 source and check it whole by its headers.
+    """Open an FP4/FP8 source and check its headers, its F32 scales and its tables of experts.
+
+    Raises UserError as `open_headers`, `check_scales` and `check_tables` do.
+    """
+    source = open_headers(folder)
+    check_scales(source)
+    check_tables(source)
+    return source
+
+
+def open_headers(folder: Path) -> Checkpoint:
+    """Open an FP4/FP8 source and check it by its headers; its data may be missing (sparse files).
 
     Raises UserError for another model or format, a missing shard, an index that names other tensors
     than its shards hold, and, all in one line, for tensors that are missing, or of another shape or
-    dtype than config.json calls for; for a table of experts that are not there.
+    dtype than config.json calls for.
     """
     config = read_config(folder)
     weight_map = shard_map(folder)
@@ -42,8 +52,6 @@ def open_source(folder: Path) -> Checkpoint:
     check_format(source)
     read_block(config, folder)
     check_headers(source)
-    check_scales(source)
-    check_tables(source)
     return source
 
 

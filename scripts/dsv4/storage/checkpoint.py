@@ -18,6 +18,7 @@ from dsv4.storage.safetensors_file import Shard, Tensor, read_shard
 from dsv4.text import escape_line, short_repr
 
 INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"  # the shard of a checkpoint that has no index
 SIDECAR = "jangtq_runtime.safetensors"  # no shard: TurboQuant data for vMLX in Swift
 
 

@@ -73,7 +73,7 @@ class Scan:
 
     @cached_property
     def is_ours(self) -> bool:
-        """Whether this recipe made the bundle: its shards or its config.json record it."""
+        """True if this recipe made the bundle: its shards or its config.json record it."""
         keys = ("convert_layout", "requantize_layout")
         shards = self.checkpoint.shards.values()
         return RECORD in self.config or any(key in s.metadata for s in shards for key in keys)

@@ -149,7 +149,7 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Whether something was checked and no error found."""
+        """True if something was checked and no error was found."""
         return bool(self.level_1) and not self.findings.errors
 
 

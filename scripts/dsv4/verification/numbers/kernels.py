@@ -23,7 +23,7 @@ from dsv4.model.names import GROUP
 
 # Bits of the significand, and the exponent of the smallest step, of each dtype of scales.
 ROUNDING = {"F16": (11, -24), "BF16": (8, -133), "F32": (24, -149)}
-# How far another device's float32 rounding can move a level: 255 levels · 2^-20.
+# The largest move of a level by another device's float32 rounding: 255 levels · 2^-20.
 TIE = 2.5e-4
 NONE = -1
 
