@@ -135,9 +135,8 @@ def ask(folders: list[Path], work: Path, python: Path = NEW, source: Path | None
     return results
 
 
-def changed(bundle: Path, folder: Path, name: str, change: Callable[[dict], object]) -> Path:
-    """Return a copy with one JSON file changed, or added."""
-    shutil.copytree(bundle, folder)
+def changed(folder: Path, name: str, change: Callable[[dict], object]) -> Path:
+    """Change a JSON file of a bundle, or add one; return the bundle."""
     path = folder / name
     if not path.exists():
         path.write_text("{}")
@@ -147,7 +146,7 @@ def changed(bundle: Path, folder: Path, name: str, change: Callable[[dict], obje
 
 def test_every_harmful_change_is_named_with_its_key(bundle, tmp_path):
     folders = [
-        changed(bundle, tmp_path / f"{i}", name, put(key, value))
+        changed(shutil.copytree(bundle, tmp_path / f"{i}"), name, put(key, value))
         for i, (name, key, value, _) in enumerate(HARMFUL)
     ]
     silent = []
@@ -163,7 +162,7 @@ def test_every_harmful_change_is_named_with_its_key(bundle, tmp_path):
 
 def test_a_harmless_change_is_no_outcome(bundle, tmp_path):
     folders = [
-        changed(bundle, tmp_path / f"{i}", name, put(key, value))
+        changed(shutil.copytree(bundle, tmp_path / f"{i}"), name, put(key, value))
         for i, (name, key, value) in enumerate(HARMLESS)
     ]
     for findings, _ in ask([bundle, *folders], tmp_path / "work"):
@@ -185,3 +184,28 @@ def test_no_bundle_of_this_recipe_has_an_outcome_of_its_own(tmp_path_factory, tm
             assert findings.names == set(), (name, findings.text())
             said = " ".join(check.text() for check in checks)
             assert ("mlx-vlm was not asked" in said) == (python != NEW and name != "turboquant2")
+
+
+# --- Repair -------------------------------------------------------------------------------------
+
+PLANTED = [
+    (JANG, {"weight_format": "mxtq", "cache_type": "mamba", "capabilities": {"tool_parser": "x"}}),
+    (CONFIG, {"vision_n_layers": 1}),
+    (TOKENIZER, {"split_special_tokens": True, "extra_special_tokens": ["17"]}),
+    ("added_tokens.json", {"17": 512}),
+]
+
+
+@pytest.mark.full
+def test_repair_puts_back_the_keys_that_a_runtime_takes_wrongly(bundle, tmp_path):
+    folder = shutil.copytree(bundle, tmp_path / "bundle")
+    for name, content in PLANTED:
+        changed(folder, name, lambda document, content=content: document.update(content))
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    said = must("repair", "--bundle", folder, "--python", NEW)
+    assert "level 1 holds" in said
+    for name, content in PLANTED:
+        lines = " ".join(line for line in said.splitlines() if line.startswith(f"{name}: "))
+        assert all(key in lines for key in content), said
+    must("repair", "--bundle", folder, "--undo")
+    assert {path: path.read_bytes() for path in before} == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -32,9 +33,15 @@ from dsv4.repair.shards_on_disk import (
 from dsv4.storage import limits, safe_paths
 from dsv4.storage.atomic import write_bytes, write_json
 from dsv4.storage.checkpoint import INDEX, Checkpoint, read_json
-from dsv4.verification.checks import conversation, turboquant_files
+from dsv4.verification.checks import (
+    check_all,
+    conversation,
+    runtime_outcomes,
+    turboquant_files,
+)
 from dsv4.verification.checks.documents import group_size
 from dsv4.verification.report.findings import Findings
+from dsv4.verification.scan import scan
 
 # Prefix of a finding's name → the files with the fault, for files that patch writes.
 DOCUMENTS = ("config.json", "generation_config.json", "jang_config.json", "tokenizer_config.json")
@@ -128,6 +135,35 @@ def plan_metadata(repair: RepairContext) -> None:
         repair.attempt(plan_template)
     for name in sorted(files):
         repair.attempt(plan_document, name, makers[name])
+
+
+def plan_outcomes(repair: RepairContext) -> None:
+    """Plan the keys to be put back that make a runtime answer wrongly, when nothing else is left.
+
+    The runtimes are asked only then, because that takes seconds.
+    """
+    options = repair.options
+    if options.without_loader or (repair.actions and not options.dry_run):
+        return
+    bundle = scan(repair.bundle, Findings())
+    if bundle is None or "layout-unknown" in repair.findings:
+        return
+    loaders, mended = check_all.promised_loaders(bundle), {}
+    with contextlib.suppress(UserError):  # a toolchain that does not run is verify's to report
+        mended = runtime_outcomes.mended_documents(bundle, repair.source, options.python, loaders)
+    for name, (content, keys) in mended.items():
+        what = f"{name}: {', '.join(filter(None, keys)) or 'a file'} that a runtime takes wrongly"
+        write = functools.partial(write_document, repair, name, content)
+        repair.plan(what, "set" if content else "moved away", write)
+
+
+def write_document(repair: RepairContext, name: str, content: dict[str, Any] | None) -> None:
+    """Write a JSON file, or remove it for None, after its original is kept."""
+    repair.backup.keep([name])
+    if content is None:
+        safe_paths.remove(repair.bundle, name)
+    else:
+        write_json(repair.bundle / name, content)
 
 
 def plan_template(repair: RepairContext) -> None:

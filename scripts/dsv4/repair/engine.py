@@ -9,7 +9,12 @@ from dsv4.conversion.bundle_files import remove_leftovers
 from dsv4.conversion.job_array import JobPart
 from dsv4.errors import UserError
 from dsv4.repair.context import Action, RepairContext
-from dsv4.repair.document_steps import plan_files, plan_index, plan_metadata
+from dsv4.repair.document_steps import (
+    plan_files,
+    plan_index,
+    plan_metadata,
+    plan_outcomes,
+)
 from dsv4.repair.folder_steps import (
     config_fault,
     list_system_files,
@@ -27,7 +32,15 @@ from dsv4.verification import verify
 # Findings about the toolchain: reported, but not the bundle's to repair.
 TOOLCHAIN = {"loader-unpatched", "loader-unknown", "loader-not-checked"}
 # In this order they are applied: each step may need what the ones before it write.
-PLANNERS = (plan_strangers, plan_shards, plan_index, plan_files, plan_metadata, plan_sidecar)
+PLANNERS = (
+    plan_strangers,
+    plan_shards,
+    plan_index,
+    plan_files,
+    plan_metadata,
+    plan_sidecar,
+    plan_outcomes,
+)
 
 
 def repair_bundle(repair: RepairContext) -> None:

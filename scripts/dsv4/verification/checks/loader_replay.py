@@ -81,17 +81,30 @@ def loaders(folder: Path, runtimes: Sequence[str]) -> dict[str, Callable[[], Any
         if hasattr(load_jangtq, "_patch_quant_config_inplace"):
             found["jang_tools"] = lambda: load_jangtq.load_jangtq_model(folder)
     if VMLX in runtimes and importlib.util.find_spec("vmlx_engine"):
-        from vmlx_engine.loaders import load_jangtq_dsv4 as vmlx
-
-        if hasattr(vmlx, "ensure_dsv4_encoding_available"):  # 1.3.97 calls jang_tools' alone
-            vmlx.ensure_dsv4_encoding_available = lambda _: None  # it would run the bundle's file
-            found["vMLX"] = lambda: vmlx.load_jangtq_dsv4_model(str(folder))
+        found |= vmlx_loader(folder)
     if MLX_VLM in runtimes and has_model("mlx_vlm"):
         hide()
         from mlx_vlm import utils
 
         found["mlx-vlm"] = lambda: utils.load_model(folder, lazy=True)
     return found
+
+
+def vmlx_loader(folder: Path) -> dict[str, Callable[[], Any]]:
+    """Return vMLX's loader; {} for 1.3.97, which calls jang_tools' alone.
+
+    Two of its steps are left out. One runs the bundle's encoding file. The other writes shards anew
+    whose tensors are not aligned, and notes into the user's cache folder.
+    """
+    from vmlx_engine.loaders import load_jangtq_dsv4
+
+    if not hasattr(load_jangtq_dsv4, "ensure_dsv4_encoding_available"):
+        return {}
+    from vmlx_engine import model_bundle_integrity
+
+    load_jangtq_dsv4.ensure_dsv4_encoding_available = lambda model: None
+    model_bundle_integrity.prepare_model_bundle_for_load = lambda model, **_: (f"{model}", {})
+    return {"vMLX": lambda: load_jangtq_dsv4.load_jangtq_dsv4_model(str(folder))}
 
 
 def has_model(package: str) -> bool:

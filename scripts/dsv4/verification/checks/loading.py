@@ -21,9 +21,10 @@ from dsv4.verification.report.findings import Check, Findings
 from dsv4.verification.scan import Scan
 
 NAMES = [str]
+CAUSES = [{"file": str, "path": NAMES, "value": str}]  # by runtime_causes.py
 PARAMETERS = {
     "parameters": int,
-    "causes?": NAMES,
+    "causes?": CAUSES,
     "unfed": NAMES,
     "unused": NAMES,
     "misfit": [NAMES],
@@ -70,9 +71,13 @@ def add_loader_results(results: dict[str, dict[str, Any]], findings: Findings) -
     return checks
 
 
-def describe_causes(causes: list[str]) -> str:
+def describe_causes(causes: list[dict[str, Any]]) -> str:
     """Return the keys that cause a result, as the end of a sentence."""
-    return f", by {'; '.join(causes)}" if causes else ""
+    keys = [
+        f"{cause['file']}: {'.'.join(cause['path'])} = {cause['value']}" if cause["path"]
+        else cause["file"] for cause in causes
+    ]  # fmt: skip
+    return f", by {'; '.join(keys)}" if keys else ""
 
 
 def loader_states(python: Path) -> dict[str, str]:

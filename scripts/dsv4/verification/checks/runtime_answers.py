@@ -49,7 +49,7 @@ DEFAULTS = ("config.json", "generation_config.json", "jang_config.json")
 def ask_tokenizer(folder: Path, request: Answers) -> Answers:
     """Ask transformers' AutoTokenizer, by mlx_lm's loader where that is installed.
 
-    vMLX's loader of affine bundles takes the same one.
+    vMLX's loader takes the same one.
     """
     try:
         from mlx_lm.utils import load_tokenizer
@@ -76,18 +76,29 @@ def tokenizer_answers(tokenizer: Any, request: Answers) -> Answers:
 
 
 def ask_mlx_vlm(folder: Path, request: Answers) -> Answers:
-    """Ask mlx-vlm's processor, and its sampling of a request that sets nothing."""
-    import mlx_vlm.models.deepseek_v4
-    from mlx_vlm.generate.common import resolve_sampling_defaults
-    from mlx_vlm.utils import apply_generation_config_defaults, load_config, load_processor
+    """Ask mlx-vlm's processor, which the model's import registers."""
+    import_mlx_vlm()
+    from mlx_vlm.utils import load_processor
 
-    del mlx_vlm  # importing the model registers its processor
+    return tokenizer_answers(load_processor(folder, add_detokenizer=False).tokenizer, request)
+
+
+def import_mlx_vlm() -> None:
+    """Import mlx-vlm's model. Raises ImportError when it has no DeepSeek-V4."""
+    import mlx_vlm.models.deepseek_v4
+
+    del mlx_vlm
+
+
+def ask_mlx_vlm_sampling(folder: Path, request: Answers) -> Answers:
+    """Ask mlx-vlm how it samples for a request that sets nothing."""
+    import_mlx_vlm()
+    from mlx_vlm.generate.common import resolve_sampling_defaults
+    from mlx_vlm.utils import apply_generation_config_defaults, load_config
+
     config = apply_generation_config_defaults(SimpleNamespace(), load_config(folder))
-    sampling = dict(
-        zip(("temperature", "top_p", "top_k"), resolve_sampling_defaults(config), strict=True)
-    )
-    processor = load_processor(folder, add_detokenizer=False)
-    return tokenizer_answers(processor.tokenizer, request) | {"sampling": sampling}
+    names = ("temperature", "top_p", "top_k")
+    return {"sampling": dict(zip(names, resolve_sampling_defaults(config), strict=True))}
 
 
 def ask_vmlx(folder: Path, request: Answers) -> Answers:
@@ -144,12 +155,13 @@ def vmlx_defaults(folder: Path) -> Answers:
     }
 
 
-# Runtime → (the question, how often it may be asked again, the files that it reads).
-QUESTIONS = {
-    "transformers and mlx_lm": (ask_tokenizer, PROBES, TOKENIZER_FILES),
-    "mlx-vlm": (ask_mlx_vlm, PROBES, (*TOKENIZER_FILES, *DEFAULTS)),
-    "vMLX": (ask_vmlx, 5 * PROBES, DEFAULTS),  # a millisecond each
-}
+# (the runtime, the question, how often it may be asked again, the files that it reads).
+QUESTIONS: tuple[tuple[str, Callable[..., Answers], int, tuple[str, ...]], ...] = (
+    ("transformers and mlx_lm", ask_tokenizer, PROBES, TOKENIZER_FILES),
+    ("mlx-vlm", ask_mlx_vlm, PROBES, TOKENIZER_FILES),
+    ("mlx-vlm", ask_mlx_vlm_sampling, 5 * PROBES, DEFAULTS),
+    ("vMLX", ask_vmlx, 5 * PROBES, DEFAULTS),  # a millisecond each
+)
 
 
 def ask(question: Callable[..., Answers], folder: Path, request: Answers) -> Answers:
@@ -186,27 +198,29 @@ def differing(found: Any, expected: Any, texts: list[str]) -> tuple[str, str]:
     return shorten(found), shorten(expected)
 
 
-def outcomes(folder: Path, runtime: str, request: Answers) -> tuple[int, list[Answers]]:
-    """Return how many answers a runtime gave, and those that are not the right documents'.
+def outcomes(folder: Path, number: int, request: Answers) -> tuple[int, list[Answers]]:
+    """Return how many answers a question has, and those that are not the right documents'.
 
-    Raises ImportError for a runtime that is missing, or does not take the right documents.
+    number: of QUESTIONS. Raises ImportError for a runtime that is missing, or does not take the
+    right documents.
     """
-    question, left, start = QUESTIONS[runtime]
+    runtime, question, left, start = QUESTIONS[number]
 
     def ask_about(documents: Documents) -> Answers:
         with tempfile.TemporaryDirectory(prefix="ask-", dir=folder) as place:
             write_documents(Path(place), documents)
             return ask(question, Path(place), request)
 
-    answers, expected = ask_about(request["documents"]), ask_about(request["right"])
+    own, right, restored = (
+        {name: one for name, one in request[of].items() if name.startswith(start)}
+        for of in ("documents", "right", "restored")
+    )
+    answers = ask_about(request["documents"])
+    expected = dict(answers) if own == right else ask_about(request["right"])
     if "loading" in expected:
         raise ImportError(f"of the right documents it says {shorten(expected['loading'])}")
     expected |= {"tokens": request["ids"]} if "tokens" in expected else {}
     wrong = differing_keys(answers, expected)
-    own, restored = (
-        {name: one for name, one in request[of].items() if name.startswith(start)}
-        for of in ("documents", "restored")
-    )
     rest = {name: one for name, one in request["documents"].items() if name not in own}
     search = Search(lambda some: ask_about(rest | some), left, own, restored)
     causes = search.causes(answers, expected) if wrong else {}
@@ -267,16 +281,21 @@ def answer_all(folder: Path) -> Answers:
     """Ask every runtime that is installed, and run the loaders."""
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
     results: Answers = {"unasked": {}, "answers": {}, "outcomes": []}
-    if request["right"].get("tokenizer.json"):
+    try:
         request["ids"] = right_ids(request, folder)
-        for runtime in request["runtimes"]:
-            try:
-                number, found = outcomes(folder, runtime, request)
-            except ImportError as error:
-                results["unasked"][runtime] = f"{error}"
-                continue
-            results["answers"][runtime] = number
-            results["outcomes"] += found
+    except Exception as error:  # without a tokenizer nothing is asked; that it is missing is known
+        results["unasked"]["every runtime"] = f"tokenizer.json: {error}"
+        request["runtimes"] = []
+    for number, (runtime, *_) in enumerate(QUESTIONS):
+        if runtime not in request["runtimes"]:
+            continue
+        try:
+            answers, found = outcomes(folder, number, request)
+        except ImportError as error:
+            results["unasked"][runtime] = f"{error}"
+            continue
+        results["answers"][runtime] = results["answers"].get(runtime, 0) + answers
+        results["outcomes"] += found
     return {**results, "loaders": loader_results(folder, request)}
 
 

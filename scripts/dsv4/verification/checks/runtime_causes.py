@@ -86,9 +86,9 @@ class Search:
             low, high = (low, middle) if self.is_mended(what, expected, middle) else (middle, high)
         return self.changes.pop(high - 1) if high - low == 1 else None
 
-    def causes(self, answers: Answers, expected: Answers) -> dict[str, list[str]]:
-        """Return what was asked → the keys that make it differ, as text."""
-        found: dict[str, list[str]] = {}
+    def causes(self, answers: Answers, expected: Answers) -> dict[str, list[dict[str, Any]]]:
+        """Return what was asked → the keys that make it differ."""
+        found: dict[str, list[dict[str, Any]]] = {}
         while wrong := differing_keys(answers, expected):
             cause = self.find_cause(wrong[0], expected.get(wrong[0])) if self.left > 0 else None
             if cause is None:
@@ -101,14 +101,13 @@ class Search:
                     found.setdefault(what, []).append(self.describe(cause))
         return found
 
-    def describe(self, cause: Change) -> str:
-        """Return a key and its value as text."""
+    def describe(self, cause: Change) -> dict[str, Any]:
+        """Return a key and its value as {"file", "path", "value"}."""
         name, path = cause
         value: Any = self.first.get(name)
         for key in path:
             value = value.get(key) if isinstance(value, dict) else None
-        shown = f": {'.'.join(path)} = {shorten(value)}" if path else ""
-        return f"{name}{shown}"
+        return {"file": name, "path": path, "value": shorten(value) if path else ""}
 
 
 def differing_keys(answers: Answers, expected: Answers) -> list[str]:

@@ -32,19 +32,21 @@ from dsv4.storage.checkpoint import INDEX, Checkpoint, read_json
 from dsv4.toolchain import child_process
 from dsv4.toolchain.python_env import environment_with_dsv4
 from dsv4.verification.checks.loading import (
+    CAUSES,
     PARAMETERS,
     add_loader_results,
     describe_causes,
     write_headers_only,
 )
+from dsv4.verification.checks.runtime_causes import put_back
 from dsv4.verification.report.findings import Check, Findings
 from dsv4.verification.scan import Scan
 
 ANSWERS = "dsv4.verification.checks.runtime_answers"
 LIMIT = 600  # seconds; the headers of 180 GB take some ten, a tokenizer of 130,000 tokens one
-OUTCOME = {"runtime": str, "what": str, "found": str, "expected": str, "causes": [str]}
+OUTCOME = {"runtime": str, "what": str, "found": str, "expected": str, "causes": CAUSES}
 RESULTS = {
-    "loaders": {str: ({"error": str, "causes?": [str]}, PARAMETERS)},
+    "loaders": {str: ({"error": str, "causes?": CAUSES}, PARAMETERS)},
     "unasked": {str: str},
     "answers": {str: int},
     "outcomes": [OUTCOME],
@@ -60,6 +62,7 @@ RECIPE = (
     "rope_parameters",
     RECORD,
 )
+FORMAT_KEYS = ("weight_format", "method")  # of `quantization`, as vMLX reads them
 AFFINE = ("affine", "jang_affine", "mxfp4", "mxfp8", "nvfp4")  # values of weight_format
 # What was asked → the finding when the answer differs.
 FINDINGS = {
@@ -87,17 +90,37 @@ TEXTS = (
 
 
 def read_documents(folder: Path, names: list[str]) -> dict[str, Any]:
-    """Return file → its JSON without keys that name code, or its text; broken ones are left out."""
+    """Return file → its JSON without keys that name code, or its text; broken ones are left out.
+
+    Of tokenizer.json the text.
+    """
     found: dict[str, Any] = {}
     for name in names:
         try:
-            if name.endswith(".json"):
+            if name.endswith(".json") and name != "tokenizer.json":
                 found[name] = without_code(read_json(folder / name))
             else:
                 found[name] = limits.read_bounded(folder / name).decode("utf-8")
         except (UserError, OSError, UnicodeDecodeError):
             continue
     return found
+
+
+def without_labels(config: dict[str, Any]) -> dict[str, Any]:
+    """Return config.json without the labels of modules: transformers would copy them for seconds."""
+    config = {key: value for key, value in config.items() if key != "quantization_config"}
+    labels = config.get("quantization")
+    if isinstance(labels, dict):
+        plain = {key: value for key, value in labels.items() if not isinstance(value, dict)}
+        config["quantization"] = plain
+    return config
+
+
+def affine_quantization(quantization: Any) -> Any:
+    """Return `quantization` of either document without the keys that say TurboQuant."""
+    if not isinstance(quantization, dict):
+        return quantization
+    return {key: value for key, value in quantization.items() if key not in FORMAT_KEYS}
 
 
 def document_names(folder: Path) -> list[str]:
@@ -129,24 +152,38 @@ def right_config(
     """Return the source's config.json, else the known keys of the bundle's, with its labels."""
     kept = LABELS if not has_turboquant(bundle.tensors) else (*LABELS, *TURBO_CONFIG)
     config = known_fields(own) if theirs is None else theirs
+    if not any(name.startswith("vision.") for name in bundle.tensors):
+        config = {k: v for k, v in config.items() if k != "vision_n_layers"}
     config = {k: v for k, v in config.items() if k not in (*LABELS, *TURBO_CONFIG)}
-    return config | {key: own[key] for key in (*kept, *RECIPE) if key in own}
+    config |= {key: own[key] for key in (*kept, *RECIPE) if key in own}
+    if "quantization" in config and not has_turboquant(bundle.tensors):
+        config["quantization"] = affine_quantization(config["quantization"])
+    return config
 
 
-def right_jang_config(bundle: Scan, own: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that this recipe writes for vMLX, beside labels and efforts as they are.
+def restored_documents(
+    bundle: Scan, documents: dict[str, Any], right: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the right documents with the settings for vMLX that this recipe writes, if any.
 
-    They are no measure of what is right: that is vMLX's own table, for a bundle without any.
+    They tell which keys to put back. They are no measure of what is right: that is vMLX's own
+    table, for a bundle without settings.
     """
+    own = documents.get("jang_config.json")
+    if not isinstance(own, dict):
+        return right
     form = own.get("weight_format")
     turbo = has_turboquant(bundle.tensors)
     chat = chat_settings(bundle.config)
     if holder := effort_holder(own):
         chat["reasoning"][EFFORT_KEY] = holder[EFFORT_KEY]
-    right = {"weight_format": TURBO if turbo else form if form in AFFINE else "affine"}
-    right |= {"model_family": MODEL_TYPE, "chat": chat}
-    return right | {key: own[key] for key in ("quantization", "mxtq_bits", "mxtq_seed", "profile")
-                    if key in own}  # fmt: skip
+    jang = {"weight_format": TURBO if turbo else form if form in AFFINE else "affine"}
+    jang |= {"model_family": MODEL_TYPE, "chat": chat}
+    kept = ("quantization", "mxtq_bits", "mxtq_seed", "profile")
+    jang |= {key: own[key] for key in kept if key in own}
+    if "quantization" in jang and not turbo:
+        jang["quantization"] = affine_quantization(jang["quantization"])
+    return {**right, "jang_config.json": jang}
 
 
 def plain_tokenizer(own: dict[str, Any]) -> dict[str, Any]:
@@ -178,18 +215,15 @@ def write_request(
     release = folder_release(source.folder if source else place) or "first"
     prompts = [prompt for _, _, prompt in conversations(release)]
     right = right_documents(bundle, own, source)
-    jang = right_jang_config(bundle, own.get("jang_config.json", {}))
-    restored = {**right, "jang_config.json": jang} if "jang_config.json" in own else right
-    loadable = {"config.json": known_fields(right["config.json"]), "jang_config.json": jang}
+    restored = restored_documents(bundle, own, right)
+    loadable = {"config.json": known_fields(right["config.json"]),
+                "jang_config.json": restored.get("jang_config.json")}  # fmt: skip
     request = {
-        "documents": own,
-        "right": right,
-        "restored": restored,
-        "loadable": loadable,
-        "texts": [*TEXTS, *prompts],
-        "loaders": loaders,
-        "runtimes": asked_runtimes(bundle),
+        name: {**documents, "config.json": without_labels(documents["config.json"])}
+        for name, documents in (("documents", own), ("right", right), ("restored", restored))
     }
+    request |= {"loadable": loadable, "texts": [*TEXTS, *prompts], "loaders": loaders,
+                "runtimes": asked_runtimes(bundle)}  # fmt: skip
     (folder / "headers").mkdir()
     write_headers_only(bundle, folder / "headers")
     (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
@@ -208,6 +242,29 @@ def ask_runtimes(
         if status or not (folder / "results.json").is_file():
             raise UserError(what, child_process.last_log_line(log), "a result", "make check")
         return read_json(folder / "results.json", RESULTS)
+
+
+def mended_documents(
+    bundle: Scan, source: Checkpoint | None, python: Path, loaders: list[str]
+) -> dict[str, tuple[dict[str, Any] | None, list[str]]]:
+    """Return file → (its content with the keys put back that cause outcomes, these keys).
+
+    The content is None for a file that is to be removed. Raises UserError when the runtimes cannot
+    be asked.
+    """
+    results = ask_runtimes(bundle, source, python, loaders)
+    causes = [cause for one in (*results["outcomes"], *results["loaders"].values())
+              for cause in one.get("causes", [])]  # fmt: skip
+    folder = bundle.checkpoint.folder
+    own = read_documents(folder, document_names(folder))
+    restored = restored_documents(bundle, own, right_documents(bundle, own, source))
+    files: dict[str, list[str]] = {}
+    for cause in causes:
+        files.setdefault(cause["file"], []).append(".".join(cause["path"]))
+    changes = [(cause["file"], tuple(cause["path"])) for cause in causes]
+    mended = put_back(own, restored, changes)
+    return {name: (mended.get(name), sorted(set(keys))) for name, keys in files.items()
+            if not isinstance(mended.get(name), str)}  # fmt: skip
 
 
 def check_runtimes(
