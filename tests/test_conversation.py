@@ -61,6 +61,9 @@ FAULTS = {
     "tokenizer-config-differs": lambda b: edit(
         b, "tokenizer_config.json", lambda d: d.update(tokenizer_class="Other")
     ),
+    "tokenizer-config-differs by an added token": lambda b: edit(
+        b, "tokenizer_config.json", lambda d: d.update(added_tokens_decoder={"5": {"content": "a"}})
+    ),
     "token-out-of-range": lambda b: edit(
         b, "tokenizer.json", lambda d: d["added_tokens"].append({"content": "new", "id": 512})
     ),
@@ -98,7 +101,11 @@ def test_each_fault_is_named_mended_and_undone(right, tmp_path, fault):
 
 def test_a_tokenizer_that_transformers_wrote_anew_is_the_same(right, tmp_path):
     bundle = shutil.copytree(right, tmp_path / "bundle")
-    said = {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers"}
+    added = json.loads((bundle / "tokenizer.json").read_text())["added_tokens"]
+    said = {
+        "tokenizer_class": "TokenizersBackend", "backend": "tokenizers",
+        "added_tokens_decoder": {f"{one['id']}": one for one in added},
+    }  # fmt: skip
     edit(bundle, "tokenizer.json", lambda d: d.update(post_processor=conversation.NO_OP_PROCESSOR))
     edit(bundle, "tokenizer_config.json",
          lambda d: (d.update(said), d.pop("add_bos_token"), d.pop("add_eos_token")))  # fmt: skip

@@ -355,7 +355,7 @@ for how, folder, out in json.loads(sys.argv[3]):
         print(folder, how, type(error).__name__, file=sys.stderr)
 from dsv4.verification.checks.loader_replay import replay_loaders
 for folder, out in json.loads(sys.argv[4]):
-    Path(out).write_text(json.dumps(replay_loaders(Path(folder), "mlx-vlm")["mlx-vlm"]))
+    Path(out).write_text(json.dumps(replay_loaders(Path(folder), ["mlx-vlm"])["mlx-vlm"]))
 """
 
 

@@ -96,21 +96,22 @@ def test_a_removal_that_was_killed_leaves_the_mark(tmp_path, monkeypatch):
 
 
 def replay(folder: Path, *options: str, **more) -> subprocess.Popen:
-    module = "dsv4.verification.checks.loader_replay"
-    command = [sys.executable, "-m", module, "--folder", folder / "bundle",
-               "--out", folder / "out.json", *options]  # fmt: skip
+    module = "dsv4.verification.checks.runtime_answers"
+    request = {"right": {}, "runtimes": [], "loaders": ["mlx_lm and vMLX 1.3.97"]}
+    (folder / "request.json").write_text(json.dumps(request))
+    command = [sys.executable, "-m", module, "--folder", folder, *options]
     return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(SCRIPTS)},
                             start_new_session=True, stderr=subprocess.PIPE, **more)  # fmt: skip
 
 
 def test_the_replay_by_hand_removes_nothing_and_answers_when_stdin_is_at_its_end(tmp_path):
     """As from cron, nohup or CI; it looked like a parent's death, and the parent folder went."""
-    folder = plant(tmp_path / "folder", "bundle/theirs")
+    folder = plant(tmp_path / "folder", "headers/theirs")
     process = replay(folder, stdin=subprocess.DEVNULL)
     said = process.communicate(timeout=100)[1]
     assert process.returncode == 0, said
-    assert json.loads((folder / "out.json").read_text()).keys() >= {"mlx_lm"}
-    assert (folder / "bundle" / "theirs").exists()
+    assert json.loads((folder / "results.json").read_text())["loaders"].keys() >= {"mlx_lm"}
+    assert (folder / "headers" / "theirs").exists()
 
 
 CHILD = """

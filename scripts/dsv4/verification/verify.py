@@ -60,7 +60,7 @@ def check_level_1(
         return None, []
     checks = check_all.check_headers(bundle, source, findings)
     if not options.without_loader:
-        checks += check_all.check_toolchain(bundle, options.python, findings)
+        checks += check_all.check_toolchain(bundle, source, options.python, findings)
     return bundle, checks
 
 

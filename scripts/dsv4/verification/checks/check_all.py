@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dsv4.errors import UserError
 from dsv4.model.labels import has_turboquant
-from dsv4.model.naming_schemes import MLX_LM, MLX_VLM, STORAGE
+from dsv4.model.naming_schemes import MLX_LM, MLX_VLM, RUNTIMES, STORAGE
 from dsv4.model.source_format import has_vision
 from dsv4.storage.checkpoint import Checkpoint
-from dsv4.toolchain.python_env import probe
-from dsv4.verification.checks import conversation, documents, headers, loading, turboquant_files
+from dsv4.verification.checks import (
+    conversation,
+    documents,
+    headers,
+    loading,
+    runtime_outcomes,
+    turboquant_files,
+)
+from dsv4.verification.checks.runtime_requirements import quantized_head
 from dsv4.verification.report.findings import Check, Findings
 from dsv4.verification.scan import Scan
 
@@ -44,31 +50,31 @@ def check_headers(bundle: Scan, source: Checkpoint | None, findings: Findings) -
     return checks
 
 
-def check_toolchain(bundle: Scan, python: Path, findings: Findings) -> list[Check]:
-    """Run the installed loaders on these headers, and check that they are patched."""
+def check_toolchain(
+    bundle: Scan, source: Checkpoint | None, python: Path, findings: Findings
+) -> list[Check]:
+    """Run the loaders of the runtimes that are to load this bundle, and ask the runtimes."""
     if {"config-broken", "layout-unknown"} & findings.names:
         return []
-    order = (MLX_LM, MLX_VLM)
+    loaders = promised_loaders(bundle)
+    checks = [loading.check_loader(python, findings)] if MLX_LM in loaders else []
+    found = runtime_outcomes.check_runtimes(bundle, source, python, loaders, findings)
+    if not any(check.what.startswith("parameters") for check in found):
+        why = "that of mlx-vlm is not installed" if loaders else "none of the known ones loads this"
+        found.append(Check("parameters replayed", 0, f"no loader was run: {why}", optional=True))
+    return [*checks, *found]
+
+
+def promised_loaders(bundle: Scan) -> list[str]:
+    """Return those of RUNTIMES that load these tensors; vMLX's TurboQuant cannot be replayed."""
+    if has_turboquant(bundle.tensors):
+        return []
+    loaders = [runtime for runtime in RUNTIMES if runtime in bundle.scheme.runtimes]
+    if quantized_head(bundle):
+        loaders = [runtime for runtime in loaders if runtime != MLX_VLM]
     if has_vision(bundle.tensors, bundle.config):  # jang's model has no tower
-        order = (MLX_VLM,)
-    runtime = next((r for r in order if r in bundle.scheme.runtimes), None)
-    if runtime == MLX_VLM and has_package(python, "mlx-vlm"):
-        return loading.check_loading(bundle, python, findings, runtime)
-    if runtime != MLX_LM or has_turboquant(bundle.tensors):
-        why = "mlx-vlm is not installed"
-        if runtime != MLX_VLM:
-            why = "neither mlx_lm nor jang_tools loads this layout"
-        return [Check("parameters replayed", 0, f"no loader was run: {why}", optional=True)]
-    loader = loading.check_loader(python, findings)
-    return [loader, *loading.check_loading(bundle, python, findings)]
-
-
-def has_package(python: Path, package: str) -> bool:
-    """Return whether the toolchain has a package."""
-    try:
-        return probe(python)["packages"].get(package) is not None
-    except UserError:
-        return False
+        loaders = [runtime for runtime in loaders if runtime == MLX_VLM]
+    return loaders
 
 
 def require_nonempty(checks: list[Check], findings: Findings) -> None:

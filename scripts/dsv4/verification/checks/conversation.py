@@ -41,7 +41,7 @@ SPECIAL = "special_tokens_map.json"
 # Keys that change the tokens of a text; keys that stages and converters add may differ.
 TOKENIZER_KEYS = (
     "bos_token", "eos_token", "pad_token", "unk_token", "add_bos_token", "add_eos_token",
-    "tokenizer_class", "clean_up_tokenization_spaces", "added_tokens_decoder", "legacy",
+    "tokenizer_class", "clean_up_tokenization_spaces", "legacy",
 )  # fmt: skip
 # Keys of generation_config.json that may differ from the source's.
 REWRITTEN_KEYS = {"eos_token_id", "transformers_version", "_from_model_config", "bos_token_id"}
@@ -126,7 +126,10 @@ def check_tokens(bundle: Scan, findings: Findings) -> Check:
 
 
 def check_special_tokens(bundle: Scan, ids: dict[str, int], findings: Findings) -> None:
-    """Check BOS and EOS in tokenizer_config.json and special_tokens_map.json, and BOS's id."""
+    """Check BOS and EOS in tokenizer_config.json and special_tokens_map.json, and BOS's id.
+
+    The tokens that tokenizer_config.json adds must be tokenizer.json's.
+    """
     for name in ("tokenizer_config.json", SPECIAL):
         document = read_document(bundle, name) or {}
         for key, token in (("bos_token", BOS), ("eos_token", EOS)):
@@ -134,6 +137,13 @@ def check_special_tokens(bundle: Scan, ids: dict[str, int], findings: Findings) 
             if found is not None and found != token:
                 where = f"{name}: {key}"
                 findings.add("special-token-wrong", where, short_repr(found), repr(token))
+    added = bundle.documents.get("tokenizer_config.json", {}).get("added_tokens_decoder")
+    for key, token in added.items() if isinstance(added, dict) else ():
+        right = ids.get(text) if isinstance(text := text_of(token), str) else None
+        if str(right) != key:
+            where = f"tokenizer_config.json: added_tokens_decoder.{escape_line(key, 60)}"
+            expected = "no such entry" if right is None else f"{right}, as in tokenizer.json"
+            findings.add("tokenizer-config-differs", where, short_repr(token), expected)
     for name in ("config.json", "generation_config.json"):
         found = bundle.documents.get(name, {}).get("bos_token_id")
         if found is not None and found != ids.get(BOS):

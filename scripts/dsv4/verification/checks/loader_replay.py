@@ -1,31 +1,23 @@
 """Run the toolchain's own loaders on a bundle's headers, and report what each parameter receives.
 
 Runs in the toolchain's Python, on a folder with the bundle's JSON and sparse shards with the right
-headers. The real loaders run: mlx_lm's `load_model` and jang_tools' `load_jangtq_model`, or
-mlx-vlm's `load_model` for bundles that these two do not load. They build the module tree (MLX
-arrays are lazy, so no memory is allocated), rename and stack tensors, look labels up and replace
-modules. Only the last step, `load_weights`, is replaced: it compares the tensors that it receives
-with the parameters of the modules.
-
-Writes one JSON object to --out: loader → {"error"} or {"parameters", "unfed", "unused", "misfit"}.
-Removes no file, unless run with --end-with-parent, as verify does with its temporary folder.
-
-    PYTHONPATH=scripts .venv/bin/python -m dsv4.verification.checks.loader_replay --folder DIR
-    --out FILE.json
+headers. The real loaders run: mlx_lm's and mlx-vlm's `load_model`, jang_tools' `load_jangtq_model`
+if it edits labels first, and vMLX's. They build the module tree (MLX arrays are lazy, so no memory
+is allocated), rename and stack tensors, look labels up and replace modules. Only the last step,
+`load_weights`, is replaced: it compares the tensors that it receives with the parameters of the
+modules. A result is {"error"} or {"parameters", "unfed", "unused", "misfit"}.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
+import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsv4.model.naming_schemes import MLX_LM, MLX_VLM
-from dsv4.toolchain.child_process import end_with_parent
+from dsv4.model.naming_schemes import MLX_LM, MLX_VLM, VMLX
 from dsv4.toolchain.hide_torchvision import hide
 
 
@@ -76,28 +68,45 @@ def replay_loader(load: Callable[[], Any]) -> dict[str, Any]:
     return {"error": "it never called load_weights"}
 
 
-def loaders(folder: Path, runtime: str) -> dict[str, Callable[[], Any]]:
-    """Return name → loader: mlx_lm's, and jang_tools' if it edits labels first; or mlx-vlm's."""
-    if runtime == MLX_VLM:
+def loaders(folder: Path, runtimes: Sequence[str]) -> dict[str, Callable[[], Any]]:
+    """Return name → loader of these runtimes, for those that are installed."""
+    found: dict[str, Callable[[], Any]] = {}
+    if MLX_LM in runtimes:
+        import jang_tools.dsv4
+        from jang_tools import load_jangtq
+        from mlx_lm.utils import load_model
+
+        del jang_tools  # importing it registers the model with mlx_lm
+        found["mlx_lm"] = lambda: load_model(folder, lazy=True, strict=False)
+        if hasattr(load_jangtq, "_patch_quant_config_inplace"):
+            found["jang_tools"] = lambda: load_jangtq.load_jangtq_model(folder)
+    if VMLX in runtimes and importlib.util.find_spec("vmlx_engine"):
+        from vmlx_engine.loaders import load_jangtq_dsv4 as vmlx
+
+        if hasattr(vmlx, "ensure_dsv4_encoding_available"):  # 1.3.97 calls jang_tools' alone
+            vmlx.ensure_dsv4_encoding_available = lambda _: None  # it would run the bundle's file
+            found["vMLX"] = lambda: vmlx.load_jangtq_dsv4_model(str(folder))
+    if MLX_VLM in runtimes and has_model("mlx_vlm"):
         hide()
         from mlx_vlm import utils
 
-        return {"mlx-vlm": lambda: utils.load_model(folder, lazy=True)}
-    import jang_tools.dsv4
-    from jang_tools import load_jangtq
-    from mlx_lm.utils import load_model
-
-    del jang_tools  # importing it registers the model with mlx_lm
-    found: dict[str, Callable[[], Any]] = {
-        "mlx_lm": lambda: load_model(folder, lazy=True, strict=False)
-    }
-    if hasattr(load_jangtq, "_patch_quant_config_inplace"):
-        found["jang_tools"] = lambda: load_jangtq.load_jangtq_model(folder)
+        found["mlx-vlm"] = lambda: utils.load_model(folder, lazy=True)
     return found
 
 
-def replay_loaders(folder: Path, runtime: str) -> dict[str, dict[str, Any]]:
-    """Return loader → its result. Replaces `load_weights` for the rest of the process."""
+def has_model(package: str) -> bool:
+    """Return whether a package is installed and has DeepSeek-V4."""
+    installed = importlib.util.find_spec(package) is not None
+    return installed and importlib.util.find_spec(f"{package}.models.deepseek_v4") is not None
+
+
+def replay_loaders(
+    folder: Path, runtimes: Sequence[str], names: Sequence[str] = ()
+) -> dict[str, dict[str, Any]]:
+    """Return loader → its result, for all loaders of the runtimes or those with these names.
+
+    Replaces `load_weights` for the rest of the process.
+    """
     import mlx.nn as nn
 
     def raise_built_model(self: Any, weights: Any, strict: bool = True) -> None:
@@ -105,24 +114,5 @@ def replay_loaders(folder: Path, runtime: str) -> dict[str, dict[str, Any]]:
 
     nn.Module.load_weights = raise_built_model
     with contextlib.redirect_stdout(sys.stderr):
-        return {name: replay_loader(load) for name, load in loaders(folder, runtime).items()}
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--runtime", choices=(MLX_LM, MLX_VLM), default=MLX_LM)
-    parser.add_argument("--end-with-parent", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.end_with_parent:
-        end_with_parent(args.folder.parent)
-    results = replay_loaders(args.folder, args.runtime)
-    args.out.write_text(json.dumps(results), encoding="utf-8")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+        found = loaders(folder, runtimes)
+        return {name: replay_loader(found[name]) for name in names or found}

@@ -8,27 +8,26 @@ toolchain's Python.
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from dsv4.errors import UserError
-from dsv4.model.configs import known_fields
-from dsv4.model.naming_schemes import MLX_LM
-from dsv4.storage import own_folders
-from dsv4.storage.checkpoint import INDEX, read_json
+from dsv4.model.configs import known_fields, without_code
+from dsv4.storage.checkpoint import INDEX
 from dsv4.storage.safetensors_file import TensorSpec, header_bytes
-from dsv4.toolchain import child_process
 from dsv4.toolchain.patches import DEFAULT, patch_state, read_patch, read_python
-from dsv4.toolchain.python_env import environment_with_dsv4, probe
+from dsv4.toolchain.python_env import probe
 from dsv4.verification.report.findings import Check, Findings
 from dsv4.verification.scan import Scan
 
-REPLAY = "dsv4.verification.checks.loader_replay"
-LIMIT = 300  # seconds; the headers of 180 GB take some ten
 NAMES = [str]
-PARAMETERS = {"parameters": int, "unfed": NAMES, "unused": NAMES, "misfit": [NAMES]}
-RESULTS = {str: ({"error": str}, PARAMETERS)}
+PARAMETERS = {
+    "parameters": int,
+    "causes?": NAMES,
+    "unfed": NAMES,
+    "unused": NAMES,
+    "misfit": [NAMES],
+}
 
 
 def write_headers_only(bundle: Scan, folder: Path) -> None:
@@ -39,7 +38,7 @@ def write_headers_only(bundle: Scan, folder: Path) -> None:
     documents = {"config.json": known_fields(bundle.config)}
     documents[INDEX] = {"weight_map": bundle.checkpoint.weight_map}
     if "jang_config.json" in bundle.documents:
-        documents["jang_config.json"] = bundle.documents["jang_config.json"]
+        documents["jang_config.json"] = without_code(bundle.documents["jang_config.json"])
     for name, content in documents.items():
         (folder / name).write_text(json.dumps(content), encoding="utf-8")
     for file, shard in bundle.checkpoint.shards.items():
@@ -50,45 +49,30 @@ def write_headers_only(bundle: Scan, folder: Path) -> None:
             sparse.truncate(len(header) + sum(spec.nbytes for spec in specs))
 
 
-def run_loader_replay(python: Path, bundle: Scan, runtime: str) -> dict[str, dict[str, Any]]:
-    """Return loader → its result. Raises UserError when loader_replay.py writes none."""
-    with tempfile.TemporaryDirectory(prefix="hollow-") as folder:
-        own_folders.make_own(Path(folder))  # if this process is killed, the child removes it
-        out, log = Path(folder) / "results.json", Path(folder) / "log"
-        target = Path(folder) / "bundle"
-        target.mkdir()
-        write_headers_only(bundle, target)
-        what = f"{REPLAY} in {python}"
-        command = [str(python), "-m", REPLAY, "--folder", str(target), "--out", str(out),
-                   "--runtime", runtime, "--end-with-parent"]  # fmt: skip
-        status = child_process.run_child(command, environment_with_dsv4(), log, LIMIT, what)
-        if status or not out.is_file():
-            raise UserError(what, child_process.last_log_line(log), "a result", "make check")
-        return read_json(out, RESULTS)
+def add_loader_results(results: dict[str, dict[str, Any]], findings: Findings) -> list[Check]:
+    """Report each parameter that a loader builds and that receives no tensor that fits.
 
-
-def check_loading(
-    bundle: Scan, python: Path, findings: Findings, runtime: str = MLX_LM
-) -> list[Check]:
-    """Check that every parameter that a loader builds receives a tensor that fits."""
-    try:
-        results = run_loader_replay(python, bundle, runtime)
-    except UserError as stop:
-        findings.add("loader-not-checked", f"{python}", f"{stop}", "the loaders there")
-        return [Check("parameters replayed", 0)]
+    results: loader → {"error"} or PARAMETERS, by loader_replay.py.
+    """
     checks = []
     for loader, result in results.items():
+        by = describe_causes(result.get("causes", []))
         if "error" in result:
-            findings.add("loader-fails", loader, result["error"], "a loaded model")
+            findings.add("loader-fails", loader, result["error"] + by, "a loaded model")
         for name in result.get("unfed", []):
-            findings.add("loader-parameter-unfed", f"{loader}: {name}", "no tensor", "one")
+            findings.add("loader-parameter-unfed", f"{loader}: {name}", f"no tensor{by}", "one")
         for name in result.get("unused", []):
-            findings.add("loader-tensor-unused", f"{loader}: {name}", "no parameter", "one")
+            findings.add("loader-tensor-unused", f"{loader}: {name}", f"no parameter{by}", "one")
         for name, *pair in result.get("misfit", []):
             found, expected = [*pair, "", ""][:2]
-            findings.add("loader-parameter-misfit", f"{loader}: {name}", found, expected)
+            findings.add("loader-parameter-misfit", f"{loader}: {name}", found + by, expected)
         checks.append(Check(f"parameters fed by {loader}", result.get("parameters", 0)))
     return checks
+
+
+def describe_causes(causes: list[str]) -> str:
+    """Return the keys that cause a result, as the end of a sentence."""
+    return f", by {'; '.join(causes)}" if causes else ""
 
 
 def loader_states(python: Path) -> dict[str, str]:

@@ -72,6 +72,13 @@ ERRORS = {
         "scales-without-label": "FP4 or FP8 codes with U8 scales, without the right mode under a "
         "name that a runtime looks up: vMLX 1.6.81 answers garbage and reports no error, others "
         "refuse to load.",
+        "runtime-family": "A runtime takes the bundle for another model's.",
+        "runtime-parser": "A runtime reads answers by another format than DeepSeek's: thoughts or "
+        "tool calls stay in the text, or text is lost.",
+        "runtime-cache": "A runtime chooses another cache than for DeepSeek-V4.",
+        "runtime-default": "A request that sets nothing is sampled, or ends, otherwise than "
+        "generation_config.json says.",
+        "runtime-refuses": "A runtime stops on these documents.",
         "turbo-config-wrong": "vMLX decodes TurboQuant by these keys: another seed gives noise.",
         "turbo-sidecar-wrong": "vMLX in Swift reads TurboQuant's signs and levels from it.",
     },
@@ -81,6 +88,8 @@ ERRORS = {
         "source's.",
         "tokenizer-missing": "Without a tokenizer, text cannot become tokens.",
         "tokenizer-differs": "Text becomes other tokens than the model was trained on.",
+        "tokenizer-outcome": "A runtime's tokenizer makes other tokens, text or prompts than the "
+        "tokenizer.json that the model was trained with.",
         "tokenizer-config-broken": "Runtimes read the chat template from it.",
         "tokenizer-config-differs": "Runtimes read special tokens, and whether to add them to a "
         "prompt, from it.",
