@@ -53,12 +53,12 @@ os.environ["SEED"] = SEED
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# The files that take longest, by CPU seconds, so that no worker ends with one of them alone.
+# The files that take longest, so that no worker ends with one of them alone.
 LONGEST = (
-    "test_layouts", "test_default_stack", "test_recipe", "test_verify_mutations", "test_repair",
-    "test_evaluate", "test_download", "test_volumes", "test_turboquant", "test_low_disk",
-    "test_words", "test_readonly", "test_requantize", "test_native", "test_dspark",
-    "test_nano_faults", "test_lossless", "test_fuzz", "test_accept",
+    "test_repair", "test_recipe", "test_layouts", "test_default_stack", "test_verify_mutations",
+    "test_download", "test_template", "test_verify", "test_requantize", "test_source_faults",
+    "test_typed", "test_evaluate", "test_dspark", "test_code", "test_bounds", "test_low_disk",
+    "test_nano_faults", "test_words", "test_turboquant",
 )  # fmt: skip
 LEFT = pytest.StashKey[list[str]]()
 

@@ -161,7 +161,7 @@ def test_decoders_agree_on_every_code_and_exponent() -> None:
                 assert value == np.float32(ml_reference.decode_one(int(code), exponent))
 
 
-@pytest.mark.parametrize("name", ["mlx", "affine4g32"])
+@pytest.mark.parametrize("name", ["mlx", pytest.param("affine4g32", marks=pytest.mark.full)])
 def test_a_processor_without_special_instructions_gives_the_same(name: str, tmp_path: Path) -> None:
     program = (
         "import hashlib, numpy as np; from dsv4.quantization.formats import get_quantizer\n"

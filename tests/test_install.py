@@ -78,6 +78,7 @@ def wheel(folder: Path) -> None:
         file.writestr(f"{about}/RECORD", "")
 
 
+@pytest.mark.full
 def test_packages_come_where_they_belong_or_the_command_fails(tmp_path):
     wheel(tmp_path)
     pins = tmp_path / "pins.txt"

@@ -91,7 +91,7 @@ def content(folder: Path, name: str) -> tuple:
 # ------------------------------------------------------------------------------- the same result
 
 
-@pytest.fixture(params=["MTP", "DSpark"])
+@pytest.fixture(params=["MTP", pytest.param("DSpark", marks=pytest.mark.full)])
 def all_made(request, tmp_path) -> tuple[Path, Path, Path, Path]:
     """A source; upstream's bundle, that one requantized, and the native one."""
     if request.param == "MTP":

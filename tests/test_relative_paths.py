@@ -119,6 +119,7 @@ def damage(bundle: Path) -> None:
     shutil.copy2(shard, bundle / "stranger-00001-of-00002.safetensors")
 
 
+@pytest.mark.full
 def test_measuring_takes_a_path_however_it_is_written(least, tmp_path, monkeypatch):
     where, how = FORMS["from elsewhere, dots, a slash"]
     (tmp_path / where).mkdir(parents=True)

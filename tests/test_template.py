@@ -317,7 +317,6 @@ DOUBLING = (
 )
 HOSTILE = {
     "a loop of 10^9": "{% for i in range(10**9) %}{% endfor %}",
-    "loops in loops": "{% for i in range(99999) %}" * 2 + "{% endfor %}" * 2,
     "a text times 10^10": "{{ 'a' * 10**10 }}",
     "a power of powers": "{{ 10**(10**8) }}",
     "center": "{{ 'a'.center(10**10) | length }}",
@@ -333,7 +332,6 @@ HOSTILE = {
     "10^5 parentheses": "{{ " + "(" * 10**5 + "1" + ")" * 10**5 + " }}",
     "10^5 brackets": "{{ " + "[" * 10**5 + "1" + "]" * 10**5 + " }}",
     "10^5 sums": "{{ 1" + "+1" * 10**5 + " }}",
-    "10^5 attributes": "{{ a" + ".b" * 10**5 + " }}",
     "an endless prompt": "{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}",
     "a file": "{% include '/etc/passwd' %}",
     "the interpreter": "{{ ''.__class__.__mro__ }}",

@@ -273,6 +273,7 @@ def test_repair_says_what_the_tensors_are(finished, tmp_path):
 # --- What a model says with it ------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_its_logits_are_the_sources_but_for_two_bits(finished):
     """By jang's codebook and rotation in plain MLX; affine2g128's median of 20 prompts is .24."""
     ids = nano.token_prompts(NANO, nano.held_out(NANO, 3))

@@ -253,6 +253,7 @@ def limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (FEW, FEW))
 
 
+@pytest.mark.full
 def test_sixty_four_open_files_are_enough_for_any_number_of_shards(source, tmp_path):
     """Soft and hard limit alike, so that nothing can be raised; 16 threads are asked for."""
     many, bundle = tmp_path / "many", tmp_path / "bundle"
