@@ -91,7 +91,7 @@ def loaders(folder: Path, runtimes: Sequence[str]) -> dict[str, Callable[[], Any
 
 
 def vmlx_loader(folder: Path) -> dict[str, Callable[[], Any]]:
-    """Return vMLX's loader; {} for 1.3.97, which calls jang_tools' alone.
+    """Return vMLX's loader; {} where it takes mlx_lm's, and for 1.3.97, which takes jang_tools'.
 
     Two of its steps are left out. One runs the bundle's encoding file. The other writes shards anew
     whose tensors are not aligned, and notes into the user's cache folder.
@@ -101,7 +101,10 @@ def vmlx_loader(folder: Path) -> dict[str, Callable[[], Any]]:
     if not hasattr(load_jangtq_dsv4, "ensure_dsv4_encoding_available"):
         return {}
     from vmlx_engine import model_bundle_integrity
+    from vmlx_engine.utils.jang_loader import is_jang_model
 
+    if not is_jang_model(folder):
+        return {}
     load_jangtq_dsv4.ensure_dsv4_encoding_available = lambda model: None
     model_bundle_integrity.prepare_model_bundle_for_load = lambda model, **_: (f"{model}", {})
     return {"vMLX": lambda: load_jangtq_dsv4.load_jangtq_dsv4_model(str(folder))}
@@ -128,4 +131,5 @@ def replay_loaders(
     nn.Module.load_weights = raise_built_model
     with contextlib.redirect_stdout(sys.stderr):
         found = loaders(folder, runtimes)
-        return {name: replay_loader(found[name]) for name in names or found}
+        wanted = [name for name in found if not names or name in names]
+        return {name: replay_loader(found[name]) for name in wanted}

@@ -255,8 +255,8 @@ def loader_results(folder: Path, request: Answers) -> dict[str, Answers]:
                     if path.name not in own:
                         (Path(place) / path.name).symlink_to(path)
                 write_documents(Path(place), documents)
-                again = replay_loaders(Path(place), request["loaders"], (loader,))[loader]
-                return {"loads": not is_wrong(again)}
+                again = replay_loaders(Path(place), request["loaders"], (loader,))
+                return {"loads": not is_wrong(again.get(loader, {}))}
 
         if is_wrong(result):
             restored = {name: request["loadable"][name] for name in own}

@@ -107,7 +107,7 @@ def read_documents(folder: Path, names: list[str]) -> dict[str, Any]:
 
 
 def without_labels(config: dict[str, Any]) -> dict[str, Any]:
-    """Return config.json without the labels of modules: transformers would copy them for seconds."""
+    """Return config.json without labels of modules: transformers would copy them for seconds."""
     config = {key: value for key, value in config.items() if key != "quantization_config"}
     labels = config.get("quantization")
     if isinstance(labels, dict):
@@ -280,9 +280,17 @@ def check_runtimes(
 
 
 def add_outcomes(results: dict[str, Any], findings: Findings) -> Check:
-    """Report the answers that are not those of the right documents, with the keys that do it."""
+    """Report the answers that are not those of the right documents, with the keys that do it.
+
+    Of a runtime's answers that the same keys change, one finding of a name is enough.
+    """
+    seen = []
     for outcome in results["outcomes"]:
         name = FINDINGS.get(outcome["what"], "tokenizer-outcome")
+        one = name, outcome["runtime"], outcome["causes"]
+        if one in seen:
+            continue
+        seen += [one] if outcome["causes"] else []
         where = f"{outcome['runtime']}: {outcome['what']}"
         findings.add(
             name, where, outcome["found"] + describe_causes(outcome["causes"]), outcome["expected"]
