@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 from bundles import edit_json
 from conftest import NANO, ROOT, made_once, must
+from test_layouts import RELAID, specimen  # noqa: F401
 
 from dsv4.model.source import open_source
+from dsv4.model.special_tokens import BOS
 from dsv4.toolchain.python_env import environment_with_dsv4
 from dsv4.verification.checks import check_all, loading, runtime_outcomes
 from dsv4.verification.report.findings import Findings
@@ -92,6 +94,7 @@ HARMLESS = [
     (CONFIG, "routed_expert_bits", 2),
     (TOKENIZER, "model_max_length", 5),
     (TOKENIZER, "tokenizer_class", "TokenizersBackend"),
+    (TOKENIZER, "added_tokens_decoder", {"0": {"content": BOS, "special": True}}),
     (GENERATION, "transformers_version", "5"),
     (GENERATION, "do_sample", True),  # without a temperature nothing samples
 ]
@@ -184,6 +187,20 @@ def test_no_bundle_of_this_recipe_has_an_outcome_of_its_own(tmp_path_factory, tm
             assert findings.names == set(), (name, findings.text())
             said = " ".join(check.text() for check in checks)
             assert ("mlx-vlm was not asked" in said) == (python != NEW and name != "turboquant2")
+
+
+# What jang's converters set for chats, in both modes.
+JANGS = {"jang-affine2", "jangtq-2"}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("source", [NANO, None], ids=["source", "no source"])
+def test_of_other_makers_bundles_only_jangs_sampling_is_wrong(specimen, tmp_path, source):  # noqa: F811
+    names = ("vlm-affine8", *JANGS, *RELAID)
+    asked = ask([specimen(name) for name in names], tmp_path / "work", NEW, source)
+    for name, (findings, _) in zip(names, asked, strict=True):
+        wrong = {one for one in findings.names if not one.startswith("loader-")}
+        assert wrong == ({"runtime-default"} if name in JANGS else set()), findings.text()
 
 
 # --- Repair -------------------------------------------------------------------------------------
