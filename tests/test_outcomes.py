@@ -77,6 +77,10 @@ HARMFUL = [
     (JANG, "chat.reasoning.parser", "none", "runtime-parser"),
     (JANG, "chat.reasoning.supported", False, "runtime-parser"),
     (JANG, "chat.reasoning.default_effort", "max", "runtime-default"),
+    (JANG, "chat.reasoning.default_mode", "thinking", "runtime-default"),
+    (JANG, "chat.stop_token_ids", [31], "runtime-default"),
+    (TOKENIZER, "chat.role_tokens.user", "<think>", "runtime-default"),
+    (CONFIG, "vision_config", {"a": 1}, "runtime-family"),
     (JANG, "chat.sampling_defaults.temperature", 0.6, "runtime-default"),
     (JANG, "chat.sampling_defaults.max_new_tokens", 300, "runtime-default"),
     (JANG, "chat.sampling_defaults.repetition_penalty_thinking", 1.2, "runtime-default"),
@@ -189,18 +193,22 @@ def test_no_bundle_of_this_recipe_has_an_outcome_of_its_own(tmp_path_factory, tm
             assert ("mlx-vlm was not asked" in said) == (python != NEW and name != "turboquant2")
 
 
-# What jang's converters set for chats, in both modes.
-JANGS = {"jang-affine2", "jangtq-2"}
+# What jang's converters set for chats; and mlx-vlm's config.json, with which vMLX expects images.
+OUTCOMES = {
+    "jang-affine2": {"runtime-default"},
+    "jangtq-2": {"runtime-default"},
+    "jang, prestacked": {"runtime-family"},
+}
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("source", [NANO, None], ids=["source", "no source"])
-def test_of_other_makers_bundles_only_jangs_sampling_is_wrong(specimen, tmp_path, source):  # noqa: F811
-    names = ("vlm-affine8", *JANGS, *RELAID)
+def test_of_other_makers_bundles_only_what_is_known_is_wrong(specimen, tmp_path, source):  # noqa: F811
+    names = ("vlm-affine8", "jang-affine2", "jangtq-2", *RELAID)
     asked = ask([specimen(name) for name in names], tmp_path / "work", NEW, source)
     for name, (findings, _) in zip(names, asked, strict=True):
         wrong = {one for one in findings.names if not one.startswith("loader-")}
-        assert wrong == ({"runtime-default"} if name in JANGS else set()), findings.text()
+        assert wrong == OUTCOMES.get(name, set()), findings.text()
 
 
 # --- Repair -------------------------------------------------------------------------------------

@@ -103,6 +103,7 @@ def ask_mlx_vlm_sampling(folder: Path, request: Answers) -> Answers:
 
 def ask_vmlx(folder: Path, request: Answers) -> Answers:
     """Ask vMLX's registry for family, cache and parsers, and its server for defaults."""
+    from vmlx_engine.api.utils import is_mllm_model
     from vmlx_engine.model_config_registry import get_model_config_registry
     from vmlx_engine.reasoning import get_parser
     from vmlx_engine.tool_parsers import ToolParserManager
@@ -112,12 +113,12 @@ def ask_vmlx(folder: Path, request: Answers) -> Answers:
     return {
         "family": model.family_name,
         "cache": [model.cache_type, getattr(model, "cache_subtype", None)],
-        "images": model.is_mllm,
+        "images": is_mllm_model(str(folder)),
         "tool parser": class_name(ToolParserManager.get_tool_parser, model.tool_parser),
         "reasoning parser": class_name(get_parser, model.reasoning_parser),
         "thinking": [model.think_in_template, getattr(model, "supports_thinking", None),
                      hints.get("default_enable_thinking")],
-        **vmlx_defaults(folder),
+        **vmlx_defaults(folder, model, request),
     }  # fmt: skip
 
 
@@ -131,13 +132,14 @@ def class_name(get: Callable[[str], type], name: str | None) -> str | None:
         return f"none is named {name}"
 
 
-def vmlx_defaults(folder: Path) -> Answers:
+def vmlx_defaults(folder: Path, model: Any, request: Answers) -> Answers:
     """Return the defaults by vMLX's server; {} for a version that takes none from a bundle."""
     from vmlx_engine import server
 
     if not hasattr(server, "_model_effective_defaults_status"):
         return {}
     from vmlx_engine.loaders.load_jangtq_dsv4 import _dsv4_uses_jangtq_hydration
+    from vmlx_engine.utils.multi_eos import collect_multi_eos_ids
 
     path = server._model_path = server._model_name = str(folder)
     modes = {}
@@ -147,10 +149,21 @@ def vmlx_defaults(folder: Path) -> Answers:
         server._apply_bundle_sampling_mode(mode, SimpleNamespace(model=path))
         modes["thinking" if thinking else "chat"] = {**mode, "repetition_penalty": penalty}
     sampling = server._model_effective_defaults_status(path)["effective_defaults"]
+    policy = server._resolve_dsv4_thinking_policy(
+        requested_enable_thinking=None, tools_present=False, tool_choice=None,
+        default_mode=server._jang_chat_default_mode(path),
+    )  # fmt: skip
+    stops, unknown = collect_multi_eos_ids(
+        SimpleNamespace(convert_tokens_to_ids=request["token_id"]), path,
+        registry_eos_tokens=model.eos_tokens, reasoning_parser=model.reasoning_parser,
+        use_rust_tokenizer=False,
+    )  # fmt: skip
     return {
         "sampling": {"repetition_penalty": 1.0, **sampling},  # 1: none
         "sampling by mode": modes,
+        "thinking by default": policy.enable_thinking,
         "effort": server._dsv4_reasoning_contract(path)[1],
+        "stop tokens": [*sorted(stops), *unknown],
         "experts in TurboQuant": _dsv4_uses_jangtq_hydration(path),
     }
 
@@ -160,7 +173,7 @@ QUESTIONS: tuple[tuple[str, Callable[..., Answers], int, tuple[str, ...]], ...] 
     ("transformers and mlx_lm", ask_tokenizer, PROBES, TOKENIZER_FILES),
     ("mlx-vlm", ask_mlx_vlm, PROBES, TOKENIZER_FILES),
     ("mlx-vlm", ask_mlx_vlm_sampling, 5 * PROBES, DEFAULTS),
-    ("vMLX", ask_vmlx, 5 * PROBES, DEFAULTS),  # a millisecond each
+    ("vMLX", ask_vmlx, 5 * PROBES, (*DEFAULTS, "tokenizer_config.json")),  # a millisecond each
 )
 
 
@@ -232,14 +245,16 @@ def outcomes(folder: Path, number: int, request: Answers) -> tuple[int, list[Ans
     return len(expected), found
 
 
-def right_ids(request: Answers, folder: Path) -> list[list[int]]:
-    """Return the tokens of the texts by tokenizer.json alone."""
+def add_right_tokens(request: Answers, folder: Path) -> None:
+    """Add the tokens of the texts by tokenizer.json alone, and its function token → id."""
     from tokenizers import Tokenizer
 
     path = folder / "right-tokenizer.json"
     write_documents(folder, {path.name: request["right"]["tokenizer.json"]})
     tokenizer = Tokenizer.from_file(str(path))
-    return [tokenizer.encode(text, add_special_tokens=False).ids for text in request["texts"]]
+    texts = request["texts"]
+    request["ids"] = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+    request["token_id"] = tokenizer.token_to_id
 
 
 def loader_results(folder: Path, request: Answers) -> dict[str, Answers]:
@@ -282,7 +297,7 @@ def answer_all(folder: Path) -> Answers:
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
     results: Answers = {"unasked": {}, "answers": {}, "outcomes": []}
     try:
-        request["ids"] = right_ids(request, folder)
+        add_right_tokens(request, folder)
     except Exception as error:  # without a tokenizer nothing is asked; that it is missing is known
         results["unasked"]["every runtime"] = f"tokenizer.json: {error}"
         request["runtimes"] = []

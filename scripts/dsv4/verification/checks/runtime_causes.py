@@ -19,7 +19,7 @@ WHOLE = ("tokenizer.json",)  # put back as a whole: it has 130,000 entries
 
 def changes(own: Any, right: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     """Yield the path of every innermost key in which two JSON values differ."""
-    if isinstance(own, dict) and (right is None or isinstance(right, dict)):
+    if own and isinstance(own, dict) and (right is None or isinstance(right, dict)):
         for key in {**own, **(right or {})}:
             yield from changes(own.get(key), (right or {}).get(key), (*path, key))
     elif own != right:
