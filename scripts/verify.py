@@ -2,7 +2,8 @@
 
 Level 1, headers and JSON, takes seconds: index and shards, every tensor's counterpart, every
 module's triple, the labels of all runtimes, stop tokens, chat template, encoding. It also runs the
-toolchain's own loaders on the headers to see that every parameter would receive a tensor that fits.
+toolchain's own loaders on the headers to see that every parameter would receive a tensor that fits,
+and asks its runtimes what tokens, parsers and defaults the documents lead them to.
 Level 2, every number, is as fast as the disk: each weight is decoded and compared with the FP4/FP8
 source; without a source, it finds NaN, Inf and experts of zeros. It computes SHA-256 of every file.
 
@@ -46,7 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--without-loader",
         action="store_true",
-        help="do not run the toolchain's loaders (level 1 is then incomplete)",
+        help="do not run the toolchain (level 1 is then incomplete)",
     )
     parser.add_argument("--hashes", action="store_true", help="SHA-256 of all files at level 1 too")
     add_setting(parser, "JOBS", default=available_cores(), help="threads of level 2")

@@ -211,6 +211,30 @@ def test_of_other_makers_bundles_only_what_is_known_is_wrong(specimen, tmp_path,
         assert wrong == OUTCOMES.get(name, set()), findings.text()
 
 
+WITHOUT = """#!{python}
+import importlib.metadata, runpy, sys
+sys.modules |= dict.fromkeys(("jang_tools", "vmlx_engine", "mlx_lm"))
+version = importlib.metadata.version
+importlib.metadata.version = lambda name: version("none" if name in ("jang", "vmlx") else name)
+how, what, *_ = sys.argv[1:]
+sys.argv = sys.argv[2:]
+if how == "-m":
+    runpy.run_module(what, run_name="__main__", alter_sys=True)
+exec(what)
+"""
+
+
+@pytest.mark.full
+def test_a_runtime_that_is_missing_is_not_asked(bundle, tmp_path):
+    """As in STACK=vlm, which has mlx-vlm alone."""
+    python = tmp_path / "python"
+    python.write_text(WITHOUT.format(python=NEW))
+    python.chmod(0o755)
+    said = must("verify", "--bundle", bundle, "--level", 1, "--python", python)
+    assert "parameters fed by mlx-vlm" in said
+    assert "vMLX was not asked" in said
+
+
 # --- Repair -------------------------------------------------------------------------------------
 
 PLANTED = [

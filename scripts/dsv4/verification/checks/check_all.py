@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dsv4.errors import UserError
 from dsv4.model.labels import has_turboquant
 from dsv4.model.naming_schemes import MLX_LM, MLX_VLM, RUNTIMES, STORAGE
 from dsv4.model.source_format import has_vision
 from dsv4.storage.checkpoint import Checkpoint
+from dsv4.toolchain.python_env import probe
 from dsv4.verification.checks import (
     conversation,
     documents,
@@ -57,12 +59,22 @@ def check_toolchain(
     if {"config-broken", "layout-unknown"} & findings.names:
         return []
     loaders = promised_loaders(bundle)
-    checks = [loading.check_loader(python, findings)] if MLX_LM in loaders else []
     found = runtime_outcomes.check_runtimes(bundle, source, python, loaders, findings)
-    if not any(check.what.startswith("parameters") for check in found):
+    ran = any(check.what.startswith("parameters") for check in found)
+    if MLX_LM in loaders and (has_jang(python) or not ran):
+        return [loading.check_loader(python, findings), *found]
+    if not ran:
         why = "that of mlx-vlm is not installed" if loaders else "none of the known ones loads this"
         found.append(Check("parameters replayed", 0, f"no loader was run: {why}", optional=True))
-    return [*checks, *found]
+    return found
+
+
+def has_jang(python: Path) -> bool:
+    """Return whether the toolchain has jang_tools, which has mlx_lm's model."""
+    try:
+        return probe(python)["packages"].get("jang") is not None
+    except UserError:
+        return False
 
 
 def promised_loaders(bundle: Scan) -> list[str]:

@@ -71,7 +71,7 @@ def replay_loader(load: Callable[[], Any]) -> dict[str, Any]:
 def loaders(folder: Path, runtimes: Sequence[str]) -> dict[str, Callable[[], Any]]:
     """Return name → loader of these runtimes, for those that are installed."""
     found: dict[str, Callable[[], Any]] = {}
-    if MLX_LM in runtimes:
+    if MLX_LM in runtimes and all(map(importlib.util.find_spec, ("mlx_lm", "jang_tools"))):
         import jang_tools.dsv4
         from jang_tools import load_jangtq
         from mlx_lm.utils import load_model
