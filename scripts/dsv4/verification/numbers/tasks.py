@@ -27,7 +27,9 @@ class TensorResult:
     quantizer's bytes, that another device explains, and others; fragile: groups that another
     device may round differently; recomputed: the recorded quantizer's bytes were compared, not
     MLX's formula. faults: (name, where, found, expected); `report_groups` in aggregate.py decides
-    about wrong_places and explained_places. worst: the largest error in steps, at worst_at; an
+    about wrong_places and explained_places. promised: faults by name that are none unless the
+    groups follow MLX's formula; steps: sum of the groups' mean square errors in steps of the
+    source's range, of `measured` groups. worst: the largest error in steps, at worst_at; an
     upper bound if worst_at is empty. disk: the tensor's name in the bundle, if it is another.
     lossless: groups that decode to the source's own values.
     """
@@ -53,6 +55,9 @@ class TensorResult:
     faults: list[tuple[str, str, str, str]] = field(default_factory=list)
     wrong_places: list[tuple[str, str, str]] = field(default_factory=list)
     explained_places: list[tuple[str, str, str]] = field(default_factory=list)
+    promised: dict[str, tuple[str, str, str, str]] = field(default_factory=dict)
+    steps: float = 0.0
+    measured: int = 0
 
     @property
     def relative(self) -> float:
@@ -61,7 +66,14 @@ class TensorResult:
 
     def add_fault(self, name: str, where: str, found: str, expected: str) -> None:
         """Add one fault of this tensor."""
-        self.faults.append((name, f"{self.display_name}: {where}", found, expected))
+        self.faults.append(self._fault(name, where, found, expected))
+
+    def add_promised(self, name: str, where: str, found: str, expected: str) -> None:
+        """Add a fault unless the tool promised nothing; the first of each name counts."""
+        self.promised.setdefault(name, self._fault(name, where, found, expected))
+
+    def _fault(self, name: str, where: str, found: str, expected: str) -> tuple[str, str, str, str]:
+        return name, f"{self.display_name}: {where}", found, expected
 
     @property
     def display_name(self) -> str:
