@@ -122,7 +122,9 @@ def by_gptq(w: np.ndarray, bits: int, group: int, root: np.ndarray) -> Rounded:
             w[:, k : k + j] -= wrong @ root[k : k + 1, k : k + j]
         w[:, j:] -= errors @ root[i:j, j:]
         made.append((scales, biases))
-    scales, biases = (as_dtype(np.concatenate(part, 1), mx.bfloat16) for part in zip(*made))
+    scales, biases = (
+        as_dtype(np.concatenate(part, 1), mx.bfloat16) for part in zip(*made, strict=True)
+    )
     return nearest(w, scales, biases, bits), scales, biases
 
 
@@ -142,7 +144,9 @@ def by_training(w: np.ndarray, bits: int, group: int, inputs: np.ndarray) -> Rou
     return levels, *(as_dtype(part.astype(np.float32), mx.bfloat16) for part in parts)
 
 
-def random_inputs(rng: np.random.Generator, columns: int, decay: float, spread: float) -> np.ndarray:
+def random_inputs(
+    rng: np.random.Generator, columns: int, decay: float, spread: float
+) -> np.ndarray:
     """Return inputs whose directions decay by rank, and whose columns differ by e^spread."""
     turn = rng.standard_normal((columns, columns)) / np.sqrt(columns)
     sizes = np.arange(1.0, columns + 1) ** (-decay / 2)
@@ -167,10 +171,10 @@ def matrices(rows: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np
 def measure(w: np.ndarray, made: Rounded, bits: int, group: int) -> tuple[float, float]:
     """Return the RMS of a matrix's errors, and the largest of a group, in steps."""
     levels, scales, biases = (np.ascontiguousarray(a, np.float32).reshape(-1) for a in made)
-    squares, worst, _ = range_errors(
+    found = range_errors(
         w.reshape(-1), levels.astype(np.uint8), scales, biases, bits, group, w.shape[1]
     )
-    return float(np.sqrt(squares / len(scales))), float(worst)
+    return float(np.sqrt(found.squares / len(scales))), found.worst
 
 
 def main() -> int:

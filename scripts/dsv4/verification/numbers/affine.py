@@ -19,7 +19,7 @@ from dsv4.storage.tensor_reader import TensorReader
 from dsv4.verification.numbers.affine_block import AffineBlock
 from dsv4.verification.numbers.case_table import check_cases, count_exact_groups, count_zeros
 from dsv4.verification.numbers.tasks import Task, TensorResult
-from dsv4.verification.numbers.tolerances import SIZE_BOUNDS, USELESS, promises_of
+from dsv4.verification.numbers.tolerances import CORRELATION, SIZE_BOUNDS, promises_of
 
 RUN_BLOCKS = 8  # blocks of rows whose bytes are compared at one time
 
@@ -61,11 +61,13 @@ class AffineComparer:
                 if not block.check_source(result):
                     return
                 block.check_bounds(result, promises)
-                block.check_size(result)
+                wrong = result.wrong
                 if quantizer:
                     block.check_bytes(result, quantizer, importance)
                 else:
                     block.check_formula(result)
+                if result.wrong > wrong:
+                    block.check_size(result)
         check_whole(result, task.label["bits"])
 
     def _compare_bytes(
@@ -103,6 +105,6 @@ def check_whole(result: TensorResult, bits: int) -> None:
     if rms > bound:
         expected = f"at most {bound:.2f} for {bits} bits"
         result.add_fault(name, "whole tensor", f"RMS {rms:.2f} steps of its range", expected)
-    elif result.relative > USELESS:
-        found = f"relative RMS {result.relative:.0%}"
-        result.add_fault(name, "whole tensor", found, f"at most {USELESS:.0%}")
+    elif result.measured and result.correlation < CORRELATION:
+        found = f"correlation {result.correlation:.2f} with the source"
+        result.add_fault(name, "whole tensor", found, f"at least {CORRELATION}")

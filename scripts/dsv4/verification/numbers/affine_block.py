@@ -78,7 +78,9 @@ class AffineBlock:
         if promises.zeros and counts[kernels.LOST_ZEROS] and expert:
             start = int(counts[kernels.FIRST_LOST])
             at = start + int(np.argmax((self.values == 0)[start : start + self.size]))
-            result.add_promised("zeros-lost", self.weight_index(at), f"{self._decoded(at):.4g}", "0")
+            result.add_promised(
+                "zeros-lost", self.weight_index(at), f"{self._decoded(at):.4g}", "0"
+            )
         if promises.nearest and counts[kernels.NOT_NEAREST]:
             at = self._farthest(int(counts[kernels.FIRST_NOT_NEAREST]))
             name = "expert-level-wrong" if expert else "module-differs"
@@ -94,17 +96,19 @@ class AffineBlock:
 
     def check_size(self, result: TensorResult) -> None:
         """Add the errors' size in steps of the source's range; report the first group beyond it."""
-        squares, worst, group = range_errors(
+        found = range_errors(
             self.values, self.levels, self.scales, self.biases, self.bits, self.size, self.columns
         )
-        result.steps += squares
+        result.steps += found.squares
         result.measured += len(self.scales)
+        given, made, both = result.products
+        result.products = given + found.given, made + found.made, both + found.both
         bound = SIZE_BOUNDS[self.bits].group
-        if worst > bound:
+        if found.worst > bound:
             name = "expert-beyond-bound" if result.what == "expert" else "module-differs"
-            found = f"a group's RMS error of {worst:.2f} steps of its range"
-            expected = f"at most {bound:.2f} for {self.bits} bits"
-            result.add_fault(name, self.weight_index(group * self.size), found, expected)
+            where = self.weight_index(found.worst_at * self.size)
+            error = f"a group's RMS error of {found.worst:.2f} steps of its range"
+            result.add_fault(name, where, error, f"at most {bound:.2f} for {self.bits} bits")
 
     def _decoded(self, at: int) -> float:
         group = at // self.size

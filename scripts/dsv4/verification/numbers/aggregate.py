@@ -97,6 +97,9 @@ def report_groups(
     if other_formula:
         where = f"{what}s, {results[0].how}"
         findings.add("quantizer-unknown", where, "another formula than MLX's", "MLX's")
+        lost = sum(result.zeros_lost for result in results)
+        if lost and what == "expert" and not recorded:
+            findings.add("zeros-moved", where, f"{lost:,} zeros", "0")
 
 
 def report_group(

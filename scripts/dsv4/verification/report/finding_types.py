@@ -226,6 +226,8 @@ WARNINGS = {
     "none needed": {
         "module-other-device": "8-bit modules were quantized on another device than a CPU: right, "
         "but not byte for byte.",
+        "zeros-moved": "Zeros of the source do not decode to zero, as mx.quantize's would; the "
+        "experts are another quantizer's.",
         "expert-other-device": "Experts were quantized on another device than a CPU: right, but "
         "not byte for byte.",
     },
