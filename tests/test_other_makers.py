@@ -233,3 +233,37 @@ def test_bits_of_turboquant_in_another_dtype_are_named(made, source, tmp_path, d
 
     bundles.edit(folder, relabel)
     assert "tq_bits" in bundles.places(bundles.judge(folder, source, level=1), "dtype-wrong")
+
+
+# --- Without a source -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_right_bundle_has_values_of_weights(made, form):
+    assert "weights-implausible" not in bundles.judge(made(form), None)
+
+
+def constant(arrays: Arrays) -> str:
+    for name in [n for n in arrays if n.startswith(f"{BASE}.")]:
+        dtype, array = arrays[name]
+        arrays[name] = dtype, np.full_like(array, array.flat[0] if "weight" not in name else 0)
+    return BASE
+
+
+def without_scales(arrays: Arrays) -> str:
+    """A matrix that had scales of about 2^-7, without them."""
+    base = "layers.2.attn.wq_b"
+    for part in ("scales", "biases"):
+        dtype, array = arrays[f"{base}.{part}"]
+        grown = array * np.float16(256) if array.dtype == np.float16 else array + 8
+        arrays[f"{base}.{part}"] = dtype, grown
+    return base
+
+
+@pytest.mark.parametrize("change", [constant, without_scales])
+@pytest.mark.parametrize("form", ["mlx", "affine2g64"])
+def test_values_that_cannot_be_weights_are_found_without_a_source(made, tmp_path, form, change):
+    folder, names = bundles.split(made(form), tmp_path / "b"), []
+    bundles.edit(folder, lambda arrays: names.append(change(arrays)))
+    findings = bundles.judge(folder, None)
+    assert names[0] in bundles.places(findings, "weights-implausible")

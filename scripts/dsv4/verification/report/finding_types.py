@@ -180,6 +180,10 @@ ERRORS = {
         "source-implausible": "Values of the source that cannot be weights, as when a scale was "
         "dropped; the model outputs noise.",
     },
+    "compare it with its source: make verify SOURCE=…": {
+        "weights-implausible": "Values that cannot be weights: the bundle, or its source, was "
+        "destroyed; the model outputs noise.",
+    },
     "make download VERIFY_HASHES=1": {
         "source-broken": "The source holds NaN or an exponent of 255.",
     },
