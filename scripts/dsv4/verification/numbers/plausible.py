@@ -60,9 +60,9 @@ def sampled_bases(bundle: Scan) -> Iterator[str]:
     for name in bundle.tensors:
         base, _, part = name.rpartition(".")
         row, expert = row_of(f"{base}.weight"), parse_expert(name)
-        if part in ("weight", "tq_packed") and row is not None and row.treatment in MATRICES:
-            if expert is None or expert[2] < EXPERTS:
-                yield base
+        main = part in ("weight", "tq_packed") and row is not None and row.treatment in MATRICES
+        if main and (expert is None or expert[2] < EXPERTS):
+            yield base
 
 
 def sample_module(bundle: Scan, base: str, reader: RowReader) -> Sample | None:
