@@ -66,7 +66,9 @@ def saved_again(bundle: Path, folder: Path, forget: bool = True) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("forget", [True, False], ids=["forgotten", "recorded"])
+@pytest.mark.parametrize(
+    "forget", [True, pytest.param(False, marks=pytest.mark.full)], ids=["forgotten", "recorded"]
+)
 @pytest.mark.parametrize("form", FORMS)
 def test_a_bundle_that_another_tool_saved_again_passes(made, source, tmp_path, form, forget):
     folder = saved_again(made(form), tmp_path / "b", forget)
@@ -201,7 +203,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("bits", FORM_OF)
-@pytest.mark.parametrize("maker", ["GPTQ", "DWQ"])
+@pytest.mark.parametrize("maker", ["GPTQ", pytest.param("DWQ", marks=pytest.mark.full)])
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damage_of_weights_of_another_quantizer_is_seen(
     foreign, source, tmp_path, kind, maker, bits

@@ -237,7 +237,8 @@ WARNINGS = {
     },
     "name the imatrix that it was made with, if any: make verify IMATRIX=FILE; or requantize": {
         "quantizer-unknown": "The shards name a quantizer that this version does not have, or "
-        "whose table it cannot reproduce; the experts were judged by the size of their errors.",
+        "whose table it cannot reproduce, or they name none and follow no known formula; the "
+        "weights were judged by the size of their errors.",
     },
 }
 FAULTS = {
