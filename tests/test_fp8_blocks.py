@@ -5,6 +5,7 @@ config.json's, a block that no format here can hold.
 """
 
 import itertools
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,8 @@ import numpy as np
 import pytest
 from bundles import Arrays, edit, edit_json, judge, load
 from here import here, must, refusal
+from hub_server import Hub
+from test_download import environment
 
 from dsv4.evaluation.layer_tensors import group_scales
 from dsv4.model.fp8_blocks import block_of, scale_shape
@@ -141,6 +144,23 @@ def test_scales_of_another_block_than_config_json_gives_are_refused(source_copy,
     set_size(source_copy, [64, 64])
     line = refusal("convert", "--source", source_copy, "--bundle", tmp_path / "bundle")
     assert ".scale: F8_E8M0 [" in line
+
+
+def test_a_source_on_the_hub_is_judged_by_its_own_blocks(other, tmp_path, monkeypatch):
+    files = {str(p.relative_to(other)): p.read_bytes() for p in other.rglob("*") if p.is_file()}
+    config = json.loads(files["config.json"])
+    config["quantization_config"]["weight_block_size"] = [128, 128]
+    wrong = files | {"config.json": json.dumps(config).encode()}
+    with Hub() as hub:
+        hub.add("a/right", files)
+        hub.add("a/wrong", wrong)
+        for name, value in environment(hub, tmp_path / "s").items():
+            monkeypatch.setenv(name, value)
+        where = ("--source", tmp_path / "s", "--bundle", tmp_path / "b")
+        assert "ok  source: " in here("check", *where, "--repo", "a/right")[1]
+        out = here("check", *where, "--repo", "a/wrong")[1]
+        assert "NO  source: " in out
+        assert ".scale: F8_E8M0 [" in out
 
 
 def test_upstreams_converter_is_not_given_other_blocks(other, tmp_path):

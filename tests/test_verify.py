@@ -29,7 +29,7 @@ from dsv4.storage import tensor_reader
 from dsv4.toolchain import patches
 from dsv4.verification.checks import check_all, conversation, documents
 from dsv4.verification.numbers import affine, aggregate, case_table, compare, compare_all, kernels
-from dsv4.verification.numbers.tolerances import tolerance_for
+from dsv4.verification.numbers.tolerances import MLX
 from dsv4.verification.report.finding_types import FAULTS
 from dsv4.verification.report.findings import Findings
 from dsv4.verification.scan import scan
@@ -378,7 +378,7 @@ def test_zeros_are_counted_as_decoding_counts_them():
 
 
 def test_every_case_of_a_table_is_judged():
-    cases = case_table.check_cases(get_quantizer("mlx"), tolerance_for("mlx", 0))
+    cases = case_table.check_cases(get_quantizer("mlx"), MLX)
     good, worst = cases.holds, cases.worst
     assert good[105:141].all()
     assert not good[[150, 255]].any()  # beyond what F16 can hold
@@ -397,7 +397,7 @@ def test_a_quantizer_with_one_wrong_case_is_not_certified(part):
         return tally
 
     wrong = dataclasses.replace(right, encode=encode)
-    good = case_table.check_cases(wrong, tolerance_for("mlx", 0)).holds
+    good = case_table.check_cases(wrong, MLX).holds
     assert not good[120]
     assert good[[119, 121]].all()
 
@@ -418,7 +418,7 @@ def test_exact_groups_are_counted_one_by_one():
     scales, biases = (parts[p].view(np.float16).astype(np.float32) for p in ("scales", "biases"))
     decoded = levels.reshape(-1, 32) * scales[:, None] + biases[:, None]
     exact = (decoded == values.reshape(-1, 32)).all(axis=1).sum()
-    cases = case_table.check_cases(mlx, tolerance_for("mlx", 0))
+    cases = case_table.check_cases(mlx, MLX)
     assert case_table.count_exact_groups(packed, exponents, cases.exact_codes) == exact
     assert 2000 <= exact < 4000
 

@@ -18,6 +18,7 @@ from dsv4.model.bundle_tensors import ConversionUnit, StorageFormat, conversion_
 from dsv4.model.fp8_blocks import block_of
 from dsv4.model.labels import MXFP4
 from dsv4.model.names import GROUP
+from dsv4.model.source_format import image_tensors
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.safetensors_file import Tensor
 
@@ -27,8 +28,9 @@ Arrays = dict[str, mx.array]
 
 
 def layer_tensors(checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:
-    """Return the tensors of one main layer. Raises UserError when there are none."""
+    """Return the tensors of one main layer, for text. Raises UserError when there are none."""
     found = {n: t for n, t in checkpoint.tensors.items() if n.startswith(f"layers.{layer}.")}
+    found = without_images(found)
     if not found:
         raise UserError(
             f"{checkpoint.folder}",
@@ -40,9 +42,15 @@ def layer_tensors(checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:
 
 
 def end_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Return the tensors outside all layers: embedding, last norm, head."""
+    """Return the tensors outside all layers, for text: embedding, last norm, head."""
     blocks = ("layers.", "mtp.")
-    return {n: t for n, t in checkpoint.tensors.items() if not n.startswith(blocks)}
+    return without_images({n: t for n, t in checkpoint.tensors.items() if not n.startswith(blocks)})
+
+
+def without_images(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of the text model: it alone is run."""
+    images = image_tensors(tensors)
+    return {name: tensor for name, tensor in tensors.items() if name not in images}
 
 
 def load(tensors: Mapping[str, Tensor]) -> Arrays:

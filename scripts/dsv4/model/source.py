@@ -13,8 +13,8 @@ from dsv4.errors import UserError
 from dsv4.model.expected_tensors import check_headers, check_scales, check_tables, lacking_mtp
 from dsv4.model.fp8_blocks import read_block
 from dsv4.model.load import read_config
-from dsv4.model.names import is_control, treatment
-from dsv4.model.source_format import check_format
+from dsv4.model.names import is_control
+from dsv4.model.source_format import check_format, image_tensors
 from dsv4.storage.checkpoint import (
     INDEX,
     SINGLE,
@@ -64,15 +64,9 @@ def without_stray_tower(source: Checkpoint) -> Checkpoint:
     """
     if any(key.startswith("vision_") for key in source.config):
         return source
-    names = set(source.tensors)
-
-    def is_stray(name: str) -> bool:
-        block, bias, _ = name.partition(".ffn.gate.bias")
-        hashed = bias and f"{block}.ffn.gate.tid2eid" in names
-        return treatment(name) == "image" or name.endswith(".ffn.gate.bias_vl") or bool(hashed)
-
+    strays = image_tensors(source.tensors)
     shards = {
-        file: replace(shard, tensors={n: t for n, t in shard.tensors.items() if not is_stray(n)})
+        file: replace(shard, tensors={n: t for n, t in shard.tensors.items() if n not in strays})
         for file, shard in source.shards.items()
     }
     return replace(source, shards=shards)

@@ -5,11 +5,11 @@ The releases and formats are those of the DeepSeek-V4 family on the hub by Novem
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from dsv4.errors import UserError
-from dsv4.model.names import mtp_layer, parse_expert
+from dsv4.model.names import mtp_layer, parse_expert, treatment
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.safetensors_file import FLOATS, Tensor
 from dsv4.text import short_repr
@@ -67,6 +67,18 @@ def check_format(source: Checkpoint) -> None:
 def has_vision(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
     """Return True for a release that reads images, by its tower or else by config.json."""
     return bool(config.get("vision_n_layers")) or any(n.startswith("vision.") for n in tensors)
+
+
+def image_tensors(names: Collection[str]) -> set[str]:
+    """Return the names of tensors with which only images are computed.
+
+    Beside the tower these are biases of routers: bias_vl, and the bias of a hash-routed layer.
+    """
+    hashed = {n.removesuffix("tid2eid") + "bias" for n in names if n.endswith(".gate.tid2eid")}
+    return {
+        name for name in names
+        if treatment(name) == "image" or name.endswith(".gate.bias_vl") or name in hashed
+    }  # fmt: skip
 
 
 def has_dspark(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:

@@ -86,7 +86,7 @@ class WeightSamples:
             self._kinds[row_of(tensor.name).name].append(sample)
             faults += _faults_alone(tensor, sample, published(tensor.path))
         for samples in self._kinds.values():
-            faults += _unlike_their_kind(samples)
+            faults += unlike_their_kind(samples)
         return faults
 
     def _shards_of(self, weight: Tensor) -> set[str]:
@@ -107,7 +107,8 @@ def _faults_alone(tensor: Tensor, sample: Sample, published: bool) -> Iterator[s
         )
 
 
-def _unlike_their_kind(samples: list[Sample]) -> Iterator[str]:
+def unlike_their_kind(samples: list[Sample]) -> Iterator[str]:
+    """Yield a phrase for each matrix whose RMS differs from its kind's by more than FACTOR."""
     sound = [sample.rms for sample in samples if not sample.constant and sample.rms > 0]
     median = statistics.median(sound) if len(sound) > 2 else 0
     for sample in samples:

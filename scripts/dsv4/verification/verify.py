@@ -26,6 +26,7 @@ from dsv4.toolchain.python_env import probe
 from dsv4.verification.checks import check_all, turboquant_files
 from dsv4.verification.checks.headers import quantizer_of
 from dsv4.verification.numbers import aggregate, compare_all
+from dsv4.verification.numbers.plausible import check_plausible
 from dsv4.verification.report.findings import Check, Findings
 from dsv4.verification.scan import Scan, scan
 
@@ -79,6 +80,8 @@ def check_level_2(
     checks = aggregate.aggregate(numbers, findings)
     if source:
         checks.append(check_source_values(source, findings))
+    else:
+        checks.append(check_plausible(bundle, findings))
     checks += turboquant_files.check_sidecar(bundle, findings)
     return numbers, checks, time.perf_counter() - start
 

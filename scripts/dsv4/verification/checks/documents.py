@@ -16,7 +16,13 @@ from dsv4.model.special_tokens import STOP_TOKENS, vocabulary
 from dsv4.storage.checkpoint import INDEX, Checkpoint, read_json
 from dsv4.storage.safetensors_file import FLOATS
 from dsv4.text import escape_line, short_repr
-from dsv4.verification.checks.stored_formats import LABEL_KEYS, config_labels, label_at, top_label
+from dsv4.verification.checks.stored_formats import (
+    LABEL_KEYS,
+    config_labels,
+    label_at,
+    own_label,
+    top_label,
+)
 from dsv4.verification.report.findings import Check, Findings
 from dsv4.verification.scan import Scan
 
@@ -60,15 +66,16 @@ def wrong_jang_group(bundle: Scan) -> tuple[str, str] | None:
 
 
 def group_size(bundle: Scan) -> int:
-    """Return the group size of most affine modules, for vMLX's jang_config.json.
+    """Return the group size of most affine modules without a label, for vMLX's jang_config.json.
 
-    0 where vMLX does not load the bundle, or nothing is affine.
+    0 where vMLX does not load the bundle, or each affine module has a label of its own.
     """
     if VMLX not in bundle.scheme.runtimes:
         return 0
     if bundle.is_ours:
         return GROUP
-    names = (n.removesuffix(".biases") for n in bundle.tensors if n.endswith(".biases"))
+    names = [n.removesuffix(".biases") for n in bundle.tensors if n.endswith(".biases")]
+    names = [name for name in names if own_label(bundle.config, name) is None]
     sizes = Counter(label["group_size"] for n in names if (label := label_at(bundle, n)))
     return max(sizes, key=lambda size: sizes[size], default=0)
 

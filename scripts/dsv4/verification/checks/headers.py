@@ -57,6 +57,7 @@ METADATA_KEYS = (
     "requantize_quantizer",
     "requantize_table",
 )
+BITS_DTYPES = ("U8", "I32")  # of tq_bits: of a stack, and of a single expert
 # Fields of config.json that the stages write; all others must be the source's.
 WRITTEN_FIELDS = {
     "quantization",
@@ -234,6 +235,9 @@ def check_triples(bundle: Scan, findings: Findings) -> Check:
     for base, parts in modules.items():
         if any(f"{base}.{part}" in bundle.unread for part in AFFINE_PARTS):
             continue
+        if "tq_bits" in parts and parts["tq_bits"].dtype not in BITS_DTYPES:
+            where = display_name(bundle, f"{base}.tq_bits")
+            findings.add("dtype-wrong", where, parts["tq_bits"].dtype, " or ".join(BITS_DTYPES))
         if bundle.scheme is STORAGE and "tq_packed" not in parts and "scale" not in parts:
             check_triple(base, parts, bundle.config, findings)
         elif label_at(bundle, base) is None:

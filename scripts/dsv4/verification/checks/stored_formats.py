@@ -30,12 +30,16 @@ def display_name(bundle: Scan, name: str) -> str:
 
 
 def config_label(config: dict[str, Any], base: str) -> dict[str, Any]:
-    """Return config.json's label of a module: by storage name, module path, or the top level's."""
+    """Return config.json's label of a module: its own, or the top level's."""
+    return own_label(config, base) or top_label(config_labels(config))
+
+
+def own_label(config: dict[str, Any], base: str) -> dict[str, Any] | None:
+    """Return config.json's label of a module by storage name or module path; None without one."""
     labels = config_labels(config)
     expert = parse_expert(f"{base}.weight")
     paths = [base, *(switch_paths(expert[1], expert[3]) if expert else module_paths(base))]
-    found = next((labels[path] for path in paths if isinstance(labels.get(path), dict)), None)
-    return found or top_label(labels)
+    return next((labels[path] for path in paths if isinstance(labels.get(path), dict)), None)
 
 
 def config_labels(config: dict[str, Any]) -> dict[str, Any]:

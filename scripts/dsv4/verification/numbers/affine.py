@@ -6,12 +6,12 @@ exponents. All other rows are decoded, and so is one block of every tensor.
 
 from __future__ import annotations
 
+import math
 import zlib
 from itertools import pairwise
 
 import numpy as np
 
-from dsv4.model.labels import EXPERT
 from dsv4.quantization.formats import Quantizer
 from dsv4.quantization.fp4 import ue8m0_bytes
 from dsv4.quantization.imatrix import normalized
@@ -19,7 +19,7 @@ from dsv4.storage.tensor_reader import TensorReader
 from dsv4.verification.numbers.affine_block import AffineBlock
 from dsv4.verification.numbers.case_table import check_cases, count_exact_groups, count_zeros
 from dsv4.verification.numbers.tasks import Task, TensorResult
-from dsv4.verification.numbers.tolerances import Tolerance, tolerance_for
+from dsv4.verification.numbers.tolerances import CORRELATION, SIZE_BOUNDS, promises_of
 
 RUN_BLOCKS = 8  # blocks of rows whose bytes are compared at one time
 
@@ -34,14 +34,14 @@ class AffineComparer:
     def __init__(self, recorded: str | None, quantizer: Quantizer | None) -> None:
         self._recorded, self._quantizer = recorded, quantizer
         if quantizer is not None:
-            self._cases = check_cases(quantizer, tolerance_for(quantizer.name, EXPERT))
+            self._cases = check_cases(quantizer, promises_of(quantizer.name))
 
     def compare(
         self, task: Task, reader: TensorReader, result: TensorResult, block_weights: int
     ) -> None:
         """Compare one tensor, in blocks of rows of about `block_weights` weights."""
         expert = task.what == "expert"
-        tolerance = tolerance_for(self._recorded if expert else None, task.label)
+        promises = promises_of(self._recorded if expert else None)
         quantizer = self._quantizer.for_tensor(task.base) if expert and self._quantizer else None
         if quantizer is not None and quantizer.label != task.label:
             quantizer = None
@@ -60,12 +60,15 @@ class AffineComparer:
                 block = AffineBlock(task, reader, row, min(last, row + rows), columns)
                 if not block.check_source(result):
                     return
-                block.check_bounds(result, tolerance)
+                block.check_bounds(result, promises)
+                wrong = result.wrong
                 if quantizer:
                     block.check_bytes(result, quantizer, importance)
                 else:
                     block.check_formula(result)
-        check_rms(result, tolerance)
+                if result.wrong > wrong:
+                    block.check_size(result)
+        check_whole(result, task.label["bits"])
 
     def _compare_bytes(
         self, task: Task, reader: TensorReader, first: int, last: int, result: TensorResult
@@ -93,13 +96,15 @@ class AffineComparer:
         return True
 
 
-def check_rms(result: TensorResult, tolerance: Tolerance) -> None:
-    """Check a whole tensor's error, unless its bytes are right and the quantizer is lossy."""
-    bytes_suffice = result.exact == result.groups and tolerance.rms > 0
-    if not bytes_suffice and result.relative > tolerance.rms:
-        result.add_fault(
-            f"{result.what}-imprecise",
-            "whole tensor",
-            f"relative RMS {result.relative:.3%}",
-            f"at most {tolerance.rms:.0%}",
-        )
+def check_whole(result: TensorResult, bits: int) -> None:
+    """Check a whole tensor's error, unless its bytes are the quantizer's."""
+    if result.recomputed and result.exact == result.groups:
+        return
+    name, bound = f"{result.what}-imprecise", SIZE_BOUNDS[bits].matrix
+    rms = math.sqrt(result.steps / result.measured) if result.measured else 0.0
+    if rms > bound:
+        expected = f"at most {bound:.2f} for {bits} bits"
+        result.add_fault(name, "whole tensor", f"RMS {rms:.2f} steps of its range", expected)
+    elif result.measured and result.correlation < CORRELATION:
+        found = f"correlation {result.correlation:.2f} with the source"
+        result.add_fault(name, "whole tensor", found, f"at least {CORRELATION}")

@@ -1,7 +1,8 @@
 """Decode one block of rows of an affine module and compare it with its source.
 
-`check_bounds` holds every weight to the quantizer's tolerance. `check_bytes` compares the bytes
-with those that the recorded quantizer gives; `check_formula`, without a record, with MLX's formula.
+`check_bounds` holds every weight to the quantizer's promises, `check_size` every group to what any
+affine quantizer leaves. `check_bytes` compares the bytes with those that the recorded quantizer
+gives; `check_formula`, without a record, with MLX's formula.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from dsv4.quantization.formats import Quantizer
 from dsv4.storage.tensor_reader import TensorReader, as_float32, round_to_dtype
 from dsv4.verification.numbers import kernels
 from dsv4.verification.numbers.decode import source_rows
+from dsv4.verification.numbers.range_errors import range_errors
 from dsv4.verification.numbers.tasks import Task, TensorResult
-from dsv4.verification.numbers.tolerances import Tolerance
+from dsv4.verification.numbers.tolerances import SIZE_BOUNDS, Promises
 
 
 class AffineBlock:
@@ -49,8 +51,8 @@ class AffineBlock:
         row, column = divmod(int(weight), self.columns)
         return f"row {self.first + row}, group {column // self.size}, column {column}"
 
-    def check_bounds(self, result: TensorResult, tolerance: Tolerance) -> None:
-        """Compare every decoded weight with the source, and report those beyond the tolerance."""
+    def check_bounds(self, result: TensorResult, promises: Promises) -> None:
+        """Compare every decoded weight with the source, and report broken promises."""
         counts, energy, error, worst = kernels.check_bounds(
             self.values, self.levels, self.scales, self.biases, self.bits, *self.rounding, self.size
         )
@@ -62,10 +64,10 @@ class AffineBlock:
         result.lossless += int(counts[kernels.EXACT_GROUPS])
         if worst > result.worst:
             result.worst, result.worst_at = worst, self.weight_index(counts[kernels.WORST_AT])
-        self._report_bounds(result, tolerance, counts, worst)
+        self._report_bounds(result, promises, counts, worst)
 
     def _report_bounds(
-        self, result: TensorResult, tolerance: Tolerance, counts: np.ndarray, worst: float
+        self, result: TensorResult, promises: Promises, counts: np.ndarray, worst: float
     ) -> None:
         expert = result.what == "expert"
         if counts[kernels.BAD_NUMBER]:
@@ -73,22 +75,40 @@ class AffineBlock:
             found = f"scale {self.scales[group]}, bias {self.biases[group]}"
             where = self.weight_index(group * self.size)
             result.add_fault("nan-or-inf", where, found, "numbers")
-        if tolerance.zeros and counts[kernels.LOST_ZEROS] and expert:
+        if promises.zeros and counts[kernels.LOST_ZEROS] and expert:
             start = int(counts[kernels.FIRST_LOST])
             at = start + int(np.argmax((self.values == 0)[start : start + self.size]))
-            result.add_fault("zeros-lost", self.weight_index(at), f"{self._decoded(at):.4g}", "0")
-        if tolerance.nearest and counts[kernels.NOT_NEAREST]:
+            result.add_promised(
+                "zeros-lost", self.weight_index(at), f"{self._decoded(at):.4g}", "0"
+            )
+        if promises.nearest and counts[kernels.NOT_NEAREST]:
             at = self._farthest(int(counts[kernels.FIRST_NOT_NEAREST]))
             name = "expert-level-wrong" if expert else "module-differs"
             found = f"level {self.levels[at]} = {self._decoded(at):.4g}"
             expected = f"the level nearest {self.values[at]:.4g}"
-            result.add_fault(name, self.weight_index(at), found, expected)
-        if worst > tolerance.steps * 1.001:
+            result.add_promised(name, self.weight_index(at), found, expected)
+        if worst > promises.steps * 1.001:
             at = self._farthest(int(counts[kernels.WORST_AT]))
             name = "expert-beyond-bound" if expert else "module-differs"
             found = f"{self._decoded(at):.4g}, off by {worst:.2f} steps"
-            expected = f"{self.values[at]:.4g} within {tolerance.steps:g}"
-            result.add_fault(name, self.weight_index(at), found, expected)
+            expected = f"{self.values[at]:.4g} within {promises.steps:g}"
+            result.add_promised(name, self.weight_index(at), found, expected)
+
+    def check_size(self, result: TensorResult) -> None:
+        """Add the errors' size in steps of the source's range; report the first group beyond it."""
+        found = range_errors(
+            self.values, self.levels, self.scales, self.biases, self.bits, self.size, self.columns
+        )
+        result.steps += found.squares
+        result.measured += len(self.scales)
+        given, made, both = result.products
+        result.products = given + found.given, made + found.made, both + found.both
+        bound = SIZE_BOUNDS[self.bits].group
+        if found.worst > bound:
+            name = "expert-beyond-bound" if result.what == "expert" else "module-differs"
+            where = self.weight_index(found.worst_at * self.size)
+            error = f"a group's RMS error of {found.worst:.2f} steps of its range"
+            result.add_fault(name, where, error, f"at most {bound:.2f} for {self.bits} bits")
 
     def _decoded(self, at: int) -> float:
         group = at // self.size

@@ -36,7 +36,10 @@ def aggregate(numbers: Numbers, findings: Findings) -> list[Check]:
         for what in ("expert", "module", "control", "passthrough")
     }
     for what in ("expert", "module"):
-        report_groups(groups[what], what, findings)
+        recorded = numbers.recorded is not None
+        for how in dict.fromkeys(result.how for result in groups[what]):
+            alike = [result for result in groups[what] if result.how == how]
+            report_groups(alike, what, findings, recorded)
     for name in numbers.left_out:
         findings.add("not-compared", name, "no counterpart of its kind and shape", "one")
     if numbers.recorded and not numbers.recomputable:
@@ -66,22 +69,37 @@ def count_values(results: Iterable[TensorResult]) -> int:
     return sum(result.numbers for result in results)
 
 
-def report_groups(results: list[TensorResult], what: str, findings: Findings) -> None:
-    """Report groups that differ from MLX's formula as faults, another device or another formula."""
+def report_groups(
+    results: list[TensorResult], what: str, findings: Findings, recorded: bool = False
+) -> None:
+    """Report groups that differ from MLX's formula as faults, another device or another formula.
+
+    recorded: whether the bundle names its quantizer, whose promises then hold. Tensors of another
+    formula have made none: their errors' size is judged (AffineBlock.check_size, check_whole).
+    """
     by_formula = [r for r in results if r.groups and not r.recomputed]
     shares = [r.wrong / r.groups for r in by_formula]
     other_formula = bool(shares) and median(shares) > OTHER_FORMULA
     fragile = sum(r.fragile for r in by_formula)
     device = sum(r.explained for r in by_formula) > OTHER_DEVICE * fragile
     for result in results:
-        if result.recomputed or not other_formula:
-            for place in result.wrong_places:
-                report_group(result, f"{what}-differs", place, result.wrong, findings)
+        free = other_formula and not result.recomputed
+        if recorded or not free:
+            for fault in result.promised.values():
+                findings.add(*fault)
+        if free:
+            continue
+        for place in result.wrong_places:
+            report_group(result, f"{what}-differs", place, result.wrong, findings)
         name = f"{what}-other-device" if device else f"{what}-differs"
         for place in result.explained_places:
             report_group(result, name, place, result.explained, findings)
     if other_formula:
-        findings.add("quantizer-unknown", f"{what}s", "another formula than MLX's", "MLX's")
+        where = f"{what}s, {results[0].how}"
+        findings.add("quantizer-unknown", where, "another formula than MLX's", "MLX's")
+        lost = sum(result.zeros_lost for result in results)
+        if lost and what == "expert" and not recorded:
+            findings.add("zeros-moved", where, f"{lost:,} zeros", "0")
 
 
 def report_group(

@@ -3,7 +3,7 @@
 The scale and bias that `mlx` writes for a group depend only on the group's exponent and its least
 and greatest value; each level depends on these and the code. So one group for each such case,
 holding every code between its ends, is quantized, decoded and compared by kernels.py. If all cases
-of an exponent are within the tolerance, bundle bytes that equal the quantizer's need no decoding.
+of an exponent keep its promises, bundle bytes that equal the quantizer's need no decoding.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dsv4.quantization.affine_table import RANK, BadGroup
 from dsv4.quantization.formats import Quantizer
 from dsv4.storage.tensor_reader import as_float32
 from dsv4.verification.numbers import kernels
-from dsv4.verification.numbers.tolerances import Tolerance
+from dsv4.verification.numbers.tolerances import Promises
 
 RANKS = 15  # values of FP4 in rising order; 7 is zero
 CASES = [(least, greatest) for least in range(RANKS) for greatest in range(least, RANKS)]
@@ -28,7 +28,7 @@ CASES = [(least, greatest) for least in range(RANKS) for greatest in range(least
 class CheckedCases:
     """Results of all cases.
 
-    holds: bool (256,), by exponent: whether all its cases are within the tolerance; worst: the
+    holds: bool (256,), by exponent: whether all its cases keep the promises; worst: the
     largest error in steps; exact_codes: uint16 (256, 225), by exponent and least · 15 + greatest:
     one bit for each FP4 code that decodes without error.
     """
@@ -48,7 +48,7 @@ def case_groups() -> np.ndarray:
     return (groups[:, 0::2] | groups[:, 1::2] << 4).reshape(-1)
 
 
-def check_cases(quantizer: Quantizer, tolerance: Tolerance) -> CheckedCases:
+def check_cases(quantizer: Quantizer, promises: Promises) -> CheckedCases:
     """Check every case of a quantizer; no exponent holds if its bytes depend on more than these."""
     holds, worst = np.zeros(256, bool), 0.0
     exact_codes = np.zeros((256, RANKS * RANKS), np.uint16)
@@ -56,7 +56,7 @@ def check_cases(quantizer: Quantizer, tolerance: Tolerance) -> CheckedCases:
         packed = case_groups()
         for exponent in range(255):
             exponents = np.full(len(CASES), exponent, np.uint8)
-            checked = _check_exponent(quantizer, tolerance, packed, exponents)
+            checked = _check_exponent(quantizer, promises, packed, exponents)
             if checked is not None:
                 holds[exponent] = True
                 worst = max(worst, checked[0])
@@ -66,12 +66,12 @@ def check_cases(quantizer: Quantizer, tolerance: Tolerance) -> CheckedCases:
 
 
 def _check_exponent(
-    quantizer: Quantizer, tolerance: Tolerance, packed: np.ndarray, exponents: np.ndarray
+    quantizer: Quantizer, promises: Promises, packed: np.ndarray, exponents: np.ndarray
 ) -> tuple[float, np.ndarray] | None:
     """Quantize and decode one group for each case of an exponent.
 
     Returns the largest error in steps, and for each group one bit for each code that decodes
-    without error; None when an error is beyond the tolerance.
+    without error; None when a promise is broken.
     """
     bits, groups = quantizer.label["bits"], len(exponents)
     parts = {
@@ -90,7 +90,7 @@ def _check_exponent(
         values, levels, scales, biases, bits, *kernels.ROUNDING["F16"]
     )
     faults = (kernels.BAD_NUMBER, kernels.NOT_NEAREST, kernels.LOST_ZEROS)
-    if counts[list(faults)].any() or worst > tolerance.steps:
+    if counts[list(faults)].any() or worst > promises.steps:
         return None
     decoded = levels.reshape(groups, GROUP) * scales[:, None] + biases[:, None]
     codes = np.empty(GROUP * groups, np.uint8)

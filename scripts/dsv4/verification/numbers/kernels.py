@@ -209,7 +209,7 @@ def _bounds(values, levels, scales, biases, finite, top, unit, smallest, size):
 
 
 @numba.njit(inline="always")
-def _min_max(values):
+def min_max(values):
     """Return the least and the greatest value of one group."""
     bits = values.view(np.int32)
     least, greatest = _SIZE, ~_SIZE
@@ -308,7 +308,7 @@ def check_formula(values, levels, scales, biases, bits, digits, lowest, size=GRO
     top = np.float32((1 << bits) - 1)
     ends = np.empty((2, len(scales)), np.float32)
     for group in range(len(scales)):
-        ends[0, group], ends[1, group] = _min_max(values[size * group : size * (group + 1)])
+        ends[0, group], ends[1, group] = min_max(values[size * group : size * (group + 1)])
     numbers, fragile = _formula_numbers(ends, top)
     exact = np.empty(size, np.float32)
     for group in range(len(scales)):

@@ -27,9 +27,12 @@ class TensorResult:
     quantizer's bytes, that another device explains, and others; fragile: groups that another
     device may round differently; recomputed: the recorded quantizer's bytes were compared, not
     MLX's formula. faults: (name, where, found, expected); `report_groups` in aggregate.py decides
-    about wrong_places and explained_places. worst: the largest error in steps, at worst_at; an
-    upper bound if worst_at is empty. disk: the tensor's name in the bundle, if it is another.
-    lossless: groups that decode to the source's own values.
+    about wrong_places and explained_places. promised: faults by name that are none unless the
+    groups follow MLX's formula. steps: sum of the mean square errors, in steps of the source's
+    range, of `measured` groups, those of blocks with a wrong group; products: their sums of the
+    source's squares, of the bundle's and of their products. worst: the largest error in steps, at
+    worst_at; an upper bound if worst_at is empty. disk: the tensor's name in the bundle, if it is
+    another. lossless: groups that decode to the source's own values.
     """
 
     name: str
@@ -53,15 +56,32 @@ class TensorResult:
     faults: list[tuple[str, str, str, str]] = field(default_factory=list)
     wrong_places: list[tuple[str, str, str]] = field(default_factory=list)
     explained_places: list[tuple[str, str, str]] = field(default_factory=list)
+    promised: dict[str, tuple[str, str, str, str]] = field(default_factory=dict)
+    steps: float = 0.0
+    measured: int = 0
+    products: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
     @property
     def relative(self) -> float:
         """RMS of the error relative to the RMS of the weights."""
         return float(np.sqrt(self.error / self.energy)) if self.energy else 0.0
 
+    @property
+    def correlation(self) -> float:
+        """Cosine of the angle between the source's weights and the bundle's; 1 without weights."""
+        given, made, both = self.products
+        return both / float(np.sqrt(given * made)) if given * made else float(given == made)
+
     def add_fault(self, name: str, where: str, found: str, expected: str) -> None:
         """Add one fault of this tensor."""
-        self.faults.append((name, f"{self.display_name}: {where}", found, expected))
+        self.faults.append(self._fault(name, where, found, expected))
+
+    def add_promised(self, name: str, where: str, found: str, expected: str) -> None:
+        """Add a fault unless the tool promised nothing; the first of each name counts."""
+        self.promised.setdefault(name, self._fault(name, where, found, expected))
+
+    def _fault(self, name: str, where: str, found: str, expected: str) -> tuple[str, str, str, str]:
+        return name, f"{self.display_name}: {where}", found, expected
 
     @property
     def display_name(self) -> str:

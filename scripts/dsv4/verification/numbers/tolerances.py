@@ -1,65 +1,73 @@
-"""Error bounds of each quantizer, which verify holds a tensor to.
+"""The bounds that verify holds a tensor to.
 
-Quantizers are named as in a shard's metadata (`requantize_quantizer`). A bundle of another tool has
-no record; its bounds follow from the bits of its labels.
+Promises belong to a quantizer. They are named as in a shard's metadata (`requantize_quantizer`). A
+bundle without a record, as other tools make them, made no promise: only if its groups follow
+`mx.quantize`'s formula it is held to that one's (aggregate.report_groups). Bounds on the size of
+errors hold for every affine quantizer.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
-from dsv4.model.labels import EXPERT
 from dsv4.model.quantizer_table import quantizer_properties
 
 
 @dataclass(frozen=True)
-class Tolerance:
-    """Bounds on one tensor; all but `rms` hold for every single weight.
+class Promises:
+    """What a quantizer promises of every single weight.
 
     steps: the worst error in steps (|scale|), after the rounding of scale and bias to F16.
     zeros: a zero of the source decodes to zero, within the same rounding.
     nearest: each weight has the level nearest to it.
-    rms: the largest relative RMS error of a tensor, well above that of real tensors; checked only
-      if the bytes cannot be recomputed, or if it is 0.
     """
 
     steps: float = 1.0
     zeros: bool = True
     nearest: bool = True
-    rms: float = 0.12
 
 
-# Measured: mx.quantize errs by at most one step (it clips the far end) and by 8.6% RMS on
-# Gaussian FP4 weights; MXFP4 keeps the source's own bytes.
-BY_NAME = {
-    "mlx": Tolerance(),
-    "mxfp4": Tolerance(steps=0.0, rms=0.0),
-    "lossless": Tolerance(steps=0.0, rms=0.0),
-}
-
+MLX = Promises()  # it clips the far end, by at most one step
+# MXFP4 keeps the source's own bytes.
+BY_NAME = {"mlx": MLX, "mxfp4": Promises(steps=0.0), "lossless": Promises(steps=0.0)}
 # Least squares clips the ends, by an amount that depends on the weights. Each weight still has the
 # nearest level, and the bytes can be recomputed.
 CLIPPED = math.inf
-# Relative RMS by bits, for any other quantizer: mx.quantize's error with a margin, as groups of 128
-# have 1.3 times the error of 32 (2 bits .442, 3 bits .228; on FP4-coded normal weights).
-CEILING = {2: 1.2, 3: 0.5, 4: 0.2, 5: 0.08, 6: 0.04, 8: 0.015}
 
 
-def tolerance_for(quantizer: str | None, label: dict[str, Any]) -> Tolerance:
-    """Return the bounds of a recorded quantizer for a module stored as `label`.
+def promises_of(quantizer: str | None) -> Promises:
+    """Return the promises of a recorded quantizer; MLX's for none, as of most other tools.
 
-    An unknown quantizer, as of another version, gets loose bounds. None, for a bundle without a
-    record, counts as mx.quantize.
+    An unknown quantizer, as of another version, promises the nearest level and two steps.
     """
+    if quantizer is None:
+        return MLX
     if quantizer in BY_NAME:
         return BY_NAME[quantizer]
-    ceiling = CEILING[label["bits"]]
-    if quantizer is None and label == EXPERT:
-        return Tolerance()
-    if quantizer is None:
-        return Tolerance(rms=ceiling)
     if quantizer.startswith("affine") or quantizer_properties(quantizer).mixed:
-        return Tolerance(steps=CLIPPED, zeros=False, rms=ceiling)
-    return Tolerance(steps=2.0, zeros=False, rms=ceiling)
+        return Promises(steps=CLIPPED, zeros=False)
+    return Promises(steps=2.0, zeros=False)
+
+
+@dataclass(frozen=True)
+class SizeBounds:
+    """The largest RMS error of a matrix and of a group, in steps (range_errors.py)."""
+
+    matrix: float
+    group: float
+
+
+# What the worst honest quantizer left, in groups of 32, 64 or 128: of a matrix with a quarter more,
+# of a group threefold, for GPTQ left twice as much in narrow matrices (scripts/lab/error_bounds.py,
+# 2026-12-01; the table is in scripts/README.md).
+SIZE_BOUNDS = {
+    2: SizeBounds(0.93, 7.4),
+    3: SizeBounds(0.79, 5.3),
+    4: SizeBounds(0.75, 4.8),
+    5: SizeBounds(0.75, 6.4),
+    6: SizeBounds(0.74, 10.0),
+    8: SizeBounds(0.80, 18.0),
+}
+# The least correlation of a matrix with the source. Another matrix has none.
+CORRELATION = 0.5

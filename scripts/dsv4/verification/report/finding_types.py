@@ -180,6 +180,10 @@ ERRORS = {
         "source-implausible": "Values of the source that cannot be weights, as when a scale was "
         "dropped; the model outputs noise.",
     },
+    "compare it with its source: make verify SOURCE=…": {
+        "weights-implausible": "Values that cannot be weights: the bundle, or its source, was "
+        "destroyed; the model outputs noise.",
+    },
     "make download VERIFY_HASHES=1": {
         "source-broken": "The source holds NaN or an exponent of 255.",
     },
@@ -226,12 +230,15 @@ WARNINGS = {
     "none needed": {
         "module-other-device": "8-bit modules were quantized on another device than a CPU: right, "
         "but not byte for byte.",
+        "zeros-moved": "Zeros of the source do not decode to zero, as mx.quantize's would; the "
+        "experts are another quantizer's.",
         "expert-other-device": "Experts were quantized on another device than a CPU: right, but "
         "not byte for byte.",
     },
     "name the imatrix that it was made with, if any: make verify IMATRIX=FILE; or requantize": {
         "quantizer-unknown": "The shards name a quantizer that this version does not have, or "
-        "whose table it cannot reproduce; the experts were judged by the size of their errors.",
+        "whose table it cannot reproduce, or they name none and follow no known formula; the "
+        "weights were judged by the size of their errors.",
     },
 }
 FAULTS = {
