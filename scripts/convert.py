@@ -51,6 +51,7 @@ from dsv4.conversion.recorded_format import (
 )
 from dsv4.conversion.staging import mark, move_into_place, staging, unmark
 from dsv4.errors import UserError, run
+from dsv4.model import mtp
 from dsv4.model.bundle_tensors import SHARD_BYTES
 from dsv4.model.folder_roles import bundle_path
 from dsv4.model.fp8_blocks import read_block
@@ -164,9 +165,10 @@ def main() -> int:
     args = parse_arguments()
     args.bundle = bundle_path(args.bundle, args.source)
     recorded = read_recorded_format(args.bundle, args.quantizer)
-    options = resolve_quantizer(quantizer_options(args), recorded)
+    options = resolve_quantizer(quantizer_options(args), recorded, args.bundle)
     where = (args.source, args.low_disk, args.repo, args.patience, args.workers)
-    with low_disk.open_checkpoints(*where) as (source, headers, fetcher):
+    with low_disk.open_checkpoints(*where) as (everything, headers, fetcher):
+        source, headers = (mtp.without_dropped(one, options.mtp) for one in (everything, headers))
         if is_done(args.bundle, source):
             message = f"holds every tensor of {args.source} already; delete it to convert afresh"
             if not args.dry_run:
@@ -174,10 +176,10 @@ def main() -> int:
             if fetcher and not args.dry_run:
                 fetcher.keep_only(set())
         else:
-            for note in source_notes(source):
+            for note in source_notes(everything):
                 print_escaped(f"note: {escape_line(source.folder)}: {note}", file=sys.stderr)
             if args.converter == "jang":
-                message = run_upstream(args, source)
+                message = run_upstream(args, everything)
             else:
                 message = run_native(args, options, source, headers, fetcher)
     print_escaped(f"{escape_line(args.bundle)}: {message}")

@@ -51,6 +51,7 @@ from dsv4.conversion.requantize import (
 )
 from dsv4.conversion.shard_metadata import made_by
 from dsv4.errors import run
+from dsv4.model import mtp
 from dsv4.model.folder_roles import bundle_path
 from dsv4.model.load import open_bundle, read_config
 from dsv4.model.source import open_source
@@ -87,8 +88,8 @@ def main() -> int:
     bundle_path(folder, arguments.source)
     recorded = read_recorded_format(folder, arguments.quantizer)
     check_ours(folder, recorded, arguments.quantizer, arguments.converter, arguments.ours)
-    options = resolve_quantizer(quantizer_options(arguments), recorded)
-    source = open_source(arguments.source)
+    options = resolve_quantizer(quantizer_options(arguments), recorded, folder)
+    source = mtp.without_dropped(open_source(arguments.source), options.mtp)
     quantizer, error = quantizer_for(options, source, recorded)
     record = folder / lossless.RECORD
     read_config(folder)

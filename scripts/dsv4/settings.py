@@ -128,6 +128,7 @@ TYPES: dict[str, Callable[[str], Any]] = {
     "CONVERTER": str, "QUANTIZER": str,
     "JOBS": parse_jobs, "PORT": whole_number(1, 65535, "a port"),
     "LEVEL": whole_number(1, 2, "a level"), "SHARD_BYTES": parse_bytes,
+    "MTP": str, "DROP_MTP": parse_switch,
     "LOW_DISK": parse_switch, "VERIFY_HASHES": parse_switch, "PRIVATE": parse_switch,
     "DRY_RUN": parse_switch, "BUNDLES": parse_paths, "TEXT": parse_path,
     "TOKENS": whole_number(3, 1 << 20, "a number of tokens"),  # 3: BOS and two more

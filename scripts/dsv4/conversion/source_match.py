@@ -72,7 +72,7 @@ def _check_index(bundle: Checkpoint) -> None:
                 or (_may_change(name) and _was_requantized(shard))
             )
             listed = bundle.weight_map.get(name) == file or added
-            if not listed or bundle.tensors[name] != tensor:
+            if not listed or bundle.tensors.get(name, tensor) != tensor:
                 where = f"{shard.path}: {name}"
                 raise UserError(where, "no entry for it in the index", f"one in {INDEX}", CONVERT)
 
