@@ -29,7 +29,12 @@ from dsv4.model.bundle_tensors import SHARD_BYTES
 from dsv4.model.expected_tensors import SourceFaults
 from dsv4.model.folder_roles import bundle_path
 from dsv4.model.load import open_bundle
-from dsv4.quantization.formats import QuantizerOptions, add_quantizer_options, quantizer_options
+from dsv4.quantization.formats import (
+    QuantizerOptions,
+    add_mtp_options,
+    add_quantizer_options,
+    quantizer_options,
+)
 from dsv4.settings import add_setting, parse_path
 from dsv4.storage import disk_space, filesystem
 from dsv4.storage.atomic import format_bytes
@@ -250,6 +255,7 @@ def main() -> int:
     add_setting(parser, "LOW_DISK")
     parser.add_argument("--ours", action="store_true", help="stop at another maker's bundle")
     add_quantizer_options(parser)
+    add_mtp_options(parser)
     mac_memory.add_goal(parser)
     args = parser.parse_args()
     mac_memory.check_goal(args)

@@ -61,6 +61,7 @@ from dsv4.quantization import weight_samples
 from dsv4.quantization.formats import (
     Quantizer,
     QuantizerOptions,
+    add_mtp_options,
     add_quantizer_options,
     quantizer_options,
 )
@@ -91,6 +92,7 @@ def parse_arguments() -> argparse.Namespace:
         "--part", type=parse_part, default=JobPart(), help="K/N: a share of the shards"
     )
     add_quantizer_options(parser)
+    add_mtp_options(parser)
     low_disk.add_options(parser)
     args = parser.parse_args()
     if not args.part.whole and (args.low_disk or args.converter == "jang"):

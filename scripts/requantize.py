@@ -55,7 +55,7 @@ from dsv4.model import mtp
 from dsv4.model.folder_roles import bundle_path
 from dsv4.model.load import open_bundle, read_config
 from dsv4.model.source import open_source
-from dsv4.quantization.formats import add_quantizer_options, quantizer_options
+from dsv4.quantization.formats import add_mtp_options, add_quantizer_options, quantizer_options
 from dsv4.settings import add_setting, available_cores
 from dsv4.storage import locks, safe_paths
 from dsv4.storage.checkpoint import read_index
@@ -75,6 +75,7 @@ def parse_arguments() -> argparse.Namespace:
         "--part", type=parse_part, default=JobPart(), help="K/N: a share of the work"
     )
     add_quantizer_options(parser)
+    add_mtp_options(parser)
     add_setting(parser, "CONVERTER", choices=("native", "jang"), default="native")
     parser.add_argument("--ours", action="store_true", help="stop at another maker's bundle")
     return parser.parse_args()

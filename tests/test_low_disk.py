@@ -319,7 +319,7 @@ def test_make_all_in_little_space(origin, hub, wanted, tmp_path):
 
 def test_a_mixture_is_planned_from_a_little_of_the_hub(prepared, wanted, files, tmp_path):
     plan = str(tmp_path / "plan.json")
-    size = str(int(0.8 * sum(map(len, wanted.values()))))
+    size = str(int(0.9 * sum(map(len, wanted.values()))))
     assert "written" in prepared.must("plan", "--plan", plan, "--size", size)
     assert not shards(prepared.source)
     assert prepared.fetched() < sum(map(len, files.values()))

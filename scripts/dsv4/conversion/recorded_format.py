@@ -28,7 +28,7 @@ from dsv4.quantization.formats import (
 )
 from dsv4.quantization.imatrix import EVEN, Importance, load_imatrix
 from dsv4.quantization.mixture_plan import read_plan
-from dsv4.storage.checkpoint import INDEX, Checkpoint, read_json
+from dsv4.storage.checkpoint import Checkpoint, read_json
 from dsv4.storage.disk_space import staging_folder
 from dsv4.storage.safetensors_file import Tensor, read_shard
 from dsv4.text import LINE, escape_line, short_repr
@@ -157,7 +157,7 @@ def default_mtp(bundle: Path | None) -> str:
 
     For a new bundle it is the source's form, for one of another program as-experts.
     """
-    if bundle is not None and (bundle / INDEX).is_file():
+    if bundle is not None and any(bundle.glob("*.safetensors")):
         return mtp.AS_EXPERTS
     begun = read_recorded_format(staging_folder(bundle), "") if bundle is not None else None
     return begun.mtp if begun else mtp.SOURCE

@@ -217,7 +217,6 @@ def add_quantizer_options(parser: argparse.ArgumentParser) -> None:
     add_setting(parser, "QUANTIZER", type=parse_name, metavar="NAME", help=f"{NAMES}; {default}")
     add_setting(parser, "IMATRIX", help="importance of columns (.dat)")
     add_setting(parser, "PLAN", help="what plan.py wrote, for --quantizer mixture")
-    add_mtp_options(parser)
 
 
 def add_mtp_options(parser: argparse.ArgumentParser) -> None:
@@ -242,7 +241,7 @@ class QuantizerOptions:
 
 
 def quantizer_options(args: argparse.Namespace) -> QuantizerOptions:
-    """Return what the command line says by the options of `add_quantizer_options`."""
+    """Return what the command line says by `add_quantizer_options` and `add_mtp_options`."""
     return QuantizerOptions(args.quantizer, args.imatrix, args.plan, mtp=mtp_option(args))
 
 
