@@ -3,8 +3,9 @@
 --converter native, the default, quantizes the routed experts as requantize does. Every other matrix
 is decoded and quantized by `mx.quantize` (8 bits, group 32, on the CPU). Norms, router and tables
 become F16 or stay integers, controls stay F32. The table in dsv4/model/tensor_table.py has the
-treatment of each tensor; an unknown name stops the run. All tensors but experts and controls have
-the bytes that upstream's converter writes. requantize finds nothing left to do.
+treatment of each tensor; an unknown name stops the run. MTP and DSpark keep the source's numbers
+(dsv4/model/mtp.py). With --mtp as-experts all tensors but experts and controls have the bytes that
+upstream's converter writes. requantize finds nothing left to do.
 
 --converter jang runs upstream's converter (dsv4/toolchain/upstream_converter.py). It takes hours,
 and requantize must then correct the experts.

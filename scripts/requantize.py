@@ -3,7 +3,8 @@
 Upstream's converter copies each routed expert's FP4 bytes into the bundle and labels them affine.
 This stage gives every routed expert, main layers and MTP, the bytes that `mx.quantize` gives for
 the decoded source; restores the F32 control tensors that the converter rounded to F16; and rebuilds
-the index and the labels in config.json. Everything else is copied byte for byte.
+the index and the labels in config.json. Everything else is copied byte for byte. With --mtp source
+MTP keeps the source's numbers, and --drop-mtp leaves it out.
 
 It is a conversion whose unchanged tensors are copied from the bundle. Each new shard is written
 under a temporary name, flushed to disk and renamed to the old one's name. So a run may be killed at

@@ -221,7 +221,7 @@ def add_quantizer_options(parser: argparse.ArgumentParser) -> None:
 
 def add_mtp_options(parser: argparse.ArgumentParser) -> None:
     """Add --mtp and --drop-mtp."""
-    add_setting(parser, "MTP", choices=(mtp.SOURCE, mtp.AS_EXPERTS),
+    add_setting(parser, "MTP", metavar="source|as-experts",
                 help="MTP or DSpark; default: the bundle's own; for a new one source")  # fmt: skip
     add_setting(parser, "DROP_MTP", help="leave MTP and DSpark out")
 
