@@ -13,7 +13,9 @@ MAKEFLAGS += --no-builtin-rules
 SHELL = /bin/sh
 
 # Your own settings, one `NAME = value` a line, a comment on a line of its own; never committed.
+before := $(.VARIABLES)
 -include config.mk
+in_config_mk := $(filter-out before $(before),$(.VARIABLES))
 
 # A setting's value. config.mk's values are expanded by make; those of the command line and the
 # environment are taken literally. ~/ at the beginning is the home folder.
@@ -137,6 +139,18 @@ SETTINGS := REPO BASE RELEASE REVISION SOURCE BUNDLE CONVERTER LOW_DISK SHARD_BY
   QUANTIZER IMATRIX JOBS LEVEL VERIFY_HASHES PYTHON3 AGAINST TO PRIVATE DRY_RUN SOURCE2 \
   BUNDLES TEXT TOKENS DEVICE RUNTIME FLOAT32 AGAINST_NAME URL MODEL_NAME CONTEXT \
   FIT SIZE ANY_SHAPE PLAN MTP DROP_MTP
+# An unknown name on the command line stops make. One in config.mk, which may have variables of its
+# own, does if it is nearly that of a setting.
+OTHERS := MODEL STACK NANO_WORK SEED FUZZ
+UNKNOWN := $(filter-out $(SETTINGS) $(OTHERS),$(in_config_mk) $(foreach name,$(.VARIABLES), \
+  $(if $(filter command,$(firstword $(origin $(name)))),$(name)!)))
+UNKNOWN := $(filter-out $(SETTINGS:%=%!) $(OTHERS:%=%!),$(UNKNOWN))
+WRONG := $(if $(UNKNOWN),$(shell $(PYTHON3) -c 'import difflib, sys; known = sys.argv[1].split(); \
+  near = [(n, difflib.get_close_matches(n.strip("!").upper(), known, 1, 0.7)) for n in sys.argv[2:]]; \
+  print(*next(([n.strip("!"), *m] for n, m in near if m or n[-1] == "!"), []))' \
+  '$(SETTINGS) $(OTHERS)' $(UNKNOWN)))
+$(if $(WRONG),$(error $(firstword $(WRONG)): found no setting of that name, expected \
+  $(or $(word 2,$(WRONG)),one of those in the README)))
 $(foreach name,$(SETTINGS),$(eval export RECIPE_$(name) = $$(call value_of,$(name))))
 unexport $(foreach name,$(SETTINGS) MODEL STACK,$(if $(call on_command_line,$(name)),$(name)))
 # Keep the variables of another Python installation out of ours.

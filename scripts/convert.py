@@ -58,7 +58,6 @@ from dsv4.model.folder_roles import bundle_path
 from dsv4.model.fp8_blocks import read_block
 from dsv4.model.load import open_bundle
 from dsv4.model.source import source_notes
-from dsv4.quantization import weight_samples
 from dsv4.quantization.formats import (
     Quantizer,
     QuantizerOptions,
@@ -66,6 +65,7 @@ from dsv4.quantization.formats import (
     add_quantizer_options,
     quantizer_options,
 )
+from dsv4.quantization.weight_samples import WeightSamples
 from dsv4.settings import add_setting, available_cores
 from dsv4.storage.checkpoint import Checkpoint, check_strangers
 from dsv4.storage.disk_space import staging_folder
@@ -126,7 +126,7 @@ def run_native(args: argparse.Namespace, options: QuantizerOptions, source: Chec
     quantizer, _ = quantizer_for(options, headers, None)
     if fetcher is None:
         with contextlib.closing(TensorReader()) as reader:
-            weight_samples.check_weights(source, reader.read)
+            WeightSamples(source).check(reader.read, source.shards)
     if quantizer.form.as_source:
         quantizer = measure_overflow(quantizer, args, source, headers, fetcher)
         print_escaped(lossless.message(quantizer, headers))

@@ -17,6 +17,8 @@ import threading
 import time
 from pathlib import Path
 
+import bundles
+import numpy as np
 import pytest
 from conftest import SEED, Commands, must, script
 from hub_server import Hub
@@ -24,7 +26,10 @@ from test_download import environment
 from test_recipe import Recipe
 
 from dsv4.hub.provenance import provenance, read_record
+from dsv4.model.source import open_headers
+from dsv4.quantization.fp8 import E4M3
 from dsv4.storage.checkpoint import SIDECAR
+from dsv4.storage.tensor_reader import round_to_dtype
 
 REPO = "deepseek-ai/DeepSeek-V4-Flash"
 KILLS = int(os.environ.get("KILLS", "20")) // 2
@@ -225,6 +230,31 @@ def restart(place: Place) -> None:
     shutil.rmtree(place.source)
     place.must("download")
     place.hub.requests.clear()
+
+
+def test_values_that_cannot_be_weights_stop_it_before_they_are_freed(origin, tmp_path):
+    """Codes of FP8 without their scale, as BF16; in the source's last layer."""
+    name, folder = "layers.1.attn.wq_b", shutil.copytree(origin, tmp_path / "origin")
+
+    def drop_scale(arrays: bundles.Arrays) -> None:
+        if f"{name}.scale" in arrays:
+            del arrays[f"{name}.scale"]
+            codes = arrays[f"{name}.weight"][1]
+            values = round_to_dtype(E4M3[codes], "BF16").view(np.uint16).reshape(codes.shape)
+            arrays[f"{name}.weight"] = "BF16", values
+
+    bundles.edit(folder, drop_scale)
+    with Hub() as hub:
+        hub.add(REPO, {str(p.relative_to(folder)): p.read_bytes()
+                       for p in folder.rglob("*") if p.is_file()})  # fmt: skip
+        place = Place(tmp_path, hub)
+        place.must("download")
+        done = place.run("convert")
+        assert done.returncode == 1
+        assert f"{name}.weight: BF16 values that are all FP8 codes" in done.stderr
+        assert not place.bundle.exists()
+        at = open_headers(folder).weight_map[f"{name}.weight"]
+        assert (place.source / at).is_file()
 
 
 def test_what_lay_there_before_is_used_and_never_deleted(prepared, wanted, files):

@@ -264,3 +264,21 @@ def test_a_make_within_make_is_told_the_same(copy):
             assert {name: given[name] for name in ("QUANTIZER", "JOBS")}.items() <= said.items()
     finally:
         within.unlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("QUANTISER", "QUANTIZER"), ("BUNDEL", "BUNDLE"), ("WHATEVER", "one of those in the README")],
+)
+def test_a_setting_that_there_is_not_is_refused_with_the_nearest(copy, name, nearest):
+    line = f"{name}: found no setting of that name, expected {nearest}.  Stop."
+    assert copy.refusal("serve", f"{name}=x").endswith(line)
+    config = copy.folder / "config.mk"
+    config.write_text(f"{name} = x\n")
+    try:
+        if name != "WHATEVER":
+            assert copy.refusal("serve").endswith(line)
+        else:  # a variable that other lines of config.mk may use
+            copy.given("serve")
+    finally:
+        config.unlink()

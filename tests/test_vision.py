@@ -12,7 +12,7 @@ import bundles
 import numpy as np
 import pytest
 from conftest import made_once
-from here import must
+from here import here, must, refusal
 from make_source import config_of, write_source
 from source_tensors import FLASH, headers, with_dspark, with_vision
 from test_dspark import TINY, by_headers
@@ -23,6 +23,8 @@ from dsv4.model.expected_tensors import check_headers, expected_weights
 from dsv4.model.load import open_bundle
 from dsv4.model.names import treatment
 from dsv4.model.source import open_source
+from dsv4.storage.atomic import write_json
+from dsv4.storage.checkpoint import read_json
 from dsv4.storage.safetensors_file import read_array
 
 SMALL = with_vision(TINY)
@@ -98,6 +100,34 @@ def test_the_tower_stays_as_in_the_source(source, quantizer, spelling, tmp_path)
         assert new[name].dtype == old[name].dtype == ("F32" if "bias_vl" in name else "BF16")
         assert np.array_equal(read_array(new[name]), read_array(old[name])), name
     assert not bundles.judge(bundle, given).errors
+
+
+@pytest.mark.parametrize("spelling", ["ffn", "mlp"])
+def test_a_tower_that_config_json_does_not_describe_is_left_out_with_a_note(
+    source, spelling, tmp_path
+):
+    given = spelled_mlp(source, tmp_path / "source")
+    if spelling == "ffn":
+        shutil.rmtree(given)
+        shutil.copytree(source, given)
+    config = read_json(given / "config.json")
+    write_json(given / "config.json", {k: v for k, v in config.items() if "vision" not in k})
+    status, _, err = here("convert", "--source", given, "--bundle", tmp_path / "b")
+    assert status == 0, err
+    assert "tensors for images, of which config.json has no key, ignored" in err
+    must("finalize", "--source", given, "--bundle", tmp_path / "b")
+    must("patch", "--source", given, "--bundle", tmp_path / "b")
+    assert not [n for n in open_bundle(tmp_path / "b").tensors if treatment(n) == "image"]
+    assert not bundles.judge(tmp_path / "b", given).errors
+
+
+def test_a_key_of_the_tower_that_lacks_is_no_reason_to_leave_it_out(source, tmp_path):
+    given = shutil.copytree(source, tmp_path / "source")
+    config = read_json(given / "config.json")
+    del config["vision_n_layers"]
+    write_json(given / "config.json", config)
+    line = refusal("convert", "--source", given, "--bundle", tmp_path / "b")
+    assert "vision_n_layers" in line
 
 
 def test_verify_compares_the_numbers_of_the_tower(source, tmp_path):

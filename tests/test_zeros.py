@@ -19,6 +19,8 @@ import pytest
 from conftest import NANO, SEED, must, refusal, script
 
 from dsv4.errors import UserError
+from dsv4.hub.provenance import Record
+from dsv4.hub.repository import HubFile
 from dsv4.model.load import open_bundle
 from dsv4.model.source import open_source
 from dsv4.quantization.formats import get_quantizer
@@ -230,6 +232,26 @@ def test_controls_and_tables_may_be_zeros(edited, tmp_path):
     for name in ("layers.1.attn.attn_sink", "layers.1.ffn.gate.bias", "layers.0.ffn.gate.tid2eid"):
         source = edited(name)
     must("convert", "--source", source, "--bundle", tmp_path / "bundle")
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("layers.2.ffn.experts.5.w2.weight", (2000, 6200)), ("head.weight", ()), ("norm.weight", ())],
+)
+def test_zeros_of_a_file_with_the_hubs_hash_are_no_hole(edited, tmp_path, name, part):
+    """Until the file is touched."""
+    source, bundle = edited(name, *part), tmp_path / "bundle"
+    files = {p.name: HubFile(p.name, p.stat().st_size, "0" * 64, None)
+             for p in source.glob("*.safetensors")}  # fmt: skip
+    record = Record("a/b", "main", "0" * 40, files)
+    for file in files:
+        record.set_verified(source, file)
+    record.write(source)
+    must("convert", "--source", source, "--bundle", bundle)
+    assert not level_two(bundle, source).errors
+    open_source(source).tensors[name].path.touch()
+    assert name in refusal("convert", "--source", source, "--bundle", tmp_path / "again")
+    assert "zeros-run" in level_two(bundle, source).names
 
 
 def test_a_source_without_a_tensor_that_its_config_calls_for_is_refused(tmp_path):

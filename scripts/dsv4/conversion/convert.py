@@ -7,6 +7,7 @@ the same command continues and gives the same bytes.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 
@@ -30,11 +31,13 @@ from dsv4.model import configs
 from dsv4.model.bundle_tensors import PlannedShard, missing_weights, plan_shards, weights_of
 from dsv4.model.load import open_bundle
 from dsv4.quantization.formats import Quantizer
+from dsv4.quantization.weight_samples import WeightSamples
 from dsv4.storage import locks, safe_paths
 from dsv4.storage.atomic import write_json
 from dsv4.storage.checkpoint import INDEX, Checkpoint, check_index
 from dsv4.storage.disk_space import MARK, check_free_space
 from dsv4.storage.shard_writer import write_shards
+from dsv4.storage.tensor_reader import TensorReader
 from dsv4.toolchain import upstream_converter
 
 ELSEWHERE = "free space on that volume, or choose another BUNDLE"
@@ -159,13 +162,16 @@ def convert_low_disk(plan: ConversionPlan, jobs: int, fetcher: ShardFetcher) -> 
     """Write one shard after the other while the source shards of the next one are fetched.
 
     A source shard is deleted when every shard that needs it is on disk and was compared with it.
+    Raises SourceFaults before shards are converted whose values cannot be weights.
     """
-    errors, todo = ErrorLog(), plan.todo
+    errors, todo, samples = ErrorLog(), plan.todo, WeightSamples(plan.source)
     free_used(plan, jobs, fetcher)
     with progress_bar(plan, "convert") as bar:
         with fetcher.fetching(source_shards(todo[:1])):
             pass
         for i, shard in enumerate(todo, 1):
+            with contextlib.closing(TensorReader()) as reader:
+                samples.check(reader.read, shard.sources)
             with fetcher.fetching(source_shards(todo[i : i + 1])):
                 write_shards([new_shard(shard, plan, errors)], jobs, bar.update)
                 low_disk.compare_shard(new_shard(shard, plan, ErrorLog()), jobs)

@@ -150,6 +150,14 @@ def malformed(path: Path, found: str) -> UserError:
     return UserError(f"{path}", found, "a record of a download", TODO)
 
 
+def is_published(path: Path) -> bool:
+    """Return True for a file whose hash was that of the hub, and that is unchanged since."""
+    with contextlib.suppress(UserError):
+        record = read_record(path.parent)
+        return record is not None and record.is_verified(path.parent, path.name)
+    return False
+
+
 def provenance(source: Path) -> dict[str, Any] | None:
     """Return what is published of where `source` came from: repo, commit, files' hashes.
 

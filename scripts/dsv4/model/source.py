@@ -6,13 +6,14 @@ be those of a published repository (hub/remote_headers.py).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from dsv4.errors import UserError
 from dsv4.model.expected_tensors import check_headers, check_scales, check_tables, lacking_mtp
 from dsv4.model.fp8_blocks import read_block
 from dsv4.model.load import read_config
-from dsv4.model.names import is_control
+from dsv4.model.names import is_control, treatment
 from dsv4.model.source_format import check_format
 from dsv4.storage.checkpoint import (
     INDEX,
@@ -50,9 +51,31 @@ def open_headers(folder: Path) -> Checkpoint:
     source = Checkpoint(folder, config, weight_map, open_shards(folder, set(weight_map.values())))
     check_index(source, "download")
     check_format(source)
+    source = without_stray_tower(source)
     read_block(config, folder)
     check_headers(source)
     return source
+
+
+def without_stray_tower(source: Checkpoint) -> Checkpoint:
+    """Return the source without the tensors for images when config.json describes no tower.
+
+    A text model of a Vision-Exp release may have kept them. The index still names them.
+    """
+    if any(key.startswith("vision_") for key in source.config):
+        return source
+    names = set(source.tensors)
+
+    def is_stray(name: str) -> bool:
+        block, bias, _ = name.partition(".ffn.gate.bias")
+        hashed = bias and f"{block}.ffn.gate.tid2eid" in names
+        return treatment(name) == "image" or name.endswith(".ffn.gate.bias_vl") or bool(hashed)
+
+    shards = {
+        file: replace(shard, tensors={n: t for n, t in shard.tensors.items() if not is_stray(n)})
+        for file, shard in source.shards.items()
+    }
+    return replace(source, shards=shards)
 
 
 def shard_map(folder: Path) -> dict[str, str]:
@@ -79,6 +102,8 @@ def check_tokenizer_files(folder: Path, names: tuple[str, ...]) -> None:
 def source_notes(source: Checkpoint) -> list[str]:
     """Return what is unusual in a source and harmless, a phrase each."""
     notes = [lacking_mtp(source)]
+    if images := len(source.weight_map) - len(source.tensors):
+        notes.append(f"{images:,} tensors for images, of which config.json has no key, ignored")
     strays = unindexed_shards(source)
     if strays:
         notes.append(f"shards that the index does not name, ignored: {join_some(strays)}")

@@ -3,6 +3,9 @@
 A destroyed source can be legal in every header: FP8 codes written as BF16 numbers, without their
 scales, load and run, and the model says nothing. Such matrices show by their magnitude: all
 matrices of one kind have nearly the same, in every layer.
+
+A shard with the hub's hash is as its maker published it: its zeros are no hole of a download. Codes
+without their scales are no weights there either.
 """
 
 from __future__ import annotations
@@ -10,11 +13,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
+from dsv4.hub.provenance import is_published
 from dsv4.model.expected_tensors import SourceFaults
 from dsv4.model.names import parse_expert
 from dsv4.model.tensor_table import row_of
@@ -47,38 +52,59 @@ class Sample:
     hole: str = ""
 
 
-def check_weights(source: Checkpoint, read: Read) -> None:
-    """Raise SourceFaults when samples show values that cannot be weights.
+class WeightSamples:
+    """Samples of a source's matrices by kind. The shards may come one after the other."""
 
-    Reads 24 kB of each matrix and of its scale, of at most EXPERTS routed experts for each layer
-    and projection.
-    """
-    if faults := implausible_matrices(source, read):
-        raise SourceFaults(
-            source.folder, faults, "values that can be weights",
-            "take these tensors from the release that this is a copy of",
-        )  # fmt: skip
+    def __init__(self, source: Checkpoint) -> None:
+        self._source = source
+        self._todo = list(sampled_matrices(source))
+        self._kinds: dict[str, list[Sample]] = defaultdict(list)
+        self.number = 0  # of matrices sampled
+
+    def check(self, read: Read, shards: Container[str]) -> None:
+        """Raise SourceFaults when `faults` finds some."""
+        if faults := self.faults(read, shards):
+            raise SourceFaults(
+                self._source.folder, faults, "values that can be weights",
+                "take these tensors from the release that this is a copy of",
+            )  # fmt: skip
+
+    def faults(self, read: Read, shards: Container[str]) -> list[str]:
+        """Sample the matrices that lie in `shards` with their scales, each once.
+
+        Returns a phrase for each matrix whose values cannot be weights. Magnitudes are compared
+        with those of all matrices sampled so far. Reads 24 kB of each matrix and of its scale, of
+        at most EXPERTS routed experts for each layer and projection.
+        """
+        faults, published = [], cache(is_published)
+        ready = [t for t in self._todo if all(n in shards for n in self._shards_of(t))]
+        sampled = {tensor.name for tensor in ready}
+        self._todo = [tensor for tensor in self._todo if tensor.name not in sampled]
+        self.number += len(ready)
+        for tensor in ready:
+            sample = sample_matrix(self._source, tensor, read)
+            self._kinds[row_of(tensor.name).name].append(sample)
+            faults += _faults_alone(tensor, sample, published(tensor.path))
+        for samples in self._kinds.values():
+            faults += _unlike_their_kind(samples)
+        return faults
+
+    def _shards_of(self, weight: Tensor) -> set[str]:
+        scale = self._source.tensors.get(weight.name.removesuffix("weight") + "scale", weight)
+        return {weight.path.name, scale.path.name}
 
 
-def implausible_matrices(source: Checkpoint, read: Read) -> list[str]:
-    """Return a phrase for each sampled matrix whose values cannot be weights."""
-    kinds: dict[str, list[Sample]] = defaultdict(list)
-    faults = []
-    for tensor in sampled_matrices(source):
-        sample = sample_matrix(source, tensor, read)
-        kinds[row_of(tensor.name).name].append(sample)
-        if sample.hole:
-            faults.append(f"{sample.hole}: only zero bytes in all samples: a download left a hole")
-        elif sample.constant and not tensor.name.startswith(("embed.", "head.")):
-            faults.append(f"{tensor.name}: all sampled values are the same")
-        elif tensor.dtype in FLOATS and sample.on_grid and sample.rms > RAW_RMS:
-            faults.append(
-                f"{tensor.name}: {tensor.dtype} values that are all FP8 codes, RMS "
-                f"{sample.rms:.3g}, as when a scale was dropped"
-            )
-    for samples in kinds.values():
-        faults += _unlike_their_kind(samples)
-    return faults
+def _faults_alone(tensor: Tensor, sample: Sample, published: bool) -> Iterator[str]:
+    if sample.hole and not published:
+        yield f"{sample.hole}: only zero bytes in all samples: a download left a hole"
+    elif sample.constant:
+        if not published and not tensor.name.startswith(("embed.", "head.")):
+            yield f"{tensor.name}: all sampled values are the same"
+    elif tensor.dtype in FLOATS and sample.on_grid and sample.rms > RAW_RMS:
+        yield (
+            f"{tensor.name}: {tensor.dtype} values that are all FP8 codes, RMS "
+            f"{sample.rms:.3g}, as when a scale was dropped"
+        )
 
 
 def _unlike_their_kind(samples: list[Sample]) -> Iterator[str]:

@@ -16,8 +16,8 @@ from dsv4.errors import UserError
 from dsv4.hub.provenance import read_record
 from dsv4.model.names import is_control, parse_expert
 from dsv4.model.source import open_source
-from dsv4.quantization import weight_samples
 from dsv4.quantization.imatrix import EVEN, importances, open_imatrix
+from dsv4.quantization.weight_samples import WeightSamples
 from dsv4.storage.atomic import format_bytes
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.tensor_reader import TensorReader
@@ -85,13 +85,13 @@ def check_level_2(
 
 def check_source_values(source: Checkpoint, findings: Findings) -> Check:
     """Check samples of the source's matrices: a legal checkpoint may hold no weights."""
+    samples = WeightSamples(source)
     with contextlib.closing(TensorReader()) as reader:
-        faults = weight_samples.implausible_matrices(source, reader.read)
+        faults = samples.faults(reader.read, source.shards)
     for fault in faults:
         name, _, found = fault.partition(": ")
         findings.add("source-implausible", f"{source.folder}: {name}", found, "values of weights")
-    number = sum(1 for _ in weight_samples.sampled_matrices(source))
-    return Check("source's matrices with values of weights, by samples", number)
+    return Check("source's matrices with values of weights, by samples", samples.number)
 
 
 def package_versions(python: Path | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dsv4.errors import with_path
+from dsv4.hub.provenance import is_published
 from dsv4.model.bundle_tensors import weights_of
 from dsv4.model.names import ROUTER, most_zeros, parse_expert
 from dsv4.quantization.imatrix import EVEN, Importance
@@ -60,6 +61,11 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def base_of(name: str) -> str:
+    """Return a tensor's name without `.weight`, `.scale` and the like."""
+    return name.rpartition(".")[0]
+
+
 class TensorWorker:
     """Does jobs in any thread; each thread has its own open files."""
 
@@ -73,8 +79,13 @@ class TensorWorker:
 
     @property
     def holes(self) -> dict[Tensor, int]:
-        """Tensors of source and bundle with too many zeros → the byte where they begin."""
-        return {tensor: at for _, hole in self._readers for tensor, at in hole.holes.items()}
+        """Tensors of source and bundle with too many zeros → the byte where they begin.
+
+        Without those of a source file with the hub's hash, and what was made of them.
+        """
+        found = {tensor: at for _, hole in self._readers for tensor, at in hole.holes.items()}
+        published = {base_of(t.name) for t in found if is_published(t.path)}
+        return {tensor: at for tensor, at in found.items() if base_of(tensor.name) not in published}
 
     def do(self, job: Path | list[Task | Tensor]) -> str | list[TensorResult]:
         """Hash a file, or compare some tensors (without a source: scan their values)."""
