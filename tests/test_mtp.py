@@ -17,6 +17,9 @@ from here import must, refusal
 
 from dsv4.model import mtp
 from dsv4.model.load import expert_labels, open_bundle
+from dsv4.verification.report import card
+from dsv4.verification.report.findings import Findings
+from dsv4.verification.scan import scan
 
 QUANTIZERS = ("mlx", "mxfp4", "lossless", "affine2g64", "mixture", "turboquant2")
 USUAL = (("MTP", "mlx"), ("DSpark", "mixture"), ("DSpark", "turboquant2"))
@@ -80,12 +83,20 @@ def made(tmp_path_factory) -> dict[str, Path]:
     return {choice: build(NANO, folder / choice, *OPTIONS[choice]) for choice in OPTIONS}
 
 
-def test_config_says_what_became_of_it(made):
+def test_config_and_card_say_what_became_of_it(made, tmp_path):
     said = {choice: json.loads((at / "config.json").read_text())["requantize"]
             for choice, at in made.items()}  # fmt: skip
     assert {choice: record.get("mtp") for choice, record in said.items()} == {
         mtp.SOURCE: "source", mtp.AS_EXPERTS: None, mtp.DROPPED: "dropped",
     }  # fmt: skip
+    for choice, words in ((mtp.SOURCE, "has the source's own numbers"), (mtp.DROPPED, "left out")):
+        out = tmp_path / f"{choice}.json"
+        must(
+            "verify", "--bundle", made[choice], "--source", NANO, "--without-loader", "--json", out
+        )
+        seen = scan(made[choice], Findings())
+        facts = card.Facts("user/name", seen, json.loads(out.read_text()), None, None)
+        assert words in card.front_matter(facts)
     assert "MTP left out" in must("verify", "--bundle", made[mtp.DROPPED], "--level", 1,
                                   "--without-loader")  # fmt: skip
 
@@ -93,13 +104,12 @@ def test_config_says_what_became_of_it(made):
 @pytest.mark.parametrize("other", ["lossless", "turboquant2"])
 @pytest.mark.parametrize("choice", OPTIONS)
 def test_there_and_back_every_file_is_the_same(other, choice, made, tmp_path):
-    bundle, both = (
-        shutil.copytree(made[choice], tmp_path / "bundle"),
-        ("--source", NANO, "--bundle"),
-    )
-    must("requantize", *both, bundle, "--quantizer", other)
+    bundle = shutil.copytree(made[choice], tmp_path / "bundle")
+    both = ("--source", NANO, "--bundle", bundle)
+    must("requantize", *both, "--quantizer", other)
     assert not bundles.judge(finish(NANO, bundle), NANO).errors
-    back = OPTIONS[choice] if other == "lossless" else ()  # it holds the source's in any case
+    # A lossless bundle with MTP has the source's, whatever it was made from.
+    back = OPTIONS[choice] if (other, choice) == ("lossless", mtp.AS_EXPERTS) else ()
     must("requantize", *both, "--quantizer", "mlx", *back)
     assert files(finish(NANO, bundle)) == files(made[choice])
 
