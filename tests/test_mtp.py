@@ -153,6 +153,39 @@ def test_mtp_that_is_not_what_the_record_says_is_found(made, tmp_path):
     assert "tensor-missing" in bundles.judge(lost, NANO).names
 
 
+PLANTED = {
+    "mtp.0.ffn.experts.3.w3.weight": "expert-differs",
+    "mtp.0.ffn.experts.3.w3.scales": "expert-differs",
+    "mtp.0.e_proj.weight": "module-differs",
+    "mtp.0.attn.wq_a.scales": "module-differs",
+    "mtp.0.norm.weight": "passthrough-differs",
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_one_flipped_bit_is_named(name, made, tmp_path):
+    bundle = shutil.copytree(made[mtp.SOURCE], tmp_path / "bundle")
+    bundles.flip(bundle, name, 5, 1)
+    found = bundles.judge(bundle, NANO)
+    assert found.names == {PLANTED[name]}
+    assert name.rpartition(".")[0] in bundles.places(found, PLANTED[name])
+
+
+@pytest.mark.parametrize("base", ["mtp.0.ffn.experts.3.w3", "mtp.0.e_proj"])
+@pytest.mark.parametrize("quantizer", ["mlx", "turboquant2"])
+def test_a_lost_label_is_named_and_repaired(base, quantizer, made, tmp_path):
+    bundle = tmp_path / "bundle"
+    if quantizer == "mlx":
+        shutil.copytree(made[mtp.SOURCE], bundle)
+    else:
+        build(NANO, bundle, "--quantizer", quantizer)
+    right = (bundle / "config.json").read_bytes()
+    bundles.edit_json(bundle / "config.json", lambda config: config["quantization"].pop(base))
+    assert "scales-without-label" in bundles.judge(bundle, NANO, level=1).names
+    must("repair", "--source", NANO, "--bundle", bundle, "--without-loader")
+    assert json.loads((bundle / "config.json").read_bytes()) == json.loads(right)
+
+
 def test_both_settings_are_one_line(tmp_path):
     said = refusal("convert", "--source", NANO, "--bundle", tmp_path / "b", "--mtp", "source",
                    "--drop-mtp")  # fmt: skip

@@ -263,7 +263,8 @@ def check_triple(
         findings.add("u8-scales-beside-biases", base, shown, "F16 scales")
     elif exponents and weight is not None:
         label = config_label(config, base)
-        if label.get("mode") == "affine" and parse_expert(f"{base}.weight"):
+        kept = mtp.is_mtp(base) and recorded_mtp(config) == mtp.SOURCE  # `check_labels` reports it
+        if label.get("mode") == "affine" and parse_expert(f"{base}.weight") and not kept:
             findings.add("stock-experts", base, shown, "F16 scales and biases, or mode mxfp4")
         elif label_of(weight, scales, biases) is None:
             findings.add("triple-misfit", base, shown, "4 or 8 bits × 32 columns a scale")
