@@ -82,6 +82,11 @@ PORT ?= 8010
 # Metal only). Empty: the quantizer in the bundle's record; for a new bundle mlx, or mixture with a
 # PLAN. Only a name requantizes the experts of a finished bundle, from the source.
 QUANTIZER ?=
+# How MTP, or DSpark, is stored, with which no server computes: source (mxfp4 and mxfp8, exact) or
+# as-experts (as the main layers, by QUANTIZER). Empty: as in the bundle's record; for a new one
+# source. DROP_MTP=1 leaves it out: 12.7 GB less for -0731 by mlx.
+MTP ?=
+DROP_MTP ?=
 # With affineBgG or small: a llama.cpp/ds4 importance matrix (.dat) that weighs the error;
 # empty for none, or for the one that the bundle was made with.
 IMATRIX ?=
@@ -133,7 +138,7 @@ FLOAT32 ?=
 SETTINGS := REPO BASE RELEASE REVISION SOURCE BUNDLE CONVERTER LOW_DISK SHARD_BYTES REFERENCE TOOLCHAIN_PYTHON PORT \
   QUANTIZER IMATRIX JOBS LEVEL VERIFY_HASHES PYTHON3 AGAINST TO PRIVATE DRY_RUN SOURCE2 \
   BUNDLES TEXT TOKENS DEVICE RUNTIME FLOAT32 AGAINST_NAME URL MODEL_NAME CONTEXT \
-  FIT SIZE ANY_SHAPE PLAN
+  FIT SIZE ANY_SHAPE PLAN MTP DROP_MTP
 # An unknown name on the command line stops make. One in config.mk, which may have variables of its
 # own, does if it is nearly that of a setting.
 OTHERS := MODEL STACK NANO_WORK SEED FUZZ
@@ -183,7 +188,7 @@ all: $(STAMPS)/verify.stamp ## build the bundle: every stage from check to verif
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z_-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "Settings (make NAME=value, or config.mk): MODEL REPO BASE RELEASE REVISION SOURCE BUNDLE REFERENCE"
-	@echo "  CONVERTER QUANTIZER IMATRIX FIT SIZE CONTEXT ANY_SHAPE PLAN LOW_DISK SHARD_BYTES STACK"
+	@echo "  CONVERTER QUANTIZER MTP DROP_MTP IMATRIX FIT SIZE CONTEXT ANY_SHAPE PLAN LOW_DISK SHARD_BYTES STACK"
 	@echo "  TOOLCHAIN_PYTHON PORT JOBS LEVEL VERIFY_HASHES PYTHON3 BUNDLES TEXT TOKENS DEVICE RUNTIME"
 	@echo "  FLOAT32; see README.md."
 
@@ -191,7 +196,7 @@ help: ## list the targets
 $(STAMPS)/settings: FORCE
 	@mkdir -p $(STAMPS)
 	@printf '%s\n' $(foreach name,SOURCE BUNDLE REPO BASE RELEASE REVISION REFERENCE TOOLCHAIN_PYTHON CONVERTER \
-	  QUANTIZER IMATRIX FIT SIZE CONTEXT ANY_SHAPE PLAN,"$(name)=$$RECIPE_$(name)") > $@.new
+	  QUANTIZER MTP DROP_MTP IMATRIX FIT SIZE CONTEXT ANY_SHAPE PLAN,"$(name)=$$RECIPE_$(name)") > $@.new
 	@cmp -s $@.new $@ || cp $@.new $@
 	@rm -f $@.new
 

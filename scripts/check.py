@@ -21,15 +21,20 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.conversion import recorded_format
-from dsv4.conversion.size_planner import planned_shards
+from dsv4.conversion.size_planner import planned_shards, unloaded_bytes
 from dsv4.conversion.source_state import SourceState, source_state
 from dsv4.errors import UserError, run
-from dsv4.model import mac_memory
+from dsv4.model import mac_memory, mtp
 from dsv4.model.bundle_tensors import SHARD_BYTES
 from dsv4.model.expected_tensors import SourceFaults
 from dsv4.model.folder_roles import bundle_path
 from dsv4.model.load import open_bundle
-from dsv4.quantization.formats import QuantizerOptions, add_quantizer_options, quantizer_options
+from dsv4.quantization.formats import (
+    QuantizerOptions,
+    add_mtp_options,
+    add_quantizer_options,
+    quantizer_options,
+)
 from dsv4.settings import add_setting, parse_path
 from dsv4.storage import disk_space, filesystem
 from dsv4.storage.atomic import format_bytes
@@ -185,9 +190,11 @@ def bundle_need(
     try:
         disk_space.check_not_volume_root(args.bundle)
         size = None
+        headers = mtp.without_dropped(state.headers, options.mtp)
         if args.fit or args.size:
-            size = mac_memory.size_goal(args, state.headers.config)
-        shards, goal = planned_shards(state.headers, options, made, args.shard_bytes, size)
+            unloaded = unloaded_bytes(headers, options.name, options.mtp)
+            size = mac_memory.size_goal(args, headers.config, unloaded)
+        shards, goal = planned_shards(headers, options, made, args.shard_bytes, size)
     except UserError as stop:
         return [Line(False, "bundle size", f"unknown ({stop})")], 0
     total = sum(shard.size for shard in shards)
@@ -206,12 +213,13 @@ def bundle_need(
     size = Line(
         True, "bundle size", f"{about}{format_bytes(final)} finished, {format_bytes(have)} there"
     )
-    return [size, memory_line(args, state.headers.config, final)], needed
+    unloaded = mtp.unloaded_bytes(slot for shard in shards for slot in shard.layout.slots)
+    return [size, memory_line(args, state.headers.config, final - unloaded)], needed
 
 
-def memory_line(args: argparse.Namespace, config: dict[str, Any], final: int) -> Line:
-    """Return the line that says which Mac the bundle fits."""
-    fit = mac_memory.describe_fit(config, final, args.context or mac_memory.CONTEXT, args.fit or 0)
+def memory_line(args: argparse.Namespace, config: dict[str, Any], loaded: int) -> Line:
+    """Return the line that says which Mac the bundle fits. loaded: its bytes without MTP."""
+    fit = mac_memory.describe_fit(config, loaded, args.context or mac_memory.CONTEXT, args.fit or 0)
     return Line(True, "memory", fit, doubt="does not" in fit)
 
 
@@ -247,13 +255,14 @@ def main() -> int:
     add_setting(parser, "LOW_DISK")
     parser.add_argument("--ours", action="store_true", help="stop at another maker's bundle")
     add_quantizer_options(parser)
+    add_mtp_options(parser)
     mac_memory.add_goal(parser)
     args = parser.parse_args()
     mac_memory.check_goal(args)
     source, bundle = args.source, bundle_path(args.bundle, args.source)
     args.bundle, made = bundle, recorded_format.read_recorded_format(bundle, args.quantizer)
     recorded_format.check_ours(bundle, made, args.quantizer, args.converter, args.ours)
-    options = recorded_format.resolve_quantizer(quantizer_options(args), made)
+    options = recorded_format.resolve_quantizer(quantizer_options(args), made, bundle)
     lines = check_toolchain(args.python, args.converter, args.app, options.name)
     lines += [check_patch(args.python, args.app, path) for path in patches.DEFAULT]
     judged, state = source_lines(args)

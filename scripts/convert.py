@@ -3,8 +3,9 @@
 --converter native, the default, quantizes the routed experts as requantize does. Every other matrix
 is decoded and quantized by `mx.quantize` (8 bits, group 32, on the CPU). Norms, router and tables
 become F16 or stay integers, controls stay F32. The table in dsv4/model/tensor_table.py has the
-treatment of each tensor; an unknown name stops the run. All tensors but experts and controls have
-the bytes that upstream's converter writes. requantize finds nothing left to do.
+treatment of each tensor; an unknown name stops the run. MTP and DSpark keep the source's numbers
+(dsv4/model/mtp.py). With --mtp as-experts all tensors but experts and controls have the bytes that
+upstream's converter writes. requantize finds nothing left to do.
 
 --converter jang runs upstream's converter (dsv4/toolchain/upstream_converter.py). It takes hours,
 and requantize must then correct the experts.
@@ -51,6 +52,7 @@ from dsv4.conversion.recorded_format import (
 )
 from dsv4.conversion.staging import mark, move_into_place, staging, unmark
 from dsv4.errors import UserError, run
+from dsv4.model import mtp
 from dsv4.model.bundle_tensors import SHARD_BYTES
 from dsv4.model.folder_roles import bundle_path
 from dsv4.model.fp8_blocks import read_block
@@ -59,6 +61,7 @@ from dsv4.model.source import source_notes
 from dsv4.quantization.formats import (
     Quantizer,
     QuantizerOptions,
+    add_mtp_options,
     add_quantizer_options,
     quantizer_options,
 )
@@ -90,6 +93,7 @@ def parse_arguments() -> argparse.Namespace:
         "--part", type=parse_part, default=JobPart(), help="K/N: a share of the shards"
     )
     add_quantizer_options(parser)
+    add_mtp_options(parser)
     low_disk.add_options(parser)
     args = parser.parse_args()
     if not args.part.whole and (args.low_disk or args.converter == "jang"):
@@ -164,9 +168,10 @@ def main() -> int:
     args = parse_arguments()
     args.bundle = bundle_path(args.bundle, args.source)
     recorded = read_recorded_format(args.bundle, args.quantizer)
-    options = resolve_quantizer(quantizer_options(args), recorded)
+    options = resolve_quantizer(quantizer_options(args), recorded, args.bundle)
     where = (args.source, args.low_disk, args.repo, args.patience, args.workers)
-    with low_disk.open_checkpoints(*where) as (source, headers, fetcher):
+    with low_disk.open_checkpoints(*where) as (everything, headers, fetcher):
+        source, headers = (mtp.without_dropped(one, options.mtp) for one in (everything, headers))
         if is_done(args.bundle, source):
             message = f"holds every tensor of {args.source} already; delete it to convert afresh"
             if not args.dry_run:
@@ -174,10 +179,10 @@ def main() -> int:
             if fetcher and not args.dry_run:
                 fetcher.keep_only(set())
         else:
-            for note in source_notes(source):
+            for note in source_notes(everything):
                 print_escaped(f"note: {escape_line(source.folder)}: {note}", file=sys.stderr)
             if args.converter == "jang":
-                message = run_upstream(args, source)
+                message = run_upstream(args, everything)
             else:
                 message = run_native(args, options, source, headers, fetcher)
     print_escaped(f"{escape_line(args.bundle)}: {message}")

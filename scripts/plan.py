@@ -33,10 +33,10 @@ from dsv4.conversion import low_disk, size_planner
 from dsv4.conversion.recorded_format import read_recorded_format, resolve_quantizer
 from dsv4.conversion.shard_metadata import fingerprint
 from dsv4.errors import run
-from dsv4.model import mac_memory
+from dsv4.model import mac_memory, mtp
 from dsv4.model.bundle_tensors import SHARD_BYTES
 from dsv4.quantization import error_sampling
-from dsv4.quantization.formats import parse_name, quantizer_options
+from dsv4.quantization.formats import add_mtp_options, parse_name, quantizer_options
 from dsv4.quantization.imatrix import Importance, load_imatrix
 from dsv4.quantization.mixture_plan import check_plan_exists
 from dsv4.settings import add_setting, available_cores
@@ -58,6 +58,7 @@ def parse_arguments() -> argparse.Namespace:
                 help="mixture or mixture-lossless; default: the bundle's, or mixture")  # fmt: skip
     add_setting(parser, "IMATRIX", help="importance of columns (.dat)")
     add_setting(parser, "ANY_SHAPE", help="not only what vMLX has fused")
+    add_mtp_options(parser)
     add_setting(parser, "SHARD_BYTES", default=SHARD_BYTES)
     low_disk.add_options(parser)
     parser.add_argument("--dry-run", action="store_true", help="write nothing")
@@ -68,7 +69,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--fit and --size need --plan FILE, where the plan is written")
     if args.fit or args.size:
         recorded = read_recorded_format(args.bundle, args.quantizer) if args.bundle else None
-        args.quantizer = resolve_quantizer(quantizer_options(args), recorded).name
+        resolved = resolve_quantizer(quantizer_options(args), recorded, args.bundle)
+        args.quantizer, args.mtp = resolved.name, resolved.mtp
     return args
 
 
@@ -89,14 +91,16 @@ def plan_head(
     args: argparse.Namespace, source: Checkpoint, importance: Importance
 ) -> dict[str, Any]:
     """Return the head of the file: the settings, and how errors are measured."""
+    unloaded = size_planner.unloaded_bytes(source, args.quantizer, args.mtp)
     return {
         "source": fingerprint(source),
         "quantizer": args.quantizer,
         "imatrix": importance.digest,
         "fit": args.fit,
-        "size": mac_memory.size_goal(args, source.config),
+        "size": mac_memory.size_goal(args, source.config, unloaded),
         "context": args.context,
         "any_shape": args.any_shape,
+        "mtp": args.mtp,
         "sample": {"experts": error_sampling.EXPERTS, "weights": error_sampling.WEIGHTS},
     }
 
@@ -115,7 +119,9 @@ def main() -> int:
         contextlib.closing(TensorReader()) as reader,
     ):
         importance = load_imatrix(args.imatrix, source)
+        source = mtp.without_dropped(source, args.mtp)
         present = read_json(args.plan) if args.plan.is_file() else {}
+        present.setdefault("mtp", mtp.AS_EXPERTS)  # an older version's
         digest = fill_in_from_plan(args, present)
         args.context = args.context or mac_memory.CONTEXT
         head = plan_head(args, source, importance)
@@ -125,14 +131,17 @@ def main() -> int:
                 "delete it to plan afresh"
             )
             return 0
-        stacks = error_sampling.sampled_tensors(source)
+        stacks = error_sampling.sampled_tensors(source, args.mtp)
         with tqdm(total=len(stacks), unit="stack", desc="plan", disable=None) as bar:
             read = supply.read if supply else reader.read
-            errors = error_sampling.sample_errors(source, read, importance, args.jobs, bar.update)
-    planner = size_planner.SizePlanner(source, errors, args.shard_bytes, args.quantizer)
+            errors = error_sampling.sample_errors(
+                source, read, importance, args.jobs, stacks, bar.update
+            )
+    planner = size_planner.SizePlanner(source, errors, args.shard_bytes, args.quantizer, args.mtp)
     fit = planner.fit(head["size"], args.any_shape)
     print_escaped(size_planner.describe_fit(fit))
-    print_escaped(mac_memory.describe_fit(source.config, fit.nbytes, args.context, args.fit or 0))
+    loaded = fit.nbytes - size_planner.unloaded_bytes(source, args.quantizer, args.mtp)
+    print_escaped(mac_memory.describe_fit(source.config, loaded, args.context, args.fit or 0))
     if not args.dry_run:
         args.plan.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.plan, size_planner.plan_document(fit, errors, head))

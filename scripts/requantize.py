@@ -3,7 +3,8 @@
 Upstream's converter copies each routed expert's FP4 bytes into the bundle and labels them affine.
 This stage gives every routed expert, main layers and MTP, the bytes that `mx.quantize` gives for
 the decoded source; restores the F32 control tensors that the converter rounded to F16; and rebuilds
-the index and the labels in config.json. Everything else is copied byte for byte.
+the index and the labels in config.json. Everything else is copied byte for byte. With --mtp source
+MTP keeps the source's numbers, and --drop-mtp leaves it out.
 
 It is a conversion whose unchanged tensors are copied from the bundle. Each new shard is written
 under a temporary name, flushed to disk and renamed to the old one's name. So a run may be killed at
@@ -51,10 +52,11 @@ from dsv4.conversion.requantize import (
 )
 from dsv4.conversion.shard_metadata import made_by
 from dsv4.errors import run
+from dsv4.model import mtp
 from dsv4.model.folder_roles import bundle_path
 from dsv4.model.load import open_bundle, read_config
 from dsv4.model.source import open_source
-from dsv4.quantization.formats import add_quantizer_options, quantizer_options
+from dsv4.quantization.formats import add_mtp_options, add_quantizer_options, quantizer_options
 from dsv4.settings import add_setting, available_cores
 from dsv4.storage import locks, safe_paths
 from dsv4.storage.checkpoint import read_index
@@ -74,6 +76,7 @@ def parse_arguments() -> argparse.Namespace:
         "--part", type=parse_part, default=JobPart(), help="K/N: a share of the work"
     )
     add_quantizer_options(parser)
+    add_mtp_options(parser)
     add_setting(parser, "CONVERTER", choices=("native", "jang"), default="native")
     parser.add_argument("--ours", action="store_true", help="stop at another maker's bundle")
     return parser.parse_args()
@@ -87,8 +90,8 @@ def main() -> int:
     bundle_path(folder, arguments.source)
     recorded = read_recorded_format(folder, arguments.quantizer)
     check_ours(folder, recorded, arguments.quantizer, arguments.converter, arguments.ours)
-    options = resolve_quantizer(quantizer_options(arguments), recorded)
-    source = open_source(arguments.source)
+    options = resolve_quantizer(quantizer_options(arguments), recorded, folder)
+    source = mtp.without_dropped(open_source(arguments.source), options.mtp)
     quantizer, error = quantizer_for(options, source, recorded)
     record = folder / lossless.RECORD
     read_config(folder)

@@ -109,7 +109,8 @@ def test_the_native_converter_weighs_errors_alike(tmp_path: Path) -> None:
     source, bundle, _ = small.make(tmp_path, replace(SIZES), seed=53)
     options = ("--quantizer", "affine4g32", "--imatrix", write(tmp_path / "i.dat", example(4)))
     assert requantize(source, bundle, *options).returncode == 0
-    must("convert", "--source", source, "--bundle", tmp_path / "native", *options)
+    native = tmp_path / "native"
+    must("convert", "--source", source, "--bundle", native, *options, "--mtp", "as-experts")
     theirs, ours = open_bundle(bundle).tensors, open_bundle(tmp_path / "native").tensors
     for base in expert_bases(open_source(source)):
         for part in ("weight", "scales", "biases"):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import must
 
-from dsv4.model import labels
+from dsv4.model import labels, mtp
 from dsv4.model.load import expert_labels, open_bundle
 from dsv4.model.quantizer_table import SMALL, is_quantizer
 from dsv4.quantization import fp4, least_squares
@@ -139,7 +139,8 @@ def test_small_is_labelled_by_projection_and_held_to_its_bytes(source, tmp_path)
     opened = open_bundle(folder)
     for base, label in expert_labels(opened).items():
         projection = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}[base[-2:]]
-        assert label == SMALL[projection] == opened.config["quantization"][base]
+        expected = labels.MXFP4 if mtp.is_mtp(base) else SMALL[projection]
+        assert label == expected == opened.config["quantization"][base]
     for name in ("model.layers.1.mlp.switch_mlp", "language_model.model.layers.1.ffn.switch_mlp"):
         assert opened.config["quantization"][f"{name}.down_proj"] == SMALL["down_proj"]
         assert opened.config["quantization"][f"{name}.up_proj"] == SMALL["up_proj"]

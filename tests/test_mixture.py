@@ -26,7 +26,7 @@ from dsv4.verification.checks.runtimes import refusal_reason
 
 FLASH = {
     "num_hidden_layers": 43, "head_dim": 512, "sliding_window": 128, "index_head_dim": 128,
-    "compress_ratios": [0, 0, *[4, 128] * 20, 4, 0],
+    "index_n_heads": 64, "compress_ratios": [0, 0, *[4, 128] * 20, 4, 0],
 }  # fmt: skip
 
 
@@ -59,8 +59,11 @@ def test_a_macs_memory_leaves_what_cache_server_and_macos_take() -> None:
     entries = 43 * 128 * 512 + 21 * (65536 // 4) * (512 + 128) + 20 * (65536 // 128) * 512
     assert mac_memory.cache_bytes(FLASH, 65536) == 2 * entries
     gib = mac_memory.GIB
-    assert mac_memory.bundle_budget(FLASH, 96 * gib, 65536) == 90 * gib - 3 * gib - 2 * entries
-    words = mac_memory.describe_fit(FLASH, 86 * gib, 65536)
+    # The indexer's scores of 512 tokens: 64 heads, float32, twice; 4 GiB and 16 GiB.
+    assert 4 * gib == 2 * 64 * 512 * (65536 // 4) * 4
+    assert mac_memory.bundle_budget(FLASH, 96 * gib, 65536) == 90 * gib - 7 * gib - 2 * entries
+    assert mac_memory.server_bytes(FLASH, 1 << 18) == 19 * gib
+    words = mac_memory.describe_fit(FLASH, 82 * gib, 65536)
     assert words == (
         "fits 96 GB with 65,536 tokens of context; needs sudo sysctl iogpu.wired_limit_mb=92160"
     )
@@ -104,7 +107,9 @@ def test_the_bundle_has_the_size_and_the_forms_of_its_plan(planned, source) -> N
         f"{layer}.{p}": form for layer, of in document["experts"].items() for p, form in of.items()
     }
     labels = expert_labels(opened)
-    assert {stack_of(base): label_name(label) for base, label in labels.items()} == forms
+    stored = {stack_of(base): label_name(label) for base, label in labels.items()}
+    assert {s: form for s, form in stored.items() if s.startswith("layers.")} == forms
+    assert {form for s, form in stored.items() if s.startswith("mtp.")} == {"mxfp4"}
     assert len(set(forms.values())) > 1
     for base, label in labels.items():
         assert opened.config["quantization"][base] == label
@@ -115,7 +120,8 @@ def test_a_lost_label_of_a_mixture_is_named_and_mended(planned, source, tmp_path
     bundle = shutil.copytree(planned[1], tmp_path / "bundle")
     path = bundle / "config.json"
     right, config = path.read_bytes(), json.loads(path.read_text())
-    del config["quantization"]["model.layers.1.mlp.switch_mlp.down_proj"]
+    labels = config["quantization"]
+    del labels[next(n for n in labels if n[:6] == "model." and labels[n]["mode"] == "affine")]
     config["quantization"]["layers.0.ffn.experts.1.w1"]["group_size"] = 32
     path.write_text(json.dumps(config))
     found = bundles.judge(bundle, source, level=1)
@@ -145,7 +151,7 @@ def edited(planned, tmp_path: Path, change) -> Path:
 def test_a_plan_that_does_not_fit_is_one_line(planned, source, tmp_path, change, said) -> None:
     path = edited(planned, tmp_path, change)
     with pytest.raises(UserError) as stop:
-        read_plan(path, open_source(source))
+        read_plan(path, open_source(source), "source")
     assert said in str(stop.value)
     assert "\n" not in str(stop.value)
 
@@ -178,7 +184,9 @@ def test_all_but_the_experts_can_be_the_sources_own(planned, source, tmp_path) -
     must("convert", *options, bundle)
     must("finalize", "--source", source, "--bundle", bundle)
     must("patch", "--bundle", bundle)
-    planner = SizePlanner(open_source(source), document["squared_errors"], SHARD_BYTES, options[3])
+    planner = SizePlanner(
+        open_source(source), document["squared_errors"], SHARD_BYTES, options[3], "source"
+    )
     forms = {f"{n}.{p}": form for n, of in document["experts"].items() for p, form in of.items()}
     assert planner.nbytes(forms) == sum(f.stat().st_size for f in bundle.glob("*.safetensors"))
     other = shutil.copytree(made, tmp_path / "other")

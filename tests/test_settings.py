@@ -186,6 +186,8 @@ WRONG = {
     "LEVEL": ("7", "0", "two"),
     "SHARD_BYTES": ("5e9; touch x", "nan", "0", "-5", "5GB"),
     "LOW_DISK": ("maybe", "2", "-"),
+    "MTP": ("dropped", "Source", "1"),
+    "DROP_MTP": ("maybe", "source"),
     "BUNDLE": (" /x", "/x\t", "/x\ny", "~no-such-user/x", "$(HOME)/x", "${HOME}/x"),
 }
 

@@ -35,7 +35,9 @@ from dsv4.storage.safetensors_file import read_array
 from dsv4.toolchain.server import NAME, running_server
 
 NEW = ROOT / ".toolchain" / "new" / "bin" / "python"
-TURBO = ("--quantizer", "turboquant2")
+# As jang's converter: MTP's experts in TurboQuant too. test_mtp.py has them as in the source.
+AS_EXPERTS = ("--mtp", "as-experts")
+TURBO = ("--quantizer", "turboquant2", *AS_EXPERTS)
 
 
 def expert(rng: np.random.Generator, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
@@ -127,7 +129,7 @@ def test_a_bundle_is_what_jangs_converter_writes(turbo, tmp_path_factory):
 def test_requantized_it_is_the_same_and_back_again_nothing_is_lost(turbo, tmp_path):
     """Shards so small that some hold nothing but experts: they go, and half-way nothing is lost."""
     bundle, whole = tmp_path / "bundle", tmp_path / "whole"
-    here("convert", "--source", NANO, "--bundle", bundle, "--shard-bytes", "60000")
+    here("convert", "--source", NANO, "--bundle", bundle, "--shard-bytes", "60000", *AS_EXPERTS)
     shutil.copytree(bundle, whole)
     options = ("--source", NANO, "--bundle", bundle)
     here("requantize", *options, *TURBO, "--part", "2/3")  # experts are gone, stacks not yet here

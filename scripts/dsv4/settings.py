@@ -100,6 +100,13 @@ def parse_seconds(text: str) -> float:
     raise InvalidValue(text, "seconds, 0 to 86400")
 
 
+def parse_mtp(text: str) -> str:
+    """Read how MTP is stored (model/mtp.py)."""
+    if text not in ("source", "as-experts"):
+        raise InvalidValue(text, "source or as-experts")
+    return text
+
+
 def parse_switch(text: str) -> bool:
     """Read 1 or 0, or a word for one of them."""
     if text.lower() not in ON + OFF:
@@ -128,6 +135,7 @@ TYPES: dict[str, Callable[[str], Any]] = {
     "CONVERTER": str, "QUANTIZER": str,
     "JOBS": parse_jobs, "PORT": whole_number(1, 65535, "a port"),
     "LEVEL": whole_number(1, 2, "a level"), "SHARD_BYTES": parse_bytes,
+    "MTP": parse_mtp, "DROP_MTP": parse_switch,
     "LOW_DISK": parse_switch, "VERIFY_HASHES": parse_switch, "PRIVATE": parse_switch,
     "DRY_RUN": parse_switch, "BUNDLES": parse_paths, "TEXT": parse_path,
     "TOKENS": whole_number(3, 1 << 20, "a number of tokens"),  # 3: BOS and two more

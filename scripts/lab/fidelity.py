@@ -44,6 +44,7 @@ from weight_error import MLX, WeightError, by_mlx, flash_bytes, weight_error
 
 from dsv4.errors import run
 from dsv4.model.load import expert_labels, open_bundle
+from dsv4.model.mtp import AS_EXPERTS
 from dsv4.model.names import is_expert
 from dsv4.model.source import open_source
 from dsv4.quantization import fp4
@@ -92,9 +93,9 @@ def make(name: str, source: Path, bundle: Path) -> None:
     """Make the bundle of one of QUANTIZERS."""
     if name.startswith("mixture"):
         size = NANO_REST + int(NANO_BITS * float(name.split()[1]))
-        make_bundle(source, bundle, "mixture", size, name.endswith("any"))
+        make_bundle(source, bundle, "mixture", size, name.endswith("any"), AS_EXPERTS)
         return
-    make_bundle(source, bundle, name.removesuffix(MLX))
+    make_bundle(source, bundle, name.removesuffix(MLX), mtp=AS_EXPERTS)
     if name.endswith(MLX):
         replace_experts(source, bundle)
 

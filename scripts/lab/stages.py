@@ -25,14 +25,19 @@ def run_script(
 
 
 def make_bundle(
-    source: Path, bundle: Path, quantizer: str, size: object = None, any_shape: bool = False
+    source: Path,
+    bundle: Path,
+    quantizer: str,
+    size: object = None,
+    any_shape: bool = False,
+    mtp: str = "source",
 ) -> None:
     """Convert, finalize and patch. size: bytes of a mixture, which is planned first."""
     python = Path(sys.executable)
-    options: tuple[object, ...] = ("--quantizer", quantizer)
+    options: tuple[object, ...] = ("--quantizer", quantizer, "--mtp", mtp)
     if size is not None:
         plan = bundle.with_name(f"{bundle.name}.json")
-        shapes = ["--any-shape"] * any_shape
+        shapes = ["--any-shape"] * any_shape + ["--mtp", mtp]
         run_script(python, "plan", "--source", source, "--plan", plan, "--size", size, *shapes)
         options += ("--plan", plan)
     run_script(python, "convert", "--source", source, "--bundle", bundle, *options)

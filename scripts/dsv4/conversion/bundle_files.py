@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dsv4.conversion.job_array import JobPart
 from dsv4.errors import UserError
+from dsv4.model.labels import make_record
 from dsv4.quantization import turboquant
 from dsv4.quantization.formats import Quantizer
 from dsv4.storage import safe_paths
@@ -42,7 +43,7 @@ def write_index(folder: Path, shards: Mapping[str, Iterable[TensorSpec | Tensor]
 
 def quantizer_record(quantizer: Quantizer) -> dict[str, str]:
     """Return the entry of config.json that names the quantizer of the routed experts."""
-    return {"quantizer": quantizer.name, "table": quantizer.digest}
+    return make_record(quantizer.name, quantizer.digest)
 
 
 def remove_leftovers(bundle: Path, files: list[str], part: JobPart) -> None:

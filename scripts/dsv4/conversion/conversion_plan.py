@@ -167,12 +167,12 @@ def describe_plan(plan: ConversionPlan, jobs: int, fetched: int | None = None) -
 def describe_tensors(plan: ConversionPlan) -> str:
     """Return the numbers of tensors in the shards to write, by the format that each gets."""
     counts: Counter[str] = Counter()
-    for unit in {unit.weight.name: unit for shard in plan.todo for unit in shard.units}.values():
-        counts[unit.treatment] += unit.number
     form = plan.quantizer.form
+    for unit in {unit.weight.name: unit for shard in plan.todo for unit in shard.units}.values():
+        counts["mtp" if form.keeps_mtp(unit.base) else unit.treatment] += unit.number
     texts = [(counts["expert"], f"routed experts to {form.description()}")]
     if form.as_source:
-        others = counts.total() - counts["expert"] - counts["fp8"]
+        others = counts.total() - counts["expert"] - counts["fp8"] - counts["mtp"]
         texts += [
             (counts["fp8"], "FP8 matrices to mxfp8"),
             (others, "others as the source has them"),
@@ -184,5 +184,6 @@ def describe_tensors(plan: ConversionPlan) -> str:
             (counts["control"], "controls in F32"),
             (counts["head"], "head as it is"),
         ]
+    texts.append((counts["mtp"], "of MTP as the source has them"))
     texts.append((sum(len(shard.copies) for shard in plan.todo), "copied from the bundle"))
     return ", ".join(f"{number:,} {text}" for number, text in texts if number) or "none"

@@ -6,6 +6,7 @@ import contextlib
 import time
 
 from dsv4.conversion.expert_pieces import ErrorLog, QuantizePiece
+from dsv4.model import mtp
 from dsv4.quantization.source_reader import CopyTensorPiece
 from dsv4.storage.atomic import format_bytes
 from dsv4.storage.shard_writer import NewShard, WorkerBuffers
@@ -48,6 +49,8 @@ def describe_errors(errors: ErrorLog) -> str:
     line = ""
     if errors.stats:
         relative = {name: stats.relative for name, stats in errors.stats.items()}
+        main = {name: error for name, error in relative.items() if error or not mtp.is_mtp(name)}
+        relative = main or relative  # MTP is kept as in the source
         worst = max(relative, key=lambda name: relative[name])
         # About 8.5% for weights of a normal distribution: that is what mx.quantize makes of FP4.
         line += (

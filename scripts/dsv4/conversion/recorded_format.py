@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.errors import UserError
-from dsv4.model import labels
+from dsv4.model import labels, mtp
 from dsv4.model.folder_roles import BUNDLE, folder_role
 from dsv4.model.names import is_expert, parse_expert, stack_of
 from dsv4.model.quantizer_table import is_quantizer, quantizer_properties
@@ -29,6 +29,7 @@ from dsv4.quantization.formats import (
 from dsv4.quantization.imatrix import EVEN, Importance, load_imatrix
 from dsv4.quantization.mixture_plan import read_plan
 from dsv4.storage.checkpoint import Checkpoint, read_json
+from dsv4.storage.disk_space import staging_folder
 from dsv4.storage.safetensors_file import Tensor, read_shard
 from dsv4.text import LINE, escape_line, short_repr
 
@@ -59,8 +60,15 @@ class RecordedFormat:
     @property
     def importance(self) -> Importance:
         """The recorded imatrix digest, without columns: only the imatrix file has those."""
-        found = re.search("-imatrix-([0-9a-f]{16})$", self.identity[1])
+        found = re.search("-imatrix-([0-9a-f]{16})(-mtp|$)", self.identity[1])
         return Importance({}, found[1]) if found else EVEN
+
+    @property
+    def mtp(self) -> str:
+        """The recorded choice for MTP; of a lossless bundle that has MTP it is the source's."""
+        choice = mtp.choice_of(self.identity[1])
+        lossless = quantizer_properties(self.name).lossless
+        return mtp.SOURCE if lossless and choice == mtp.AS_EXPERTS else choice
 
 
 def read_recorded_format(folder: Path, wanted: str | None = None) -> RecordedFormat | None:
@@ -123,12 +131,12 @@ def stored_stacks(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[st
 
 
 def resolve_quantizer(
-    options: QuantizerOptions, recorded: RecordedFormat | None
+    options: QuantizerOptions, recorded: RecordedFormat | None, bundle: Path | None = None
 ) -> QuantizerOptions:
-    """Return the options with a quantizer: one that was left out is the bundle's own.
+    """Return the options with a quantizer and a choice for MTP: left out, they are the bundle's.
 
-    For a new bundle it is mlx, or with a plan mixture. `keep` is set if nothing was asked for.
-    Raises UserError when the options do not go together.
+    For a new bundle the quantizer is mlx, or with a plan mixture. `keep` is set if nothing was
+    asked for. Raises UserError when the options do not go together.
     """
     name = options.name
     planned = recorded and quantizer_properties(recorded.name).needs_plan
@@ -137,10 +145,22 @@ def resolve_quantizer(
     elif name is None:
         name = "mixture" if options.plan else "mlx"
     same = recorded is not None and recorded.name == name
-    keep = same and not (options.name or options.plan or options.imatrix)
-    resolved = replace(options, name=name, keep=keep)
+    keep = same and not (options.name or options.plan or options.imatrix or options.mtp)
+    choice = options.mtp or (recorded.mtp if recorded else default_mtp(bundle))
+    resolved = replace(options, name=name, keep=keep, mtp=choice)
     check_quantizer_options(resolved, planned=same)
     return resolved
+
+
+def default_mtp(bundle: Path | None) -> str:
+    """Return the choice for MTP of a bundle without a record: what a killed convert began with.
+
+    For a new bundle it is the source's form, for one of another program as-experts.
+    """
+    if bundle is not None and any(bundle.glob("*.safetensors")):
+        return mtp.AS_EXPERTS
+    begun = read_recorded_format(staging_folder(bundle), "") if bundle is not None else None
+    return begun.mtp if begun else mtp.SOURCE
 
 
 def quantizer_for(
@@ -156,8 +176,11 @@ def quantizer_for(
     importance = load_imatrix(options.imatrix, source)
     if same and not options.imatrix:
         importance = same.importance
-    stacks = read_plan(options.plan, source) if options.plan else same.stacks if same else None
-    quantizer = get_quantizer(options.name, importance, stacks)
+    source = mtp.without_dropped(source, options.mtp)
+    stacks = same.stacks if same else None
+    if options.plan:
+        stacks = read_plan(options.plan, source, options.mtp)
+    quantizer = get_quantizer(options.name, importance, stacks, options.mtp)
     if same is None:
         return quantizer, None
     error = None
@@ -197,6 +220,8 @@ def describe_change(
     if number == 0 or same:
         return ""
     settings = {"QUANTIZER": options.name, "IMATRIX": options.imatrix, "PLAN": options.plan}
+    if recorded and options.mtp != recorded.mtp:
+        settings["MTP"] = options.mtp
     asked = " ".join(f"{name}={value}" for name, value in settings.items() if value)
     holds = f"experts as {' and '.join(recorded.names)}" if recorded else "another maker's experts"
     return escape_line(

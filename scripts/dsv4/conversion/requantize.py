@@ -13,7 +13,7 @@ from dsv4.conversion.expert_pieces import ErrorLog
 from dsv4.conversion.job_array import JobPart
 from dsv4.conversion.shard_metadata import is_made_by, made_by, with_mlx_digest
 from dsv4.conversion.source_match import check_bundle, check_samples, is_copy
-from dsv4.model import configs, labels
+from dsv4.model import configs, labels, mtp
 from dsv4.model.bundle_tensors import (
     ConversionUnit,
     PlannedShard,
@@ -53,7 +53,8 @@ def plan_from_bundle(
     made). provenance: metadata of the written shards (None: `made_by`). trust_unmarked: a shard
     without such metadata counts as done if its header is as planned.
     """
-    check_bundle(source, bundle)
+    source = mtp.without_dropped(source, quantizer.form.mtp)
+    check_bundle(source, mtp.without_dropped(bundle, quantizer.form.mtp))
     if experts is None:  # repair moves foreign shards away itself
         check_strangers(bundle, "move it away: MLX loads every shard that it finds; or make repair")
     provenance = made_by(source, quantizer) if provenance is None else provenance
@@ -119,17 +120,23 @@ class ShardPlanner:
         """Plan one shard. Return it, and whether the file on disk has its content already.
 
         Each tensor of the shard is copied, replaced or dropped; new units come last. Everything is
-        made from the source when the bundle was or becomes lossless. Otherwise no byte would tell
-        whether a killed run had rewritten a weight or its scales already.
+        made from the source when the bundle was or becomes lossless, and MTP when it was or becomes
+        the source's. Otherwise no byte would tell whether a killed run had rewritten a weight or
+        its scales already.
         """
         properties = quantizer_properties(shard.metadata.get("requantize_quantizer"))
         lossless = properties.keeps_source or self.quantizer.form.as_source
         everything = self.experts is None and lossless
+        choices = self.quantizer.form.mtp, mtp.choice_of(shard.metadata.get("requantize_table"))
+        all_mtp = self.experts is None and mtp.SOURCE in choices
         slots: list[TensorSpec] = []
         units: dict[str, ConversionUnit] = {}  # by the name of the weight
         unit_of: dict[str, ConversionUnit] = {}  # by the name of the new tensor
         for tensor in shard.tensors.values():
-            weight = self._weight_to_convert(tensor, everything)
+            if mtp.is_mtp(tensor.name) and choices[0] == mtp.DROPPED:
+                continue
+            anew = everything or (all_mtp and mtp.is_mtp(tensor.name))
+            weight = self._weight_to_convert(tensor, anew)
             if weight is None:
                 slots.append(TensorSpec(tensor.name, tensor.dtype, tensor.shape))
                 continue

@@ -2,7 +2,7 @@
 
 The error of a layer is the sum of its three projections' mean squared errors. Each is relative to
 the mean square of its weights, and weighted by the imatrix if there is one. All main layers count
-the same. MTP layers do not count, because no runtime computes with them. An error of weights does
+the same. MTP layers do not count, because no server computes with them. An error of weights does
 not show how much a layer matters to the model. The choice itself is exact (knapsack.py).
 """
 
@@ -17,7 +17,8 @@ from typing import Any
 from dsv4.conversion.recorded_format import RecordedFormat, quantizer_for
 from dsv4.conversion.shard_metadata import converted_by
 from dsv4.errors import UserError
-from dsv4.model.bundle_tensors import PlannedShard, plan_shards
+from dsv4.model import mtp
+from dsv4.model.bundle_tensors import PlannedShard, conversion_units, plan_shards
 from dsv4.model.labels import parts_of
 from dsv4.model.load import expert_bases
 from dsv4.model.names import PROJECTION, stack_of
@@ -63,11 +64,19 @@ class SizePlanner:
     """Choose the formats of one source's experts by size and error."""
 
     def __init__(
-        self, source: Checkpoint, errors: Errors, shard_bytes: int, name: str = "mixture"
+        self,
+        source: Checkpoint,
+        errors: Errors,
+        shard_bytes: int,
+        name: str = "mixture",
+        choice: str = mtp.AS_EXPERTS,
     ) -> None:
-        """name: of the quantizer, which determines the format of all other tensors."""
+        """name: of the quantizer, which determines the format of all other tensors.
+
+        choice: how MTP is stored (model/mtp.py).
+        """
         self._source, self._errors, self._shard_bytes = source, errors, shard_bytes
-        self._name = name
+        self._name, self._mtp = name, choice
         self._bytes = stack_bytes(source, errors)
         self._layers = list(dict.fromkeys(stack.rpartition(".")[0] for stack in errors))
         cheap = {stack: min(sizes, key=sizes.get) for stack, sizes in self._bytes.items()}
@@ -79,7 +88,7 @@ class SizePlanner:
     def nbytes(self, forms: Forms) -> int:
         """Return the exact bytes of a bundle's shards."""
         labels = {stack: label_by_name(form) for stack, form in forms.items()}
-        quantizer = get_quantizer(self._name, EVEN, labels)
+        quantizer = get_quantizer(self._name, EVEN, labels, self._mtp)
         shards = shards_of(self._source.tensors, quantizer, self._shard_bytes)
         return sum(shard.size for shard in shards)
 
@@ -136,7 +145,7 @@ def stack_bytes(source: Checkpoint, errors: Errors) -> dict[str, dict[str, int]]
     sizes = {stack: dict.fromkeys(forms, 0) for stack, forms in errors.items()}
     for base in expert_bases(source):
         out, half = source.tensors[f"{base}.weight"].shape
-        by_form = sizes[stack_of(base)]
+        by_form = sizes.get(stack_of(base), {})
         for form in by_form:
             parts = parts_of(label_by_name(form), out, 2 * half).values()
             by_form[form] += sum(TensorSpec("", *part).nbytes for part in parts)
@@ -181,6 +190,17 @@ def shards_of(
     return plan_shards(tensors, quantizer.form, converted_by(None, quantizer), shard_bytes)
 
 
+def uniform(name: str, form: str, choice: str) -> Quantizer:
+    """Return the quantizer of a mixture whose stacks all have one format."""
+    return get_quantizer(name, EVEN, dict.fromkeys(PROJECTIONS, label_by_name(form)), choice)
+
+
+def unloaded_bytes(source: Checkpoint, name: str, choice: str) -> int:
+    """Return the bytes of MTP in a mixture, which no server loads; as-experts: the least."""
+    units = conversion_units(source.tensors, uniform(name, CHOICES[0], choice).form)
+    return mtp.unloaded_bytes(slot for unit in units for slot in unit.slots)
+
+
 def planned_shards(
     source: Checkpoint,
     options: QuantizerOptions,
@@ -188,7 +208,7 @@ def planned_shards(
     shard_bytes: int,
     size: int | None,
 ) -> tuple[list[PlannedShard], int]:
-    """Return the shards of a bundle with resolved options, and 0.
+    """Return the shards of a bundle with resolved options, and 0. source: without dropped MTP.
 
     Before the file of a mixture plan exists, return the smallest shards that it can have, and the
     bytes that it may take. size: the bundle's bytes that were asked for, if any. recorded: see
@@ -198,15 +218,11 @@ def planned_shards(
     def shards(quantizer: Quantizer) -> list[PlannedShard]:
         return shards_of(source.tensors, quantizer, shard_bytes)
 
-    def uniform(form: str) -> Quantizer:
-        stacks = dict.fromkeys(PROJECTIONS, label_by_name(form))
-        return get_quantizer(options.name, EVEN, stacks)
-
     needs_plan = quantizer_properties(options.name).needs_plan
     if needs_plan and size is not None and not options.plan.is_file():
-        most = sum(shard.size for shard in shards(uniform(CHOICES[-1])))
-        return shards(uniform(CHOICES[0])), max(1, min(size, most))
+        least, most = (uniform(options.name, CHOICES[i], options.mtp) for i in (0, -1))
+        return shards(least), max(1, min(size, sum(shard.size for shard in shards(most))))
     if options.imatrix or options.plan:
         return shards(quantizer_for(options, source, recorded)[0]), 0
     stacks = recorded.stacks if recorded and recorded.name == options.name else None
-    return shards(get_quantizer(options.name, EVEN, stacks)), 0
+    return shards(get_quantizer(options.name, EVEN, stacks, options.mtp)), 0

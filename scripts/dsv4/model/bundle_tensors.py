@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dsv4.errors import UserError
+from dsv4.model import mtp
 from dsv4.model.fp8_blocks import block_of
-from dsv4.model.labels import DEFAULT, MXFP8, TURBO, parts_of
+from dsv4.model.labels import DEFAULT, MXFP4, MXFP8, TURBO, parts_of
 from dsv4.model.names import GROUP, kind, parse_expert, stack_base, stack_of, treatment
 from dsv4.storage import limits
 from dsv4.storage.safetensors_file import FLOATS, ShardLayout, Tensor, TensorSpec
@@ -31,16 +32,24 @@ class StorageFormat:
     expert: the label of the routed experts. mixture: other labels, by stack ("layers.3.down_proj")
     or by projection. as_source: all other tensors keep the source's numbers too: FP8 as mxfp8, BF16
     in F16. bfloats: the tensors that stay BF16 because F16 would change a value. Only values tell
-    them, but both dtypes take the same bytes, so sizes are known from headers.
+    them, but both dtypes take the same bytes, so sizes are known from headers. mtp: a choice of
+    mtp.py.
     """
 
     expert: dict[str, Any]
     as_source: bool = False
     bfloats: frozenset[str] = frozenset()
     mixture: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    mtp: str = mtp.AS_EXPERTS
+
+    def keeps_mtp(self, name: str) -> bool:
+        """Return True for a tensor of MTP that is kept as in the source."""
+        return self.mtp == mtp.SOURCE and mtp.is_mtp(name)
 
     def label(self, base: str) -> dict[str, Any]:
         """Return the label of one routed-expert matrix, by its storage name."""
+        if self.keeps_mtp(base):
+            return MXFP4
         stack = stack_of(base)
         in_all = self.mixture.get(stack.rpartition(".")[2], self.expert)
         return self.mixture.get(stack, in_all)
@@ -126,6 +135,7 @@ def conversion_unit(weight: Tensor, scale: Tensor | None, form: StorageFormat) -
     """
     what = known_treatment(weight)
     base = weight.name.removesuffix(".weight")
+    exact = form.as_source or form.keeps_mtp(base)
     if what == "expert":
         out, half = weight.shape
         label = form.label(base)
@@ -133,10 +143,10 @@ def conversion_unit(weight: Tensor, scale: Tensor | None, form: StorageFormat) -
             raise UserError(f"{weight.path}: {weight.name}", f"{2 * half} columns",
                        f"whole groups of {label['group_size']}", "use smaller groups")  # fmt: skip
         parts = parts_of(label, out, 2 * half)
-    elif form.as_source and weight.dtype == "F8_E4M3":
+    elif exact and weight.dtype == "F8_E4M3":
         check_matrix(weight, scale)
         parts, what = parts_of(MXFP8, *weight.shape), "fp8"
-    elif what == "matrix" and not form.as_source:
+    elif what == "matrix" and not exact:
         check_matrix(weight, scale)
         parts = parts_of(DEFAULT, *weight.shape)
     else:
@@ -227,7 +237,7 @@ def unquantized_dtype(tensor: Tensor, what: str, form: StorageFormat) -> str:
         if form.as_source:
             kept = tensor.dtype != "BF16" or tensor.name in form.bfloats
         else:
-            kept = what == "head"
+            kept = what == "head" or form.keeps_mtp(tensor.name)
         return tensor.dtype if kept else "F16"
     if tensor.dtype[0] in "IU" and (form.as_source or what == "passthrough"):
         return tensor.dtype

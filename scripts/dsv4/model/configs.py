@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from dsv4.model import mtp
 from dsv4.model.bundle_tensors import StorageFormat
 from dsv4.model.chat_template import EFFORT_KEY, EFFORTS
 from dsv4.model.labels import TURBO, turboquant_fields
@@ -109,7 +110,7 @@ def jang_config(source: Checkpoint, form: StorageFormat, named: str) -> dict[str
     """
     config, label = source.config, form.expert
     kept = 16 if form.as_source else 8  # embedding and head
-    turbo = turboquant_config(label) if label["mode"] == TURBO else {}
+    turbo = turboquant_config(form) if label["mode"] == TURBO else {}
     return {
         "weight_format": label["mode"],  # vMLX 1.6.81 refuses names that it does not know
         "profile": jang_profile(label),
@@ -132,13 +133,13 @@ def jang_config(source: Checkpoint, form: StorageFormat, named: str) -> dict[str
     }
 
 
-def turboquant_config(label: dict[str, Any]) -> dict[str, Any]:
+def turboquant_config(form: StorageFormat) -> dict[str, Any]:
     """Return the fields of jang_config.json for experts in TurboQuant (jang_tools 2.5.50)."""
-    widths = turboquant_fields(label)
-    plan, bits = widths["routed_expert_bit_plan"], label["bits"]
+    widths = turboquant_fields(form.expert)
+    plan, bits = widths["routed_expert_bit_plan"], form.expert["bits"]
     return {
         "variant": "std",
-        "drop_mtp": False,
+        "drop_mtp": form.mtp == mtp.DROPPED,
         "critical_f32_preserved": True,
         "dsv4_runtime_requirements": {
             "limited_swiglu_tq_patch": True,

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from dsv4.model import mtp
 from dsv4.model.fp8_blocks import block_of
 from dsv4.model.names import (
     GROUP,
@@ -58,14 +59,14 @@ def quantization(
     label. tensors: the bundle's, to find those stored as mxfp8. MTP's matrices are labelled under
     their storage names only, because no runtime builds modules for them. If nothing is 8-bit
     affine, the top level is mxfp8, so that a runtime which misses a matrix's label is still right.
-    Experts in TurboQuant have no labels but `turboquant_fields`.
+    Experts in TurboQuant have `turboquant_fields` instead of labels.
     """
     turbo = next((label for label in experts.values() if label["mode"] == TURBO), None)
-    if turbo is not None:
-        return DEFAULT | turboquant_fields(turbo)
+    experts = {base: label for base, label in experts.items() if label["mode"] != TURBO}
     fp8 = fp8_bases(tensors or {})
     eight = any(n.endswith(".biases") and not parse_expert(n) for n in tensors or ())
     labels: dict[str, Any] = dict(MXFP8 if fp8 and not eight else DEFAULT)
+    labels |= turboquant_fields(turbo) if turbo else {}
     parsed = ((parse_expert(f"{base}.weight"), label) for base, label in experts.items())
     stacks = {(at[1], at[3]): label for at, label in parsed if at and at[0] == "layers"}
     for which in (0, 1):
@@ -212,8 +213,27 @@ def source_label(weight: TensorSpec | Tensor, scale: TensorSpec | Tensor) -> dic
     return {"group_size": GROUP, "bits": bits, "mode": SOURCE} if fits else None
 
 
+def make_record(name: str, digest: str) -> dict[str, str]:
+    """Return the entry of config.json that names the quantizer of the routed experts.
+
+    It says also what became of MTP, unless that is stored as the other experts.
+    """
+    choice = mtp.choice_of(digest)
+    kept = {"mtp": choice} if choice != mtp.AS_EXPERTS else {}
+    return {"quantizer": name, "table": digest, **kept}
+
+
 def recorded_quantizer(config: dict[str, Any]) -> str | None:
     """Return the quantizer that config.json records; None in a stock bundle."""
+    return _recorded(config, "quantizer")
+
+
+def recorded_mtp(config: dict[str, Any]) -> str:
+    """Return the choice for MTP (mtp.py) that config.json records."""
+    return mtp.choice_of(_recorded(config, "table"))
+
+
+def _recorded(config: dict[str, Any], key: str) -> str | None:
     record = config.get(RECORD)
-    name = record.get("quantizer") if isinstance(record, dict) else None
-    return name if isinstance(name, str) else None
+    value = record.get(key) if isinstance(record, dict) else None
+    return value if isinstance(value, str) else None

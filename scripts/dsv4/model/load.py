@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.errors import UserError
+from dsv4.model import mtp
 from dsv4.model.labels import (
     EXPERT,
     MXFP4,
     RECORD,
     TURBO2,
     TURBO_PARTS,
+    recorded_mtp,
     recorded_quantizer,
     stored_label,
 )
@@ -129,20 +131,25 @@ def expert_labels(bundle: Checkpoint) -> dict[str, dict[str, Any]]:
     """
     bases, quantizer = expert_bases(bundle), recorded_quantizer(bundle.config)
     properties = quantizer_properties(quantizer)
-    if properties.label == TURBO2:
-        check_turbo(bundle, bases)
-        return dict.fromkeys(bases, TURBO2)
-    firsts: dict[str, dict[str, Any]] = {}
+    copied = recorded_mtp(bundle.config) == mtp.SOURCE
     found = {}
+    if properties.label == TURBO2:
+        found = {base: TURBO2 for base in bases if not (copied and mtp.is_mtp(base))}
+        check_turbo(bundle, list(found))
+    firsts: dict[str, dict[str, Any]] = {}
     for base in bases:
+        if base in found:
+            continue
+        kept = copied and mtp.is_mtp(base)
         label = stored_label(bundle.tensors, base, bundle.config)
-        first = firsts.setdefault(stack_of(base) if properties.mixed else "", label or EXPERT)
+        stack = stack_of(base) if properties.mixed else mtp.PREFIX * kept
+        first = firsts.setdefault(stack, MXFP4 if kept else label or EXPERT)
         if label is None or label != first:
             raise UserError(
                 f"{bundle.folder}: {base}", "no affine triple" if label is None else f"{label}",
                 f"{first} for every expert of its kind", "run requantize",
             )  # fmt: skip
-        if label == MXFP4 and not properties.copies_fp4:
+        if label == MXFP4 and not (properties.copies_fp4 or kept):
             raise UserError(
                 f"{bundle.folder}: {base}",
                 f"FP4 bytes, and no {RECORD}.quantizer "

@@ -1,6 +1,6 @@
 """Compute the size of a bundle for a Mac's memory, and the Mac for a bundle's size.
 
-    memory that the GPU may wire ≥ bundle + cache of the context + SERVER
+    memory that the GPU may wire ≥ bundle without MTP + cache of the context + server
 
 On a Mac of over 36 GB the GPU may wire three quarters of the memory or more by default: users
 report 72 of 96 GiB (M2 Max), 96 of 128 (M3 Max), 107.5 of 128 (M4 and M5 Max), 239 of 256 (M3
@@ -12,8 +12,13 @@ are GiB.
 The cache is that of jang_tools.dsv4.mlx_model, DeepseekV4Cache, 2.5.50. Each layer has a window of
 `sliding_window` tokens and, if its compress ratio r is not 0, one entry for every r tokens, of
 `head_dim` numbers. The indexer of a layer with ratio 4 has `index_head_dim` more. A number has two
-bytes. SERVER is an allowance for Python, activations of a long prompt and MLX's own cache; it was
-not measured on a Mac.
+bytes.
+
+The server has SERVER, an allowance for Python, activations and MLX's own cache, and the indexer's
+scores, which grow with the context: without VMLX_DSV4_INDEXER_KERNEL=1 a slice of QUERIES tokens of
+a prompt has a score in float32 for each head and each entry of a layer with ratio 4, and two such
+arrays are alive at one time. By reading jang_tools.dsv4.mlx_model; nothing was measured on a Mac.
+What lies under mtp. no server loads.
 """
 
 from __future__ import annotations
@@ -29,6 +34,7 @@ MACS = tuple(n * GIB for n in (64, 96, 128, 192, 256, 512))
 SERVER = 3 * GIB
 LEFT = 4 * GIB
 CONTEXT = 32768  # tokens, unless another number is asked for
+QUERIES = 512  # tokens of a slice of a prompt (DSV4_ATTN_SUBCHUNK)
 
 
 def add_goal(parser: argparse.ArgumentParser) -> None:
@@ -44,9 +50,10 @@ def check_goal(args: argparse.Namespace) -> None:
         raise UserError("FIT and SIZE", "both", "one of them", "leave the other out")
 
 
-def size_goal(args: argparse.Namespace, config: dict[str, Any]) -> int:
-    """Return the bytes that the bundle may have, by these options."""
-    return args.size or max(0, bundle_budget(config, args.fit, args.context or CONTEXT))
+def size_goal(args: argparse.Namespace, config: dict[str, Any], unloaded: int) -> int:
+    """Return the bytes that the bundle may have, by these options. unloaded: those of its MTP."""
+    budget = args.size or bundle_budget(config, args.fit, args.context or CONTEXT) + unloaded
+    return max(0, budget)
 
 
 def default_wired_limit(memory: int) -> int:
@@ -72,14 +79,24 @@ def cache_bytes(config: dict[str, Any], tokens: int) -> int:
     return 2 * numbers
 
 
+def server_bytes(config: dict[str, Any], tokens: int) -> int:
+    """Return the bytes that a server needs beside weights and cache."""
+    ratios = config.get("compress_ratios") or []
+    scores = config.get("index_n_heads", 0) * QUERIES * (tokens // 4) * 4 if 4 in ratios else 0
+    return SERVER + 2 * scores
+
+
 def bundle_budget(config: dict[str, Any], memory: int, tokens: int) -> int:
-    """Return the bytes that a bundle may have on a Mac; 0 or less: none fits."""
-    return max_wired_limit(memory) - SERVER - cache_bytes(config, tokens)
+    """Return the bytes that a bundle may load on a Mac; 0 or less: none fits."""
+    return max_wired_limit(memory) - server_bytes(config, tokens) - cache_bytes(config, tokens)
 
 
-def describe_fit(config: dict[str, Any], nbytes: int, tokens: int, memory: int = 0) -> str:
-    """Say whether a bundle fits a Mac of `memory` bytes; for 0, name the smallest it fits."""
-    need = nbytes + cache_bytes(config, tokens) + SERVER
+def describe_fit(config: dict[str, Any], loaded: int, tokens: int, memory: int = 0) -> str:
+    """Say whether a bundle fits a Mac of `memory` bytes; for 0, name the smallest it fits.
+
+    loaded: its bytes without MTP.
+    """
+    need = loaded + cache_bytes(config, tokens) + server_bytes(config, tokens)
     context = f"with {tokens:,} tokens of context"
     fitting = [mac for mac in ((memory,) if memory else MACS) if need <= max_wired_limit(mac)]
     if not fitting:

@@ -7,20 +7,20 @@ weights, from another first row on. Errors are weighted by the imatrix. Flash ha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from dsv4.errors import UserError
+from dsv4.model import mtp
 from dsv4.model.labels import MXFP4
-from dsv4.model.load import expert_bases
 from dsv4.model.names import GROUP, stack_of
 from dsv4.quantization import least_squares
 from dsv4.quantization.affine_table import BadGroup
 from dsv4.quantization.fp4 import ue8m0_bytes
 from dsv4.quantization.imatrix import Importance, normalized
-from dsv4.quantization.mixture_plan import label_by_name
+from dsv4.quantization.mixture_plan import label_by_name, planned_bases
 from dsv4.storage.checkpoint import Checkpoint
 from dsv4.storage.safetensors_file import ITEMSIZE, Tensor
 
@@ -36,10 +36,13 @@ Read = Callable[[Tensor, int, int], np.ndarray]  # (tensor, first byte, bytes) �
 Run = tuple[str, np.ndarray, np.ndarray, np.ndarray | None]
 
 
-def sampled_tensors(source: Checkpoint) -> dict[str, list[str]]:
-    """Return stack → the storage names of its matrices in the sample."""
+def sampled_tensors(source: Checkpoint, choice: str = mtp.AS_EXPERTS) -> dict[str, list[str]]:
+    """Return stack → the storage names of its matrices in the sample.
+
+    choice: how MTP is stored (model/mtp.py).
+    """
     stacks: dict[str, list[str]] = {}
-    for base in expert_bases(source):
+    for base in planned_bases(source, choice):
         stacks.setdefault(stack_of(base), []).append(base)
     return {s: bases[:: max(1, len(bases) // EXPERTS)][:EXPERTS] for s, bases in stacks.items()}
 
@@ -49,12 +52,14 @@ def sample_errors(
     read: Read,
     importance: Importance,
     jobs: int,
+    stacks: Mapping[str, list[str]],
     progress: Callable[[int], object] = lambda done: None,
 ) -> dict[str, dict[str, float]]:
     """Return stack → format → relative squared error, for the formats that the columns allow.
 
-    That is the mean squared error over the mean square of the weights, both weighted by the
-    importance of the columns. Raises UserError for a scale byte of 255 and for values beyond F16.
+    stacks: as `sampled_tensors` returns them. The error is the mean squared error over the mean
+    square of the weights, both weighted by the importance of the columns. Raises UserError for a
+    scale byte of 255 and for values beyond F16.
     """
 
     def measure(item: tuple[str, list[str]]) -> tuple[str, dict[str, float]]:
@@ -64,7 +69,7 @@ def sample_errors(
         return stack, {form: _relative(runs, form) for form in possible_formats(source, bases[0])}
 
     with ThreadPoolExecutor(jobs) as pool:
-        return dict(pool.map(measure, sampled_tensors(source).items()))
+        return dict(pool.map(measure, stacks.items()))
 
 
 def possible_formats(source: Checkpoint, base: str) -> list[str]:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from dsv4.errors import UserError
-from dsv4.model import labels
+from dsv4.model import labels, mtp
 from dsv4.model.bundle_tensors import StorageFormat
 from dsv4.model.quantizer_table import (
     QuantizerProperties,
@@ -72,6 +72,8 @@ class Quantizer:
 
     def for_tensor(self, base: str) -> Quantizer:
         """Return the quantizer of one matrix, by its storage name."""
+        if self.form.keeps_mtp(base):
+            return get_quantizer("mxfp4")
         return self.parts[str(self.form.label(base))] if self.properties.mixed else self
 
 
@@ -129,11 +131,25 @@ def get_quantizer(
     name: str,
     importance: Importance = EVEN,
     stacks: Mapping[str, dict[str, Any]] | None = None,
+    choice: str = mtp.AS_EXPERTS,
 ) -> Quantizer:
     """Return the quantizer of a known name.
 
     stacks: for one that needs a plan, a label by stack ("layers.3.down_proj") or by projection.
+    choice: how MTP is stored (model/mtp.py). Lossless keeps all of the source anyhow.
     """
+    if quantizer_properties(name).lossless and choice == mtp.SOURCE:
+        choice = mtp.AS_EXPERTS
+    if choice != mtp.AS_EXPERTS:
+        stacks = {stack: label for stack, label in (stacks or {}).items() if not mtp.is_mtp(stack)}
+    quantizer = _quantizer(name, importance, stacks)
+    digest = quantizer.digest + mtp.digest_suffix(choice)
+    return replace(quantizer, digest=digest, form=replace(quantizer.form, mtp=choice))
+
+
+def _quantizer(
+    name: str, importance: Importance, stacks: Mapping[str, dict[str, Any]] | None
+) -> Quantizer:
     properties = quantizer_properties(name)
     if properties.mixed:
         return _mixture(name, properties.by_projection or stacks or {}, importance)
@@ -203,22 +219,37 @@ def add_quantizer_options(parser: argparse.ArgumentParser) -> None:
     add_setting(parser, "PLAN", help="what plan.py wrote, for --quantizer mixture")
 
 
+def add_mtp_options(parser: argparse.ArgumentParser) -> None:
+    """Add --mtp and --drop-mtp."""
+    add_setting(parser, "MTP", metavar="source|as-experts",
+                help="MTP or DSpark; default: the bundle's own; for a new one source")  # fmt: skip
+    add_setting(parser, "DROP_MTP", help="leave MTP and DSpark out")
+
+
 @dataclass(frozen=True)
 class QuantizerOptions:
     """The options that choose a quantizer; None for one that was left out.
 
-    keep: the bundle's experts keep the format that they have.
+    keep: the bundle's experts keep the format that they have. mtp: a choice of model/mtp.py.
     """
 
     name: str | None
     imatrix: Path | None = None
     plan: Path | None = None
     keep: bool = False
+    mtp: str | None = None
 
 
 def quantizer_options(args: argparse.Namespace) -> QuantizerOptions:
-    """Return what the command line says by the options of `add_quantizer_options`."""
-    return QuantizerOptions(args.quantizer, args.imatrix, args.plan)
+    """Return what the command line says by `add_quantizer_options` and `add_mtp_options`."""
+    return QuantizerOptions(args.quantizer, args.imatrix, args.plan, mtp=mtp_option(args))
+
+
+def mtp_option(args: argparse.Namespace) -> str | None:
+    """Return the choice for MTP by the options of `add_mtp_options`, None without them."""
+    if args.mtp and args.drop_mtp:
+        raise UserError("MTP and DROP_MTP", "both", "one of them", "leave the other out")
+    return mtp.DROPPED if args.drop_mtp else args.mtp
 
 
 def check_quantizer_options(options: QuantizerOptions, planned: bool = False) -> None:

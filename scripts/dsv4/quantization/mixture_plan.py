@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.errors import UserError
-from dsv4.model import labels
+from dsv4.model import labels, mtp
 from dsv4.model.load import expert_bases
 from dsv4.model.names import stack_of
 from dsv4.model.quantizer_table import affine_label_by_name
@@ -35,9 +35,10 @@ def label_name(label: dict[str, Any]) -> str:
     return f"affine{label['bits']}g{label['group_size']}"
 
 
-def stacks_of(source: Checkpoint) -> list[str]:
-    """Return every stack of routed experts of a source, as "layers.3.down_proj"."""
-    return list(dict.fromkeys(stack_of(base) for base in expert_bases(source)))
+def planned_bases(source: Checkpoint, choice: str) -> list[str]:
+    """Return the storage names of the expert matrices whose formats a plan chooses."""
+    bases = expert_bases(source)
+    return [base for base in bases if choice == mtp.AS_EXPERTS or not mtp.is_mtp(base)]
 
 
 def check_plan_exists(path: Path) -> None:
@@ -46,10 +47,14 @@ def check_plan_exists(path: Path) -> None:
         raise UserError(f"{path}", "no such file", "a plan", "make plan FIT=… or SIZE=… writes one")
 
 
-def read_plan(path: Path, source: Checkpoint) -> dict[str, dict[str, Any]]:
-    """Return stack → label, for every stack of the source.
+def read_plan(
+    path: Path, source: Checkpoint, choice: str = mtp.AS_EXPERTS
+) -> dict[str, dict[str, Any]]:
+    """Return stack → label, for every stack of the source that a plan chooses.
 
-    Raises UserError for a stack that the source or the plan lacks, and for an unknown format.
+    choice: how MTP is stored; a plan chooses MTP's stacks only as-experts, and its entries for them
+    are ignored otherwise. Raises UserError for a stack that the source or the plan lacks, and for
+    an unknown format.
     """
     check_plan_exists(path)
     experts = read_json(path).get("experts")
@@ -61,8 +66,9 @@ def read_plan(path: Path, source: Checkpoint) -> dict[str, dict[str, Any]]:
         f"{layer}.{projection}": form
         for layer, forms in experts.items()
         for projection, form in forms.items()
+        if choice == mtp.AS_EXPERTS or not mtp.is_mtp(f"{layer}.")
     }
-    stacks = stacks_of(source)
+    stacks = list(dict.fromkeys(map(stack_of, planned_bases(source, choice))))
     if strange := [stack for stack in given if stack not in stacks]:
         raise UserError(
             f"{path}: {short_repr(strange[0])}", "a module that the source does not have",

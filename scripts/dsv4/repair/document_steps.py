@@ -246,7 +246,7 @@ def recorded_quantizer(bundle: Checkpoint) -> dict[str, str] | None:
         for file in files_of_experts(bundle)
     }
     if len(marks) == 1 and all(mark := marks.pop()):
-        return {"quantizer": mark[0], "table": mark[1]}
+        return labels.make_record(*mark)
     return bundle.config.get(labels.RECORD)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from dsv4.conversion.bundle_files import quantizer_record, sidecar_bytes
 from dsv4.errors import UserError
-from dsv4.model import configs, labels
+from dsv4.model import configs, labels, mtp
 from dsv4.model.bundle_tensors import missing_weights, weights_of
 from dsv4.model.load import block_counts, config_count, read_config
 from dsv4.model.quantizer_table import quantizer_properties
@@ -25,6 +25,7 @@ from dsv4.repair.shards_on_disk import (
     expert_formats,
     open_by_shards,
     open_with,
+    records_exact_mtp,
     shard_files,
     shard_paths,
 )
@@ -80,18 +81,20 @@ def rebuilt_config(repair: RepairContext, bundle: Checkpoint) -> dict[str, Any]:
     Otherwise they are a stock bundle's and will be made again. Raises UserError for another model's
     shards.
     """
-    missing = missing_weights(weights_of(repair.source.tensors), bundle.tensors)
+    record = recorded_quantizer(bundle)
+    source = mtp.without_dropped(repair.source, mtp.choice_of((record or {}).get("table")))
+    missing = missing_weights(weights_of(source.tensors), bundle.tensors)
     if missing:
         raise UserError(f"{bundle.folder}", f"no {missing[0]} ({len(missing):,} tensors missing)",
                    "every tensor of the source", "check SOURCE and BUNDLE")  # fmt: skip
-    record = recorded_quantizer(bundle)
     name = record["quantizer"] if record else repair.options.quantizer
     experts = expert_formats(bundle)
-    properties = quantizer_properties(name)
-    stock = labels.MXFP4 in experts.values() and not properties.copies_fp4
-    if stock or not labels.in_stacks(experts, properties.mixed):
-        experts = dict.fromkeys(experts, labels.EXPERT)
-    label = labels.most_common_label(experts)
+    properties, exact_mtp = quantizer_properties(name), records_exact_mtp(bundle)
+    main = {b: label for b, label in experts.items() if not (exact_mtp and mtp.is_mtp(b))}
+    stock = labels.MXFP4 in main.values() and not properties.copies_fp4
+    if stock or not labels.in_stacks(main, properties.mixed):
+        main = experts = dict.fromkeys(experts, labels.EXPERT)
+    label = labels.most_common_label(main)
     content = configs.bundle_config(repair.source, label)
     content["quantization"] = labels.quantization(experts)
     if all(one == labels.MXFP4 for one in experts.values()):

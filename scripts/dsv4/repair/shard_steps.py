@@ -67,7 +67,7 @@ def plan_from_source(
     asked = repair.options
     before = read_recorded_format(repair.bundle, asked.quantizer)
     options = QuantizerOptions(asked.quantizer, asked.imatrix, asked.plan)
-    options = resolve_quantizer(options, before)
+    options = resolve_quantizer(options, before, repair.bundle)
     asked.quantizer = options.name
     quantizer, error = quantizer_for(options, repair.source, before)
     if error and wrong:

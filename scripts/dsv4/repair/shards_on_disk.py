@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.errors import UserError
-from dsv4.model import labels
+from dsv4.model import labels, mtp
 from dsv4.model.labels import stored_label
 from dsv4.model.load import expert_bases, read_config
 from dsv4.model.names import columns_of, is_control, is_expert, parse_expert, stack_base
@@ -124,20 +124,32 @@ def wrong_experts(bundle: Checkpoint) -> dict[str, str]:
     files = files_of_experts(bundle)
     marks = {f: bundle.shards[f].metadata.get("requantize_quantizer") for f in files}
     meant = {*marks.values(), labels.recorded_quantizer(bundle.config)}
+    as_in_source = records_exact_mtp(bundle)
     copied = any(quantizer_properties(name).copies_fp4 for name in meant)
     strangers = {f for f, mark in marks.items() if any(marks.values()) and not mark}
+    accepts_stock = any(quantizer_properties(name).accepts_stock for name in meant)
     wrong = {}
     for base in expert_bases(bundle):
         findings, has = Findings(), parts_of(bundle, base)
         check_triple(base, has, bundle.config, findings)
-        if stored_label(bundle.tensors, base, bundle.config) == labels.MXFP4:
-            if not copied and config_label(bundle.config, base).get("mode") != "mxfp4":
-                wrong[base] = "stock-experts"
-        elif findings.names:
+        fp4 = stored_label(bundle.tensors, base, bundle.config) == labels.MXFP4
+        right = copied or (as_in_source and mtp.is_mtp(base))
+        if fp4 and not right and config_label(bundle.config, base).get("mode") != "mxfp4":
+            wrong[base] = "stock-experts"
+        elif findings.names and not fp4:
             wrong[base] = min(findings.names)
+        elif fp4 and accepts_stock:
+            continue
         elif any(tensor.path.name in strangers for tensor in has.values()):
             wrong[base] = "marks-mixed"
     return wrong
+
+
+def records_exact_mtp(bundle: Checkpoint) -> bool:
+    """Return True if a shard with experts, or config.json, records MTP as the source has it."""
+    metadata = [bundle.shards[file].metadata for file in files_of_experts(bundle)]
+    choices = {mtp.choice_of(one.get("requantize_table")) for one in metadata}
+    return mtp.SOURCE in {*choices, labels.recorded_mtp(bundle.config)}
 
 
 def expert_formats(bundle: Checkpoint) -> dict[str, dict[str, Any] | None]:

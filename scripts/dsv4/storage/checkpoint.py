@@ -6,7 +6,7 @@ Only JSON and headers are read: seconds for 180 GB. Nothing here depends on the 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,17 +28,23 @@ class MissingShards(UserError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened folder: config.json, the index's weight_map, and every shard's header."""
+    """An opened folder: config.json, the index's weight_map, and every shard's header.
+
+    left_out: the beginning of names that `tensors` leaves out; "" for none.
+    """
 
     folder: Path
     config: dict[str, Any]
     weight_map: dict[str, str]
     shards: dict[str, Shard]
+    left_out: str = field(default="", kw_only=True)
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of all shards by name."""
-        return {n: t for shard in self.shards.values() for n, t in shard.tensors.items()}
+        found = {n: t for shard in self.shards.values() for n, t in shard.tensors.items()}
+        hidden = self.left_out
+        return {n: t for n, t in found.items() if not n.startswith(hidden)} if hidden else found
 
     @property
     def nbytes(self) -> int:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.errors import UserError
+from dsv4.model import mtp
 from dsv4.model.json_schemas import FORMS
-from dsv4.model.labels import RECORD
+from dsv4.model.labels import RECORD, recorded_mtp
 from dsv4.model.load import expert_bases
 from dsv4.model.names import parse_expert
 from dsv4.model.naming_schemes import NamingScheme
@@ -102,8 +103,9 @@ class Scan:
 
     @cached_property
     def has_mtp(self) -> bool:
-        """False for a bundle of another maker without MTP tensors."""
-        return self.is_ours or any(name.startswith("mtp.") for name in self.tensors)
+        """False for a bundle without MTP tensors that another maker made or that records it."""
+        meant = self.is_ours and recorded_mtp(self.config) != mtp.DROPPED
+        return meant or any(map(mtp.is_mtp, self.tensors))
 
 
 def scan(folder: Path, findings: Findings) -> Scan | None:

@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from dsv4.model import defaults
+from dsv4.model import defaults, mtp
 from dsv4.model.configs import code_keys
 from dsv4.model.json_schemas import FORMS
-from dsv4.model.labels import EXPERT, SOURCE, TURBO, fp8_bases
+from dsv4.model.labels import EXPERT, SOURCE, TURBO, fp8_bases, recorded_mtp
 from dsv4.model.names import GROUP, module_paths, parse_expert, switch_paths
 from dsv4.model.naming_schemes import MLX_LM, MLX_VLM, RUNTIMES, STORAGE, VMLX
 from dsv4.model.special_tokens import STOP_TOKENS, vocabulary
@@ -203,10 +203,12 @@ def check_labels(bundle: Scan, findings: Findings) -> Check:
     experts = {base for _, base, _ in named}
     if bundle.scheme is STORAGE:
         named += [(base, base, "every runtime") for base in sorted(bases - experts)]
+    exact_mtp = recorded_mtp(bundle.config) == mtp.SOURCE
     wrong: set[str] = set()  # 256 experts share a key, which is reported once
     for key, base, runtime in named:
         stored = label_at(bundle, base)
-        if stored and stored["mode"] == "mxfp4" and "stock-experts" in findings:
+        stays = exact_mtp and mtp.is_mtp(base)
+        if stored and stored["mode"] == "mxfp4" and "stock-experts" in findings and not stays:
             stored = EXPERT  # the label after requantize
         if stored is not None and stored["mode"] not in (TURBO, SOURCE) and key not in wrong:
             right = check_label(labels, key, stored, runtime, findings)

@@ -12,7 +12,8 @@ from itertools import filterfalse
 from typing import Any
 
 from dsv4.errors import UserError
-from dsv4.model.labels import has_turboquant, label_of
+from dsv4.model import mtp
+from dsv4.model.labels import has_turboquant, label_of, recorded_mtp
 from dsv4.model.load import block_counts
 from dsv4.model.names import (
     ROUTER,
@@ -179,7 +180,8 @@ def describe_layout(bundle: Scan) -> str:
     """Return the naming scheme as text, with MTP, vision tower and experts left out or added."""
     notes = [f"{bundle.scheme.name} ({bundle.scheme.who})"]
     has_mtp = any(mtp_layer(name) is not None for name in bundle.tensors)
-    if not has_mtp and bundle.config.get("num_nextn_predict_layers"):
+    dropped = recorded_mtp(bundle.config) == mtp.DROPPED
+    if not has_mtp and (dropped or bundle.config.get("num_nextn_predict_layers")):
         notes.append("MTP left out")
     vision = [name for name in bundle.view.recognized.unknown if is_vision(name)]
     if vision:
@@ -265,7 +267,8 @@ def check_triple(
         findings.add("u8-scales-beside-biases", base, shown, "F16 scales")
     elif exponents and weight is not None:
         label = config_label(config, base)
-        if label.get("mode") == "affine" and parse_expert(f"{base}.weight"):
+        kept = mtp.is_mtp(base) and recorded_mtp(config) == mtp.SOURCE  # `check_labels` reports it
+        if label.get("mode") == "affine" and parse_expert(f"{base}.weight") and not kept:
             findings.add("stock-experts", base, shown, "F16 scales and biases, or mode mxfp4")
         elif label_of(weight, scales, biases) is None:
             findings.add("triple-misfit", base, shown, "4 or 8 bits × 32 columns a scale")

@@ -7,8 +7,10 @@ compared with the bundle's own tensors dequantized and run in transformers.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
+from dsv4.model import mtp
 from dsv4.model.chat_template import ENCODING
 from dsv4.model.labels import fp8_bases, has_turboquant
 from dsv4.model.naming_schemes import MLX_LM, STORAGE, VMLX
@@ -103,7 +105,8 @@ def vision_tower(bundle: Scan) -> str:
 
 def fp8_matrices(bundle: Scan) -> str:
     """vMLX 1.3.97 takes every 8-bit module as affine and stops at its missing biases."""
-    return "FP8 matrices as mxfp8, which it crashes on" if fp8_bases(bundle.tensors) else ""
+    loaded = itertools.filterfalse(mtp.is_mtp, fp8_bases(bundle.tensors))
+    return "FP8 matrices as mxfp8, which it crashes on" if any(loaded) else ""
 
 
 def false_turboquant_mark(bundle: Scan) -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dsv4.model import mtp
 from dsv4.model.labels import SOURCE, TURBO
 from dsv4.model.names import stack_of
 from dsv4.model.quantizer_table import is_quantizer, quantizer_properties
@@ -46,11 +47,13 @@ class Comparer:
         self.recorded = metadata.get("requantize_quantizer")
         self.quantizer: Quantizer | None = None
         if is_quantizer(self.recorded):
-            quantizer = get_quantizer(self.recorded, importance, labels_by_stack(bundle))
+            stacks, choice = labels_by_stack(bundle), mtp.choice_of(metadata["requantize_table"])
+            quantizer = get_quantizer(self.recorded, importance, stacks, choice)
             # Another digest: another MLX's table, or an imatrix that was not given.
             if quantizer.digest == metadata.get("requantize_table"):
                 self.quantizer = quantizer
         self._affine = AffineComparer(self.recorded, self.quantizer)
+        self._exact_mtp = mtp.choice_of(metadata.get("requantize_table")) == mtp.SOURCE
 
     def compare(self, task: Task, reader: TensorReader) -> TensorResult:
         """Compare one tensor with its source."""
@@ -59,8 +62,9 @@ class Comparer:
         disk = task.main.disk.partition("[")[0].removesuffix(".weight")
         result.disk = disk if disk != task.base else ""
         properties = quantizer_properties(self.recorded)
-        lossless = properties.keeps_source
-        mixed = task.what == "expert" and properties.mixed
+        as_in_source = self._exact_mtp and mtp.is_mtp(task.base)
+        lossless = properties.keeps_source or as_in_source
+        mixed = task.what == "expert" and properties.mixed and not as_in_source
         if lossless and not mixed and task.label and task.label["mode"] == "affine":
             result.add_fault("rounded", "whole tensor", "affine", "the source's own numbers")
         if self._contradicts_record(task):
@@ -85,7 +89,7 @@ class Comparer:
         """Return whether only one of an expert's stored and recorded formats is TurboQuant."""
         if task.what != "expert" or task.label is None or self.quantizer is None:
             return False
-        turbo = self.quantizer.label["mode"] == TURBO
+        turbo = self.quantizer.form.label(task.base)["mode"] == TURBO
         return turbo != (task.label["mode"] == TURBO)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsv4.model import mtp
 from dsv4.model.source_format import release_name
 from dsv4.storage import limits
 from dsv4.text import escape_line
@@ -28,6 +29,13 @@ SERVE = {
         "python -m vmlx_engine.cli serve ./{name} --host 127.0.0.1 --port 8010"
     ),
     "mlx-vlm": "python -m mlx_vlm.server --model ./{name} --port 8010",
+}
+# What the first paragraph says of MTP or DSpark, by the recorded choice.
+MTP = {
+    mtp.SOURCE: "MTP or DSpark, if the release has it, has the source's own numbers; no server "
+    "loads it.",
+    mtp.DROPPED: "MTP and DSpark were left out (DROP_MTP=1).",
+    mtp.AS_EXPERTS: "",
 }
 
 
@@ -116,9 +124,10 @@ def front_matter(facts: Facts) -> str:
     weights = sum(cell["weights"] for cell in errors["experts"])
     bits = facts.report["sizes"]["by_kind"].get("routed experts", 0) * 8 / max(1, weights)
     release = release_name(facts.bundle.config, facts.bundle.tensors)
+    recorded = mtp.choice_of(facts.report["quantizer"].get("requantize_table"))
     lines.append(
         f"{release} as an MLX bundle: routed experts in {bits:.2f} bits a weight, scales and "
-        f"biases included; everything else as {', '.join(formats)}."
+        f"biases included; everything else as {', '.join(formats)}. {MTP[recorded]}".rstrip()
     )
     return "\n".join(lines)
 
