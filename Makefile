@@ -141,7 +141,7 @@ SETTINGS := REPO BASE RELEASE REVISION SOURCE BUNDLE CONVERTER LOW_DISK SHARD_BY
   FIT SIZE ANY_SHAPE PLAN MTP DROP_MTP
 # An unknown name on the command line stops make. One in config.mk, which may have variables of its
 # own, does if it is nearly that of a setting.
-OTHERS := MODEL STACK NANO_WORK SEED FUZZ
+OTHERS := MODEL STACK NANO_WORK SEED FUZZ MAKE
 UNKNOWN := $(filter-out $(SETTINGS) $(OTHERS),$(in_config_mk) $(foreach name,$(.VARIABLES), \
   $(if $(filter command,$(firstword $(origin $(name)))),$(name)!)))
 UNKNOWN := $(filter-out $(SETTINGS:%=%!) $(OTHERS:%=%!),$(UNKNOWN))
