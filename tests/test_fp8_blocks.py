@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from bundles import Arrays, edit, edit_json, judge, load
+from conftest import script
 from here import here, must, refusal
 from hub_server import Hub
 from test_download import environment
@@ -157,8 +158,8 @@ def test_a_source_on_the_hub_is_judged_by_its_own_blocks(other, tmp_path, monkey
         for name, value in environment(hub, tmp_path / "s").items():
             monkeypatch.setenv(name, value)
         where = ("--source", tmp_path / "s", "--bundle", tmp_path / "b")
-        assert "ok  source: " in here("check", *where, "--repo", "a/right")[1]
-        out = here("check", *where, "--repo", "a/wrong")[1]
+        assert "ok  source: " in script("check", *where, "--repo", "a/right").stdout
+        out = script("check", *where, "--repo", "a/wrong").stdout
         assert "NO  source: " in out
         assert ".scale: F8_E8M0 [" in out
 
