@@ -31,17 +31,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 
-from dsv4.errors import run
-from dsv4.hub.provenance import provenance
-from dsv4.model.chat_template import CHAT_TEMPLATE, RELEASES
-from dsv4.model.folder_roles import bundle_path
-from dsv4.model.load import open_bundle, read_config
-from dsv4.model.runtime_documents import (
+from dsv4.conversion.runtime_documents import (
     changed_keys,
     chat_templates,
     check_json,
     patched_documents,
 )
+from dsv4.errors import run
+from dsv4.model.chat_template import CHAT_TEMPLATE, RELEASES
+from dsv4.model.folder_roles import bundle_path
+from dsv4.model.load import open_bundle, read_config
 from dsv4.settings import add_setting
 from dsv4.storage import limits, locks
 from dsv4.storage.atomic import write_bytes, write_json
@@ -61,9 +60,7 @@ def main() -> int:
     bundle_path(args.bundle, args.source)
     read_config(args.bundle)
     with contextlib.nullcontext() if args.dry_run else locks.locked(args.bundle):
-        there = args.source is not None and args.source.is_dir()
-        origin = provenance(args.source) if there else None
-        wanted = patched_documents(open_bundle(args.bundle), args.source, args.release, origin)
+        wanted = patched_documents(open_bundle(args.bundle), args.source, args.release)
         template, text = (
             args.bundle / CHAT_TEMPLATE,
             chat_templates(args.bundle, args.release)[0].encode(),

@@ -75,9 +75,7 @@ def save(folder: Path, arrays: Arrays, shards: int, metadata: dict[str, str]) ->
         ]
         write_shard(folder / file, planned, metadata)
         weight_map |= dict.fromkeys(mine, file)
-    size = sum(array.nbytes for _, array in arrays.values())
-    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def split(bundle: Path, folder: Path, shards: int = 4, marks: bool = True) -> Path:

@@ -111,7 +111,7 @@ REACHED = {
     "quantization/least_squares.py": "check",
     "conversion/convert.py": "convert",
     "conversion/requantize.py": "convert",
-    "model/runtime_documents.py": "patch",
+    "conversion/runtime_documents.py": "patch",
     "verification/checks/loader_replay.py": "verify",
     "verification/report/verify_page.html.j2": None,
     "acceptance/smoke_questions.py": None,

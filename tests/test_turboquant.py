@@ -264,10 +264,7 @@ def test_repair_says_what_the_tensors_are(finished, tmp_path):
     assert not bundles.judge(folder, NANO).names
     for path in finished.glob("*.*"):
         if path.name != INDEX:
-            ours, right = (folder / path.name).read_bytes(), path.read_bytes()
-            if path.suffix == ".json":  # the order of keys may be another
-                ours, right = json.loads(ours), json.loads(right)
-            assert ours == right, path.name
+            assert (folder / path.name).read_bytes() == path.read_bytes(), path.name
     (folder / "config.json").unlink()
     shutil.rmtree(folder / FOLDER)
     assert mended(folder) == []

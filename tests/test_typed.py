@@ -23,8 +23,8 @@ import pytest
 from conftest import NANO, SEED, must, refusal, script
 
 from dsv4.acceptance.client import Endpoint, ask_question
+from dsv4.conversion import runtime_documents
 from dsv4.errors import UserError
-from dsv4.model import runtime_documents
 from dsv4.model.load import open_bundle
 from dsv4.model.special_tokens import token_ids
 from dsv4.storage.checkpoint import read_json

@@ -18,7 +18,7 @@ from dsv4.storage.checkpoint import INDEX, Checkpoint, read_json
 from dsv4.storage.disk_space import check_free_space
 from dsv4.verification.checks import check_all
 from dsv4.verification.report.findings import Findings
-from dsv4.verification.scan import Scan, scan
+from dsv4.verification.scan import scan
 
 NEEDS_SOURCE = "name the FP4/FP8 source: make repair SOURCE=…"
 
@@ -50,7 +50,7 @@ class Action:
 
 @dataclass
 class RepairContext:
-    """State of one repair. `findings`, `actions`, `left`, `experts`, `scan`: of the last look.
+    """State of one repair. `findings`, `actions`, `left` and `experts` are of the last look.
 
     left: error lines of faults for which nothing can be planned.
     experts: labels of the experts as the shard actions leave them, by storage name; None when the
@@ -64,7 +64,6 @@ class RepairContext:
     actions: list[Action] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
     experts: dict[str, dict[str, Any]] | None = None
-    scan: Scan | None = None
 
     @property
     def bundle(self) -> Path:
@@ -73,9 +72,9 @@ class RepairContext:
     def look(self) -> None:
         """Run level 1 without the toolchain, and forget the plan that was made before."""
         self.findings, self.actions, self.left, self.experts = Findings(), [], [], None
-        self.scan = scan(self.bundle, self.findings)
-        if self.scan is not None:
-            check_all.check_headers(self.scan, self.source, self.findings)
+        bundle = scan(self.bundle, self.findings)
+        if bundle is not None:
+            check_all.check_headers(bundle, self.source, self.findings)
 
     def plan(self, found: str, change: str, apply: Callable[[], object]) -> None:
         """Add an action to the plan."""

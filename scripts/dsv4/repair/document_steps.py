@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dsv4.conversion import runtime_documents
 from dsv4.conversion.bundle_files import quantizer_record
 from dsv4.conversion.tokenizer_files import REQUIRED, copy_files, required_files
 from dsv4.errors import UserError
-from dsv4.hub.provenance import provenance
-from dsv4.model import defaults, labels, runtime_documents
+from dsv4.model import defaults, labels
 from dsv4.model.chat_template import CHAT_TEMPLATE, ENCODING, encoding_release, template_for
 from dsv4.model.names import GROUP
 from dsv4.quantization.formats import get_quantizer
@@ -36,9 +36,7 @@ from dsv4.storage.checkpoint import INDEX, Checkpoint, read_json
 from dsv4.verification.checks import (
     check_all,
     conversation,
-    document_fields,
     runtime_outcomes,
-    stray_files,
     turboquant_files,
 )
 from dsv4.verification.checks.documents import group_size
@@ -60,9 +58,6 @@ METADATA = {
     "generation-config-": ("generation_config.json",),
     "jang-config-": ("jang_config.json",),
     "turbo-config-": turboquant_files.DOCUMENTS,
-    "config-differs": ("config.json",),
-    "document-differs": DOCUMENTS,
-    "document-steers": DOCUMENTS,
 }
 # Finding → the file to copy from the source; "" when that file is missing or no JSON anyway.
 FILES = {
@@ -87,7 +82,6 @@ def plan_index(repair: RepairContext) -> None:
     """
     found = repair.findings.names
     faults = [n for n in sorted(found) if n.startswith("index-") or n == "shard-missing"]
-    faults += ["document-twice"] if INDEX in repeating(repair) else []
     if faults:
         write = functools.partial(write_index, repair)
         repair.plan(", ".join(faults), f"rebuilt: {INDEX}", write)
@@ -96,8 +90,6 @@ def plan_index(repair: RepairContext) -> None:
 def plan_files(repair: RepairContext) -> None:
     """Plan copies of missing or wrong tokenizer and encoding files, from source or reference."""
     faults = sorted(repair.findings.names & set(FILES))
-    twice = {"tokenizer.json"} & {*repeating(repair)}
-    faults += ["document-twice"] * len(twice)
     if not faults:
         return
     origin = repair.options.reference or repair.options.source
@@ -105,7 +97,7 @@ def plan_files(repair: RepairContext) -> None:
         raise UserError(f"{repair.bundle}", ", ".join(faults), "tokenizer and encoding files",
                    f"{NEEDS_SOURCE}, or a bundle that has them: REFERENCE=…")  # fmt: skip
     bad = {n for n in REQUIRED if n.endswith(".json") and is_broken(repair.bundle, n)}
-    bad |= {FILES[name] for name in faults if name in FILES} | twice
+    bad |= {FILES[name] for name in faults}
     bad |= {conversation.SPECIAL} if "special-token-wrong" in faults else set()
     names = [n for n in required_files(origin) if n in bad or size_of(repair.bundle / n) == 0]
     stale = {conversation.SPECIAL} & bad - set(required_files(origin))  # the source has none
@@ -130,7 +122,6 @@ def plan_metadata(repair: RepairContext) -> None:
     found = repair.findings
     files = {f for name in found.names for start, of in METADATA.items() if name.startswith(start)
              for f in of}  # fmt: skip
-    files |= {*DOCUMENTS} & {*repeating(repair)}
     bundle = open_by_shards(repair.bundle)
     makers = {
         "config.json": lambda: relabelled_config(repair),
@@ -208,19 +199,16 @@ def plan_document(repair: RepairContext, name: str, make: Callable[[], dict[str,
     The content is made again when the action is applied, after the actions before it.
     """
     source = repair.source.folder if repair.source is not None else None
-    twice = repeating(repair)
-    wrong = [one for one in differences_of(repair) if one.file == name]
 
     def content() -> dict[str, Any]:
-        made = document_fields.restored(make(), wrong)
-        made = runtime_documents.cleaned(repair.bundle, source, name, made)
+        made = runtime_documents.cleaned(repair.bundle, source, name, make())
         runtime_documents.check_json(name, made)
         return made
 
     def apply() -> None:
         remove_broken(repair, [name])
         made = content()
-        if name in twice or runtime_documents.changed_keys(repair.bundle, {name: made}):
+        if runtime_documents.changed_keys(repair.bundle, {name: made}):
             repair.backup.keep([name])
             write_json(repair.bundle / name, made)
 
@@ -229,43 +217,8 @@ def plan_document(repair: RepairContext, name: str, make: Callable[[], dict[str,
         return
     changes = runtime_documents.changed_keys(repair.bundle, {name: content()})
     keys = [change.removeprefix(f"{name}: ") for change in changes]
-    if name in twice:
-        repair.plan(f"{name}: {', '.join(twice[name])} twice", "each written once", apply)
-    elif changes:
+    if changes:
         repair.plan(f"{name}: other {', '.join(keys)} than runtimes need", "set", apply)
-
-
-def differences_of(repair: RepairContext) -> list[document_fields.Difference]:
-    """Return the fields that are not as expected, by the last look."""
-    if repair.scan is None:
-        return []
-    return list(document_fields.document_differences(repair.scan, repair.source))
-
-
-def repeating(repair: RepairContext) -> dict[str, list[str]]:
-    """Return JSON file → its keys that stand twice in an object, of the files that have some."""
-    found: dict[str, list[str]] = {}
-    for name in (
-        (*DOCUMENTS, "tokenizer.json", INDEX) if "document-twice" in repair.findings else ()
-    ):
-        with contextlib.suppress(UserError):
-            read_json(repair.bundle / name, twice=found.setdefault(name, []))
-    return {name: keys for name, keys in found.items() if keys}
-
-
-def plan_strays(repair: RepairContext) -> None:
-    """Plan to move away, or replace by the source's, small files that steer a runtime."""
-    if repair.scan is None or repair.source is None:
-        return
-    theirs = repair.source.folder
-    for name in dict.fromkeys(one[0] for one in stray_files.strays(repair.scan, repair.source)):
-
-        def apply(name: str = name) -> None:
-            repair.backup.keep([name])
-            safe_paths.remove(repair.bundle, name)
-            copy_files(theirs, repair.bundle, [name] if (theirs / name).is_file() else [])
-
-        repair.plan(f"{name}: it steers a runtime", "moved away, or copied from the source", apply)
 
 
 def relabelled_config(repair: RepairContext) -> dict[str, Any]:
@@ -310,10 +263,7 @@ def jang_config(repair: RepairContext, found: Findings) -> dict[str, Any]:
     path = repair.bundle / "jang_config.json"
     own = read_json(path) if path.is_file() else {}
     kept = {key: own[key] for key in ("source_model", "source") if key in own}
-    source = repair.options.source
-    content = (
-        runtime_documents.jang_config(repair.bundle, provenance(source) if source else None) | kept
-    )
+    content = runtime_documents.jang_config(repair.bundle, repair.options.source) | kept
     bundle = foreign_layouts.scan_bundle(open_by_shards(repair.bundle))
     quantized = own.get("quantization")
     if "jang-config-group-size" in found:

@@ -14,7 +14,6 @@ from dsv4.repair.document_steps import (
     plan_index,
     plan_metadata,
     plan_outcomes,
-    plan_strays,
 )
 from dsv4.repair.folder_steps import (
     config_fault,
@@ -38,7 +37,6 @@ PLANNERS = (
     plan_shards,
     plan_index,
     plan_files,
-    plan_strays,
     plan_metadata,
     plan_sidecar,
     plan_outcomes,

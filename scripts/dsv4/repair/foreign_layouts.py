@@ -10,8 +10,8 @@ import copy
 from collections import Counter
 from typing import Any
 
+from dsv4.conversion import runtime_documents
 from dsv4.errors import UserError
-from dsv4.model import runtime_documents
 from dsv4.model.labels import DEFAULT, MXFP8, SOURCE, TURBO, has_turboquant
 from dsv4.model.names import is_control, parse_expert
 from dsv4.model.naming_schemes import STORAGE

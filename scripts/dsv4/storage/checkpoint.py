@@ -6,7 +6,6 @@ Only JSON and headers are read: seconds for 180 GB. Nothing here depends on the 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -53,34 +52,23 @@ class Checkpoint:
         return sum(shard.size for shard in self.shards.values())
 
 
-def read_json(path: Path, form: Form = OBJECT, twice: list[str] | None = None) -> dict[str, Any]:
+def read_json(path: Path, form: Form = OBJECT) -> dict[str, Any]:
     """Read a JSON object and validate it (see json_types.py).
 
-    twice: gets the keys that stand twice in one object; the last of them counts.
     Raises UserError when the file is missing, larger than limits.DOCUMENT, a Git LFS pointer, not
     JSON, or of other types.
     """
     if not path.is_file():
         raise UserError(f"{path}", "no such file", "a JSON file", "check the folder")
-    return parse_json(limits.read_bounded(path), f"{path}", form, twice)
+    return parse_json(limits.read_bounded(path), f"{path}", form)
 
 
-def parse_json(
-    data: bytes, where: str, form: Form = OBJECT, twice: list[str] | None = None
-) -> dict[str, Any]:
-    """Parse a JSON object. `twice`, and what it raises, as of `read_json`."""
-
-    def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
-        if len(made) < len(pairs):
-            twice.extend(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
-        return made
-
+def parse_json(data: bytes, where: str, form: Form = OBJECT) -> dict[str, Any]:
+    """Parse a JSON object. Raises UserError as `read_json` does."""
     todo = "restore this file"
     limits.check_json_size(data, where)
     try:
-        text = data.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=None if twice is None else collect)
+        value = json.loads(data.decode("utf-8"))
         limits.check_surrogates(data, value)
         deep = not limits.is_shallow(value)
     except (ValueError, RecursionError) as error:

@@ -24,7 +24,7 @@ from dsv4.storage import limits
 from dsv4.storage.checkpoint import INDEX, Checkpoint, is_file_name, read_json
 from dsv4.storage.json_types import OBJECT
 from dsv4.storage.safetensors_file import Shard, Tensor, read_shard
-from dsv4.text import escape_line, short_repr
+from dsv4.text import short_repr
 from dsv4.verification.report.findings import Findings
 
 # JSON file that runtimes read → the finding if it is missing or no JSON object.
@@ -151,13 +151,10 @@ def read_json_documents(
             if name != "jang_config.json":  # `check_stops` reports it: only vMLX needs it
                 findings.add(fault, name, "no such file", "one")
             continue
-        twice: list[str] = []
         try:
-            documents[name] = read_json(folder / name, FORMS.get(name, OBJECT), twice)
+            documents[name] = read_json(folder / name, FORMS.get(name, OBJECT))
         except UserError as stop:
             findings.add(fault, name, f"{stop}", "a readable JSON object")
-        for key in twice:
-            findings.add("document-twice", f"{name}: {escape_line(key, 60)}", "it twice", "once")
     return documents
 
 

@@ -12,12 +12,10 @@ from dsv4.storage.checkpoint import Checkpoint
 from dsv4.toolchain.python_env import probe
 from dsv4.verification.checks import (
     conversation,
-    document_fields,
     documents,
     headers,
     loading,
     runtime_outcomes,
-    stray_files,
     turboquant_files,
 )
 from dsv4.verification.checks.runtime_requirements import quantized_head
@@ -48,8 +46,6 @@ def check_headers(bundle: Scan, source: Checkpoint | None, findings: Findings) -
         documents.check_stops(bundle, findings),
         documents.check_defaults(bundle, source, findings),
         *conversation.check_conversation(bundle, source, findings),
-        document_fields.check_document_fields(bundle, source, findings),
-        stray_files.check_stray_files(bundle, source, findings),
     ]
     if source is not None:
         checks.append(headers.check_counterparts(bundle, source, findings))

@@ -37,7 +37,6 @@ ERRORS = {
         "shard-broken": "The file is truncated, or its header is not a safetensors header.",
     },
     REPAIR: {
-        "document-twice": "A key stands twice in an object: programs differ in which they take.",
         "index-broken": "Runtimes find tensors by the index.",
         "index-entry-dangling": "The index names a tensor that does not exist.",
         "index-entry-missing": "The index does not name a tensor that exists.",
@@ -86,9 +85,6 @@ ERRORS = {
         "turbo-sidecar-wrong": "vMLX in Swift reads TurboQuant's signs and levels from it.",
     },
     FROM_SOURCE: {
-        "config-differs": "The model is built by config.json; this one builds another model.",
-        "document-differs": "A runtime reads this key, and the recipe writes another value.",
-        "document-steers": "The source has no such key or file, and it steers a runtime.",
         "encoding-missing": "vMLX 1.6.81 builds prompts with encoding/encoding_dsv4.py.",
         "encoding-differs": "vMLX runs encoding/encoding_dsv4.py when it serves; this is not the "
         "source's.",
@@ -113,6 +109,7 @@ ERRORS = {
         "was interrupted.",
     },
     CONVERT: {
+        "config-differs": "The model is built by config.json; this one builds another model.",
         "marks-mixed": "Shards were made from different sources or by different quantizers.",
         "tensor-twice": "Which of two tensors of one name is loaded depends on the order of files.",
         "tensor-missing": "A parameter keeps its random or zero initial value.",
@@ -231,8 +228,6 @@ WARNINGS = {
         "with loss.",
     },
     "none needed": {
-        "document-addition": "A key or a value that this recipe does not write, where no runtime "
-        "reads it.",
         "module-other-device": "8-bit modules were quantized on another device than a CPU: right, "
         "but not byte for byte.",
         "zeros-moved": "Zeros of the source do not decode to zero, as mx.quantize's would; the "

@@ -1,8 +1,4 @@
-"""Make the small files that runtimes read: stop tokens, chat template, labels, defaults.
-
-`written_documents` makes them from the source, as convert and patch write them. The other functions
-change the documents of a folder, as patch and repair do.
-"""
+"""Make the small files that runtimes read: stop tokens, chat template, labels, defaults."""
 
 from __future__ import annotations
 
@@ -13,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.errors import UserError
-from dsv4.model import configs, defaults
-from dsv4.model.bundle_tensors import StorageFormat
+from dsv4.hub.provenance import provenance
+from dsv4.model import defaults
 from dsv4.model.chat_template import (
     CHAT_TEMPLATE,
     EFFORT_KEY,
@@ -26,7 +22,7 @@ from dsv4.model.chat_template import (
 )
 from dsv4.model.configs import without_code
 from dsv4.model.json_schemas import origin_of
-from dsv4.model.labels import RECORD, quantization
+from dsv4.model.labels import quantization
 from dsv4.model.load import expert_labels
 from dsv4.model.names import GROUP
 from dsv4.model.special_tokens import BOS, EOS, text_of, token_ids
@@ -34,53 +30,18 @@ from dsv4.storage import limits
 from dsv4.storage.checkpoint import Checkpoint, read_json
 
 UNRECORDED = "not recorded"
-TOKENIZER = "tokenizer_config.json"
-
-
-def written_documents(
-    source: Checkpoint, bundle: Path, form: StorageFormat, record: dict[str, str], release: str = ""
-) -> dict[str, dict[str, Any]]:
-    """Return what convert, finalize and patch write of `source`, for the four JSON files.
-
-    bundle: the folder, for its tokenizer and encoding. record: the quantizer's, of config.json.
-    The labels, the origin of the source and the chat template are left out: they follow from the
-    bundle. A file that finalize copies and the source lacks is left out as well. Raises UserError
-    for a tokenizer without DeepSeek-V4's tokens.
-    """
-    release = release or folder_release(bundle) or "first"
-    theirs = {
-        name: read_json_or_none(source.folder, name) for name in (defaults.GENERATION, TOKENIZER)
-    }
-    config = configs.bundle_config(source, form.expert) | {RECORD: record}
-    jang = configs.jang_config(source, form, "")
-    contents = {
-        "config.json": with_stop_tokens(config, bundle),
-        defaults.GENERATION: with_generation_tokens(theirs[defaults.GENERATION] or {}, bundle),
-        "jang_config.json": with_effort_levels(with_group_size(jang), release),
-    }
-    if theirs[TOKENIZER] is not None:
-        contents[TOKENIZER] = with_special_tokens(theirs[TOKENIZER])
-    return {
-        name: cleaned(bundle, source.folder, name, content) for name, content in contents.items()
-    }
 
 
 def patched_documents(
-    bundle: Checkpoint,
-    source: Path | None = None,
-    release: str = "",
-    origin: dict[str, Any] | None = None,
+    bundle: Checkpoint, source: Path | None = None, release: str = ""
 ) -> dict[str, dict[str, Any]]:
-    """Return file name → the content that it should have, for the four JSON files.
-
-    origin: of the source, as `jang_config` takes it.
-    """  # fmt: skip
+    """Return file name → the content that it should have, for the four JSON files."""
     folder = bundle.folder
     contents = {
         "config.json": patched_config(bundle, expert_labels(bundle)),
-        defaults.GENERATION: generation_config(folder),
-        TOKENIZER: tokenizer_config(folder, release),
-        "jang_config.json": jang_config(folder, origin, release),
+        "generation_config.json": generation_config(folder),
+        "tokenizer_config.json": tokenizer_config(folder, release),
+        "jang_config.json": jang_config(folder, source, release),
     }
     return {name: cleaned(folder, source, name, content) for name, content in contents.items()}
 
@@ -119,42 +80,28 @@ def patched_config(bundle: Checkpoint, experts: dict[str, dict[str, Any]] | None
         content.pop("quantization_config", None)
     if experts is not None:
         content["quantization"] = quantization(experts, bundle.tensors)
-    return with_stop_tokens(content, bundle.folder)
-
-
-def with_stop_tokens(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return config.json with the ids of the folder's tokenizer."""
-    config = {**config, "eos_token_id": token_ids(folder)}
-    if "bos_token_id" in config:
-        config["bos_token_id"] = token_ids(folder, (BOS,))[0]
-    return config
+    content["eos_token_id"] = token_ids(bundle.folder)
+    if "bos_token_id" in content:
+        content["bos_token_id"] = token_ids(bundle.folder, (BOS,))[0]
+    return content
 
 
 def generation_config(folder: Path) -> dict[str, Any]:
     """Return generation_config.json with the ids of BOS and of the stop tokens."""
-    path = folder / defaults.GENERATION
-    return with_generation_tokens(read_json(path) if path.is_file() else {}, folder)
-
-
-def with_generation_tokens(content: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return generation_config.json with the ids of the folder's tokenizer."""
+    path = folder / "generation_config.json"
+    content = read_json(path) if path.is_file() else {}
     bos = token_ids(folder, (BOS,))[0]
     return {**content, "bos_token_id": bos, "eos_token_id": token_ids(folder)}
 
 
 def tokenizer_config(folder: Path, release: str = "") -> dict[str, Any]:
     """Return tokenizer_config.json with its special tokens and a template."""
-    content = with_special_tokens(read_json(folder / TOKENIZER))
+    content = read_json(folder / "tokenizer_config.json")
+    for key, token in (("bos_token", BOS), ("eos_token", EOS)):
+        if text_of(content.get(key)) != token:
+            content[key] = token
     content["chat_template"] = chat_templates(folder, release)[1]
     return content
-
-
-def with_special_tokens(content: dict[str, Any]) -> dict[str, Any]:
-    """Return tokenizer_config.json with DeepSeek-V4's first and last token."""
-    wrong = {
-        k: t for k, t in (("bos_token", BOS), ("eos_token", EOS)) if text_of(content.get(k)) != t
-    }
-    return {**content, **wrong}
 
 
 def chat_templates(folder: Path, release: str = "") -> tuple[str, Any]:
@@ -164,7 +111,7 @@ def chat_templates(folder: Path, release: str = "") -> tuple[str, Any]:
     place gets it too. If none has, both get this recipe's.
     """
     in_file = template_file(folder)
-    in_config = read_json(folder / TOKENIZER).get("chat_template")
+    in_config = read_json(folder / "tokenizer_config.json").get("chat_template")
     own = template_for(folder, release)
     in_file, in_config = (
         text if text and not is_own_template(text) else None for text in (in_file, in_config)
@@ -182,32 +129,27 @@ def template_file(folder: Path) -> str | None:
         return None
 
 
-def jang_config(folder: Path, origin: dict[str, Any] | None, release: str = "") -> dict[str, Any]:
+def jang_config(folder: Path, source: Path | None, release: str = "") -> dict[str, Any]:
     """Return jang_config.json with groups of 32 and the source's origin instead of a local path.
 
-    The reasoning efforts become those of `release`, or of the folder's encoding file. origin: the
-    source's repo, commit and hashes; None: what was recorded earlier is kept.
+    The reasoning efforts become those of `release`, or of the folder's encoding file.
+
+    Without a source folder the origin that was recorded earlier is kept.
     """
     path = folder / "jang_config.json"
     content = read_json(path) if path.is_file() else {"weight_format": "affine"}
-    content = with_effort_levels(with_group_size(content), release or folder_release(folder))
-    origin = origin or origin_of(content)
+    quantized = content.get("quantization")
+    quantized = quantized if isinstance(quantized, dict) else {}
+    content = {**content, "quantization": {**quantized, "group_size": GROUP}}
+    content = with_effort_levels(content, release or folder_release(folder))
+    origin = origin_of(content)
     content.pop("source", None)
+    if source is not None and source.is_dir():
+        origin = provenance(source)
     if origin is None:
         return {**content, "source_model": UNRECORDED}
-    return {**content, "source_model": model_name(origin), "source": origin}
-
-
-def with_group_size(document: dict[str, Any]) -> dict[str, Any]:
-    """Return jang_config.json with groups of 32."""
-    quantized = document.get("quantization")
-    quantized = quantized if isinstance(quantized, dict) else {}
-    return {**document, "quantization": {**quantized, "group_size": GROUP}}
-
-
-def model_name(origin: dict[str, Any]) -> str:
-    """Return the value of source_model for an origin."""
-    return f"{origin['repo']}@{origin['commit']}"
+    named = f"{origin['repo']}@{origin['commit']}"
+    return {**content, "source_model": named, "source": origin}
 
 
 def with_effort_levels(document: dict[str, Any], release: str | None) -> dict[str, Any]:
