@@ -88,10 +88,17 @@ def test_the_replay_ends_with_its_parent_and_leaves_nothing(good, tmp_path, how)
     env = {**os.environ, "TMPDIR": str(tmp_path)}
     command = [sys.executable, SCRIPTS / "verify.py", "--bundle", good, "--level", "1"]
     parent = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    wait_for(lambda: list(tmp_path.glob("hollow-*/log")))
+    wait_for(lambda: (parent.pid, True) in children("runtime_answers"))
     parent.send_signal(how)
     parent.communicate()
     wait_for(lambda: not list(tmp_path.glob("hollow-*")))
+
+
+def children(word: str) -> list[tuple[int, bool]]:
+    """(parent, whether the command has the word) of every process."""
+    shown = subprocess.run(["ps", "-axo", "ppid=,command="], capture_output=True, text=True)
+    pairs = (line.split(None, 1) for line in shown.stdout.splitlines())
+    return [(int(pair[0]), word in pair[-1]) for pair in pairs]
 
 
 def wait_for(what) -> None:
