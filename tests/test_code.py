@@ -96,7 +96,7 @@ def test_the_replay_ends_with_its_parent_and_leaves_nothing(good, tmp_path, how)
 
 def children(word: str) -> list[tuple[int, bool]]:
     """(parent, whether the command has the word) of every process."""
-    shown = subprocess.run(["ps", "-axo", "ppid=,command="], capture_output=True, text=True)
+    shown = subprocess.run(["ps", "-axwwo", "ppid=,command="], capture_output=True, text=True)
     pairs = (line.split(None, 1) for line in shown.stdout.splitlines())
     return [(int(pair[0]), word in pair[-1]) for pair in pairs]
 
