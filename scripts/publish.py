@@ -31,7 +31,7 @@ from dsv4.hub import repository
 from dsv4.hub.file_transfer import file_hash
 from dsv4.hub.provenance import provenance
 from dsv4.hub.repository import HubFile
-from dsv4.hub.upload import Item, check_login, list_all, made, stale_shards, upload
+from dsv4.hub.upload import Item, check_login, list_all, stale_shards, text_item, upload
 from dsv4.model.json_schemas import origin_of
 from dsv4.settings import add_setting, parse_path, parse_seconds
 from dsv4.storage import limits
@@ -142,7 +142,10 @@ def public_report(report: dict[str, Any], to: str) -> str:
 
 def attachments(options: PublishOptions, report: dict[str, Any], text: str) -> list[Item]:
     """Return the model card `text`, the report and its page, and the source's licence."""
-    items = [made("README.md", text), made("verify.json", public_report(report, options.to))]
+    items = [
+        text_item("README.md", text),
+        text_item("verify.json", public_report(report, options.to)),
+    ]
     if options.page and options.page.is_file():
         if options.page.stat().st_mtime < options.report.stat().st_mtime:
             raise UserError(
@@ -151,9 +154,11 @@ def attachments(options: PublishOptions, report: dict[str, Any], text: str) -> l
         page = read_text(options.page)
         page = page.replace(report["bundle"], options.to) if report["bundle"] else page
         folder = (report["source"] or {}).get("folder")
-        items.append(made("verify.html", page.replace(folder, "the source") if folder else page))
+        items.append(
+            text_item("verify.html", page.replace(folder, "the source") if folder else page)
+        )
     for path in sorted(options.source.glob("LICENSE*")) if options.source else []:
-        items.append(made(path.name, read_text(path)))
+        items.append(text_item(path.name, read_text(path)))
     return items
 
 

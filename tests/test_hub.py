@@ -23,7 +23,7 @@ from dsv4.errors import UserError
 from dsv4.hub import http, hub_errors, remote_headers, repository, retry
 from dsv4.hub.file_transfer import Transfer
 from dsv4.hub.repository import listing
-from dsv4.hub.upload import Item, made, upload
+from dsv4.hub.upload import Item, text_item, upload
 from dsv4.storage import filesystem
 from dsv4.storage.checkpoint import read_json
 from dsv4.storage.safetensors_file import read_shard
@@ -298,7 +298,7 @@ def test_a_range_from_a_server_without_ranges_is_refused(hub):
 
 # --- Uploads --------------------------------------------------------------------------------------
 
-MADE = [made("a.json", "{}")]
+MADE = [text_item("a.json", "{}")]
 STEPS = ("api/repos/create", "api/models/.*/revision", "preupload", "commit/main")
 
 

@@ -1,4 +1,4 @@
-"""How MTP and DSpark are stored: as in the source, as the other experts, or not at all.
+"""Test the three ways to store MTP and DSpark: as the source, as the other experts, dropped.
 
 Catches: a choice that changes a tensor of a main layer, or the answers of a server; MTP that is not
 the source's to the last bit; a choice that a later stage forgets, of a finished bundle or of one
@@ -77,58 +77,58 @@ def test_the_choice_is_kept_by_every_stage_and_changes_no_main_layer(
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> dict[str, Path]:
-    """The nano by mlx, by choice."""
+def nanos(tmp_path_factory) -> dict[str, Path]:
+    """Choice → the nano's bundle by mlx."""
     folder = tmp_path_factory.mktemp("made")
     return {choice: build(NANO, folder / choice, *OPTIONS[choice]) for choice in OPTIONS}
 
 
-def test_config_and_card_say_what_became_of_it(made, tmp_path):
+def test_config_and_card_say_what_became_of_it(nanos, tmp_path):
     said = {choice: json.loads((at / "config.json").read_text())["requantize"]
-            for choice, at in made.items()}  # fmt: skip
+            for choice, at in nanos.items()}  # fmt: skip
     assert {choice: record.get("mtp") for choice, record in said.items()} == {
         mtp.SOURCE: "source", mtp.AS_EXPERTS: None, mtp.DROPPED: "dropped",
     }  # fmt: skip
     for choice, words in ((mtp.SOURCE, "has the source's own numbers"), (mtp.DROPPED, "left out")):
         out = tmp_path / f"{choice}.json"
         must(
-            "verify", "--bundle", made[choice], "--source", NANO, "--without-loader", "--json", out
+            "verify", "--bundle", nanos[choice], "--source", NANO, "--without-loader", "--json", out
         )
-        seen = scan(made[choice], Findings())
+        seen = scan(nanos[choice], Findings())
         facts = card.Facts("user/name", seen, json.loads(out.read_text()), None, None)
         assert words in card.front_matter(facts)
-    assert "MTP left out" in must("verify", "--bundle", made[mtp.DROPPED], "--level", 1,
+    assert "MTP left out" in must("verify", "--bundle", nanos[mtp.DROPPED], "--level", 1,
                                   "--without-loader")  # fmt: skip
 
 
 @pytest.mark.parametrize("other", ["lossless", "turboquant2"])
 @pytest.mark.parametrize("choice", OPTIONS)
-def test_there_and_back_every_file_is_the_same(other, choice, made, tmp_path):
-    bundle = shutil.copytree(made[choice], tmp_path / "bundle")
+def test_there_and_back_every_file_is_the_same(other, choice, nanos, tmp_path):
+    bundle = shutil.copytree(nanos[choice], tmp_path / "bundle")
     both = ("--source", NANO, "--bundle", bundle)
     must("requantize", *both, "--quantizer", other)
     assert not bundles.judge(finish(NANO, bundle), NANO).errors
     # A lossless bundle with MTP has the source's, whatever it was made from.
     back = OPTIONS[choice] if (other, choice) == ("lossless", mtp.AS_EXPERTS) else ()
     must("requantize", *both, "--quantizer", "mlx", *back)
-    assert files(finish(NANO, bundle)) == files(made[choice])
+    assert files(finish(NANO, bundle)) == files(nanos[choice])
 
 
 @pytest.mark.parametrize("choice", OPTIONS)
 @pytest.mark.parametrize("before", [mtp.SOURCE, mtp.AS_EXPERTS])
-def test_a_finished_bundle_changes_if_it_is_asked_to(choice, before, made, tmp_path):
-    bundle = shutil.copytree(made[before], tmp_path / "bundle")
+def test_a_finished_bundle_changes_if_it_is_asked_to(choice, before, nanos, tmp_path):
+    bundle = shutil.copytree(nanos[before], tmp_path / "bundle")
     asked = OPTIONS[choice] or ("--mtp", "source")
     must("requantize", "--source", NANO, "--bundle", bundle, *asked)
-    assert files(finish(NANO, bundle)) == files(made[choice])
+    assert files(finish(NANO, bundle)) == files(nanos[choice])
 
 
-def test_what_was_dropped_is_made_by_convert_alone(made, tmp_path):
-    bundle = shutil.copytree(made[mtp.DROPPED], tmp_path / "bundle")
+def test_what_was_dropped_is_made_by_convert_alone(nanos, tmp_path):
+    bundle = shutil.copytree(nanos[mtp.DROPPED], tmp_path / "bundle")
     both = ("--source", NANO, "--bundle", bundle)
     for command in ("convert", "requantize"):
         assert "convert" in refusal(command, *both, "--mtp", "source")
-    assert files(bundle) == files(made[mtp.DROPPED])
+    assert files(bundle) == files(nanos[mtp.DROPPED])
 
 
 def test_an_unfinished_convert_goes_on_with_the_choice_that_it_began_with(tmp_path):
@@ -139,16 +139,16 @@ def test_an_unfinished_convert_goes_on_with_the_choice_that_it_began_with(tmp_pa
     assert files(tmp_path / "bundle") == files(tmp_path / "whole")
 
 
-def test_mtp_that_is_not_what_the_record_says_is_found(made, tmp_path):
-    bundle = shutil.copytree(made[mtp.AS_EXPERTS], tmp_path / "rounded")
-    record = json.loads((made[mtp.SOURCE] / "config.json").read_text())["requantize"]
+def test_mtp_that_is_not_what_the_record_says_is_found(nanos, tmp_path):
+    bundle = shutil.copytree(nanos[mtp.AS_EXPERTS], tmp_path / "rounded")
+    record = json.loads((nanos[mtp.SOURCE] / "config.json").read_text())["requantize"]
     arrays = bundles.load(bundle)
     metadata = dict(next(iter(open_bundle(bundle).shards.values())).metadata)
     bundles.save(bundle, arrays, 1, metadata | {"requantize_table": record["table"]})
     bundles.edit_json(bundle / "config.json", lambda config: config.update(requantize=record))
     assert "rounded" in bundles.judge(bundle, NANO).names
-    lost = shutil.copytree(made[mtp.DROPPED], tmp_path / "lost")
-    plain = json.loads((made[mtp.AS_EXPERTS] / "config.json").read_text())["requantize"]
+    lost = shutil.copytree(nanos[mtp.DROPPED], tmp_path / "lost")
+    plain = json.loads((nanos[mtp.AS_EXPERTS] / "config.json").read_text())["requantize"]
     bundles.edit_json(lost / "config.json", lambda config: config.update(requantize=plain))
     assert "tensor-missing" in bundles.judge(lost, NANO).names
 
@@ -163,8 +163,8 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("name", PLANTED)
-def test_one_flipped_bit_is_named(name, made, tmp_path):
-    bundle = shutil.copytree(made[mtp.SOURCE], tmp_path / "bundle")
+def test_one_flipped_bit_is_named(name, nanos, tmp_path):
+    bundle = shutil.copytree(nanos[mtp.SOURCE], tmp_path / "bundle")
     bundles.flip(bundle, name, 5, 1)
     found = bundles.judge(bundle, NANO)
     assert found.names == {PLANTED[name]}
@@ -173,10 +173,10 @@ def test_one_flipped_bit_is_named(name, made, tmp_path):
 
 @pytest.mark.parametrize("base", ["mtp.0.ffn.experts.3.w3", "mtp.0.e_proj"])
 @pytest.mark.parametrize("quantizer", ["mlx", "turboquant2"])
-def test_a_lost_label_is_named_and_repaired(base, quantizer, made, tmp_path):
+def test_a_lost_label_is_named_and_repaired(base, quantizer, nanos, tmp_path):
     bundle = tmp_path / "bundle"
     if quantizer == "mlx":
-        shutil.copytree(made[mtp.SOURCE], bundle)
+        shutil.copytree(nanos[mtp.SOURCE], bundle)
     else:
         build(NANO, bundle, "--quantizer", quantizer)
     right = (bundle / "config.json").read_bytes()
@@ -192,23 +192,25 @@ def test_both_settings_are_one_line(tmp_path):
     assert "MTP and DROP_MTP: found both" in said
 
 
-def test_a_lost_config_is_made_anew_by_what_the_shards_record(made, tmp_path):
+def test_a_lost_config_is_made_anew_by_what_the_shards_record(nanos, tmp_path):
     for choice in OPTIONS:
-        bundle = shutil.copytree(made[choice], tmp_path / choice)
+        bundle = shutil.copytree(nanos[choice], tmp_path / choice)
         (bundle / "config.json").write_text("{}")
         must("repair", "--source", NANO, "--bundle", bundle, "--without-loader")
         assert not bundles.judge(bundle, NANO).errors
-        right, now = (json.loads((at / "config.json").read_text()) for at in (made[choice], bundle))
+        right, now = (
+            json.loads((at / "config.json").read_text()) for at in (nanos[choice], bundle)
+        )
         assert now["requantize"] == right["requantize"]
         assert now["quantization"] == right["quantization"]
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("how", ["loader", "mlx-lm", "mlx-vlm"])
-def test_every_runtime_answers_alike(how, made, tmp_path):
+def test_every_runtime_answers_alike(how, nanos, tmp_path):
     python, prompts = ROOT / ".toolchain" / "new" / "bin" / "python", [[0, 5, 9, 40], [0, 12, 13]]
     found = set()
-    for choice, bundle in made.items():
+    for choice, bundle in nanos.items():
         out = tmp_path / f"{choice}.npy"
         command = [python, SCRIPTS / "lab" / "logits.py", "--folder", bundle, "--how", how,
                    "--every", "--out", out]  # fmt: skip

@@ -288,19 +288,19 @@ def kill_after(pid: int, bundle: Path, more: int, delay: float) -> int:
     Returns how many there are then.
     """
     work = bundle.with_name(f".{bundle.name}.converting")
-    wanted, end = made(work) + more, time.monotonic() + 60
-    while not work.is_dir() or made(work) < wanted:
+    wanted, end = count_shards(work) + more, time.monotonic() + 60
+    while not work.is_dir() or count_shards(work) < wanted:
         assert time.monotonic() < end
         if bundle.exists():
             return -1
     time.sleep(delay)
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    return made(work)
+    return count_shards(work)
 
 
-def made(work: Path) -> int:
-    """How many shards a workplace holds; it may be renamed at any moment."""
+def count_shards(work: Path) -> int:
+    """Count the shards in a staging folder, which may be renamed at any moment."""
     try:
         return sum(path.name.startswith("model-") for path in work.iterdir())
     except FileNotFoundError:

@@ -36,8 +36,8 @@ FORM_OF = {2: "affine2g64", 4: "affine4g32"}
 
 
 @pytest.fixture(scope="module")
-def made(source, tmp_path_factory) -> Callable[[str], Path]:
-    """form → a right bundle of the source by this project."""
+def bundle_of(source, tmp_path_factory) -> Callable[[str], Path]:
+    """Return a function form → a right bundle of the source by this project."""
 
     def make(form: str) -> Path:
         def convert(folder: Path) -> None:
@@ -70,8 +70,8 @@ def saved_again(bundle: Path, folder: Path, forget: bool = True) -> Path:
     "forget", [True, pytest.param(False, marks=pytest.mark.full)], ids=["forgotten", "recorded"]
 )
 @pytest.mark.parametrize("form", FORMS)
-def test_a_bundle_that_another_tool_saved_again_passes(made, source, tmp_path, form, forget):
-    folder = saved_again(made(form), tmp_path / "b", forget)
+def test_a_bundle_that_another_tool_saved_again_passes(bundle_of, source, tmp_path, form, forget):
+    folder = saved_again(bundle_of(form), tmp_path / "b", forget)
     assert {f.name: f.places for f in bundles.judge(folder, source).errors} == {}
 
 
@@ -132,13 +132,13 @@ def requantized(bundle: Path, source: Path, folder: Path, maker: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def foreign(made, source, tmp_path_factory) -> Callable[[str, int], Path]:
+def foreign(bundle_of, source, tmp_path_factory) -> Callable[[str, int], Path]:
     """(maker, bits) → a bundle with experts by another quantizer."""
 
     def make(maker: str, bits: int) -> Path:
         return made_once(
             tmp_path_factory, f"foreign-{maker}-{bits}",
-            lambda folder: requantized(made(FORM_OF[bits]), source, folder, maker),
+            lambda folder: requantized(bundle_of(FORM_OF[bits]), source, folder, maker),
         )  # fmt: skip
 
     return make
@@ -215,8 +215,8 @@ def test_damage_of_weights_of_another_quantizer_is_seen(
 
 
 @pytest.mark.parametrize("factor", [1.045, 1.002])
-def test_one_wrong_bias_of_a_bundle_by_mlxs_formula_is_seen(made, source, tmp_path, factor):
-    folder = saved_again(made("mlx"), tmp_path / "b")
+def test_one_wrong_bias_of_a_bundle_by_mlxs_formula_is_seen(bundle_of, source, tmp_path, factor):
+    folder = saved_again(bundle_of("mlx"), tmp_path / "b")
 
     def change(arrays: Arrays) -> None:
         arrays[f"{BASE}.biases"][1][3, 1] *= np.float16(factor)
@@ -226,8 +226,8 @@ def test_one_wrong_bias_of_a_bundle_by_mlxs_formula_is_seen(made, source, tmp_pa
 
 
 @pytest.mark.parametrize("dtype", ["BOOL", "F8_E4M3", "F8_E8M0", "I8"])
-def test_bits_of_turboquant_in_another_dtype_are_named(made, source, tmp_path, dtype):
-    folder = bundles.split(made("turboquant2"), tmp_path / "b")
+def test_bits_of_turboquant_in_another_dtype_are_named(bundle_of, source, tmp_path, dtype):
+    folder = bundles.split(bundle_of("turboquant2"), tmp_path / "b")
     stack = next(n for n in open_bundle(folder).tensors if "switch_mlp" in n and "tq_bits" in n)
 
     def relabel(arrays: Arrays) -> None:
@@ -241,8 +241,8 @@ def test_bits_of_turboquant_in_another_dtype_are_named(made, source, tmp_path, d
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_right_bundle_has_values_of_weights(made, form):
-    assert "weights-implausible" not in bundles.judge(made(form), None)
+def test_a_right_bundle_has_values_of_weights(bundle_of, form):
+    assert "weights-implausible" not in bundles.judge(bundle_of(form), None)
 
 
 def constant(arrays: Arrays) -> str:
@@ -264,8 +264,10 @@ def without_scales(arrays: Arrays) -> str:
 
 @pytest.mark.parametrize("change", [constant, without_scales])
 @pytest.mark.parametrize("form", ["mlx", "affine2g64"])
-def test_values_that_cannot_be_weights_are_found_without_a_source(made, tmp_path, form, change):
-    folder, names = bundles.split(made(form), tmp_path / "b"), []
+def test_values_that_cannot_be_weights_are_found_without_a_source(
+    bundle_of, tmp_path, form, change
+):
+    folder, names = bundles.split(bundle_of(form), tmp_path / "b"), []
     bundles.edit(folder, lambda arrays: names.append(change(arrays)))
     findings = bundles.judge(folder, None)
     assert names[0] in bundles.places(findings, "weights-implausible")

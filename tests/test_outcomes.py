@@ -1,4 +1,4 @@
-"""What runtimes make of a bundle's documents, as the installed ones say when they are asked.
+"""Ask the installed runtimes how they read a bundle's documents, and test the findings.
 
 Catches: a key that passes every comparison of documents and changes tokens, parsers, cache or
 sampling in a runtime; a right bundle, of any quantizer or maker, for which such a change is said.
@@ -193,7 +193,8 @@ def test_no_bundle_of_this_recipe_has_an_outcome_of_its_own(tmp_path_factory, tm
             assert ("mlx-vlm was not asked" in said) == (python != NEW and name != "turboquant2")
 
 
-# What jang's converters set for chats; and mlx-vlm's config.json, with which vMLX expects images.
+# Findings of right bundles: jang's converters set sampling, mlx-vlm's config.json makes vMLX expect
+# images.
 OUTCOMES = {
     "jang-affine2": {"runtime-default"},
     "jangtq-2": {"runtime-default"},

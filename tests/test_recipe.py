@@ -159,6 +159,7 @@ def test_a_deleted_shard_makes_verify_name_it(recipe):
     assert result.returncode != 0
     assert shard.name in result.stderr
     kept.rename(shard)
+    assert recipe.stages("verify") == ["verify"]
 
 
 @pytest.mark.full

@@ -199,8 +199,9 @@ FAULTS = [*NEEDS_SOURCE, wrong_labels, no_eos, no_template, other_template, edit
           no_jang_config, limited_answers]  # fmt: skip
 
 
-# What repair takes from the source, in both bundles; the documents of both are mended alike.
-PLANTED = [("nano", plant) for plant in FAULTS] + [("random", plant) for plant in NEEDS_SOURCE]
+# Faults mended from the source are planted in both bundles, faults of documents in one.
+DOCUMENT_FAULTS = [("nano", plant) for plant in FAULTS[len(NEEDS_SOURCE) :]]
+PLANTED = DOCUMENT_FAULTS + [(name, p) for name in ("nano", "random") for p in NEEDS_SOURCE]
 
 
 @pytest.mark.parametrize(("case", "plant"), PLANTED, indirect=["case"])
@@ -230,7 +231,7 @@ def test_each_fault_is_mended_alone_and_undone(case, plant):
     assert not (bundle / FOLDER).exists()
 
 
-@pytest.mark.parametrize(("case", "plant"), PLANTED[4 : len(FAULTS)], indirect=["case"])
+@pytest.mark.parametrize(("case", "plant"), DOCUMENT_FAULTS, indirect=["case"])
 def test_without_a_source_shards_are_not_written(case, plant):
     bundle, source = case
     plant(bundle, source)

@@ -1,4 +1,4 @@
-"""Measure what honest affine quantizers leave, at most, on FP4 weights of full width.
+"""Measure the largest errors of affine quantizers on FP4 weights of full width.
 
 verify judges weights of no known formula by these figures (verification/numbers/tolerances.py). The
 quantizers: mx.quantize with scales in F16 and BF16, least squares with and without an imatrix,

@@ -153,9 +153,10 @@ def resolve_quantizer(
 
 
 def default_mtp(bundle: Path | None) -> str:
-    """Return the choice for MTP of a bundle without a record: what a killed convert began with.
+    """Return the choice for MTP of a bundle without a record.
 
-    For a new bundle it is the source's form, for one of another program as-experts.
+    That of a killed convert, if there is one; as-experts for a bundle of another program; else
+    source.
     """
     if bundle is not None and any(bundle.glob("*.safetensors")):
         return mtp.AS_EXPERTS

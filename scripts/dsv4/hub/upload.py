@@ -28,7 +28,7 @@ class Item:
         return self.file.name
 
 
-def made(name: str, text: str) -> Item:
+def text_item(name: str, text: str) -> Item:
     """Return an item whose content is `text`."""
     data = text.encode()
     return Item(HubFile(name, len(data), hashlib.sha256(data).hexdigest()), data=data)

@@ -58,7 +58,7 @@ def open_headers(folder: Path) -> Checkpoint:
 
 
 def without_stray_tower(source: Checkpoint) -> Checkpoint:
-    """Return the source without the tensors for images when config.json describes no tower.
+    """Return the source, without image tensors when config.json has no key of a tower.
 
     A text model of a Vision-Exp release may have kept them. The index still names them.
     """

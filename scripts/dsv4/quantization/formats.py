@@ -241,7 +241,7 @@ class QuantizerOptions:
 
 
 def quantizer_options(args: argparse.Namespace) -> QuantizerOptions:
-    """Return what the command line says by `add_quantizer_options` and `add_mtp_options`."""
+    """Return the values of the options of `add_quantizer_options` and `add_mtp_options`."""
     return QuantizerOptions(args.quantizer, args.imatrix, args.plan, mtp=mtp_option(args))
 
 

@@ -55,7 +55,7 @@ def check_headers(bundle: Scan, source: Checkpoint | None, findings: Findings) -
 def check_toolchain(
     bundle: Scan, source: Checkpoint | None, python: Path, findings: Findings
 ) -> list[Check]:
-    """Run the loaders of the runtimes that are to load this bundle, and ask the runtimes."""
+    """Run the loaders that must load this bundle, and ask the runtimes how they read it."""
     if {"config-broken", "layout-unknown"} & findings.names:
         return []
     loaders = promised_loaders(bundle)

@@ -1,4 +1,4 @@
-"""Ask the installed runtimes what they make of a bundle, and which of its keys makes a difference.
+"""Ask the installed runtimes how they read a bundle, and find the keys that change an answer.
 
 Runs in the toolchain's Python, in one process, because importing the runtimes takes most of the
 time. `loader_replay` runs their loaders on the headers. Each function of QUESTIONS asks a runtime's

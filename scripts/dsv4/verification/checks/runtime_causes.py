@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 Documents = dict[str, Any]  # file → JSON value, or text for a file that is not JSON
-Answers = dict[str, Any]  # what was asked → the answer, as JSON has it
+Answers = dict[str, Any]  # question → answer, as JSON has it
 Change = tuple[str, tuple[str, ...]]  # a file and the path of a key in it; (): the whole file
 SHOWN = 200  # characters of a value
 WHOLE = ("tokenizer.json",)  # put back as a whole: it has 130,000 entries
@@ -87,7 +87,7 @@ class Search:
         return self.changes.pop(high - 1) if high - low == 1 else None
 
     def causes(self, answers: Answers, expected: Answers) -> dict[str, list[dict[str, Any]]]:
-        """Return what was asked → the keys that make it differ."""
+        """Return question → the keys that change its answer."""
         found: dict[str, list[dict[str, Any]]] = {}
         while wrong := differing_keys(answers, expected):
             cause = self.find_cause(wrong[0], expected.get(wrong[0])) if self.left > 0 else None
@@ -111,7 +111,7 @@ class Search:
 
 
 def differing_keys(answers: Answers, expected: Answers) -> list[str]:
-    """Return what was asked and answered otherwise than expected."""
+    """Return the questions whose answer is not the expected one."""
     return [what for what in {**expected, **answers} if answers.get(what) != expected.get(what)]
 
 

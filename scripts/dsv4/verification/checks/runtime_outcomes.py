@@ -1,4 +1,4 @@
-"""Level 1: check what the installed runtimes make of a bundle's documents, by asking them.
+"""Level 1: ask the installed runtimes how they read a bundle's documents, and check the answers.
 
 runtime_answers.py asks them in the toolchain's Python, about the bundle's documents and about the
 right ones: the source's tokenizer and generation_config.json, its config.json, and no settings for
@@ -64,7 +64,7 @@ RECIPE = (
 )
 FORMAT_KEYS = ("weight_format", "method")  # of `quantization`, as vMLX reads them
 AFFINE = ("affine", "jang_affine", "mxfp4", "mxfp8", "nvfp4")  # values of weight_format
-# What was asked → the finding when the answer differs.
+# Question → the finding for a wrong answer.
 FINDINGS = {
     "family": "runtime-family",
     "images": "runtime-family",
@@ -119,7 +119,7 @@ def without_labels(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def affine_quantization(quantization: Any) -> Any:
-    """Return `quantization` of either document without the keys that say TurboQuant."""
+    """Return `quantization` of either document without the keys that select TurboQuant."""
     if not isinstance(quantization, dict):
         return quantization
     return {key: value for key, value in quantization.items() if key not in FORMAT_KEYS}
@@ -132,9 +132,9 @@ def document_names(folder: Path) -> list[str]:
 
 
 def right_documents(bundle: Scan, own: dict[str, Any], source: Checkpoint | None) -> dict[str, Any]:
-    """Return the documents with which a runtime does what DeepSeek's files say."""
+    """Return the documents that give DeepSeek's tokens, parsers and sampling in every runtime."""
     theirs = read_documents(source.folder, document_names(source.folder)) if source else {}
-    right = dict(theirs) if "tokenizer.json" in theirs else plain_tokenizer(own)
+    right = dict(theirs) if "tokenizer.json" in theirs else tokenizer_documents(own)
     right["config.json"] = right_config(bundle, own["config.json"], theirs.get("config.json"))
     generation = own.get(defaults.GENERATION, {})
     right[defaults.GENERATION] = defaults.reference(generation, theirs.get(defaults.GENERATION))
@@ -188,8 +188,8 @@ def restored_documents(
     return {**right, "jang_config.json": jang}
 
 
-def plain_tokenizer(own: dict[str, Any]) -> dict[str, Any]:
-    """Return a bundle's tokenizer.json, with what a tokenizer_config.json has at least."""
+def tokenizer_documents(own: dict[str, Any]) -> dict[str, Any]:
+    """Return tokenizer.json, and of tokenizer_config.json the keys that every tokenizer has."""
     kept = ("tokenizer_class", "bos_token", "eos_token", "pad_token", "model_max_length",
             "clean_up_tokenization_spaces", "add_bos_token", "add_eos_token")  # fmt: skip
     config = own.get("tokenizer_config.json") or {}
@@ -197,8 +197,8 @@ def plain_tokenizer(own: dict[str, Any]) -> dict[str, Any]:
     return {"tokenizer.json": own.get("tokenizer.json"), "tokenizer_config.json": config}
 
 
-def asked_runtimes(bundle: Scan) -> list[str]:
-    """Return the runtimes to be asked: those that load tensors with these names, and transformers.
+def runtimes_to_ask(bundle: Scan) -> list[str]:
+    """Return the runtimes that load tensors with these names, and transformers.
 
     The names are those of QUESTIONS in runtime_answers.py.
     """
@@ -211,7 +211,7 @@ def asked_runtimes(bundle: Scan) -> list[str]:
 def write_request(
     bundle: Scan, source: Checkpoint | None, loaders: list[str], folder: Path
 ) -> None:
-    """Write what runtime_answers.py reads: the documents, the right ones, texts, and headers."""
+    """Write the input of runtime_answers.py: documents, right documents, texts and headers."""
     place = bundle.checkpoint.folder
     own = read_documents(place, document_names(place))
     release = folder_release(source.folder if source else place) or "first"
@@ -225,7 +225,7 @@ def write_request(
         for name, documents in (("documents", own), ("right", right), ("restored", restored))
     }
     request |= {"loadable": loadable, "texts": [*TEXTS, *prompts], "loaders": loaders,
-                "runtimes": asked_runtimes(bundle)}  # fmt: skip
+                "runtimes": runtimes_to_ask(bundle)}  # fmt: skip
     (folder / "headers").mkdir()
     write_headers_only(bundle, folder / "headers")
     (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
@@ -234,7 +234,7 @@ def write_request(
 def ask_runtimes(
     bundle: Scan, source: Checkpoint | None, python: Path, loaders: list[str]
 ) -> dict[str, Any]:
-    """Return what runtime_answers.py writes. Raises UserError when it writes nothing."""
+    """Return the results of runtime_answers.py. Raises UserError when there are none."""
     with tempfile.TemporaryDirectory(prefix="hollow-") as name:
         folder = own_folders.make_own(Path(name))  # if this process is killed, the child removes it
         write_request(bundle, source, loaders, folder)

@@ -16,7 +16,7 @@ from dsv4.model.quantizer_table import quantizer_properties
 
 @dataclass(frozen=True)
 class Promises:
-    """What a quantizer promises of every single weight.
+    """Bounds that a quantizer keeps for every single weight.
 
     steps: the worst error in steps (|scale|), after the rounding of scale and bias to F16.
     zeros: a zero of the source decodes to zero, within the same rounding.
@@ -58,9 +58,9 @@ class SizeBounds:
     group: float
 
 
-# What the worst honest quantizer left, in groups of 32, 64 or 128: of a matrix with a quarter more,
-# of a group threefold, for GPTQ left twice as much in narrow matrices (scripts/lab/error_bounds.py,
-# 2026-12-01; the table is in scripts/README.md).
+# By bits: the largest error of all quantizers and groups that scripts/lab/error_bounds.py measured
+# (2026-12-01, the table is in scripts/README.md). Of a matrix times 1.25; of a group times 3,
+# because GPTQ left twice as much in narrow matrices.
 SIZE_BOUNDS = {
     2: SizeBounds(0.93, 7.4),
     3: SizeBounds(0.79, 5.3),

@@ -30,7 +30,7 @@ SERVE = {
     ),
     "mlx-vlm": "python -m mlx_vlm.server --model ./{name} --port 8010",
 }
-# What the first paragraph says of MTP or DSpark, by the recorded choice.
+# Recorded choice → the sentence about MTP or DSpark in the first paragraph.
 MTP = {
     mtp.SOURCE: "MTP or DSpark, if the release has it, has the source's own numbers; no server "
     "loads it.",
