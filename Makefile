@@ -141,14 +141,15 @@ SETTINGS := REPO BASE RELEASE REVISION SOURCE BUNDLE CONVERTER LOW_DISK SHARD_BY
   FIT SIZE ANY_SHAPE PLAN MTP DROP_MTP
 # An unknown name on the command line stops make. One in config.mk, which may have variables of its
 # own, does if it is nearly that of a setting.
-OTHERS := MODEL STACK NANO_WORK SEED FUZZ MAKE
-UNKNOWN := $(filter-out $(SETTINGS) $(OTHERS),$(in_config_mk) $(foreach name,$(.VARIABLES), \
-  $(if $(filter command,$(firstword $(origin $(name)))),$(name)!)))
-UNKNOWN := $(filter-out $(SETTINGS:%=%!) $(OTHERS:%=%!),$(UNKNOWN))
-WRONG := $(if $(UNKNOWN),$(shell $(PYTHON3) -c 'import difflib, sys; known = sys.argv[1].split(); \
-  near = [(n, difflib.get_close_matches(n.strip("!").upper(), known, 1, 0.7)) for n in sys.argv[2:]]; \
-  print(*next(([n.strip("!"), *m] for n, m in near if m or n[-1] == "!"), []))' \
-  '$(SETTINGS) $(OTHERS)' $(UNKNOWN)))
+NAMES := $(SETTINGS) MODEL STACK NANO_WORK SEED FUZZ MAKE
+given := $(foreach name,$(.VARIABLES),$(if $(call on_command_line,$(name)),$(name)))
+unknown_given := $(filter-out $(NAMES),$(given))
+unknown_there := $(filter-out $(NAMES),$(in_config_mk))
+WRONG := $(if $(unknown_given)$(unknown_there),$(shell $(PYTHON3) -c 'import difflib, sys; \
+  names, given, there = map(str.split, sys.argv[1:]); \
+  near = lambda name: difflib.get_close_matches(name.upper(), names, 1, 0.7); \
+  print(*next(([n, *near(n)] for n in given + there if n in given or near(n)), []))' \
+  '$(NAMES)' '$(unknown_given)' '$(unknown_there)'))
 $(if $(WRONG),$(error $(firstword $(WRONG)): found no setting of that name, expected \
   $(or $(word 2,$(WRONG)),one of those in the README)))
 $(foreach name,$(SETTINGS),$(eval export RECIPE_$(name) = $$(call value_of,$(name))))

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import io
 import sys
+from pathlib import Path
 
 from dsv4.errors import run
 
@@ -40,3 +41,16 @@ def refusal(name: str, *arguments: object) -> str:
     assert last.startswith("error: "), err
     assert ": found " in last, last
     return last
+
+
+def build_bundle(source: Path, bundle: Path, *options: object) -> Path:
+    """Convert with these options, finalize and patch; return the bundle."""
+    must("convert", "--source", source, "--bundle", bundle, *options)
+    return finish_bundle(source, bundle)
+
+
+def finish_bundle(source: Path, bundle: Path) -> Path:
+    """Finalize and patch; return the bundle."""
+    for stage in ("finalize", "patch"):
+        must(stage, "--source", source, "--bundle", bundle)
+    return bundle

@@ -13,7 +13,7 @@ from pathlib import Path
 import bundles
 import pytest
 from conftest import NANO, ROOT, SCRIPTS
-from here import must, refusal
+from here import build_bundle, finish_bundle, must, refusal
 
 from dsv4.model import mtp
 from dsv4.model.load import expert_labels, open_bundle
@@ -29,17 +29,6 @@ CASES = [
     for kind in ("MTP", "DSpark")
     for name in QUANTIZERS
 ]
-
-
-def build(source: Path, bundle: Path, *options: object) -> Path:
-    must("convert", "--source", source, "--bundle", bundle, *options)
-    return finish(source, bundle)
-
-
-def finish(source: Path, bundle: Path) -> Path:
-    must("finalize", "--source", source, "--bundle", bundle)
-    must("patch", "--source", source, "--bundle", bundle)
-    return bundle
 
 
 def files(bundle: Path) -> dict[str, bytes]:
@@ -58,7 +47,7 @@ def test_the_choice_is_kept_by_every_stage_and_changes_no_main_layer(
             plan = tmp_path / f"{choice}.json"
             must("plan", "--source", source, "--plan", plan, "--size", "1GB", *options)
             chosen += ("--plan", plan)
-        bundle = build(source, tmp_path / choice, *chosen)
+        bundle = build_bundle(source, tmp_path / choice, *chosen)
         assert not bundles.judge(bundle, source).errors
         assert not bundles.judge(bundle, None).errors
         arrays = bundles.load(bundle)
@@ -80,7 +69,7 @@ def test_the_choice_is_kept_by_every_stage_and_changes_no_main_layer(
 def nanos(tmp_path_factory) -> dict[str, Path]:
     """Choice → the nano's bundle by mlx."""
     folder = tmp_path_factory.mktemp("made")
-    return {choice: build(NANO, folder / choice, *OPTIONS[choice]) for choice in OPTIONS}
+    return {choice: build_bundle(NANO, folder / choice, *OPTIONS[choice]) for choice in OPTIONS}
 
 
 def test_config_and_card_say_what_became_of_it(nanos, tmp_path):
@@ -107,11 +96,11 @@ def test_there_and_back_every_file_is_the_same(other, choice, nanos, tmp_path):
     bundle = shutil.copytree(nanos[choice], tmp_path / "bundle")
     both = ("--source", NANO, "--bundle", bundle)
     must("requantize", *both, "--quantizer", other)
-    assert not bundles.judge(finish(NANO, bundle), NANO).errors
+    assert not bundles.judge(finish_bundle(NANO, bundle), NANO).errors
     # A lossless bundle with MTP has the source's, whatever it was made from.
     back = OPTIONS[choice] if (other, choice) == ("lossless", mtp.AS_EXPERTS) else ()
     must("requantize", *both, "--quantizer", "mlx", *back)
-    assert files(finish(NANO, bundle)) == files(nanos[choice])
+    assert files(finish_bundle(NANO, bundle)) == files(nanos[choice])
 
 
 @pytest.mark.parametrize("choice", OPTIONS)
@@ -120,7 +109,7 @@ def test_a_finished_bundle_changes_if_it_is_asked_to(choice, before, nanos, tmp_
     bundle = shutil.copytree(nanos[before], tmp_path / "bundle")
     asked = OPTIONS[choice] or ("--mtp", "source")
     must("requantize", "--source", NANO, "--bundle", bundle, *asked)
-    assert files(finish(NANO, bundle)) == files(nanos[choice])
+    assert files(finish_bundle(NANO, bundle)) == files(nanos[choice])
 
 
 def test_what_was_dropped_is_made_by_convert_alone(nanos, tmp_path):
@@ -178,7 +167,7 @@ def test_a_lost_label_is_named_and_repaired(base, quantizer, nanos, tmp_path):
     if quantizer == "mlx":
         shutil.copytree(nanos[mtp.SOURCE], bundle)
     else:
-        build(NANO, bundle, "--quantizer", quantizer)
+        build_bundle(NANO, bundle, "--quantizer", quantizer)
     right = (bundle / "config.json").read_bytes()
     bundles.edit_json(bundle / "config.json", lambda config: config["quantization"].pop(base))
     assert "scales-without-label" in bundles.judge(bundle, NANO, level=1).names

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from bundles import Arrays
 from conftest import made_once
-from here import must
+from here import build_bundle, must
 from test_readonly import size_for
 
 from dsv4.model.load import open_bundle
@@ -45,10 +45,7 @@ def bundle_of(source, tmp_path_factory) -> Callable[[str], Path]:
             if form.startswith("mixture"):
                 must("plan", "--source", source, "--plan", plan, "--size", size_for(source, plan))
                 more = ("--plan", plan)
-            both = ("--source", source, "--bundle", folder)
-            must("convert", *both, "--quantizer", form, *more)
-            must("finalize", *both)
-            must("patch", *both)
+            build_bundle(source, folder, "--quantizer", form, *more)
 
         return made_once(tmp_path_factory, f"makers-{form}", convert)
 

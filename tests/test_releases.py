@@ -13,7 +13,7 @@ import bundles
 import numpy as np
 import pytest
 from conftest import made_once
-from here import here, must
+from here import build_bundle, finish_bundle, here, must
 from make_source import write_source
 from source_tensors import Sizes, with_dspark, with_vision
 
@@ -81,8 +81,7 @@ def test_a_release_goes_through_every_stage(release, quantizer, tmp_path):
     status, _, err = here("convert", *both, *chosen)
     assert (status, err) == (0, "")
     assert "nothing to do" in must("requantize", *both, *chosen)
-    must("finalize", *both)
-    must("patch", *both)
+    finish_bundle(release, tmp_path / "b")
     assert {f.name: f.places for f in bundles.judge(tmp_path / "b", release)} == {}
     assert "nothing to repair" in must("repair", *both, *chosen, "--dry-run")
 
@@ -91,8 +90,6 @@ def test_a_release_goes_through_every_stage(release, quantizer, tmp_path):
 @pytest.mark.parametrize("release", ["V4-Flash-Vision-Exp", "V4-Pro-0813"], indirect=True)
 def test_the_text_part_is_evaluated(release, tmp_path):
     both = ("--source", release, "--bundle", tmp_path / "b")
-    must("convert", *both, "--quantizer", "lossless")
-    must("finalize", *both)
-    must("patch", *both)
+    build_bundle(release, tmp_path / "b", "--quantizer", "lossless")
     must("evaluate", *both, "--tokens", 40, "--out", tmp_path / "e")
     must("imatrix", "--source", release, "--tokens", 40, "--out", tmp_path / "i.dat")

@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from dsv4.errors import UserError, with_path
+from dsv4.model import mtp
 from dsv4.model.load import expert_bases
 from dsv4.model.names import parse_expert
 from dsv4.storage.atomic import atomic_writer
@@ -210,7 +211,7 @@ def importances(imatrix: Imatrix, source: Checkpoint) -> Importance:
         _, half = source.tensors[f"{base}.weight"].shape
         name, columns = entry_name(base, layers), 2 * half
         entry = imatrix.entries.get(name)
-        if entry is None and base.startswith("mtp."):
+        if entry is None and mtp.is_mtp(base):
             continue
         if entry is None or entry.count != experts * columns:
             raise UserError(

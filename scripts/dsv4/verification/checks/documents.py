@@ -158,7 +158,7 @@ def module_paths_in_use(bundle: Scan) -> Iterator[tuple[str, str, str]]:
     top = {"embed": "model.embed", "head": "lm_head"}
     for name in bundle.tensors:
         base, _, part = name.rpartition(".")
-        if part == "scales" and not parse_expert(name) and not name.startswith("mtp."):
+        if part == "scales" and not parse_expert(name) and not mtp.is_mtp(name):
             for path in (top[base],) if base in top else module_paths(base)[:1]:
                 yield path, base, MLX_LM
 

@@ -294,7 +294,7 @@ def check_counterparts(bundle: Scan, source: Checkpoint, findings: Findings) -> 
     expected: set[str] = set()
     for name, tensor in source.tensors.items():
         what, base = kind(name), name.removesuffix(".weight")
-        left_out = name.startswith("mtp.") and not bundle.has_mtp
+        left_out = mtp.is_mtp(name) and not bundle.has_mtp
         if what == "scale" or left_out or (what == "expert" and base not in bases):
             continue
         counterparts = counterpart_names(bundle, name, what)

@@ -131,6 +131,16 @@ def document_names(folder: Path) -> list[str]:
     return sorted(n for n in names if n != INDEX and (folder / n).is_file() and n[0] != ".")
 
 
+def documents_to_compare(
+    bundle: Scan, source: Checkpoint | None
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Return the bundle's documents, `right_documents` and `restored_documents`."""
+    folder = bundle.checkpoint.folder
+    own = read_documents(folder, document_names(folder))
+    right = right_documents(bundle, own, source)
+    return own, right, restored_documents(bundle, own, right)
+
+
 def right_documents(bundle: Scan, own: dict[str, Any], source: Checkpoint | None) -> dict[str, Any]:
     """Return the documents that give DeepSeek's tokens, parsers and sampling in every runtime."""
     theirs = read_documents(source.folder, document_names(source.folder)) if source else {}
@@ -213,11 +223,9 @@ def write_request(
 ) -> None:
     """Write the input of runtime_answers.py: documents, right documents, texts and headers."""
     place = bundle.checkpoint.folder
-    own = read_documents(place, document_names(place))
+    own, right, restored = documents_to_compare(bundle, source)
     release = folder_release(source.folder if source else place) or "first"
     prompts = [prompt for _, _, prompt in conversations(release)]
-    right = right_documents(bundle, own, source)
-    restored = restored_documents(bundle, own, right)
     loadable = {"config.json": known_fields(right["config.json"]),
                 "jang_config.json": restored.get("jang_config.json")}  # fmt: skip
     request = {
@@ -257,9 +265,7 @@ def mended_documents(
     results = ask_runtimes(bundle, source, python, loaders)
     causes = [cause for one in (*results["outcomes"], *results["loaders"].values())
               for cause in one.get("causes", [])]  # fmt: skip
-    folder = bundle.checkpoint.folder
-    own = read_documents(folder, document_names(folder))
-    restored = restored_documents(bundle, own, right_documents(bundle, own, source))
+    own, _, restored = documents_to_compare(bundle, source)
     files: dict[str, list[str]] = {}
     for cause in causes:
         files.setdefault(cause["file"], []).append(".".join(cause["path"]))

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from statistics import median
 from typing import Any
 
+from dsv4.model import mtp
 from dsv4.model.labels import TURBO
 from dsv4.model.names import PROJECTION, parse_expert
 from dsv4.model.quantizer_table import quantizer_properties
@@ -201,7 +202,7 @@ def tensor_kind(result: TensorResult) -> str:
     name = result.name
     matches = (kind for kind, first, second in KINDS if first in name and second in name)
     kind = "controls" if result.what == "control" else next(matches, "other")
-    return f"MTP: {kind}" if name.startswith("mtp.") else kind
+    return f"MTP: {kind}" if mtp.is_mtp(name) else kind
 
 
 def by_kind(results: list[TensorResult]) -> list[dict[str, Any]]:

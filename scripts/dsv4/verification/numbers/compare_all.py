@@ -16,6 +16,7 @@ from pathlib import Path
 
 from dsv4.errors import with_path
 from dsv4.hub.provenance import is_published
+from dsv4.model import mtp
 from dsv4.model.bundle_tensors import weights_of
 from dsv4.model.names import ROUTER, most_zeros, parse_expert
 from dsv4.quantization.imatrix import EVEN, Importance
@@ -168,7 +169,7 @@ def not_compared(
     def is_expected(name: str) -> bool:
         expert = parse_expert(name)
         if expert is None:
-            return bundle.has_mtp or not name.startswith("mtp.")
+            return bundle.has_mtp or not mtp.is_mtp(name)
         block = f"{expert[0]}.{expert[1]}"
         return kept[block] is None if block in kept else name.removesuffix(".weight") in bases
 

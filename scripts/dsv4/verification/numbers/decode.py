@@ -11,7 +11,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -71,25 +72,30 @@ def source_blocks(
 
 
 def stored_rows(
-    task: Task, reader: TensorReader, first: int, last: int
+    parts: Mapping[str, Tensor],
+    label: Mapping[str, Any],
+    columns: int,
+    reader: TensorReader,
+    first: int,
+    last: int,
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Return (codes uint8, one a weight; scales float32, one a group; columns of a group), flat."""
-    bits, weight = task.label["bits"], reader.rows(task.parts["weight"], first, last)
+    bits, weight = label["bits"], reader.rows(parts["weight"], first, last)
     codes = weight
     if bits == 4:
         codes = np.empty(2 * len(weight), np.uint8)
         kernels.unpack(weight, 4, codes)
-    if task.label["mode"] != SOURCE:
-        data = reader.rows(task.parts["scales"], first, last)
-        table = np.abs(E4M3).astype(np.float32) if task.label["mode"] == "nvfp4" else UE8M0
-        return codes, table[data], task.label["group_size"]
-    scale = task.parts["scale"]
+    if label["mode"] != SOURCE:
+        data = reader.rows(parts["scales"], first, last)
+        table = np.abs(E4M3).astype(np.float32) if label["mode"] == "nvfp4" else UE8M0
+        return codes, table[data], label["group_size"]
+    scale = parts["scale"]
     if bits == 4:
         return codes, scales_to_float32(reader.rows(scale, first, last), scale), GROUP
     blocks = scales_to_float32(reader.read(scale), scale).reshape(scale.shape)
-    height, width = block_of(task.parts["weight"].shape, scale.shape)
-    rows, columns = np.arange(first, last) // height, np.arange(task.columns // GROUP)
-    return codes, blocks[rows[:, None], columns * GROUP // width].reshape(-1), GROUP
+    height, width = block_of(parts["weight"].shape, scale.shape)
+    rows, groups = np.arange(first, last) // height, np.arange(columns // GROUP)
+    return codes, blocks[rows[:, None], groups * GROUP // width].reshape(-1), GROUP
 
 
 def scales_to_float32(data: np.ndarray, scale: Tensor) -> np.ndarray:

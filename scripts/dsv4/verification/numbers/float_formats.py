@@ -40,7 +40,9 @@ def compare_floats(task: Task, reader: TensorReader, result: TensorResult, weigh
     """Decode and compare a tensor, in blocks of rows of about `weights` weights."""
     exact, bits = is_exact(task), task.label["bits"]
     for first, last, values in source_blocks(task, reader, weights, result):
-        codes, scales, group = stored_rows(task, reader, first, last)
+        codes, scales, group = stored_rows(
+            task.parts, task.label, task.columns, reader, first, last
+        )
         top = MAGNITUDES[bits][-1]
         limits = top * np.float32(HALF_OCTAVE) * scales
         if task.label["mode"] == "nvfp4":

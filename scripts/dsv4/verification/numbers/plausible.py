@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -105,8 +104,7 @@ def decode_row(
         scales, biases = (as_float32(read[p], parts[p].dtype) for p in ("scales", "biases"))
         groups = levels.reshape(len(scales), -1)
         return (groups * scales[:, None] + biases[:, None]).reshape(-1)
-    task = SimpleNamespace(parts=parts, label=label, columns=columns)
-    codes, scales, group = stored_rows(task, reader, row, row + 1)
+    codes, scales, group = stored_rows(parts, label, columns, reader, row, row + 1)
     table = MAGNITUDES[label["bits"]]
     magnitudes = table[np.minimum(codes & ((1 << (label["bits"] - 1)) - 1), len(table) - 1)]
     signs = np.where(codes >> (label["bits"] - 1), -1, 1)

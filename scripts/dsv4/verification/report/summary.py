@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from itertools import groupby
 
+from dsv4.model import mtp
 from dsv4.storage.atomic import format_bytes
 from dsv4.text import escape_line
 from dsv4.verification.checks.runtimes import runtime_verdicts
@@ -30,7 +31,8 @@ def summary_row(repo: str, size: int, bundle: Scan | None, findings: Findings) -
     if bundle is None or not bundle.view.recognized.known:
         return repo, format_bytes(size), "", "", "", "", faults
     loads = [name for name, why in runtime_verdicts(bundle, findings).items() if not why]
-    loaded = sum(t.nbytes for name, t in bundle.tensors.items() if not name.startswith("mtp."))
+    tensors = bundle.tensors.values()
+    loaded = sum(tensor.nbytes for tensor in tensors) - mtp.unloaded_bytes(tensors)
     layout = "unknown" if "layout-unknown" in findings else bundle.scheme.name
     runtimes = ", ".join(loads) or "none known"
     bits, memory = bits_by_kind(bundle), format_bytes(loaded)
@@ -47,7 +49,7 @@ def bits_by_kind(bundle: Scan) -> str:
     found: dict[str, dict[str, list[int]]] = {}
     for base in {name.rpartition(".")[0]: None for name in bundle.tensors}:
         kind = next((kind for kind, part in KINDS if part in f".{base}" or base == part), None)
-        if kind is None or base.startswith("mtp."):
+        if kind is None or mtp.is_mtp(base):
             continue
         mode, weights, nbytes = matrix_bits(bundle, base)
         cell = found.setdefault(kind, {}).setdefault(mode, [0, 0])
